@@ -1,0 +1,40 @@
+"""`Example`: one question with its answer, and the data sets that hold them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record, one image or none, one task, question and answer.
+
+    `question` is what the prompt's instruction is filled with: the question (vqa, qa), the words for
+    the object (refer), the box in text form (identify), or empty where the task says all (caption, cls).
+    """
+
+    id: str  # unique within its data set
+    task: str  # one of config.TASKS
+    question: str
+    answer: str
+    image: str | None = None  # key for `Dataset.image`
+    box: tuple[int, int, int, int] | None = None  # x1, y1, x2, y2 in pixels, the ends outside the box
+    cluster: str = ""  # what resampling keeps together (a slab, a patient); empty: the example itself
+    meta: Mapping[str, str] = dataclasses.field(default_factory=dict)  # template, answer_type, plane, ...
+
+
+class Dataset(Protocol):
+    """What every file in data/datasets provides through `load(source, data_config)`."""
+
+    name: str
+    checksum: str  # sha256 over the decoded records in key order, and the builder's version
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """All examples of `train`, `val` or `test`, in a fixed order."""
+        ...
+
+    def image(self, key: str) -> np.ndarray:
+        """uint8 [H, W, 3]; H and W as stored."""
+        ...
