@@ -42,7 +42,7 @@ class VisionConfig:
     cls_token: bool = True
     norm_eps: float = 1e-6
     feature_layer: int = -1  # which block's output is used; -2 skips the last block
-    output_norm: str = "plain"  # none | plain (ln_vision: weight 1, bias 0, never trained) | affine
+    output_norm: bool = True  # a LayerNorm behind the last block (ln_vision: published frozen at 1 and 0)
     output_norm_eps: float = 1e-5
     position_init: str = "normal"  # normal | sincos (2-D, for training from scratch)
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
@@ -73,6 +73,7 @@ class ConnectorConfig:
     router_hidden: int | None = None  # None: four times the router's input
     top_k: int = 2  # experts kept by the sparse router
     task_tokens: int = 1  # learned tokens per visual task: 0 or 1
+    task_token_width: int | None = None  # None: as wide as an aggregated visual token
     activation: str = "gelu"
     form: str = "fast"  # fast | literal (the reference)
 
@@ -333,36 +334,44 @@ def _build(kind, value, where: str):
 
 
 _CHOICES = {
-    "model.vision.activation": ("gelu", "gelu_tanh", "quick_gelu", "silu"),
-    "model.vision.qkv_bias": ("qv", "qkv", "none"),
-    "model.vision.output_norm": ("none", "plain", "affine"),
-    "model.vision.position_init": ("normal", "sincos"),
-    "model.connector.aggregation": ("projection", "block", "avgpool", "maxpool"),
-    "model.connector.router": ("soft", "sparse", "hard", "constant"),
-    "model.connector.router_input": ("task_token", "token", "task"),
-    "model.connector.activation": ("gelu", "gelu_tanh", "silu"),
-    "model.connector.form": ("fast", "literal"),
-    "model.decoder.norm": ("rms", "layer"),
-    "model.decoder.activation": ("silu", "gelu", "gelu_tanh"),
-    "model.compute_dtype": ("float32", "bfloat16"),
-    "model.frozen_dtype": ("float32", "bfloat16"),
-    "data.mixing": ("per_example", "per_batch"),
-    "loss.reduction": ("token", "example"),
-    "evaluate.scoring": ("corrected", "published"),
+    "config.model.vision.activation": ("gelu", "gelu_tanh", "quick_gelu", "silu"),
+    "config.model.vision.qkv_bias": ("qv", "qkv", "none"),
+    "config.model.vision.position_init": ("normal", "sincos"),
+    "config.model.connector.aggregation": ("projection", "block", "avgpool", "maxpool"),
+    "config.model.connector.router": ("soft", "sparse", "hard", "constant"),
+    "config.model.connector.router_input": ("task_token", "token", "task"),
+    "config.model.connector.activation": ("gelu", "gelu_tanh", "silu"),
+    "config.model.connector.form": ("fast", "literal"),
+    "config.model.decoder.norm": ("rms", "layer"),
+    "config.model.decoder.activation": ("silu", "gelu", "gelu_tanh"),
+    "config.model.compute_dtype": ("float32", "bfloat16"),
+    "config.model.frozen_dtype": ("float32", "bfloat16"),
+    "config.data.mixing": ("per_example", "per_batch"),
+    "config.loss.reduction": ("token", "example"),
+    "config.evaluate.scoring": ("corrected", "published"),
 }
 
 
+def _check_choices(settings, where: str) -> None:
+    for field in dataclasses.fields(settings):
+        key, value = f"{where}.{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, key)
+        elif key in _CHOICES and value not in _CHOICES[key]:
+            raise UserError(f"{key}: {value!r} is unknown; choose from {', '.join(_CHOICES[key])}.")
+
+
 def _check(config: Config) -> None:
-    for key, choices in _CHOICES.items():
-        value: typing.Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        if value not in choices:
-            raise UserError(
-                f"config.{key}: {value!r} is unknown{nearest(value, choices)} Choose from {', '.join(choices)}."
-            )
+    _check_choices(config, "config")
     check_model(config.model)
     data, train = config.data, config.train
+    visual = {task for s in data.sources for task in s.tasks or VISUAL_TASKS if task in VISUAL_TASKS}
+    for task in visual:
+        if config.model.connector.router == "hard" and VISUAL_TASKS.index(task) >= config.model.connector.experts:
+            raise UserError(
+                f"config.model.connector: the hard router sends task {task!r} to expert {VISUAL_TASKS.index(task)}, "
+                f"but there are {config.model.connector.experts}; set experts={len(VISUAL_TASKS)}."
+            )
     if data.mixing == "per_batch" and data.packing:
         raise UserError("config.data: mixing='per_batch' takes one example a row; set data.packing=False.")
     if data.rows % train.accumulation:
@@ -381,6 +390,7 @@ def _check(config: Config) -> None:
 
 def check_model(model: ModelConfig) -> None:
     """Refuses what cannot be built, and what the original accepts but cannot run (its `broken` cases)."""
+    _check_choices(model, "config.model")
     vision, connector, decoder = model.vision, model.connector, model.decoder
     if vision.image_size % vision.patch_size:
         raise UserError(

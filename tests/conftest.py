@@ -1,0 +1,22 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
+
+
+@pytest.fixture(scope="session")
+def goldens(request) -> Path:
+    return Path(request.config.getoption("--goldens") or GOLDENS / "uni_med")

@@ -1,0 +1,407 @@
+"""The original's numbers, case by case: `pytest tests/test_goldens_uni_med.py --goldens=DIR` for any folder of the format.
+
+Tolerances are the manifest's: connector and routing 2e-5, ViT 5e-5, logits 2e-4, loss 2e-5, gradients 1e-3 of
+their tensor's maximum, one AdamW step 5e-6 where |gradient| >= 1e-6.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import golden_uni_med as golden_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from unimed_jax.config import (
+    VISUAL_TASKS,
+    Config,
+    LossConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+    UserError,
+    from_config_dict,
+    to_dict,
+)
+from unimed_jax.data import images, layout, prompts
+from unimed_jax.data.example import Example
+from unimed_jax.evaluate import metrics, report_metrics
+from unimed_jax.interop import unimed_pth
+from unimed_jax.model.decoder import Cache, Span
+from unimed_jax.model.generate import extended_span, generate
+from unimed_jax.model.unimed import Output, loss_sums, parameters, span_of, with_parameters
+from unimed_jax.model.vision import normalise, resize_positions
+from unimed_jax.train.optimizer import Optimizer, leaf_rules, learning_rate
+from unimed_jax.train.step import TrainState, make_step
+
+GRAD_RULES = (
+    ("vision/*", "freeze", 1.0, None),
+    ("*lora_?", "train", 1.0, None),
+    ("connector/*", "train", 1.0, None),
+    ("*", "freeze", 1.0, None),
+)
+
+
+def pytest_generate_tests(metafunc):
+    folder = Path(metafunc.config.getoption("--goldens") or Path(__file__).parent / "goldens/uni_med")
+    data = golden_files.manifest(folder)
+    if "case_name" in metafunc.fixturenames:
+        metafunc.parametrize("case_name", [c["name"] for c in data["cases"]])
+    if "entry" in metafunc.fixturenames:
+        entries = [
+            (split, key)
+            for split, files in data["aux"].items()
+            for key in json.loads((folder / files["json"]).read_text())
+        ]
+        split_count = len(data["aux"])
+        metafunc.parametrize("entry", entries, ids=[k if split_count == 1 else f"{s}-{k}" for s, k in entries])
+    if "broken" in metafunc.fixturenames:
+        metafunc.parametrize("broken", data["broken"], ids=[b["label"] for b in data["broken"]])
+
+
+def test_files(goldens):
+    """Every listed file is there, with its checksum."""
+    for name, entry in golden_files.manifest(goldens)["files"].items():
+        assert hashlib.sha256((goldens / name).read_bytes()).hexdigest() == entry["sha256"], name
+
+
+def close(actual, expected, tolerance, what):
+    worst = float(np.max(np.abs(np.asarray(actual) - np.asarray(expected)))) if np.size(expected) else 0.0
+    assert np.shape(actual) == np.shape(expected) and worst <= tolerance, f"{what}: {worst:.2e} > {tolerance:.0e}"
+
+
+def test_case(goldens, case_name):
+    golden = golden_files.load(goldens, case_name)
+    kind = golden.case.get("kind", "forward")
+    {"forward": check_forward, "generate": check_generate, "train_sequence": check_train_sequence}[kind](golden)
+
+
+def full_logits(model, batch) -> tuple[np.ndarray, Output]:
+    out = model(batch)
+    return np.asarray(model.decoder.logits(out.hidden)), out
+
+
+def check_forward(golden):
+    case, arrays, model = golden.case, golden.arrays, golden.model()
+    batch = golden_files.training_batch(
+        golden, arrays["layout_ids"], arrays["attention_mask"], arrays["targets"], case["image_index"]
+    )
+    check_layout(golden)
+    if case["image_index"] is not None:
+        check_images(golden, model, batch)
+    logits, out = full_logits(model, batch)
+    close(logits[arrays["attention_mask"] == 1], arrays["logits"], 2e-4, "logits")
+    if "routing_weights" in arrays:
+        close(reshape_like(out.routing, arrays["routing_weights"]), arrays["routing_weights"], 2e-5, "routing")
+        close(np.asarray(out.routing).mean((0, 1)), arrays["routing_weights_logged"], 2e-5, "logged routing")
+    total, aux = loss_sums(model, batch, LossConfig(reduction="token"), None, None)
+    close(total / aux["weight"], case["loss"], 2e-5, "loss")
+    if case.get("grads"):
+        check_gradients(golden, model, batch)
+
+
+def reshape_like(x, like):
+    return np.asarray(x).reshape(np.shape(like))  # [B, images * T, ...]
+
+
+def check_images(golden, model, batch):
+    images_ = batch["images"].reshape(-1, *batch["images"].shape[2:])
+    features = model.vision.encode(images_)
+    index = np.asarray(golden.case["image_index"]).reshape(-1)
+    close(features, golden.pool["pool.vit_out"][index], 5e-5, "ViT")
+    close(model.vision(images_), golden.pool["pool.ln_vision_out"][index][:, 1:], 5e-5, "ln_vision")
+    literal = dataclasses.replace(golden.config.connector, form="literal")
+    tasks = batch["image_tasks"].reshape(-1)
+    fast = model.connector(model.vision(images_), tasks)
+    model.connector.config = literal
+    slow = model.connector(model.vision(images_), tasks)
+    model.connector.config = golden.config.connector
+    for form, out in (("fast", fast), ("literal", slow)):
+        expected = golden.arrays["connector_out"]
+        close(reshape_like(out.tokens, expected), expected, 2e-5, f"{form} connector")
+
+
+def specials(golden) -> SimpleNamespace:
+    base = golden.base
+    return SimpleNamespace(bos=base["bos_id"], eos=base["eos_id"], pad=base["pad_id"])
+
+
+def check_layout(golden):
+    """data/layout.py lays the golden's segments and answers out as the original did."""
+    case, arrays, pad = golden.case, golden.arrays, golden.base["pad_id"]
+    segments = [s if s and isinstance(s[0], list) else [s] for s in case["prompt_segments"]]
+    answers = [np.trim_zeros(np.array(row) - pad, "b") + pad for row in case["answer_ids"]]
+    batch = layout.training_rows(
+        segments, answers, golden.config.tokens_per_image, specials(golden), tasks=[case["task"]] * len(answers)
+    )
+    ids = np.where(batch["visual"] >= 0, -1, batch["tokens"])
+    # The original's rows end with the padding of the longest answer; ours end with the longest row.
+    length = ids.shape[1]
+    assert (arrays["layout_ids"][:, length:] == pad).all() and not arrays["attention_mask"][:, length:].any()
+    np.testing.assert_array_equal(ids, arrays["layout_ids"][:, :length])
+    np.testing.assert_array_equal(batch["segments"] > 0, arrays["attention_mask"][:, :length] == 1)
+    targets = np.full(ids.shape, -100)
+    rows, columns = np.nonzero(batch["weights"])
+    targets[rows, batch["target_index"][rows, columns] + 1] = batch["targets"][rows, columns]
+    np.testing.assert_array_equal(targets, arrays["targets"][:, :length])
+
+
+def train_setup(golden, model, optimizer: OptimizerConfig):
+    config = Config(
+        model=golden.config,
+        loss=LossConfig(reduction="token"),
+        optimizer=optimizer,
+        train=TrainConfig(rules=GRAD_RULES),
+    )
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, lora=dataclasses.replace(config.model.lora, dropout=0.0))
+    )
+    leaves = parameters(model)
+    rules = leaf_rules(leaves, config.train, config.optimizer)
+    trainable = {path: jnp.array(leaf) for path, leaf in leaves.items() if rules[path].train}
+    frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
+    opt = Optimizer(config.optimizer, rules)
+    return make_step(model, config, opt, None), TrainState(jnp.int32(0), trainable, opt.init(trainable)), frozen
+
+
+def check_gradients(golden, model, batch):
+    case, arrays = golden.case, golden.arrays
+    table = unimed_pth.trainable_table(golden.config)
+    settings = case["optimizer"]
+    optimizer = OptimizerConfig(
+        betas=tuple(settings["betas"]), eps=settings["eps"], weight_decay=settings["weight_decay"], skip_unused=True
+    )
+    step, state, frozen = train_setup(golden, model, optimizer)
+
+    def loss(leaves):
+        total, aux = loss_sums(with_parameters(model, leaves), batch, LossConfig(reduction="token"), None, None)
+        return total / aux["weight"]
+
+    grads = unimed_pth.to_published(table, jax.grad(loss)(state.leaves))
+    before = unimed_pth.to_published(table, state.leaves)
+    state, metrics_ = step(state, frozen, batch, settings["lr"])
+    after = unimed_pth.to_published(table, state.leaves)
+    checked = 0
+    for key, expected in arrays.items():
+        name = key.partition("/")[2]
+        if key.startswith("grad/"):
+            close(grads[name], expected, 1e-3 * np.abs(expected).max() + 1e-9, key)
+            checked += 1
+        if key.startswith("after/"):
+            kept = np.abs(arrays[f"grad/{name}"]) >= 1e-6
+            kept |= np.abs(arrays[f"grad/{name}"]) == 0
+            close(np.where(kept, after[name], expected), expected, 5e-6, key)
+    assert checked == len(table_names(table)) - len(set(case["grad_none"]) & table_names(table))
+    for name in set(case["grad_none"]) & table_names(table):
+        np.testing.assert_array_equal(after[name], before[name], err_msg=f"{name} must stay")
+    for name in case["zero_grad"]:
+        assert not np.any(grads[name]), name
+    close(metrics_["grad_norm"], case["grad_global_norm"], 1e-4 * case["grad_global_norm"], "gradient norm")
+
+
+def table_names(table) -> set[str]:
+    return {entry.name for entry in table}
+
+
+def check_train_sequence(golden):
+    case, arrays, model = golden.case, golden.arrays, golden.model()
+    schedule = case["lr_schedule"]
+    optimizer = OptimizerConfig(
+        lr=schedule["init_lr"],
+        min_lr=schedule["min_lr"],
+        warmup_lr=schedule["warmup_start_lr"],
+        warmup_steps=schedule["warmup_steps"],
+        skip_unused=True,
+    )
+    step, state, frozen = train_setup(golden, model, optimizer)
+    total = schedule["max_epoch"] * schedule["iters_per_epoch"]
+    for i, expected in enumerate(case["steps"]):
+        golden.case["task"] = expected["task"]
+        batch = golden_files.training_batch(
+            golden,
+            arrays[f"step{i}/layout_ids"],
+            arrays[f"step{i}/attention_mask"],
+            arrays[f"step{i}/targets"],
+            expected["image_index"],
+        )
+        lr = learning_rate(i, total, optimizer)
+        assert lr == pytest.approx(expected["lr"], rel=1e-12)
+        state, metrics_ = step(state, frozen, batch, lr)
+        close(metrics_["loss"], expected["loss"], 2e-5, f"loss of step {i}")
+    table = unimed_pth.trainable_table(golden.config)
+    final = unimed_pth.to_published(table, state.leaves)
+    for key, expected in arrays.items():
+        if key.startswith("final/"):
+            close(final[key.removeprefix("final/")], expected, 2e-5, key)
+    counts = {
+        path: np.broadcast_to(state.moments.count[path], leaf.shape) for path, leaf in state.leaves.items()
+    }
+    for name, count in unimed_pth.to_published(table, counts).items():
+        assert set(np.unique(count)) == {case["adam_step_counts"][name]}, name
+
+
+def check_generate(golden):
+    """Greedy tokens of the jitted loop; every step's logits from the cache, teacher-forced; positions."""
+    case, arrays, base, model = golden.case, golden.arrays, golden.base, golden.model()
+    tokens_per_image = golden.config.tokens_per_image
+    segments, calls = [], list(case["token_calls"])
+    for text in case["texts"]:
+        count = text.count("<ImageHere>") + 1
+        segments.append([ids for _, ids, _ in calls[:count]])
+        del calls[:count]
+    mask = arrays["left_padded_mask"]
+    rows, length = mask.shape
+    prompts_ = []
+    for parts in segments:
+        assert parts[0][0] == base["bos_id"]  # the recorded ids carry both BOS; one of them is layout's
+        parts = [parts[0][1:], *parts[1:]]
+        encoded = layout.encode_ids(parts, [], tokens_per_image, base["bos_id"], task=case["task"])
+        prompts_.append(layout.Group((encoded,)))
+    slots = max(len(parts) - 1 for parts in segments)
+    shape = layout.RowShape(length, slots, 0, tokens_per_image, golden.config.vision.image_size)
+    batch = layout.prompt_batch(prompts_, shape, base["pad_id"])
+    np.testing.assert_array_equal(batch["segments"] > 0, mask == 1)
+    real = mask == 1
+    np.testing.assert_array_equal(batch["positions"][real], arrays["first_position_ids"][real])
+    size = golden.config.vision.image_size
+    if case["image_index"] is None:
+        batch["images"] = np.zeros((rows, 0, size, size, 3), np.float32)
+    else:
+        batch["images"] = golden.images(case["image_index"])
+    batch["image_tasks"] = np.full(batch["images"].shape[:2], golden.task, np.int32)
+    embedded, _ = model.embed(batch)
+    close(np.asarray(embedded)[real], arrays["left_padded_embs"][real], 2e-5, "prompt embeddings")
+
+    output = arrays["output_ids"][:, 1:]
+    new = case["generate_kwargs"]["max_new_tokens"]
+    tokens = generate(model, batch, max_new_tokens=new, eos=base["eos_id"], pad=0)
+    np.testing.assert_array_equal(np.asarray(tokens)[:, : output.shape[1]], output)
+
+    span = extended_span(batch, output.shape[1])
+    cache: Cache | None = model.decoder.empty_cache(span, jnp.float32)
+    hidden, cache = model.decoder(embedded, span_of(batch), cache, 0)
+    alive = np.ones(rows, bool)
+    for n in range(arrays["step_logits"].shape[1]):
+        logits = np.asarray(model.decoder.logits(hidden[:, -1]))
+        close(logits[alive], arrays["step_logits"][alive, n], 2e-4, f"logits of step {n}")
+        alive &= output[:, n] != base["eos_id"]
+        if n + 1 == output.shape[1]:
+            break
+        place = length + n
+        here = Span(*(s[:, place : place + 1] for s in span))
+        np.testing.assert_array_equal(here.positions[alive], arrays[f"position_ids_step{n + 1}"][alive])
+        hidden, cache = model.decoder(
+            model.decoder.embed(jnp.asarray(output[:, n : n + 1]), jnp.float32), here, cache, place
+        )
+
+
+def test_aux(goldens, entry):
+    split, key = entry
+    files = golden_files.manifest(goldens)["aux"][split]
+    value = json.loads((goldens / files["json"]).read_text())[key]
+    tensors = load_file(goldens / files["tensors"])
+    AUX[key](value, tensors)
+
+
+def aux_preprocess(rows, tensors):
+    vision = golden_files.VisionConfig()
+    for row in rows:
+        image = tensors[f"{row['key']}.uint8_hwc"]
+        assert list(image.shape[:2]) == row["in_hw"]
+        out = normalise(jnp.asarray(images.resize(image, row["image_size"])), vision, "float32")
+        close(np.asarray(out).transpose(2, 0, 1), tensors[f"{row['key']}.out_chw"], 1e-5, row["key"])
+    for key in tensors:
+        if key.endswith("posembed.in") or key == "posembed.in":
+            out = tensors[key.replace(".in", ".out")]
+            grid = round((out.shape[1] - 1) ** 0.5)
+            close(resize_positions(tensors[key][0], grid, 1), out[0], 1e-5, "position resize")
+
+
+def aux_text(rows, tensors):
+    for text, expected in rows:
+        assert prompts.cut_words(text, 50) == expected
+
+
+def aux_normalize_word(rows, tensors):
+    for text, expected in rows:
+        assert metrics.normalise_answer(text) == expected
+
+
+def aux_iou(rows, tensors):
+    for a, b, expected in rows:
+        assert metrics.published_iou(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+def aux_lr(rows, tensors):
+    for table in rows:
+        args = table["args"]
+        start = args["warmup_start_lr"] if args["warmup_start_lr"] >= 0 else args["init_lr"]
+        config = OptimizerConfig(
+            lr=args["init_lr"], min_lr=args["min_lr"], warmup_lr=start, warmup_steps=args["warmup_steps"]
+        )
+        total = args["max_epoch"] * args["iters_per_epoch"]
+        for epoch, step, expected in table["rows"]:
+            lr = learning_rate(epoch * args["iters_per_epoch"] + step, total, config)
+            assert lr == pytest.approx(expected, rel=1e-9), (epoch, step)
+
+
+def aux_multi_iter(value, tensors):
+    from unimed_jax.data.pipeline import source_order
+    order = source_order(value["ratios"], value["python_random_seed"])
+    assert [next(order) for _ in value["first_100"]] == value["first_100"]
+
+
+def test_report_metrics(goldens):
+    data = golden_files.manifest(goldens)
+    value = json.loads((goldens / data["report_metrics"]["file"]).read_text())
+    missing = report_metrics.why_no_java_metrics()
+    scores = report_metrics.report_scores(value["pairs"])
+    for name, expected in value.items():
+        if isinstance(expected, float):
+            if missing and name.startswith(("bleu", "meteor")):
+                assert scores[name] == missing
+                continue
+            assert scores[name] == pytest.approx(expected, abs=1e-6), name
+
+
+def test_broken(goldens, broken):
+    """What the original cannot run is refused with a sentence; what it can run is accepted."""
+    data = golden_files.manifest(goldens)
+    base = next(iter(data["bases"].values()))
+    settings = {
+        **{"projector_type": "moe_mlp", "router_type": "soft", "router_method": "router_task_token"},
+        **{"resample_method": "projection", "resample_rate": 4, "num_experts": 5, "num_task_tokens": 1},
+        **{"sparse_topk": 2, "task_token_c": base["task_token_c"]},
+        **{k: v for k, v in broken["config"].items() if k != "has_moe"},
+    }
+    label = broken["label"]
+    if label == "task qa with image":
+        with pytest.raises(UserError, match="text only"):
+            prompts.build(Example("r1", "qa", "why?", "so", image="i"), 0, Config().text, evaluation=False)
+    elif label.startswith("hard with 3 experts"):
+        task = next(t for t in VISUAL_TASKS if t in label)
+        config = Config(
+            model=dataclasses.replace(Config().model, connector=golden_files.connector_config(settings)),
+            data=dataclasses.replace(Config().data, sources=(SourceConfig(tasks=(task,)),)),
+        )
+        refuses = contextlib.nullcontext() if broken["stage"] == "ok" else pytest.raises(UserError, match=task)
+        with refuses:
+            from_config_dict(to_dict(config))
+    elif broken["stage"] == "ok" and "silently" not in label:
+        golden_files.model_config(base, settings)
+    elif broken["stage"] == "encode_img" and broken["config"].get("has_moe", True) != settings["projector_type"].startswith("moe_"):
+        golden_files.model_config(base, settings)  # only the contradiction was broken, and it cannot be said here
+    else:
+        with pytest.raises(UserError):
+            golden_files.model_config(base, settings)
+
+
+AUX = {
+    name.removeprefix("aux_"): function for name, function in list(globals().items()) if name.startswith("aux_")
+}

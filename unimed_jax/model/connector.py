@@ -1,0 +1,199 @@
+"""The connector mixture of experts, CMoE (Uni-Med section 3.2): aggregation, router, projection experts.
+
+Experts are stored concatenated, so that all of them are two matrix products and any number of them
+shards over any number of chips. The router's first layer is stored as two kernels, one for the task
+token and one for the visual token; its task half is computed once per task. `form="literal"` runs the
+same parameters as the original's loop over experts; it is the reference the fast form is tested against.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, ModelConfig
+from unimed_jax.model.layers import ACTIVATIONS, Linear, normal, spread
+
+
+class ConnectorOutput(NamedTuple):
+    tokens: Array  # [N, T, decoder width]
+    routing: Array | None  # [N, T, experts], float32; None for a dense connector
+
+
+def aggregate(x: Float[Array, "N patches width"], kind: str, rate: int) -> Float[Array, "N T features"]:
+    """Patch features -> T = patches / rate visual tokens.
+
+    projection: `rate` consecutive raster patches side by side (the published strip); block: a square of
+    them; avgpool, maxpool: over 2x2 patches.
+    """
+    images, patches, width = x.shape
+    if kind == "projection":
+        return x.reshape(images, patches // rate, rate * width)  # [N, T, rate * width]
+    grid, side = round(patches**0.5), round(rate**0.5)
+    x = x.reshape(images, grid // side, side, grid // side, side, width).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(images, patches // rate, rate, width)  # [N, T, rate, width]
+    if kind == "block":
+        return x.reshape(images, patches // rate, rate * width)  # [N, T, rate * width]
+    return x.mean(axis=2) if kind == "avgpool" else x.max(axis=2)
+
+
+def visual_features(config: ModelConfig) -> int:
+    """Channels of an aggregated visual token: the connector's input width, also a task token's."""
+    joined = config.connector.aggregation in ("projection", "block")
+    return config.vision.width * (config.connector.rate if joined else 1)
+
+
+class Experts(nnx.Module):
+    """Projection experts, concatenated over E.
+
+    moe_mlp: up [D, E*H], up_bias [E*H], down [E*H, O], bias [E, O]; moe_linear: up [D, E*O], bias [E, O].
+    """
+
+    def __init__(self, config: ConnectorConfig, width: int, out: int, rngs: nnx.Rngs):
+        count, mlp = config.experts, config.kind == "moe_mlp"
+        self.count, self.activation = count, config.activation
+        inner = (config.hidden or out) if mlp else out
+        self.up = nnx.Param(normal(rngs.params(), (width, count * inner), width**-0.5))
+        self.bias = nnx.Param(jnp.zeros((count, out)))
+        self.up_bias = nnx.Param(jnp.zeros(count * inner)) if mlp else None
+        down = normal(rngs.params(), (count * inner, out), inner**-0.5) if mlp else None
+        self.down = None if down is None else nnx.Param(down)
+
+    def __call__(self, x: Float[Array, "N T D"], routing: Float[Array, "N #T E"]) -> Float[Array, "N T O"]:
+        """sum_e routing_e * expert_e(x): the weights scale each expert's hidden part before one product."""
+        images, tokens, width = x.shape
+        routing = jnp.broadcast_to(routing, (images, tokens, self.count)).reshape(-1, self.count, 1)  # [N * T, E, 1]
+        routing = routing.astype(x.dtype)
+        x = x.reshape(-1, width)  # [N * T, D]
+        h = x @ self.up[...].astype(x.dtype)
+        bias = jnp.einsum("ne,eo->no", routing[..., 0], self.bias[...].astype(x.dtype))
+        if self.down is None:
+            y = (h.reshape(len(x), self.count, -1) * routing).sum(axis=1)  # [N * T, O]
+        else:
+            assert self.up_bias is not None
+            h = ACTIVATIONS[self.activation](h + self.up_bias[...].astype(x.dtype)[None])
+            h = (h.reshape(len(x), self.count, -1) * routing).reshape(h.shape)  # [N * T, E * H]
+            y = h @ self.down[...].astype(x.dtype)
+        return (y + bias).reshape(images, tokens, -1)  # [N, T, O]
+
+    def literal(self, x: Float[Array, "N T D"], routing: Float[Array, "N #T E"]) -> Float[Array, "N T O"]:
+        """The original's loop: run every expert, weight its output, add up."""
+        ups = jnp.split(self.up[...].astype(x.dtype), self.count, axis=1)
+        total = jnp.zeros((), x.dtype)
+        for e in range(self.count):
+            y = x @ ups[e]
+            if self.down is not None:
+                assert self.up_bias is not None
+                up_bias = jnp.split(self.up_bias[...].astype(x.dtype), self.count)[e]
+                down = jnp.split(self.down[...].astype(x.dtype), self.count, axis=0)[e]
+                y = ACTIVATIONS[self.activation](y + spread(up_bias, y)) @ down
+            total += routing[..., e : e + 1].astype(x.dtype) * (y + spread(self.bias[...][e].astype(x.dtype), y))
+        return total
+
+
+class Router(nnx.Module):
+    """MLP over concat(task token, visual token) -> expert logits (Uni-Med eq. of the router; exact GELU).
+
+    task_kernel [C, R] for a task token of width C, token_kernel [D, R], bias [R], out_kernel [R, E], out_bias [E].
+    """
+
+    def __init__(self, config: ConnectorConfig, width: int, rngs: nnx.Rngs):
+        self.activation, inputs, experts = config.activation, config.router_input, config.experts
+        widths = {"task": config.task_token_width or width, "token": width}
+        widths = {name: w for name, w in widths.items() if name in inputs.split("_")}
+        total = sum(widths.values())
+        hidden = config.router_hidden or 4 * total
+        kernels = {name: normal(rngs.params(), (w, hidden), total**-0.5) for name, w in widths.items()}
+        self.task_kernel = nnx.Param(kernels["task"]) if "task" in kernels else None
+        self.token_kernel = nnx.Param(kernels["token"]) if "token" in kernels else None
+        self.bias = nnx.Param(jnp.zeros(hidden))
+        self.out_kernel = nnx.Param(normal(rngs.params(), (hidden, experts), hidden**-0.5))
+        self.out_bias = nnx.Param(jnp.zeros(experts))
+
+    def __call__(
+        self, x: Float[Array, "N T D"], tasks: Int[Array, "N"], task_tokens: Float[Array, "tasks C"] | None
+    ) -> Float[Array, "N #T E"]:
+        """Logits in float32; T is 1 where only the task token is read."""
+        hidden = self.bias[...].astype(x.dtype)[None, None]
+        if self.task_kernel is not None:
+            assert task_tokens is not None
+            table = task_tokens.astype(x.dtype) @ self.task_kernel[...].astype(x.dtype)  # [tasks, R]
+            hidden = hidden + table[tasks][:, None]  # [N, 1, R]
+        if self.token_kernel is not None:
+            hidden = hidden + x @ self.token_kernel[...].astype(x.dtype)  # [N, T, R]
+        return self._out(hidden)
+
+    def literal(
+        self, x: Float[Array, "N T D"], tasks: Int[Array, "N"], task_tokens: Float[Array, "tasks C"] | None
+    ) -> Float[Array, "N #T E"]:
+        """The original's form: the task token repeated beside every visual token, one product."""
+        kernels = [k[...] for k in (self.task_kernel, self.token_kernel) if k is not None]
+        parts = []
+        if self.task_kernel is not None:
+            assert task_tokens is not None
+            repeated = jnp.repeat(task_tokens[tasks][:, None], x.shape[1], axis=1)  # [N, T, C]
+            parts.append(repeated.astype(x.dtype))
+        if self.token_kernel is not None:
+            parts.append(x)
+        hidden = jnp.concatenate(parts, axis=-1) @ jnp.concatenate(kernels).astype(x.dtype)
+        return self._out(hidden + spread(self.bias[...].astype(x.dtype), hidden))
+
+    def _out(self, hidden: Float[Array, "N T R"]) -> Float[Array, "N T E"]:
+        hidden = ACTIVATIONS[self.activation](hidden)
+        logits = (hidden @ self.out_kernel[...].astype(hidden.dtype)).astype(jnp.float32)
+        return logits + spread(self.out_bias[...], logits)
+
+
+def route(
+    logits: Float[Array, "N T E"] | None, kind: str, top_k: int, tasks: Int[Array, "N"], experts: int
+) -> Float[Array, "N #T E"]:
+    """Expert weights. soft: sigmoid over its sum (not softmax); sparse: softmax over the top k, others 0;
+    hard: one-hot of the task's index; constant: 1/E (Uni-Med section 3.2)."""
+    if kind == "hard":
+        return jax.nn.one_hot(tasks, experts)[:, None]  # [N, 1, E]
+    if kind == "constant":
+        return jnp.full((len(tasks), 1, experts), 1 / experts)
+    assert logits is not None
+    if kind == "soft":
+        weights = jax.nn.sigmoid(logits)
+        return weights / weights.sum(axis=-1, keepdims=True)
+    kept = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], experts, dtype=bool).any(axis=-2)
+    return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+
+
+class Connector(nnx.Module):
+    """Patch features of N images, each with its task -> visual tokens in the decoder's width."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = c = config.connector
+        width, out = visual_features(config), config.decoder.width
+        depth = 0 if c.is_moe else 1 if c.kind == "linear" else int(c.kind[3 : c.kind.index("x")])
+        tokens = normal(rngs.params(), (len(VISUAL_TASKS), c.task_token_width or width), 0.02) if c.task_tokens else None
+        routed = c.is_moe and c.router in ("soft", "sparse")
+        self.task_tokens = None if tokens is None else nnx.Param(tokens)
+        self.router = Router(c, width, rngs) if routed else None
+        self.experts = Experts(c, width, out, rngs) if c.is_moe else None
+        self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(depth)])
+
+    def __call__(self, patches: Float[Array, "N patches width"], tasks: Int[Array, "N"]) -> ConnectorOutput:
+        """`tasks`: ids in VISUAL_TASKS; an unused slot (-1) is routed like task 0 and read by nobody."""
+        c = self.config
+        x = aggregate(patches, c.aggregation, c.rate)
+        if self.experts is None:
+            for i, layer in enumerate(self.layers):
+                x = layer(ACTIVATIONS[c.activation](x) if i else x)
+            return ConnectorOutput(x, None)
+        tasks = jnp.maximum(tasks, 0)
+        literal = c.form == "literal"
+        logits = None
+        if self.router is not None:
+            task_tokens = None if self.task_tokens is None else self.task_tokens[...]
+            run_router = self.router.literal if literal else self.router
+            logits = run_router(x, tasks, task_tokens)
+        routing = route(logits, c.router, c.top_k, tasks, c.experts)
+        tokens = (self.experts.literal if literal else self.experts)(x, routing)
+        return ConnectorOutput(tokens, jnp.broadcast_to(routing, (*x.shape[:2], c.experts)))
+
+

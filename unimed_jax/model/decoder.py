@@ -1,0 +1,178 @@
+"""The language decoder: one pre-norm block for the LLaMA family, layers stacked and scanned."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from unimed_jax.config import DecoderConfig, LoraConfig
+from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, rope_frequencies, rotate, stack
+
+
+class Span(NamedTuple):
+    """Where the tokens of a batch of rows stand; all int32 [B, S].
+
+    segments: 0 is padding, else the segment's number in its row. prefixes: the segment whose tokens are
+    visible besides a token's own (several questions behind one image); its own number where there is none.
+    """
+
+    positions: Array
+    segments: Array
+    prefixes: Array
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers [layers, B, C, kv_heads, head], and the span of the C places."""
+
+    keys: Array
+    values: Array
+    span: Span
+
+
+def visible(
+    query: Span, key: Span, query_start: Int[Array, ""] | int = 0, window: Int[Array, ""] | int = 0
+) -> Bool[Array, "B S K"]:
+    """Which keys a query sees: real ones, not behind it in the row, of its own segment or its prefix,
+    and at most `window` positions back (0: any). The one mask for packed training and cached decoding."""
+    q_index = query_start + jnp.arange(query.segments.shape[1])[None, :, None]  # [1, S, 1]
+    k_index = jnp.arange(key.segments.shape[1])[None, None, :]  # [1, 1, K]
+    q_segment, q_prefix, k_segment = query.segments[:, :, None], query.prefixes[:, :, None], key.segments[:, None, :]
+    mask = (k_segment != 0) & (k_index <= q_index) & ((k_segment == q_segment) | (k_segment == q_prefix))
+    distance = query.positions[:, :, None] - key.positions[:, None, :]
+    return mask & ((window == 0) | (distance < window))
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.config = c = config
+
+        def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
+            adapter = lora if lora and name in lora.targets else None
+            bias = name in c.attention_bias
+            return Linear(width_in, width_out, bias=bias, std=std, lora=adapter, rngs=rngs)
+
+        self.q = linear("q", c.width, c.heads * c.head_dim)
+        self.k = linear("k", c.width, c.kv_heads * c.head_dim)
+        self.v = linear("v", c.width, c.kv_heads * c.head_dim)
+        self.o = linear("o", c.heads * c.head_dim, c.width, std=(2 * c.depth * c.heads * c.head_dim) ** -0.5)
+
+    def __call__(self, x, span: Span, mask, cached, start, dropout):
+        """x [B, S, D] -> ([B, S, D], (keys, values)); `cached` (keys, values) of [B, C, kv_heads, head] is
+        filled from place `start` on and attended instead of x's own keys."""
+        c = self.config
+        batch, length, _ = x.shape
+        q = self.q(x, dropout[0]).reshape(batch, length, c.heads, c.head_dim)  # [B, S, heads, d]
+        k = self.k(x, dropout[1]).reshape(batch, length, c.kv_heads, c.head_dim)  # [B, S, kv_heads, d]
+        v = self.v(x, dropout[2]).reshape(batch, length, c.kv_heads, c.head_dim)  # [B, S, kv_heads, d]
+        rotary = 2 * int(c.head_dim * c.rotary_fraction / 2)
+        frequencies = rope_frequencies(rotary, c.rope_theta, c.rope_scaling)
+        q, k = rotate(q, span.positions, frequencies), rotate(k, span.positions, frequencies)
+        if cached is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cached[0], k, start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cached[1], v, start, axis=1)
+        out = attend(q, k, v, mask, c.attention_softcap)
+        return self.o(out.reshape(batch, length, -1), dropout[3]), (k, v)  # [B, S, heads * d] in
+
+
+class Mlp(nnx.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.activation = config.activation
+
+        def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
+            adapter = lora if lora and name in lora.targets else None
+            return Linear(width_in, width_out, bias=config.mlp_bias, std=std, lora=adapter, rngs=rngs)
+
+        self.gate = linear("gate", config.width, config.mlp_width)
+        self.up = linear("up", config.width, config.mlp_width)
+        self.down = linear("down", config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5)
+
+    def __call__(self, x: Float[Array, "B S D"], dropout) -> Float[Array, "B S D"]:
+        hidden = ACTIVATIONS[self.activation](self.gate(x, dropout[0])) * self.up(x, dropout[1])
+        return self.down(hidden, dropout[2])
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.norm1 = Norm(config.width, config.norm, config.norm_eps)
+        self.attention = Attention(config, lora, rngs)
+        self.norm2 = Norm(config.width, config.norm, config.norm_eps)
+        self.mlp = Mlp(config, lora, rngs)
+
+    def __call__(self, x, span: Span, mask, cached, start, dropout_key):
+        dropout = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+        attended, kv = self.attention(self.norm1(x), span, mask, cached, start, dropout[:4])
+        x = x + attended
+        return x + self.mlp(self.norm2(x), dropout[4:]), kv
+
+
+class Decoder(nnx.Module):
+    """Token embeddings in, hidden states out; the head is a separate call, made on answer positions only."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
+        self.config = c = config
+        adapter = lora if lora.rank else None
+        self.embedding = nnx.Param(normal(rngs.params(), (c.vocab, c.width), 0.02))
+        self.layers = stack(lambda r: Layer(c, adapter, r), c.depth, rngs)
+        self.norm = Norm(c.width, c.norm, c.norm_eps)
+        self.head = None if c.tied_head else nnx.Param(normal(rngs.params(), (c.width, c.vocab), 0.02))
+
+    def embed(self, tokens: Int[Array, "B S"], dtype) -> Float[Array, "B S D"]:
+        return self.embedding[...][tokens].astype(dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        span: Span,
+        cache: Cache | None = None,
+        start: Int[Array, ""] | int = 0,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """Hidden states after the last norm. With a cache, x stands at its places start .. start + S - 1
+        (`cache.span` must already say so) and the filled cache comes back."""
+        windows = jnp.resize(jnp.asarray(self.config.windows or (0,), jnp.int32), self.config.depth)
+        key_span = span if cache is None else cache.span
+        shared_mask = None if self.config.windows else visible(span, key_span, start)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.depth)
+        cached = None if cache is None else (cache.keys, cache.values)
+
+        def body(x, inputs):
+            layer, cached, window, key = inputs
+            mask = visible(span, key_span, start, window) if shared_mask is None else shared_mask
+            x, kv = layer(x, span, mask, cached, start, key)
+            return x, kv if cache is not None else None
+
+        x, kv = jax.lax.scan(body, x, (self.layers, cached, windows, keys))
+        return self.norm(x), None if cache is None else Cache(*kv, cache.span)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
+        """float32 logits."""
+        head = self.embedding[...].T if self.head is None else self.head[...]
+        logits = (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def empty_cache(self, span: Span, dtype) -> Cache:
+        """A cache of zeros for rows whose C places are described by `span`."""
+        c = self.config
+        shape = (c.depth, *span.segments.shape, c.kv_heads, c.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), span)
+
+
+def merge_lora(decoder: Decoder) -> Decoder:
+    """The decoder with every adapter folded into its kernel: W + (alpha / rank) A B, and no adapters left."""
+
+    def merge(module):
+        if isinstance(module, Linear) and module.lora_a is not None:
+            assert module.lora_b is not None
+            update = jnp.einsum("...ir,...ro->...io", module.lora_a[...], module.lora_b[...]) * module.lora_scale
+            module.kernel = nnx.Param((module.kernel[...] + update).astype(module.kernel[...].dtype))
+            module.lora_a = module.lora_b = None
+
+    merged = nnx.clone(decoder)
+    for _, module in nnx.iter_modules(merged):
+        merge(module)
+    return merged

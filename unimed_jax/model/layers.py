@@ -1,0 +1,150 @@
+"""Building blocks shared by the vision encoder, the connector and the decoder.
+
+Every module is a pytree of `nnx.Param` leaves. Stacked layers are modules whose leaves carry a leading
+[layers] axis (`stack`), consumed by `jax.lax.scan`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from unimed_jax.config import LoraConfig, RopeScaling
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+
+def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Array:
+    return std * jax.random.normal(key, shape, jnp.float32)
+
+
+def spread(vector: Float[Array, "width"], like: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    """A per-channel vector over all leading axes (ranks are never promoted silently here)."""
+    return jnp.broadcast_to(vector, like.shape)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules of one kind as one module whose leaves have a leading [count] axis."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+
+
+class Linear(nnx.Module):
+    """y = x W + b, and with an adapter + (alpha / rank) dropout(x) A B (LoRA, arXiv 2106.09685).
+
+    kernel [in, out], bias [out], lora_a [in, rank], lora_b [rank, out].
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        bias: bool = True,
+        std: float | None = None,
+        lora: LoraConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
+        std = width_in**-0.5 if std is None else std
+        self.kernel = nnx.Param(normal(rngs.params(), (width_in, width_out), std))
+        self.bias = nnx.Param(jnp.zeros(width_out)) if bias else None
+        self.lora_scale = lora.alpha / lora.rank if lora else 0.0
+        self.lora_dropout = lora.dropout if lora else 0.0
+        self.lora_a = nnx.Param(normal(rngs.params(), (width_in, lora.rank), width_in**-0.5)) if lora else None
+        self.lora_b = nnx.Param(jnp.zeros((lora.rank, width_out))) if lora else None
+
+    def __call__(
+        self, x: Float[Array, "*batch in"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "*batch out"]:
+        """Computes in x's dtype; `dropout_key` None: no dropout (evaluation)."""
+        shape = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])  # [batch, in]: one plain product, twice as fast on CPU
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)[None]
+        if self.lora_a is not None:
+            assert self.lora_b is not None
+            if dropout_key is not None and self.lora_dropout > 0:
+                keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
+            y += (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.lora_scale
+        return y.reshape(*shape, -1)  # [*batch, out]
+
+
+class Norm(nnx.Module):
+    """LayerNorm ("layer": scale and bias) or RMSNorm ("rms": scale), computed in float32."""
+
+    def __init__(self, width: int, kind: str, eps: float):
+        self.kind, self.eps = kind, eps
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width)) if kind == "layer" else None
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = layer_norm(y, self.eps) * spread(self.scale[...], y) + spread(self.bias[...], y)
+            return y.astype(x.dtype)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * spread(self.scale[...], y)).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*batch width"], eps: float) -> Float[Array, "*batch width"]:
+    """LayerNorm with weight 1 and bias 0."""
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+
+
+def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
+    """Radians per position of the `rotary` / 2 rotated pairs; `scaling` as in Llama-3.1."""
+    frequency = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+    if scaling is None:
+        return frequency
+    wavelength = 2 * jnp.pi / frequency
+    low = scaling.original_positions / scaling.low_freq_factor
+    high = scaling.original_positions / scaling.high_freq_factor
+    smooth = (scaling.original_positions / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    return jnp.where(wavelength > low, frequency / scaling.factor, jnp.where(wavelength < high, frequency, between))
+
+
+def rotate(
+    x: Float[Array, "B S heads head"], positions: Int[Array, "B S"], frequencies: Float[Array, "half"]
+) -> Float[Array, "B S heads head"]:
+    """Rotary embedding of the first 2 * half channels, pairs split in halves (Hugging Face's order)."""
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]  # [B, S, 1, half]
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    half = frequencies.shape[0]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def attend(
+    q: Float[Array, "B S heads head"],
+    k: Float[Array, "B K kv_heads head"],
+    v: Float[Array, "B K kv_heads head"],
+    mask: Bool[Array, "B S K"] | None,
+    softcap: float | None = None,
+) -> Float[Array, "B S heads head"]:
+    """Scaled dot-product attention, softmax in float32; heads share keys in groups (GQA).
+
+    A query that may see nothing (padding) gets the mean of all values: finite, and never read.
+    """
+    batch, length, heads, head = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, length, groups, heads // groups, head)  # [B, S, G, R, d]
+    scores = jnp.einsum("bsgrd,bkgd->bgrsk", q, k, preferred_element_type=jnp.float32) * head**-0.5
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bgrsk,bkgd->bsgrd", weights, v)
+    return out.reshape(batch, length, heads, head)  # [B, S, heads, d]

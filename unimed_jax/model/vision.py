@@ -1,0 +1,143 @@
+"""The vision encoder: a pre-norm ViT, EVA-CLIP-g by configuration (Uni-Med section 3.1)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from unimed_jax.config import VisionConfig
+from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, spread, stack
+
+
+class Attention(nnx.Module):
+    """Self-attention with one stored product for q, k, v; EVA biases q and v only."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.heads = config.heads
+        self.qkv = Linear(width, 3 * width, bias=False, rngs=rngs)
+        self.q_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias != "none" else None
+        self.k_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias == "qkv" else None
+        self.v_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias != "none" else None
+        self.out = Linear(width, width, std=(2 * config.depth * width) ** -0.5, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "N P width"]) -> Float[Array, "N P width"]:
+        images, patches, width = x.shape
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = (
+            (y if bias is None else y + spread(bias[...].astype(y.dtype), y)).reshape(images, patches, self.heads, -1)
+            for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+        )  # [N, P, heads, d]
+        return self.out(attend(q, k, v, None).reshape(images, patches, width))  # [N, P, width]
+
+
+class Block(nnx.Module):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.norm1 = Norm(config.width, "layer", config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.norm2 = Norm(config.width, "layer", config.norm_eps)
+        self.up = Linear(config.width, config.mlp_width, rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "N P width"]) -> Float[Array, "N P width"]:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
+
+
+class VisionEncoder(nnx.Module):
+    """Images -> patch features [N, patches, width]; a class token is used inside and dropped at the end."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.config = config
+        width = config.width
+        extra = int(config.cls_token)
+        # [patch * patch * 3, width], pixels of a patch in (row, column, channel) order
+        self.patch = Linear(3 * config.patch_size**2, width, bias=config.patch_bias, rngs=rngs)
+        self.cls = nnx.Param(normal(rngs.params(), (width,), 0.02)) if config.cls_token else None
+        positions = normal(rngs.params(), (extra + config.patches, width), 0.02)
+        if config.position_init == "sincos":
+            positions = positions.at[extra:].set(sincos_positions(config.grid, width))
+        self.positions = nnx.Param(positions)
+        self.pre_norm = Norm(width, "layer", config.norm_eps) if config.pre_norm else None
+        # Blocks behind the feature layer are never run, so they are not built.
+        self.blocks = stack(lambda r: Block(config, r), config.depth + 1 + config.feature_layer, rngs)
+        self.output_norm = Norm(width, "layer", config.output_norm_eps) if config.output_norm else None
+
+    def __call__(self, images: Float[Array, "N height width_px 3"]) -> Float[Array, "N patches width"]:
+        """Normalised images (see `normalise`), square with side `image_size`, in the compute dtype."""
+        x = self.encode(images)
+        x = x[:, int(self.config.cls_token) :]
+        return x if self.output_norm is None else self.output_norm(x)
+
+    def encode(self, images: Float[Array, "N height width_px 3"]) -> Float[Array, "N tokens width"]:
+        """The last used block's output, class token (if any) first, before any output norm."""
+        x = self.patch(patchify(images, self.config.patch_size))
+        if self.cls is not None:
+            cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([cls, x], axis=1)  # [N, 1 + P, width]
+        x += self.positions[...].astype(x.dtype)[None]
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        return jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)[0]
+
+
+def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
+    """uint8 pixels -> (x / 255 - mean) / std in `dtype`; floats are taken as normalised already."""
+    if images.dtype == jnp.uint8:
+        scale = 1 / (255 * np.asarray(config.std, np.float32))
+        offset = np.asarray(config.mean, np.float32) / np.asarray(config.std, np.float32)
+        images = images.astype(jnp.float32)
+        images = images * spread(scale, images) - spread(offset, images)
+    return images.astype(dtype)
+
+
+def patchify(images: Float[Array, "N height width_px 3"], patch: int) -> Float[Array, "N patches pixels"]:
+    """Raster-ordered patches, each flattened in (row, column, channel) order."""
+    count, height, width, channels = images.shape
+    x = images.reshape(count, height // patch, patch, width // patch, patch, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)  # [N, rows, columns, p, p, 3]
+    return x.reshape(count, -1, patch * patch * channels)  # [N, P, p * p * 3]
+
+
+def sincos_positions(grid: int, width: int) -> Float[np.ndarray, "patches width"]:
+    """Fixed 2-D sine-cosine positions, rows in the first half of the channels (arXiv 2104.02057)."""
+    frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    angle = np.arange(grid)[:, None] * frequency  # [grid, width / 4]
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [grid, width / 2]
+    rows = np.repeat(axis, grid, axis=0)
+    columns = np.tile(axis, (grid, 1))
+    return 0.5 * np.concatenate([rows, columns], axis=1).astype(np.float32)  # [grid * grid, width]
+
+
+def resize_positions(
+    positions: Float[np.ndarray, "tokens width"], grid: int, extra: int
+) -> Float[np.ndarray, "new_tokens width"]:
+    """Position table for another image size: the grid resized bicubically, class position kept.
+
+    Cubic convolution with a = -0.75 and half-pixel centres without antialiasing (torch's
+    `interpolate(mode="bicubic", align_corners=False)`), as EVA-CLIP's checkpoints are resized.
+    """
+    kept, table = positions[:extra], np.asarray(positions[extra:], np.float64)
+    old = round(len(table) ** 0.5)
+    if old == grid:
+        return positions
+    weights = _cubic_weights(old, grid)  # [grid, old]
+    table = table.reshape(old, old, -1)  # [old, old, width]
+    table = np.einsum("ia,jb,abw->ijw", weights, weights, table)
+    table = table.reshape(grid * grid, -1)  # [grid * grid, width]
+    return np.concatenate([kept, table.astype(positions.dtype)])
+
+
+def _cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    a = -0.75
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centre).astype(int)
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        x = np.abs(centre - (first + tap))
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return weights

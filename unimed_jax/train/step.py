@@ -1,0 +1,74 @@
+"""One training step, jitted once: losses and gradients of the trainable leaves, then AdamW."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from unimed_jax.config import Config
+from unimed_jax.model.unimed import Batch, UniMed, loss_sums, with_parameters
+from unimed_jax.train.optimizer import Leaves, Optimizer, participation
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint must hold so that the next step is the same: leaves, moments, number of steps done."""
+
+    step: Array  # int32 []
+    leaves: Leaves  # trainable, float32
+    moments: Any
+
+
+def make_step(model: UniMed, config: Config, optimizer: Optimizer, coordinate_start: int | None):
+    """-> jitted step(state, frozen leaves, batch, learning rate) -> (state, metrics).
+
+    `model` is abstract (its leaves are replaced). metrics, float32: loss [], task_loss [tasks] (NaN where
+    a task has no answer in the batch), grad_norm [], finite [] bool, routing [visual tasks, E] (mean expert
+    weights over the batch's slots of a task), slots [visual tasks].
+    """
+    connector = config.model.connector
+    reads_task_token = (
+        connector.is_moe and connector.router in ("soft", "sparse") and connector.router_input != "token"
+    )
+    dropout = config.model.lora.rank > 0 and config.model.lora.dropout > 0
+
+    def sums(leaves: Leaves, frozen: Leaves, batch: Batch, key):
+        return loss_sums(with_parameters(model, {**frozen, **leaves}), batch, config.loss, coordinate_start, key)
+
+    def gradients(leaves: Leaves, frozen: Leaves, batch: Batch, key):
+        """Sums over the batch, in `accumulation` micro-batches one after another."""
+        grad = jax.value_and_grad(sums, has_aux=True)
+        micro = config.train.accumulation
+        if micro == 1:
+            return grad(leaves, frozen, batch, key)
+        split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)  # [micro, rows, ...]
+        first = jax.eval_shape(grad, leaves, frozen, jax.tree.map(lambda x: x[0], split), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+        def body(total, inputs):
+            batch, index = inputs
+            part = grad(leaves, frozen, batch, None if key is None else jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, part), None
+
+        return jax.lax.scan(body, zeros, (split, jnp.arange(micro)))[0]
+
+    def step(state: TrainState, frozen: Leaves, batch: Batch, lr: Array):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if dropout else None
+        (total, aux), grads = gradients(state.leaves, frozen, batch, key)
+        weight = aux["weight"]
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        used = participation(state.leaves, batch["image_tasks"], reads_task_token)
+        leaves, moments, norm = optimizer.update(grads, state.moments, state.leaves, lr, used)
+        loss = total / weight
+        metrics = {
+            "loss": loss,
+            "task_loss": aux["task_loss"] / aux["task_weight"],
+            "grad_norm": norm,
+            "finite": jnp.isfinite(loss) & jnp.isfinite(norm),
+            "slots": aux["slots"],
+        }
+        if "routing" in aux:
+            metrics["routing"] = aux["routing"] / jnp.maximum(aux["slots"], 1)[:, None]
+        return TrainState(state.step + 1, leaves, moments), metrics
+
+    return jax.jit(step, donate_argnums=0)
