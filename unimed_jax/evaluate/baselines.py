@@ -1,0 +1,135 @@
+"""Blind baselines: answers without looking at the image, fitted on training examples alone.
+
+A model that reads images must beat the best of them. The one more that needs the model, its answers to
+permuted images, is made in `tasks.py`.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import numpy as np
+
+from unimed_jax.config import UserError
+from unimed_jax.data.example import Example
+from unimed_jax.data.prompts import text_to_box
+from unimed_jax.evaluate.metrics import bleu, ngrams, tokens
+
+Baseline = Callable[[Example], str]
+NEIGHBOURS = 25
+MEDOID_SAMPLE = 256  # training reports; the medoid is sought among and against them
+
+
+def fit(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
+    """Name -> baseline of `task`, each answering one example; {} without a training example of the task.
+
+    Raises UserError where a training box cannot be read (refer's answers, identify's questions).
+    """
+    train = [example for example in train if example.task == task]
+    if not train:
+        return {}
+    if task in ("vqa", "qa", "cls"):
+        fitted = {"majority_per_template": _majority(train, lambda e: e.meta.get("template", ""))}
+        if task == "vqa":  # stronger where one template asks about several structures
+            fitted["majority_per_question"] = _majority(
+                train, lambda e: e.meta.get("template", ""), lambda e: e.question
+            )
+        return fitted
+    if task == "refer":
+        fitted = {"median_box_per_prompt": _median_box(train, lambda e: e.question)}
+        if any(example.meta.get("plane") for example in train):
+            fitted["median_box_per_prompt_and_plane"] = _median_box(
+                train, lambda e: e.question, lambda e: (e.question, e.meta.get("plane", ""))
+            )
+        return fitted
+    if task == "identify":
+        return {f"nearest_{NEIGHBOURS}_boxes": _nearest_boxes(train)}
+    report = medoid([example.answer for example in train])
+    return {"medoid_report": lambda example: report}
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """The commonest answer; the first in the alphabet among equals."""
+    return min(Counter(answers).items(), key=lambda item: (-item[1], item[0]))[0]
+
+
+def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
+    """The report with the highest corpus BLEU-4 against all others of an evenly spaced sample."""
+    step = max(1, len(reports) / sample)
+    chosen = [reports[int(i * step)] for i in range(min(sample, len(reports)))]
+    grams = [[ngrams(tokens(report), order) for report in chosen] for order in (1, 2, 3, 4)]
+    lengths = np.array([sum(counter.values()) for counter in grams[0]], np.float64)
+    sums = np.zeros((len(chosen), 10))  # as `bleu_sums`, a row per candidate, added over all references
+    for order, counters in enumerate(grams):
+        column = {gram: i for i, gram in enumerate(sorted(set().union(*counters)))}
+        counts = np.zeros((len(chosen), len(column)), np.int16)
+        for row, counter in enumerate(counters):
+            counts[row, [column[gram] for gram in counter]] = list(counter.values())
+        for row in range(len(chosen)):
+            present = counts[row] > 0
+            sums[row, order] = np.minimum(counts[row, present], counts[:, present]).sum()
+        sums[:, 4 + order] = counts.sum(1) * len(chosen)
+    sums[:, 8], sums[:, 9] = lengths * len(chosen), lengths.sum()
+    scores = bleu(sums)
+    return min(zip(-scores, chosen, strict=True))[1]
+
+
+def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
+    """Majority answer of the last key that was seen in training, else of all."""
+    tables: list[Mapping[Hashable, str]] = []
+    for key in (lambda example: None, *keys):
+        groups = defaultdict(list)
+        for example in train:
+            groups[key(example)].append(example.answer)
+        tables.append({name: most_frequent(answers) for name, answers in groups.items()})
+
+    def answer(example: Example) -> str:
+        found = tables[0][None]
+        for table, key in zip(tables[1:], keys, strict=True):
+            found = table.get(key(example), found)
+        return found
+
+    return answer
+
+
+def _median_box(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
+    """Median of each coordinate over the boxes of the last key seen in training, else of all, in text form."""
+    groups: dict[Hashable, list[tuple[int, ...]]] = defaultdict(list)
+    for example in train:
+        box = _box_of(example, example.answer)
+        for level, key in enumerate((lambda example: None, *keys)):
+            groups[level, key(example)].append(box)
+    medians = {
+        name: "{" + "".join(f"<{round(v)}>" for v in np.median(boxes, axis=0)) + "}" for name, boxes in groups.items()
+    }
+
+    def answer(example: Example) -> str:
+        found = medians[0, None]
+        for level, key in enumerate(keys, start=1):
+            found = medians.get((level, key(example)), found)
+        return found
+
+    return answer
+
+
+def _nearest_boxes(train: Sequence[Example]) -> Baseline:
+    """Majority answer among the training boxes nearest to the asked one; equal votes go to the nearest."""
+    boxes = np.array([_box_of(example, example.question) for example in train], np.float64)  # [n, 4]
+
+    def answer(example: Example) -> str:
+        asked = np.array(_box_of(example, example.question))
+        distance = np.square(boxes - asked).sum(1)
+        nearest = np.argsort(distance, kind="stable")[:NEIGHBOURS]
+        # Counter keeps the order of first meeting, which is the order of distance.
+        return Counter(train[i].answer for i in nearest).most_common(1)[0][0]
+
+    return answer
+
+
+def _box_of(example: Example, text: str) -> tuple[int, int, int, int]:
+    box = text_to_box(text[max(text.find("{"), 0) :])
+    if box is None:
+        raise UserError(
+            f"record {example.id}: no box {{<x1><y1><x2><y2>}} in {text!r}, which task {example.task!r} needs for its "
+            "blind baseline; mend the record."
+        )
+    return box

@@ -1,0 +1,332 @@
+"""What an evaluation leaves in the run's folder: metrics.json, predictions.jsonl, report.md and pictures.
+
+Routing, where the connector has a router, comes as {"tv_trained": {value, ci95}, "tv_step0": {value, ci95},
+"tv_token_router": 0.0, "mean_weights": [task][expert], "maps": [tasks, T, E] weights per visual token}, the
+tasks in the order of config.VISUAL_TASKS; "maps" goes into routing.png alone.
+"""
+
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config
+from unimed_jax.evaluate.metrics import exact_match, iou, predicted_box
+from unimed_jax.evaluate.tasks import plain, summarise
+
+# Okabe-Ito colours: apart for every kind of colour vision, and on grey.
+TRUE_COLOUR, PREDICTED_COLOUR = "#E69F00", "#56B4E9"
+_COLUMNS = 4  # examples of a task on the picture sheet
+
+
+def write_report(
+    folder: str | Path,
+    config: Config,
+    data_checksum: str,
+    results: Mapping[str, Mapping],
+    records: Sequence[Mapping],
+    image: Callable[[str], np.ndarray],
+    routing: Mapping | None = None,
+) -> dict:
+    """Writes all files of an evaluation into `folder` and returns what metrics.json holds.
+
+    `results` maps "test" and "val" to the scores, `records` are the lines of both (tasks.evaluate);
+    `image` reads a record's image (uint8 [H, W, 3]). Where matplotlib is missing report.md says so in
+    place of the pictures.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = summarise(config, data_checksum, results, routing)
+    text = json.dumps(metrics, indent=1, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+    pictures, note = ["predictions.png"], ""
+    try:
+        shown = [record for record in records if record["split"] == "test"] or list(records)
+        draw_predictions(folder / "predictions.png", shown, image)
+        if routing is not None:
+            draw_routing(folder / "routing.png", routing, token_grid(config))
+            pictures.append("routing.png")
+    except ImportError as error:
+        pictures, note = [], f"The pictures were not drawn: {error}; install matplotlib."
+    (folder / "report.md").write_text(_markdown(folder, config, metrics, pictures, note), encoding="utf-8")
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[str], np.ndarray]) -> None:
+    """The picture sheet: a row per task, evenly spaced examples (not chosen by success), boxes and texts."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows = []
+    for t, task in enumerate(TASKS):
+        lines = [record for record in records if record["task"] == task]
+        # Shifted from task to task, so that the rows show different images.
+        places = (np.arange(_COLUMNS) + (t + 0.5) / len(TASKS)) * len(lines) / _COLUMNS
+        if lines:
+            rows.append([lines[place] for place in np.unique(places.astype(int))])
+    side, gap, line, head = 2.6, 0.35, 0.155, 0.75  # inches
+    captions = [[_caption(record) for record in row] for row in rows]
+    heights = [
+        (side if row[0]["image"] else 0.0) + line * (1.5 + max(text.count("\n") for text in texts)) + gap
+        for row, texts in zip(rows, captions, strict=True)
+    ]
+    width, height = _COLUMNS * (side + gap) + gap, sum(heights) + head
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    legend: list[tuple[float, str, Any, str]] = [
+        (gap, TRUE_COLOUR, "-", "true box (identify: the box asked about)"),
+        (gap + 4.2, PREDICTED_COLOUR, "--", "predicted box"),
+    ]
+    for x, colour, style, name in legend:
+        ends, y = [x / width, (x + 0.45) / width], 1 - 0.25 / height
+        figure.add_artist(Line2D(ends, [y, y], color=colour, linestyle=style, linewidth=3))
+        figure.text((x + 0.55) / width, y, name, fontsize=10, va="center")
+    top = height - head
+    for row, texts, row_height in zip(rows, captions, heights, strict=True):
+        figure.text(gap / width, (top + 0.08) / height, row[0]["task"], fontsize=12, weight="bold", va="bottom")
+        for column, (record, text) in enumerate(zip(row, texts, strict=True)):
+            x, below = gap + column * (side + gap), top
+            if record["image"]:
+                below -= side
+                axes = figure.add_axes((x / width, below / height, side / width, side / height))
+                _draw_image(axes, record, image(record["image"]))
+            figure.text(
+                x / width, (below - 0.06) / height, text, fontsize=8.5, va="top", linespacing=1.25, parse_math=False
+            )
+        top -= row_height
+    figure.savefig(path)
+
+
+def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
+    from matplotlib import patheffects
+    from matplotlib.patches import Rectangle
+
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
+    axes.axis("off")
+    predicted = predicted_box(record["prediction"], (width, height)) if record["task"] == "refer" else None
+    boxes = [(record["box"], TRUE_COLOUR, "-"), (predicted, PREDICTED_COLOUR, "--")]
+    outline = [patheffects.withStroke(linewidth=4, foreground="black", alpha=0.6)]
+    for box, colour, style in boxes:
+        if box is None:
+            continue
+        x1, y1, x2, y2 = box
+        axes.add_patch(
+            Rectangle(
+                (x1, y1),
+                x2 - x1,
+                y2 - y1,
+                fill=False,
+                edgecolor=colour,
+                linestyle=style,
+                linewidth=2,
+                path_effects=outline,
+                clip_on=False,
+            )
+        )
+
+
+def _caption(record: Mapping) -> str:
+    """Question, true and given answer, wrapped to a panel; right and wrong in words and not in colour alone."""
+    task, prediction = record["task"], record["prediction"].strip()
+    if task == "refer":
+        box = predicted_box(prediction, record["image_size"])
+        overlap = f"IoU {iou(box, record['box']):.2f}" if box else f"no box in {prediction[:40]!r}"
+        parts = [record["question"], overlap]
+    elif task == "caption":
+        parts = [f"true: {record['reference']}", " ", f"said: {prediction or '(nothing)'}"]
+    else:
+        verdict = "right" if exact_match(prediction, record["reference"]) else "WRONG"
+        parts = [record["question"], f"true: {record['reference']}", f"said: {prediction or '(nothing)'} ({verdict})"]
+    wrapped = [textwrap.wrap(part, 43, max_lines=9, placeholder=" ...") or [""] for part in parts if part]
+    return "\n".join(line for lines in wrapped for line in lines)
+
+
+def token_grid(config: Config) -> tuple[int, int]:
+    """(rows, columns) in which a picture's visual tokens lie; one row where strips wrap over image rows."""
+    grid, connector = config.model.vision.grid, config.model.connector
+    shapes: dict[str, tuple[int, int]] = {
+        "projection": (grid, grid // connector.rate),
+        "block": (round(grid / connector.rate**0.5),) * 2,
+    }
+    rows, columns = shapes.get(connector.aggregation, (grid // 2, grid // 2))
+    tokens = config.model.tokens_per_image
+    return (rows, columns) if rows * columns == tokens else (1, tokens)
+
+
+def draw_routing(path: Path, routing: Mapping, grid: tuple[int, int]) -> None:
+    """Heat maps of the mean routing weight per visual token: a row per task, a column per expert."""
+    from matplotlib.figure import Figure
+
+    maps = np.asarray(routing["maps"], np.float64)  # [tasks, T, E]
+    tasks, _, experts = maps.shape
+    width, height = 1.75 * experts + 2.2, 1.85 * tasks + 1.25
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    panels = figure.subplots(tasks, experts, squeeze=False)
+    figure.subplots_adjust(
+        left=0.95 / width, right=1 - 1.15 / width, bottom=0.3 / height, top=1 - 0.95 / height, wspace=0.12, hspace=0.28
+    )
+    for t in range(tasks):
+        for e in range(experts):
+            axes = panels[t][e]
+            shown = axes.imshow(
+                maps[t, :, e].reshape(grid), vmin=maps.min(), vmax=maps.max(), cmap="cividis", extent=(0, 1, 1, 0)
+            )  # [rows, columns]
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(
+                f"expert {e}: {maps[t, :, e].mean():.3f}" if t == 0 else f"{maps[t, :, e].mean():.3f}", fontsize=9.5
+            )
+        panels[t][0].set_ylabel(VISUAL_TASKS[t], fontsize=11, weight="bold")
+    bar = figure.add_axes((1 - 0.95 / width, 0.3 / height, 0.16 / width, 1 - 1.25 / height))
+    figure.colorbar(shown, cax=bar).set_label("routing weight", fontsize=9.5)
+    bar.tick_params(labelsize=8.5)
+    figure.text(
+        0.2 / width,
+        1 - 0.3 / height,
+        "Routing weight by task, expert and place in the image",
+        fontsize=12,
+        weight="bold",
+        va="center",
+    )
+    figure.text(0.2 / width, 1 - 0.55 / height, _routing_line(routing), fontsize=9.5, va="center")
+    figure.savefig(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# report.md
+# ---------------------------------------------------------------------------------------------
+
+
+def verdict(margin: Mapping | None) -> str:
+    """What a margin over the best blind baseline allows to say."""
+    if margin is None or margin["ci95"] is None:
+        return "no verdict"
+    low, high = margin["ci95"]
+    return "above blind" if low > 0 else "below blind" if high < 0 else "undecided"
+
+
+def _number(value, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _with_interval(entry: Mapping | None, sign: str = "") -> str:
+    if entry is None:
+        return "-"
+    ends = "no interval" if entry["ci95"] is None else ", ".join(_number(end, sign) for end in entry["ci95"])
+    return f"{_number(entry['value'], sign)} [{ends}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
+
+
+def _routing_line(routing: Mapping) -> str:
+    parts = [
+        f"{name} {_with_interval(routing[key])}"
+        for key, name in (("tv_trained", "trained"), ("tv_step0", "at step 0"))
+        if routing.get(key)
+    ]
+    if routing.get("tv_token_router") is not None:
+        parts.append(f"router on tokens alone {routing['tv_token_router']:.3f}")
+    return "Mean total variation between tasks: " + "; ".join(parts)
+
+
+def _corrected_table(tasks: Mapping[str, Mapping]) -> str:
+    rows = []
+    for task, scores in tasks.items():
+        margin, primary = scores["margin"], scores["primary"]
+        best = f"{_number(scores['blind'][margin['baseline']][primary])} ({margin['baseline']})" if margin else "-"
+        rows.append(
+            [
+                task,
+                scores["n"],
+                primary,
+                _with_interval(scores["corrected"].get(primary)),
+                best,
+                _with_interval(margin, "+"),
+                verdict(margin) if scores["n"] else "no example",
+            ]
+        )
+    head = ("task", "n", "primary metric", "value [95 % interval]", "best blind", "margin [95 %]", "verdict")
+    return _table(head, rows)
+
+
+def _published_table(tasks: Mapping[str, Mapping]) -> str:
+    rows = []
+    for task, scores in tasks.items():
+        listed = ", ".join(f"{name} {_number(value)}" for name, value in scores["published"].items())
+        rows.append([task, scores["n"], listed or ("no published rule" if task == "qa" else "-")])
+    return _table(("task", "n", "scores by the published rules"), rows)
+
+
+def _templates_table(tasks: Mapping[str, Mapping]) -> str:
+    rows = []
+    for task, scores in tasks.items():
+        for template, part in scores.get("per_template", {}).items():
+            best = _number(max(part["blind"].values(), default=None))
+            rows.append([task, template or "(none)", part["n"], _with_interval(part), best])
+    return _table(("task", "template", "n", "value [95 %]", "best blind"), rows)
+
+
+def _markdown(folder: Path, config: Config, metrics: Mapping, pictures: Sequence[str], note: str) -> str:
+    tasks, validation = metrics["tasks"], metrics["validation"]["tasks"]
+    corrected = (
+        "## Corrected scores on test\n\n"
+        f"{_corrected_table(tasks)}\n\n"
+        "The margin is the model minus the best blind baseline, a paired bootstrap over clusters of test items "
+        f"({config.evaluate.bootstrap} resamples); *above blind* means that its lower end is above 0."
+    )
+    published = (
+        "## Scores as published on test\n\n"
+        f"{_published_table(tasks)}\n\n"
+        "By the rules of Uni-Med's evaluation, flaws included, to compare with the papers."
+    )
+    leading = [published, corrected] if config.evaluate.scoring == "published" else [corrected, published]
+    blind = _table(
+        ("task", "baseline", "metric", "value"),
+        [
+            [task, name, scores["primary"], _number(values[scores["primary"]])]
+            for task, scores in tasks.items()
+            for name, values in scores["blind"].items()
+        ],
+    )
+    notes = [f"- {task}: {text}." for task, scores in tasks.items() for text in scores["notes"]]
+    data = (
+        "The images are slices of ONE average brain (ICBM152), so these numbers hold across slices and jitter of "
+        "that brain and say nothing about patients. "
+        if any(source.name == "brain" for source in config.data.sources)
+        else ""
+    )
+    parts = [
+        f"# {metrics['name'] or 'Run'}: evaluation",
+        f"{data}Research software, not a medical device: not for diagnosis or treatment.",
+        *leading,
+        *(["Notes:\n\n" + "\n".join(notes)] if notes else []),
+        f"## Blind baselines on test\n\n{blind}",
+        f"## By question template on test\n\n{_templates_table(tasks)}",
+        *([f"## Validation\n\n{_corrected_table(validation)}"] if validation else []),
+    ]
+    if metrics.get("routing"):
+        parts.append(f"## Routing\n\n{_routing_line(metrics['routing'])}.")
+    if pictures:
+        parts.append("## Pictures\n\n" + "\n\n".join(f"![{name[:-4]}]({name})" for name in pictures))
+    if note:
+        parts.append(note)
+    made = [f"{key} `{metrics[key]}`" for key in ("config_hash", "data_checksum", "code_version", "fidelity", "seed")]
+    parts.append(
+        f"## How this was made\n\n{', '.join(made)}.\n\n"
+        "The full scores are in `metrics.json`, each answer in `predictions.jsonl`. To score this run again:\n\n"
+        f"```\npython -m unimed_jax.main evaluate --run={folder}\n```"
+    )
+    return "\n\n".join(parts) + "\n"
