@@ -156,7 +156,7 @@ class SourceConfig:
     """One data set in the mixture."""
 
     name: str = "brain"  # a file of data/datasets
-    path: str = ""  # where its files are; empty where it needs none
+    path: str = ""  # where its files are; empty: <data.root>/<name>
     tasks: tuple[str, ...] = ()  # () = all that it has
     weight: float = 1.0  # share of the draws
     questions: int = 1  # questions that share one image's tokens (and its task), at most
@@ -165,6 +165,7 @@ class SourceConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
+    root: str = ""  # folder of the data sets, one folder each by name
     mixing: str | None = None  # per_example | per_batch; paper: per_batch
     packing: bool | None = None  # several examples a row; paper: one
     rows: int = 16  # rows of a batch, over all hosts

@@ -1,6 +1,7 @@
 """`Example`: one question with its answer, and the data sets that hold them."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -38,3 +39,28 @@ class Dataset(Protocol):
     def image(self, key: str) -> np.ndarray:
         """uint8 [H, W, 3]; H and W as stored."""
         ...
+
+
+class Joined:
+    """Several data sets as one; ids, image keys and clusters carry the data set's name."""
+
+    def __init__(self, datasets: Sequence[Dataset]):
+        self._datasets = {d.name: d for d in datasets}
+        self.name = "+".join(self._datasets)
+        self.checksum = hashlib.sha256("".join(d.checksum for d in datasets).encode()).hexdigest()
+
+    def examples(self, split: str) -> list[Example]:
+        return [
+            dataclasses.replace(
+                example,
+                id=f"{name}/{example.id}",
+                image=example.image and f"{name}/{example.image}",
+                cluster=f"{name}/{example.cluster or example.id}",
+            )
+            for name, dataset in self._datasets.items()
+            for example in dataset.examples(split)
+        ]
+
+    def image(self, key: str) -> np.ndarray:
+        name, _, rest = key.partition("/")
+        return self._datasets[name].image(rest)

@@ -136,6 +136,20 @@ def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
         )
 
 
+def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: str) -> None:
+    """One image (uint8 [H, W, 3]) with the box in hundredths that an answer or a question holds, and words."""
+    from matplotlib.figure import Figure
+
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(4.2, 4.2 * height / width + 0.4), dpi=130, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    scaled = [value / 100 * size for value, size in zip(box, (width, height, width, height), strict=True)]
+    _draw_image(axes, {"task": "", "prediction": "", "box": scaled}, pixels)
+    axes.set_title(textwrap.fill(words, 48), fontsize=10, parse_math=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def _caption(record: Mapping) -> str:
     """Question, true and given answer, wrapped to a panel; right and wrong in words and not in colour alone."""
     task, prediction = record["task"], record["prediction"].strip()

@@ -1,0 +1,42 @@
+"""Data sets: one file each, found by name; every file provides `load(source, data) -> Dataset`."""
+
+import dataclasses
+import importlib
+import pkgutil
+from pathlib import Path
+
+from unimed_jax.config import DataConfig, SourceConfig, UserError, nearest
+from unimed_jax.data.example import Dataset, Joined
+
+
+def load_dataset(source: SourceConfig, data: DataConfig) -> Dataset:
+    """The data set that `source.name` names. Raises UserError where there is none of that name."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    module = importlib.import_module(f"{__name__}.{source.name}") if source.name in names else None
+    if not hasattr(module, "load"):
+        raise UserError(
+            f"config.data.sources: {source.name!r} is no data set{nearest(source.name, names)} "
+            f"(each has its file in unimed_jax/data/datasets)."
+        )
+    return module.load(source, data)
+
+
+def load_datasets(data: DataConfig) -> list[Dataset]:
+    """One data set per source, in their order; sources of one name and path share one.
+
+    A source without a path of its own lies in `<data.root>/<name>`.
+    """
+    loaded: dict[tuple[str, str], Dataset] = {}
+    out = []
+    for source in data.sources:
+        path = source.path or (str(Path(data.root) / source.name) if data.root else "")
+        if (source.name, path) not in loaded:
+            loaded[source.name, path] = load_dataset(dataclasses.replace(source, path=path, tasks=()), data)
+        out.append(loaded[source.name, path])
+    return out
+
+
+def joined(datasets: list[Dataset]) -> Dataset:
+    """The distinct data sets as one, for evaluation."""
+    distinct = list({id(d): d for d in datasets}.values())
+    return distinct[0] if len(distinct) == 1 else Joined(distinct)

@@ -1,0 +1,174 @@
+"""The only door: `python -m unimed_jax.main [verb] --config=FILE | --run=DIR`.
+
+    (train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports
+    evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
+    predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
+"""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from unimed_jax.config import TASKS, Config, UserError, from_config_dict, load_config_file, nearest, to_dict
+
+VERBS = ("train", "evaluate", "predict")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb; a mistake that the user can mend is one sentence on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        verb = argv[0] if argv and not argv[0].startswith("-") else "train"
+        if verb not in VERBS:
+            raise UserError(f"{verb!r} is no verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}.")
+        arguments = argv[1:] if argv[:1] == [verb] else argv
+        {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[verb](arguments)
+    except UserError as error:
+        print(f"unimed_jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unimed_jax: stopped; the same command continues from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help.")
+
+
+def parser(verb: str) -> Parser:
+    out = Parser(prog=f"python -m unimed_jax.main {verb}", description=__doc__, allow_abbrev=False)
+    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    return out
+
+
+def settings_of(settings: ml_collections.ConfigDict, overrides: list[str]) -> Config:
+    """Applies `--config.a.b=value` in turn. Raises UserError for an unknown key or word."""
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not key.startswith("--config.") or not equals:
+            raise UserError(f"argument {word!r} is unknown; settings are given as --config.key=value.")
+        *groups, name = key.removeprefix("--config.").split(".")
+        place: Any = settings
+        for part in [*groups, name]:
+            if not isinstance(place, ml_collections.ConfigDict) or part not in place:
+                choices = list(place.keys()) if isinstance(place, ml_collections.ConfigDict) else []
+                raise UserError(f"{key} is not a setting{nearest(part, choices)}")
+            parent, place = place, place[part]
+        with parent.ignore_type():
+            parent[name] = _literal(value, place)
+    return from_config_dict(settings)
+
+
+def _literal(value: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(value.lower(), value)
+
+
+def run_train(arguments: list[str]) -> None:
+    options = parser("train")
+    options.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
+    options.add_argument("--workdir", help="the run's folder (default: runs/<config name>)")
+    known, overrides = options.parse_known_args(arguments)
+    config = settings_of(load_config_file(known.config), overrides)
+
+    from unimed_jax.run import missing_inputs
+    from unimed_jax.train.loop import train
+
+    lacks = missing_inputs(config)
+    if lacks:
+        raise UserError(lacks)
+    run = train(config, Path(known.workdir or f"runs/{config.name}"))
+    _evaluate(run, config)
+
+
+def run_evaluate(arguments: list[str]) -> None:
+    options = parser("evaluate")
+    options.add_argument("--run", required=True, help="a run's folder")
+    known, overrides = options.parse_known_args(arguments)
+    for word in overrides:
+        if not word.startswith("--config.evaluate."):
+            raise UserError(f"argument {word!r} cannot change a finished run; only --config.evaluate.key=value can.")
+
+    from unimed_jax.run import open_run
+
+    run = open_run(known.run)
+    _evaluate(run, settings_of(ml_collections.ConfigDict(to_dict(run.config)), overrides))
+
+
+def _evaluate(run, config: Config) -> None:
+    """Scores validation and test, measures the routing, writes the report into the run's folder."""
+    from unimed_jax.analyze.routing import routing_report
+    from unimed_jax.data.datasets import joined, load_datasets
+    from unimed_jax.evaluate.answer import answerer
+    from unimed_jax.evaluate.report import write_report
+    from unimed_jax.evaluate.tasks import evaluate
+    from unimed_jax.run import initial_model
+
+    dataset = joined(load_datasets(config.data))
+    answer = answerer(run.model, config, run.tokenizer)
+    results, records = {}, []
+    for split in config.evaluate.splits:
+        print(f"evaluating {split} ...", flush=True)
+        results[split], lines = evaluate(answer, dataset, dataset.examples("train"), config, split)
+        records += lines
+    shown = {line["image"]: line["cluster"] for line in records if line["image"] and line["split"] == "test"}
+    routing = None
+    if shown:
+        pixels = [dataset.image(key) for key in shown]
+        initial, _ = initial_model(config, run.tokenizer)
+        routing = routing_report(run.model, initial, config, pixels, list(shown.values()))
+    metrics = write_report(run.folder, config, dataset.checksum, results, records, dataset.image, routing)
+    for task, entry in metrics["tasks"].items():
+        if entry["n"]:
+            margin = entry["margin"]
+            score = entry["corrected"][entry["primary"]]
+            print(f"{task:9s} {entry['primary']:12s} {score['value']:.3f}  {margin['value']:+.3f} on {margin['baseline']}")
+    print(f"wrote {run.folder / 'report.md'}")
+
+
+def run_predict(arguments: list[str]) -> None:
+    options = parser("predict")
+    options.add_argument("--run", required=True, help="a run's folder")
+    options.add_argument("--task", required=True, help=", ".join(TASKS))
+    options.add_argument("--image", help="PNG, JPEG or DICOM (every task but qa)")
+    options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
+    options.add_argument("--out", help="refer, identify: where to draw the box (default: beside the run)")
+    known = options.parse_args(arguments)
+    if known.task not in TASKS:
+        raise UserError(f"--task={known.task} is no task{nearest(known.task, TASKS)} Choose from {', '.join(TASKS)}.")
+    if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
+        raise UserError(f"task {known.task!r} needs --text.")
+
+    from unimed_jax.data.example import Example
+    from unimed_jax.data.images import read_image
+    from unimed_jax.data.prompts import text_to_box
+    from unimed_jax.evaluate.answer import answerer
+    from unimed_jax.evaluate.report import draw_box
+    from unimed_jax.run import open_run
+
+    if known.task == "identify" and text_to_box(known.text) is None:
+        raise UserError(f"--text={known.text!r} is no box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
+    image = read_image(known.image) if known.image else None
+    run = open_run(known.run)
+    example = Example("--text", known.task, known.text, "", image=known.image)
+    (text,) = answerer(run.model, run.config, run.tokenizer)([example], [image])
+    print(text)
+    box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
+    if box and image is not None:
+        out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")
+        draw_box(out, image, box, known.text if known.task == "refer" else text)
+        print(f"drew {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

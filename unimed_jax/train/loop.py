@@ -1,0 +1,135 @@
+"""Training: from settings and a folder to a trained run, however often it is stopped in between."""
+
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimed_jax.checkpoint import Checkpoints
+from unimed_jax.config import Config, UserError, config_hash
+from unimed_jax.data.datasets import load_datasets
+from unimed_jax.data.pipeline import Pipeline
+from unimed_jax.model.unimed import abstract, parameters, with_parameters
+from unimed_jax.run import Run, initial_model, load_text, write_config
+from unimed_jax.train.log import Log, peak_memory, step_values
+from unimed_jax.train.optimizer import Optimizer, leaf_rules, learning_rate
+from unimed_jax.train.step import TrainState, make_step
+
+
+def train(config: Config, folder: Path) -> Run:
+    """Trains to `config.train.steps`, from the newest checkpoint in `folder` if there is one.
+
+    Raises UserError where the loss or a gradient is not finite, naming the records of that batch; nothing
+    of such a step is saved.
+    """
+    # ---- data, text side, model --------------------------------------------------------------------
+    write_config(folder, config)
+    datasets = load_datasets(config.data)
+    tokenizer = load_text(folder, config, datasets)
+    pipeline = Pipeline(datasets, config, tokenizer)
+    model, sources = initial_model(config, tokenizer)
+    rules = leaf_rules(parameters(model), config.train, config.optimizer)
+    leaves = parameters(model)
+    trainable = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items() if rules[path].train}
+    frozen = {path: leaf.astype(config.model.frozen_dtype) for path, leaf in leaves.items() if not rules[path].train}
+    random_frozen = {path: leaf for path, leaf in frozen.items() if sources[path] == "seed"}
+    describe(leaves, sources, rules)
+    optimizer = Optimizer(config.optimizer, rules)
+    state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    step = make_step(abstract(config.model), config, optimizer, tokenizer.coordinate_start)
+
+    # ---- where it stopped --------------------------------------------------------------------------
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
+    if checkpoints.latest() is not None:
+        weights, rest, _ = checkpoints.restore({**random_frozen, **state.leaves}, (state.step, state.moments))
+        frozen |= {path: weights[path] for path in random_frozen}
+        state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
+    first = int(state.step)
+
+    def save(done: int) -> None:
+        note = {"config_hash": config_hash(config), "rows_read": done * config.data.rows}
+        checkpoints.save(done, {**random_frozen, **state.leaves}, (state.step, state.moments), note)
+
+    # ---- steps -------------------------------------------------------------------------------------
+    log = Log(folder, config, first)
+    meter = Meter()
+    pending = None  # the step before, still running while the next batch is made
+    try:
+        for i, batch in zip(range(first, config.train.steps), pipeline.batches(first), strict=False):
+            lr = learning_rate(i, config.train.steps, config.optimizer)
+            state, metrics = step(state, frozen, batch, np.float32(lr))
+            if pending is not None:
+                report(log, meter, config, pipeline, *pending)
+            pending = (i, lr, metrics, pipeline.stats(batch))
+            if (i + 1) % config.train.save_every == 0 or i + 1 == config.train.steps:
+                report(log, meter, config, pipeline, *pending)
+                pending = None
+                save(i + 1)
+        checkpoints.wait()
+    finally:
+        log.close()
+        checkpoints.close()
+    if step._cache_size() > 1:
+        raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
+    model = with_parameters(abstract(config.model), {**frozen, **state.leaves})
+    return Run(folder, config, tokenizer, model, config.train.steps)
+
+
+class Meter:
+    """Examples, tokens and time since the last logged step."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.start, self.steps, self.examples, self.tokens = time.perf_counter(), 0, 0, 0
+        self.padding = self.vision = 0.0
+
+    def add(self, stats: dict[str, float]) -> None:
+        self.steps += 1
+        self.examples += int(stats["examples"])
+        self.tokens += int(stats["tokens"])
+        self.padding += stats["padding_waste"]
+        self.vision += stats["vision_waste"]
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        return {
+            "speed/examples_per_second": self.examples / seconds,
+            "speed/tokens_per_second": self.tokens / seconds,
+            "speed/seconds_per_step": seconds / self.steps,
+            "waste/padding": self.padding / self.steps,
+            "waste/vision": self.vision / self.steps,
+        }
+
+
+def report(log: Log, meter: Meter, config: Config, pipeline: Pipeline, i: int, lr: float, metrics, stats) -> None:
+    """Waits for step `i`, checks that it is finite, and logs it where its turn has come."""
+    metrics = jax.device_get(metrics)
+    if not metrics["finite"]:
+        records = pipeline.record_ids(i)
+        shown = ", ".join(records[:20]) + (f" and {len(records) - 20} more" if len(records) > 20 else "")
+        raise UserError(
+            f"step {i}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}: not finite, so the "
+            f"run stops and nothing of this step is saved; look at its records ({shown}) or lower config.optimizer.lr."
+        )
+    meter.add(stats)
+    done = i + 1
+    if done % config.train.log_every == 0 or done == config.train.steps:
+        rates = meter.rates()
+        log.write(i, {**step_values(metrics), "train/lr": lr, **rates, "memory/peak_gib": peak_memory()})
+        log.progress(done, float(metrics["loss"]), rates["speed/examples_per_second"])
+        meter.reset()
+
+
+def describe(leaves, sources, rules) -> None:
+    """Prints what trains and where every leaf came from, a line per room, source and rule."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for path in leaves:
+        action = "trains" if rules[path].train else "frozen"
+        groups.setdefault((path.split("/")[0], sources[path], action), []).append(path)
+    for (room, source, action), paths in groups.items():
+        count = sum(leaves[p].size for p in paths)
+        print(f"{room}: {count:,} parameters in {len(paths)} leaves, {action}, from {source}")
