@@ -1,0 +1,287 @@
+"""Layout: prompt, images and answer as ids, image slots, positions and segments, for training and generation.
+
+The token stream of one example is BOS, left ids, T visual positions, right ids, answer with its end of text.
+Questions of one image and task may share its tokens: the stream up to the image's last token is the PREFIX, the
+rest of each question a SUFFIX that sees the prefix and itself. Every suffix starts at position len(prefix), so a
+question has the same ids and positions alone, shared or packed. Attention over a row: query i sees key j where
+`segments[j] != 0`, `j <= i` and `segments[j]` is `segments[i]` or `prefixes[i]`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig, UserError
+from unimed_jax.data import prompts
+from unimed_jax.data.example import Example
+
+VISUAL = -1  # stands in a stream where a visual token goes
+
+Batch = dict[str, np.ndarray]
+
+
+class Specials(Protocol):
+    """The ids that layout itself puts in; `tokenizer.Tokenizer` is one."""
+
+    bos: int
+    eos: int
+    pad: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as ids. `prefix` is empty for text alone, `answer` 0 in a generation prompt."""
+
+    record: str  # the example's id
+    task: str
+    prefix: np.ndarray  # int32 [P]: up to and with the last visual token, which are VISUAL
+    suffix: np.ndarray  # int32 [L]: the rest; the last `answer` ids are the targets
+    answer: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prefix) + len(self.suffix)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Group:
+    """One image (or several, or none) with the questions that share it; all have one task and one prefix."""
+
+    questions: tuple[Encoded, ...]
+    images: tuple[np.ndarray, ...] = ()  # uint8 [image_size, image_size, 3] each, in stream order
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """What a row has room for."""
+
+    tokens: int  # S, visual ones included
+    images: int  # M slots
+    answers: int  # A answer tokens
+    tokens_per_image: int  # T
+    image_size: int  # pixels, square
+
+
+def encode_ids(
+    segments: Sequence[Sequence[int]],
+    answer: Sequence[int],
+    tokens_per_image: int,
+    bos: int,
+    *,
+    task: str,
+    record: str = "",
+    double_bos: bool = False,
+) -> Encoded:
+    """Ids of the text around the images (one image between two segments) and of the answer -> Encoded.
+
+    One segment is text alone. `answer` stands as it is given (see `end_answer`). `double_bos`: two BOS, as in
+    the published evaluation prompts.
+    """
+    head = [bos] * (2 if double_bos else 1)
+    *before, last = segments
+    if not before:
+        head, last = [], [*head, *last]
+    for segment in before:
+        head += [*segment, *[VISUAL] * tokens_per_image]
+    return Encoded(record, task, _prefix(tuple(head)), np.array([*last, *answer], np.int32), len(answer))
+
+
+@functools.lru_cache(maxsize=256)
+def _prefix(ids: tuple[int, ...]) -> np.ndarray:
+    # Prefixes are the same few id lists over and over: one array serves all examples.
+    prefix = np.array(ids, np.int32)
+    prefix.flags.writeable = False
+    return prefix
+
+
+def end_answer(ids: Sequence[int], eos: int, max_answer: int) -> list[int]:
+    """Answer with end of text, cut to `max_answer` tokens; a cut answer loses its end of text, as published."""
+    return [*ids, eos][:max_answer]
+
+
+class Encoder:
+    """Examples to ids under one tokenizer and one set of text settings."""
+
+    def __init__(self, tokenizer, text: TextConfig, tokens_per_image: int):
+        """`tokenizer`: a `tokenizer.Tokenizer`, or whatever has its `encode`, `bos` and `eos`."""
+        self._tokenizer, self._text, self._tokens_per_image = tokenizer, text, tokens_per_image
+        # The head of a prompt is always the same, short answers and questions often.
+        self._ids = functools.lru_cache(maxsize=1 << 16)(lambda string: tuple(tokenizer.encode(string)))
+
+    def training(self, example: Example, variant: int) -> Encoded:
+        """The example with its answer, under instruction number `variant` of its task."""
+        prompt = prompts.build(example, variant, self._text, evaluation=False)
+        ids = self._ids(answer_text(example, self._text))
+        answer = end_answer(ids, self._tokenizer.eos, self._text.max_answer)
+        return self._encode(example, prompt, answer, double_bos=False)
+
+    def prompt(self, example: Example) -> Encoded:
+        """The generation prompt of an example: evaluation's instruction, no answer."""
+        prompt = prompts.build(example, 0, self._text, evaluation=True)
+        return self._encode(example, prompt, [], double_bos=bool(self._text.double_bos))
+
+    def _encode(self, example: Example, prompt: prompts.Prompt, answer: list[int], double_bos: bool) -> Encoded:
+        texts = [prompt.left] if prompt.right is None else [prompt.left, prompt.right]
+        encoded = encode_ids(
+            [self._ids(t) for t in texts],
+            answer,
+            self._tokens_per_image,
+            self._tokenizer.bos,
+            task=example.task,
+            record=example.id,
+            double_bos=double_bos,
+        )
+        length = encoded.tokens - encoded.answer
+        if length > self._text.max_prompt:
+            raise UserError(
+                f"record {example.id}: its prompt has {length} tokens, more than "
+                f"config.text.max_prompt={self._text.max_prompt}; shorten the question or raise the limit."
+            )
+        return encoded
+
+
+def answer_text(example: Example, text: TextConfig) -> str:
+    """The answer as it is trained on and scored against: reports pass the text processor, as questions do."""
+    if example.task != "caption":
+        return example.answer
+    if text.max_words is None:
+        return prompts.collapse(example.answer)
+    return prompts.cut_words(example.answer, text.max_words)
+
+
+def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, reduction: str) -> Batch:
+    """Rows of groups -> arrays. B rows, S tokens, M image slots, A answer tokens of a row.
+
+    images uint8 [B, M, H, W, 3] (unused slots 0), image_tasks int32 [B, M] (index in VISUAL_TASKS, unused -1);
+    tokens int32 [B, S] (`pad` at padding and visual positions), visual int32 [B, S] (slot * T + t, else -1),
+    segments int32 [B, S] (0 = padding, else from 1 within the row), prefixes int32 [B, S] (the segment whose
+    tokens are visible too; own number where there is none), positions int32 [B, S];
+    target_index int32 [B, A] (the row position that predicts the target), targets int32 [B, A], weights float32
+    [B, A] (unused 0; `reduction` "token": 1, "example": 1 / length of the answer), target_tasks int32 [B, A]
+    (index in TASKS, unused -1).
+    The groups of a row must fit `shape`.
+    """
+    batch = _empty(len(rows), shape, pad) | _empty_targets(len(rows), shape.answers)
+    for b, groups in enumerate(rows):
+        cursor = _Cursor()
+        for group in groups:
+            _place(batch, b, cursor, group, shape.tokens_per_image, reduction)
+    return batch
+
+
+def training_rows(
+    segments: Sequence[Sequence[Sequence[int]]],
+    answers: Sequence[Sequence[int]],
+    tokens_per_image: int,
+    specials: Specials,
+    *,
+    tasks: Sequence[str],
+    reduction: str = "token",
+    image_size: int = 0,
+) -> Batch:
+    """Published training rows: one example a row, as long as the longest prompt and answer; images are left zero.
+
+    segments[b]: ids around the images of example b (one list: text alone); answers[b]: ids as they stand in the
+    row, end of text included. Returns what `training_batch` does, with M the most images of an example.
+    """
+    encoded = [
+        encode_ids(around, answer, tokens_per_image, specials.bos, task=task)
+        for around, answer, task in zip(segments, answers, tasks, strict=True)
+    ]
+    shape = RowShape(
+        tokens=max(e.tokens - e.answer for e in encoded) + max(e.answer for e in encoded),
+        images=max(len(s) - 1 for s in segments),
+        answers=max(e.answer for e in encoded),
+        tokens_per_image=tokens_per_image,
+        image_size=image_size,
+    )
+    return training_batch([[Group((e,))] for e in encoded], shape, specials.pad, reduction)
+
+
+def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:
+    """Generation prompts, one a row and LEFT padded to `shape.tokens`: the arrays of `training_batch`, no targets.
+
+    Positions count the real tokens from 0 (published: cumsum(mask) - 1); padding has position 0.
+    Raises UserError for a prompt longer than the rows.
+    """
+    batch = _empty(len(prompts_), shape, pad)
+    for b, group in enumerate(prompts_):
+        (question,) = group.questions
+        if question.tokens > shape.tokens:
+            raise UserError(
+                f"record {question.record}: its prompt of {question.tokens} tokens is longer than the rows of "
+                f"{shape.tokens}; choose longer rows."
+            )
+        _place(batch, b, _Cursor(token=shape.tokens - question.tokens), group, shape.tokens_per_image, "token")
+    return batch
+
+
+def _empty(rows: int, shape: RowShape, pad: int) -> Batch:
+    side = shape.image_size
+    return {
+        "images": np.zeros((rows, shape.images, side, side, 3), np.uint8),
+        "image_tasks": np.full((rows, shape.images), -1, np.int32),
+        "tokens": np.full((rows, shape.tokens), pad, np.int32),
+        "visual": np.full((rows, shape.tokens), -1, np.int32),
+        "segments": np.zeros((rows, shape.tokens), np.int32),
+        "prefixes": np.zeros((rows, shape.tokens), np.int32),
+        "positions": np.zeros((rows, shape.tokens), np.int32),
+    }
+
+
+def _empty_targets(rows: int, answers: int) -> Batch:
+    return {
+        "target_index": np.zeros((rows, answers), np.int32),
+        "targets": np.zeros((rows, answers), np.int32),
+        "weights": np.zeros((rows, answers), np.float32),
+        "target_tasks": np.full((rows, answers), -1, np.int32),
+    }
+
+
+@dataclasses.dataclass
+class _Cursor:
+    """Where the next group of a row goes."""
+
+    token: int = 0
+    slot: int = 0
+    segment: int = 1
+    answer: int = 0
+
+
+def _place(batch: Batch, b: int, at: _Cursor, group: Group, tokens_per_image: int, reduction: str) -> None:
+    """Writes one group into row `b` at the cursor, and moves it behind."""
+    task, prefix = group.questions[0].task, group.questions[0].prefix
+    shared, length = at.segment, len(prefix)
+    if length:
+        here = slice(at.token, at.token + length)
+        seen = prefix == VISUAL
+        count = int(seen.sum())
+        slots = slice(at.slot, at.slot + count // tokens_per_image)
+        batch["tokens"][b, here] = np.where(seen, batch["tokens"][b, here], prefix)
+        batch["visual"][b, here][seen] = at.slot * tokens_per_image + np.arange(count)
+        batch["segments"][b, here] = batch["prefixes"][b, here] = shared
+        batch["positions"][b, here] = np.arange(length)
+        batch["image_tasks"][b, slots] = VISUAL_TASKS.index(task)
+        for i, image in enumerate(group.images):
+            batch["images"][b, at.slot + i] = image
+        at.token, at.slot = here.stop, slots.stop
+    for i, question in enumerate(group.questions):
+        # A question alone is one segment: the published row. Several each need a segment beside the shared one.
+        at.segment = shared if len(group.questions) == 1 else shared + 1 + i
+        here = slice(at.token, at.token + len(question.suffix))
+        batch["tokens"][b, here] = question.suffix
+        batch["segments"][b, here] = at.segment
+        batch["prefixes"][b, here] = shared
+        batch["positions"][b, here] = np.arange(length, length + len(question.suffix))
+        if question.answer:
+            out = slice(at.answer, at.answer + question.answer)
+            batch["target_index"][b, out] = np.arange(here.stop - question.answer - 1, here.stop - 1)
+            batch["targets"][b, out] = question.suffix[-question.answer :]
+            batch["weights"][b, out] = 1 if reduction == "token" else 1 / question.answer
+            batch["target_tasks"][b, out] = TASKS.index(task)
+            at.answer = out.stop
+        at.token = here.stop
+    at.segment += 1
