@@ -116,9 +116,8 @@ def test_real_dicom_files_of_pydicom():
     from pydicom.data import get_testdata_file
 
     for name in ("CT_small.dcm", "MR_small.dcm", "examples_palette.dcm", "examples_rgb_color.dcm", "SC_rgb_rle.dcm"):
-        path = get_testdata_file(name, download=False)
-        image = images.read_image(path)
+        image = images.read_image(str(get_testdata_file(name, download=False)))
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
         assert image.std() > 20, name
     with pytest.raises(UserError, match="rtplan.dcm cannot be read as DICOM"):
-        images.read_image(get_testdata_file("rtplan.dcm", download=False))
+        images.read_image(str(get_testdata_file("rtplan.dcm", download=False)))

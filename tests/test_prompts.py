@@ -40,7 +40,7 @@ def test_every_template_of_every_task_holds_the_question_once_and_the_tag():
             assert template.count("{question}") == 1
             prompt = prompts.build(example(task, "QQ {x}"), variant, TEXT, evaluation=False)
             body = prompt.left if task == "qa" else prompt.right
-            assert body.count("QQ {x}") == 1 and body.count(f"[{task}] ") == 1
+            assert body is not None and body.count("QQ {x}") == 1 and body.count(f"[{task}] ") == 1
             empty = prompts.build(example(task, ""), variant, TEXT, evaluation=True)
             assert "  " not in str(empty)
 
@@ -55,7 +55,7 @@ def test_word_cut_counts_the_question_or_for_text_alone_everything():
     paper = TextConfig(max_words=50)
     words = " ".join(f"w{i}" for i in range(80))
     right = prompts.build(example("vqa", words), 0, paper, evaluation=True).right
-    assert right.split()[2:-1] == [f"w{i}" for i in range(50)]
+    assert right is not None and right.split()[2:-1] == [f"w{i}" for i in range(50)]
     left = prompts.build(example("qa", words), 0, paper, evaluation=True).left
     assert left.split()[1:-1] == ["[qa]", *(f"w{i}" for i in range(49))]
     assert "w79" in prompts.build(example("qa", words), 0, TEXT, evaluation=True).left
@@ -105,4 +105,4 @@ def test_text_to_box():
 def test_text_form_comes_back_within_one_hundredth():
     for box in [(0, 1, 2, 3), (10, 20, 64, 50)]:
         back = prompts.text_to_box(prompts.box_to_text(box, 64, 64))
-        assert all(0 <= b / 64 * 100 - a < 1 for a, b in zip(back, box, strict=True))
+        assert back is not None and all(0 <= b / 64 * 100 - a < 1 for a, b in zip(back, box, strict=True))

@@ -75,7 +75,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """uint8 [..., 3] -> float32 [..., 3]: (image / 255 - mean) / std."""
-    return (image.astype(np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
+    return (image / np.float32(255) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def _grey(plane: np.ndarray) -> np.ndarray:

@@ -13,12 +13,13 @@ def load_dataset(source: SourceConfig, data: DataConfig) -> Dataset:
     """The data set that `source.name` names. Raises UserError where there is none of that name."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     module = importlib.import_module(f"{__name__}.{source.name}") if source.name in names else None
-    if not hasattr(module, "load"):
+    load = getattr(module, "load", None)
+    if load is None:
         raise UserError(
             f"config.data.sources: {source.name!r} is no data set{nearest(source.name, names)} "
             f"(each has its file in unimed_jax/data/datasets)."
         )
-    return module.load(source, data)
+    return load(source, data)
 
 
 def load_datasets(data: DataConfig) -> list[Dataset]:

@@ -1,0 +1,62 @@
+"""A contact sheet of a data set's images with their labelled boxes, for the eye."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from unimed_jax.data.example import Dataset, Example
+
+_SCALE = 5  # screen pixels of an image pixel
+_COLUMNS = 6
+_LINE = 13  # screen pixels of a line of text
+_NAMES = 3  # lines of two names under an image
+_COLOURS = ((255, 90, 90), (90, 220, 90), (110, 160, 255), (255, 220, 60), (240, 120, 255), (80, 230, 230))
+
+
+def contact_sheet(dataset: Dataset, path: str | Path, split: str = "train", rows: int = 6, seed: int = 0) -> Path:
+    """Writes a PNG of `rows` x 6 images of `split`, drawn so that planes and maps take turns.
+
+    Boxes are those of the examples that have one (refer, identify), labelled with the structure; the heading of
+    each image is its key.
+    """
+    by_image: dict[str, list[Example]] = defaultdict(list)
+    for example in dataset.examples(split):
+        if example.image is not None:
+            by_image[example.image].append(example)
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    drawn = np.random.default_rng(seed).permutation(sorted(by_image)).tolist()
+    # Images with three boxes and more come first, they show most.
+    boxes = {key: len({e.box for e in by_image[key] if e.box}) for key in drawn}
+    for key in sorted(drawn, key=lambda k: -min(boxes[k], 3)):
+        meta = by_image[key][0].meta
+        kinds[meta.get("plane", ""), meta.get("map", "")].append(key)
+    queues = [queue for _, queue in sorted(kinds.items())]
+    turns = [queue[n] for n in range(max(map(len, queues))) for queue in queues if n < len(queue)]
+
+    tiles = [_tile(dataset.image(key), key, by_image[key]) for key in turns[: rows * _COLUMNS]]
+    width, height = (max(t.size[i] for t in tiles) for i in (0, 1))
+    sheet = Image.new("RGB", (width * _COLUMNS, height * -(-len(tiles) // _COLUMNS)))
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % _COLUMNS * width, i // _COLUMNS * height))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:
+    """The image with its key above, its boxes in it and their names below, in the boxes' colours."""
+    height, width = image.shape[0] * _SCALE, image.shape[1] * _SCALE
+    tile = Image.new("RGB", (width + 6, _LINE * (1 + _NAMES) + height))
+    tile.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (0, _LINE))
+    draw = ImageDraw.Draw(tile)
+    draw.text((2, 1), key, fill=(255, 255, 255))
+    boxes = {e.meta.get("structure", ""): e.box for e in examples if e.box is not None}
+    for i, (name, box) in enumerate(sorted(boxes.items())[: 2 * _NAMES]):
+        colour = _COLOURS[i % len(_COLOURS)]
+        x1, y1, x2, y2 = (v * _SCALE for v in box)
+        draw.rectangle((x1, y1 + _LINE, x2 - 1, y2 + _LINE - 1), outline=colour)
+        draw.text((2 + i % 2 * width // 2, height + _LINE * (1 + i // 2)), name, fill=colour)
+    return tile
