@@ -356,6 +356,15 @@ def test_a_damaged_or_impossible_cache_is_one_sentence(tmp_path, monkeypatch):
         brain._build(tmp_path / "file", "codes-1-0")
 
 
+def test_the_default_build_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(brain, "records", few(4))
+    monkeypatch.setattr(brain, "_PARTS", ("codes",))
+    config = DataConfig(cache=str(tmp_path))
+    first, second = (brain.load(SourceConfig(), config) for _ in range(2))
+    assert first.checksum == second.checksum
+    assert (tmp_path / "brain" / f"codes-{brain.JITTERS}-0" / brain.VERSION).is_dir()
+
+
 def test_loading_by_name(monkeypatch, cache):
     monkeypatch.setattr(brain, "BrainDataset", lambda folder, tasks: (folder, tasks))
     made: object = datasets.load_dataset(SourceConfig(tasks=("vqa",)), DataConfig(cache=str(cache)))

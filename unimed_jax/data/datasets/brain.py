@@ -103,7 +103,6 @@ class Brain(tfds.core.GeneratorBasedBuilder):
     """`config` names the part, the jitters and the seed: `slices-8-0`, `codes-8-0`."""
 
     VERSION = tfds.core.Version(VERSION)
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=f"{part}-{JITTERS}-0") for part in _PARTS]
 
     def _info(self) -> tfds.core.DatasetInfo:
         features: dict[str, Any] = {"key": tfds.features.Text(), "questions": tfds.features.Text()}  # a JSON list
