@@ -1,8 +1,8 @@
 """The only door: `python -m unimed_jax.main [verb] --config=FILE | --run=DIR`.
 
-    (train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports
-    evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
-    predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
+(train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports
+evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
+predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
 """
 
 import argparse
@@ -132,7 +132,9 @@ def _evaluate(run, config: Config) -> None:
         if entry["n"]:
             margin = entry["margin"]
             score = entry["corrected"][entry["primary"]]
-            print(f"{task:9s} {entry['primary']:12s} {score['value']:.3f}  {margin['value']:+.3f} on {margin['baseline']}")
+            print(
+                f"{task:9s} {entry['primary']:12s} {score['value']:.3f}  {margin['value']:+.3f} on {margin['baseline']}"
+            )
     print(f"wrote {run.folder / 'report.md'}")
 
 

@@ -1,8 +1,8 @@
 """A run's folder: what stands where in it, and `open_run`, from which every verb that reads one starts.
 
-    config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
-    checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
-    metrics.json, predictions.jsonl, report.md, *.png       what the evaluation left
+config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
+checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
+metrics.json, predictions.jsonl, report.md, *.png       what the evaluation left
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from flax import nnx
 
 from unimed_jax.checkpoint import Checkpoints
 from unimed_jax.config import Config, UserError, from_config_dict, to_dict
-from unimed_jax.data.datasets import load_datasets
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
@@ -72,7 +71,11 @@ def _difference(old: dict, new: dict, where: str = "config") -> str:
 
 def missing_inputs(config: Config) -> str | None:
     """One sentence that names every weight file and data folder that the settings still lack, or None."""
-    lacks = [f"{WEIGHT_FILES[kind]} (config.init {kind!r})" for kind, path in config.init if kind in WEIGHT_FILES and not path]
+    lacks = [
+        f"{WEIGHT_FILES[kind]} (config.init {kind!r})"
+        for kind, path in config.init
+        if kind in WEIGHT_FILES and not path
+    ]
     if not config.text.tokenizer and any(kind == "hf" for kind, _ in config.init):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
     names = [source.name for source in config.data.sources if source.name != "brain" and not source.path]

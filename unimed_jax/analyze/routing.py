@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unimed_jax.config import VISUAL_TASKS, Config
@@ -15,11 +16,11 @@ def task_weights(model: UniMed, config: Config, pixels: Sequence[np.ndarray], ba
     """Expert weights [images, visual tasks, T, E] of every image (uint8 [H, W, 3]) under every task's token."""
     size = config.model.vision.image_size
     stacked = np.stack([images.resize(p, size) for p in pixels])  # [N, H, W, 3]
-    tasks = np.arange(len(VISUAL_TASKS), dtype=np.int32)
+    tasks = jnp.arange(len(VISUAL_TASKS), dtype=jnp.int32)
 
     @jax.jit
     def weights(model: UniMed, pixels):
-        each = np.tile(tasks, len(pixels))
+        each = jnp.tile(tasks, len(pixels))
         repeated = pixels.repeat(len(tasks), axis=0)  # [N * tasks, H, W, 3]
         routing = model.encode_images(repeated, each).routing
         assert routing is not None
@@ -64,6 +65,7 @@ def routing_report(
     }
     if connector.router in ("soft", "sparse") and connector.router_input != "task":
         router = trained.connector.router
+        assert router is not None
         task_kernel, router.task_kernel = router.task_kernel, None
         blind = total_variation(task_weights(trained, config, pixels))
         router.task_kernel = task_kernel

@@ -1,7 +1,7 @@
 """Pipeline: examples to batches, mixed by weight, packed and cut by host; a batch depends on (seed, step) alone.
 
-    sources -> groups (image, task) -> global order of draws -> questions and instructions of a draw
-            -> rows (one draw each, or packed) -> rows of this host -> batch
+sources -> groups (image, task) -> global order of draws -> questions and instructions of a draw
+        -> rows (one draw each, or packed) -> rows of this host -> batch
 """
 
 import functools
@@ -211,9 +211,7 @@ def _select(dataset: Dataset, source: SourceConfig, split: str, row_images: int)
                 + ("needs an image." if visual else "is text alone and takes no image; use 'vqa' for it.")
             )
         if visual and row_images < 1:
-            raise UserError(
-                f"config.data.row_images={row_images}, but {source.name!r} has images; set 1 or more."
-            )
+            raise UserError(f"config.data.row_images={row_images}, but {source.name!r} has images; set 1 or more.")
     return chosen
 
 

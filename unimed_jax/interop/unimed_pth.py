@@ -30,7 +30,8 @@ class Entry:
     name: str
     path: str
     ours: tuple = ()  # index into our leaf
-    layout: str = "same"  # same | transpose | patch (convolution [out, 3, p, p] <-> [p * p * 3, out]) | row ([1, 1, c]) | batch ([1, n, c])
+    # same | transpose | patch (convolution [out, 3, p, p] <-> [p * p * 3, out]) | row ([1, 1, c]) | batch ([1, n, c])
+    layout: str = "same"
     columns: tuple[int, int] | None = None  # of the published tensor (the router's two halves)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
@@ -69,8 +70,8 @@ def connector_table(config: ModelConfig) -> list[Entry]:
         return table
     for e in range(c.experts):
         if c.kind == "moe_linear":
-            columns = (slice(None), slice(e * out, (e + 1) * out))
-            table.append(Entry(f"moe_layers.{e}.0.weight", "connector/experts/up", columns, "transpose"))
+            block = (slice(None), slice(e * out, (e + 1) * out))
+            table.append(Entry(f"moe_layers.{e}.0.weight", "connector/experts/up", block, "transpose"))
             table.append(Entry(f"moe_layers.{e}.0.bias", "connector/experts/bias", (e,)))
             continue
         part = slice(e * (c.hidden or out), (e + 1) * (c.hidden or out))
@@ -109,7 +110,9 @@ def trainable_table(config: ModelConfig) -> list[Entry]:
     return connector_table(config) + lora_table(config)
 
 
-def decoder_table(config: ModelConfig, prefix: str = "llm_model.base_model.model.", base: str = ".base_layer") -> list[Entry]:
+def decoder_table(
+    config: ModelConfig, prefix: str = "llm_model.base_model.model.", base: str = ".base_layer"
+) -> list[Entry]:
     """The frozen decoder, as PEFT wraps Hugging Face's LLaMA; prefix "" and base "" give plain names."""
     d, table = config.decoder, [Entry(f"{prefix}model.embed_tokens.weight", "decoder/embedding")]
     for i in range(d.depth):

@@ -170,7 +170,9 @@ class Connector(nnx.Module):
         self.config = c = config.connector
         width, out = visual_features(config), config.decoder.width
         depth = 0 if c.is_moe else 1 if c.kind == "linear" else int(c.kind[3 : c.kind.index("x")])
-        tokens = normal(rngs.params(), (len(VISUAL_TASKS), c.task_token_width or width), 0.02) if c.task_tokens else None
+        tokens = (
+            normal(rngs.params(), (len(VISUAL_TASKS), c.task_token_width or width), 0.02) if c.task_tokens else None
+        )
         routed = c.is_moe and c.router in ("soft", "sparse")
         self.task_tokens = None if tokens is None else nnx.Param(tokens)
         self.router = Router(c, width, rngs) if routed else None
@@ -195,5 +197,3 @@ class Connector(nnx.Module):
         routing = route(logits, c.router, c.top_k, tasks, c.experts)
         tokens = (self.experts.literal if literal else self.experts)(x, routing)
         return ConnectorOutput(tokens, jnp.broadcast_to(routing, (*x.shape[:2], c.experts)))
-
-

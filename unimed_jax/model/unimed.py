@@ -145,5 +145,8 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
 def with_parameters(model: UniMed, leaves: dict[str, Any]) -> UniMed:
     """The model with the named leaves in place of its own; a new object, the rest shared."""
     graph, state = nnx.split(model)
-    flat = [(path, leaf.replace(leaves.get("/".join(map(str, path)), leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
+    flat = [
+        (path, leaf.replace(leaves.get("/".join(map(str, path)), leaf.get_value())))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -22,7 +22,8 @@ class Log:
         path = folder / "log.jsonl"
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) is not None and _step(line) <= step]
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
         path.write_text("".join(line + "\n" for line in kept))
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -71,7 +72,10 @@ def _wandb_run(folder: Path, config: Config):
 
 def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
     """The train step's metrics as named scalars; a task or routing weight that the batch lacked is None."""
-    values: dict[str, float | None] = {"train/loss": float(metrics["loss"]), "train/grad_norm": float(metrics["grad_norm"])}
+    values: dict[str, float | None] = {
+        "train/loss": float(metrics["loss"]),
+        "train/grad_norm": float(metrics["grad_norm"]),
+    }
     for task, loss in zip(TASKS, np.asarray(metrics["task_loss"]).tolist(), strict=True):
         values[f"loss/{task}"] = loss if np.isfinite(loss) else None
     if "routing" in metrics:

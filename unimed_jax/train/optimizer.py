@@ -54,7 +54,8 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 class AdamState(NamedTuple):
-    count: Leaves  # int32, one per leaf (per task for the task tokens): steps it took part in
+    # int32, one per leaf (per task for the task tokens): steps it took part in
+    count: Leaves  # type: ignore[assignment]  # hides tuple.count
     mean: Leaves
     square: Leaves
 

@@ -27,9 +27,7 @@ def make_step(model: UniMed, config: Config, optimizer: Optimizer, coordinate_st
     weights over the batch's slots of a task), slots [visual tasks].
     """
     connector = config.model.connector
-    reads_task_token = (
-        connector.is_moe and connector.router in ("soft", "sparse") and connector.router_input != "token"
-    )
+    reads_task_token = connector.is_moe and connector.router in ("soft", "sparse") and connector.router_input != "token"
     dropout = config.model.lora.rank > 0 and config.model.lora.dropout > 0
 
     def sums(leaves: Leaves, frozen: Leaves, batch: Batch, key):
