@@ -22,7 +22,7 @@ from unimed_jax.data.datasets import brain_codes, brain_questions
 from unimed_jax.data.datasets.brain_volume import MAPS, SIZE, SLABS, Jitter, Slab, Slice, render
 from unimed_jax.data.example import Example
 
-VERSION = "1.0.0"
+VERSION = "1.0.0"  # raise it with every change to what is generated, or old caches are taken for new
 SPLITS = ("train", "val", "test")
 JITTERS = 8  # of a train slice and map
 _HELD_OUT_JITTERS = 2
@@ -103,6 +103,7 @@ class Brain(tfds.core.GeneratorBasedBuilder):
     """`config` names the part, the jitters and the seed: `slices-8-0`, `codes-8-0`."""
 
     VERSION = tfds.core.Version(VERSION)
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=f"{part}-{JITTERS}-0") for part in _PARTS]
 
     def _info(self) -> tfds.core.DatasetInfo:
         features: dict[str, Any] = {"key": tfds.features.Text(), "questions": tfds.features.Text()}  # a JSON list
@@ -171,7 +172,7 @@ def _build(folder: Path, config: str) -> Brain:
     tfds.disable_progress_bar()  # three nested bars; `draw_slices` shows one
 
     def builder() -> Brain:
-        made = tfds.core.BuilderConfig(name=config, version=Brain.VERSION)
+        made = config if config in Brain.builder_configs else tfds.core.BuilderConfig(name=config, version=VERSION)
         return Brain(data_dir=folder, config=made, file_format="array_record")
 
     try:

@@ -37,7 +37,7 @@ def split_of(category: str, seed: int) -> str:
 def ask(seed: int) -> dict[str, dict[str, list[Example]]]:
     """split -> category -> its questions. ids are `icd/<category>/<number>`; `cluster` is the category."""
     if importlib.util.find_spec("simple_icd_10_cm") is None:
-        raise UserError("the brain set's text questions need simple_icd_10_cm; run pip install 'unimed_jax[demo]'.")
+        raise UserError("the brain set's text questions need simple_icd_10_cm; run pip install -e '.[demo]'.")
     import simple_icd_10_cm as icd
 
     categories = sorted({code for code in icd.get_all_codes(True) if re.fullmatch(r"[A-Z]\d\w", code)})

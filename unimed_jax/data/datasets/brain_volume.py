@@ -99,14 +99,14 @@ def load_volume() -> Volume:
     """Reads the three ICBM152 maps inside nilearn (symmetric 2009a; nothing is downloaded) and labels them."""
     spec = importlib.util.find_spec("nilearn")
     if spec is None or spec.origin is None:
-        raise UserError("the brain set reads the ICBM152 volumes inside nilearn; run pip install 'unimed_jax[demo]'.")
+        raise UserError("the brain set reads the ICBM152 volumes inside nilearn; run pip install -e '.[demo]'.")
     import nibabel
 
     raw = {}
     for name, short in (("t1", "t1"), ("grey", "gm"), ("white", "wm")):
         path = Path(spec.origin).parent / "datasets" / "data" / f"mni_icbm152_{short}_tal_nlin_sym_09a_converted.nii.gz"
         if not path.is_file():
-            raise UserError(f"{path} is missing from nilearn; install a nilearn that carries it (0.10 or newer).")
+            raise UserError(f"{path} is missing from nilearn; install a nilearn that carries it (0.11 or newer).")
         image = nibabel.Nifti1Image.from_filename(path)
         if tuple(image.affine[:3, 3]) != _ORIGIN or not np.array_equal(image.affine[:3, :3], np.eye(3)):
             raise UserError(f"{path} does not lie in the expected 1 mm grid; install another nilearn.")
