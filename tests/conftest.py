@@ -20,3 +20,11 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def goldens(request) -> Path:
     return Path(request.config.getoption("--goldens") or GOLDENS / "uni_med")
+
+
+@pytest.fixture
+def quick_compiles():
+    """Compiles with few optimisations: half the time where tiny programs are compiled once and run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from safetensors.numpy import load_file
 
 from unimed_jax.config import (
@@ -18,7 +17,7 @@ from unimed_jax.config import (
     check_model,
 )
 from unimed_jax.interop import unimed_pth
-from unimed_jax.model.unimed import UniMed, parameters, with_parameters
+from unimed_jax.model.unimed import UniMed, abstract, parameters, with_parameters
 
 
 def manifest(folder: Path) -> dict:
@@ -39,21 +38,36 @@ class Golden:
         return VISUAL_TASKS.index(self.case["task"]) if self.case["task"] in VISUAL_TASKS else -1
 
     def model(self) -> UniMed:
-        model = UniMed(self.config, nnx.Rngs(0))
-        leaves = unimed_pth.to_leaves(self.table(), self.weights, parameters(model))
-        return with_parameters(model, leaves)
+        model = abstract(self.config)
+        # A leaf that no table names would stay NaN and spoil every number.
+        empty = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()}
+        return with_parameters(model, empty | unimed_pth.to_leaves(self.table(), self.weights, empty))
 
     def table(self):
         c = self.config
         frozen = unimed_pth.decoder_table(c) + unimed_pth.vision_table(c) + unimed_pth.ln_vision_table()
         return unimed_pth.trainable_table(c) + frozen
 
-    def images(self, index) -> np.ndarray:
-        """[B, M, H, W, 3] from the pool's [n, 3, H, W]; an entry of `index` is one image or several."""
-        index = np.asarray(index)
-        rows = self.pool["pool.images"][index]
-        rows = rows if index.ndim == 2 else rows[:, None]
-        return rows.transpose(0, 1, 3, 4, 2)  # [B, M, H, W, 3]
+    def slots(self, index, counts) -> tuple[np.ndarray, np.ndarray]:
+        """Images [B, M, H, W, 3] from the pool's [n, 3, H, W], and their tasks [B, M].
+
+        `index` names the images in order, one list or one list a row; row b takes the next counts[b] of them.
+        """
+        size, slots = self.config.vision.image_size, max(counts, default=0)
+        images = np.zeros((len(counts), slots, size, size, 3), np.float32)
+        tasks = np.full((len(counts), slots), -1, np.int32)
+        pictures = self.pool["pool.images"][flat(index)].transpose(0, 2, 3, 1)  # [n, H, W, 3]
+        assert len(pictures) == sum(counts), "image_index must name as many images as the rows have places for"
+        for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
+            images[row, :count], tasks[row, :count] = pictures[end - count : end], self.task
+        return images, tasks
+
+
+def flat(index) -> list[int]:
+    """`image_index` of a case as one list; null is a batch of text."""
+    if index is None:
+        return []
+    return [i for entry in index for i in (entry if isinstance(entry, list) else [entry])]
 
 
 def load(folder: Path, name: str) -> Golden:
@@ -117,18 +131,24 @@ def connector_config(settings: dict) -> ConnectorConfig:
 
 
 def training_batch(golden: Golden, layout_ids, attention_mask, targets, image_index) -> dict[str, np.ndarray]:
-    """The golden's padded rows as our batch arrays (row = example)."""
-    ids, mask = np.asarray(layout_ids), np.asarray(attention_mask)
-    rows, length = ids.shape
+    """The golden's padded rows as our batch arrays (row = example).
+
+    Rows are padded further to a multiple of 32 and answers to one of 16, so that batches share compiled programs.
+    """
+    rows, length = np.shape(layout_ids)
+    wider = ((0, 0), (0, -length % 32))
+    ids = np.pad(layout_ids, wider, constant_values=golden.base["pad_id"])  # [B, S]
+    mask, targets = np.pad(attention_mask, wider), np.pad(targets, wider, constant_values=-100)  # [B, S] each
     visual = np.where(ids == -1, np.cumsum(ids == -1, axis=1) - 1, -1)
-    is_target = np.asarray(targets) != -100
-    answers = max(int(is_target.sum(axis=1).max()), 1)
+    is_target = targets != -100
+    answers = int(is_target.sum(axis=1).max())
+    answers += -answers % 16
     batch = {
         "tokens": np.where(ids < 0, golden.base["pad_id"], ids),
         "visual": visual,
         "segments": mask,
         "prefixes": mask,
-        "positions": np.tile(np.arange(length), (rows, 1)),
+        "positions": np.tile(np.arange(ids.shape[1]), (rows, 1)),
         "target_index": np.zeros((rows, answers)),
         "targets": np.zeros((rows, answers)),
         "target_tasks": np.full((rows, answers), -1),
@@ -137,15 +157,9 @@ def training_batch(golden: Golden, layout_ids, attention_mask, targets, image_in
     for row in range(rows):
         (where,) = np.nonzero(is_target[row])
         batch["target_index"][row, : len(where)] = where - 1
-        batch["targets"][row, : len(where)] = np.asarray(targets)[row, where]
+        batch["targets"][row, : len(where)] = targets[row, where]
         batch["target_tasks"][row, : len(where)] = golden.task if golden.task >= 0 else len(VISUAL_TASKS)
         weights[row, : len(where)] = 1
+    images, tasks = golden.slots(image_index, (ids == -1).sum(axis=1) // golden.config.tokens_per_image)
     batch = {k: v.astype(np.int32) for k, v in batch.items()}
-    size = golden.config.vision.image_size
-    images = np.zeros((rows, 0, size, size, 3), np.float32) if image_index is None else golden.images(image_index)
-    return {
-        **batch,
-        "weights": weights,
-        "images": images,
-        "image_tasks": np.full(images.shape[:2], golden.task, np.int32),
-    }
+    return {**batch, "weights": weights, "images": images, "image_tasks": tasks}
