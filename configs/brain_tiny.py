@@ -34,13 +34,13 @@ def get_config():
         for task, weight, questions in [
             ("refer", 9, 6),
             ("identify", 5, 6),
-            ("vqa", 6, 6),
+            ("vqa", 6, 3),
             ("caption", 4, 1),
             ("cls", 4, 2),
             ("qa", 9, 1),
         ]
     )
-    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 10, 272, 3, 144
+    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 15, 184, 2, 96
     config.text.max_answer, config.text.max_prompt = 96, 128
 
     # Box coordinates: Gaussian soft targets over neighbouring hundredths.

@@ -280,9 +280,9 @@ def config_hash(config: Config) -> str:
 
 
 def nearest(word: str, choices) -> str:
-    """`, did you mean X?` when something close is among `choices`, else the empty string."""
+    """The end of a sentence: `; did you mean 'X'?` when something close is among `choices`, else a full stop."""
     match = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {match[0]!r}?" if match else "."
 
 
 def from_config_dict(settings) -> Config:

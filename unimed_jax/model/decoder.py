@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, LoraConfig
-from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, rope_frequencies, rotate, stack
+from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, rope_frequencies, rotate, stack, unrolled
 
 
 class Span(NamedTuple):
@@ -133,7 +133,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Hidden states after the last norm. With a cache, x stands at its places start .. start + S - 1
         (`cache.span` must already say so) and the filled cache comes back."""
-        windows = jnp.resize(jnp.asarray(self.config.windows or (0,), jnp.int32), self.config.depth)
+        windows = jnp.resize(jnp.asarray(self.config.windows or (0,), jnp.int32), (self.config.depth,))
         key_span = span if cache is None else cache.span
         shared_mask = None if self.config.windows else visible(span, key_span, start)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.depth)
@@ -145,8 +145,9 @@ class Decoder(nnx.Module):
             x, kv = layer(x, span, mask, cached, start, key)
             return x, kv if cache is not None else None
 
-        x, kv = jax.lax.scan(body, x, (self.layers, cached, windows, keys))
-        return self.norm(x), None if cache is None else Cache(*kv, cache.span)
+        inputs = (self.layers, cached, windows, keys)
+        x, kv = jax.lax.scan(body, x, inputs, unroll=unrolled(self.config.depth))
+        return self.norm(x), None if cache is None else Cache(kv[0], kv[1], cache.span)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
         """float32 logits."""

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from unimed_jax.config import VisionConfig
-from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, spread, stack
+from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, spread, stack, unrolled
 
 
 class Attention(nnx.Module):
@@ -80,14 +80,14 @@ class VisionEncoder(nnx.Module):
         x += self.positions[...].astype(x.dtype)[None]
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        return jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)[0]
+        return jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks, unroll=unrolled(self.config.depth))[0]
 
 
 def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
     """uint8 pixels -> (x / 255 - mean) / std in `dtype`; floats are taken as normalised already."""
     if images.dtype == jnp.uint8:
-        scale = 1 / (255 * np.asarray(config.std, np.float32))
-        offset = np.asarray(config.mean, np.float32) / np.asarray(config.std, np.float32)
+        mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
+        scale, offset = jnp.asarray(1 / (255 * std)), jnp.asarray(mean / std)
         images = images.astype(jnp.float32)
         images = images * spread(scale, images) - spread(offset, images)
     return images.astype(dtype)
