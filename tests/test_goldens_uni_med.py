@@ -430,6 +430,4 @@ def test_broken(goldens, broken):
             golden_files.model_config(base, settings)
 
 
-AUX = {
-    name.removeprefix("aux_"): function for name, function in list(globals().items()) if name.startswith("aux_")
-}
+AUX = {name.removeprefix("aux_"): function for name, function in list(globals().items()) if name.startswith("aux_")}
