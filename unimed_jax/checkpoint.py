@@ -27,7 +27,12 @@ class Checkpoints:
         if read_only and not self.folder.is_dir():
             raise UserError(f"{self.folder} does not exist; give the folder of a run that has saved a checkpoint.")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {
+            "weights": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "note": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Steps done at the newest checkpoint, None where there is none."""

@@ -14,9 +14,9 @@ from unimed_jax.config import TASKS, VISUAL_TASKS, Config, UserError, config_has
 
 
 class Log:
-    """Writes scalars by step; a line that was written for a step beyond `step` (a killed run's) is dropped."""
+    """Writes scalars by step, from step `first` on; lines that a killed run wrote beyond are dropped."""
 
-    def __init__(self, folder: Path, config: Config, step: int, bar_to: TextIO | None = None):
+    def __init__(self, folder: Path, config: Config, first: int, bar_to: TextIO | None = None):
         from tensorboardX import SummaryWriter
 
         path = folder / "log.jsonl"
@@ -26,12 +26,12 @@ class Log:
             kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
         path.write_text("".join(line + "\n" for line in kept))
         self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._wandb: Any = None
         if config.train.wandb:
             self._wandb = _wandb_run(folder, config)
         steps = config.train.steps
-        self._bar = tqdm(total=steps, initial=step, unit="step", file=bar_to or sys.stderr, mininterval=1.0, ncols=110)
+        self._bar = tqdm(total=steps, initial=first, unit="step", file=bar_to or sys.stderr, mininterval=1.0, ncols=110)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         """Values of one step, named `group/name`; None stands for what the step did not have."""
@@ -54,11 +54,11 @@ class Log:
             self._wandb.finish()
 
 
-def _step(line: str) -> int | None:
+def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None  # cut off by a kill
+        return float("inf")  # cut off by a kill
 
 
 def _wandb_run(folder: Path, config: Config):

@@ -109,7 +109,7 @@ class Optimizer:
 
     def update(self, gradients: Leaves, state, leaves: Leaves, lr: Float[Array, ""], used: Leaves):
         """-> (new leaves, new state, gradient norm before clipping)."""
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         if self.config.clip:
             shrink = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
             gradients = jax.tree.map(lambda g: g * shrink, gradients)

@@ -1,0 +1,167 @@
+"""The door: verbs, overrides, and every mistake as one sentence."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from fake_brain import Squares, tiny_config
+from PIL import Image
+
+from unimed_jax import main as door
+from unimed_jax.config import TASKS, from_config_dict, to_dict
+from unimed_jax.data import datasets
+
+CONFIG = """
+from fake_brain import tiny_config
+def get_config(argument=""):
+    config = tiny_config()
+    config.name = "squares" + argument
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def patched():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("configs") / "squares.py"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(patched, config_file, tmp_path_factory):
+    """A run through the door: trained, evaluated, reported."""
+    folder = tmp_path_factory.mktemp("run")
+    assert door.main([f"--config={config_file}", f"--workdir={folder}", "--config.train.steps=6"]) == 0
+    return folder
+
+
+def test_a_run_leaves_scores_in_the_agreed_schema(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"config_hash", "data_checksum", "code_version", "fidelity"} <= set(metrics)
+    for task in TASKS:
+        entry = metrics["tasks"][task]
+        assert entry["n"] == 24
+        for value in entry["corrected"].values():
+            assert {"value", "ci95"} <= set(value)
+        assert entry["primary"] in entry["corrected"]
+        for baseline in entry["blind"].values():
+            assert entry["primary"] in baseline
+    assert metrics["routing"]["tv_token_router"] == 0.0
+    assert metrics["routing"]["tv_trained"]["ci95"][0] <= metrics["routing"]["tv_trained"]["value"]
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 2 * 6 * 24
+    assert {p.name for p in run.iterdir()} >= {"report.md", "predictions.png", "routing.png", "log.jsonl", "tokenizer"}
+    assert "medical device" in (run / "report.md").read_text()
+
+
+def test_evaluate_scores_a_finished_run_again_to_the_same_numbers(run):
+    before = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").unlink()
+    assert door.main(["evaluate", f"--run={run}"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["tasks"] == before["tasks"]
+
+
+def test_overrides_reach_the_run(run):
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 6
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "dcm"])
+def test_predict_answers_from_an_image_file(run, tmp_path, capsys, kind):
+    if kind == "dcm":
+        from pydicom.data import get_testdata_file
+
+        file = get_testdata_file("CT_small.dcm")
+    else:
+        file = tmp_path / f"image.{kind}"
+        Image.fromarray(Squares().image("test0")).save(file)
+    assert door.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is it?"]) == 0
+    capsys.readouterr()
+
+
+def test_predict_draws_the_box(run, tmp_path, capsys):
+    file, out = tmp_path / "image.png", tmp_path / "drawn.png"
+    Image.fromarray(Squares().image("test0")).save(file)
+    words = ["predict", f"--run={run}", f"--image={file}", "--task=identify", "--text={<10><10><60><60>}"]
+    assert door.main([*words, f"--out={out}"]) == 0
+    assert f"drew {out}" in capsys.readouterr().out
+    assert np.asarray(Image.open(out)).std() > 0
+
+
+def test_predict_answers_text_alone(run, capsys):
+    assert door.main(["predict", f"--run={run}", "--task=qa", "--text=What is 3 plus 1?"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def mistakes(run, config_file, tmp_path):
+    broken, text = tmp_path / "broken.png", tmp_path / "text.dcm"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    text.write_text("no image")
+    image = tmp_path / "good.png"
+    Image.fromarray(Squares().image("test0")).save(image)
+    config, predict = f"--config={config_file}", ["predict", f"--run={run}"]
+    return {
+        "no config": (["--workdir=x"], ["--config"]),
+        "missing config": (["--config=configs/brain_tny.py"], ["configs/brain_tny.py", "brain_tiny.py"]),
+        "unknown verb": (["trian"], ["trian", "did you mean 'train'"]),
+        "unknown key": ([config, "--config.optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'lr'"]),
+        "unknown group": ([config, "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),
+        "unknown word": ([config, "--worker=3"], ["--worker"]),
+        "wrong type": ([config, "--config.train.steps=many"], ["config.train.steps", "int", "'many'"]),
+        "wrong choice": ([config, "--config.model.connector.router=softmax"], ["router", "soft, sparse, hard"]),
+        "no such run": (["evaluate", "--run=nowhere"], ["nowhere/config.json"]),
+        "changed run": (["evaluate", f"--run={run}", "--config.seed=3"], ["config.seed", "config.evaluate"]),
+        "missing image": ([*predict, "--task=cls", "--image=no.png"], ["no.png"]),
+        "broken image": ([*predict, "--task=cls", f"--image={broken}"], ["broken.png"]),
+        "no DICOM": ([*predict, "--task=cls", f"--image={text}"], ["text.dcm"]),
+        "wrong task": ([*predict, "--task=reefer", "--text=x"], ["did you mean 'refer'"]),
+        "no text": ([*predict, "--task=refer", f"--image={image}"], ["--text"]),
+        "no image": ([*predict, "--task=cls"], ["needs an image"]),
+        "image for qa": ([*predict, "--task=qa", "--text=why", f"--image={image}"], ["text only"]),
+        "box is no box": ([*predict, "--task=identify", f"--image={image}", "--text=left"], ["'left'", "<x1>"]),
+        "long prompt": ([*predict, "--task=qa", "--text=" + "why " * 900], ["tokens", "text.max_prompt"]),
+    }
+
+
+@pytest.mark.parametrize("name", list(mistakes("", "", __import__("pathlib").Path("/dev/shm"))))
+def test_a_mistake_is_one_sentence(run, config_file, tmp_path, capsys, name):
+    argv, words = mistakes(run, config_file, tmp_path)[name]
+    assert door.main(argv) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) <= 3 and "Traceback" not in said, said
+    for word in words:
+        assert word in said, said
+
+
+def test_another_tokenizer_than_the_models_is_refused(run, tmp_path, capsys):
+    settings = to_dict(from_config_dict(json.loads((run / "config.json").read_text())))
+    settings["text"]["tokenizer"] = str(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert door.main(["predict", f"--run={tmp_path}", "--task=qa", "--text=why"]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_the_full_size_config_says_what_it_needs(capsys):
+    assert door.main(["--config=configs/cmoe.py"]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("'hf'", "'eva'", "slake", "mimic_cxr", "config.data.root"))
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares(images=0))
+    assert door.main([f"--config={config_file}", f"--workdir={tmp_path}"]) == 2
+    assert "squares" in capsys.readouterr().err
+
+
+def test_configs_of_the_repository_build():
+    for name in ("brain_tiny", "cmoe"):
+        config = door.settings_of(door.load_config_file(f"configs/{name}.py"), [])
+        assert pickle.loads(pickle.dumps(config)) == config and config.name == name
+    assert tiny_config().name == "squares"
