@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from unimed_jax.config import (
@@ -49,7 +50,7 @@ def model(settings: ModelConfig = CONFIG, seed: int = 0) -> UniMed:
             std = 0.5
         else:
             std = 0.1 if name == "lora_b" else leaf.shape[-2] ** -0.5
-        leaves[path] = (std * rng.standard_normal(leaf.shape) + name.endswith("scale")).astype(np.float32)
+        leaves[path] = jnp.asarray(std * rng.standard_normal(leaf.shape) + name.endswith("scale"), jnp.float32)
     return with_parameters(abstract(settings), leaves)
 
 
@@ -74,7 +75,7 @@ def group(rng, task: str = "vqa", questions: int = 1, images: int = 1, **lengths
     return layout.Group(tuple(asked), tuple(image(rng) for _ in range(images)))
 
 
-def shape(tokens: int = 48, images: int = 2, answers: int = 12) -> layout.RowShape:
+def shape(tokens: int = 48, images: int = 2, answers: int = 16) -> layout.RowShape:
     return layout.RowShape(tokens, images, answers, TOKENS, CONFIG.vision.image_size)
 
 

@@ -1,0 +1,188 @@
+"""The vision encoder: Hugging Face's CLIP and SigLIP by configuration, positions, patches, pixels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from unimed_jax.data import images
+from unimed_jax.interop.unimed_pth import Entry
+from unimed_jax.model.unimed import abstract, parameters, with_parameters
+from unimed_jax.model.vision import VisionEncoder, normalise, patchify, resize_positions, sincos_positions
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
+
+encode = jax.jit(lambda vision, images: vision(images))
+
+
+def pictures(count=2):
+    return np.random.default_rng(5).standard_normal((count, 16, 16, 3)).astype(np.float32)
+
+
+def vision(seed=0, **fields):
+    return tiny.model(tiny.config(vision=fields), seed).vision
+
+
+HF = {
+    **{"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"image_size": 16, "patch_size": 4, "attn_implementation": "eager", "layer_norm_eps": 1e-5},
+}
+CLIP = {"activation": "quick_gelu", "qkv_bias": "qkv", "patch_bias": False, "pre_norm": True, "norm_eps": 1e-5}
+SIGLIP = {"activation": "gelu_tanh", "qkv_bias": "qkv", "cls_token": False, "norm_eps": 1e-5}
+
+
+def import_tower(peer, ours: dict):
+    """Hugging Face's separate q, k, v and per-layer tensors -> our stacked leaves."""
+    model = abstract(tiny.config(vision=ours)).vision
+    t = {name.removeprefix("vision_model."): x.detach().numpy() for name, x in peer.state_dict().items()}
+    depth = model.config.depth + 1 + model.config.feature_layer
+
+    def stacked(name):
+        return np.stack([t[f"encoder.layers.{i}.{name}"] for i in range(depth)])
+
+    def joined(part):
+        return np.stack([stacked(f"self_attn.{n}_proj.{part}") for n in "qkv"], axis=1)  # [layers, 3, ...]
+
+    patch = t["embeddings.patch_embedding.weight"]
+    leaves = {
+        "patch/kernel": Entry("", "", layout="patch").to_ours(patch),
+        "positions": t["embeddings.position_embedding.weight"],
+        "blocks/attention/qkv/kernel": joined("weight").reshape(depth, 36, 12).transpose(0, 2, 1),
+        **{f"blocks/attention/{n}_bias": stacked(f"self_attn.{n}_proj.bias") for n in "qkv"},
+    }
+    linears = {"attention/out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}
+    for path, name in linears.items():
+        leaves[f"blocks/{path}/kernel"] = stacked(f"{name}.weight").transpose(0, 2, 1)
+        leaves[f"blocks/{path}/bias"] = stacked(f"{name}.bias")
+    for path, name in {"norm1": "layer_norm1", "norm2": "layer_norm2"}.items():
+        leaves[f"blocks/{path}/scale"] = stacked(f"{name}.weight")
+        leaves[f"blocks/{path}/bias"] = stacked(f"{name}.bias")
+    optional = {
+        "cls": "embeddings.class_embedding",
+        "patch/bias": "embeddings.patch_embedding.bias",
+        "pre_norm/scale": "pre_layrnorm.weight",
+        "pre_norm/bias": "pre_layrnorm.bias",
+        "output_norm/scale": "post_layernorm.weight",
+        "output_norm/bias": "post_layernorm.bias",
+    }
+    leaves |= {path: t[name] for path, name in optional.items() if path in parameters(model)}
+    assert leaves.keys() == parameters(model).keys()
+    return with_parameters(model, leaves)
+
+
+def peer_model(kind: str, **settings):
+    torch = pytest.importorskip("torch", reason=NEEDS)
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}VisionConfig")(**{**HF, **settings})
+    peer = getattr(transformers, f"{kind}VisionModel")(config).eval()
+    with torch.no_grad():
+        for name, weight in peer.named_parameters():
+            weight.copy_(torch.randn_like(weight) * 0.3 + (1 if "norm" in name and name.endswith("weight") else 0))
+        pixels = torch.tensor(pictures().transpose(0, 3, 1, 2).copy())
+        return peer, peer(pixels, output_hidden_states=True)
+
+
+def test_equals_clip():
+    """CLIP as LLaVA-style models use it: the last but one layer, class token dropped, no norm behind."""
+    peer, out = peer_model("CLIP", hidden_act="quick_gelu")
+    tower = import_tower(peer, {**CLIP, "feature_layer": -2, "output_norm": False})
+    np.testing.assert_allclose(encode(tower, pictures()), out.hidden_states[-2][:, 1:].numpy(), rtol=0, atol=1e-5)
+
+
+def test_equals_siglip():
+    """SigLIP: no class token, a norm behind the last layer."""
+    peer, out = peer_model("Siglip", hidden_act="gelu_pytorch_tanh", vision_use_head=False)
+    tower = import_tower(peer, {**SIGLIP, "output_norm_eps": 1e-5})
+    np.testing.assert_allclose(encode(tower, pictures()), out.last_hidden_state.numpy(), rtol=0, atol=1e-5)
+
+
+def test_qkv_biases():
+    """qv: no bias on k (EVA); a bias on k shifts all scores of a query alike and so changes nothing."""
+    has = {kind: {p for p in parameters(vision(qkv_bias=kind)) if "_bias" in p} for kind in ("none", "qv", "qkv")}
+    q, k, v = (f"blocks/attention/{n}_bias" for n in "qkv")
+    assert has == {"none": set(), "qv": {q, v}, "qkv": {q, k, v}}
+    full = vision(qkv_bias="qkv")
+    leaves = parameters(full)
+    out = {"qkv": encode(full, pictures())}
+    for kind in ("qv", "none"):
+        model = vision(qkv_bias=kind)
+        out[kind] = encode(with_parameters(model, {p: leaves[p] for p in parameters(model)}), pictures())
+    np.testing.assert_allclose(out["qv"], out["qkv"], rtol=0, atol=1e-5)
+    assert np.abs(np.asarray(out["none"] - out["qv"])).max() > 1e-2
+
+
+def test_patchify_is_a_convolution():
+    torch = pytest.importorskip("torch", reason=NEEDS)
+    weight = np.random.default_rng(1).standard_normal((12, 3, 4, 4)).astype(np.float32)
+    pixels = pictures().transpose(0, 3, 1, 2).copy()  # [N, 3, H, W]
+    expected = torch.nn.functional.conv2d(torch.tensor(pixels), torch.tensor(weight), stride=4)
+    kernel = Entry("", "", layout="patch").to_ours(weight)
+    ours = np.asarray(patchify(pictures(), 4)) @ kernel
+    np.testing.assert_allclose(ours, expected.flatten(2).transpose(1, 2).numpy(), rtol=0, atol=1e-5)
+
+
+def test_patchify_by_hand():
+    """Patch 1 is right of patch 0; within a patch row, column, channel."""
+    image = np.arange(4 * 4 * 3).reshape(1, 4, 4, 3)
+    patches = np.asarray(patchify(image, 2))
+    np.testing.assert_array_equal(patches[0, 1], image[0, :2, 2:].reshape(-1))
+    np.testing.assert_array_equal(patches[0, 2], image[0, 2:, :2].reshape(-1))
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("old, new", [(4, 7), (7, 4), (4, 16), (5, 5)])
+def test_position_resize_is_bicubic(old, new, extra):
+    torch = pytest.importorskip("torch", reason=NEEDS)
+    table = np.random.default_rng(2).standard_normal((extra + old * old, 6)).astype(np.float32)
+    grid = torch.tensor(table[extra:]).reshape(1, old, old, 6).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    expected = grid.permute(0, 2, 3, 1).reshape(new * new, 6).numpy()
+    resized = resize_positions(table, new, extra)
+    np.testing.assert_array_equal(resized[:extra], table[:extra])
+    np.testing.assert_allclose(resized[extra:], expected, rtol=0, atol=1e-5)
+
+
+def test_position_resize_to_the_same_grid_is_the_identity():
+    table = np.random.default_rng(2).standard_normal((17, 6)).astype(np.float32)
+    assert (resize_positions(table, 4, 1) == table).all()
+
+
+def test_sincos_positions():
+    """Every patch has its own; neighbours are closer than strangers; rows in the first half of the channels."""
+    table = sincos_positions(8, 16)
+    assert table.shape == (64, 16) and table.dtype == np.float32
+    distance = np.linalg.norm(table[:, None] - table[None], axis=-1)
+    assert (distance[~np.eye(64, dtype=bool)] > 0.1).all()
+    assert distance[0, 1] < distance[0, 3] and distance[0, 8] < distance[0, 24]
+    np.testing.assert_array_equal(table[0, :8], table[7, :8])  # one row
+    np.testing.assert_array_equal(table[0, 8:], table[56, 8:])  # one column
+    settings = tiny.config(vision={"position_init": "sincos"})
+    built = jax.jit(lambda key: VisionEncoder(settings.vision, nnx.Rngs(key)))(jax.random.key(0))
+    np.testing.assert_array_equal(built.positions[...][1:], sincos_positions(4, 12))
+
+
+def test_feature_layer_counts_from_the_end():
+    """The output of the last block but one is that of an encoder without the last block, which is not built."""
+    deep, shallow = (vision(depth=3, feature_layer=-2), vision(depth=2))
+    assert parameters(deep)["blocks/up/kernel"].shape[0] == 2
+    same = with_parameters(deep, parameters(shallow))
+    np.testing.assert_array_equal(encode(same, pictures()), encode(shallow, pictures()))
+
+
+def test_pixels():
+    """uint8 is normalised as data/images does it; floats are taken as they are."""
+    config = tiny.CONFIG.vision
+    pixels = np.random.default_rng(3).integers(0, 256, (2, 5, 4, 3)).astype(np.uint8)
+    expected = images.normalise(pixels, config.mean, config.std)
+    np.testing.assert_allclose(normalise(jnp.asarray(pixels), config, "float32"), expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(normalise(jnp.asarray(expected), config, "float32"), expected)
+    assert normalise(jnp.asarray(pixels), config, "bfloat16").dtype == jnp.bfloat16
+    other = dataclasses.replace(config, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    np.testing.assert_allclose(normalise(jnp.asarray(pixels), other, "float32"), pixels / 127.5 - 1, atol=1e-6)
