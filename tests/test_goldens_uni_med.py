@@ -219,6 +219,7 @@ def check_train_sequence(golden):
     schedule = case["lr_schedule"]
     optimizer, total = published_schedule(schedule)
     step, state, frozen = train_setup(golden, model, dataclasses.replace(optimizer, skip_unused=True))
+    tiny = dict.fromkeys(state.leaves, False)  # entries whose first gradient is below 1e-6, but not 0
     for i, expected in enumerate(case["steps"]):
         golden.case["task"] = expected["task"]
         batch = golden_files.training_batch(
@@ -232,6 +233,9 @@ def check_train_sequence(golden):
         assert lr == pytest.approx(expected["lr"], rel=1e-12)
         state, metrics_ = step(state, frozen, batch, lr)
         close(metrics_["loss"], expected["loss"], 2e-5, f"loss of step {i}")
+        for path, mean in state.moments.mean.items():
+            first = np.asarray(state.moments.count[path]) == 1
+            tiny[path] |= first & (mean != 0) & (np.abs(mean) < 1e-6 * (1 - optimizer.betas[0]))
     table = unimed_pth.trainable_table(golden.config)
     final = unimed_pth.to_published(table, state.leaves)
     counts = {path: np.broadcast_to(state.moments.count[path], leaf.shape) for path, leaf in state.leaves.items()}
@@ -239,8 +243,13 @@ def check_train_sequence(golden):
     idle = {name for name, count in case["adam_step_counts"].items() if count == 0}
     # As for single steps: what ours does not hold never took part.
     assert {key.removeprefix("final/") for key in arrays if key.startswith("final/")} - idle == set(final) - idle
+    tiny = unimed_pth.to_published(table, tiny)
+    assert sum(map(np.sum, tiny.values())) < 0.01 * sum(map(np.size, tiny.values()))
     for name, value in final.items():
-        close(value, arrays.get(f"final/{name}", golden.weights[name]), 2e-5, f"{name} after the last step")
+        # Adam's first step is the gradient's sign, also where rounding alone made it (the manifest's exception).
+        expected = arrays.get(f"final/{name}", golden.weights[name])
+        close(value, np.where(tiny[name], value, expected), 2e-5, f"{name} after the last step")
+        close(value, expected, 2 * optimizer.lr, f"{name} after the last step")
         assert counted[name] == {case["adam_step_counts"].get(name, 0)}, name
 
 
