@@ -39,7 +39,7 @@ def config(**parts) -> ModelConfig:
 
 
 def model(settings: ModelConfig = CONFIG, seed: int = 0) -> UniMed:
-    """Kernels of gain about 1, norm scales around 1, biases, task tokens and adapters away from 0."""
+    """Kernels of gain 0.7, norm scales around 1, biases, task tokens and adapters away from 0."""
     rng = np.random.default_rng(seed)
     leaves = {}
     for path, leaf in parameters(abstract(settings)).items():
@@ -49,7 +49,7 @@ def model(settings: ModelConfig = CONFIG, seed: int = 0) -> UniMed:
         elif name in ("embedding", "positions", "cls", "task_tokens"):
             std = 0.5
         else:
-            std = 0.1 if name == "lora_b" else leaf.shape[-2] ** -0.5
+            std = 0.1 if name == "lora_b" else 0.7 * leaf.shape[-2] ** -0.5
         leaves[path] = jnp.asarray(std * rng.standard_normal(leaf.shape) + name.endswith("scale"), jnp.float32)
     return with_parameters(abstract(settings), leaves)
 
