@@ -40,7 +40,7 @@ def get_config():
             ("qa", 9, 1),
         ]
     )
-    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 15, 184, 2, 96
+    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 15, 176, 2, 96
     config.text.max_answer, config.text.max_prompt = 96, 128
 
     # Box coordinates: Gaussian soft targets over neighbouring hundredths.
@@ -50,6 +50,6 @@ def get_config():
     optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 2e-3, 0.0, 0.0, 40
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.05, 1.0
 
-    config.train.steps, config.train.save_every = 900, 300
+    config.train.steps, config.train.save_every = 850, 425
     config.evaluate.batch, config.evaluate.max_new_tokens = 128, 96
     return config

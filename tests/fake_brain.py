@@ -57,7 +57,7 @@ def tiny_config(**train):
     decoder.vocab = config.text.vocab = 640
     decoder.width, decoder.depth, decoder.heads, decoder.kv_heads, decoder.head_dim = 32, 1, 2, 2, 16
     decoder.mlp_width = 48
-    config.data.sources = (dict(name="squares", questions=2),)
+    config.data.sources = (dict(name="squares", path=".", questions=2),)
     config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 4, 160, 2, 96
     config.data.window = 32
     config.optimizer.lr, config.optimizer.warmup_lr, config.optimizer.warmup_steps = 3e-3, 0.0, 2

@@ -6,8 +6,8 @@ from unimed_jax.config import TASKS, TextConfig, UserError
 from unimed_jax.data import prompts
 from unimed_jax.data.example import Example
 
-TEXT = TextConfig(chat_template=True)
-BARE = TextConfig(chat_template=False)
+TEXT = TextConfig(chat_template=True, training_blank=True)
+BARE = TextConfig(chat_template=False, training_blank=True)
 
 
 def example(task="vqa", question="what organ ?", image="i0"):
@@ -20,6 +20,12 @@ def test_image_prompt_has_the_published_form():
     assert prompt.right == "</Img> [vqa] what organ ?  [/INST]"  # the training row's extra blank
     prompt = prompts.build(example(), 3, TEXT, evaluation=True)
     assert prompt.right == "</Img> [vqa] what organ ? [/INST]"
+
+
+def test_by_default_training_and_evaluation_prompts_are_the_same():
+    text = TextConfig(training_blank=False)
+    forms = [prompts.build(example(), 0, text, evaluation=evaluation) for evaluation in (True, False)]
+    assert forms[0] == forms[1]
 
 
 def test_without_chat_template_there_is_no_wrapping():

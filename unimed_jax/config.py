@@ -149,6 +149,9 @@ class TextConfig:
     max_prompt: int = 512  # tokens, visual ones included; longer is an error
     max_words: int | None = None  # cut of questions and reports; paper: 50
     double_bos: bool | None = None  # two BOS in evaluation prompts; paper: True
+    # A blank behind the instruction in training rows alone; paper: True. A model trained from scratch, which never
+    # met the form without it, ends boxes after three coordinates at evaluation.
+    training_blank: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +248,7 @@ FIDELITY = {
     "default": {
         "text.max_words": None,
         "text.double_bos": False,
+        "text.training_blank": False,
         "data.mixing": "per_example",
         "data.packing": True,
         "loss.reduction": "example",
@@ -254,6 +258,7 @@ FIDELITY = {
     "paper": {
         "text.max_words": 50,
         "text.double_bos": True,
+        "text.training_blank": True,
         "data.mixing": "per_batch",
         "data.packing": False,
         "loss.reduction": "token",

@@ -78,7 +78,7 @@ def missing_inputs(config: Config) -> str | None:
     ]
     if not config.text.tokenizer and any(kind == "hf" for kind, _ in config.init):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
-    names = [source.name for source in config.data.sources if source.name != "brain" and not source.path]
+    names = [source.name for source in config.data.sources if source.name not in SELF_CONTAINED and not source.path]
     if names and not config.data.root:
         lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} (config.data.root, one folder each)")
     return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None

@@ -101,8 +101,7 @@ def build(example: Example, variant: int, text: TextConfig, *, evaluation: bool)
     body = collapse(f"{TAGS[task]} {template.replace('{question}', question)}")
     if visual:
         left = "<Img>"
-        # Training rows carry a blank behind the instruction and evaluation prompts none, as published.
-        right = f"</Img> {body}" + ("" if evaluation else " ")
+        right = f"</Img> {body}" + (" " if text.training_blank and not evaluation else "")
         return Prompt(f"[INST] {left}", f"{right} [/INST]") if text.chat_template else Prompt(left, right)
     body = shorten(body)
     return Prompt(f"[INST] {body} [/INST]" if text.chat_template else body)

@@ -23,7 +23,7 @@ class Log:
         kept = []
         if path.exists():
             lines = path.read_text().splitlines()
-            kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
+            kept = [line for line in lines if _step(line) < first]
         path.write_text("".join(line + "\n" for line in kept))
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)

@@ -8,6 +8,8 @@ from pathlib import Path
 from unimed_jax.config import DataConfig, SourceConfig, UserError, nearest
 from unimed_jax.data.example import Dataset, Joined
 
+SELF_CONTAINED = ("brain",)  # made from installed packages; all others read the files of `path`
+
 
 def load_dataset(source: SourceConfig, data: DataConfig) -> Dataset:
     """The data set that `source.name` names. Raises UserError where there is none of that name."""
