@@ -15,6 +15,7 @@ from flax import nnx
 
 from unimed_jax.checkpoint import Checkpoints
 from unimed_jax.config import Config, UserError, from_config_dict, to_dict
+from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
