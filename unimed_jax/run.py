@@ -91,7 +91,7 @@ def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Toke
         return Tokenizer.load(config.text.tokenizer)
     path = folder / "tokenizer"
     if not (path / "tokenizer_config.json").exists():
-        train_tokenizer((t for d in datasets for t in corpus(d.examples("train"), config.text)), config.text, path)
+        train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, path)
     return Tokenizer.load(path)
 
 

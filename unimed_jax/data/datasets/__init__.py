@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from unimed_jax.config import DataConfig, SourceConfig, UserError, nearest
@@ -39,7 +40,7 @@ def load_datasets(data: DataConfig) -> list[Dataset]:
     return out
 
 
-def joined(datasets: list[Dataset]) -> Dataset:
+def joined(datasets: Sequence[Dataset]) -> Dataset:
     """The distinct data sets as one, for evaluation."""
     distinct = list({id(d): d for d in datasets}.values())
     return distinct[0] if len(distinct) == 1 else Joined(distinct)
