@@ -244,7 +244,7 @@ class Config:
 
 
 # The knobs that `fidelity` sets where a config leaves them None (DESIGN decision 8).
-FIDELITY = {
+FIDELITY: dict[str, dict[str, typing.Any]] = {
     "default": {
         "text.max_words": None,
         "text.double_bos": False,
@@ -309,14 +309,14 @@ def from_config_dict(settings) -> Config:
     return config
 
 
-def _build(kind, value, where: str):
+def _build(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
     """Recursively turns plain data into the annotated type `kind`."""
     if isinstance(kind, types.UnionType):
         options = typing.get_args(kind)
         if value is None and type(None) in options:
             return None
         return _build(next(o for o in options if o is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{where} must be a group of settings, not {value!r}.")
         hints = typing.get_type_hints(kind)
@@ -382,8 +382,7 @@ def _check(config: Config) -> None:
         raise UserError("config.data: mixing='per_batch' takes one example a row; set data.packing=False.")
     if data.rows % train.accumulation:
         raise UserError(
-            f"config.train.accumulation={train.accumulation} does not divide data.rows={data.rows}; "
-            "choose a divisor."
+            f"config.train.accumulation={train.accumulation} does not divide data.rows={data.rows}; choose a divisor."
         )
     for pattern, action, *_ in train.rules:
         if action not in ("train", "freeze"):
