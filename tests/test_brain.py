@@ -9,7 +9,8 @@ import pytest
 
 from unimed_jax.config import TASKS, DataConfig, SourceConfig, UserError
 from unimed_jax.data import datasets
-from unimed_jax.data.datasets import brain, brain_codes, brain_questions, brain_sheet
+from unimed_jax.data.contact_sheet import contact_sheet
+from unimed_jax.data.datasets import brain, brain_codes, brain_questions
 from unimed_jax.data.datasets import brain_volume as volume
 from unimed_jax.data.prompts import text_to_box
 
@@ -383,7 +384,7 @@ def test_tasks_can_be_chosen(cache, data):
 def test_contact_sheet(data, tmp_path):
     from PIL import Image
 
-    path = brain_sheet.contact_sheet(data, tmp_path / "sub" / "sheet.png", "test", rows=2)
+    path = contact_sheet(data, tmp_path / "sub" / "sheet.png", "test", rows=2)
     sheet = np.asarray(Image.open(path))
     assert sheet.shape[0] > 600 and sheet.shape[1] > 1800
     assert (sheet.std(-1) > 40).any()  # coloured boxes

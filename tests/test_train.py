@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from fake_brain import Squares, tiny_config
+from PIL import Image
 
 from unimed_jax.config import UserError, from_config_dict
 from unimed_jax.data import datasets
@@ -78,6 +79,15 @@ def test_the_loss_falls_and_everything_is_logged(straight):
     assert {key.split("/")[0] for key in log[0]} >= {"train", "loss", "routing", "speed", "waste", "memory"}
     assert any(line["loss/qa"] is not None for line in log)
     assert list((straight.folder / "tensorboard").iterdir())
+    assert Image.open(straight.folder / "contact_sheet.png").size[0] > 100
+
+
+def test_bfloat16_steps_like_float32(straight, tmp_path):
+    settings = tiny_config(steps=6)
+    settings.model.compute_dtype = "bfloat16"
+    loop.train(from_config_dict(settings), tmp_path)
+    for low, full in zip(lines(tmp_path), lines(straight.folder), strict=False):
+        assert low["train/loss"] == pytest.approx(full["train/loss"], rel=0.02)
 
 
 def test_a_step_that_is_not_finite_stops_the_run_with_its_records(tmp_path):

@@ -2,7 +2,8 @@
 
 config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
 checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
-metrics.json, predictions.jsonl, report.md, *.png       what the evaluation left
+contact_sheet.png images with their boxes               tensorboard/
+metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 
 import dataclasses

@@ -9,7 +9,8 @@ import numpy as np
 
 from unimed_jax.checkpoint import Checkpoints
 from unimed_jax.config import Config, UserError, config_hash
-from unimed_jax.data.datasets import load_datasets
+from unimed_jax.data.contact_sheet import contact_sheet
+from unimed_jax.data.datasets import joined, load_datasets
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
 from unimed_jax.run import Run, initial_model, load_text, write_config
@@ -47,6 +48,8 @@ def train(config: Config, folder: Path) -> Run:
         frozen |= {path: weights[path] for path in random_frozen}
         state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
     first = int(state.step)
+    if first == 0:
+        contact_sheet(joined(datasets), folder / "contact_sheet.png")
 
     def save(done: int) -> None:
         note = {"config_hash": config_hash(config), "rows_read": done * config.data.rows}

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from unimed_jax.data.example import Dataset, Example
 
-_SCALE = 5  # screen pixels of an image pixel
+_SIDE = 320  # screen pixels of an image's longer side
 _COLUMNS = 6
 _LINE = 13  # screen pixels of a line of text
 _NAMES = 3  # lines of two names under an image
@@ -48,7 +48,8 @@ def contact_sheet(dataset: Dataset, path: str | Path, split: str = "train", rows
 
 def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:
     """The image with its key above, its boxes in it and their names below, in the boxes' colours."""
-    height, width = image.shape[0] * _SCALE, image.shape[1] * _SCALE
+    scale = _SIDE / max(image.shape[:2])
+    height, width = round(image.shape[0] * scale), round(image.shape[1] * scale)
     tile = Image.new("RGB", (width + 6, _LINE * (1 + _NAMES) + height))
     tile.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (0, _LINE))
     draw = ImageDraw.Draw(tile)
@@ -56,7 +57,7 @@ def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:
     boxes = {e.meta.get("structure", ""): e.box for e in examples if e.box is not None}
     for i, (name, box) in enumerate(sorted(boxes.items())[: 2 * _NAMES]):
         colour = _COLOURS[i % len(_COLOURS)]
-        x1, y1, x2, y2 = (v * _SCALE for v in box)
+        x1, y1, x2, y2 = (round(v * scale) for v in box)
         draw.rectangle((x1, y1 + _LINE, x2 - 1, y2 + _LINE - 1), outline=colour)
         draw.text((2 + i % 2 * width // 2, height + _LINE * (1 + i // 2)), name, fill=colour)
     return tile
