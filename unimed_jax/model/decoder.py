@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers [layers, B, C, kv_heads, head], and the span of the C places."""
+    """Keys and values of all layers [layers, B, kv_heads, C, head], and the span of the C places."""
 
     keys: Array
     values: Array
@@ -58,9 +58,12 @@ class Attention(nnx.Module):
         self.v = linear("v", c.width, c.kv_heads * c.head_dim)
         self.o = linear("o", c.heads * c.head_dim, c.width, std=(2 * c.depth * c.heads * c.head_dim) ** -0.5)
 
-    def __call__(self, x, span: Span, mask, cached, start, dropout):
-        """x [B, S, D] -> ([B, S, D], (keys, values)); `cached` (keys, values) of [B, C, kv_heads, head] is
-        filled from place `start` on and attended instead of x's own keys."""
+    def __call__(self, x, span: Span, mask, cached, dropout):
+        """x [B, S, D] -> ([B, S, D], (all keys, all values) or None).
+
+        `cached` (all keys, all values, this layer's number, first place): x's keys and values are written there
+        and the layer's are attended instead of x's own.
+        """
         c = self.config
         batch, length, _ = x.shape
         q = self.q(x, dropout[0]).reshape(batch, length, c.heads, c.head_dim)  # [B, S, heads, d]
@@ -69,11 +72,18 @@ class Attention(nnx.Module):
         rotary = 2 * int(c.head_dim * c.rotary_fraction / 2)
         frequencies = rope_frequencies(rotary, c.rope_theta, c.rope_scaling)
         q, k = rotate(q, span.positions, frequencies), rotate(k, span.positions, frequencies)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, kv_heads, S, d]
+        filled = None
         if cached is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cached[0], k, start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cached[1], v, start, axis=1)
+            # Written in place into the loop's one copy; a layer's share as scan output would copy all of it.
+            *caches, layer, start = cached
+            place = (layer, 0, 0, start, 0)
+            filled = tuple(
+                jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(caches, (k, v), strict=True)
+            )
+            k, v = (jax.lax.dynamic_index_in_dim(all_, layer, keepdims=False) for all_ in filled)  # [B, kv_heads, C, d]
         out = attend(q, k, v, mask, c.attention_softcap)
-        return self.o(out.reshape(batch, length, -1), dropout[3]), (k, v)  # [B, S, heads * d] in
+        return self.o(out.reshape(batch, length, -1), dropout[3]), filled  # [B, S, heads * d] in
 
 
 class Mlp(nnx.Module):
@@ -102,11 +112,11 @@ class Layer(nnx.Module):
         self.norm2 = Norm(config.width, config.norm, config.norm_eps)
         self.mlp = Mlp(config, lora, rngs)
 
-    def __call__(self, x, span: Span, mask, cached, start, dropout_key):
+    def __call__(self, x, span: Span, mask, cached, dropout_key):
         dropout = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
-        attended, kv = self.attention(self.norm1(x), span, mask, cached, start, dropout[:4])
+        attended, filled = self.attention(self.norm1(x), span, mask, cached, dropout[:4])
         x = x + attended
-        return x + self.mlp(self.norm2(x), dropout[4:]), kv
+        return x + self.mlp(self.norm2(x), dropout[4:]), filled
 
 
 class Decoder(nnx.Module):
@@ -137,17 +147,18 @@ class Decoder(nnx.Module):
         key_span = span if cache is None else cache.span
         shared_mask = None if self.config.windows else visible(span, key_span, start)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.depth)
-        cached = None if cache is None else (cache.keys, cache.values)
 
-        def body(x, inputs):
-            layer, cached, window, key = inputs
+        def body(carry, inputs):
+            x, filled = carry
+            layer, number, window, key = inputs
             mask = visible(span, key_span, start, window) if shared_mask is None else shared_mask
-            x, kv = layer(x, span, mask, cached, start, key)
-            return x, kv if cache is not None else None
+            cached = None if filled is None else (*filled, number, start)
+            return layer(x, span, mask, cached, key), None
 
-        inputs = (self.layers, cached, windows, keys)
-        x, kv = jax.lax.scan(body, x, inputs, unroll=unrolled(self.config.depth))
-        return self.norm(x), None if cache is None else Cache(kv[0], kv[1], cache.span)
+        filled = None if cache is None else (cache.keys, cache.values)
+        inputs = (self.layers, jnp.arange(self.config.depth), windows, keys)
+        (x, filled), _ = jax.lax.scan(body, (x, filled), inputs, unroll=unrolled(self.config.depth))
+        return self.norm(x), None if cache is None else Cache(*filled, cache.span)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
         """float32 logits."""
@@ -159,7 +170,8 @@ class Decoder(nnx.Module):
     def empty_cache(self, span: Span, dtype) -> Cache:
         """A cache of zeros for rows whose C places are described by `span`."""
         c = self.config
-        shape = (c.depth, *span.segments.shape, c.kv_heads, c.head_dim)
+        rows, places = span.segments.shape
+        shape = (c.depth, rows, c.kv_heads, places, c.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), span)
 
 

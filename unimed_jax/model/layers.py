@@ -128,8 +128,8 @@ def rotate(
 
 def attend(
     q: Float[Array, "B S heads head"],
-    k: Float[Array, "B K kv_heads head"],
-    v: Float[Array, "B K kv_heads head"],
+    k: Float[Array, "B kv_heads K head"],
+    v: Float[Array, "B kv_heads K head"],
     mask: Bool[Array, "B S K"] | None,
     softcap: float | None = None,
 ) -> Float[Array, "B S heads head"]:
@@ -138,12 +138,11 @@ def attend(
     A query that may see nothing (padding) gets the mean of all values: finite, and never read.
     """
     batch, length, heads, head = q.shape
-    keys, groups = k.shape[1], k.shape[2]
+    groups, keys = k.shape[1], k.shape[2]
     repeats = heads // groups
     # Plain batched products over contiguous [rows, head] blocks: 2.4 x as fast on CPU as a 5-axis einsum.
     q = q.reshape(batch, length, groups, repeats, head).transpose(0, 2, 3, 1, 4)  # [B, G, R, S, d]
     q = q.reshape(batch, groups, repeats * length, head) * head**-0.5  # [B, G, R * S, d]
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, G, K, d]
     scores = jnp.einsum("bgsd,bgkd->bgsk", q, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

@@ -29,6 +29,7 @@ class Attention(nnx.Module):
             (y if bias is None else y + spread(bias[...].astype(y.dtype), y)).reshape(images, patches, self.heads, -1)
             for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
         )  # [N, P, heads, d]
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [N, heads, P, d]
         return self.out(attend(q, k, v, None).reshape(images, patches, width))  # [N, P, width]
 
 
