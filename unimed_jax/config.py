@@ -270,7 +270,8 @@ FIDELITY: dict[str, dict[str, typing.Any]] = {
 
 def default_config() -> ml_collections.ConfigDict:
     """Every setting at its default, as the mutable form that config files fill in."""
-    return ml_collections.ConfigDict(to_dict(Config()))
+    # Types are checked once, by from_config_dict and in a sentence.
+    return ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
 
 
 def to_dict(config) -> dict:
