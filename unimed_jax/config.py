@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -462,8 +463,12 @@ def load_config_file(path: str):
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    settings = module.get_config(argument) if argument else module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        settings = module.get_config(argument) if argument else module.get_config()
+    except (AttributeError, KeyError, TypeError, NameError, SyntaxError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        raise UserError(f"--config={file}, line {[*lines, '?'][-1]}: {' '.join(str(error).split())}") from error
     if not settings.name:
         settings.name = Path(file).stem
     return settings
