@@ -360,17 +360,26 @@ _CHOICES = {
 }
 
 
-def _check_choices(settings, where: str) -> None:
+# Whole numbers count something and are at least 1, but for these.
+_LEAST = {
+    **{"seed": 0, "task_tokens": 0, "top_k": 0, "rank": 0, "row_images": 0, "threads": 0, "warmup_steps": 0},
+    **{"limit": 0, "feature_layer": -math.inf},
+}
+
+
+def _check_fields(settings, where: str) -> None:
     for field in dataclasses.fields(settings):
         key, value = f"{where}.{field.name}", getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            _check_choices(value, key)
+            _check_fields(value, key)
         elif key in _CHOICES and value not in _CHOICES[key]:
             raise UserError(f"{key}: {value!r} is unknown; choose from {', '.join(_CHOICES[key])}.")
+        elif type(value) is int and value < _LEAST.get(field.name, 1):
+            raise UserError(f"{key}={value}: set at least {_LEAST.get(field.name, 1)}.")
 
 
 def _check(config: Config) -> None:
-    _check_choices(config, "config")
+    _check_fields(config, "config")
     check_model(config.model)
     data, train = config.data, config.train
     visual = {task for s in data.sources for task in s.tasks or VISUAL_TASKS if task in VISUAL_TASKS}
@@ -397,7 +406,7 @@ def _check(config: Config) -> None:
 
 def check_model(model: ModelConfig) -> None:
     """Refuses what cannot be built, and what the original accepts but cannot run (its `broken` cases)."""
-    _check_choices(model, "config.model")
+    _check_fields(model, "config.model")
     vision, connector, decoder = model.vision, model.connector, model.decoder
     if vision.image_size % vision.patch_size:
         raise UserError(
