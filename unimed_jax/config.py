@@ -414,8 +414,15 @@ def check_model(model: ModelConfig) -> None:
         )
     if vision.width % vision.heads:
         raise UserError(f"config.model.vision: heads={vision.heads} does not divide width={vision.width}.")
+    if not -vision.depth <= vision.feature_layer <= -1:
+        raise UserError(
+            f"config.model.vision: feature_layer={vision.feature_layer} of depth={vision.depth}; count from the end, "
+            f"-1 (the last block) to -{vision.depth}."
+        )
+    if vision.position_init == "sincos" and vision.width % 4:
+        raise UserError(f"config.model.vision: position_init='sincos' needs 4 to divide width={vision.width}.")
     kind = connector.kind
-    dense = kind == "linear" or (kind[:3] == "mlp" and kind[3:-6].isdigit() and kind.endswith("x_gelu"))
+    dense = kind == "linear" or (kind[:3] == "mlp" and kind.endswith("x_gelu") and kind[3:-6] in map(str, range(1, 100)))
     if not dense and kind not in ("moe_linear", "moe_mlp"):
         raise UserError(
             f"config.model.connector.kind: {kind!r} is unknown; choose linear, mlpNx_gelu (N layers), moe_linear "
@@ -456,6 +463,9 @@ def check_model(model: ModelConfig) -> None:
             )
     if decoder.heads % decoder.kv_heads:
         raise UserError(f"config.model.decoder: kv_heads={decoder.kv_heads} does not divide heads={decoder.heads}.")
+    for name in decoder.attention_bias:
+        if name not in ("q", "k", "v", "o"):
+            raise UserError(f"config.model.decoder.attention_bias: {name!r} is none of q, k, v, o.")
     names = ("q", "k", "v", "o", "gate", "up", "down")
     for target in model.lora.targets:
         if target not in names:
