@@ -382,12 +382,13 @@ def _check(config: Config) -> None:
     _check_fields(config, "config")
     check_model(config.model)
     data, train = config.data, config.train
+    connector = config.model.connector
     visual = {task for s in data.sources for task in s.tasks or VISUAL_TASKS if task in VISUAL_TASKS}
-    for task in visual:
-        if config.model.connector.router == "hard" and VISUAL_TASKS.index(task) >= config.model.connector.experts:
+    for index, task in enumerate(VISUAL_TASKS):
+        if connector.is_moe and connector.router == "hard" and task in visual and index >= connector.experts:
             raise UserError(
-                f"config.model.connector: the hard router sends task {task!r} to expert {VISUAL_TASKS.index(task)}, "
-                f"but there are {config.model.connector.experts}; set experts={len(VISUAL_TASKS)}."
+                f"config.model.connector: the hard router sends task {task!r} to expert {index}, "
+                f"but there are {connector.experts}; set experts={len(VISUAL_TASKS)}."
             )
     if data.mixing == "per_batch" and data.packing:
         raise UserError("config.data: mixing='per_batch' takes one example a row; set data.packing=False.")
