@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import traceback
 import types
 import typing
@@ -423,8 +424,7 @@ def check_model(model: ModelConfig) -> None:
     if vision.position_init == "sincos" and vision.width % 4:
         raise UserError(f"config.model.vision: position_init='sincos' needs 4 to divide width={vision.width}.")
     kind = connector.kind
-    dense = kind == "linear" or (kind[:3] == "mlp" and kind.endswith("x_gelu") and kind[3:-6] in map(str, range(1, 100)))
-    if not dense and kind not in ("moe_linear", "moe_mlp"):
+    if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu|moe_linear|moe_mlp", kind):
         raise UserError(
             f"config.model.connector.kind: {kind!r} is unknown; choose linear, mlpNx_gelu (N layers), moe_linear "
             "or moe_mlp."

@@ -1,0 +1,320 @@
+"""Settings: what is refused and in which sentence, fidelity, round trips, config files."""
+
+import json
+
+import ml_collections
+import pytest
+
+from unimed_jax.config import (
+    FIDELITY,
+    Config,
+    UserError,
+    config_hash,
+    default_config,
+    from_config_dict,
+    load_config_file,
+    nearest,
+    to_dict,
+)
+
+
+def with_settings(**settings):
+    """Default settings with `section__key=value` changed."""
+    config = default_config()
+    for key, value in settings.items():
+        *groups, name = key.split("__")
+        place = config
+        for group in groups:
+            place = place[group]
+        place[name] = value
+    return config
+
+
+def refused(settings, *words: str) -> str:
+    """-> the sentence, which holds the words, says it in one line and ends as a sentence does."""
+    with pytest.raises(UserError) as error:
+        from_config_dict(settings)
+    sentence = str(error.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence and sentence[-1] in ".?"
+    return sentence
+
+
+def test_defaults_stand():
+    config = from_config_dict(default_config())
+    assert config.model == Config().model and config.fidelity == "default"
+
+
+@pytest.mark.parametrize(
+    "key, right",
+    [
+        ("sed", "config.sed is not a setting; did you mean 'seed'?"),
+        ("model__vision__widht", "config.model.vision.widht is not a setting; did you mean 'width'?"),
+        (
+            "model__connector__num_experts",
+            "config.model.connector.num_experts is not a setting; did you mean 'experts'?",
+        ),
+        ("optimizer__zzz", "config.optimizer.zzz is not a setting."),
+    ],
+)
+def test_unknown_keys(key, right):
+    assert refused(with_settings(**{key: 1})) == right
+
+
+@pytest.mark.parametrize(
+    "key, value, sentence",
+    [
+        ("seed", "one", "config.seed must be int, not 'one'."),
+        ("seed", 1.5, "config.seed must be int, not 1.5."),
+        ("seed", True, "config.seed must be int, not True."),
+        ("optimizer__lr", "1e-3", "config.optimizer.lr must be float, not '1e-3'."),
+        ("optimizer__betas", (0.9,), "config.optimizer.betas must have 2 entries, not 1: (0.9,)."),
+        ("optimizer__skip_unused", 1, "config.optimizer.skip_unused must be bool, not 1."),
+        ("model__decoder__attention_bias", "q", "config.model.decoder.attention_bias must be a tuple, not 'q'."),
+        ("model__decoder__windows", (1, "2"), "config.model.decoder.windows[1] must be int, not '2'."),
+        ("model__vision", 3, "config.model.vision must be a group of settings, not 3."),
+        ("model__connector__hidden", "wide", "config.model.connector.hidden must be int, not 'wide'."),
+        (
+            "train__rules",
+            (("*", "train", 1.0),),
+            "config.train.rules[0] must have 4 entries, not 3: ('*', 'train', 1.0).",
+        ),
+    ],
+)
+def test_wrong_types(key, value, sentence):
+    assert refused(with_settings(**{key: value})) == sentence
+
+
+def test_whole_numbers_are_floats_too():
+    config = from_config_dict(with_settings(optimizer__lr=1, train__rules=[["*", "train", 2, None]]))
+    assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
+    assert config.train.rules == (("*", "train", 2.0, None),)
+    assert from_config_dict(with_settings(model__connector__hidden=7)).model.connector.hidden == 7
+    assert from_config_dict(with_settings(model__connector__hidden=None)).model.connector.hidden is None
+
+
+@pytest.mark.parametrize("fidelity", ["default", "paper"])
+def test_fidelity_is_expanded_once(fidelity):
+    """Every knob that it names is None by default, has its value afterwards, and nothing else differs."""
+    before, config = Config(), from_config_dict(with_settings(fidelity=fidelity))
+    for key, value in FIDELITY[fidelity].items():
+        section, field = key.split(".")
+        assert getattr(getattr(before, section), field) is None, key
+        assert getattr(getattr(config, section), field) == value, key
+    assert FIDELITY["default"].keys() == FIDELITY["paper"].keys()
+    assert config.model == before.model and config.train == before.train
+
+
+def test_fidelity_yields_to_what_is_set():
+    config = from_config_dict(with_settings(fidelity="paper", text__max_words=9, optimizer__skip_unused=False))
+    assert config.text.max_words == 9 and config.optimizer.skip_unused is False and config.text.double_bos is True
+    refused(with_settings(fidelity="published"), "config.fidelity: 'published' is unknown", "'paper'")
+
+
+def test_round_trip_and_hash():
+    """config.json -> the same settings and the same hash, whatever the order of its keys."""
+    config = from_config_dict(
+        with_settings(
+            fidelity="paper",
+            model__decoder__rope_scaling={"factor": 4.0},
+            data__sources=({"name": "brain", "tasks": ("vqa", "cls"), "weight": 2},),
+        )
+    )
+    stored = json.loads(json.dumps(to_dict(config)))
+    backwards = {key: stored[key] for key in reversed(stored)}
+    again = from_config_dict(backwards)
+    assert again == config and config_hash(again) == config_hash(config)
+    assert config.data.sources[0].weight == 2.0 and config.model.decoder.rope_scaling.original_positions == 8192
+    assert len(config_hash(config)) == 16 and hash(config) == hash(again)
+    other = from_config_dict(backwards | {"seed": 1})
+    assert config_hash(other) != config_hash(config)
+
+
+# ---------------------------------------------------------------------------------------------
+# What cannot go together
+# ---------------------------------------------------------------------------------------------
+
+CHOICES = {
+    "model__vision__activation": "relu",
+    "model__vision__qkv_bias": "k",
+    "model__vision__position_init": "zeros",
+    "model__connector__aggregation": "resampler",
+    "model__connector__router": "softmax",
+    "model__connector__router_input": "router_token",
+    "model__connector__activation": "relu",
+    "model__connector__form": "quick",
+    "model__decoder__norm": "batch",
+    "model__decoder__activation": "quick_gelu",
+    "model__compute_dtype": "float16",
+    "model__frozen_dtype": "int4",
+    "data__mixing": "random",
+    "loss__reduction": "sum",
+    "evaluate__scoring": "best",
+}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_choices(key):
+    where = "config." + key.replace("__", ".")
+    refused(with_settings(**{key: CHOICES[key]}), f"{where}: {CHOICES[key]!r} is unknown; choose from")
+
+
+MODELS = {
+    "patches that do not tile": ({"vision__patch_size": 7}, ["image_size=64", "patch_size=7"]),
+    "heads that do not divide": ({"vision__heads": 3}, ["heads=3", "width=128"]),
+    "no such feature layer": ({"vision__feature_layer": -5}, ["feature_layer=-5", "depth=4"]),
+    "a feature layer from the front": ({"vision__feature_layer": 1}, ["feature_layer=1"]),
+    "sincos of an odd width": (
+        {"vision__position_init": "sincos", "vision__width": 126, "vision__heads": 2},
+        ["width=126", "sincos"],
+    ),
+    "unknown connector": ({"connector__kind": "mlp"}, ["'mlp' is unknown", "mlpNx_gelu"]),
+    "connector of no layer": ({"connector__kind": "mlp0x_gelu"}, ["'mlp0x_gelu' is unknown"]),
+    "two task tokens": ({"connector__task_tokens": 2}, ["task_tokens=2", "0 or 1"]),
+    "pools of another rate": ({"connector__aggregation": "avgpool", "connector__rate": 2}, ["avgpool", "rate=4"]),
+    "pools of an odd grid": (
+        {"connector__aggregation": "maxpool", "vision__image_size": 24, "connector__rate": 4},
+        ["grid of 3"],
+    ),
+    "a block that is no square": ({"connector__aggregation": "block", "connector__rate": 2}, ["square", "rate=2"]),
+    "a rate that does not divide": ({"connector__rate": 3}, ["rate=3", "64 patches"]),
+    "a rate of nothing": ({"connector__rate": 0}, ["config.model.connector.rate=0"]),
+    "no experts": ({"connector__experts": 0}, ["config.model.connector.experts=0"]),
+    "no task token to read": ({"connector__task_tokens": 0}, ["'task_token'", "router_input='token'"]),
+    "no task to read": (
+        {"connector__task_tokens": 0, "connector__router": "sparse", "connector__router_input": "task"},
+        ["'task'", "task_tokens=1"],
+    ),
+    "too many kept": ({"connector__router": "sparse", "connector__top_k": 6}, ["top_k=6 of 5"]),
+    "none kept": ({"connector__router": "sparse", "connector__top_k": 0}, ["top_k=0 of 5"]),
+    "key heads that do not divide": ({"decoder__kv_heads": 3}, ["kv_heads=3", "heads=4"]),
+    "no key heads": ({"decoder__kv_heads": 0}, ["config.model.decoder.kv_heads=0"]),
+    "a bias of what is no linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
+    "an adapter of what is no linear": (
+        {"lora__targets": ("q", "gates")},
+        ["'gates' is no linear; did you mean 'gate'?"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_be(name):
+    settings, words = MODELS[name]
+    refused(with_settings(**{f"model__{key}": value for key, value in settings.items()}), "config.model.", *words)
+
+
+ALLOWED = {
+    "the image alone, without task tokens": {"connector__task_tokens": 0, "connector__router_input": "token"},
+    "hard, without task tokens": {"connector__task_tokens": 0, "connector__router": "hard"},
+    "all experts kept": {"connector__router": "sparse", "connector__top_k": 5},
+    "dense, whatever the router says": {
+        **{"connector__kind": "mlp3x_gelu", "connector__task_tokens": 0},
+        **{"connector__router": "hard", "connector__experts": 2},
+    },
+    "every patch a token": {"connector__rate": 1},
+    "the first block": {"vision__feature_layer": -4},
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_models_that_can_be(name):
+    sources = ({"tasks": ("cls", "qa")},)
+    from_config_dict(with_settings(data__sources=sources, **{f"model__{k}": v for k, v in ALLOWED[name].items()}))
+
+
+RUNS = {
+    "hard routing of a task without its expert": (
+        {
+            **{"model__connector__router": "hard", "model__connector__experts": 3},
+            "data__sources": ({"name": "brain", "tasks": ("vqa", "caption")},),
+        },
+        ["'caption' to expert 3", "there are 3", "experts=5"],
+    ),
+    "hard routing of all tasks": (
+        {
+            **{"model__connector__router": "hard", "model__connector__experts": 4},
+            "data__sources": ({"name": "brain"},),
+        },
+        ["'cls' to expert 4"],
+    ),
+    "one source a batch, packed": ({"data__mixing": "per_batch", "data__packing": True}, ["data.packing=False"]),
+    "paper, packed": ({"fidelity": "paper", "data__packing": True}, ["per_batch", "data.packing=False"]),
+    "micro-batches that do not divide": ({"train__accumulation": 3}, ["accumulation=3", "rows=16"]),
+    "no micro-batches": ({"train__accumulation": 0}, ["config.train.accumulation=0"]),
+    "no rows": ({"data__rows": 0}, ["config.data.rows=0"]),
+    "a rule of another word": (
+        {"train__rules": (("*", "frozen", 1.0, None),)},
+        ["config.train.rules: '*' says 'frozen'", "'freeze'"],
+    ),
+    "an unknown task": (
+        {"data__sources": ({"tasks": ("captions",)},)},
+        ["'captions' is no task; did you mean 'caption'?"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_that_cannot_be(name):
+    settings, words = RUNS[name]
+    refused(with_settings(**settings), *words)
+
+
+def test_nearest():
+    assert nearest("grte", ["gate", "up"]) == "; did you mean 'gate'?" and nearest("xyz", ["gate"]) == "."
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def write(tmp_path, body: str) -> str:
+    path = tmp_path / "mine.py"
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    path.write_text(
+        f"from unimed_jax.config import default_config\n\n\ndef get_config(size='s'):\n"
+        f"    config = default_config()\n{lines}    return config\n"
+    )
+    return str(path)
+
+
+def test_config_file(tmp_path):
+    path = write(tmp_path, "config.seed = 4\nconfig.model.decoder.depth = {'s': 2, 'l': 8}[size]")
+    settings = load_config_file(path)
+    assert isinstance(settings, ml_collections.ConfigDict) and settings.name == "mine"
+    assert from_config_dict(settings).model.decoder.depth == 2
+    assert from_config_dict(load_config_file(f"{path}:l")).model.decoder.depth == 8
+
+
+@pytest.mark.parametrize("name", ["brain_tiny", "cmoe"])
+def test_configs_of_the_house(name):
+    settings = load_config_file(f"configs/{name}.py")
+    config = from_config_dict(settings)
+    assert config.name == name
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_missing_file(tmp_path):
+    path = write(tmp_path, "pass")
+    with pytest.raises(UserError, match=r"--config=.*mina.py does not exist; did you mean '.*mine.py'\?$"):
+        load_config_file(path.replace("mine", "mina"))
+    with pytest.raises(UserError, match="does not exist"):
+        load_config_file("nowhere/at_all.py")
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("config.model.vison.width = 3", ["vison", "vision"]),
+        ("config.model.vision.widht = 3", ["config.model.vision.widht is not a setting; did you mean 'width'?"]),
+        ("config.model.vision.width = 'wide'", ["config.model.vision.width must be int, not 'wide'."]),
+        ("config.optimizer.betas = [0.9, 0.98]\nconfig.seed = 1.5", ["config.seed must be int, not 1.5."]),
+    ],
+    ids=["a group misspelt", "a key misspelt", "a word for a number", "a fraction for a whole number"],
+)
+def test_mistakes_in_a_file(tmp_path, body, words):
+    """A sentence, whether ml_collections or our own check finds it."""
+    with pytest.raises(UserError) as error:
+        from_config_dict(load_config_file(write(tmp_path, body)))
+    sentence = str(error.value)
+    assert all(word in sentence for word in words) and "\n" not in sentence, sentence
