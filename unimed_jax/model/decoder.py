@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
         filled = None if cache is None else (cache.keys, cache.values)
         inputs = (self.layers, jnp.arange(self.config.depth), windows, keys)
         (x, filled), _ = jax.lax.scan(body, (x, filled), inputs, unroll=unrolled(self.config.depth))
-        return self.norm(x), None if cache is None else Cache(*filled, cache.span)
+        return self.norm(x), None if filled is None else Cache(*filled, key_span)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
         """float32 logits."""
