@@ -197,6 +197,21 @@ def test_dropout_depends_on_seed_and_step_alone():
     assert len({off, on, loss(0, 1), loss(0, 2), loss(1, 0)}) == 5
 
 
+def test_micro_batches_drop_on_their_own():
+    """Twice the same rows, under two task names: with dropout each micro-batch draws its own masks."""
+    half = batch_of(count=4)
+    batch = {key: np.concatenate([value, value]) for key, value in half.items()}
+    batch["target_tasks"] = np.repeat([[0], [1]], 4, axis=0) * np.ones((1, batch["targets"].shape[1]), np.int32)
+    step, optimizer = compiled(accumulation=2, dropout=0.5)
+    _, metrics = step(*start(optimizer), batch, RATE)
+    first, second = np.asarray(metrics["task_loss"])[:2]
+    assert abs(first - second) > 1e-3
+    step, optimizer = compiled()
+    _, metrics = step(*start(optimizer), batch, RATE)
+    first, second = np.asarray(metrics["task_loss"])[:2]
+    assert first == pytest.approx(second, rel=1e-6)
+
+
 def test_dropout_is_off_in_evaluation():
     settings = dataclasses.replace(SHALLOW, lora=dataclasses.replace(SHALLOW.lora, dropout=0.9))
     hidden = jax.jit(lambda model, batch: model(batch).hidden)
