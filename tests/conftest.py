@@ -28,7 +28,7 @@ def goldens(request) -> Path:
     return Path(request.config.getoption("--goldens") or GOLDENS / "uni_med")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compiles():
     """Compiles with few optimisations: half the time where tiny programs are compiled once and run once."""
     jax.config.update("jax_disable_most_optimizations", True)

@@ -22,7 +22,7 @@ def get_config(argument=""):
 
 
 @pytest.fixture(scope="module")
-def patched():
+def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         yield
@@ -99,40 +99,39 @@ def test_predict_answers_text_alone(run, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def mistakes(run, config_file, tmp_path):
-    broken, text = tmp_path / "broken.png", tmp_path / "text.dcm"
-    broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    text.write_text("no image")
-    image = tmp_path / "good.png"
-    Image.fromarray(Squares().image("test0")).save(image)
-    config, predict = f"--config={config_file}", ["predict", f"--run={run}"]
-    return {
-        "no config": (["--workdir=x"], ["--config"]),
-        "missing config": (["--config=configs/brain_tny.py"], ["configs/brain_tny.py", "brain_tiny.py"]),
-        "unknown verb": (["trian"], ["trian", "did you mean 'train'"]),
-        "unknown key": ([config, "--config.optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'lr'"]),
-        "unknown group": ([config, "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),
-        "unknown word": ([config, "--worker=3"], ["--worker"]),
-        "wrong type": ([config, "--config.train.steps=many"], ["config.train.steps", "int", "'many'"]),
-        "wrong choice": ([config, "--config.model.connector.router=softmax"], ["router", "soft, sparse, hard"]),
-        "no such run": (["evaluate", "--run=nowhere"], ["nowhere/config.json"]),
-        "changed run": (["evaluate", f"--run={run}", "--config.seed=3"], ["config.seed", "config.evaluate"]),
-        "missing image": ([*predict, "--task=cls", "--image=no.png"], ["no.png"]),
-        "broken image": ([*predict, "--task=cls", f"--image={broken}"], ["broken.png"]),
-        "no DICOM": ([*predict, "--task=cls", f"--image={text}"], ["text.dcm"]),
-        "wrong task": ([*predict, "--task=reefer", "--text=x"], ["did you mean 'refer'"]),
-        "no text": ([*predict, "--task=refer", f"--image={image}"], ["--text"]),
-        "no image": ([*predict, "--task=cls"], ["needs an image"]),
-        "image for qa": ([*predict, "--task=qa", "--text=why", f"--image={image}"], ["text only"]),
-        "box is no box": ([*predict, "--task=identify", f"--image={image}", "--text=left"], ["'left'", "<x1>"]),
-        "long prompt": ([*predict, "--task=qa", "--text=" + "why " * 900], ["tokens", "text.max_prompt"]),
-    }
+PREDICT = ["predict", "--run={run}"]
+# name: (arguments, words that the sentence must hold); names in braces are files made by the test.
+MISTAKES = {
+    "no config": (["--workdir=x"], ["--config"]),
+    "missing config": (["--config=configs/brain_tny.py"], ["configs/brain_tny.py", "brain_tiny.py"]),
+    "unknown verb": (["trian"], ["trian", "did you mean 'train'"]),
+    "unknown key": (["{config}", "--config.optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'lr'"]),
+    "unknown group": (["{config}", "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),
+    "unknown word": (["{config}", "--worker=3"], ["--worker"]),
+    "wrong type": (["{config}", "--config.train.steps=many"], ["config.train.steps", "int", "'many'"]),
+    "wrong choice": (["{config}", "--config.model.connector.router=softmax"], ["router", "soft, sparse, hard"]),
+    "no such run": (["evaluate", "--run=nowhere"], ["nowhere/config.json"]),
+    "changed run": (["evaluate", "--run={run}", "--config.seed=3"], ["config.seed", "config.evaluate"]),
+    "missing image": ([*PREDICT, "--task=cls", "--image=no.png"], ["no.png"]),
+    "broken image": ([*PREDICT, "--task=cls", "--image={broken}"], ["broken.png"]),
+    "no DICOM": ([*PREDICT, "--task=cls", "--image={text}"], ["text.dcm"]),
+    "wrong task": ([*PREDICT, "--task=reefer", "--text=x"], ["did you mean 'refer'"]),
+    "no text": ([*PREDICT, "--task=refer", "--image={image}"], ["--text"]),
+    "no image": ([*PREDICT, "--task=cls"], ["needs an image"]),
+    "image for qa": ([*PREDICT, "--task=qa", "--text=why", "--image={image}"], ["text only"]),
+    "box is no box": ([*PREDICT, "--task=identify", "--image={image}", "--text=left"], ["'left'", "<x1>"]),
+    "long prompt": ([*PREDICT, "--task=qa", "--text=" + "why " * 900], ["tokens", "text.max_prompt"]),
+}
 
 
-@pytest.mark.parametrize("name", list(mistakes("", "", __import__("pathlib").Path("/dev/shm"))))
+@pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(run, config_file, tmp_path, capsys, name):
-    argv, words = mistakes(run, config_file, tmp_path)[name]
-    assert door.main(argv) == 2
+    files = {"broken": tmp_path / "broken.png", "text": tmp_path / "text.dcm", "image": tmp_path / "good.png"}
+    files["broken"].write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    files["text"].write_text("no image")
+    Image.fromarray(Squares().image("test0")).save(files["image"])
+    arguments, words = MISTAKES[name]
+    assert door.main([word.format(run=run, config=f"--config={config_file}", **files) for word in arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) <= 3 and "Traceback" not in said, said
     for word in words:

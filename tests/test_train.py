@@ -14,6 +14,8 @@ from unimed_jax.run import open_run
 from unimed_jax.train import loop
 from unimed_jax.train.log import Log
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
@@ -21,7 +23,7 @@ def squares(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(quick_compiles, tmp_path_factory):
     """A run that is never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
