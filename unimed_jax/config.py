@@ -401,6 +401,11 @@ def _check(config: Config) -> None:
         if action not in ("train", "freeze"):
             raise UserError(f"config.train.rules: {pattern!r} says {action!r}; write 'train' or 'freeze'.")
     for source in data.sources:
+        if source.weight <= 0 or source.questions < 1:
+            raise UserError(
+                f"config.data.sources: {source.name!r} has weight={source.weight} and questions={source.questions}; "
+                "a weight above 0 and at least 1 question are needed."
+            )
         for task in source.tasks:
             if task not in TASKS:
                 raise UserError(f"config.data.sources: {task!r} is no task{nearest(task, TASKS)}")

@@ -7,6 +7,7 @@ predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    an
 
 import argparse
 import ast
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ VERBS = ("train", "evaluate", "predict")
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb; a mistake that the user can mend is one sentence on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss PyTorch, which nothing here needs
     try:
         verb = argv[0] if argv and not argv[0].startswith("-") else "train"
         if verb not in VERBS:
