@@ -43,8 +43,6 @@ def get_config():
     config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 15, 176, 2, 96
     config.text.max_answer, config.text.max_prompt = 96, 128
 
-    # Mean over answer tokens: reports, whose every word depends on the image, then teach the encoder early.
-    config.loss.reduction = "token"
     # Box coordinates: Gaussian soft targets over neighbouring hundredths.
     config.loss.coordinate_sd, config.loss.coordinate_weight = 1.5, 1.5
 
@@ -52,6 +50,6 @@ def get_config():
     optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 2e-3, 0.0, 0.0, 40
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.05, 1.0
 
-    config.train.steps, config.train.save_every = 1000, 500
+    config.train.steps, config.train.save_every = 850, 425
     config.evaluate.batch, config.evaluate.max_new_tokens = 128, 96
     return config
