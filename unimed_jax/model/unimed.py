@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from unimed_jax.config import TASKS, LossConfig, ModelConfig
 from unimed_jax.model.connector import Connector
-from unimed_jax.model.decoder import Cache, Decoder, Span
+from unimed_jax.model.decoder import Decoder, Span
 from unimed_jax.model.vision import VisionEncoder, normalise
 
 # Arrays of a batch of B rows (data/layout.py makes them): images [B, M, H, W, 3] with image_tasks [B, M];
@@ -22,7 +22,6 @@ COORDINATES = 101  # box coordinates 0..100
 class Output(NamedTuple):
     hidden: Array  # [B, S, D]
     routing: Array | None  # [B * M, T, E]
-    cache: Cache | None
 
 
 class UniMed(nnx.Module):
@@ -40,7 +39,7 @@ class UniMed(nnx.Module):
     def __call__(self, batch: Batch, dropout_key: Key[Array, ""] | None = None) -> Output:
         x, routing = self.embed(batch)
         hidden, _ = self.decoder(x, span_of(batch), dropout_key=dropout_key)
-        return Output(hidden, routing, None)
+        return Output(hidden, routing)
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "B S D"], Array | None]:
         """Token embeddings with the visual tokens of each row's image slots gathered into their places."""
