@@ -48,15 +48,15 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c = config
 
-        def linear(name: str, width_in: int, width_out: int) -> Linear:
+        def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
             adapter = lora if lora and name in lora.targets else None
             bias = name in c.attention_bias
-            return Linear(width_in, width_out, bias=bias, lora=adapter, rngs=rngs)
+            return Linear(width_in, width_out, bias=bias, std=std, lora=adapter, rngs=rngs)
 
         self.q = linear("q", c.width, c.heads * c.head_dim)
         self.k = linear("k", c.width, c.kv_heads * c.head_dim)
         self.v = linear("v", c.width, c.kv_heads * c.head_dim)
-        self.o = linear("o", c.heads * c.head_dim, c.width)
+        self.o = linear("o", c.heads * c.head_dim, c.width, std=(2 * c.depth * c.heads * c.head_dim) ** -0.5)
 
     def __call__(self, x, span: Span, mask, cached, dropout):
         """x [B, S, D] -> ([B, S, D], (all keys, all values) or None).
@@ -92,13 +92,13 @@ class Mlp(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.activation = config.activation
 
-        def linear(name: str, width_in: int, width_out: int) -> Linear:
+        def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
             adapter = lora if lora and name in lora.targets else None
-            return Linear(width_in, width_out, bias=config.mlp_bias, lora=adapter, rngs=rngs)
+            return Linear(width_in, width_out, bias=config.mlp_bias, std=std, lora=adapter, rngs=rngs)
 
         self.gate = linear("gate", config.width, config.mlp_width)
         self.up = linear("up", config.width, config.mlp_width)
-        self.down = linear("down", config.mlp_width, config.width)
+        self.down = linear("down", config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5)
 
     def __call__(self, x: Float[Array, "B S D"], dropout) -> Float[Array, "B S D"]:
         hidden = ACTIVATIONS[self.activation](self.gate(x, dropout[0])) * self.up(x, dropout[1])

@@ -47,10 +47,12 @@ class Linear(nnx.Module):
         width_out: int,
         *,
         bias: bool = True,
+        std: float | None = None,
         lora: LoraConfig | None = None,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(normal(rngs.params(), (width_in, width_out), width_in**-0.5))
+        std = width_in**-0.5 if std is None else std
+        self.kernel = nnx.Param(normal(rngs.params(), (width_in, width_out), std))
         self.bias = nnx.Param(jnp.zeros(width_out)) if bias else None
         self.lora_scale = lora.alpha / lora.rank if lora else 0.0
         self.lora_dropout = lora.dropout if lora else 0.0

@@ -20,7 +20,7 @@ class Attention(nnx.Module):
         self.q_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias != "none" else None
         self.k_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias == "qkv" else None
         self.v_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias != "none" else None
-        self.out = Linear(width, width, rngs=rngs)
+        self.out = Linear(width, width, std=(2 * config.depth * width) ** -0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N P width"]) -> Float[Array, "N P width"]:
         images, patches, width = x.shape
@@ -40,7 +40,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs)
         self.norm2 = Norm(config.width, "layer", config.norm_eps)
         self.up = Linear(config.width, config.mlp_width, rngs=rngs)
-        self.down = Linear(config.mlp_width, config.width, rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N P width"]) -> Float[Array, "N P width"]:
         x = x + self.attention(self.norm1(x))
