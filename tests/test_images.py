@@ -54,13 +54,6 @@ def test_resize_is_antialiased_bicubic_to_a_square():
     np.testing.assert_array_equal(images.resize(small, 10), small)
 
 
-def test_normalise_is_exact():
-    mean, std = (0.5, 0.25, 0.0), (0.5, 0.25, 1.0)
-    out = images.normalise(np.array([[[0, 255, 51]]], np.uint8), mean, std)
-    assert out.dtype == np.float32
-    np.testing.assert_allclose(out[0, 0], [-1.0, 3.0, 0.2], rtol=1e-6)
-
-
 def dicom(path, array, **fields):
     pydicom = pytest.importorskip("pydicom")
     from pydicom.uid import ExplicitVRLittleEndian

@@ -9,7 +9,6 @@ import pytest
 import tiny
 from flax import nnx
 
-from unimed_jax.data import images
 from unimed_jax.interop.unimed_pth import Entry
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
 from unimed_jax.model.vision import VisionEncoder, normalise, patchify, resize_positions, sincos_positions
@@ -177,12 +176,16 @@ def test_feature_layer_counts_from_the_end():
 
 
 def test_pixels():
-    """uint8 is normalised as data/images does it; floats are taken as they are."""
+    """uint8 becomes (x / 255 - mean) / std; floats are taken as they are."""
     config = tiny.CONFIG.vision
     pixels = np.random.default_rng(3).integers(0, 256, (2, 5, 4, 3)).astype(np.uint8)
-    expected = images.normalise(pixels, config.mean, config.std)
+    mean, std = (np.asarray(values, np.float32) for values in (config.mean, config.std))
+    expected = (pixels / np.float32(255) - mean) / std
     np.testing.assert_allclose(normalise(jnp.asarray(pixels), config, "float32"), expected, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(normalise(jnp.asarray(expected), config, "float32"), expected)
+    exact = dataclasses.replace(config, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    one = normalise(jnp.asarray([[[[0, 255, 51]]]], jnp.uint8), exact, "float32")
+    np.testing.assert_allclose(one[0, 0, 0], [-1.0, 3.0, 0.2], rtol=1e-6)
     assert normalise(jnp.asarray(pixels), config, "bfloat16").dtype == jnp.bfloat16
     other = dataclasses.replace(config, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     np.testing.assert_allclose(normalise(jnp.asarray(pixels), other, "float32"), pixels / 127.5 - 1, atol=1e-6)

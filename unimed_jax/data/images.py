@@ -1,4 +1,4 @@
-"""Image files to arrays: PNG, JPEG and DICOM; resizing and normalising as published."""
+"""Image files to arrays: PNG, JPEG and DICOM; resizing as published."""
 
 from pathlib import Path
 
@@ -71,11 +71,6 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """uint8 [..., 3] -> float32 [..., 3]: (image / 255 - mean) / std."""
-    return (image / np.float32(255) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def _grey(plane: np.ndarray) -> np.ndarray:
