@@ -12,13 +12,14 @@ def get_config():
     # Vision encoder: ViT, 64 pixels in patches of 8 -> 64 patches, no weights from outside.
     vision = config.model.vision
     vision.image_size, vision.patch_size = 64, 8
-    vision.width, vision.depth, vision.heads, vision.mlp_width = 128, 4, 4, 512
+    vision.width, vision.depth, vision.heads, vision.mlp_width = 128, 2, 4, 512
     vision.activation, vision.position_init, vision.cls_token = "silu", "sincos", False
     vision.mean, vision.std = (0.25, 0.25, 0.25), (0.25, 0.25, 0.25)
 
-    # Connector: 2x2 patches -> 16 visual tokens, five experts, soft router on task token + visual token.
+    # Connector: 4x4 patches -> 4 visual tokens, five experts, soft router on task token + visual token.
+    # Wide tokens: the experts see where each patch lies, and the encoder learns in a third of the steps that 16 take.
     connector = config.model.connector
-    connector.aggregation, connector.rate = "block", 4
+    connector.aggregation, connector.rate = "block", 16
     connector.kind, connector.experts, connector.router = "moe_mlp", 5, "soft"
     connector.router_hidden, connector.activation = 64, "silu"
 
@@ -40,7 +41,7 @@ def get_config():
             ("qa", 9, 1),
         ]
     )
-    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 15, 176, 2, 96
+    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 15, 152, 2, 96
     config.text.max_answer, config.text.max_prompt = 96, 128
 
     # Box coordinates: Gaussian soft targets over neighbouring hundredths.
@@ -50,6 +51,6 @@ def get_config():
     optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 2e-3, 0.0, 0.0, 40
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.05, 1.0
 
-    config.train.steps, config.train.save_every = 850, 425
+    config.train.steps, config.train.save_every = 1000, 500
     config.evaluate.batch, config.evaluate.max_new_tokens = 128, 96
     return config
