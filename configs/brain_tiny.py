@@ -41,7 +41,7 @@ def get_config():
             ("qa", 9, 1),
         ]
     )
-    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 15, 152, 2, 96
+    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 16, 152, 2, 96
     config.text.max_answer, config.text.max_prompt = 96, 128
 
     # Box coordinates: Gaussian soft targets over neighbouring hundredths.
@@ -51,6 +51,12 @@ def get_config():
     optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 2e-3, 0.0, 0.0, 40
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.05, 1.0
 
-    config.train.steps, config.train.save_every = 1000, 500
+    # At the common rate the router's task half hardly leaves its small start within so short a run.
+    config.train.rules = (
+        ("connector/task_tokens", "train", 5.0, None),
+        ("connector/router/*", "train", 5.0, None),
+        ("*", "train", 1.0, None),
+    )
+    config.train.steps, config.train.save_every = 1200, 600
     config.evaluate.batch, config.evaluate.max_new_tokens = 128, 96
     return config
