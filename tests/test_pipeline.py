@@ -193,14 +193,14 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 @pytest.mark.parametrize("mode", [{}, {"packing": False}, {"packing": False, "mixing": "per_batch"}])
-def test_hosts_share_the_global_batch(mode):
+def test_processes_share_the_global_batch(mode):
     whole = take(pipeline(**mode), 4)
-    hosts = [take(pipeline(threads=2, **mode), 2, start_step=2, host=h, hosts=2) for h in range(2)]
+    parts = [take(pipeline(threads=2, **mode), 2, start_step=2, share=h, shares=2) for h in range(2)]
     for step in range(2):
         for key, expected in whole[2 + step].items():
-            np.testing.assert_array_equal(np.stack([h[step][key] for h in hosts], 1).reshape(expected.shape), expected)
-    with pytest.raises(UserError, match="config.data.rows=4.*3 hosts"):
-        pipeline(**mode).batches(hosts=3)
+            np.testing.assert_array_equal(np.concatenate([h[step][key] for h in parts]), expected)
+    with pytest.raises(UserError, match="config.data.rows=4.*3 processes"):
+        pipeline(**mode).batches(shares=3)
 
 
 def test_threads_may_ask_at_once():

@@ -218,6 +218,17 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis (model/sharding.py); with `auto` chosen for the devices found."""
+
+    auto: bool = True
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     splits: tuple[str, ...] = ("val", "test")
     batch: int = 64
@@ -240,6 +251,7 @@ class Config:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
     # (kind, path): seed | llama | eva | run ...; later ones overlay earlier ones.
     init: tuple[tuple[str, str], ...] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -1,7 +1,7 @@
-"""Pipeline: examples to batches, mixed by weight, packed and cut by host; a batch depends on (seed, step) alone.
+"""Pipeline: examples to batches, mixed by weight, packed and cut for processes; a batch depends on (seed, step) alone.
 
 sources -> groups (image, task) -> global order of draws -> questions and instructions of a draw
-        -> rows (one draw each, or packed) -> rows of this host -> batch
+        -> rows (one draw each, or packed) -> rows of this process -> batch
 """
 
 import functools
@@ -62,15 +62,21 @@ class Pipeline:
         else:
             self._rows = grain.MapDataset.range(packing.ENDLESS).map(lambda row: [row])
 
-    def batches(self, start_step: int = 0, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
-        """Batches from `start_step` on, without end: arrays of `layout.training_batch`, B = rows / hosts.
+    def batches(self, start_step: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
+        """Batches from `start_step` on, without end: arrays of `layout.training_batch`, B = rows / shares.
 
-        Host h holds the rows h, h + hosts, ... of the global batch.
+        Each holds share number `share` of the global batch's rows, cut into `shares` blocks of neighbours.
         """
         rows = self._config.data.rows
-        if rows % hosts:
-            raise UserError(f"config.data.rows={rows} cannot be shared by {hosts} hosts; choose a multiple of {hosts}.")
-        batched = self._rows[host::hosts].batch(rows // hosts, drop_remainder=True, batch_fn=self._assemble)
+        if rows % shares:
+            raise UserError(
+                f"config.data.rows={rows} cannot be shared by {shares} processes; choose a multiple of {shares}."
+            )
+        own = rows // shares
+        picked = grain.MapDataset.range(packing.ENDLESS).map(
+            lambda i: self._rows[i // own * rows + share * own + i % own]
+        )
+        batched = picked.batch(own, drop_remainder=True, batch_fn=self._assemble)
         threads = self._config.data.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(batched[start_step:].to_iter_dataset(options))

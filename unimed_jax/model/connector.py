@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, ModelConfig
 from unimed_jax.model.layers import ACTIVATIONS, Linear, normal, spread
+from unimed_jax.model.sharding import constrain
 
 
 class ConnectorOutput(NamedTuple):
@@ -67,15 +68,14 @@ class Experts(nnx.Module):
         routing = jnp.broadcast_to(routing, (images, tokens, self.count)).reshape(-1, self.count, 1)  # [N * T, E, 1]
         routing = routing.astype(x.dtype)
         x = x.reshape(-1, width)  # [N * T, D]
-        h = x @ self.up[...].astype(x.dtype)
+        h = constrain(x @ self.up[...].astype(x.dtype), None, "expert_hidden")
         bias = jnp.einsum("ne,eo->no", routing[..., 0], self.bias[...].astype(x.dtype))
-        if self.down is None:
-            y = (h.reshape(len(x), self.count, -1) * routing).sum(axis=1)  # [N * T, O]
-        else:
-            assert self.up_bias is not None
+        if self.up_bias is not None:
             h = ACTIVATIONS[self.activation](h + self.up_bias[...].astype(x.dtype)[None])
-            h = (h.reshape(len(x), self.count, -1) * routing).reshape(h.shape)  # [N * T, E * H]
-            y = h @ self.down[...].astype(x.dtype)
+        scale = jnp.broadcast_to(routing, (len(x), self.count, h.shape[1] // self.count)).reshape(h.shape)
+        h = h * constrain(scale, None, "expert_hidden")  # [N * T, E * H] (moe_linear: E * O)
+        down = self.down
+        y = h.reshape(len(x), self.count, -1).sum(axis=1) if down is None else h @ down[...].astype(x.dtype)
         return (y + bias).reshape(images, tokens, -1)  # [N, T, O]
 
     def literal(self, x: Float[Array, "N T D"], routing: Float[Array, "N #T E"]) -> Float[Array, "N T O"]:
@@ -123,7 +123,7 @@ class Router(nnx.Module):
             hidden = hidden + table[tasks][:, None]  # [N, 1, R]
         if self.token_kernel is not None:
             hidden = hidden + x @ self.token_kernel[...].astype(x.dtype)  # [N, T, R]
-        return self._out(hidden)
+        return self._out(constrain(hidden, None, None, "router_hidden"))
 
     def literal(
         self, x: Float[Array, "N T D"], tasks: Int[Array, "N"], task_tokens: Float[Array, "tasks C"] | None
@@ -188,6 +188,7 @@ class Connector(nnx.Module):
                 x = layer(ACTIVATIONS[c.activation](x) if i else x)
             return ConnectorOutput(x, None)
         tasks = jnp.maximum(tasks, 0)
+        x = constrain(x, None, None, None)  # every chip holds a part of each expert and of the router: they see all
         literal = c.form == "literal"
         logits = None
         if self.router is not None:
@@ -196,4 +197,6 @@ class Connector(nnx.Module):
             logits = run_router(x, tasks, task_tokens)
         routing = route(logits, c.router, c.top_k, tasks, c.experts)
         tokens = (self.experts.literal if literal else self.experts)(x, routing)
-        return ConnectorOutput(tokens, jnp.broadcast_to(routing, (*x.shape[:2], c.experts)))
+        return ConnectorOutput(
+            constrain(tokens, "batch", None, None), jnp.broadcast_to(routing, (*x.shape[:2], c.experts))
+        )

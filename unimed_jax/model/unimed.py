@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from unimed_jax.config import TASKS, LossConfig, ModelConfig
 from unimed_jax.model.connector import Connector
 from unimed_jax.model.decoder import Decoder, Span
+from unimed_jax.model.sharding import constrain
 from unimed_jax.model.vision import VisionEncoder, normalise
 
 # Arrays of a batch of B rows (data/layout.py makes them): images [B, M, H, W, 3] with image_tasks [B, M];
@@ -34,6 +35,7 @@ class UniMed(nnx.Module):
     def encode_images(self, images: Array, tasks: Int[Array, "N"]):
         """Pixels [N, H, W, 3] (uint8, or float already normalised) -> ConnectorOutput."""
         pixels = normalise(images, self.config.vision, self.config.compute_dtype)
+        pixels = constrain(pixels, "batch", None, None, None)
         return self.connector(self.vision(pixels), tasks)
 
     def __call__(self, batch: Batch, dropout_key: Key[Array, ""] | None = None) -> Output:
@@ -43,7 +45,7 @@ class UniMed(nnx.Module):
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "B S D"], Array | None]:
         """Token embeddings with the visual tokens of each row's image slots gathered into their places."""
-        x = self.decoder.embed(batch["tokens"], self.config.compute_dtype)
+        x = constrain(self.decoder.embed(batch["tokens"], self.config.compute_dtype), "batch", None, None)
         rows, slots = batch["image_tasks"].shape
         if slots == 0:
             return x, None
@@ -52,7 +54,8 @@ class UniMed(nnx.Module):
         tokens = tokens.reshape(rows, -1, tokens.shape[-1])  # [B, M * T, D]
         visual = batch["visual"]
         gathered = jnp.take_along_axis(tokens, jnp.maximum(visual, 0)[..., None], axis=1)  # [B, S, D]
-        return jnp.where((visual >= 0)[..., None], gathered.astype(x.dtype), x), routing
+        x = jnp.where((visual >= 0)[..., None], gathered.astype(x.dtype), x)
+        return constrain(x, "batch", None, None), routing
 
 
 def span_of(batch: Batch) -> Span:
@@ -62,7 +65,7 @@ def span_of(batch: Batch) -> Span:
 def answer_logits(model: UniMed, hidden: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B A vocab"]:
     """Logits that predict the answer tokens; the head never runs on the other positions."""
     picked = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)  # [B, A, D]
-    return model.decoder.logits(picked)
+    return constrain(model.decoder.logits(picked), "batch", None, "vocab")
 
 
 def cross_entropy(

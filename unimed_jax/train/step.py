@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from unimed_jax.config import Config
-from unimed_jax.model.unimed import Batch, UniMed, loss_sums, with_parameters
+from unimed_jax.model import sharding
+from unimed_jax.model.unimed import Batch, UniMed, loss_sums, parameters, with_parameters
 from unimed_jax.train.optimizer import Leaves, Optimizer, participation
 
 
@@ -19,10 +21,13 @@ class TrainState(NamedTuple):
     moments: Any
 
 
-def make_step(model: UniMed, config: Config, optimizer: Optimizer, coordinate_start: int | None):
+def make_step(
+    model: UniMed, config: Config, optimizer: Optimizer, coordinate_start: int | None, mesh: Mesh | None = None
+):
     """-> jitted step(state, frozen leaves, batch, learning rate) -> (state, metrics).
 
-    `model` is abstract (its leaves are replaced). metrics, float32: loss [], task_loss [tasks] (NaN where
+    `model` is abstract (its leaves are replaced). On a mesh the state stays where `first_state` put it, and
+    every process gets the metrics. metrics, float32: loss [], task_loss [tasks] (NaN where
     a task has no answer in the batch), grad_norm [], finite [] bool, routing [visual tasks, E] (mean expert
     weights over the batch's slots of a task), slots [visual tasks].
     """
@@ -69,4 +74,22 @@ def make_step(model: UniMed, config: Config, optimizer: Optimizer, coordinate_st
             metrics["routing"] = aux["routing"] / jnp.maximum(aux["slots"], 1)[:, None]
         return TrainState(state.step + 1, leaves, moments), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+
+    trainable = {path: leaf for path, leaf in parameters(model).items() if optimizer.rules[path].train}
+    state = jax.eval_shape(lambda leaves: _first(leaves, optimizer), trainable)
+    places = (sharding.state_shardings(state, mesh), sharding.everywhere(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def first_state(trainable: Leaves, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+    """The state before step 0; moments lie where their parameters do."""
+    if mesh is None:
+        return _first(trainable, optimizer)
+    places = sharding.state_shardings(jax.eval_shape(lambda leaves: _first(leaves, optimizer), trainable), mesh)
+    return jax.jit(lambda leaves: _first(leaves, optimizer), out_shardings=places)(trainable)
+
+
+def _first(trainable: Leaves, optimizer: Optimizer) -> TrainState:
+    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
