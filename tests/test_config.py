@@ -147,6 +147,8 @@ CHOICES = {
     "model__decoder__activation": "quick_gelu",
     "model__compute_dtype": "float16",
     "model__frozen_dtype": "int4",
+    "model__attention": "flash",
+    "model__remat": "half",
     "data__mixing": "random",
     "loss__reduction": "sum",
     "evaluate__scoring": "best",
@@ -192,7 +194,7 @@ MODELS = {
     "a bias of what is no linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
     "an adapter of what is no linear": (
         {"lora__targets": ("q", "gates")},
-        ["'gates' is no linear; did you mean 'gate'?"],
+        ["lora.targets: 'gates' is unknown", "gate, up, down"],
     ),
 }
 

@@ -135,6 +135,8 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
     compute_dtype: str = "float32"  # float32 | bfloat16
     frozen_dtype: str = "float32"  # storage of leaves that do not train
+    attention: str = "auto"  # auto | xla | cudnn | splash, of the decoder's rows; the vision encoder's where it can
+    remat: str = "none"  # none | dots | full: what of each layer the backward pass computes again
 
     @property
     def tokens_per_image(self) -> int:
@@ -257,29 +259,18 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
-# The knobs that `fidelity` sets where a config leaves them None (DESIGN decision 8).
-FIDELITY: dict[str, dict[str, typing.Any]] = {
-    "default": {
-        "text.max_words": None,
-        "text.double_bos": False,
-        "text.training_blank": False,
-        "data.mixing": "per_example",
-        "data.packing": True,
-        "loss.reduction": "example",
-        "optimizer.skip_unused": False,
-        "evaluate.scoring": "corrected",
-    },
-    "paper": {
-        "text.max_words": 50,
-        "text.double_bos": True,
-        "text.training_blank": True,
-        "data.mixing": "per_batch",
-        "data.packing": False,
-        "loss.reduction": "token",
-        "optimizer.skip_unused": True,
-        "evaluate.scoring": "published",
-    },
+# The knobs that `fidelity` sets where a config leaves them None (DESIGN decision 8): by default, and as published.
+_KNOBS: dict[str, tuple[typing.Any, typing.Any]] = {
+    "text.max_words": (None, 50),
+    "text.double_bos": (False, True),
+    "text.training_blank": (False, True),
+    "data.mixing": ("per_example", "per_batch"),
+    "data.packing": (True, False),
+    "loss.reduction": ("example", "token"),
+    "optimizer.skip_unused": (False, True),
+    "evaluate.scoring": ("corrected", "published"),
 }
+FIDELITY = {name: {key: pair[i] for key, pair in _KNOBS.items()} for i, name in enumerate(("default", "paper"))}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -365,8 +356,12 @@ _CHOICES = {
     "config.model.connector.form": ("fast", "literal"),
     "config.model.decoder.norm": ("rms", "layer"),
     "config.model.decoder.activation": ("silu", "gelu", "gelu_tanh"),
+    "config.model.decoder.attention_bias": ("q", "k", "v", "o"),
+    "config.model.lora.targets": LoraConfig.targets,
     "config.model.compute_dtype": ("float32", "bfloat16"),
     "config.model.frozen_dtype": ("float32", "bfloat16"),
+    "config.model.attention": ("auto", "xla", "cudnn", "splash"),
+    "config.model.remat": ("none", "dots", "full"),
     "config.data.mixing": ("per_example", "per_batch"),
     "config.loss.reduction": ("token", "example"),
     "config.evaluate.scoring": ("corrected", "published"),
@@ -385,8 +380,10 @@ def _check_fields(settings, where: str) -> None:
         key, value = f"{where}.{field.name}", getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             _check_fields(value, key)
-        elif key in _CHOICES and value not in _CHOICES[key]:
-            raise UserError(f"{key}: {value!r} is unknown; choose from {', '.join(_CHOICES[key])}.")
+        elif key in _CHOICES:
+            for entry in value if isinstance(value, tuple) else (value,):
+                if entry not in _CHOICES[key]:
+                    raise UserError(f"{key}: {entry!r} is unknown; choose from {', '.join(_CHOICES[key])}.")
         elif type(value) is int and value < _LEAST.get(field.name, 1):
             raise UserError(f"{key}={value}: set at least {_LEAST.get(field.name, 1)}.")
 
@@ -394,8 +391,7 @@ def _check_fields(settings, where: str) -> None:
 def _check(config: Config) -> None:
     _check_fields(config, "config")
     check_model(config.model)
-    data, train = config.data, config.train
-    connector = config.model.connector
+    data, train, connector = config.data, config.train, config.model.connector
     visual = {task for s in data.sources for task in s.tasks or VISUAL_TASKS if task in VISUAL_TASKS}
     for index, task in enumerate(VISUAL_TASKS):
         if connector.is_moe and connector.router == "hard" and task in visual and index >= connector.experts:
@@ -451,12 +447,11 @@ def check_model(model: ModelConfig) -> None:
             f"config.model.connector.task_tokens={connector.task_tokens}: a task token is repeated over all visual "
             "tokens, so there is one or none; set 0 or 1."
         )
-    if connector.aggregation in ("avgpool", "maxpool") and connector.rate != 4:
+    if connector.aggregation in ("avgpool", "maxpool") and (connector.rate != 4 or vision.grid % 2):
         raise UserError(
-            f"config.model.connector: {connector.aggregation} pools 2x2 patches; set rate=4, not {connector.rate}."
+            f"config.model.connector: {connector.aggregation} pools 2x2 patches: it needs rate=4 and an even grid, not "
+            f"rate={connector.rate} and a grid of {vision.grid}."
         )
-    if connector.aggregation in ("avgpool", "maxpool") and vision.grid % 2:
-        raise UserError(f"config.model.connector: a grid of {vision.grid} patches a side cannot be pooled by 2x2.")
     if connector.aggregation == "block":
         side = math.isqrt(connector.rate)
         if side * side != connector.rate or vision.grid % side:
@@ -481,13 +476,6 @@ def check_model(model: ModelConfig) -> None:
             )
     if decoder.heads % decoder.kv_heads:
         raise UserError(f"config.model.decoder: kv_heads={decoder.kv_heads} does not divide heads={decoder.heads}.")
-    for name in decoder.attention_bias:
-        if name not in ("q", "k", "v", "o"):
-            raise UserError(f"config.model.decoder.attention_bias: {name!r} is none of q, k, v, o.")
-    names = ("q", "k", "v", "o", "gate", "up", "down")
-    for target in model.lora.targets:
-        if target not in names:
-            raise UserError(f"config.model.lora.targets: {target!r} is no linear{nearest(target, names)}")
 
 
 def load_config_file(path: str):

@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, LoraConfig
-from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, rope_frequencies, rotate, stack, unrolled
+from unimed_jax.model.attention import attend
+from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, normal, rope_frequencies, rotate, scan_layers, stack
 
 
 class Span(NamedTuple):
@@ -45,8 +46,9 @@ def visible(
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, implementation: str, rngs: nnx.Rngs):
         self.config = c = config
+        self.implementation = implementation
 
         def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
             adapter = lora if lora and name in lora.targets else None
@@ -82,7 +84,9 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(caches, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(all_, layer, keepdims=False) for all_ in filled)  # [B, kv_heads, C, d]
-        out = attend(q, k, v, mask, c.attention_softcap)
+        # A cache is read by a few queries at a time, which no fused kernel is made for.
+        implementation = self.implementation if cached is None else "xla"
+        out = attend(q, k, v, mask, softcap=c.attention_softcap, implementation=implementation)
         return self.o(out.reshape(batch, length, -1), dropout[3]), filled  # [B, S, heads * d] in
 
 
@@ -106,9 +110,9 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, implementation: str, rngs: nnx.Rngs):
         self.norm1 = Norm(config.width, config.norm, config.norm_eps)
-        self.attention = Attention(config, lora, rngs)
+        self.attention = Attention(config, lora, implementation, rngs)
         self.norm2 = Norm(config.width, config.norm, config.norm_eps)
         self.mlp = Mlp(config, lora, rngs)
 
@@ -122,11 +126,15 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Token embeddings in, hidden states out; the head is a separate call, made on answer positions only."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs, *, attention: str = "auto", remat: str = "none"
+    ):
+        """`attention` and `remat` as in ModelConfig."""
         self.config = c = config
+        self.remat = remat
         adapter = lora if lora.rank else None
         self.embedding = nnx.Param(normal(rngs.params(), (c.vocab, c.width), 0.02))
-        self.layers = stack(lambda r: Layer(c, adapter, r), c.depth, rngs)
+        self.layers = stack(lambda r: Layer(c, adapter, attention, r), c.depth, rngs)
         self.norm = Norm(c.width, c.norm, c.norm_eps)
         self.head = None if c.tied_head else nnx.Param(normal(rngs.params(), (c.width, c.vocab), 0.02))
 
@@ -157,7 +165,7 @@ class Decoder(nnx.Module):
 
         filled = None if cache is None else (cache.keys, cache.values)
         inputs = (self.layers, jnp.arange(self.config.depth), windows, keys)
-        (x, filled), _ = jax.lax.scan(body, (x, filled), inputs, unroll=unrolled(self.config.depth))
+        x, filled = scan_layers(body, (x, filled), inputs, self.config.depth, self.remat)
         return self.norm(x), None if filled is None else Cache(*filled, key_span)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:

@@ -28,9 +28,11 @@ class Output(NamedTuple):
 class UniMed(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.vision = VisionEncoder(config.vision, rngs)
+        # A kernel is asked for by name for the decoder's rows; an image's patches seldom have the length it needs.
+        attention = "xla" if config.attention == "xla" else "auto"
+        self.vision = VisionEncoder(config.vision, rngs, attention=attention, remat=config.remat)
         self.connector = Connector(config, rngs)
-        self.decoder = Decoder(config.decoder, config.lora, rngs)
+        self.decoder = Decoder(config.decoder, config.lora, rngs, attention=config.attention, remat=config.remat)
 
     def encode_images(self, images: Array, tasks: Int[Array, "N"]):
         """Pixels [N, H, W, 3] (uint8, or float already normalised) -> ConnectorOutput."""

@@ -1,21 +1,22 @@
 """The vision encoder: a pre-norm ViT, EVA-CLIP-g by configuration (Uni-Med section 3.1)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from unimed_jax.config import VisionConfig
-from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, attend, normal, spread, stack, unrolled
+from unimed_jax.model.attention import attend
+from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, normal, scan_layers, spread, stack
 
 
 class Attention(nnx.Module):
     """Self-attention with one stored product for q, k, v; EVA biases q and v only."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, implementation: str, rngs: nnx.Rngs):
         width = config.width
         self.heads = config.heads
+        self.implementation = implementation
         self.qkv = Linear(width, 3 * width, bias=False, rngs=rngs)
         self.q_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias != "none" else None
         self.k_bias = nnx.Param(jnp.zeros(width)) if config.qkv_bias == "qkv" else None
@@ -30,14 +31,15 @@ class Attention(nnx.Module):
             for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
         )  # [N, P, heads, d]
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [N, heads, P, d]
-        return self.out(attend(q, k, v, None).reshape(images, patches, width))  # [N, P, width]
+        out = attend(q, k, v, None, implementation=self.implementation)
+        return self.out(out.reshape(images, patches, width))  # [N, P, width]
 
 
 class Block(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, implementation: str, rngs: nnx.Rngs):
         self.activation = config.activation
         self.norm1 = Norm(config.width, "layer", config.norm_eps)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, implementation, rngs)
         self.norm2 = Norm(config.width, "layer", config.norm_eps)
         self.up = Linear(config.width, config.mlp_width, rngs=rngs)
         self.down = Linear(config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5, rngs=rngs)
@@ -50,8 +52,9 @@ class Block(nnx.Module):
 class VisionEncoder(nnx.Module):
     """Images -> patch features [N, patches, width]; a class token is used inside and dropped at the end."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, *, attention: str = "auto", remat: str = "none"):
+        """`attention` and `remat` as in ModelConfig."""
+        self.config, self.remat = config, remat
         width = config.width
         extra = int(config.cls_token)
         # [patch * patch * 3, width], pixels of a patch in (row, column, channel) order
@@ -63,7 +66,7 @@ class VisionEncoder(nnx.Module):
         self.positions = nnx.Param(positions)
         self.pre_norm = Norm(width, "layer", config.norm_eps) if config.pre_norm else None
         # Blocks behind the feature layer are never run, so they are not built.
-        self.blocks = stack(lambda r: Block(config, r), config.depth + 1 + config.feature_layer, rngs)
+        self.blocks = stack(lambda r: Block(config, attention, r), config.depth + 1 + config.feature_layer, rngs)
         self.output_norm = Norm(width, "layer", config.output_norm_eps) if config.output_norm else None
 
     def __call__(self, images: Float[Array, "N height width_px 3"]) -> Float[Array, "N patches width"]:
@@ -81,7 +84,7 @@ class VisionEncoder(nnx.Module):
         x += self.positions[...].astype(x.dtype)[None]
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        return jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks, unroll=unrolled(self.config.depth))[0]
+        return scan_layers(lambda x, block: (block(x), None), x, self.blocks, self.config.depth, self.remat)
 
 
 def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
