@@ -17,6 +17,7 @@ from unimed_jax.config import (
     check_model,
 )
 from unimed_jax.interop import unimed_pth
+from unimed_jax.interop.table import to_leaves
 from unimed_jax.model.unimed import UniMed, abstract, parameters, with_parameters
 
 
@@ -41,7 +42,7 @@ class Golden:
         model = abstract(self.config)
         # A leaf that no table names would stay NaN and spoil every number.
         empty = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()}
-        return with_parameters(model, empty | unimed_pth.to_leaves(self.table(), self.weights, empty))
+        return with_parameters(model, empty | to_leaves(self.table(), self.weights, empty))
 
     def table(self):
         c = self.config

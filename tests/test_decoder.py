@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
-from unimed_jax.interop import unimed_pth
+from unimed_jax.interop import hf, unimed_pth
+from unimed_jax.interop.table import to_leaves
 from unimed_jax.model.decoder import Decoder, Span, merge_lora, visible
 from unimed_jax.model.layers import rope_frequencies
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
@@ -64,13 +65,13 @@ def randomise(torch, peer) -> None:
 def import_decoder(peer, config: DecoderConfig, lora: LoraConfig = PLAIN, prefix="", base="") -> Decoder:
     """The peer's weights through the table that imports published ones."""
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=lora)
-    table = unimed_pth.decoder_table(settings, prefix, base)
+    table = hf.decoder_table(config, prefix, lora.targets if base else ())
     if lora.rank:
         table += unimed_pth.lora_table(settings, f"{prefix}model.layers")
     model = abstract(settings)
     empty = {p: np.full(v.shape, np.nan, np.float32) for p, v in parameters(model).items() if p.startswith("decoder/")}
     tensors = {name: tensor.detach().numpy() for name, tensor in peer.state_dict().items()}
-    return with_parameters(model, empty | unimed_pth.to_leaves(table, tensors, empty)).decoder
+    return with_parameters(model, empty | to_leaves(table, tensors, empty)).decoder
 
 
 def ragged_tokens(rows=3, length=40):

@@ -35,6 +35,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import source_order
 from unimed_jax.evaluate import metrics, report_metrics
 from unimed_jax.interop import unimed_pth
+from unimed_jax.interop.table import to_published
 from unimed_jax.model.decoder import Cache, Span
 from unimed_jax.model.generate import extended_span, generate
 from unimed_jax.model.unimed import answer_logits, cross_entropy, parameters, span_of
@@ -193,8 +194,8 @@ def check_gradients(golden, model, batch):
     state, metrics_ = step(state, frozen, batch, settings["lr"])
     # Adam's first mean is (1 - beta1) times the gradient.
     leaf_grads = {path: np.asarray(mean) / (1 - optimizer.betas[0]) for path, mean in state.moments.mean.items()}
-    grads = unimed_pth.to_published(table, leaf_grads)
-    after = unimed_pth.to_published(table, state.leaves)
+    grads = to_published(table, leaf_grads)
+    after = to_published(table, state.leaves)
     close(metrics_["loss"], case["loss"], 2e-5, "loss of the step")
     close(metrics_["grad_norm"], case["grad_global_norm"], 1e-4 * case["grad_global_norm"], "gradient norm")
 
@@ -237,13 +238,13 @@ def check_train_sequence(golden):
             first = np.asarray(state.moments.count[path]) == 1
             tiny[path] |= first & (mean != 0) & (np.abs(mean) < 1e-6 * (1 - optimizer.betas[0]))
     table = unimed_pth.trainable_table(golden.config)
-    final = unimed_pth.to_published(table, state.leaves)
+    final = to_published(table, state.leaves)
     counts = {path: np.broadcast_to(state.moments.count[path], leaf.shape) for path, leaf in state.leaves.items()}
-    counted = {name: set(np.unique(n)) for name, n in unimed_pth.to_published(table, counts).items()}
+    counted = {name: set(np.unique(n)) for name, n in to_published(table, counts).items()}
     idle = {name for name, count in case["adam_step_counts"].items() if count == 0}
     # As for single steps: what ours does not hold never took part.
     assert {key.removeprefix("final/") for key in arrays if key.startswith("final/")} - idle == set(final) - idle
-    tiny = unimed_pth.to_published(table, tiny)
+    tiny = to_published(table, tiny)
     assert sum(map(np.sum, tiny.values())) < 0.01 * sum(map(np.size, tiny.values()))
     for name, value in final.items():
         # Adam's first step is the gradient's sign, also where rounding alone made it (the manifest's exception).

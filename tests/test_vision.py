@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from unimed_jax.interop.unimed_pth import Entry
+from unimed_jax.interop.table import LAYOUTS
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
 from unimed_jax.model.vision import VisionEncoder, normalise, patchify, resize_positions, sincos_positions
 
@@ -50,7 +50,7 @@ def import_tower(peer, ours: dict):
 
     patch = t["embeddings.patch_embedding.weight"]
     leaves = {
-        "patch/kernel": Entry("", "", layout="patch").to_ours(patch),
+        "patch/kernel": LAYOUTS["patch"].ours(patch, 0),
         "positions": t["embeddings.position_embedding.weight"],
         "blocks/attention/qkv/kernel": joined("weight").reshape(depth, 36, 12).transpose(0, 2, 1),
         **{f"blocks/attention/{n}_bias": stacked(f"self_attn.{n}_proj.bias") for n in "qkv"},
@@ -122,7 +122,7 @@ def test_patchify_is_a_convolution():
     weight = np.random.default_rng(1).standard_normal((12, 3, 4, 4)).astype(np.float32)
     pixels = pictures().transpose(0, 3, 1, 2).copy()  # [N, 3, H, W]
     expected = torch.nn.functional.conv2d(torch.tensor(pixels), torch.tensor(weight), stride=4)
-    kernel = Entry("", "", layout="patch").to_ours(weight)
+    kernel = LAYOUTS["patch"].ours(weight, 0)
     ours = np.asarray(patchify(pictures(), 4)) @ kernel
     np.testing.assert_allclose(ours, expected.flatten(2).transpose(1, 2).numpy(), rtol=0, atol=1e-5)
 

@@ -4,60 +4,19 @@ The original stores torch tensors ([out, in] linears, one module per layer and e
 stacked, experts concatenated and linears [in, out].
 """
 
-import dataclasses
-from collections.abc import Mapping
-
-import numpy as np
-
-from unimed_jax.config import VISUAL_TASKS, ModelConfig, UserError
+from unimed_jax.config import VISUAL_TASKS, ModelConfig
+from unimed_jax.interop import hf
+from unimed_jax.interop.hf import LINEARS
+from unimed_jax.interop.table import Entry, Table, to_leaves, to_published
 from unimed_jax.model.connector import visual_features
 
-LINEARS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
+__all__ = ["LINEARS", "to_leaves", "to_published"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A published tensor, or a run of its columns, and the part of our leaf that holds the same numbers."""
-
-    name: str
-    path: str
-    ours: tuple = ()  # index into our leaf
-    # same | transpose | patch (convolution [out, 3, p, p] <-> [p * p * 3, out]) | row ([1, 1, c]) | batch ([1, n, c])
-    layout: str = "same"
-    columns: tuple[int, int] | None = None  # of the published tensor (the router's two halves)
-
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        if self.layout == "transpose":
-            return tensor[:, slice(*self.columns or (None,))].T
-        if self.layout == "patch":
-            return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])  # [p * p * 3, out]
-        if self.layout == "batch":
-            return tensor[0]
-        return tensor.reshape(-1) if self.layout == "row" else tensor  # [c]
-
-    def to_published(self, leaf: np.ndarray) -> np.ndarray:
-        part = leaf[self.ours]
-        if self.layout == "transpose":
-            return part.T
-        if self.layout == "patch":
-            side = round((part.shape[0] / 3) ** 0.5)
-            return part.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)  # [out, 3, p, p]
-        if self.layout == "batch":
-            return part[None]
-        return part.reshape(1, 1, -1) if self.layout == "row" else part  # [1, 1, c]
-
-
-def connector_table(config: ModelConfig) -> list[Entry]:
+def connector_table(config: ModelConfig) -> Table:
     """Task tokens, router and projection experts (or the dense projector)."""
-    c, table = config.connector, []
+    c = config.connector
+    table: list[Entry] = []
     out = config.decoder.width
     if c.task_tokens:
         table += [Entry(f"task_tokens.{t}", "connector/task_tokens", (i,), "row") for i, t in enumerate(VISUAL_TASKS)]
@@ -67,7 +26,7 @@ def connector_table(config: ModelConfig) -> list[Entry]:
             name = "llm_proj" if c.kind == "linear" else f"llm_proj.{2 * i}"
             table.append(Entry(f"{name}.weight", f"connector/layers/{i}/kernel", layout="transpose"))
             table.append(Entry(f"{name}.bias", f"connector/layers/{i}/bias"))
-        return table
+        return Table(tuple(table))
     for e in range(c.experts):
         if c.kind == "moe_linear":
             block = (slice(None), slice(e * out, (e + 1) * out))
@@ -90,50 +49,34 @@ def connector_table(config: ModelConfig) -> list[Entry]:
         table.append(Entry("router.fc1.bias", "connector/router/bias"))
         table.append(Entry("router.fc2.weight", "connector/router/out_kernel", layout="transpose"))
         table.append(Entry("router.fc2.bias", "connector/router/out_bias"))
-    return table
+        return Table(tuple(table), ("llm_proj.*",))  # the experts again
+    return Table(tuple(table), ("llm_proj.*", "router.*"))  # the router is there even where the routing reads none
 
 
-def lora_table(config: ModelConfig, prefix: str = "llm_model.base_model.model.model.layers") -> list[Entry]:
+def lora_table(config: ModelConfig, prefix: str = "llm_model.base_model.model.model.layers") -> Table:
+    """Adapters as PEFT names them in a model that it wraps."""
     table = []
     for i in range(config.decoder.depth):
         for ours in config.lora.targets if config.lora.rank else ():
-            group = "attention" if ours in "qkvo" else "mlp"
             for letter in "ab":
                 name = f"{prefix}.{i}.{LINEARS[ours]}.lora_{letter.upper()}.default.weight"
-                path = f"decoder/layers/{group}/{ours}/lora_{letter}"
-                table.append(Entry(name, path, (i,), "transpose"))
-    return table
+                table.append(Entry(name, f"{hf.leaf_of(ours)}/lora_{letter}", (i,), "transpose"))
+    return Table(tuple(table), ("*.rotary_emb.inv_freq",))
 
 
-def trainable_table(config: ModelConfig) -> list[Entry]:
+def trainable_table(config: ModelConfig) -> Table:
     """What the original's checkpoint holds under `model`."""
     return connector_table(config) + lora_table(config)
 
 
-def decoder_table(
-    config: ModelConfig, prefix: str = "llm_model.base_model.model.", base: str = ".base_layer"
-) -> list[Entry]:
-    """The frozen decoder, as PEFT wraps Hugging Face's LLaMA; prefix "" and base "" give plain names."""
-    d, table = config.decoder, [Entry(f"{prefix}model.embed_tokens.weight", "decoder/embedding")]
-    for i in range(d.depth):
-        layer = f"{prefix}model.layers.{i}"
-        for ours, theirs in LINEARS.items():
-            group = "attention" if ours in "qkvo" else "mlp"
-            wrapped = base if ours in config.lora.targets else ""
-            path = f"decoder/layers/{group}/{ours}"
-            table.append(Entry(f"{layer}.{theirs}{wrapped}.weight", f"{path}/kernel", (i,), "transpose"))
-            if ours in d.attention_bias or (group == "mlp" and d.mlp_bias):
-                table.append(Entry(f"{layer}.{theirs}{wrapped}.bias", f"{path}/bias", (i,)))
-        table.append(Entry(f"{layer}.input_layernorm.weight", "decoder/layers/norm1/scale", (i,)))
-        table.append(Entry(f"{layer}.post_attention_layernorm.weight", "decoder/layers/norm2/scale", (i,)))
-    table.append(Entry(f"{prefix}model.norm.weight", "decoder/norm/scale"))
-    if not d.tied_head:
-        table.append(Entry(f"{prefix}lm_head.weight", "decoder/head", layout="transpose"))
-    return table
+def decoder_table(config: ModelConfig) -> Table:
+    """The frozen decoder in the original's full state: Hugging Face's LLaMA, wrapped by PEFT."""
+    return hf.decoder_table(config.decoder, "llm_model.base_model.model.", config.lora.targets)
 
 
-def vision_table(config: ModelConfig, prefix: str = "visual_encoder.") -> list[Entry]:
+def vision_table(config: ModelConfig, prefix: str = "visual_encoder.") -> Table:
     """EVA-CLIP as LAVIS names it; prefix "" is the published EVA file."""
+    depth = config.vision.depth + 1 + config.vision.feature_layer  # blocks behind the feature layer are not built
     table = [
         Entry(f"{prefix}cls_token", "vision/cls", layout="row"),
         Entry(f"{prefix}pos_embed", "vision/positions", layout="batch"),
@@ -155,47 +98,20 @@ def vision_table(config: ModelConfig, prefix: str = "visual_encoder.") -> list[E
         "mlp.fc2.weight": "down/kernel",
         "mlp.fc2.bias": "down/bias",
     }
-    for i in range(config.vision.depth):
+    for i in range(depth):
         for theirs, ours in names.items():
             layout = "transpose" if ours.endswith("kernel") else "same"
             table.append(Entry(f"{prefix}blocks.{i}.{theirs}", f"vision/blocks/{ours}", (i,), layout))
-    return table
+    # Files of the whole encoder hold a block more than is used, and a head.
+    unused = (f"{prefix}blocks.{depth}.*", f"{prefix}norm.*", f"{prefix}fc_norm.*", f"{prefix}head.*")
+    return Table(tuple(table), unused)
 
 
-def ln_vision_table() -> list[Entry]:
+def ln_vision_table() -> Table:
     """The norm behind the encoder, which the original builds fresh and never loads or trains."""
-    return [
-        Entry("ln_vision.weight", "vision/output_norm/scale"),
-        Entry("ln_vision.bias", "vision/output_norm/bias"),
-    ]
-
-
-def to_leaves(
-    table: list[Entry], tensors: Mapping[str, np.ndarray], leaves: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Published tensors -> new values of the leaves that the table names (`leaves` gives their shapes).
-
-    Raises one UserError that lists every missing and mis-shaped tensor.
-    """
-    out = {path: np.array(leaves[path], np.float32) for path in {entry.path for entry in table}}
-    problems = []
-    for entry in table:
-        if entry.name not in tensors:
-            problems.append(f"{entry.name} is missing")
-            continue
-        value, place = entry.to_ours(np.asarray(tensors[entry.name])), out[entry.path][entry.ours]
-        if value.shape != place.shape:
-            problems.append(f"{entry.name} has shape {list(tensors[entry.name].shape)}")
-        else:
-            out[entry.path][entry.ours] = value
-    if problems:
-        raise UserError(f"these tensors do not fit the model: {'; '.join(problems)}; check config.model.")
-    return out
-
-
-def to_published(table: list[Entry], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leaves -> published tensors; the inverse of `to_leaves`."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for entry in table:
-        parts.setdefault(entry.name, []).append(entry.to_published(np.asarray(leaves[entry.path])))
-    return {name: part[0] if len(part) == 1 else np.concatenate(part, axis=1) for name, part in parts.items()}
+    return Table(
+        (
+            Entry("ln_vision.weight", "vision/output_norm/scale"),
+            Entry("ln_vision.bias", "vision/output_norm/bias"),
+        )
+    )
