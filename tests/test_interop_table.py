@@ -1,5 +1,11 @@
 """Tables of published weights: layouts, all mistakes at once, slices into sharded arrays."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -247,3 +253,15 @@ def test_load_reads_nothing_when_something_does_not_fit():
     with pytest.raises(UserError, match=r"embed_tokens.weight is of shape \[120, 16\] in place of \[7, 16\]"):
         load_leaves(table, tensors, wrong)
     assert tensors.sizes == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_host_memory(devices, tmp_path):
+    """The benchmark at a size for tests: neither the file's pages nor copies pile up beside the arrays."""
+    root = Path(__file__).parents[1]
+    words = [sys.executable, root / "benchmarks/load_memory.py", "--gb=0.6", f"--devices={devices}"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([*words, f"--folder={tmp_path}"], env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["arrays_gb"] > 0.6 and result["beyond_gb"] < 0.35, result

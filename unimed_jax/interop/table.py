@@ -124,6 +124,13 @@ class Entry:
             for i, n in zip(index, leaf, strict=True)
         )
 
+    def to_published(self, leaf: Any) -> np.ndarray:
+        """The tensor, or its columns, from our leaf (numpy or jax). Of a stacked one a layer alone is fetched."""
+        ours = self.ours
+        if ours and not isinstance(ours[0], slice):
+            leaf, ours = leaf[ours[0]], ours[1:]
+        return LAYOUTS[self.layout].published(np.asarray(leaf)[ours], self.heads)
+
     def published_shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
         return LAYOUTS[self.layout].shape(tuple(size for size, _ in self._kept(self.block(leaf))))
 
@@ -165,17 +172,20 @@ class Table:
     def __add__(self, other: "Table") -> "Table":
         return Table(self.entries + other.entries, self.ignored + other.ignored)
 
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
     def paths(self) -> list[str]:
-        return list(dict.fromkeys(entry.path for entry in self.entries))
+        return list(dict.fromkeys(entry.path for entry in self))
 
     def under(self, path: str) -> list[Entry]:
-        return [entry for entry in self.entries if entry.path == path]
+        return [entry for entry in self if entry.path == path]
 
 
 def published(table: Table, leaves: Mapping[str, Any]) -> dict[str, Stored]:
     """Shapes and dtypes of the tensors that `to_published` makes of leaves of these shapes and dtypes."""
     out: dict[str, Stored] = {}
-    for entry in table.entries:
+    for entry in table:
         leaf = leaves[entry.path]
         shape = entry.published_shape(tuple(leaf.shape))
         if entry.columns:
@@ -292,18 +302,10 @@ def to_published(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarra
 
 
 def each_published(table: Table, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of every published tensor, one at a time and in the order of `published`.
-
-    `leaves`: numpy or jax arrays by path. Of a stacked leaf only the layer in question comes into host memory.
-    """
+    """(name, tensor) of every published tensor, one at a time and in the order of `published`."""
     parts: dict[str, list[Entry]] = {}
-    for entry in table.entries:
+    for entry in table:
         parts.setdefault(entry.name, []).append(entry)
     for name, entries in parts.items():
-        tensors = []
-        for entry in entries:
-            leaf, ours = leaves[entry.path], entry.ours
-            if ours and not isinstance(ours[0], slice):
-                leaf, ours = leaf[ours[0]], ours[1:]  # the layer first: a small copy from the device
-            tensors.append(LAYOUTS[entry.layout].published(np.asarray(leaf)[ours], entry.heads))
+        tensors = [entry.to_published(leaves[entry.path]) for entry in entries]
         yield name, np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=1))
