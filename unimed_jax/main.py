@@ -15,12 +15,17 @@ from typing import Any
 import ml_collections
 
 from unimed_jax.config import TASKS, Config, UserError, from_config_dict, load_config_file, nearest, to_dict
+from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
 VERBS = ("train", "evaluate", "predict")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; a mistake that the user can mend is one sentence on stderr and exit status 2."""
+    """Runs a verb and returns the exit status.
+
+    A mistake that the user can mend is one sentence on stderr and status 2; a stop by SIGTERM or Ctrl-C is one
+    sentence and status 143 or 130.
+    """
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss PyTorch, which nothing here needs
     try:
@@ -28,13 +33,14 @@ def main(argv: list[str] | None = None) -> int:
         if verb not in VERBS:
             raise UserError(f"{verb!r} is no verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}.")
         arguments = argv[1:] if argv[:1] == [verb] else argv
-        {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[verb](arguments)
+        with stoppable(), full_disk_told():
+            {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[verb](arguments)
     except UserError as error:
         print(f"unimed_jax: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("unimed_jax: stopped; the same command continues from the last checkpoint.", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        print(f"unimed_jax: {stop}", file=sys.stderr)
+        return stop.status
     return 0
 
 

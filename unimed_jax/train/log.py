@@ -1,13 +1,19 @@
 """The log of a run: one JSON line per logged step, TensorBoard, a progress bar, W&B where it is asked for."""
 
+import contextlib
 import json
+import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, UserError, config_hash, to_dict
@@ -17,16 +23,12 @@ class Log:
     """Writes scalars by step, from step `first` on; lines that a killed run wrote beyond are dropped."""
 
     def __init__(self, folder: Path, config: Config, first: int, bar_to: TextIO | None = None):
-        from tensorboardX import SummaryWriter
-
-        path = folder / "log.jsonl"
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if _step(line) < first]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        self._lines = (folder / "log.jsonl").open("a+", buffering=1)
+        _drop_from(self._lines, first)
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        # Not its SummaryWriter, whose thread dies on a full disk, after which training would wait for it forever.
+        self._board = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
+        self._event(first, session_log=SessionLog(status=SessionLog.START))  # hides later steps of earlier files
         self._wandb: Any = None
         if config.train.wandb:
             self._wandb = _wandb_run(folder, config)
@@ -37,28 +39,49 @@ class Log:
         """Values of one step, named `group/name`; None stands for what the step did not have."""
         self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         present = {name: value for name, value in values.items() if value is not None}
-        for name, value in present.items():
-            self._board.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in present.items()]
+        self._event(step, summary=Summary(value=scalars))
         if self._wandb is not None:
             self._wandb.log(present, step=step)
+
+    def _event(self, step: int, **content) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         self._bar.set_postfix_str(f"loss {loss:.3f}, {examples_per_second:.0f} examples/s", refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def flush(self) -> None:
+        """Puts everything on disk: a run that continues from a checkpoint must find the steps before it."""
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        self._board.flush()
+
     def close(self) -> None:
-        self._bar.close()
-        self._lines.close()
-        self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with contextlib.ExitStack() as stack:  # closes the others where one fails
+            if self._wandb is not None:
+                stack.callback(self._wandb.finish)
+            stack.callback(self._board.close)
+            stack.callback(self._lines.close)
+            stack.callback(self._bar.close)
+
+
+def _drop_from(lines: TextIO, first: int) -> None:
+    """Cuts the file at the first line of a step from `first` on, or that a kill or a full disk cut off."""
+    lines.seek(0)
+    kept = 0  # bytes
+    for line in lines:
+        if not line.endswith("\n") or _step(line) >= first:
+            break
+        kept += len(line.encode())
+    lines.truncate(kept)
 
 
 def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # cut off by a kill
+        return float("inf")  # no line of ours
 
 
 def _wandb_run(folder: Path, config: Config):

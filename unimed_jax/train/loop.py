@@ -1,6 +1,7 @@
 """Training: from settings and a folder to a trained run, however often it is stopped in between."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from unimed_jax.data.datasets import joined, load_datasets
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
 from unimed_jax.run import Run, initial_model, load_text, write_config
+from unimed_jax.train.interruption import Interruption, claim
 from unimed_jax.train.log import Log, peak_memory, step_values
 from unimed_jax.train.optimizer import Optimizer, leaf_rules, learning_rate
 from unimed_jax.train.step import TrainState, make_step
@@ -23,9 +25,10 @@ def train(config: Config, folder: Path) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint in `folder` if there is one.
 
     Raises UserError where the loss or a gradient is not finite, naming the records of that batch; nothing
-    of such a step is saved.
+    of such a step is saved. Raises `Stopped`, when all is saved, after a signal (see interruption.py).
     """
     # ---- data, text side, model --------------------------------------------------------------------
+    claim(folder)
     write_config(folder, config)
     datasets = load_datasets(config.data)
     tokenizer = load_text(folder, config, datasets)
@@ -59,21 +62,24 @@ def train(config: Config, folder: Path) -> Run:
     log = Log(folder, config, first)
     meter = Meter()
     pending = None  # the step before, still running while the next batch is made
-    try:
+    with Interruption() as interruption, closing(checkpoints), closing(log):
         for i, batch in zip(range(first, config.train.steps), pipeline.batches(first), strict=False):
             lr = learning_rate(i, config.train.steps, config.optimizer)
             state, metrics = step(state, frozen, batch, np.float32(lr))
             if pending is not None:
                 report(log, meter, config, pipeline, *pending)
             pending = (i, lr, metrics, pipeline.stats(batch))
-            if (i + 1) % config.train.save_every == 0 or i + 1 == config.train.steps:
+            stop = interruption.reached()
+            if stop or (i + 1) % config.train.save_every == 0 or i + 1 == config.train.steps:
                 report(log, meter, config, pipeline, *pending)
                 pending = None
+                log.flush()
                 save(i + 1)
+            if stop:
+                checkpoints.wait()
+                raise interruption.stopped(i + 1)
+            checkpoints.check()
         checkpoints.wait()
-    finally:
-        log.close()
-        checkpoints.close()
     if step._cache_size() > 1:
         raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
     model = with_parameters(abstract(config.model), {**frozen, **state.leaves})
