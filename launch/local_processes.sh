@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Runs the program as N processes on this machine's CPU, each with K simulated devices (default 1): the rehearsal of
+# a run on several machines. (GPUs of one machine need no such thing: one process drives them all.)
+#   launch/local_processes.sh 2 --devices=4 -- --config=configs/brain_tiny.py --workdir=runs/two
+# Process 0 writes to the terminal, process I to process-I.log in the workdir (without one: in a temporary folder).
+# SIGTERM and SIGINT reach every process, which saves and stops. A process that dies ends the others, and its status
+# becomes this script's. Either way the same command continues.
+set -euo pipefail
+
+refuse() {
+    echo "local_processes.sh: $1" >&2
+    exit 2
+}
+
+processes=${1:-}
+[[ $processes =~ ^[1-9][0-9]*$ ]] ||
+    refuse "${processes:-nothing} is no number of processes; write N [--devices=K] -- and the program's arguments."
+shift
+devices=1
+if [[ ${1:-} == --devices=* ]]; then
+    devices=${1#*=}
+    [[ $devices =~ ^[1-9][0-9]*$ ]] || refuse "--devices=$devices is no number of devices; give 1 or more."
+    shift
+fi
+[[ ${1:-} == -- ]] || refuse "${1:-nothing} stands where -- should; the program's arguments follow --."
+shift
+
+logs=
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+    --workdir=*) logs=${!i#*=} ;;
+    --workdir) next=$((i + 1)) && logs=${!next:-} ;;
+    esac
+done
+logs=${logs:-$(mktemp -d -t processes.XXXXXX)}
+mkdir -p "$logs"
+
+export JAX_PLATFORMS=cpu
+eval "$("$(dirname "${BASH_SOURCE[0]}")/xla_flags.sh" cpu)"
+export XLA_FLAGS="$XLA_FLAGS --xla_force_host_platform_device_count=$devices"
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$processes
+
+pids=() stopped=
+forward() {
+    stopped=$1
+    kill "-$1" "${pids[@]}" 2>/dev/null || true
+}
+trap 'forward TERM' TERM HUP
+trap 'forward INT' INT
+
+set -m # a process group each: Ctrl-C arrives here alone and once, and without it children would ignore SIGINT
+for ((i = 0; i < processes; i++)); do
+    export JAX_PROCESS_ID=$i
+    if ((i == 0)); then
+        python -m unimed_jax.main "$@" </dev/null &
+    else
+        python -m unimed_jax.main "$@" </dev/null >"$logs/process-$i.log" 2>&1 &
+    fi
+    pids[i]=$!
+done
+exec 3>&2 2>/dev/null # else bash writes a line of its own about a killed child
+if [[ $stopped ]]; then forward "$stopped"; fi # it came before all had started
+
+# Gives the others time to notice or to finish a save, then ends them with all that they started.
+end_others() {
+    forward TERM
+    for ((tenths = 0; tenths < 150; tenths++)); do
+        kill -0 "${pids[@]}" || break
+        sleep 0.1
+    done
+    for pid in "${pids[@]}"; do kill -KILL -- "-$pid" || true; done
+}
+
+result=0
+while ((${#pids[@]})); do
+    for i in "${!pids[@]}"; do
+        if kill -0 "${pids[i]}"; then continue; fi
+        status=0
+        wait "${pids[i]}" || status=$?
+        unset "pids[i]"
+        if ((status == 0)); then continue; fi
+        result=$status
+        if [[ $stopped && ($status == 143 || $status == 130) ]]; then continue; fi # stopped as it was told
+        for j in "${!pids[@]}"; do # others may have ended because of one that was killed: then that one is to be named
+            if kill -0 "${pids[j]}"; then continue; fi
+            other=0
+            wait "${pids[j]}" || other=$?
+            unset "pids[j]"
+            if ((other > status && other > 128)); then i=$j status=$other; fi
+        done
+        end_others
+        output="its output is above"
+        if ((i > 0)); then
+            output="its output is in $logs/process-$i.log"
+            tail -n 1 "$logs/process-$i.log" >&3
+        fi
+        if ((status != 2)); then # at 2 the program has said what to mend
+            echo "local_processes.sh: process $i of $processes died with status $status and the others were ended;" \
+                "$output, and the same command continues from the last checkpoint." >&3
+        fi
+        exit "$status"
+    done
+    sleep 0.2
+done
+exit "$result"
