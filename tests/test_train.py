@@ -9,6 +9,7 @@ from PIL import Image
 
 from unimed_jax.config import UserError, from_config_dict
 from unimed_jax.data import datasets
+from unimed_jax.model import sharding
 from unimed_jax.model.unimed import parameters
 from unimed_jax.run import open_run
 from unimed_jax.train import loop
@@ -17,9 +18,14 @@ from unimed_jax.train.log import Log
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
+def one_device(*settings):
+    """No mesh (test_processes.py trains on several devices): programs for eight compile slowly."""
+
+
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +34,7 @@ def straight(quick_compiles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
+        patch.setattr(sharding, "make_mesh", one_device)
         return loop.train(from_config_dict(tiny_config()), folder)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_collections
 
+from unimed_jax import processes
 from unimed_jax.config import TASKS, Config, UserError, from_config_dict, load_config_file, nearest, to_dict
 from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         if verb not in VERBS:
             raise UserError(f"{verb!r} is no verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}.")
         arguments = argv[1:] if argv[:1] == [verb] else argv
-        with stoppable(), full_disk_told():
+        with stoppable(), full_disk_told(), processes.lost_processes_told():
+            processes.join()
             {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[verb](arguments)
     except UserError as error:
         print(f"unimed_jax: {error}", file=sys.stderr)
@@ -89,6 +91,7 @@ def run_train(arguments: list[str]) -> None:
     known, overrides = options.parse_known_args(arguments)
     config = settings_of(load_config_file(known.config), overrides)
 
+    from unimed_jax.model.sharding import inside
     from unimed_jax.run import missing_inputs
     from unimed_jax.train.loop import train
 
@@ -96,7 +99,8 @@ def run_train(arguments: list[str]) -> None:
     if lacks:
         raise UserError(lacks)
     run = train(config, Path(known.workdir or f"runs/{config.name}"))
-    _evaluate(run, config)
+    with inside(run.mesh):
+        _evaluate(run, config)
 
 
 def run_evaluate(arguments: list[str]) -> None:
@@ -114,7 +118,10 @@ def run_evaluate(arguments: list[str]) -> None:
 
 
 def _evaluate(run, config: Config) -> None:
-    """Scores validation and test, measures the routing, writes the report into the run's folder."""
+    """Scores validation and test, measures the routing, writes the report into the run's folder.
+
+    All processes generate together; the first one writes.
+    """
     from unimed_jax.analyze.routing import routing_report
     from unimed_jax.data.datasets import joined, load_datasets
     from unimed_jax.evaluate.answer import answerer
@@ -122,19 +129,23 @@ def _evaluate(run, config: Config) -> None:
     from unimed_jax.evaluate.tasks import evaluate
     from unimed_jax.run import initial_model
 
+    leads = processes.leads()
     dataset = joined(load_datasets(config.data))
     answer = answerer(run.model, config, run.tokenizer)
     results, records = {}, []
     for split in config.evaluate.splits:
-        print(f"evaluating {split} ...", flush=True)
+        if leads:
+            print(f"evaluating {split} ...", flush=True)
         results[split], lines = evaluate(answer, dataset, dataset.examples("train"), config, split)
         records += lines
     shown = {line["image"]: line["cluster"] for line in records if line["image"] and line["split"] == "test"}
     routing = None
     if shown:
         pixels = [dataset.image(key) for key in shown]
-        initial, _ = initial_model(config, run.tokenizer)
+        initial, _ = initial_model(config, run.tokenizer, run.mesh)
         routing = routing_report(run.model, initial, config, pixels, list(shown.values()))
+    if not leads:
+        return
     metrics = write_report(run.folder, config, dataset.checksum, results, records, dataset.image, routing)
     for task, entry in metrics["tasks"].items():
         if entry["n"]:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from unimed_jax.checkpoint import Checkpoints
 from unimed_jax.config import Config, UserError, from_config_dict, to_dict
 from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
+from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
 
 # Where each kind of `config.init` takes its leaves from; the others come with later kinds.
@@ -34,6 +36,7 @@ class Run:
     tokenizer: Tokenizer
     model: UniMed
     step: int
+    mesh: Mesh | None = None  # over which the model's leaves lie
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -41,7 +44,7 @@ def write_config(folder: Path, config: Config) -> None:
     file = folder / "config.json"
     if file.exists():
         old = read_config(folder)
-        if old != config:
+        if dataclasses.replace(old, mesh=config.mesh) != config:  # a run may go on upon other devices
             raise UserError(
                 f"{folder} holds a run with other settings ({_difference(to_dict(old), to_dict(config))}); choose "
                 "another --workdir, or remove the folder."
@@ -96,21 +99,26 @@ def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Toke
     return Tokenizer.load(path)
 
 
-def initial_model(config: Config, tokenizer: Tokenizer) -> tuple[UniMed, dict[str, str]]:
-    """The model before the first step, and the source of every leaf; a function of the settings alone."""
+def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
+    """The model before the first step, laid over the mesh, and the source of every leaf.
+
+    A function of the settings alone: the random numbers do not depend on the devices.
+    """
     if tokenizer.size > config.model.decoder.vocab:
         raise UserError(
             f"config.model.decoder.vocab={config.model.decoder.vocab} is less than the tokenizer's {tokenizer.size} "
             "tokens; raise it."
         )
 
-    @jax.jit
-    def random_model() -> UniMed:
-        return UniMed(config.model, nnx.Rngs(config.seed))
+    def random_leaves() -> dict[str, jax.Array]:
+        model = UniMed(config.model, nnx.Rngs(config.seed))
+        if tokenizer.coordinate_start is not None:
+            order_coordinates(model, tokenizer.coordinate_start)
+        return parameters(model)
 
-    model = random_model()
-    if tokenizer.coordinate_start is not None:
-        order_coordinates(model, tokenizer.coordinate_start)
+    model = abstract(config.model)
+    places = None if mesh is None else parameter_shardings(parameters(model), mesh)
+    model = with_parameters(model, jax.jit(random_leaves, out_shardings=places)())
     sources = dict.fromkeys(parameters(model), "seed")
     for kind, path in config.init:
         if kind not in INIT_KINDS:
@@ -121,7 +129,8 @@ def initial_model(config: Config, tokenizer: Tokenizer) -> tuple[UniMed, dict[st
             fits = {k: v for k, v in parameters(model).items() if k in leaves and leaves[k].shape == v.shape}
             if not fits:
                 raise UserError(f"config.init: no parameter of run {path} fits this model; check config.model.")
-            model = with_parameters(model, {k: leaves[k] for k in fits})
+            taken = {k: leaves[k] if places is None else jax.device_put(leaves[k], places[k]) for k in fits}
+            model = with_parameters(model, taken)
             sources |= dict.fromkeys(fits, f"run {path}")
     return model, sources
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from unimed_jax.config import VISUAL_TASKS, Config
 from unimed_jax.data import images
+from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import UniMed
 
 
@@ -24,6 +25,7 @@ def task_weights(model: UniMed, config: Config, pixels: Sequence[np.ndarray], ba
         repeated = pixels.repeat(len(tasks), axis=0)  # [N * tasks, H, W, 3]
         routing = model.encode_images(repeated, each).routing
         assert routing is not None
+        routing = constrain(routing, None, None, None)  # every process reads all of it
         return routing.reshape(len(pixels), len(tasks), *routing.shape[1:])  # [N, tasks, T, E]
 
     return np.concatenate([np.asarray(weights(model, stacked[i : i + batch])) for i in range(0, len(stacked), batch)])

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from unimed_jax.config import Config, MeshConfig, UserError
+from unimed_jax.config import MeshConfig, UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -172,9 +172,3 @@ def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh | None, shares: int) 
         sharding = NamedSharding(mesh, spec(shape, names, dict(mesh.shape)))
         out[name] = jax.make_array_from_process_local_data(sharding, value, shape)
     return out
-
-
-def frozen_bytes(leaves: Mapping[str, Any], config: Config, trains) -> int:
-    """Bytes of the leaves that do not train, as they are stored."""
-    size = np.dtype("float32").itemsize if config.model.frozen_dtype == "float32" else 2
-    return size * sum(leaf.size for path, leaf in leaves.items() if not trains(path))

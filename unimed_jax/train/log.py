@@ -66,6 +66,18 @@ class Log:
             stack.callback(self._bar.close)
 
 
+class Silence:
+    """The log of a process that leaves logging to another."""
+
+    def write(self, step: int, values: dict[str, float | None]) -> None: ...
+
+    def progress(self, step: int, loss: float, examples_per_second: float) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _drop_from(lines: TextIO, first: int) -> None:
     """Cuts the file at the first line of a step from `first` on, or that a kill or a full disk cut off."""
     lines.seek(0)

@@ -7,18 +7,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from unimed_jax import processes
 from unimed_jax.checkpoint import Checkpoints
 from unimed_jax.config import Config, UserError, config_hash
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.data.datasets import joined, load_datasets
 from unimed_jax.data.pipeline import Pipeline
+from unimed_jax.model import sharding
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
 from unimed_jax.run import Run, initial_model, load_text, write_config
 from unimed_jax.train.interruption import Interruption, claim
-from unimed_jax.train.log import Log, peak_memory, step_values
+from unimed_jax.train.log import Log, Silence, peak_memory, step_values
 from unimed_jax.train.optimizer import Optimizer, leaf_rules, learning_rate
-from unimed_jax.train.step import TrainState, make_step
+from unimed_jax.train.step import TrainState, first_state, make_step
 
 
 def train(config: Config, folder: Path) -> Run:
@@ -29,20 +32,31 @@ def train(config: Config, folder: Path) -> Run:
     """
     # ---- data, text side, model --------------------------------------------------------------------
     claim(folder)
-    write_config(folder, config)
-    datasets = load_datasets(config.data)
-    tokenizer = load_text(folder, config, datasets)
+    with processes.leader_first("inputs"):
+        write_config(folder, config)
+        datasets = load_datasets(config.data)
+        tokenizer = load_text(folder, config, datasets)
     pipeline = Pipeline(datasets, config, tokenizer)
-    model, sources = initial_model(config, tokenizer)
-    rules = leaf_rules(parameters(model), config.train, config.optimizer)
+    shapes = parameters(abstract(config.model))
+    rules = leaf_rules(shapes, config.train, config.optimizer)
+    whole = sum(shape.size for path, shape in shapes.items() if not rules[path].train)
+    mesh = sharding.make_mesh(config.mesh, config.data.rows, whole * jnp.dtype(config.model.frozen_dtype).itemsize)
+    with sharding.inside(mesh):
+        return _train(config, folder, datasets, tokenizer, pipeline, rules, mesh)
+
+
+def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline, rules, mesh: Mesh | None) -> Run:
+    model, sources = initial_model(config, tokenizer, mesh)
     leaves = parameters(model)
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items() if rules[path].train}
     frozen = {path: leaf.astype(config.model.frozen_dtype) for path, leaf in leaves.items() if not rules[path].train}
     random_frozen = {path: leaf for path, leaf in frozen.items() if sources[path] == "seed"}
-    describe(leaves, sources, rules)
     optimizer = Optimizer(config.optimizer, rules)
-    state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
-    step = make_step(abstract(config.model), config, optimizer, tokenizer.coordinate_start)
+    state = first_state(trainable, optimizer, mesh)
+    step = make_step(abstract(config.model), config, optimizer, tokenizer.coordinate_start, mesh)
+    share, shares = sharding.rows_of_process(mesh, config.data.rows)
+    if processes.leads():
+        describe(leaves, sources, rules, mesh)
 
     # ---- where it stopped --------------------------------------------------------------------------
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
@@ -51,7 +65,7 @@ def train(config: Config, folder: Path) -> Run:
         frozen |= {path: weights[path] for path in random_frozen}
         state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
     first = int(state.step)
-    if first == 0:
+    if first == 0 and processes.leads():
         contact_sheet(joined(datasets), folder / "contact_sheet.png")
 
     def save(done: int) -> None:
@@ -59,13 +73,13 @@ def train(config: Config, folder: Path) -> Run:
         checkpoints.save(done, {**random_frozen, **state.leaves}, (state.step, state.moments), note)
 
     # ---- steps -------------------------------------------------------------------------------------
-    log = Log(folder, config, first)
-    meter = Meter()
+    log = Log(folder, config, first) if processes.leads() else Silence()
+    meter = Meter(shares)
     pending = None  # the step before, still running while the next batch is made
     with Interruption() as interruption, closing(checkpoints), closing(log):
-        for i, batch in zip(range(first, config.train.steps), pipeline.batches(first), strict=False):
+        for i, batch in zip(range(first, config.train.steps), pipeline.batches(first, share, shares), strict=False):
             lr = learning_rate(i, config.train.steps, config.optimizer)
-            state, metrics = step(state, frozen, batch, np.float32(lr))
+            state, metrics = step(state, frozen, sharding.on_devices(batch, mesh, shares), np.float32(lr))
             if pending is not None:
                 report(log, meter, config, pipeline, *pending)
             pending = (i, lr, metrics, pipeline.stats(batch))
@@ -83,13 +97,14 @@ def train(config: Config, folder: Path) -> Run:
     if step._cache_size() > 1:
         raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
     model = with_parameters(abstract(config.model), {**frozen, **state.leaves})
-    return Run(folder, config, tokenizer, model, config.train.steps)
+    return Run(folder, config, tokenizer, model, config.train.steps, mesh)
 
 
 class Meter:
-    """Examples, tokens and time since the last logged step."""
+    """Examples, tokens and time since the last logged step; each of `shares` processes sees its part of a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: int = 1) -> None:
+        self.shares = shares
         self.reset()
 
     def reset(self) -> None:
@@ -98,8 +113,8 @@ class Meter:
 
     def add(self, stats: dict[str, float]) -> None:
         self.steps += 1
-        self.examples += int(stats["examples"])
-        self.tokens += int(stats["tokens"])
+        self.examples += int(stats["examples"]) * self.shares
+        self.tokens += int(stats["tokens"]) * self.shares
         self.padding += stats["padding_waste"]
         self.vision += stats["vision_waste"]
 
@@ -114,7 +129,9 @@ class Meter:
         }
 
 
-def report(log: Log, meter: Meter, config: Config, pipeline: Pipeline, i: int, lr: float, metrics, stats) -> None:
+def report(
+    log: Log | Silence, meter: Meter, config: Config, pipeline: Pipeline, i: int, lr: float, metrics, stats
+) -> None:
     """Waits for step `i`, checks that it is finite, and logs it where its turn has come."""
     metrics = jax.device_get(metrics)
     if not metrics["finite"]:
@@ -133,8 +150,11 @@ def report(log: Log, meter: Meter, config: Config, pipeline: Pipeline, i: int, l
         meter.reset()
 
 
-def describe(leaves, sources, rules) -> None:
-    """Prints what trains and where every leaf came from, a line per room, source and rule."""
+def describe(leaves, sources, rules, mesh: Mesh | None) -> None:
+    """Prints the devices, what trains and where every leaf came from, a line per room, source and rule."""
+    if mesh is not None:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+        print(f"{mesh.size} devices ({sizes}) of {jax.process_count()} processes")
     groups: dict[tuple[str, str, str], list[str]] = {}
     for path in leaves:
         action = "trains" if rules[path].train else "frozen"
