@@ -1,4 +1,4 @@
-"""The vision encoder: Hugging Face's CLIP and SigLIP by configuration, positions, patches, pixels."""
+"""The vision encoder: biases, positions, patches, pixels (published towers: test_interop_towers.py)."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import tiny
 from flax import nnx
 
 from unimed_jax.interop.table import LAYOUTS
-from unimed_jax.model.unimed import abstract, parameters, with_parameters
+from unimed_jax.model.unimed import parameters, with_parameters
 from unimed_jax.model.vision import VisionEncoder, normalise, patchify, resize_positions, sincos_positions
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -26,80 +26,6 @@ def pictures(count=2):
 
 def vision(seed=0, **fields):
     return tiny.model(tiny.config(vision=fields), seed).vision
-
-
-HF = {
-    **{"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"image_size": 16, "patch_size": 4, "attn_implementation": "eager", "layer_norm_eps": 1e-5},
-}
-CLIP = {"activation": "quick_gelu", "qkv_bias": "qkv", "patch_bias": False, "pre_norm": True, "norm_eps": 1e-5}
-SIGLIP = {"activation": "gelu_tanh", "qkv_bias": "qkv", "cls_token": False, "norm_eps": 1e-5}
-
-
-def import_tower(peer, ours: dict):
-    """Hugging Face's separate q, k, v and per-layer tensors -> our stacked leaves."""
-    model = abstract(tiny.config(vision=ours)).vision
-    t = {name.removeprefix("vision_model."): x.detach().numpy() for name, x in peer.state_dict().items()}
-    depth = model.config.depth + 1 + model.config.feature_layer
-
-    def stacked(name):
-        return np.stack([t[f"encoder.layers.{i}.{name}"] for i in range(depth)])
-
-    def joined(part):
-        return np.stack([stacked(f"self_attn.{n}_proj.{part}") for n in "qkv"], axis=1)  # [layers, 3, ...]
-
-    patch = t["embeddings.patch_embedding.weight"]
-    leaves = {
-        "patch/kernel": LAYOUTS["patch"].ours(patch, 0),
-        "positions": t["embeddings.position_embedding.weight"],
-        "blocks/attention/qkv/kernel": joined("weight").reshape(depth, 36, 12).transpose(0, 2, 1),
-        **{f"blocks/attention/{n}_bias": stacked(f"self_attn.{n}_proj.bias") for n in "qkv"},
-    }
-    linears = {"attention/out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}
-    for path, name in linears.items():
-        leaves[f"blocks/{path}/kernel"] = stacked(f"{name}.weight").transpose(0, 2, 1)
-        leaves[f"blocks/{path}/bias"] = stacked(f"{name}.bias")
-    for path, name in {"norm1": "layer_norm1", "norm2": "layer_norm2"}.items():
-        leaves[f"blocks/{path}/scale"] = stacked(f"{name}.weight")
-        leaves[f"blocks/{path}/bias"] = stacked(f"{name}.bias")
-    optional = {
-        "cls": "embeddings.class_embedding",
-        "patch/bias": "embeddings.patch_embedding.bias",
-        "pre_norm/scale": "pre_layrnorm.weight",
-        "pre_norm/bias": "pre_layrnorm.bias",
-        "output_norm/scale": "post_layernorm.weight",
-        "output_norm/bias": "post_layernorm.bias",
-    }
-    leaves |= {path: t[name] for path, name in optional.items() if path in parameters(model)}
-    assert leaves.keys() == parameters(model).keys()
-    return with_parameters(model, leaves)
-
-
-def peer_model(kind: str, **settings):
-    torch = pytest.importorskip("torch", reason=NEEDS)
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}VisionConfig")(**{**HF, **settings})
-    peer = getattr(transformers, f"{kind}VisionModel")(config).eval()
-    with torch.no_grad():
-        for name, weight in peer.named_parameters():
-            weight.copy_(torch.randn_like(weight) * 0.3 + (1 if "norm" in name and name.endswith("weight") else 0))
-        pixels = torch.tensor(pictures().transpose(0, 3, 1, 2).copy())
-        return peer, peer(pixels, output_hidden_states=True)
-
-
-def test_equals_clip():
-    """CLIP as LLaVA-style models use it: the last but one layer, class token dropped, no norm behind."""
-    peer, out = peer_model("CLIP", hidden_act="quick_gelu")
-    tower = import_tower(peer, {**CLIP, "feature_layer": -2, "output_norm": False})
-    np.testing.assert_allclose(encode(tower, pictures()), out.hidden_states[-2][:, 1:].numpy(), rtol=0, atol=1e-5)
-
-
-def test_equals_siglip():
-    """SigLIP: no class token, a norm behind the last layer."""
-    peer, out = peer_model("Siglip", hidden_act="gelu_pytorch_tanh", vision_use_head=False)
-    tower = import_tower(peer, {**SIGLIP, "output_norm_eps": 1e-5})
-    np.testing.assert_allclose(encode(tower, pictures()), out.last_hidden_state.numpy(), rtol=0, atol=1e-5)
 
 
 def test_qkv_biases():

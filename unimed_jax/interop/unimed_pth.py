@@ -8,6 +8,7 @@ from unimed_jax.config import VISUAL_TASKS, ModelConfig
 from unimed_jax.interop import hf
 from unimed_jax.interop.hf import LINEARS
 from unimed_jax.interop.table import Entry, Table, to_leaves, to_published
+from unimed_jax.interop.towers import eva_table
 from unimed_jax.model.connector import visual_features
 
 __all__ = ["LINEARS", "to_leaves", "to_published"]
@@ -74,37 +75,9 @@ def decoder_table(config: ModelConfig) -> Table:
     return hf.decoder_table(config.decoder, "llm_model.base_model.model.", config.lora.targets)
 
 
-def vision_table(config: ModelConfig, prefix: str = "visual_encoder.") -> Table:
-    """EVA-CLIP as LAVIS names it; prefix "" is the published EVA file."""
-    depth = config.vision.depth + 1 + config.vision.feature_layer  # blocks behind the feature layer are not built
-    table = [
-        Entry(f"{prefix}cls_token", "vision/cls", layout="row"),
-        Entry(f"{prefix}pos_embed", "vision/positions", layout="batch"),
-        Entry(f"{prefix}patch_embed.proj.weight", "vision/patch/kernel", layout="patch"),
-        Entry(f"{prefix}patch_embed.proj.bias", "vision/patch/bias"),
-    ]
-    names = {
-        "norm1.weight": "norm1/scale",
-        "norm1.bias": "norm1/bias",
-        "norm2.weight": "norm2/scale",
-        "norm2.bias": "norm2/bias",
-        "attn.q_bias": "attention/q_bias",
-        "attn.v_bias": "attention/v_bias",
-        "attn.qkv.weight": "attention/qkv/kernel",
-        "attn.proj.weight": "attention/out/kernel",
-        "attn.proj.bias": "attention/out/bias",
-        "mlp.fc1.weight": "up/kernel",
-        "mlp.fc1.bias": "up/bias",
-        "mlp.fc2.weight": "down/kernel",
-        "mlp.fc2.bias": "down/bias",
-    }
-    for i in range(depth):
-        for theirs, ours in names.items():
-            layout = "transpose" if ours.endswith("kernel") else "same"
-            table.append(Entry(f"{prefix}blocks.{i}.{theirs}", f"vision/blocks/{ours}", (i,), layout))
-    # Files of the whole encoder hold a block more than is used, and a head.
-    unused = (f"{prefix}blocks.{depth}.*", f"{prefix}norm.*", f"{prefix}fc_norm.*", f"{prefix}head.*")
-    return Table(tuple(table), unused)
+def vision_table(config: ModelConfig) -> Table:
+    """The frozen vision encoder in the original's full state."""
+    return eva_table(config.vision, "visual_encoder.")
 
 
 def ln_vision_table() -> Table:
