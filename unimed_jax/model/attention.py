@@ -6,8 +6,6 @@ kernels take the mask itself: 1 byte (splash) or 2 (cuDNN) for each pair of toke
 several float32 of them for each head. Splash also skips the blocks of a row in which no query sees a key.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -41,8 +39,8 @@ def attend(
     if reason is not None:
         raise UserError(f"config.model.attention={implementation!r} cannot run here: {reason}; set 'auto'.")
     if mask is not None:
-        # Every real token sees itself already. Padding must see something: a softmax over nothing is NaN in these
-        # kernels or their gradients.
+        # Every real token sees itself already. Padding must too: in these kernels a softmax over nothing is NaN, or
+        # its gradient.
         mask = mask | jnp.eye(q.shape[1], dtype=bool)[None]
     return _on_each_device(_FUSED[implementation], q, k, v, mask, softcap)
 
@@ -50,16 +48,14 @@ def attend(
 def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | None) -> str | None:
     """Why the fused implementation `name` cannot take these arrays on the devices of the trace; None: it can."""
     length, head = q.shape[1], q.shape[3]
-    device = _device()
+    hardware = _hardware()
     if name == "splash":
-        if device.platform != "tpu":
-            return f"splash is a TPU kernel, and this is a {device.platform}"
+        if hardware != "tpu":
+            return f"splash is a TPU's kernel, and this is a {hardware}"
     else:
-        # "8.0" on NVIDIA, "gfx90a" on AMD.
-        major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
-        if device.platform != "gpu" or not major.isdigit() or int(major) < 8:
-            return f"cuDNN's kernel needs an NVIDIA GPU of Ampere or later, and this is a {device.device_kind}"
-        if q.dtype not in (jnp.bfloat16, jnp.float16):
+        if hardware != "nvidia":
+            return f"cuDNN's kernel needs an NVIDIA GPU of Ampere or later, and this is a {hardware}"
+        if q.dtype != jnp.bfloat16:
             return f"cuDNN's kernel computes in bfloat16, and config.model.compute_dtype is {q.dtype}"
         if head % 8 or head > 128:
             return f"cuDNN's kernel takes heads of at most 128 channels, a multiple of 8, not {head}"
@@ -67,15 +63,24 @@ def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | 
             return "cuDNN's kernel has no soft cap, and config.model.decoder.attention_softcap is set"
     if length != k.shape[2]:
         return f"{length} queries meet {k.shape[2]} keys, and only rows that attend to themselves are fused"
-    # cuDNN refuses odd lengths under a mask, and its gradients turned NaN at some even ones (pytorch issue 196678).
-    if length % 128 and (mask is not None or name == "splash"):
-        return f"rows of {length} tokens are no multiple of 128"
+    # cuDNN's gradients take even lengths alone, and under a mask turned NaN at some of those (pytorch issue 196678).
+    multiple = 2 if name == "cudnn" and mask is None else 128
+    if length % multiple:
+        return f"rows of {length} tokens are no multiple of {multiple}"
     return None
 
 
-def _device() -> Any:
-    """A device that the trace is for: of the mesh in context (also one compiled for from afar), else the default."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+def _hardware() -> str:
+    """What the trace is for: "tpu", "nvidia" (Ampere or later), or the name of another platform.
+
+    The mesh in context knows, also when it is compiled for from another machine; else the default device does.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if described.platform == "gpu":
+        # "8.0" on NVIDIA, "gfx90a" on AMD
+        major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+        return "nvidia" if major.isdigit() and int(major) >= 8 else "gpu"
+    return described.platform
 
 
 def _on_each_device(run, q, k, v, mask, softcap):

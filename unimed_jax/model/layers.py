@@ -138,8 +138,9 @@ def scan_layers(
     body: Callable[[Carry, Any], tuple[Carry, None]], init: Carry, inputs: Any, depth: int, remat: str
 ) -> Carry:
     """What `body` makes of `init` through `depth` stacked layers; `remat` "none" stores all that is to be read back."""
-    unroll = depth if depth <= 4 else 1  # all of a few layers written out (faster on CPU), else one (compile time)
+    # All of a few layers are written out (faster on CPU), else one (compile time).
+    unroll = depth if depth <= 4 else 1
     if remat != "none":
-        # Nothing merges a layer with its recomputation across a loop; layers written out need barriers.
-        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=unroll > 1)
+        # A loop, else the compiler would merge each layer with its recomputation.
+        body, unroll = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), 1
     return jax.lax.scan(body, init, inputs, unroll=unroll)[0]
