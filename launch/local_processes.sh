@@ -51,11 +51,10 @@ trap 'forward INT' INT
 
 set -m # a process group each: Ctrl-C arrives here alone and once, and without it children would ignore SIGINT
 for ((i = 0; i < processes; i++)); do
-    export JAX_PROCESS_ID=$i
     if ((i == 0)); then
-        python -m unimed_jax.main "$@" </dev/null &
+        JAX_PROCESS_ID=$i python -m unimed_jax.main "$@" </dev/null &
     else
-        python -m unimed_jax.main "$@" </dev/null >"$logs/process-$i.log" 2>&1 &
+        JAX_PROCESS_ID=$i python -m unimed_jax.main "$@" </dev/null >"$logs/process-$i.log" 2>&1 &
     fi
     pids[i]=$!
 done
@@ -67,7 +66,7 @@ end_others() {
     forward TERM
     for ((tenths = 0; tenths < 150; tenths++)); do
         kill -0 "${pids[@]}" || break
-        sleep 0.1
+        sleep 0.1 || true
     done
     for pid in "${pids[@]}"; do kill -KILL -- "-$pid" || true; done
 }
@@ -93,7 +92,7 @@ while ((${#pids[@]})); do
         output="its output is above"
         if ((i > 0)); then
             output="its output is in $logs/process-$i.log"
-            tail -n 1 "$logs/process-$i.log" >&3
+            if ((status < 128)); then tail -n 1 "$logs/process-$i.log" >&3; fi # its last word, if it had one
         fi
         if ((status != 2)); then # at 2 the program has said what to mend
             echo "local_processes.sh: process $i of $processes died with status $status and the others were ended;" \
@@ -101,6 +100,6 @@ while ((${#pids[@]})); do
         fi
         exit "$status"
     done
-    sleep 0.2
+    sleep 0.2 || true
 done
 exit "$result"

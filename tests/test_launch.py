@@ -45,8 +45,10 @@ if what == "die" and process == "0":  # it notices, and fails for want of the ot
         time.sleep(0.01)
     time.sleep(0.05)
     sys.exit(1)
+if what == "fail" and process == "1":
+    sys.exit(3)
 try:
-    time.sleep(30 if what in ("die", "wait") else 0)
+    time.sleep(30 if what in ("die", "fail", "wait") else 0)
 except KeyboardInterrupt:
     stop(signal.SIGINT, None)
 """
@@ -137,16 +139,16 @@ def test_local_processes_join(place):
     assert "I am process 1" in Path("run/process-1.log").read_text()
 
 
-def test_a_dead_process_ends_the_others(place):
+@pytest.mark.parametrize("what, status, last_word", [("die", 137, ""), ("fail", 3, "I am process 1\n")])
+def test_a_dead_process_ends_the_others(what, status, last_word, place):
     begin = time.monotonic()
-    done = run(LAUNCH / "local_processes.sh", "3", "--", "--workdir", "run", "die")
-    assert done.returncode == 128 + signal.SIGKILL
+    done = run(LAUNCH / "local_processes.sh", "3", "--", "--workdir", "run", what)
+    assert done.returncode == status
     assert Path("saved-2").exists()  # it was told, and waited for
     assert time.monotonic() - begin < 10
     assert done.stderr == (
-        "I am process 1\n"  # the last that it said
-        "local_processes.sh: process 1 of 3 died with status 137 and the others were ended; its output is in "
-        "run/process-1.log, and the same command continues from the last checkpoint.\n"
+        f"{last_word}local_processes.sh: process 1 of 3 died with status {status} and the others were ended; its "
+        "output is in run/process-1.log, and the same command continues from the last checkpoint.\n"
     )
 
 
