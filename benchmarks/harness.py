@@ -1,0 +1,140 @@
+"""Two sides of a comparison, each in a process of its own, asked in turn: rounds, medians and spread, memory, table.
+
+A side is a script run with `--side=NAME`; it reads one JSON request a line and answers with one (`serve`). The
+driver starts all sides, then goes round them, so that what else the machine does falls on all alike.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+class Failed(Exception):
+    """A side could not do what it was asked."""
+
+
+class Side:
+    """A running side."""
+
+    def __init__(self, name: str, script: str, arguments: Sequence[str]):
+        self.name = name
+        command = [sys.executable, script, f"--side={name}", *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, operation: str, **arguments) -> Any:
+        """What the side's operation returns. Raises Failed where it failed or the side has ended."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps({"do": operation, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise Failed(f"{self.name} ended with exit code {self._process.wait()}; what it said stands above.")
+        reply = json.loads(answer)
+        if "failed" in reply:
+            raise Failed(f"{self.name}: {reply['failed']}")
+        return reply["result"]
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def pin(threads: int) -> None:
+    """Holds this process to `threads` cores; to be called before torch or jax is imported."""
+    # XLA takes as many threads as it may run on, the libraries under torch as many as they are told.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def serve(operations: dict[str, Callable[..., Any]]) -> None:
+    """A side's loop: each request names an operation and its arguments."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = {"result": operations[request.pop("do")](**request)}
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        answers.write(json.dumps(reply) + "\n")
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_memory() -> float:
+    """GiB: peak resident set of this process. ru_maxrss alone would include the driver's, which a child inherits."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a figure was measured on."""
+    cpu = next((s.split(":")[1].strip() for s in _lines("/proc/cpuinfo") if s.startswith("model name")), "unknown")
+    packages = {}
+    for name in ("jax", "jaxlib", "torch", "transformers", "peft"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "cpu": f"{cpu} ({platform.machine()})",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "load_average": os.getloadavg()[0],  # what else ran when it began
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def figure(values: dict[str, float], digits: int = 2) -> str:
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} .. {values['max']:.{digits}f})"
+
+
+def need(*packages: str) -> None:
+    """Raises Failed where a package of the torch side is not installed."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise Failed(
+                f"the torch side needs the package {name}, which is not installed; pip install -e '.[parity]'."
+            )

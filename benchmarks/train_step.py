@@ -1,0 +1,441 @@
+"""One training step, ours against plain torch: the same model, weights, examples and machine.
+
+    python benchmarks/train_step.py --size=small --threads=2 --out=train_step.json
+
+Needs torch and PEFT: pip install -e '.[parity]'.
+
+Sides, each a process of its own, asked in turn so that what else the machine does falls on all alike:
+
+- `ours`: `unimed_jax/train/step.py`, jitted: forward, backward, AdamW on adapters and connector.
+- `ours_shared` (in `mixture`): the same, questions of one image sharing its tokens, as `config.data` allows.
+- `torch_eager`: Hugging Face's LLaMA with PEFT's LoRA on all seven linears, the connector as the original runs it,
+  a plain frozen ViT (benchmarks/torch_unimed.py), torch.optim.AdamW.
+- `torch_compiled`: the same under torch.compile.
+
+Cases:
+
+- `padded`: the same padded rows for all, so that only the program differs: a batch of four for each visual task.
+- `mixture`: 100 examples, tasks in the shares of Uni-Med's published mixture. Torch trains on them as the original
+  does: four of one task a batch, one a row, padded to the longest of the batch. Ours packs them into rows of mixed
+  tasks, of which one holds as many examples as a batch of torch has (four, nearly).
+
+All run in float32 without dropout (two generators' masks would differ), images decoded beforehand. Text lengths are
+those of the brain set's training records in LLaMA's kind of vocabulary (`LENGTHS`); which ids stand there changes no
+cost, so they are random.
+
+Losses must agree before anything is timed: `padded` trains on its batches and compares every loss, which the updates
+of the steps before have moved; `mixture` compares the mean loss over all answer tokens. A figure is the median over
+rounds (min .. max); the ratio is taken round by round. Memory is each process's peak, weights and libraries included.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+
+from unimed_jax.config import (
+    VISUAL_TASKS,
+    Config,
+    ConnectorConfig,
+    DecoderConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    VisionConfig,
+    check_model,
+)
+from unimed_jax.data import layout, packing
+
+SIDES = ("ours", "ours_shared", "torch_eager", "torch_compiled")
+CASES = {"padded": ("ours", "torch_eager", "torch_compiled"), "mixture": SIDES}
+TOLERANCE = 1e-4  # relative, of losses
+CHECK_RATE = 1e-3  # learning rate of the steps whose losses are compared
+RATE = 1e-5  # and of the timed ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model, and the shapes of the rows that it trains on."""
+
+    model: ModelConfig
+    padded: int  # tokens of a row of the case `padded`
+    # Tokens, images and answer tokens of a packed row, one a step; with room for as many examples as a batch of
+    # torch, where each has an image of its own (`ours`) and where some share one (`ours_shared`).
+    packed: dict[str, tuple[int, int, int]]
+
+
+def size(vision: dict, decoder: dict, padded: int, packed: dict[str, tuple[int, int, int]]) -> Size:
+    model = ModelConfig(
+        vision=VisionConfig(mlp_width=4 * vision["width"], **vision),
+        connector=ConnectorConfig(experts=5),
+        decoder=DecoderConfig(kv_heads=decoder["heads"], head_dim=decoder["width"] // decoder["heads"], **decoder),
+        lora=LoraConfig(rank=8, alpha=16.0, dropout=0.0),
+    )
+    check_model(model)
+    return Size(model, padded, packed)
+
+
+SIZES = {
+    "tiny": size(
+        {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2},
+        {"vocab": 512, "width": 64, "depth": 2, "heads": 4, "mlp_width": 96},
+        padded=133,
+        packed={"ours": (208, 4, 128), "ours_shared": (208, 3, 128)},
+    ),
+    # Its padded step is the one that the original takes 1.87 s for (two threads, full step).
+    "small": size(
+        {"image_size": 224, "patch_size": 14, "width": 384, "depth": 6, "heads": 6},
+        {"vocab": 32000, "width": 512, "depth": 6, "heads": 8, "mlp_width": 1376},
+        padded=193,
+        packed={"ours": (496, 4, 128), "ours_shared": (400, 3, 128)},
+    ),
+}
+
+# ---- examples ----------------------------------------------------------------------------------------
+
+# Tokens left of the image; behind it, to the end of the prompt; of the answer with its end of text. The 5th, 15th,
+# ... 95th percentiles of the brain set's 80,425 training records, in the 32,000 pieces of mistral-common's
+# tokenizer.model.v1.
+LENGTHS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    "vqa": (6, (18, 21, 24, 25, 26, 27, 27, 28, 34, 37), (2, 2, 2, 2, 2, 2, 3, 4, 4, 7)),
+    "refer": (6, (17, 17, 19, 19, 19, 20, 20, 21, 22, 23), (16,) * 10),
+    "identify": (6, (29, 29, 29, 30, 30, 31, 31, 31, 33, 33), (4, 4, 4, 4, 5, 6, 6, 7, 7, 7)),
+    "caption": (6, (14, 14, 16, 16, 16, 17, 17, 17, 17, 17), (20, 20, 29, 30, 39, 56, 78, 90, 92, 98)),
+    "cls": (6, (25, 26, 26, 27, 27, 28, 28, 28, 29, 30), (3, 3, 3, 3, 4, 4, 4, 4, 4, 4)),
+    "qa": (0, (19, 22, 22, 23, 24, 25, 25, 27, 28, 31), (6, 8, 9, 11, 12, 12, 12, 13, 14, 17)),
+}
+# Batches out of 25: Uni-Med's data sets are drawn 4, 10, 8, 8, 16 and 4 times out of 50.
+MIXTURE = {"qa": 2, "vqa": 5, "refer": 4, "identify": 4, "caption": 8, "cls": 2}
+# Questions of one image, where it is not one. The brain set has 5.4, 2.8 and 2.8; SLAKE 10.9, Path-VQA 6.6 (vqa).
+QUESTIONS = {"vqa": 4, "refer": 2, "identify": 2}
+BATCH = 4  # examples
+BOS, EOS, PAD = 1, 2, 0
+
+
+def examples(model: ModelConfig, tasks: list[str]) -> list[layout.Group]:
+    """`BATCH` examples for each entry of `tasks`; those in a row that ask about one image hold the same array."""
+    rng = np.random.default_rng(0)
+
+    def ids(count: int) -> list[int]:
+        return rng.integers(3, model.decoder.vocab, count).tolist()
+
+    left = ids(LENGTHS["vqa"][0])  # the head of every prompt with an image
+    groups: list[layout.Group] = []
+    for task in tasks:
+        _, right, answer = LENGTHS[task]
+        for i in range(BATCH):
+            around = [ids(rng.choice(right))]
+            end = [*ids(rng.choice(answer) - 1), EOS]
+            images: tuple[np.ndarray, ...] = ()
+            if task in VISUAL_TASKS:
+                around = [left, *around]
+                side = model.vision.image_size
+                new = i % QUESTIONS.get(task, 1) == 0
+                images = (rng.integers(0, 256, (side, side, 3), np.uint8),) if new else groups[-1].images
+            encoded = layout.encode_ids(around, end, model.tokens_per_image, BOS, task=task)
+            groups.append(layout.Group((encoded,), images))
+    return groups
+
+
+def batches(chosen: Size, case: str, side: str) -> list[layout.Batch]:
+    """The batches of a round, arrays of `layout.training_batch`; the same examples for every side."""
+    model = chosen.model
+    order = np.random.default_rng(1)
+    shares = dict.fromkeys(VISUAL_TASKS, 1) if case == "padded" else MIXTURE
+    tasks = order.permutation([task for task, count in shares.items() for _ in range(count)])
+    groups = examples(model, tasks.tolist())
+    if case == "mixture" and side.startswith("ours"):
+        if side == "ours_shared":
+            groups = shared(groups)
+        # As the pipeline packs a window of draws: largest first, each into the first row with room.
+        sizes, capacity = np.array([extent(g) for g in groups]), np.array(chosen.packed[side])
+        largest = np.argsort(-(sizes / capacity).max(axis=1), kind="stable")
+        row_of = packing.first_fit(sizes, capacity, largest)
+        rows = [[[groups[i] for i in np.flatnonzero(row_of == r)]] for r in order.permutation(row_of.max() + 1)]
+        shapes = [capacity] * len(rows)
+    else:
+        rows = [[[g] for g in groups[i : i + BATCH]] for i in range(0, len(groups), BATCH)]
+        shapes = [np.max([extent(g) for (g,) in batch], axis=0) for batch in rows]
+        if case == "padded":
+            shapes = [np.array([chosen.padded, *np.max(shapes, axis=0)[1:]])] * len(rows)
+    fixed = (model.tokens_per_image, model.vision.image_size)
+    return [
+        layout.training_batch(batch, layout.RowShape(*shape.tolist(), *fixed), PAD, "token")
+        for batch, shape in zip(rows, shapes, strict=True)
+    ]
+
+
+def shared(groups: list[layout.Group]) -> list[layout.Group]:
+    """Neighbours that ask about one image as one group."""
+    out: list[layout.Group] = []
+    for g in groups:
+        if out and g.images and out[-1].images and g.images[0] is out[-1].images[0]:
+            out[-1] = layout.Group(out[-1].questions + g.questions, g.images)
+        else:
+            out.append(g)
+    return out
+
+
+def extent(g: layout.Group) -> tuple[int, int, int]:
+    """Tokens, images and answer tokens."""
+    tokens = len(g.questions[0].prefix) + sum(len(q.suffix) for q in g.questions)
+    return tokens, len(g.images), sum(q.answer for q in g.questions)
+
+
+# ---- weights -----------------------------------------------------------------------------------------
+
+
+def write_weights(model: ModelConfig, folder: Path) -> None:
+    """The same random weights under our names and under the published ones; no leaf at 0 or 1 hides a mistake."""
+    from safetensors.numpy import save_file
+
+    from unimed_jax.interop import unimed_pth
+    from unimed_jax.model.unimed import abstract, parameters
+
+    rng = np.random.default_rng(0)
+    leaves = {}
+    for path, leaf in parameters(abstract(model)).items():
+        name = path.split("/")[-1]
+        std = {"embedding": 0.5, "positions": 0.5, "cls": 0.5, "task_tokens": 0.5, "lora_b": 0.02}.get(name)
+        if std is None:
+            std = 0.1 if name.endswith(("bias", "scale")) else 0.7 * leaf.shape[-2] ** -0.5
+        values = std * rng.standard_normal(leaf.shape, np.float32) + np.float32(name.endswith("scale"))
+        leaves[path] = values.astype(np.float32)
+    save_file(leaves, folder / "ours.safetensors")
+    table = unimed_pth.trainable_table(model) + unimed_pth.decoder_table(model)
+    table += unimed_pth.vision_table(model) + unimed_pth.ln_vision_table()
+    save_file(unimed_pth.to_published(table, leaves), folder / "published.safetensors")
+
+
+# ---- sides -------------------------------------------------------------------------------------------
+
+# Losses of a pass over a case's batches at one learning rate, and answer tokens of each.
+Pass = tuple[list[float], list[float]]
+
+
+class Ours:
+    def __init__(self, chosen: Size, case: str, side: str, folder: Path):
+        import jax.numpy as jnp
+        from safetensors.numpy import load_file
+
+        from unimed_jax.model.unimed import abstract, parameters
+        from unimed_jax.train.optimizer import Optimizer, leaf_rules
+        from unimed_jax.train.step import TrainState, make_step
+
+        config = Config(
+            model=chosen.model,
+            loss=LossConfig(reduction="token"),
+            optimizer=OptimizerConfig(skip_unused=True),
+            train=TrainConfig(
+                rules=(
+                    ("decoder/*/lora_?", "train", 1.0, None),
+                    ("connector/*", "train", 1.0, None),
+                    ("*", "freeze", 1.0, None),
+                )
+            ),
+        )
+        model = abstract(config.model)
+        rules = leaf_rules(parameters(model), config.train, config.optimizer)
+        leaves = {path: jnp.asarray(leaf) for path, leaf in load_file(folder / "ours.safetensors").items()}
+        trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
+        self.frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
+        optimizer = Optimizer(config.optimizer, rules)
+        self.state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+        self.step = make_step(model, config, optimizer, None)
+        self.batches = batches(chosen, case, side)
+
+    def losses(self, lr: float) -> Pass:
+        losses = [float(loss) for loss in self._run(lr)]
+        return losses, [float(batch["weights"].sum()) for batch in self.batches]
+
+    def round(self) -> float:
+        return harness.seconds(lambda: [loss.block_until_ready() for loss in list(self._run(RATE))])
+
+    def _run(self, lr: float) -> Iterator[Any]:
+        for batch in self.batches:
+            self.state, metrics = self.step(self.state, self.frozen, batch, np.float32(lr))
+            yield metrics["loss"]
+
+
+class Torch:
+    def __init__(self, chosen: Size, case: str, side: str, folder: Path):
+        import torch
+        import torch_unimed
+        from safetensors.torch import load_file
+
+        vision, adam = chosen.model.vision, OptimizerConfig()
+        model = torch_unimed.UniMed(chosen.model)
+        model.load_state_dict(load_file(folder / "published.safetensors"))
+        self.model, self.task_tokens = model.train(), model.task_tokens
+        self.optimizer = torch_unimed.optimizer(model, adam.weight_decay, adam.betas, adam.eps)
+        if side == "torch_compiled":
+            self.model = torch.compile(model)
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (vision.mean, vision.std))
+        self.batches = []
+        for batch in batches(chosen, case, side):
+            labels = np.full(batch["tokens"].shape, -100)
+            answered = batch["weights"] > 0
+            row = np.nonzero(answered)[0]
+            labels[row, batch["target_index"][answered] + 1] = batch["targets"][answered]
+            pixels, task, start = None, None, 0
+            if batch["image_tasks"].size:
+                images = torch.tensor(batch["images"][:, 0]).permute(0, 3, 1, 2)  # [B, 3, H, W]
+                pixels = ((images / 255 - mean) / std).contiguous()
+                task = VISUAL_TASKS[batch["image_tasks"][0, 0]]
+                start = int(np.argmax(batch["visual"][0] >= 0))
+            arrays = (batch["tokens"], batch["segments"] > 0, labels)
+            tokens, mask, labels = (torch.tensor(x, dtype=torch.int64) for x in arrays)
+            self.batches.append((task, pixels, tokens, mask, labels, start))
+
+    def losses(self, lr: float) -> Pass:
+        return list(self._run(lr)), [float((batch[4] != -100).sum()) for batch in self.batches]
+
+    def round(self) -> float:
+        return harness.seconds(lambda: list(self._run(RATE)))
+
+    def _run(self, lr: float) -> Iterator[float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for task, pixels, *rest in self.batches:
+            loss = self.model(pixels, None if task is None else self.task_tokens[task], *rest)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            yield float(loss.detach())
+
+
+def serve(side: str, chosen: Size, case: str, folder: Path, threads: int) -> None:
+    if side.startswith("torch"):
+        import torch
+
+        torch.set_num_threads(threads)
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
+    runner = (Torch if side.startswith("torch") else Ours)(chosen, case, side, folder)
+    harness.serve({"losses": runner.losses, "round": runner.round, "memory": harness.peak_memory})
+
+
+# ---- the comparison ----------------------------------------------------------------------------------
+
+
+def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All sides on one case -> what the JSON holds of it. Raises harness.Failed where losses differ."""
+    own = [f"--size={arguments.size}", f"--threads={arguments.threads}", f"--case={case}", f"--folder={folder}"]
+    started = {name: harness.Side(name, __file__, own) for name in CASES[case] if name in arguments.sides}
+    sides, absent = dict(started), {}
+    try:
+        losses = {}
+        for name, side in started.items():
+            try:
+                losses[name] = mean_losses(case, *side.ask("losses", lr=CHECK_RATE if case == "padded" else 0.0))
+            except harness.Failed as error:
+                if name != "torch_compiled":
+                    raise
+                absent[name] = f"does not run here: {error}"
+                del sides[name]
+        check(case, losses)
+        for side in sides.values():
+            side.ask("round")  # warms caches and allocators
+        rounds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(arguments.rounds):
+            for name, side in sides.items():
+                rounds[name].append(side.ask("round"))
+        memory = {name: side.ask("memory") for name, side in sides.items()}
+    finally:
+        for side in started.values():
+            side.close()
+    return {
+        "losses": losses,
+        "absent": absent,
+        "sides": {name: figures(SIZES[arguments.size], case, name, rounds, memory[name]) for name in sides},
+    }
+
+
+def mean_losses(case: str, losses: list[float], weights: list[float]) -> list[float]:
+    """What the sides must agree on: each step's loss, or where they batch differently the mean over all tokens."""
+    return losses if case == "padded" else [float(np.average(losses, weights=weights))]
+
+
+def check(case: str, losses: dict[str, list[float]]) -> None:
+    for name, own in losses.items():
+        print(f"{case}, {name}: loss " + " ".join(f"{loss:.6f}" for loss in own), flush=True)
+    reference = losses["torch_eager"]
+    for name, own in losses.items():
+        if not np.allclose(own, reference, rtol=TOLERANCE, atol=0):
+            raise harness.Failed(
+                f"{case}: the losses of {name} differ from torch_eager's, so there is no ratio to give."
+            )
+
+
+def figures(chosen: Size, case: str, name: str, rounds: dict[str, list[float]], memory: float) -> dict[str, Any]:
+    made = batches(chosen, case, name)
+    own, reference = np.array(rounds[name]), np.array(rounds["torch_eager"])
+    count = BATCH * (len(VISUAL_TASKS) if case == "padded" else sum(MIXTURE.values()))
+    tokens = [int((batch["segments"] > 0).sum()) for batch in made]
+    return {
+        "round_seconds": rounds[name],
+        "steps_per_round": len(made),
+        "padding_waste": 1 - sum(tokens) / sum(batch["segments"].size for batch in made),
+        "seconds_per_step": harness.spread(own / len(made)),
+        "examples_per_second": harness.spread(count / own),
+        "tokens_per_second": harness.spread(sum(tokens) / own),
+        "peak_gib": memory,
+        "ratio": harness.spread(reference / own),
+    }
+
+
+def rows(case: str, result: dict[str, Any]) -> Iterator[list[str]]:
+    for name, f in result["sides"].items():
+        step = harness.figure(f["seconds_per_step"], 4 if f["seconds_per_step"]["median"] < 0.1 else 2)
+        yield [
+            *(case, name, harness.figure(f["examples_per_second"]), f"{f['tokens_per_second']['median']:.0f}", step),
+            *(f"{100 * f['padding_waste']:.0f} %", f"{f['peak_gib']:.2f}", harness.figure(f["ratio"])),
+        ]
+    for name, reason in result["absent"].items():
+        yield [case, name, reason, *[""] * (len(HEADER) - 3)]
+
+
+HEADER = ("case", "side", "useful examples/s", "useful tokens/s", "s/step", "padding", "peak GiB", "x torch_eager")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--threads", type=int, default=2, help="of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes over a case's batches")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="torch_eager always runs")
+    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        harness.pin(arguments.threads)
+        return serve(arguments.side, SIZES[arguments.size], arguments.case, arguments.folder, arguments.threads)
+    harness.need("torch", "peft", "transformers")
+    arguments.sides = {*arguments.sides, "torch_eager"}
+    result: dict[str, Any] = {"size": arguments.size, "machine": harness.machine(arguments.threads), "cases": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(SIZES[arguments.size].model, Path(folder))
+        for case in CASES:
+            result["cases"][case] = compare(case, arguments, Path(folder))
+    print(json.dumps(result["machine"]))
+    print(harness.table(HEADER, [row for case, found in result["cases"].items() for row in rows(case, found)]))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except harness.Failed as error:
+        sys.exit(str(error))

@@ -1,0 +1,173 @@
+"""The benchmarks compare like with like: both sides compute the same, and nothing is timed that does not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import connector
+import harness
+import train_step
+
+BENCHMARKS = Path(train_step.__file__).parent
+NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
+TINY = train_step.SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def torch():
+    pytest.importorskip("peft", reason=NEEDS)
+    return pytest.importorskip("torch", reason=NEEDS)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    train_step.write_weights(TINY.model, folder)
+    return folder
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_padded_losses_agree(torch, weights):
+    """Forward, backward and AdamW: five steps, each on another task."""
+    ours = train_step.Ours(TINY, "padded", "ours", weights)
+    peer = train_step.Torch(TINY, "padded", "torch_eager", weights)
+    (own, counts), (theirs, their_counts) = (side.losses(train_step.CHECK_RATE) for side in (ours, peer))
+    assert counts == their_counts and len(own) == 5
+    np.testing.assert_allclose(own, theirs, rtol=1e-5, atol=0)
+    # The steps move them by far more than the benchmark tolerates.
+    again, _ = ours.losses(0.0)
+    assert np.abs(np.array(own) / again - 1).max() > 100 * train_step.TOLERANCE
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_mixture_losses_agree(torch, weights):
+    """Packed with shared images, and padded to the longest: one mean over the same answer tokens."""
+    sides = (train_step.Ours, "ours_shared"), (train_step.Torch, "torch_eager")
+    runs = [runner(TINY, "mixture", side, weights).losses(0.0) for runner, side in sides]
+    means = [train_step.mean_losses("mixture", *run) for run in runs]
+    np.testing.assert_allclose(means[0], means[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", train_step.SIZES)
+def test_all_sides_get_the_same_examples(size):
+    """The same answers, of the same tasks; a packed row a step, and as many steps as torch takes."""
+    chosen = train_step.SIZES[size]
+    made = {side: train_step.batches(chosen, "mixture", side) for side in train_step.SIDES}
+    answers = {side: sorted(pair for batch in found for pair in answered(batch)) for side, found in made.items()}
+    assert all(found == answers["torch_eager"] for found in answers.values())
+    assert sum(task == 5 for task, _ in answers["ours"]) / len(answers["ours"]) > 0.02  # text alone is there too
+    used = {side: sum(int((b["image_tasks"] >= 0).sum()) for b in found) for side, found in made.items()}
+    assert used["ours"] == used["torch_eager"] == 92 and used["ours_shared"] == 61
+    assert {len(batch["tokens"]) for batch in made["ours"] + made["ours_shared"]} == {1}
+    for side in ("ours", "ours_shared"):
+        assert abs(len(made[side]) - len(made["torch_eager"])) <= 3
+
+
+def answered(batch) -> list[tuple[int, int]]:
+    """(task, target) of every answer token."""
+    on = batch["weights"] > 0
+    return list(zip(batch["target_tasks"][on].tolist(), batch["targets"][on].tolist(), strict=True))
+
+
+def test_padded_rows_are_of_one_length():
+    batches = train_step.batches(train_step.SIZES["small"], "padded", "ours")
+    assert [batch["tokens"].shape for batch in batches] == [(4, 193)] * 5
+    assert sorted(batch["image_tasks"][0, 0] for batch in batches) == [0, 1, 2, 3, 4]
+
+
+def test_different_losses_give_no_ratio():
+    near, far = 6.0 * (1 + 0.5e-4), 6.0 * (1 + 2e-4)
+    train_step.check("mixture", {"torch_eager": [6.0], "ours": [near]})
+    for wrong in (far, float("nan")):
+        with pytest.raises(harness.Failed, match=r"mixture: the losses of ours differ .* no ratio"):
+            train_step.check("mixture", {"torch_eager": [6.0], "ours": [wrong]})
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_connectors_agree(torch, tmp_path):
+    config = connector.SIZES["tiny"]
+    runners = {
+        "ours": connector.Ours(config, "fast"),
+        "ours_literal": connector.Ours(config, "literal"),
+        "torch": connector.Torch(config, threads=1),
+    }
+    for side, runner in runners.items():
+        np.savez(tmp_path / f"{side}.npz", **runner.values())
+        connector.check(side, tmp_path)
+    found = dict(np.load(tmp_path / "torch.npz"))
+    assert len(found) == 1 + 5 + 5 * 4 + 2 + 3  # tokens, task tokens, experts, halves of the router, the rest of it
+    assert np.abs(found["task_tokens.refer None"]).max() > 0 and not found["task_tokens.vqa None"].any()
+    for wrong in ("tokens", "router.fc1.weight (0, 64)"):
+        np.savez(tmp_path / "torch.npz", **{**found, wrong: found[wrong] * 1.001})
+        with pytest.raises(harness.Failed, match="torch and ours differ"):
+            connector.check("torch", tmp_path)
+
+
+def test_a_side_that_fails_is_named(tmp_path):
+    script = tmp_path / "side.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "import harness\n"
+        "add = lambda a, b: print('no answer') or a + b\n"
+        "harness.serve({'add': add, 'fail': lambda: 1 / 0, 'die': lambda: sys.exit(3)})\n"
+    )
+    side = harness.Side("x", str(script), [])
+    assert side.ask("add", a=1, b=2) == 3
+    with pytest.raises(harness.Failed, match="x: ZeroDivisionError"):
+        side.ask("fail")
+    assert side.ask("add", a=2, b=2) == 4  # still there
+    with pytest.raises(harness.Failed, match="x ended with exit code 3"):
+        side.ask("die")
+    side.close()
+
+
+def test_a_missing_package_is_a_sentence():
+    with pytest.raises(harness.Failed, match=r"needs the package no_such_peer.*pip install -e '\.\[parity\]'"):
+        harness.need("json", "no_such_peer")
+
+
+def test_peak_memory_is_of_the_process_itself():
+    """A child that does nothing has a small peak, whatever its parent holds."""
+    held = np.ones(2**26)  # 0.5 GiB
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import harness; print(harness.peak_memory())"
+    small = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.005 < small < 0.2 < held.nbytes / 2**30 <= harness.peak_memory()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "sides"),
+    [
+        ("train_step", {"padded": ["ours", "torch_eager"], "mixture": ["ours", "ours_shared", "torch_eager"]}),
+        ("connector", ["ours", "ours_literal", "torch"]),
+    ],
+)
+def test_script(torch, tmp_path, script, sides):
+    """The whole script at its smallest size, as a user starts it."""
+    out = tmp_path / "out.json"
+    options = ["--size=tiny", "--threads=1", "--rounds=2", f"--out={out}"]
+    if script == "train_step":
+        options += ["--sides", "ours", "ours_shared"]  # compiling takes minutes
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *options]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    assert result["machine"]["threads"] == 1 and result["size"] == "tiny"
+    if script == "connector":
+        assert list(result["sides"]) == sides
+        assert all(f["backward_ratio"]["median"] > 0 and f["peak_gib"] > 0.1 for f in result["sides"].values())
+        assert result["sides"]["torch"]["backward_ratio"]["median"] == 1
+        return
+    for case, expected in sides.items():
+        found = result["cases"][case]["sides"]
+        assert list(found) == expected
+        for f in found.values():
+            assert len(f["round_seconds"]) == 2 and f["peak_gib"] > 0.1
+            assert f["examples_per_second"]["min"] <= f["examples_per_second"]["median"]
+    assert "| padded  | ours " in ran.stdout and "useful examples/s" in ran.stdout
