@@ -38,15 +38,17 @@ os.rename("writing-" + process, "seen-" + process)
 print("I am process", process, flush=True)
 if what.startswith("status="):
     sys.exit(int(what.removeprefix("status=")))
-if what == "die" and process == "1":
-    os.kill(os.getpid(), signal.SIGKILL)
-if what == "die" and process == "0":  # it notices, and fails for want of the other
-    while not os.path.exists("seen-1"):
+if what in ("die", "fail") and process == "1":
+    while not (os.path.exists("seen-0") and os.path.exists("seen-2")):
         time.sleep(0.01)
-    time.sleep(0.05)
-    sys.exit(1)
-if what == "fail" and process == "1":
+    os.symlink(f"/proc/{os.getpid()}", "leaving")
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(3)
+if what == "die" and process == "0":  # it notices, and fails for want of the other
+    while os.path.exists("leaving") or not os.path.islink("leaving"):
+        time.sleep(0.01)
+    sys.exit(1)
 try:
     time.sleep(30 if what in ("die", "fail", "wait") else 0)
 except KeyboardInterrupt:
