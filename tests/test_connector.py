@@ -166,6 +166,18 @@ def routing_of(tasks, **connector):
     return np.asarray(model(np.repeat(patches[:1], len(tasks), axis=0), np.array(tasks, np.int32)).routing)
 
 
+@pytest.mark.parametrize("level", [0.0, -50.0, -200.0])
+def test_soft_routing_has_finite_gradients_at_any_common_level(level):
+    logits = jnp.array([0.0, 0.5, -0.3, 1.0, 0.2])[None, None] + level
+    value = jnp.arange(5.0)[None, None]
+
+    def weighted(logits):
+        return (route(logits, "soft", 1, jnp.zeros(1, jnp.int32), 5) * value).sum()
+
+    gradient = np.asarray(jax.grad(weighted)(logits))
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0.1
+
+
 def test_router_inputs():
     """task_token reads both, token the image alone, task the task alone; one image under tasks 0, 1 and 1."""
     both, token, task = (routing_of([0, 1, 1], router_input=name) for name in ("task_token", "token", "task"))

@@ -157,8 +157,8 @@ def route(
         return jnp.full((len(tasks), 1, experts), 1 / experts)
     assert logits is not None
     if kind == "soft":
-        weights = jax.nn.sigmoid(logits)
-        return weights / weights.sum(axis=-1, keepdims=True)
+        # In logarithms: nothing holds the logits' common level, and far below 0 the plain quotient's gradient is NaN.
+        return jax.nn.softmax(jax.nn.log_sigmoid(logits), axis=-1)
     kept = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], experts, dtype=bool).any(axis=-2)
     return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
 
