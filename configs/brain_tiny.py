@@ -51,12 +51,8 @@ def get_config():
     optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 2e-3, 0.0, 0.0, 40
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.05, 1.0
 
-    # At the common rate the router's task half hardly leaves its small start within so short a run.
-    config.train.rules = (
-        ("connector/task_tokens", "train", 5.0, None),
-        ("connector/router/*", "train", 5.0, None),
-        ("*", "train", 1.0, None),
-    )
+    # At the common rate the task tokens hardly leave their small start within so short a run.
+    config.train.rules = (("connector/task_tokens", "train", 10.0, None), ("*", "train", 1.0, None))
     config.train.steps, config.train.save_every = 1200, 600
     config.evaluate.batch, config.evaluate.max_new_tokens = 128, 96
     return config
