@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,8 @@ def test_another_model_is_refused_and_nothing_falls_back(tmp_path):
     weights, optimizer = trees()
     weights["scale"] = jnp.zeros(9)
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(UserError, match=r"8/weights belongs to another model: scale is \(8,\) there and \(9,\) here"):
+    words = r"8/weights belongs to another model: scale is \(8,\) there and \(9,\) here"
+    with pytest.raises(UserError, match=rf"^checkpoint \S*{words}"):
         checkpoints.restore(weights, optimizer)
     assert checkpoints.latest() == 8
 
@@ -273,6 +275,66 @@ def test_saved_on_eight_devices_restored_on_one_two_and_four(tmp_path):
     assert_holds_without_shardings(tmp_path)
 
 
+SHARE = """
+import sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_checkpoint import damage_of_process, trees
+from unimed_jax.checkpoint import Checkpoints
+folder, address, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(address, 2, number)
+mesh = Mesh(np.array(jax.devices()), ("a",))
+specs = {(16, 24): PartitionSpec("a"), (64, 64): PartitionSpec("a")}
+def large(step):  # arrays below 1 kB are no files of their own
+    return *trees(step), np.random.default_rng(step).standard_normal((64, 64)).astype(np.float32)
+place = lambda leaf: NamedSharding(mesh, specs.get(leaf.shape, PartitionSpec()))
+put = lambda leaf: jax.make_array_from_callback(leaf.shape, place(leaf), lambda index: np.asarray(leaf)[index])
+checkpoints = Checkpoints(folder)
+for step in (4, 8):
+    weights, optimizer, kernel = jax.tree.map(put, large(step))
+    checkpoints.save(step, weights | {"large": kernel}, optimizer, {})
+checkpoints.close()
+if number == 0:
+    damage_of_process(folder + "/8", 1)
+multihost_utils.sync_global_devices("damaged")
+checkpoints = Checkpoints(folder)
+weights, optimizer, kernel = jax.tree.map(put, large(0))
+weights, optimizer, _ = checkpoints.restore(weights | {"large": kernel}, optimizer)
+assert checkpoints.latest() == 4
+kernel = weights.pop("large")
+for ours, theirs in zip(jax.tree.leaves((weights, optimizer, kernel)), jax.tree.leaves(large(4)), strict=True):
+    assert ours.sharding == place(theirs)
+    for shard in ours.addressable_shards:
+        np.testing.assert_array_equal(shard.data, theirs[shard.index])
+checkpoints.close()
+"""
+
+
+def damage_of_process(folder: str, number: int) -> None:
+    """Empties the files of arrays that this process wrote and no other."""
+    owned = [file for file in files(folder) if file.parent.name == "d" and file.parents[1].name.endswith(f"_{number}")]
+    assert owned
+    for file in owned:
+        file.write_bytes(b"")
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_cannot_read_neither_uses(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": ""}
+    pipes = {"env": environment, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", SHARE, str(tmp_path), address]
+    processes = [subprocess.Popen([*command, str(number)], **pipes) for number in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said[0][-1500:] + said[1][-1500:]
+    assert "8 is damaged" in said[0] and "damaged" not in said[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "8.damaged"]
+
+
 def assert_holds_without_shardings(folder) -> None:
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trees())
     weights, _, _ = Checkpoints(folder, read_only=True).restore(*wanted)
@@ -283,7 +345,10 @@ def assert_holds_without_shardings(folder) -> None:
 
 # ---- a full disk -----------------------------------------------------------------------------------
 def test_a_save_that_fails_is_raised_at_the_next_step_and_leaves_the_last_one(tmp_path):
-    """The child may write files of 60 kB at most, so the second, larger checkpoint cannot be written."""
+    """The child may write files of 60 kB at most, so the second, larger checkpoint cannot be written.
+
+    Nothing but the error says so, though thirty writes fail.
+    """
     code = """
 import resource, signal, sys, time
 sys.path.insert(0, "tests")
@@ -294,7 +359,8 @@ checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(4, *trees(4), {"rows_read": 4})
 checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-big = {"big": jnp.asarray(np.random.default_rng(0).standard_normal(50_000))}
+rng = np.random.default_rng(0)
+big = {str(i): jnp.asarray(rng.standard_normal(20_000)) for i in range(30)}
 checkpoints.save(8, big, trees(8)[1], {})
 for _ in range(600):
     try:

@@ -2,7 +2,7 @@
 
 config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
 checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
-contact_sheet.png images with their boxes               tensorboard/
+contact_sheet.png images with their boxes               tensorboard/, lock: who trains here
 metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 
@@ -51,7 +51,9 @@ def write_config(folder: Path, config: Config) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    unfinished = folder / "config.tmp"  # a kill must not leave half of it under its name
+    unfinished.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    unfinished.rename(file)
 
 
 def read_config(folder: Path) -> Config:
@@ -94,8 +96,10 @@ def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Toke
     if config.text.tokenizer:
         return Tokenizer.load(config.text.tokenizer)
     path = folder / "tokenizer"
-    if not (path / "tokenizer_config.json").exists():
-        train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, path)
+    if not path.exists():
+        unfinished = folder / "tokenizer.tmp"
+        train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
+        unfinished.rename(path)
     return Tokenizer.load(path)
 
 
@@ -141,13 +145,14 @@ def open_run(path: str | Path) -> Run:
     config = read_config(folder)
     tokenizer = Tokenizer.load(config.text.tokenizer or folder / "tokenizer")
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    step = checkpoints.latest()
-    if step is None:
+    if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
     saved = checkpoints.saved_weights()
     model = abstract(config.model)
     if saved < set(parameters(model)):  # the others are frozen, and named by config.init
         model, _ = initial_model(config, tokenizer)
     weights, _, _ = checkpoints.restore({k: v for k, v in parameters(model).items() if k in saved})
+    step = checkpoints.latest()
+    assert step is not None  # restore says so otherwise
     checkpoints.close()
     return Run(folder, config, tokenizer, with_parameters(model, weights), step)

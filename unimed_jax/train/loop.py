@@ -90,10 +90,8 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
                 log.flush()
                 save(i + 1)
             if stop:
-                checkpoints.wait()
-                raise interruption.stopped(i + 1)
+                raise interruption.stopped(i + 1)  # behind the closing, which waits until all is on disk
             checkpoints.check()
-        checkpoints.wait()
     if step._cache_size() > 1:
         raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
     model = with_parameters(abstract(config.model), {**frozen, **state.leaves})

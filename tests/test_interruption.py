@@ -1,0 +1,427 @@
+"""Runs that are stopped, killed, started twice or out of disk: what they say, and that they go on as if nothing was."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from fake_brain import Squares, tiny_config
+
+from unimed_jax import main as door
+from unimed_jax.config import UserError, from_config_dict
+from unimed_jax.data import datasets
+from unimed_jax.model.unimed import parameters
+from unimed_jax.run import load_text, open_run, write_config
+from unimed_jax.train import interruption, loop
+from unimed_jax.train.interruption import Interruption, Stopped, claim, full_disk_told
+from unimed_jax.train.log import Log
+
+CONFIG = "from fake_brain import tiny_config as get_config\n"
+
+
+@pytest.fixture(scope="module")
+def compiled_once(quick_compiles, tmp_path_factory):
+    """What one run of this file compiled, the next ones load."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def patched(compiled_once, monkeypatch):
+    """The door trains on squares and leaves out the evaluation."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
+    monkeypatch.setattr(door, "_evaluate", lambda run, config: None)
+
+
+@pytest.fixture(scope="module")
+def straight(compiled_once, tmp_path_factory):
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
+        return loop.train(from_config_dict(tiny_config()), folder)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """What trains in `tmp_path / "run"`: arguments of the door."""
+    file = tmp_path / "squares.py"
+    file.write_text(CONFIG)
+    return [f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+
+
+def losses(folder) -> list[tuple]:
+    """Every logged value that does not measure time or memory, by step."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [tuple((k, v) for k, v in line.items() if not k.startswith(("speed/", "memory/"))) for line in lines]
+
+
+def at_step(monkeypatch, step, action):
+    """Calls `action` in the training, before step `step` (from 0) is logged; the step behind it is under way."""
+    write = Log.write
+
+    def acting(self, at, values):
+        if at == step:
+            action()
+        write(self, at, values)
+
+    monkeypatch.setattr(Log, "write", acting)
+
+
+# ---- signals ---------------------------------------------------------------------------------------
+def test_sigterm_saves_and_the_same_command_continues(straight, patched, command, tmp_path, monkeypatch, capsys):
+    """Stopped after step 6, whose checkpoint then loses a file: continued from 4."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        assert door.main(command) == 143
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "unimed_jax: stopped by SIGTERM, saved after step 6; the same command continues."
+    assert open_run(tmp_path / "run").step == 6 and len(losses(tmp_path / "run")) == 6
+    shutil.rmtree(tmp_path / "run/checkpoints/6/optimizer")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/checkpoints/6/weights")
+    assert open_run(tmp_path / "copy").step == 4
+    assert door.main(command) == 0
+    assert "checkpoints/6 is damaged" in capsys.readouterr().err
+    assert losses(tmp_path / "run") == losses(straight.folder)
+    for path, leaf in parameters(open_run(tmp_path / "run").model).items():
+        np.testing.assert_array_equal(leaf, parameters(straight.model)[path], err_msg=path)
+
+
+def test_ctrl_c_waits_for_the_step(capfd):
+    sentence = "stopped by Ctrl-C, saved after step 3; the same command continues"
+    with pytest.raises(Stopped, match=sentence) as stopped, Interruption() as stop:
+        assert not stop.reached()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reached()
+        raise stop.stopped(3)
+    assert stopped.value.status == 130 and "finishing this step" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    code = """
+import signal, time
+from unimed_jax.train.interruption import Interruption
+with Interruption():
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    try:
+        print("waits", flush=True)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        print("still there")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == "waits\n"
+    assert done.stderr.splitlines()[-1].startswith("unimed_jax: stopped at once")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_is_a_sentence(command, monkeypatch, capsys, number, status):
+    """While data is built; the evaluation is no other place."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: signal.raise_signal(number))
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert door.main(command) == status
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("unimed_jax: stopped by") and said.endswith("; the same command continues.")
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+PROCESS = """
+import signal, sys, time
+import jax
+from unimed_jax.train.interruption import Interruption
+address, number, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+jax.distributed.initialize(address, 2, number)
+with Interruption() as interruption:
+    print("ready", flush=True)
+    for step in range(1, 2000):
+        time.sleep(pause)
+        if interruption.reached():
+            print(interruption.stopped(step), interruption.stopped(step).status)
+            break
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_processes_stop_after_the_same_step_whichever_gets_the_signal(number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), pause], **pipes)
+        for i, pause in enumerate(["0.02", "0.03"])
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()[-2000:]
+    time.sleep(0.3)
+    processes[1].send_signal(number)
+    said = [process.communicate(timeout=60)[0].split("; ") for process in processes]
+    steps = [words[0].rsplit(" ", 1)[1] for words in said]
+    assert steps[0] == steps[1] and int(steps[0]) > 5, said
+    assert said[1][1].split()[-1] == str(128 + number)
+
+
+def test_a_kill_while_the_folder_is_made_leaves_no_half_of_it(tmp_path, monkeypatch):
+    config, data = from_config_dict(tiny_config()), [Squares()]
+    make = {
+        "config.json": lambda: write_config(tmp_path, config),
+        "tokenizer": lambda: load_text(tmp_path, config, data),
+    }
+
+    def killed(self, target):
+        raise Stopped(signal.SIGKILL)
+
+    for name, what in make.items():
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Path, "rename", killed)
+            what()
+        assert list(tmp_path.glob("*.tmp")) and not (tmp_path / name).exists()
+        what()
+        assert (tmp_path / name).exists() and not list(tmp_path.glob("*.tmp"))
+        what()
+
+
+# ---- one run, one folder ---------------------------------------------------------------------------
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, command, capsys):
+    code = "import sys, time, pathlib; from unimed_jax.train.interruption import claim\n"
+    code += "claim(pathlib.Path(sys.argv[1])); print('claimed', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "claimed\n"
+    assert door.main(command) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert f"in use by the run of process {other.pid} on host {socket.gethostname()};" in said
+    other.kill()  # leaves no time to tidy up
+    other.wait()
+    claim(tmp_path / "run")
+    claim(tmp_path / "run")  # it is ours
+    assert (tmp_path / "run/lock").read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
+
+
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(interruption.fcntl, "flock", refuse)
+    claim(tmp_path)
+    assert "cannot be locked (No locks available); start no second run" in capsys.readouterr().err
+
+
+# ---- full disks ------------------------------------------------------------------------------------
+def test_errors_of_a_full_disk_become_one_sentence():
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with pytest.raises(UserError, match=rf"{os.strerror(number)} \(/there\); free some space"), full_disk_told():
+            raise OSError(number, "words", "/there")
+    with pytest.raises(UserError, match=r"No space left on device \(/a/b\)"), full_disk_told():
+        try:
+            raise ValueError("Failed writing: \"/a/b\": No space left on device [os_error_code='28']")
+        finally:
+            raise RuntimeError("while closing")
+    for error in (OSError(errno.ENOENT, "words", "/there"), ValueError("os_error_code='2'"), KeyError("x")):
+        with pytest.raises(type(error)), full_disk_told():
+            raise error
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a small disk ({done.stderr.strip()})")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(disk: Path, room: int) -> None:
+    """Leaves `room` bytes, once the checkpoint under way is written."""
+    while not (disk / "run/checkpoints/4").exists():
+        time.sleep(0.01)
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "ballast").write_bytes(bytes(free - room))
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence_and_costs_nothing_saved(
+    straight, patched, command, small_disk, monkeypatch, capsys
+):
+    """First no checkpoint fits any more, then no line of the log does; then there is room again."""
+    command[-1] = f"--workdir={small_disk / 'run'}"
+    for room, step, place in ((64 << 10, 5, "checkpoints/8"), (0, 6, "")):
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda room=room: fill(small_disk, room))
+            assert door.main(command) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("unimed_jax: No space left on device") and place in said, said
+        assert [path.name for path in (small_disk / "run/checkpoints").iterdir()] == ["4"]
+        (small_disk / "ballast").unlink()
+    assert door.main(command) == 0
+    assert losses(small_disk / "run") == losses(straight.folder)
+
+
+def test_a_log_that_may_not_grow_stops_the_run(tmp_path):
+    """Files of 30 kB at most, in a child: the limit and the signal that comes with it stay there."""
+    code = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from fake_brain import tiny_config
+from unimed_jax.config import UserError, from_config_dict
+from unimed_jax.train.interruption import full_disk_told
+from unimed_jax.train.log import Log
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+log = Log(Path(sys.argv[1]), from_config_dict(tiny_config()), 0)
+try:
+    with full_disk_told():
+        for step in range(10_000):
+            log.write(step, {"train/loss": 1.0})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("File too large")
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------
+# Importing takes half of a restart, so one process imports, then forks one child for each line that it reads.
+FORKS = """
+import os, sys
+from fake_brain import Squares
+from unimed_jax import main as door
+from unimed_jax.data import datasets
+from unimed_jax.train import loop
+datasets.load_dataset = lambda source, data: Squares()
+door._evaluate = lambda run, config: None
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        sys.exit(door.main(line.split()))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+STEPS = 240
+SEEDS = range(20)
+
+
+class Runs:
+    """One run's command, in a new process every time."""
+
+    def __init__(self, folder: Path, compiled: Path):
+        self.folder, config = folder, folder.with_suffix(".py")
+        config.write_text(CONFIG)
+        self.command = f"--config={config} --workdir={folder} --config.train.steps={STEPS} --config.train.save_every=3"
+        self.said = folder.with_suffix(".txt")
+        environment = os.environ | {
+            "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said.open("w"), "text": True}
+        self.forks = subprocess.Popen([sys.executable, "-c", FORKS], env=environment, **pipes)
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.forks.stdin.close()
+        self.forks.wait()
+
+    def start(self) -> int:
+        """-> process id"""
+        self.forks.stdin.write(self.command + "\n")
+        self.forks.stdin.flush()
+        return int(self.forks.stdout.readline())
+
+    def end(self) -> int:
+        """-> exit status, or minus the signal"""
+        for line in self.forks.stdout:
+            if line.strip().lstrip("-").isdecimal():  # not what the run prints
+                return int(line)
+        raise AssertionError(self.said.read_text()[-2000:])
+
+    def finish(self) -> None:
+        self.start()
+        assert self.end() == 0, self.said.read_text()[-2000:]
+
+    def logged(self) -> int:
+        log = self.folder / "log.jsonl"
+        return len(log.read_bytes().splitlines()) if log.exists() else 0
+
+    def starts(self) -> int:
+        """How often it came to where steps begin."""
+        return len(list(self.folder.glob("tensorboard/*")))
+
+    def saving(self) -> bool:
+        return any(path.name.endswith("-tmp") for path in self.folder.glob("checkpoints/*"))
+
+    def stop(self, seed: int, number: int = signal.SIGKILL) -> str:
+        """Starts, and stops at a moment that the seed chooses; -> "save" (inside one), "step" or "start"."""
+        rng = random.Random(seed)
+        moment = rng.choice(["save", "save", "step", "start"])
+        starts = self.starts()
+        process = self.start()
+        if moment == "start":
+            time.sleep(rng.uniform(0, 4))
+        else:
+            self.wait(lambda: self.starts() > starts)
+            before, steps = self.logged(), rng.randrange(1, 9)
+            self.wait(lambda: self.logged() >= before + steps)
+            if moment == "save":
+                self.wait(self.saving)
+            time.sleep(rng.uniform(0, 0.03))
+        os.kill(process, signal.SIGSTOP)
+        saving = self.saving()
+        os.kill(process, number)
+        os.kill(process, signal.SIGCONT)
+        assert self.end() == (-number if number == signal.SIGKILL else 128 + number), self.said.read_text()[-2000:]
+        return "save" if saving else moment
+
+    def wait(self, what) -> None:
+        for _ in range(60_000):
+            if what():
+                return
+            time.sleep(0.002)
+        raise AssertionError(self.said.read_text()[-2000:])
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_the_losses_of_an_unbroken_run(tmp_path):
+    """Two runs, each killed ten times, then asked to stop, then left alone."""
+    compiled, folders = tmp_path / "compiled", [tmp_path / "a", tmp_path / "b"]
+    with Runs(tmp_path / "unbroken", compiled) as unbroken:
+        unbroken.finish()
+
+    def chain(folder: Path, seeds) -> list[str]:
+        with Runs(folder, compiled) as runs:
+            moments = [runs.stop(seed) for seed in seeds]
+            runs.stop(100 + seeds[0], signal.SIGTERM)
+            runs.finish()
+        return moments
+
+    with ThreadPoolExecutor(2) as pool:
+        moments = sum(pool.map(chain, folders, [SEEDS[:10], SEEDS[10:]]), [])
+    assert moments.count("save") >= 4, moments
+    for folder in folders:
+        assert losses(folder) == losses(unbroken.folder) and len(losses(folder)) == STEPS
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [str(STEPS - 3), str(STEPS)]
