@@ -60,6 +60,7 @@ except KeyboardInterrupt:
 def place(tmp_path, monkeypatch):
     """A folder in which `python -m unimed_jax.main` is the stand-in."""
     (tmp_path / "unimed_jax").mkdir()
+    (tmp_path / "unimed_jax/__init__.py").touch()  # without it the installed package would go before this one
     (tmp_path / "unimed_jax/main.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}")
