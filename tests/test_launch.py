@@ -163,7 +163,9 @@ def test_a_mistake_is_reported_by_the_program_alone(place):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_all_processes(sent, place):
     words = [LAUNCH / "local_processes.sh", "2", "--", "--workdir=run", "wait"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as launcher:
+    # A shell's background jobs ignore SIGINT, and so would the launcher that they start.
+    usual = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=usual) as launcher:
         wait_for(lambda: Path("seen-0").exists() and Path("seen-1").exists())
         launcher.send_signal(sent)
         _, errors = launcher.communicate(timeout=20)
