@@ -76,7 +76,9 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
     log = Log(folder, config, first) if processes.leads() else Silence()
     meter = Meter(shares)
     pending = None  # the step before, still running while the next batch is made
-    with Interruption() as interruption, closing(checkpoints), closing(log):
+    # Innermost: closing would wait for a save that a lost process never finishes.
+    lost = processes.lost_processes_told()
+    with Interruption() as interruption, closing(checkpoints), closing(log), lost:
         for i, batch in zip(range(first, config.train.steps), pipeline.batches(first, share, shares), strict=False):
             lr = learning_rate(i, config.train.steps, config.optimizer)
             state, metrics = step(state, frozen, sharding.on_devices(batch, mesh, shares), np.float32(lr))
