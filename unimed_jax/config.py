@@ -79,8 +79,9 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency-dependent scaling of the rotary embedding."""
+    """Slower rotary embedding for longer rows: all frequencies, or Llama-3's low ones and a part of those between."""
 
+    kind: str = "llama3"  # llama3 | linear (all frequencies; the fields behind `factor` have no part in it)
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -89,7 +90,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A pre-norm decoder of the LLaMA family."""
+    """A pre-norm decoder; the defaults are LLaMA's. `interop/hf.py` says which fields make which published family."""
 
     vocab: int = 1024
     width: int = 128
@@ -98,15 +99,23 @@ class DecoderConfig:
     kv_heads: int = 4
     head_dim: int = 32
     mlp_width: int = 352
-    norm: str = "rms"  # rms | layer
+    norm: str = "rms"  # rms | rms_zero (times 1 + scale: Gemma) | layer
     norm_eps: float = 1e-5
-    activation: str = "silu"  # of the gated MLP
+    post_norms: bool = False  # norms behind attention and MLP too, before their sums with what went in
+    parallel_block: bool = False  # attention and MLP read one norm and are added together
+    gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    activation: str = "silu"  # of the MLP
     attention_bias: tuple[str, ...] = ()  # which of q, k, v, o carry a bias
     mlp_bias: bool = False
+    qk_norm: bool = False  # a norm over each head's q and k, before they are rotated
+    query_scale: float | None = None  # of the attention scores; None: head_dim ** -0.5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None  # of layers with a window, never scaled; None: rotated as the others
     rotary_fraction: float = 1.0  # part of each head that is rotated
+    scaled_embedding: bool = False  # embeddings of text (not of visual tokens) times the root of the width
     tied_head: bool = False
+    head_bias: bool = False
     windows: tuple[int, ...] = ()  # sliding window per layer in turn, 0 = full; () = all full
     attention_softcap: float | None = None
     logit_softcap: float | None = None

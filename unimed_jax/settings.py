@@ -115,7 +115,8 @@ _CHOICES = {
     "config.model.connector.router_input": ("task_token", "token", "task"),
     "config.model.connector.activation": ("gelu", "gelu_tanh", "silu"),
     "config.model.connector.form": ("fast", "literal"),
-    "config.model.decoder.norm": ("rms", "layer"),
+    "config.model.decoder.norm": ("rms", "rms_zero", "layer"),
+    "config.model.decoder.rope_scaling.kind": ("llama3", "linear"),
     "config.model.decoder.activation": ("silu", "gelu", "gelu_tanh"),
     "config.model.decoder.attention_bias": ("q", "k", "v", "o"),
     "config.model.lora.targets": LoraConfig.targets,
@@ -237,3 +238,7 @@ def check_model(model: ModelConfig) -> None:
             )
     if decoder.heads % decoder.kv_heads:
         raise UserError(f"config.model.decoder: kv_heads={decoder.kv_heads} does not divide heads={decoder.heads}.")
+    if model.lora.rank and "gate" in model.lora.targets and not decoder.gated_mlp:
+        raise UserError(
+            "config.model.lora.targets: 'gate' is no linear of a decoder whose gated_mlp=False; leave it out."
+        )
