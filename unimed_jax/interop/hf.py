@@ -235,7 +235,7 @@ def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfi
         "sliding_window": max(windows) or None,
         "use_sliding_window": any(windows),
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
-        "max_position_embeddings": max(positions, 2 * d.rope_scaling.original_positions if d.rope_scaling else 0),
+        "max_position_embeddings": max(positions, 2 * rope.get("original_max_position_embeddings", 0)),
     }
     for name, family in FAMILIES.items():
         kind: Any = CONFIG_MAPPING[name]
