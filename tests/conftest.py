@@ -23,9 +23,14 @@ def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
 
 
-@pytest.fixture(scope="session")
+def golden_folder(config, module: str) -> Path:
+    """`--goldens`, or the folder in tests/goldens that a test file test_goldens_NAME.py is named after."""
+    return Path(config.getoption("--goldens") or GOLDENS / module.removeprefix("test_goldens_"))
+
+
+@pytest.fixture(scope="module")
 def goldens(request) -> Path:
-    return Path(request.config.getoption("--goldens") or GOLDENS / "uni_med")
+    return golden_folder(request.config, request.module.__name__)
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_decoder_with_splash(on_tpu):
     def gradients(model):
         def loss(leaves):
             decoder = with_parameters(model, leaves).decoder
-            hidden, _ = decoder(decoder.embed(tokens, jnp.float32), span)
+            hidden, *_ = decoder(decoder.embed(tokens, jnp.float32), span)
             return jnp.sum(hidden * weights)
 
         leaves = {path: leaf for path, leaf in parameters(plain).items() if path.startswith("decoder/")}

@@ -35,7 +35,7 @@ PLAIN = LoraConfig(rank=0)
 
 @jax.jit
 def logits_of(decoder, tokens, span):
-    hidden, _ = decoder(decoder.embed(tokens, jnp.float32), span)
+    hidden, *_ = decoder(decoder.embed(tokens, jnp.float32), span)
     return decoder.logits(hidden)
 
 
@@ -293,7 +293,7 @@ def test_cache_in_pieces():
 
     @jax.jit
     def piece(decoder, tokens, span, cache, start):
-        hidden, cache = decoder(decoder.embed(tokens, jnp.float32), span, cache, start)
+        hidden, cache, *_ = decoder(decoder.embed(tokens, jnp.float32), span, cache, start)
         return decoder.logits(hidden), cache
 
     cache, start, out = decoder.empty_cache(Span(*map(jnp.asarray, span)), jnp.float32), 0, []

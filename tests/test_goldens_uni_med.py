@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import golden_uni_med as golden_files
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import golden_folder
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -52,7 +52,7 @@ GRAD_RULES = (
 
 
 def pytest_generate_tests(metafunc):
-    folder = Path(metafunc.config.getoption("--goldens") or Path(__file__).parent / "goldens/uni_med")
+    folder = golden_folder(metafunc.config, metafunc.module.__name__)
     data = golden_files.manifest(folder)
     if "case_name" in metafunc.fixturenames:
         metafunc.parametrize("case_name", [c["name"] for c in data["cases"]])
@@ -85,7 +85,7 @@ def test_case(goldens, case_name):
 see = jax.jit(lambda vision, images: (vision.encode(images), vision(images)))
 connect = jax.jit(lambda connector, patches, tasks: connector(patches, tasks))
 embed = jax.jit(lambda model, batch: model.embed(batch)[0])
-decode = jax.jit(lambda decoder, x, span, cache, place: decoder(x, span, cache, place))
+decode = jax.jit(lambda decoder, x, span, cache, place: decoder(x, span, cache, place)[:2])
 
 
 @jax.jit

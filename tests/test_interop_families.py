@@ -23,7 +23,7 @@ IDS = {"bos": 1, "eos": 2, "pad": 0}
 
 @jax.jit
 def logits_of(decoder, tokens, span, cache=None, start=0):
-    hidden, cache = decoder(decoder.embed(tokens, jnp.float32), span, cache, start)
+    hidden, cache, *_ = decoder(decoder.embed(tokens, jnp.float32), span, cache, start)
     return decoder.logits(hidden), cache
 
 

@@ -316,9 +316,9 @@ def test_old_torch_format(tmp_path):
     refused(path, "before version 1.6")
 
 
-def test_reference_checkpoint(goldens):
+def test_reference_checkpoint():
     """The original's file, optimizer state included, without torch: equal to what torch reads."""
-    path = goldens / "open/ref_format_checkpoint_0.pth"
+    path = Path(__file__).parent / "goldens/uni_med/open/ref_format_checkpoint_0.pth"
     file = TorchFile(path)
     assert file.tree["epoch"] == 0 and file.tree["config"]["model"]["lora_r"] == 2
     torch = pytest.importorskip("torch", reason=NEEDS)

@@ -82,7 +82,7 @@ def test_shared_image_equals_own_image():
 
 @jax.jit
 def decode_step(model, x, here, cache, place):
-    hidden, cache = model.decoder(x, here, cache, place)
+    hidden, cache, *_ = model.decoder(x, here, cache, place)
     return model.decoder.logits(hidden), cache
 
 

@@ -122,6 +122,37 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Experts in place of the MLP of some decoder layers (Med-MoE): sum of weight * expert(h), and the meta expert."""
+
+    experts: int = 0  # of a layer; 0: all layers keep their one MLP
+    placement: str = "sparse"  # sparse (layers 0, 2, 4 ...) | first_half | second_half | dense (all)
+    layers: tuple[int, ...] = ()  # numbers of the layers with experts, in place of `placement`
+    top_k: int = 1  # 1: weighted by its probability | 2: their probabilities, which then sum to 1
+    meta: bool = True  # one more MLP, which every token passes with weight 1
+    residual: bool = False  # a plain MLP besides, mixed with the experts by learned coefficients (arXiv 2201.05596)
+    # Room of an expert, as a multiple of tokens * top_k / experts; tokens beyond it are dropped. None: no limit.
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 0  # tokens
+    # In training: chance decides who finds room (top-1), and the second choice is drawn (top-2); else order and size.
+    random: bool = True
+    gate_noise: str = "none"  # none | jitter (of the router's input) | rsample (top-1: the choice is drawn)
+    eval_noise: bool | None = None  # `random` at evaluation too; paper: True
+    route_padding: bool | None = None  # padding is routed, takes room and counts in the loss; paper: True
+    aux_coef: float = 0.0  # of the balancing loss, summed over layers
+    path: str = "grouped"  # dense (the reference) | grouped | capacity: how experts are run
+
+    def numbers(self, depth: int) -> tuple[int, ...]:
+        """The layers of a decoder of that depth which hold experts."""
+        if not self.experts:
+            return ()
+        every, half = range(depth), depth // 2
+        placed = {"sparse": every[::2], "first_half": every[:half], "second_half": every[half:], "dense": every}
+        return self.layers or tuple(placed[self.placement])
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     rank: int = 0  # 0: no adapters
     alpha: float = 16.0
@@ -134,6 +165,7 @@ class ModelConfig:
     vision: VisionConfig = VisionConfig()
     connector: ConnectorConfig = ConnectorConfig()
     decoder: DecoderConfig = DecoderConfig()
+    moe: MoeConfig = MoeConfig()
     lora: LoraConfig = LoraConfig()
     compute_dtype: str = "float32"  # float32 | bfloat16
     frozen_dtype: str = "float32"  # storage of leaves that do not train
@@ -181,6 +213,7 @@ class DataConfig:
     row_tokens: int = 256  # tokens of a row, visual ones included
     row_images: int = 2  # image slots of a row
     row_answers: int = 128  # answer tokens of a row
+    fit: str = "stretch"  # stretch | crop | pad: how an image becomes a square (data/images.py)
     window: int = 512  # draws that the packer looks at together
     threads: int = 2
     cache: str = ""  # folder of built data sets; empty: ~/.cache/unimed_jax

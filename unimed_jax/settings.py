@@ -47,6 +47,8 @@ _KNOBS: dict[str, tuple[typing.Any, typing.Any]] = {
     "data.mixing": ("per_example", "per_batch"),
     "data.packing": (True, False),
     "loss.reduction": ("example", "token"),
+    "model.moe.eval_noise": (False, True),
+    "model.moe.route_padding": (False, True),
     "optimizer.skip_unused": (False, True),
     "evaluate.scoring": ("corrected", "published"),
 }
@@ -64,12 +66,17 @@ def from_config_dict(settings) -> Config:
     if config.fidelity not in FIDELITY:
         raise UserError(f"config.fidelity: {config.fidelity!r} is unknown; choose from {sorted(FIDELITY)}.")
     for key, value in FIDELITY[config.fidelity].items():
-        section, field = key.split(".")
-        part = getattr(config, section)
-        if getattr(part, field) is None:
-            config = dataclasses.replace(config, **{section: dataclasses.replace(part, **{field: value})})
+        config = _filled(config, key.split("."), value)
     _check(config)
     return config
+
+
+def _filled(part: typing.Any, path: list[str], value: typing.Any) -> typing.Any:
+    """The settings with `value` at the path, where there is None."""
+    name, *rest = path
+    old = getattr(part, name)
+    new = _filled(old, rest, value) if rest else value if old is None else old
+    return dataclasses.replace(part, **{name: new})
 
 
 def _build(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
@@ -119,11 +126,15 @@ _CHOICES = {
     "config.model.decoder.rope_scaling.kind": ("llama3", "linear"),
     "config.model.decoder.activation": ("silu", "gelu", "gelu_tanh"),
     "config.model.decoder.attention_bias": ("q", "k", "v", "o"),
+    "config.model.moe.placement": ("sparse", "first_half", "second_half", "dense"),
+    "config.model.moe.gate_noise": ("none", "jitter", "rsample"),
+    "config.model.moe.path": ("dense", "grouped", "capacity"),
     "config.model.lora.targets": LoraConfig.targets,
     "config.model.compute_dtype": ("float32", "bfloat16"),
     "config.model.frozen_dtype": ("float32", "bfloat16"),
     "config.model.attention": ("auto", "xla", "cudnn", "splash"),
     "config.model.remat": ("none", "dots", "full"),
+    "config.data.fit": ("stretch", "crop", "pad"),
     "config.data.mixing": ("per_example", "per_batch"),
     "config.loss.reduction": ("token", "example"),
     "config.evaluate.scoring": ("corrected", "published"),
@@ -133,7 +144,7 @@ _CHOICES = {
 # Whole numbers count something and are at least 1, but for these.
 _LEAST = {
     **{"seed": 0, "task_tokens": 0, "top_k": 0, "rank": 0, "row_images": 0, "threads": 0, "warmup_steps": 0},
-    **{"limit": 0, "feature_layer": -math.inf},
+    **{"limit": 0, "feature_layer": -math.inf, "min_capacity": 0, "config.model.moe.experts": 0},
 }
 
 
@@ -146,8 +157,8 @@ def _check_fields(settings, where: str) -> None:
             for entry in value if isinstance(value, tuple) else (value,):
                 if entry not in _CHOICES[key]:
                     raise UserError(f"{key}: {entry!r} is unknown; choose from {', '.join(_CHOICES[key])}.")
-        elif type(value) is int and value < _LEAST.get(field.name, 1):
-            raise UserError(f"{key}={value}: set at least {_LEAST.get(field.name, 1)}.")
+        elif type(value) is int and value < (least := _LEAST.get(key, _LEAST.get(field.name, 1))):
+            raise UserError(f"{key}={value}: set at least {least}.")
 
 
 def _check(config: Config) -> None:
@@ -241,4 +252,31 @@ def check_model(model: ModelConfig) -> None:
     if model.lora.rank and "gate" in model.lora.targets and not decoder.gated_mlp:
         raise UserError(
             "config.model.lora.targets: 'gate' is no linear of a decoder whose gated_mlp=False; leave it out."
+        )
+    if model.moe.experts:
+        _check_moe(model)
+
+
+def _check_moe(model: ModelConfig) -> None:
+    moe, depth, where = model.moe, model.decoder.depth, "config.model.moe"
+    numbers = moe.numbers(depth)
+    if not numbers or list(numbers) != sorted(set(numbers)) or numbers[-1] >= depth:
+        raise UserError(
+            f"{where}.layers={moe.layers}: name layers of the decoder's {depth} in rising order, 0 to {depth - 1}, or "
+            "leave it empty."
+        )
+    if moe.top_k not in (1, 2) or moe.top_k > moe.experts:
+        raise UserError(f"{where}.top_k={moe.top_k} of {moe.experts} experts; set 1, or 2 with at least 2 experts.")
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(moe, name)
+        if factor is not None and factor <= 0:
+            raise UserError(f"{where}.{name}={factor}: set a number above 0, or None for no limit.")
+    if moe.path == "capacity" and moe.capacity_factor is None:
+        raise UserError(f"{where}: path='capacity' needs buffers of a known size; set capacity_factor.")
+    if moe.gate_noise == "rsample" and moe.top_k == 2:
+        raise UserError(f"{where}: gate_noise='rsample' draws the choice of top-1; with top_k=2 choose none or jitter.")
+    if model.lora.rank and {"gate", "up", "down"} & set(model.lora.targets):
+        raise UserError(
+            "config.model.lora.targets: experts take no adapters; leave 'gate', 'up' and 'down' out, or set "
+            "config.model.moe.experts=0."
         )

@@ -15,8 +15,7 @@ from unimed_jax.model.unimed import UniMed
 
 def task_weights(model: UniMed, config: Config, pixels: Sequence[np.ndarray], batch: int = 64) -> np.ndarray:
     """Expert weights [images, visual tasks, T, E] of every image (uint8 [H, W, 3]) under every task's token."""
-    size = config.model.vision.image_size
-    stacked = np.stack([images.resize(p, size) for p in pixels])  # [N, H, W, 3]
+    stacked = np.stack([images.fit(p, config.data.fit, config.model.vision) for p in pixels])  # [N, H, W, 3]
     tasks = jnp.arange(len(VISUAL_TASKS), dtype=jnp.int32)
 
     @jax.jit

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unimed_jax.config import UserError
+from unimed_jax.config import UserError, VisionConfig
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -64,6 +64,41 @@ def read_dicom(path: str | Path) -> np.ndarray:
     if data.PhotometricInterpretation == "MONOCHROME1":
         white = 1 - white
     return _grey(np.round(white * 255).astype(np.uint8))
+
+
+def fit(image: np.ndarray, how: str, vision: VisionConfig) -> np.ndarray:
+    """uint8 [H, W, 3] -> the encoder's uint8 [size, size, 3], as `config.data.fit` says.
+
+    stretch: the aspect ratio is given up. crop: the shorter side is scaled to size and the middle kept (CLIP).
+    pad: a square first, with the mean colour beside or above and below (LLaVA).
+    """
+    if how == "stretch":
+        return resize(image, vision.image_size)
+    if how == "pad":
+        red, green, blue = (int(255 * mean) for mean in vision.mean)
+        image = pad_square(image, (red, green, blue))
+    return crop_square(image, vision.image_size)
+
+
+def pad_square(image: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [longer, longer, 3], the image in the middle of one colour."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    out = np.full((side, side, 3), fill, np.uint8)
+    out[top : top + height, left : left + width] = image
+    return out
+
+
+def crop_square(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [size, size, 3]: bicubic to `size` on the shorter side, the middle of the longer."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    scaled = (int(size * width / short), int(size * height / short))
+    if scaled != (width, height):
+        image = np.array(Image.fromarray(image).resize(scaled, Image.Resampling.BICUBIC))
+    top, left = (scaled[1] - size) // 2, (scaled[0] - size) // 2
+    return image[top : top + size, left : left + size]
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -149,7 +149,8 @@ class Pipeline:
     def _load(self, source: int, image: str | None, questions: list[Encoded]) -> Group:
         if image is None:
             return Group(tuple(questions))
-        pixels = images.resize(self._datasets[source].image(image), self.shape.image_size)
+        stored = self._datasets[source].image(image)
+        pixels = images.fit(stored, self._config.data.fit, self._config.model.vision)
         return Group(tuple(questions), (pixels,))
 
 

@@ -61,9 +61,9 @@ def prompt_batch(
     pixels: Sequence[np.ndarray | None],
 ) -> layout.Batch:
     """Left-padded prompts, one a row; the rows are filled up to a power of two with copies of the first."""
-    size = config.model.vision.image_size
+    vision = config.model.vision
     groups = [
-        layout.Group((encoder.prompt(example),), () if image is None else (images.resize(image, size),))
+        layout.Group((encoder.prompt(example),), () if image is None else (images.fit(image, config.data.fit, vision),))
         for example, image in zip(examples, pixels, strict=True)
     ]
     rows = min(config.evaluate.batch, 1 << (len(groups) - 1).bit_length())
@@ -74,6 +74,6 @@ def prompt_batch(
         images=max(len(group.images) for group in groups),
         answers=0,
         tokens_per_image=config.model.tokens_per_image,
-        image_size=size,
+        image_size=vision.image_size,
     )
     return layout.prompt_batch(groups, shape, pad)

@@ -1,7 +1,7 @@
 """Scores of single answers and their summaries: as published, and corrected.
 
-*Published* functions reproduce Uni-Med's evaluation with its flaws (facts: a repeated word earns full F1,
-"no" is found in "normal", boxes are one pixel too wide), so that numbers compare with the papers.
+*Published* functions reproduce the evaluation of Uni-Med and of Med-MoE with its flaws (facts: a repeated word earns
+full F1, "no" is found in "normal", boxes are one pixel too wide), so that numbers compare with the papers.
 *Corrected* scores mend them. A corrected score is a `Measure`: a function of sums over items, so that a
 bootstrap over clusters of items is one matrix product. Report metrics that need Java or `rouge` stand in
 `report_metrics.py`.
@@ -65,14 +65,19 @@ def clean_prediction(text: str) -> str:
 
 def published_f1(prediction: str, reference: str) -> float:
     """Word F1 that counts a shared word as often as the prediction repeats it: "heart heart" / "heart" = 1."""
+    return published_overlap(prediction, reference)[0]
+
+
+def published_overlap(prediction: str, reference: str) -> tuple[float, float, float]:
+    """(F1, precision, recall) of normalised words; recall is Med-MoE's score of open questions."""
     candidate, target = (Counter(normalise_answer(text).split()) for text in (prediction, reference))
     hit = sum(n for word, n in candidate.items() if word in target)
     false = sum(n for word, n in candidate.items() if word not in target)
     missed = sum(n for word, n in target.items() if word not in candidate)
     if not hit:
-        return 0.0
+        return 0.0, 0.0, 0.0
     precision, recall = hit / (hit + false), hit / (hit + missed)
-    return 2 * precision * recall / (precision + recall)
+    return 2 * precision * recall / (precision + recall), precision, recall
 
 
 def published_bleu(prediction: str, reference: str) -> list[float]:
@@ -138,9 +143,46 @@ def refer_report(
     return {"miou": float(np.mean(ious)), "accuracy": float(np.mean(np.array(ious) > 0.5))}
 
 
+def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
+    """Med-MoE's published scores of one answer; its means over open questions are `open_*`, over closed `closed_*`.
+
+    exact_match: distinct words of the reference that were said, over all words said. recall is what its table calls
+    open accuracy. bleu1..3: precision of n-grams of that length alone, of raw words, 0.1 in place of no match, times
+    the brevity penalty. contains: closed accuracy, the reference anywhere in the prediction, also within a word.
+    """
+    prediction, reference = prediction.lower(), reference.lower()
+    said, wanted = normalise_answer(prediction).split(), set(normalise_answer(reference).split())
+    f1, precision, recall = published_overlap(prediction, reference)
+    sums = bleu_sums(prediction.split(), reference.split())
+    matched, counted, (length, target) = sums[:4], np.maximum(sums[4:8], 1), sums[8:]
+    brevity = np.exp(min(0.0, 1 - target / length)) if matched[0] else 0.0
+    return {
+        "exact_match": len(wanted & set(said)) / len(said) if said else 0.0,
+        **{"f1": f1, "precision": precision, "recall": recall},
+        **{f"bleu{n + 1}": float(brevity * (matched[n] or 0.1) / counted[n]) for n in range(3)},
+        "contains": float(reference in prediction),
+    }
+
+
+def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str]) -> dict[str, float]:
+    """Med-MoE's published table, in per cent, of (prediction, reference) pairs; other answer types are left out."""
+    kinds = {"open": ("open", "OPEN"), "closed": ("close", "CLOSED")}
+    names = {
+        "open": ("exact_match", "f1", "precision", "recall", "bleu1", "bleu2", "bleu3"),
+        "closed": ("contains", "f1", "precision", "recall"),
+    }
+    report = {}
+    for kind, words in kinds.items():
+        rows = [medmoe_scores(*pair) for pair, word in zip(pairs, answer_types, strict=True) if word in words]
+        for name in names[kind] if rows else ():
+            label = "accuracy" if name == "contains" else name
+            report[f"{kind}_{label}"] = 100 * float(np.mean([row[name] for row in rows]))
+    return report
+
+
 def is_closed(meta: Mapping[str, str]) -> bool:
-    """A closed question: answer_type is CLOSED (SLAKE, VQA-RAD) or yes/no (Path-VQA)."""
-    return meta.get("answer_type", "").strip().lower() in ("closed", "yes/no")
+    """A closed question: answer_type is CLOSED (SLAKE, VQA-RAD), close (Med-MoE's files) or yes/no (Path-VQA)."""
+    return meta.get("answer_type", "").strip().lower() in ("closed", "close", "yes/no")
 
 
 def predicted_box(text: str, size: tuple[int, int]) -> Box | None:

@@ -297,8 +297,13 @@ def leaf_of(linear: str) -> str:
     return f"decoder/layers/{'attention' if linear in 'qkvo' else 'mlp'}/{linear}"
 
 
-def decoder_table(d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] = ()) -> Table:
-    """The decoder's tensors under `prefix`; `wrapped` linears carry PEFT's ".base_layer"."""
+def decoder_table(
+    d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] = (), experts: tuple[int, ...] = ()
+) -> Table:
+    """The decoder's tensors under `prefix`; `wrapped` linears carry PEFT's ".base_layer".
+
+    experts: numbers of the layers with experts in place of the MLP, whose own tensors are not in this table.
+    """
 
     def norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> list[Entry]:
         parts = {"weight": "scale"} | ({"bias": "bias"} if d.norm == "layer" else {})
@@ -308,10 +313,13 @@ def decoder_table(d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] =
     for i in range(d.depth):
         layer = f"{prefix}model.layers.{i}"
         for ours, theirs in linear_names(d).items():
+            at = (i if ours in "qkvo" else i - sum(n < i for n in experts),)
+            if ours not in "qkvo" and i in experts:
+                continue
             name = f"{layer}.{theirs}{'.base_layer' if ours in wrapped else ''}"
-            table.append(Entry(f"{name}.weight", f"{leaf_of(ours)}/kernel", (i,), "transpose"))
+            table.append(Entry(f"{name}.weight", f"{leaf_of(ours)}/kernel", at, "transpose"))
             if ours in d.attention_bias or (ours not in "qkvo" and d.mlp_bias):
-                table.append(Entry(f"{name}.bias", f"{leaf_of(ours)}/bias", (i,)))
+                table.append(Entry(f"{name}.bias", f"{leaf_of(ours)}/bias", at))
         for ours, theirs in norm_names(d).items():
             table += norm(f"{layer}.{theirs}", f"layers/{ours}", (i,))
     table += norm(f"{prefix}model.{'norm' if d.gated_mlp else 'final_layernorm'}", "norm")

@@ -4,14 +4,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from unimed_jax.config import DecoderConfig, LoraConfig
+from unimed_jax.config import DecoderConfig, LoraConfig, MoeConfig
 from unimed_jax.model.attention import attend
 from unimed_jax.model.layers import (
-    ACTIVATIONS,
     Linear,
+    Mlp,
     Norm,
     normal,
     rope_frequencies,
@@ -20,6 +21,7 @@ from unimed_jax.model.layers import (
     spread,
     stack,
 )
+from unimed_jax.model.moe import Moe, Noise, Routing, draw_noise
 
 
 class Span(NamedTuple):
@@ -102,28 +104,16 @@ class Attention(nnx.Module):
         return self.o(out.reshape(batch, length, -1), dropout[3]), filled  # [B, S, heads * d] in
 
 
-class Mlp(nnx.Module):
-    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
-
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-        self.activation = config.activation
-
-        def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
-            adapter = lora if lora and name in lora.targets else None
-            return Linear(width_in, width_out, bias=config.mlp_bias, std=std, lora=adapter, rngs=rngs)
-
-        self.gate = linear("gate", config.width, config.mlp_width) if config.gated_mlp else None
-        self.up = linear("up", config.width, config.mlp_width)
-        self.down = linear("down", config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5)
-
-    def __call__(self, x: Float[Array, "B S D"], dropout) -> Float[Array, "B S D"]:
-        act = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            return self.down(act(self.up(x, dropout[1])), dropout[2])
-        return self.down(act(self.gate(x, dropout[0])) * self.up(x, dropout[1]), dropout[2])
+class DecoderOutput(NamedTuple):
+    hidden: Array  # [B, S, D], after the last norm
+    cache: Cache | None
+    routing: Routing | None  # of the layers with experts, which are its arrays' first axis
+    states: Array | None  # [layers + 1, B, S, D]: the embeddings, the output of each layer but the last, and `hidden`
 
 
 class Layer(nnx.Module):
+    """Norms and attention; the MLP, or the experts in its place, come as an argument: not all layers hold the same."""
+
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, implementation: str, rngs: nnx.Rngs):
         def norm(there: bool) -> Norm | None:
             return Norm(config.width, config.norm, config.norm_eps) if there else None
@@ -132,32 +122,49 @@ class Layer(nnx.Module):
         self.attention = Attention(config, lora, implementation, rngs)
         self.post_norm1 = norm(config.post_norms)
         self.norm2 = norm(not config.parallel_block)
-        self.mlp = Mlp(config, lora, rngs)
         self.post_norm2 = norm(config.post_norms)
+        self.mlp: Mlp | None = nnx.data(Mlp(config, lora, rngs))
+        self.moe: Moe | None = nnx.data(None)
 
-    def __call__(self, x, span: Span, frequencies, mask, cached, dropout_key):
-        dropout = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+    def __call__(self, feed_forward, x, span: Span, frequencies, mask, cached, dropout):
+        """`feed_forward`: x [B, S, D] -> ([B, S, D], Routing or None)."""
         normed = self.norm1(x)
-        attended, filled = self.attention(normed, span, frequencies, mask, cached, dropout[:4])
+        attended, filled = self.attention(normed, span, frequencies, mask, cached, dropout)
         x = x + (attended if self.post_norm1 is None else self.post_norm1(attended))
         if self.norm2 is not None:  # else a parallel block: the MLP reads what attention read
             normed = self.norm2(x)
-        out = self.mlp(normed, dropout[4:])
-        return x + (out if self.post_norm2 is None else self.post_norm2(out)), filled
+        out, routing = feed_forward(normed)
+        return x + (out if self.post_norm2 is None else self.post_norm2(out)), filled, routing
 
 
 class Decoder(nnx.Module):
-    """Token embeddings in, hidden states out; the head is a separate call, made on answer positions only."""
+    """Token embeddings in, hidden states out; the head is a separate call, made on answer positions only.
+
+    Leaves of `layers` are stacked: norms and attention over all layers, `layers/mlp` over those with a plain MLP,
+    `layers/moe` over those with experts.
+    """
 
     def __init__(
-        self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs, *, attention: str = "auto", remat: str = "none"
+        self,
+        config: DecoderConfig,
+        lora: LoraConfig,
+        rngs: nnx.Rngs,
+        *,
+        moe: MoeConfig = MoeConfig(),
+        attention: str = "auto",
+        remat: str = "none",
     ):
         """`attention` and `remat` as in ModelConfig."""
         self.config = c = config
-        self.remat = remat
+        self.moe, self.remat = moe, remat
         adapter = lora if lora.rank else None
         self.embedding = nnx.Param(normal(rngs.params(), (c.vocab, c.width), 0.02))
         self.layers = stack(lambda r: Layer(c, adapter, attention, r), c.depth, rngs)
+        numbers = moe.numbers(c.depth)
+        if numbers:
+            plain = np.array([i for i in range(c.depth) if i not in numbers], int)
+            self.layers.mlp = jax.tree.map(lambda leaf: leaf[plain], self.layers.mlp) if plain.size else None
+            self.layers.moe = stack(lambda r: Moe(moe, c, r), len(numbers), rngs)
         self.norm = Norm(c.width, c.norm, c.norm_eps)
         self.head = None if c.tied_head else nnx.Param(normal(rngs.params(), (c.width, c.vocab), 0.02))
         self.head_bias = nnx.Param(jnp.zeros(c.vocab)) if c.head_bias else None
@@ -184,25 +191,81 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        """Hidden states after the last norm. With a cache, x stands at its places start .. start + S - 1
-        (`cache.span` must already say so) and the filled cache comes back."""
-        windows = jnp.resize(jnp.asarray(self.config.windows or (0,), jnp.int32), (self.config.depth,))
-        key_span = span if cache is None else cache.span
-        shared_mask = None if self.config.windows else visible(span, key_span, start)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.depth)
+        noise: Noise | Key[Array, ""] | None = None,
+        states: bool = False,
+    ) -> DecoderOutput:
+        """With a cache, x stands at its places start .. start + S - 1 (`cache.span` must already say so) and the
+        filled cache comes back. A `dropout_key` means training.
 
-        def body(carry, inputs):
+        noise: of the routers, stacked over the layers with experts, or a key to draw it from; by default it is drawn
+        from `dropout_key`, and there is none at evaluation. states: give all layers' outputs back too.
+        """
+        c, depth, training = self.config, self.config.depth, dropout_key is not None
+        windows = jnp.resize(jnp.asarray(c.windows or (0,), jnp.int32), (depth,))
+        key_span = span if cache is None else cache.span
+        if self.moe.route_padding:
+            # As published: padding enters as zeros, and asks for the row's tokens as if it were one of them.
+            x = jnp.where((span.segments != 0)[..., None], x, 0)
+            span = span._replace(segments=jnp.maximum(span.segments, 1), prefixes=jnp.maximum(span.prefixes, 1))
+        shared_mask = None if c.windows else visible(span, key_span, start)
+        numbers = self.moe.numbers(depth)
+        if noise is None and dropout_key is not None:
+            noise = jax.random.fold_in(dropout_key, depth)
+        if isinstance(noise, jax.Array):
+            noise = jax.random.split(noise, max(len(numbers), 1))
+        used = span.segments != 0
+
+        def one_layer(carry, inputs, experts, mlp):
+            """Layer with `experts` (a Moe, its noise) or `mlp` -> carry, Routing or None."""
             x, filled = carry
             layer, number, window, key = inputs
+            dropout = [None] * 7 if key is None else list(jax.random.split(key, 7))
             mask = visible(span, key_span, start, window) if shared_mask is None else shared_mask
             cached = None if filled is None else (*filled, number, start)
-            return layer(x, span, self.frequencies(window), mask, cached, key), None
 
-        filled = None if cache is None else (cache.keys, cache.values)
-        inputs = (self.layers, jnp.arange(self.config.depth), windows, keys)
-        x, filled = scan_layers(body, (x, filled), inputs, self.config.depth, self.remat)
-        return self.norm(x), None if filled is None else Cache(*filled, key_span)
+            def feed_forward(x):
+                if mlp is not None:
+                    return mlp(x, dropout[4:]), None
+                moe, noise = experts
+                if isinstance(noise, jax.Array):
+                    noise = draw_noise(noise, x.shape[0] * x.shape[1], x.shape[2], self.moe, training)
+                return moe(x, used, noise or Noise(), training)
+
+            x, filled, routing = layer(feed_forward, x, span, self.frequencies(window), mask, cached, dropout[:4])
+            return (x, filled), routing
+
+        keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        layers = nnx.clone(self.layers)
+        layers.mlp = layers.moe = None
+        stacks = ((layers, jnp.arange(depth), windows, keys), (self.layers.moe, noise), self.layers.mlp)
+        carry = (x, None if cache is None else (cache.keys, cache.values))
+        outputs = []
+        for first, unit, repeats in runs(tuple(i in numbers for i in range(depth))):
+            before, within = sum(i < first for i in numbers), sum(unit)
+            sizes = ((first, len(unit)), (before, within), (first - before, len(unit) - within))
+            inputs = [_cut(stacked, at, size, repeats) for stacked, (at, size) in zip(stacks, sizes, strict=True)]
+
+            def body(carry, inputs, unit=unit):
+                shared, experts, mlps = inputs
+                routings, outputs = [], []
+                for i, is_moe in enumerate(unit):
+                    nth = sum(unit[:i])
+                    feed = (_at(experts, nth), None) if is_moe else (None, _at(mlps, i - nth))
+                    carry, routing = one_layer(carry, _at(shared, i), *feed)
+                    routings += [routing] if is_moe else []
+                    outputs += [carry[0]] if states else []
+                return carry, [jax.tree.map(lambda *a: jnp.stack(a), *x) if x else None for x in (routings, outputs)]
+
+            carry, out = scan_layers(body, carry, inputs, repeats, self.remat)
+            outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out))  # [layers of this run, ...]
+        routing, between = (_joined(parts) for parts in zip(*outputs, strict=True))
+        hidden, filled = self.norm(carry[0]), carry[1]
+        return DecoderOutput(
+            hidden,
+            None if filled is None else Cache(*filled, key_span),
+            routing,
+            None if between is None else jnp.concatenate([x[None], between[:-1], hidden[None]]),
+        )
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
         """float32 logits."""
@@ -219,6 +282,39 @@ class Decoder(nnx.Module):
         rows, places = span.segments.shape
         shape = (c.depth, rows, c.kv_heads, places, c.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), span)
+
+
+def runs(kinds: tuple[bool, ...]) -> list[tuple[int, tuple[bool, ...], int]]:
+    """Layers as few repetitions of short units, (first layer, unit, repeats) each, so that each is one scan."""
+    out, first = [], 0
+    while first < len(kinds):
+        best = (1, 1)  # length of the unit, repeats
+        for size in range(1, (len(kinds) - first) // 2 + 1):
+            unit, repeats = kinds[first : first + size], 1
+            while kinds[first + repeats * size : first + (repeats + 1) * size] == unit:
+                repeats += 1
+            if repeats > 1 and repeats * size > best[0] * best[1]:
+                best = (size, repeats)
+        out.append((first, kinds[first : first + best[0]], best[1]))
+        first += best[0] * best[1]
+    return out
+
+
+def _cut(stacked, first: int, size: int, repeats: int):
+    """Of every leaf [layers, ...] the part [repeats, size, ...] that starts at layer `first`."""
+    if size == 0:
+        return None
+    return jax.tree.map(lambda a: a[first : first + size * repeats].reshape(repeats, size, *a.shape[1:]), stacked)
+
+
+def _at(stacked, index: int):
+    return jax.tree.map(lambda a: a[index], stacked)
+
+
+def _joined(parts):
+    """The outputs of several runs as one, layers first; None where there is none."""
+    parts = [part for part in parts if part is not None]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else None
 
 
 def merge_lora(decoder: Decoder) -> Decoder:

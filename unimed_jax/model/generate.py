@@ -72,7 +72,8 @@ def _generate(graph, state, batch: Batch, max_new_tokens: int, eos: int, pad: in
     span = extended_span(batch, max_new_tokens)
     x, _ = model.embed(batch)
     here = Span(*(s[:, :prompt] for s in span))
-    hidden, cache = decoder(x, here, decoder.empty_cache(span, dtype), 0)
+    noise = jax.random.key(0) if model.config.moe.eval_noise else None
+    hidden, cache, *_ = decoder(x, here, decoder.empty_cache(span, dtype), 0, noise=noise)
     keys = None if key is None else jax.random.split(key, max_new_tokens)
 
     def next_token(hidden, n, ended):
@@ -90,7 +91,8 @@ def _generate(graph, state, batch: Batch, max_new_tokens: int, eos: int, pad: in
         n, token, ended, out, cache = carry
         place = prompt + n - 1
         here = Span(*(jax.lax.dynamic_slice_in_dim(s, place, 1, axis=1) for s in span))
-        hidden, cache = decoder(decoder.embed(token[:, None], dtype), here, cache, place)
+        step = None if noise is None else jax.random.fold_in(noise, n)
+        hidden, cache, *_ = decoder(decoder.embed(token[:, None], dtype), here, cache, place, noise=step)
         token, ended = next_token(hidden, n, ended)
         return n + 1, token, ended, out.at[:, n].set(token), cache
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from unimed_jax.config import LoraConfig, RopeScaling
+from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -78,6 +78,27 @@ class Linear(nnx.Module):
         return y.reshape(*shape, -1)  # [*batch, out]
 
 
+class Mlp(nnx.Module):
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.activation = config.activation
+
+        def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
+            adapter = lora if lora and name in lora.targets else None
+            return Linear(width_in, width_out, bias=config.mlp_bias, std=std, lora=adapter, rngs=rngs)
+
+        self.gate = linear("gate", config.width, config.mlp_width) if config.gated_mlp else None
+        self.up = linear("up", config.width, config.mlp_width)
+        self.down = linear("down", config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5)
+
+    def __call__(self, x: Float[Array, "*batch D"], dropout=(None, None, None)) -> Float[Array, "*batch D"]:
+        act = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(act(self.up(x, dropout[1])), dropout[2])
+        return self.down(act(self.gate(x, dropout[0])) * self.up(x, dropout[1]), dropout[2])
+
+
 class Norm(nnx.Module):
     """LayerNorm ("layer": scale and bias) or RMSNorm ("rms": scale; "rms_zero": 1 + scale), computed in float32."""
 
@@ -139,12 +160,15 @@ Carry = TypeVar("Carry")
 
 
 def scan_layers(
-    body: Callable[[Carry, Any], tuple[Carry, None]], init: Carry, inputs: Any, depth: int, remat: str
-) -> Carry:
-    """What `body` makes of `init` through `depth` stacked layers; `remat` "none" stores all that is to be read back."""
+    body: Callable[[Carry, Any], tuple[Carry, Any]], init: Carry, inputs: Any, depth: int, remat: str
+) -> tuple[Carry, Any]:
+    """What `body` makes of `init` through `depth` stacked layers, and its outputs stacked in their turn.
+
+    `remat` "none" stores all that is to be read back.
+    """
     # All of a few layers are written out (faster on CPU), else one (compile time).
     unroll = depth if depth <= 4 else 1
     if remat != "none":
         # A loop, else the compiler would merge each layer with its recomputation.
         body, unroll = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), 1
-    return jax.lax.scan(body, init, inputs, unroll=unroll)[0]
+    return jax.lax.scan(body, init, inputs, unroll=unroll)

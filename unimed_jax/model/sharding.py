@@ -27,6 +27,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "expert": ("expert",),
+    "capacity": ("data", "fsdp"),  # places in the buffers of the decoder's experts
     # The connector's own widths go over all chips: 5 experts divide no axis, their joined hidden units do, and a
     # router of half a billion weights must never be gathered (its inputs are, which are small).
     "expert_hidden": MESH_AXES,
@@ -50,6 +52,10 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("*/attention/o/kernel", ("heads", "embed")),
     ("*/attention/o/lora_a", ("heads", None)),
     ("*/attention/out/kernel", ("heads", "embed")),
+    ("*/experts/gate/kernel", ("expert", "embed", "mlp")),
+    ("*/experts/up/kernel", ("expert", "embed", "mlp")),
+    ("*/experts/down/kernel", ("expert", "mlp", "embed")),
+    ("*/experts/*/bias", ("expert", None)),
     ("*/gate/kernel", ("embed", "mlp")),
     ("*/gate/lora_b", (None, "mlp")),
     ("*/up/kernel", ("embed", "mlp")),

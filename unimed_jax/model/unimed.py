@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from unimed_jax.config import TASKS, LossConfig, ModelConfig
 from unimed_jax.model.connector import Connector
 from unimed_jax.model.decoder import Decoder, Span
+from unimed_jax.model.moe import Routing
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.vision import VisionEncoder, normalise
 
@@ -22,7 +23,8 @@ COORDINATES = 101  # box coordinates 0..100
 
 class Output(NamedTuple):
     hidden: Array  # [B, S, D]
-    routing: Array | None  # [B * M, T, E]
+    routing: Array | None  # [B * M, T, E] of the connector
+    experts: Routing | None  # of the decoder's layers with experts
 
 
 class UniMed(nnx.Module):
@@ -32,7 +34,9 @@ class UniMed(nnx.Module):
         attention = "xla" if config.attention == "xla" else "auto"
         self.vision = VisionEncoder(config.vision, rngs, attention=attention, remat=config.remat)
         self.connector = Connector(config, rngs)
-        self.decoder = Decoder(config.decoder, config.lora, rngs, attention=config.attention, remat=config.remat)
+        self.decoder = Decoder(
+            config.decoder, config.lora, rngs, moe=config.moe, attention=config.attention, remat=config.remat
+        )
 
     def encode_images(self, images: Array, tasks: Int[Array, "N"]):
         """Pixels [N, H, W, 3] (uint8, or float already normalised) -> ConnectorOutput."""
@@ -42,8 +46,8 @@ class UniMed(nnx.Module):
 
     def __call__(self, batch: Batch, dropout_key: Key[Array, ""] | None = None) -> Output:
         x, routing = self.embed(batch)
-        hidden, _ = self.decoder(x, span_of(batch), dropout_key=dropout_key)
-        return Output(hidden, routing)
+        out = self.decoder(x, span_of(batch), dropout_key=dropout_key)
+        return Output(out.hidden, routing, out.routing)
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "B S D"], Array | None]:
         """Token embeddings with the visual tokens of each row's image slots gathered into their places."""
@@ -101,7 +105,8 @@ def loss_sums(
 
     The loss of any set of batches is sum(first) / sum(aux["weight"]), so it stays the same however a batch
     is split over micro-steps and devices. aux: weight [], task_loss [tasks], task_weight [tasks],
-    routing [visual tasks, E], slots [visual tasks].
+    routing [visual tasks, E], slots [visual tasks]; of the decoder's layers with experts balance [layers] times the
+    weight, and tokens [layers, E]. Their balancing loss, of all the tokens given here, is in the sum times the weight.
     """
     out = model(batch, dropout_key)
     nll, factor = cross_entropy(answer_logits(model, out.hidden, batch), batch["targets"], loss, coordinate_start)
@@ -117,7 +122,11 @@ def loss_sums(
     if out.routing is not None:
         slots = jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(TASKS) - 1)  # [B * M, visual tasks]
         aux["routing"] = jnp.einsum("nte,nv->ve", jax.lax.stop_gradient(out.routing), slots) / out.routing.shape[1]
-    return weighted.sum(), aux
+    total = weighted.sum()
+    if out.experts is not None:
+        aux["balance"], aux["tokens"] = out.experts.aux * aux["weight"], out.experts.counts.astype(jnp.float32)
+        total += model.config.moe.aux_coef * aux["balance"].sum()
+    return total, aux
 
 
 def order_coordinates(model: UniMed, start: int) -> None:

@@ -84,7 +84,7 @@ class VisionEncoder(nnx.Module):
         x += self.positions[...].astype(x.dtype)[None]
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        return scan_layers(lambda x, block: (block(x), None), x, self.blocks, self.config.depth, self.remat)
+        return scan_layers(lambda x, block: (block(x), None), x, self.blocks, self.config.depth, self.remat)[0]
 
 
 def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
