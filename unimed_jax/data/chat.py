@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from unimed_jax.config import UserError
 
@@ -62,6 +62,19 @@ def template(name: str) -> Template:
     if name not in TEMPLATES:
         raise UserError(f"config.text.template: {name!r} is unknown; choose from {', '.join(TEMPLATES)}.")
     return TEMPLATES[name]
+
+
+def turns_of(messages: Sequence[Mapping[str, str]], where: str = "conversation") -> list[tuple[str, str]]:
+    """LLaVA's messages ({"from": "human" or "gpt", "value": text}) -> (question, answer) turns.
+
+    An answer in front of the first question is left out, as published. Raises UserError where they do not alternate.
+    """
+    messages = messages[1:] if messages and messages[0]["from"] == "gpt" else messages
+    speakers = [message["from"] for message in messages]
+    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        raise UserError(f"{where}: messages come from {speakers}; questions ('human') and answers ('gpt') take turns.")
+    texts = [message["value"] for message in messages]
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def training_pieces(form: Template, turns: Sequence[tuple[str, str]]) -> list[Piece]:

@@ -164,16 +164,20 @@ def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
     }
 
 
+def medmoe_kind(answer_type: str) -> str | None:
+    """Which of its averages Med-MoE counts an answer in; others are left out."""
+    return {"open": "open", "OPEN": "open", "close": "closed", "CLOSED": "closed"}.get(answer_type)
+
+
 def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str]) -> dict[str, float]:
-    """Med-MoE's published table, in per cent, of (prediction, reference) pairs; other answer types are left out."""
-    kinds = {"open": ("open", "OPEN"), "closed": ("close", "CLOSED")}
+    """Med-MoE's published table, in per cent, of (prediction, reference) pairs (see `medmoe_kind`)."""
     names = {
         "open": ("exact_match", "f1", "precision", "recall", "bleu1", "bleu2", "bleu3"),
         "closed": ("contains", "f1", "precision", "recall"),
     }
     report = {}
-    for kind, words in kinds.items():
-        rows = [medmoe_scores(*pair) for pair, word in zip(pairs, answer_types, strict=True) if word in words]
+    for kind in names:
+        rows = [medmoe_scores(*p) for p, word in zip(pairs, answer_types, strict=True) if medmoe_kind(word) == kind]
         for name in names[kind] if rows else ():
             label = "accuracy" if name == "contains" else name
             report[f"{kind}_{label}"] = 100 * float(np.mean([row[name] for row in rows]))

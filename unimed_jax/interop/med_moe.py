@@ -50,9 +50,7 @@ def model_config(settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE,
     s, where = settings, where or "config.json"
     kind = s.get("model_type")
     if kind not in KINDS:
-        raise UserError(
-            f"{where}: model_type {kind!r} is no Med-MoE model read here; give {' or '.join(KINDS)}."
-        )
+        raise UserError(f"{where}: model_type {kind!r} is no Med-MoE model read here; give {' or '.join(KINDS)}.")
     try:
         projector = s["image_projector_type"]
         if s.get("mm_vision_select_feature", "patch") != "patch":
@@ -184,32 +182,37 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
 
 def decoder_table(config: ModelConfig) -> Table:
     """The decoder with its experts: Hugging Face's names, and DeepSpeed's within the layers that have experts."""
-    d, m = config.decoder, config.moe
-    numbers = m.numbers(d.depth)
+    numbers = config.moe.numbers(config.decoder.depth)
+    table = hf.decoder_table(config.decoder, experts=numbers)
+    for nth, i in enumerate(numbers):
+        table += layer_table(config, f"model.layers.{i}.mlp", nth)
+    return table
+
+
+def layer_table(config: ModelConfig, name: str, nth: int) -> Table:
+    """What stands under `name` in place of the MLP of the nth layer with experts."""
+    d, m, ours = config.decoder, config.moe, "decoder/layers/moe"
     table: list[Entry] = []
     linears = {ours: name.removeprefix("mlp.") for ours, name in hf.linear_names(d).items() if ours not in "qkvo"}
 
-    def mlp(theirs: str, ours: str, at: tuple[int, ...]) -> None:
-        for part, name in linears.items():
-            table.append(Entry(f"{theirs}.{name}.weight", f"{ours}/{part}/kernel", at, "transpose"))
-            if d.mlp_bias:
-                table.append(Entry(f"{theirs}.{name}.bias", f"{ours}/{part}/bias", at))
+    def linear(theirs: str, part: str, at: tuple[int, ...], bias: bool = True) -> None:
+        table.append(Entry(f"{name}.{theirs}.weight", f"{ours}/{part}/kernel", at, "transpose"))
+        if bias:
+            table.append(Entry(f"{name}.{theirs}.bias", f"{ours}/{part}/bias", at))
 
-    def linear(theirs: str, ours: str, at: tuple[int, ...]) -> None:
-        table.append(Entry(f"{theirs}.weight", f"{ours}/kernel", at, "transpose"))
-        table.append(Entry(f"{theirs}.bias", f"{ours}/bias", at))
+    def mlp(theirs: str, part: str, at: tuple[int, ...]) -> None:
+        for linear_, their_linear in linears.items():
+            linear(f"{theirs}.{their_linear}", f"{part}/{linear_}", at, d.mlp_bias)
 
-    for nth, i in enumerate(numbers):
-        layer, ours = f"model.layers.{i}.mlp", "decoder/layers/moe"
-        linear(f"{layer}.deepspeed_moe.gate.wg", f"{ours}/router", (nth,))
-        for e in range(m.experts):
-            mlp(f"{layer}.deepspeed_moe.experts.deepspeed_experts.{e}", f"{ours}/experts", (nth, e))
-        if m.meta:
-            mlp(f"{layer}.meta_moe", f"{ours}/meta", (nth,))
-        if m.residual:
-            mlp(f"{layer}.mlp", f"{ours}/residual", (nth,))
-            linear(f"{layer}.coefficient", f"{ours}/coefficient", (nth,))
-    return hf.decoder_table(d, experts=numbers) + Table(tuple(table))
+    linear("deepspeed_moe.gate.wg", "router", (nth,))
+    for e in range(m.experts):
+        mlp(f"deepspeed_moe.experts.deepspeed_experts.{e}", "experts", (nth, e))
+    if m.meta:
+        mlp("meta_moe", "meta", (nth,))
+    if m.residual:
+        mlp("mlp", "residual", (nth,))
+        linear("coefficient", "coefficient", (nth,))
+    return Table(tuple(table))
 
 
 def projector_table(config: ModelConfig) -> Table:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from unimed_jax.config import TASKS, LossConfig, ModelConfig
 from unimed_jax.model.connector import Connector
 from unimed_jax.model.decoder import Decoder, Span
-from unimed_jax.model.moe import Routing
+from unimed_jax.model.moe import Noise, Routing
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.vision import VisionEncoder, normalise
 
@@ -44,9 +44,10 @@ class UniMed(nnx.Module):
         pixels = constrain(pixels, "batch", None, None, None)
         return self.connector(self.vision(pixels), tasks)
 
-    def __call__(self, batch: Batch, dropout_key: Key[Array, ""] | None = None) -> Output:
+    def __call__(self, batch: Batch, dropout_key: Key[Array, ""] | None = None, noise: Noise | None = None) -> Output:
+        """`dropout_key` and `noise` as in Decoder."""
         x, routing = self.embed(batch)
-        out = self.decoder(x, span_of(batch), dropout_key=dropout_key)
+        out = self.decoder(x, span_of(batch), dropout_key=dropout_key, noise=noise)
         return Output(out.hidden, routing, out.routing)
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "B S D"], Array | None]:
@@ -99,7 +100,12 @@ def cross_entropy(
 
 
 def loss_sums(
-    model: UniMed, batch: Batch, loss: LossConfig, coordinate_start: int | None, dropout_key: Key[Array, ""] | None
+    model: UniMed,
+    batch: Batch,
+    loss: LossConfig,
+    coordinate_start: int | None,
+    dropout_key: Key[Array, ""] | None,
+    noise: Noise | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of weighted cross entropies, and sums to divide by and to log.
 
@@ -108,7 +114,7 @@ def loss_sums(
     routing [visual tasks, E], slots [visual tasks]; of the decoder's layers with experts balance [layers] times the
     weight, and tokens [layers, E]. Their balancing loss, of all the tokens given here, is in the sum times the weight.
     """
-    out = model(batch, dropout_key)
+    out = model(batch, dropout_key, noise)
     nll, factor = cross_entropy(answer_logits(model, out.hidden, batch), batch["targets"], loss, coordinate_start)
     weights = batch["weights"] * factor
     weighted = nll * weights
