@@ -1,6 +1,7 @@
 """Reads the golden cases cut from the original Med-MoE (their manifest.json explains every tensor)."""
 
 import dataclasses
+import fnmatch
 import json
 from pathlib import Path
 
@@ -28,12 +29,26 @@ def name_of(entry: dict) -> str:
 
 
 def arrays_of(folder: Path, entry: dict) -> dict[str, np.ndarray]:
-    """The tensors of a case, all those and only those that the manifest names."""
+    """The tensors of a case, all those and only those that the manifest names (of a model's gradients the number)."""
     prefix = entry.get("prefix", entry["case"]) + "/"
     arrays = {k.removeprefix(prefix): v for k, v in load_file(folder / entry["file"]).items() if k.startswith(prefix)}
     described = {k: [list(v.shape), str(v.dtype)] for k, v in arrays.items()}
+    if "grad_tensors" in entry:
+        grads = [k for k in described if k.startswith("grad.") and k not in entry["tensors"]]
+        assert len(grads) == entry["grad_tensors"]
+        described = {k: v for k, v in described.items() if k not in grads}
     assert described == entry["tensors"], f"{entry['file']} holds other tensors than the manifest says"
     return arrays
+
+
+def trainable(entry: dict, names) -> set[str]:
+    """Which of a model's published names train: a list of them, or "all except PATTERN and PATTERN"."""
+    said = entry["trainable_parameter_names"]
+    if not isinstance(said, str):
+        return set(said)
+    assert said.startswith("all except "), f"{said!r} is not understood"
+    patterns = said.removeprefix("all except ").split(" and ")
+    return {name for name in names if not any(fnmatch.fnmatchcase(name, f"*{pattern}") for pattern in patterns)}
 
 
 def noise(arrays: dict[str, np.ndarray], prefix: str, number: int = 0) -> Noise:

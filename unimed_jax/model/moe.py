@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, MoeConfig
 from unimed_jax.model.layers import ACTIVATIONS, Linear, Mlp, spread, stack
-from unimed_jax.model.sharding import AXES, constrain, spec
+from unimed_jax.model.sharding import AXES, constrain, shared
 
 
 class Noise(NamedTuple):
@@ -227,10 +227,9 @@ def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Flo
         return _sorted(experts, x.reshape(-1, x.shape[-1]), *choices).reshape(x.shape)  # [B, S, D]
     experts = _divisible(experts)
     count, _, hidden = experts.up.kernel[...].shape
-    rows, holders, units = spec((batch, count, hidden), ("batch", "expert", "mlp"), dict(mesh.shape))
-    # Whether the rows too are spread over the devices that hold different experts.
-    spread_rows = holders is not None and set(holders) <= set(rows or ())
-    assert spread_rows or not set(holders or ()) & set(rows or ())
+    rows, holders, units = shared((batch, count, hidden), ("batch", "expert", "mlp"), dict(mesh.shape))
+    spread_rows = bool(set(holders) & set(rows))  # the rows too, over the devices that hold different experts
+    assert not spread_rows or set(holders) <= set(rows)
 
     def on_device(experts, x, *choices):
         shape = x.shape

@@ -104,15 +104,20 @@ def parameter_names(path: str) -> tuple[str | None, ...]:
 
 
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Mesh axes per dimension. An axis that does not divide what is left of a dimension is dropped: whole there."""
-    entries: list[tuple[str, ...] | None] = []
+    """Mesh axes per dimension, see `shared`."""
+    return PartitionSpec(*(axes or None for axes in shared(shape, names, sizes)))
+
+
+def shared(shape: tuple[int, ...], names: tuple[str | None, ...], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The mesh axes that share each dimension. One that does not divide what is left of it is dropped: whole there."""
+    entries: list[tuple[str, ...]] = []
     for dim, name in zip(shape, names, strict=True):
         axes: tuple[str, ...] = ()
         for axis in AXES.get(name or "", ()):
             if sizes[axis] > 1 and dim % sizes[axis] == 0:
                 axes, dim = (*axes, axis), dim // sizes[axis]
-        entries.append(axes or None)
-    return PartitionSpec(*entries)
+        entries.append(axes)
+    return entries
 
 
 def parameter_shardings(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
