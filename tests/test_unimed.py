@@ -22,7 +22,7 @@ from unimed_jax.model.unimed import (
     span_of,
     with_parameters,
 )
-from unimed_jax.train.optimizer import leaf_rules
+from unimed_jax.rules import leaf_rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
