@@ -225,7 +225,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 memory[name] = max(memory[name], side.ask("memory"))
             finally:
                 side.close()
-            print(f"round {i + 1}, {name}: " + ", ".join(f"{w} {times[name][w][-1]:.2f} s" for w in PASSES), flush=True)
+            print(f"round {i + 1}, {name}: " + ", ".join(f"{w} {times[name][w][-1]:.4g} s" for w in PASSES), flush=True)
     return {
         name: {
             **{what: {"seconds": harness.spread(times[name][what]), "rounds": times[name][what]} for what in PASSES},

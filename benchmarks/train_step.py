@@ -27,8 +27,8 @@ cost, so they are random.
 
 Losses must agree before anything is timed: `padded` trains on its batches and compares every loss, which the updates
 of the steps before have moved; `mixture` compares the mean loss over all answer tokens. A figure is the median over
-rounds (min .. max); the ratio is taken round by round. Memory is each process's peak, weights and libraries included; with
-`--device=cuda` what it has held of the card.
+rounds (min .. max); the ratio is taken round by round. Memory is each process's peak, weights and libraries included; on a
+card what it has held of that.
 """
 
 import argparse
@@ -56,9 +56,9 @@ from unimed_jax.config import (
     OptimizerConfig,
     TrainConfig,
     VisionConfig,
-    check_model,
 )
 from unimed_jax.data import layout, packing
+from unimed_jax.settings import check_model
 
 SIDES = ("ours", "ours_shared", "torch_eager", "torch_compiled")
 CASES = {"padded": ("ours", "torch_eager", "torch_compiled"), "mixture": SIDES}

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from unimed_jax.checkpoint import Checkpoints, fingerprints
-from unimed_jax.config import Config, UserError, from_config_dict, nearest, to_dict
+from unimed_jax.config import Config, UserError, nearest, to_dict
 from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
@@ -27,6 +27,7 @@ from unimed_jax.interop.table import folded
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
 from unimed_jax.rules import leaf_rules
+from unimed_jax.settings import from_config_dict
 
 
 @dataclasses.dataclass
