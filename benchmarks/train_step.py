@@ -27,8 +27,8 @@ cost, so they are random.
 
 Losses must agree before anything is timed: `padded` trains on its batches and compares every loss, which the updates
 of the steps before have moved; `mixture` compares the mean loss over all answer tokens. A figure is the median over
-rounds (min .. max); the ratio is taken round by round. Memory is each process's peak, weights and libraries included; on a
-card what it has held of that.
+rounds (min .. max); the ratio is taken round by round. Memory is the peak of each process, or what it has held of the
+card.
 """
 
 import argparse

@@ -66,6 +66,8 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
         frozen |= {path: weights[path] for path in random_frozen}
         state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
         check_base(folder, note["base"], base)
+    if mesh is None:  # arrays that were read belong to a device, made ones to none: two programs, if left so
+        state, frozen = jax.device_put((state, frozen), jax.local_devices()[0])
     first = int(state.step)
     if first == 0 and processes.leads():
         contact_sheet(joined(datasets), folder / "contact_sheet.png")
