@@ -107,6 +107,7 @@ PREDICT = ["predict", "--run={run}"]
 MISTAKES = {
     "no config": (["--workdir=x"], ["--config"]),
     "missing config": (["--config=configs/brain_tny.py"], ["configs/brain_tny.py", "brain_tiny.py"]),
+    "a bucket": (["{config}", "--workdir=gs://b/run"], ["gs://b/run", "no folder", "mount"]),
     "unknown verb": (["trian"], ["trian", "did you mean 'train'"]),
     "unknown key": (["{config}", "--config.optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'lr'"]),
     "unknown group": (["{config}", "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),
