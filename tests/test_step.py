@@ -110,7 +110,7 @@ def test_losses_by_hand(reduction):
     for row, (group,) in enumerate(rows):
         done = 0
         for question in group.questions:
-            losses = [-log_p[row, done + i, t] for i, t in enumerate(question.suffix[-question.answer :])]
+            losses = [-log_p[row, done + i, t] for i, t in enumerate(question.suffix[question.targets])]
             done += question.answer
             token_losses.setdefault(question.task, []).append(losses)
     per_example = {task: [np.mean(x) if reduction == "example" else x for x in v] for task, v in token_losses.items()}

@@ -143,6 +143,12 @@ class MoeConfig:
     aux_coef: float = 0.0  # of the balancing loss, summed over layers
     path: str = "grouped"  # dense (the reference) | grouped | capacity: how experts are run
 
+    @property
+    def trains_otherwise(self) -> bool:
+        """Whether routing in training is another than at evaluation."""
+        drawn = self.gate_noise != "none" or self.top_k == 2 and self.random
+        return self.experts > 0 and (drawn or (self.capacity_factor, self.eval_capacity_factor) != (None, None))
+
     def numbers(self, depth: int) -> tuple[int, ...]:
         """The layers of a decoder of that depth which hold experts."""
         if not self.experts:
@@ -182,6 +188,7 @@ class TextConfig:
     tokenizer: str = ""  # a Hugging Face tokenizer folder; empty: train a BPE on the training split
     vocab: int = 1024  # size of the trained BPE, everything counted
     coordinate_tokens: bool = True  # one token per box coordinate 0..100 (trained BPE only)
+    form: str = "unimed"  # unimed | stablelm | phi | plain: of prompts and answers; the last three are data/chat.py's
     chat_template: bool = True  # wrap prompts in [INST] ... [/INST]
     max_answer: int = 1024  # tokens, end of text included
     max_prompt: int = 512  # tokens, visual ones included; longer is an error

@@ -24,6 +24,7 @@ from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.table import folded
+from unimed_jax.model.moe import upcycled
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
 from unimed_jax.rules import leaf_rules
@@ -133,7 +134,7 @@ def initial_leaves(
         if kind == "seed":
             found = _random_leaves(config, tokenizer, still, dtypes, places)
         elif kind == "run":
-            found = _leaves_of_run(path, {p: shapes[p] for p in still}, dtypes, places)
+            found = _leaves_of_run(path, config, {p: shapes[p] for p in still}, dtypes, places)
         elif kind not in SOURCES:
             known = ("seed", "run", *SOURCES)
             raise UserError(f"config.init: {kind!r} is no source of weights{nearest(kind, known)} Choose from {known}.")
@@ -163,9 +164,14 @@ def _random_leaves(config: Config, tokenizer: Tokenizer, wanted, dtypes, places)
     return jax.jit(make, out_shardings=None if places is None else {p: places[p] for p in wanted})()
 
 
-def _leaves_of_run(path: str, wanted, dtypes, places) -> dict[str, jax.Array]:
-    """What a finished run has of the same name and shape."""
-    theirs = parameters(open_run(path).model)
+def _leaves_of_run(path: str, config: Config, wanted, dtypes, places) -> dict[str, jax.Array]:
+    """What a finished run has of the same name and shape; of a dense decoder's MLPs copies where there are experts."""
+    other = open_run(path)
+    theirs, depth = parameters(other.model), config.model.decoder.depth
+    if config.model.moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth:
+        prefix = "decoder/layers/"
+        mlp = {p.removeprefix(f"{prefix}mlp/"): leaf for p, leaf in theirs.items() if p.startswith(f"{prefix}mlp/")}
+        theirs |= {prefix + p: leaf for p, leaf in upcycled(mlp, config.model.moe, depth).items()}
     fits = [p for p, leaf in wanted.items() if p in theirs and theirs[p].shape == leaf.shape]
     if not fits:
         raise UserError(f"config.init: no parameter of run {path} fits this model; check config.model.")

@@ -134,6 +134,7 @@ _CHOICES = {
     "config.model.frozen_dtype": ("float32", "bfloat16"),
     "config.model.attention": ("auto", "xla", "cudnn", "splash"),
     "config.model.remat": ("none", "dots", "full"),
+    "config.text.form": ("unimed", "stablelm", "phi", "plain"),
     "config.data.fit": ("stretch", "crop", "pad"),
     "config.data.mixing": ("per_example", "per_batch"),
     "config.loss.reduction": ("token", "example"),

@@ -6,7 +6,9 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from unimed_jax.config import UserError
+from unimed_jax.config import TextConfig, UserError
+from unimed_jax.data import prompts
+from unimed_jax.data.example import Example
 
 IMAGE = "<image>"
 
@@ -104,7 +106,20 @@ def prompt_pieces(form: Template, turns: Sequence[tuple[str, str]], question: st
     if not user:
         return [Piece(question + form.after_question)]
     before = training_pieces(form, turns) if turns else [Piece(form.system + form.after_system + form.history)]
+    before = [dataclasses.replace(piece, target=False) for piece in before]
     return [*before, Piece(f"{user}: {question}{form.after_question}{assistant}:")]
+
+
+def example_pieces(example: Example, text: TextConfig, answer: str | None = None) -> list[Piece]:
+    """An example in the form of `config.text.form`, for training with its answer or as a prompt without.
+
+    Its image stands in front of the first question; the first instruction of its task, without tag, asks.
+    """
+    form = template(text.form)
+    turns = [*example.history, (prompts.asked(example, 0, text), answer or "")]
+    if example.image is not None:
+        turns[0] = (f"{IMAGE}\n{turns[0][0]}", turns[0][1])
+    return prompt_pieces(form, turns[:-1], turns[-1][0]) if answer is None else training_pieces(form, turns)
 
 
 def text_of(pieces: Sequence[Piece], end: str = "") -> str:

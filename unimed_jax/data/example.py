@@ -24,6 +24,7 @@ class Example:
     box: tuple[int, int, int, int] | None = None  # x1, y1, x2, y2 in pixels, the ends outside the box
     cluster: str = ""  # what resampling keeps together (a slab, a patient); empty: the example itself
     meta: Mapping[str, str] = dataclasses.field(default_factory=dict)  # template, answer_type, plane, ...
+    history: tuple[tuple[str, str], ...] = ()  # (question, answer) turns before this one; chat forms train on them too
 
 
 class Dataset(Protocol):

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig, UserError
-from unimed_jax.data import prompts
+from unimed_jax.data import chat, prompts
 from unimed_jax.data.example import Example
 
 VISUAL = -1  # stands in a stream where a visual token goes
@@ -33,13 +33,18 @@ class Specials(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as ids. `prefix` is empty for text alone, `answer` 0 in a generation prompt."""
+    """One example as ids. `prefix` is empty for text alone; a generation prompt has no targets."""
 
     record: str  # the example's id
     task: str
     prefix: np.ndarray  # int32 [P]: up to and with the last visual token, which are VISUAL
-    suffix: np.ndarray  # int32 [L]: the rest; the last `answer` ids are the targets
-    answer: int
+    suffix: np.ndarray  # int32 [L]: the rest
+    targets: np.ndarray  # int32 [A]: where in the suffix the answers' ids are, rising
+
+    @property
+    def answer(self) -> int:
+        """Number of targets."""
+        return len(self.targets)
 
     @property
     def tokens(self) -> int:
@@ -86,7 +91,8 @@ def encode_ids(
         head, last = [], [*head, *last]
     for segment in before:
         head += [*segment, *[VISUAL] * tokens_per_image]
-    return Encoded(record, task, _prefix(tuple(head)), np.array([*last, *answer], np.int32), len(answer))
+    suffix = np.array([*last, *answer], np.int32)
+    return Encoded(record, task, _prefix(tuple(head)), suffix, np.arange(len(last), len(suffix), dtype=np.int32))
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,6 +119,8 @@ class Encoder:
 
     def training(self, example: Example, variant: int) -> Encoded:
         """The example with its answer, under instruction number `variant` of its task."""
+        if self._text.form != "unimed":
+            return self._chat(example, answer_text(example, self._text))
         prompt = prompts.build(example, variant, self._text, evaluation=False)
         ids = self._ids(answer_text(example, self._text))
         answer = end_answer(ids, self._tokenizer.eos, self._text.max_answer)
@@ -120,6 +128,8 @@ class Encoder:
 
     def prompt(self, example: Example) -> Encoded:
         """The generation prompt of an example: evaluation's instruction, no answer."""
+        if self._text.form != "unimed":
+            return self._chat(example, None)
         prompt = prompts.build(example, 0, self._text, evaluation=True)
         return self._encode(example, prompt, [], double_bos=bool(self._text.double_bos))
 
@@ -134,10 +144,27 @@ class Encoder:
             record=example.id,
             double_bos=double_bos,
         )
+        return self._checked(encoded)
+
+    def _chat(self, example: Example, answer: str | None) -> Encoded:
+        """The example in a chat form (data/chat.py), where every answer of a conversation is a target."""
+        pieces = chat.example_pieces(example, self._text, answer)
+        marked, is_target = chat.encode(pieces, self._ids, self._tokenizer.eos, VISUAL)
+        counts = np.where(np.array(marked) == VISUAL, self._tokens_per_image, 1)
+        ids, targets = np.repeat(np.array(marked, np.int32), counts), np.repeat(is_target, counts)
+        (seen,) = np.nonzero(ids == VISUAL)
+        start = int(seen[-1]) + 1 if len(seen) else 0
+        if len(seen) != (example.image is not None) * self._tokens_per_image or targets[:start].any():
+            raise UserError(f"record {example.id}: {chat.IMAGE!r} stands in its text; only its image is marked so.")
+        prefix = _prefix(tuple(ids[:start].tolist()))
+        (where,) = np.nonzero(targets[start:])
+        return self._checked(Encoded(example.id, example.task, prefix, ids[start:], where.astype(np.int32)))
+
+    def _checked(self, encoded: Encoded) -> Encoded:
         length = encoded.tokens - encoded.answer
         if length > self._text.max_prompt:
             raise UserError(
-                f"record {example.id}: its prompt has {length} tokens, more than "
+                f"record {encoded.record}: its prompt has {length} tokens, more than "
                 f"config.text.max_prompt={self._text.max_prompt}; shorten the question or raise the limit."
             )
         return encoded
@@ -268,6 +295,7 @@ def _place(batch: Batch, b: int, at: _Cursor, group: Group, tokens_per_image: in
         for i, image in enumerate(group.images):
             batch["images"][b, at.slot + i] = image
         at.token, at.slot = here.stop, slots.stop
+    end = at.token
     for i, question in enumerate(group.questions):
         # A question alone is one segment: the published row. Several each need a segment beside the shared one.
         at.segment = shared if len(group.questions) == 1 else shared + 1 + i
@@ -278,8 +306,10 @@ def _place(batch: Batch, b: int, at: _Cursor, group: Group, tokens_per_image: in
         batch["positions"][b, here] = np.arange(length, length + len(question.suffix))
         if question.answer:
             out = slice(at.answer, at.answer + question.answer)
-            batch["target_index"][b, out] = np.arange(here.stop - question.answer - 1, here.stop - 1)
-            batch["targets"][b, out] = question.suffix[-question.answer :]
+            # What follows the shared tokens is predicted from the last of them, wherever it stands.
+            before = np.where(question.targets > 0, here.start + question.targets, end) - 1
+            batch["target_index"][b, out] = before
+            batch["targets"][b, out] = question.suffix[question.targets]
             batch["weights"][b, out] = 1 if reduction == "token" else 1 / question.answer
             batch["target_tasks"][b, out] = TASKS.index(task)
             at.answer = out.stop

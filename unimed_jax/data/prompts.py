@@ -78,12 +78,16 @@ def cut_words(text: str, n: int = 50) -> str:
     return " ".join(collapse(text).split(" ")[:n])
 
 
-def build(example: Example, variant: int, text: TextConfig, *, evaluation: bool) -> Prompt:
-    """Fills the instruction numbered `variant` (modulo the pool; evaluation always takes 0).
+def shorten(words: str, text: TextConfig) -> str:
+    """`collapse`, and the cut of `text.max_words` where there is one."""
+    return collapse(words) if text.max_words is None else cut_words(words, text.max_words)
 
-    `text.max_words` cuts the question of an image example; of text alone it cuts tag, instruction and
-    question together (both as published). Raises UserError for an image example without its image and
-    for text-only `qa` with one.
+
+def asked(example: Example, variant: int, text: TextConfig) -> str:
+    """The instruction numbered `variant` (modulo the pool), filled with the example's question.
+
+    `text.max_words` cuts the question of an image example. Raises UserError for an image example without its
+    image and for text-only `qa` with one.
     """
     task = example.task
     if task not in TAGS:
@@ -94,16 +98,22 @@ def build(example: Example, variant: int, text: TextConfig, *, evaluation: bool)
             f"record {example.id}: task {task!r} "
             + ("needs an image; give one or use task 'qa'." if visual else "is text only; use 'vqa' for its image.")
         )
+    question = shorten(example.question, text) if visual else example.question
     pool = INSTRUCTIONS[task]
-    template = pool[0 if evaluation else variant % len(pool)]
-    shorten = collapse if text.max_words is None else (lambda t: cut_words(t, text.max_words))
-    question = shorten(example.question) if visual else example.question
-    body = collapse(f"{TAGS[task]} {template.replace('{question}', question)}")
-    if visual:
+    return collapse(pool[variant % len(pool)].replace("{question}", question))
+
+
+def build(example: Example, variant: int, text: TextConfig, *, evaluation: bool) -> Prompt:
+    """Tag and instruction (see `asked`; evaluation always takes number 0) around the image slot.
+
+    `text.max_words` cuts text alone as a whole, tag and instruction too (as published).
+    """
+    body = collapse(f"{TAGS.get(example.task)} {asked(example, 0 if evaluation else variant, text)}")
+    if example.image is not None:
         left = "<Img>"
         right = f"</Img> {body}" + (" " if text.training_blank and not evaluation else "")
         return Prompt(f"[INST] {left}", f"{right} [/INST]") if text.chat_template else Prompt(left, right)
-    body = shorten(body)
+    body = shorten(body, text)
     return Prompt(f"[INST] {body} [/INST]" if text.chat_template else body)
 
 

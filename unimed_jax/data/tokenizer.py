@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from unimed_jax.config import TextConfig, UserError
+from unimed_jax.data import chat
 from unimed_jax.data.example import Example
 from unimed_jax.data.prompts import TAGS, build
 
@@ -72,6 +73,9 @@ def _parts(texts: Iterable[str], marker: re.Pattern[str]) -> Iterator[str]:
 def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
     """The texts of examples as training shows them; their instructions in turn, so that each of the pool occurs."""
     for i, example in enumerate(examples):
+        if text.form != "unimed":
+            yield chat.text_of(chat.example_pieces(example, text, example.answer))
+            continue
         prompt = build(example, i, text, evaluation=False)
         yield prompt.left
         if prompt.right is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from unimed_jax.config import DecoderConfig, RopeScaling, UserError
+from unimed_jax.config import DecoderConfig, MoeConfig, RopeScaling, UserError
 from unimed_jax.interop.files import new_folder, open_weights, write_safetensors
 from unimed_jax.interop.load import load_leaves
 from unimed_jax.interop.table import Entry, Table, each_published, published
@@ -298,12 +298,24 @@ def leaf_of(linear: str) -> str:
 
 
 def decoder_table(
-    d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] = (), experts: tuple[int, ...] = ()
+    d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] = (), moe: MoeConfig = MoeConfig()
 ) -> Table:
     """The decoder's tensors under `prefix`; `wrapped` linears carry PEFT's ".base_layer".
 
-    experts: numbers of the layers with experts in place of the MLP, whose own tensors are not in this table.
+    Where `moe` has experts, all MLPs of such a layer are copies of the one MLP there (a table to read by).
     """
+    numbers = moe.numbers(d.depth)
+
+    def places(ours: str, i: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Leaf and index of each copy of layer i's linear."""
+        if ours in "qkvo":
+            return [(leaf_of(ours), (i,))]
+        nth = sum(n < i for n in numbers)
+        if i not in numbers:
+            return [(leaf_of(ours), (i - nth,))]
+        path = "decoder/layers/moe"
+        beside = [f"{path}/{part}/{ours}" for part in ("meta", "residual") if getattr(moe, part)]
+        return [(f"{path}/experts/{ours}", (nth, e)) for e in range(moe.experts)] + [(leaf, (nth,)) for leaf in beside]
 
     def norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> list[Entry]:
         parts = {"weight": "scale"} | ({"bias": "bias"} if d.norm == "layer" else {})
@@ -313,13 +325,11 @@ def decoder_table(
     for i in range(d.depth):
         layer = f"{prefix}model.layers.{i}"
         for ours, theirs in linear_names(d).items():
-            at = (i if ours in "qkvo" else i - sum(n < i for n in experts),)
-            if ours not in "qkvo" and i in experts:
-                continue
             name = f"{layer}.{theirs}{'.base_layer' if ours in wrapped else ''}"
-            table.append(Entry(f"{name}.weight", f"{leaf_of(ours)}/kernel", at, "transpose"))
-            if ours in d.attention_bias or (ours not in "qkvo" and d.mlp_bias):
-                table.append(Entry(f"{name}.bias", f"{leaf_of(ours)}/bias", at))
+            for leaf, at in places(ours, i):
+                table.append(Entry(f"{name}.weight", f"{leaf}/kernel", at, "transpose"))
+                if ours in d.attention_bias or (ours not in "qkvo" and d.mlp_bias):
+                    table.append(Entry(f"{name}.bias", f"{leaf}/bias", at))
         for ours, theirs in norm_names(d).items():
             table += norm(f"{layer}.{theirs}", f"layers/{ours}", (i,))
     table += norm(f"{prefix}model.{'norm' if d.gated_mlp else 'final_layernorm'}", "norm")
@@ -349,8 +359,11 @@ def load_decoder(
     leaves: Mapping[str, Any],
     shardings: Mapping[str, NamedSharding] | None = None,
     dtypes: Mapping[str, Any] | None = None,
+    moe: MoeConfig = MoeConfig(),
 ) -> dict[str, Any]:
-    """The decoder's leaves (but for adapters) from a Hugging Face folder; arguments as in `load_leaves`.
+    """The decoder's leaves (but for adapters and routers) from a Hugging Face folder; arguments as in `load_leaves`.
+
+    Experts start as copies of their layer's MLP.
 
     Raises UserError where its settings are not `d` or its weights do not fit.
     """
@@ -358,7 +371,7 @@ def load_decoder(
     if differ:
         text = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in differ)
         raise UserError(f"config.model.decoder is not the decoder of {folder}: {text}; set what the folder says.")
-    return load_leaves(decoder_table(d), open_weights(folder), leaves, shardings, dtypes)
+    return load_leaves(decoder_table(d, moe=moe), open_weights(folder), leaves, shardings, dtypes)
 
 
 def differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
@@ -381,6 +394,8 @@ def export_decoder(
     leaves: the decoder's, adapters merged (`merge_lora`), by path; tokenizer: its folder; ids: bos, eos, pad.
     Raises UserError where no Hugging Face family has these settings, or where `out` holds something already.
     """
+    if "decoder/layers/moe/router/kernel" in leaves:
+        raise UserError("a decoder with experts is none of Hugging Face's; export it as a Med-MoE checkpoint.")
     settings = hf_settings(d, positions)
     for name, number in ids.items():
         setattr(settings, f"{name}_token_id", number)

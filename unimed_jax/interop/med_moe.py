@@ -28,8 +28,17 @@ from unimed_jax.settings import check_model
 TOWER = "model.image_tower.image_tower.vision_model."
 # openai/clip-vit-large-patch14-336, with the features that Med-MoE takes.
 CLIP_LARGE = VisionConfig(
-    **{"image_size": 336, "patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096},
-    **{"activation": "quick_gelu", "qkv_bias": "qkv", "patch_bias": False, "pre_norm": True, "norm_eps": 1e-5},
+    image_size=336,
+    patch_size=14,
+    width=1024,
+    depth=24,
+    heads=16,
+    mlp_width=4096,
+    activation="quick_gelu",
+    qkv_bias="qkv",
+    patch_bias=False,
+    pre_norm=True,
+    norm_eps=1e-5,
     feature_layer=-2,
     output_norm=False,
 )
@@ -182,9 +191,9 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
 
 def decoder_table(config: ModelConfig) -> Table:
     """The decoder with its experts: Hugging Face's names, and DeepSpeed's within the layers that have experts."""
-    numbers = config.moe.numbers(config.decoder.depth)
-    table = hf.decoder_table(config.decoder, experts=numbers)
-    for nth, i in enumerate(numbers):
+    shared = hf.decoder_table(config.decoder, moe=config.moe)
+    table = Table(tuple(e for e in shared if not e.path.startswith("decoder/layers/moe/")), shared.ignored)
+    for nth, i in enumerate(config.moe.numbers(config.decoder.depth)):
         table += layer_table(config, f"model.layers.{i}.mlp", nth)
     return table
 

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 
 from unimed_jax.config import ModelConfig
 from unimed_jax.interop.hf import load_decoder
+from unimed_jax.interop.med_moe import load_model, load_router
 from unimed_jax.interop.towers import load_tower
 
 Loader = Callable[
@@ -33,9 +34,13 @@ SOURCES: dict[str, Source] = {
     "hf": Source(
         "the folder of a Hugging Face decoder",
         ("decoder/*",),
-        lambda path, model, *where: load_decoder(path, model.decoder, *where),
+        lambda path, model, leaves, places, dtypes: load_decoder(
+            path, model.decoder, leaves, places, dtypes, model.moe
+        ),
     ),
     "eva": Source("the EVA-CLIP-g file", ("vision/*",), _tower("eva")),
     "clip": Source("the folder of a Hugging Face CLIP", ("vision/*",), _tower("clip")),
+    "med_moe": Source("the folder of a Med-MoE checkpoint", ("*",), load_model),
+    "router": Source("Med-MoE's router file", ("decoder/layers/moe/router/*",), load_router),
     "siglip": Source("the folder of a Hugging Face SigLIP", ("vision/*",), _tower("siglip")),
 }

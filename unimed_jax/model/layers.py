@@ -22,6 +22,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+Stacked = TypeVar("Stacked", bound=nnx.Module)
+
+
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Array:
     return std * jax.random.normal(key, shape, jnp.float32)
 
@@ -31,7 +34,7 @@ def spread(vector: Float[Array, "width"], like: Float[Array, "*batch width"]) ->
     return jnp.broadcast_to(vector, like.shape)
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make: Callable[[nnx.Rngs], Stacked], count: int, rngs: nnx.Rngs) -> Stacked:
     """`count` modules of one kind as one module whose leaves have a leading [count] axis."""
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 

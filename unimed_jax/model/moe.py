@@ -233,9 +233,10 @@ def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Flo
 
     def on_device(experts, x, *choices):
         shape = x.shape
+        gathered = list(choices)
         if spread_rows:
-            x, *choices = (jax.lax.all_gather(a, holders, tiled=True) for a in (x, *choices))  # [more B, S, ...]
-        chosen, weights, kept = (a.reshape(-1, a.shape[-1]) for a in choices)  # [N, K] each
+            x, *gathered = (jax.lax.all_gather(a, holders, tiled=True) for a in (x, *choices))  # [more B, S, ...]
+        chosen, weights, kept = (a.reshape(-1, a.shape[-1]) for a in gathered)  # [N, K] each
         own = experts.up.kernel[...].shape[0]
         chosen = chosen - own * (jax.lax.axis_index(holders) if holders else 0)
         kept = kept & (chosen >= 0) & (chosen < own)

@@ -118,6 +118,10 @@ def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
         for t, (task, row) in enumerate(zip(VISUAL_TASKS, np.asarray(metrics["routing"]).tolist(), strict=True)):
             for expert, weight in enumerate(row):
                 values[f"routing/{task}_{expert}"] = weight if slots[t] else None
+    if "balance" in metrics:
+        values["experts/balance"] = float(np.mean(metrics["balance"]))
+        for expert, share in enumerate(np.mean(metrics["shares"], axis=0).tolist()):
+            values[f"experts/share_{expert}"] = share
     return values
 
 

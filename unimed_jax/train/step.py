@@ -29,11 +29,13 @@ def make_step(
     `model` is abstract (its leaves are replaced). On a mesh the state stays where `first_state` put it, and
     every process gets the metrics. metrics, float32: loss [], task_loss [tasks] (NaN where
     a task has no answer in the batch), grad_norm [], finite [] bool, routing [visual tasks, E] (mean expert
-    weights over the batch's slots of a task), slots [visual tasks].
+    weights over the batch's slots of a task), slots [visual tasks]; of the decoder's layers with experts balance
+    [layers] and shares [layers, E] (of tokens, by first choice).
     """
     connector = config.model.connector
     reads_task_token = connector.is_moe and connector.router in ("soft", "sparse") and connector.router_input != "token"
-    dropout = config.model.lora.rank > 0 and config.model.lora.dropout > 0
+    # A key also says that this is training, which experts of limited room must know.
+    random = config.model.lora.rank > 0 and config.model.lora.dropout > 0 or config.model.moe.trains_otherwise
 
     def sums(leaves: Leaves, frozen: Leaves, batch: Batch, key):
         return loss_sums(with_parameters(model, {**frozen, **leaves}), batch, config.loss, coordinate_start, key)
@@ -56,7 +58,7 @@ def make_step(
         return jax.lax.scan(body, zeros, (split, jnp.arange(micro)))[0]
 
     def step(state: TrainState, frozen: Leaves, batch: Batch, lr: Array):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if dropout else None
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if random else None
         (total, aux), grads = gradients(state.leaves, frozen, batch, key)
         weight = aux["weight"]
         grads = jax.tree.map(lambda g: g / weight, grads)
@@ -72,6 +74,9 @@ def make_step(
         }
         if "routing" in aux:
             metrics["routing"] = aux["routing"] / jnp.maximum(aux["slots"], 1)[:, None]
+        if "balance" in aux:
+            metrics["balance"] = aux["balance"] / weight
+            metrics["shares"] = aux["tokens"] / aux["tokens"].sum(axis=1, keepdims=True)
         return TrainState(state.step + 1, leaves, moments), metrics
 
     if mesh is None:
