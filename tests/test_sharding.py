@@ -11,7 +11,16 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from unimed_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig, TrainConfig, UserError, to_dict
+from unimed_jax.config import (
+    Config,
+    LossConfig,
+    MeshConfig,
+    MoeConfig,
+    OptimizerConfig,
+    TrainConfig,
+    UserError,
+    to_dict,
+)
 from unimed_jax.model import sharding
 from unimed_jax.model.unimed import abstract, loss_sums, parameters, with_parameters
 from unimed_jax.rules import leaf_rules
@@ -37,6 +46,13 @@ OTHER = tiny.config(
         **{"attention_bias": ("q", "k", "v", "o"), "windows": (8, 0), "local_rope_theta": 100.0},
     },
     lora={"targets": ("q", "k", "v", "o", "up", "down")},
+)
+# Experts of the decoder, which the axis of two does not divide, and biases.
+EXPERTS = dataclasses.replace(
+    MODEL,
+    decoder=dataclasses.replace(MODEL.decoder, gated_mlp=True, mlp_bias=True),
+    moe=MoeConfig(experts=3, top_k=2, aux_coef=0.1),
+    lora=dataclasses.replace(MODEL.lora, targets=("q", "k", "v", "o")),
 )
 ROWS = 8
 MESHES = (
@@ -85,8 +101,8 @@ def alone(batch):
 
 @pytest.mark.parametrize(
     "config, axes",
-    [*((MODEL, axes) for axes in MESHES), (OTHER, MESHES[4])],
-    ids=[*map(named, MESHES), f"other-{named(MESHES[4])}"],
+    [*((MODEL, axes) for axes in MESHES), (OTHER, MESHES[4]), (EXPERTS, MESHES[5])],
+    ids=[*map(named, MESHES), f"other-{named(MESHES[4])}", f"experts-{named(MESHES[5])}"],
 )
 def test_eight_devices_equal_one(config, axes, batch, alone):
     mesh = mesh_of(**axes)
@@ -157,7 +173,7 @@ def test_where_parameters_and_moments_lie():
 
 
 def test_only_matching_patterns_and_logical_names_stand_in_the_table():
-    paths = {*parameters(abstract(MODEL)), *parameters(abstract(OTHER))}
+    paths = {path for config in (MODEL, OTHER, EXPERTS) for path in parameters(abstract(config))}
     for pattern, names in sharding.PARAMETERS:
         assert any(fnmatch.fnmatchcase(path, pattern) for path in paths), pattern
         assert all(name is None or name in sharding.AXES for name in names)

@@ -1,6 +1,7 @@
 """The six tasks: answers of a model on true and on permuted images, scored beside blind baselines."""
 
 import importlib.metadata
+import operator
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -294,10 +295,7 @@ def summarise(
     `results` maps "test" and "val" to the scores of `evaluate`; a split that was not evaluated has no
     tasks. Of `routing` (see report.py) everything but the arrays is kept.
     """
-    knobs = {}
-    for key in FIDELITY["default"]:
-        section, field = key.split(".")
-        knobs[key] = getattr(getattr(config, section), field)
+    knobs = {key: operator.attrgetter(key)(config) for key in FIDELITY["default"]}
     summary = {
         "name": config.name,
         "config_hash": config_hash(config),
