@@ -20,13 +20,18 @@ from unimed_jax.config import Config, UserError, from_config_dict, to_dict
 from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
+from unimed_jax.interop.gguf import is_gguf, load_gguf, write_tokenizer
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
 
 # Where each kind of `config.init` takes its leaves from; the others come with later kinds.
-INIT_KINDS = {"seed": "random numbers from config.seed", "run": "a finished run's folder"}
+INIT_KINDS = {"seed": "random numbers from config.seed", "run": "a finished run's folder", "gguf": "a GGUF decoder"}
 # What the full-size configs start from and interop will read.
-WEIGHT_FILES = {"hf": "the folder of a Hugging Face decoder", "eva": "the EVA-CLIP-g file"}
+WEIGHT_FILES = {
+    "hf": "the folder of a Hugging Face decoder",
+    "gguf": "the GGUF file of a decoder",
+    "eva": "the EVA-CLIP-g file",
+}
 
 
 @dataclasses.dataclass
@@ -83,7 +88,7 @@ def missing_inputs(config: Config) -> str | None:
         for kind, path in config.init
         if kind in WEIGHT_FILES and not path
     ]
-    if not config.text.tokenizer and any(kind == "hf" for kind, _ in config.init):
+    if not config.text.tokenizer and any(kind in ("hf", "gguf") for kind, _ in config.init):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
     names = [source.name for source in config.data.sources if source.name not in SELF_CONTAINED and not source.path]
     if names and not config.data.root:
@@ -92,15 +97,23 @@ def missing_inputs(config: Config) -> str | None:
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """The run's tokenizer: the folder named in the settings, or a BPE trained once on the training texts."""
-    if config.text.tokenizer:
-        return Tokenizer.load(config.text.tokenizer)
-    path = folder / "tokenizer"
-    if not path.exists():
+    """The run's tokenizer: the folder or GGUF file that the settings name, or a BPE trained once on the training texts."""
+    path = tokenizer_folder(folder, config)
+    if path.exists():
+        return Tokenizer.load(path)
+    if is_gguf(config.text.tokenizer):
+        write_tokenizer(config.text.tokenizer, path)
+    elif not config.text.tokenizer:
         unfinished = folder / "tokenizer.tmp"
         train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
         unfinished.rename(path)
     return Tokenizer.load(path)
+
+
+def tokenizer_folder(folder: Path, config: Config) -> Path:
+    """The folder named in the settings; the run's own for a tokenizer that it has trained or read from a GGUF file."""
+    named = config.text.tokenizer
+    return Path(named) if named and not is_gguf(named) else folder / "tokenizer"
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
@@ -136,6 +149,10 @@ def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None
             taken = {k: leaves[k] if places is None else jax.device_put(leaves[k], places[k]) for k in fits}
             model = with_parameters(model, taken)
             sources |= dict.fromkeys(fits, f"run {path}")
+        if kind == "gguf":
+            taken = load_gguf(path, config.model.decoder, parameters(model), places)
+            model = with_parameters(model, taken)
+            sources |= dict.fromkeys(taken, path)
     return model, sources
 
 
@@ -143,7 +160,7 @@ def open_run(path: str | Path) -> Run:
     """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint."""
     folder = Path(path)
     config = read_config(folder)
-    tokenizer = Tokenizer.load(config.text.tokenizer or folder / "tokenizer")
+    tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")

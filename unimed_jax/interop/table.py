@@ -95,10 +95,10 @@ LAYOUTS: dict[str, Layout] = {
         lambda x, _: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),  # [p * p * 3, out]
         _patch,
     ),
-    # [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)]: rotary pairs that lie side by side (GGUF)
+    # [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)], or both without `in`: rotary pairs side by side (GGUF)
     "pairs": Layout(
         lambda s: s[::-1],
-        lambda r: ((ALL, r[0]), (ALL, r[1])),
+        lambda r: ((ALL, *r[:-1]), (*(ALL for _ in r[:-1]), r[-1])),
         lambda x, heads: _pairs(x, heads, halves_first=False).T,
         lambda x, heads: _pairs(x.T, heads, halves_first=True),
     ),
