@@ -97,7 +97,7 @@ def missing_inputs(config: Config) -> str | None:
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """The run's tokenizer: the folder or GGUF file that the settings name, or a BPE trained once on the training texts."""
+    """The run's tokenizer: the folder or GGUF file of the settings, or a BPE trained once on the training texts."""
     path = tokenizer_folder(folder, config)
     if path.exists():
         return Tokenizer.load(path)

@@ -267,21 +267,21 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     """
     file = GGUF(path)
     kind = file.value("tokenizer.ggml.model", str)
-    tokens = file.value("tokenizer.ggml.tokens", list)
+    tokens = _list(file, "tokens", str)
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    if not tokens or len(vocabulary) != len(tokens):
-        raise UserError(f"{file.origin} holds no list of different tokens (tokenizer.ggml.tokens); get the file again.")
+    if len(vocabulary) != len(tokens):
+        raise UserError(f"{file.origin} holds a token twice (tokenizer.ggml.tokens); get the file again.")
+    ids = {name: file.value(f"tokenizer.ggml.{word}_token_id", int, -1) for name, word in IDS.items()}
+    words = {name: tokens[number] for name, number in ids.items() if 0 <= number < len(tokens)}
     if kind == "gpt2":
         made = _byte_level(file, vocabulary)
     elif kind == "llama":
-        made = _sentencepiece(file, vocabulary)
+        made = _sentencepiece(file, vocabulary, words.get("unk_token"))
     else:
         raise UserError(f"{file.origin}: its tokenizer is of kind {kind!r}; choose a file with 'gpt2' or 'llama'.")
-    for token, number in zip(tokens, _types(file, vocabulary), strict=True):
+    for token, number in zip(tokens, _types(file, len(tokens)), strict=True):
         if number in (CONTROL, USER_DEFINED):
             made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=number == CONTROL)])
-    ids = {name: file.value(f"tokenizer.ggml.{word}_token_id", int, -1) for name, word in IDS.items()}
-    words = {name: tokens[number] for name, number in ids.items() if 0 <= number < len(tokens)}
     bos = words.get("bos_token")
     if file.value("tokenizer.ggml.add_bos_token", bool, kind == "llama") and bos is not None:
         made.post_processor = processors.TemplateProcessing(
@@ -298,11 +298,19 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
         (place / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _types(file: GGUF, vocabulary: dict[str, int]) -> list[int]:
-    types = file.value("tokenizer.ggml.token_type", list, [NORMAL] * len(vocabulary))
-    if len(types) != len(vocabulary):
-        raise UserError(f"{file.origin} holds no type for each token (tokenizer.ggml.token_type); get the file again.")
-    return types
+def _list(file: GGUF, key: str, kind: type, length: int | None = None, default: list | None = None) -> list:
+    """The list under tokenizer.ggml.<key>, one entry for each of `length` tokens."""
+    values = file.value(f"tokenizer.ggml.{key}", list, default)
+    if not all(isinstance(value, kind) for value in values) or len(values) != (length or len(values)):
+        raise UserError(
+            f"{file.origin}: tokenizer.ggml.{key} is no list of {length or 'any number of'} {kind.__name__}; get the "
+            "file again."
+        )
+    return values
+
+
+def _types(file: GGUF, count: int) -> list[int]:
+    return _list(file, "token_type", int, count, [NORMAL] * count)
 
 
 def _byte_level(file: GGUF, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
@@ -313,7 +321,7 @@ def _byte_level(file: GGUF, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
             f"model's Hugging Face tokenizer folder as config.text.tokenizer (known: {', '.join(CUTS)})."
         )
     cut, words = CUTS[name]
-    merges = [tuple(merge.split(" ")) for merge in file.value("tokenizer.ggml.merges", list)]
+    merges = [tuple(merge.split(" ")) for merge in _list(file, "merges", str)]
     try:
         # What was learned by Llama-3's rule is a token as it stands, also where no merge leads to it.
         made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == _LLAMA3))
@@ -326,12 +334,9 @@ def _byte_level(file: GGUF, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     return made
 
 
-def _sentencepiece(file: GGUF, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+def _sentencepiece(file: GGUF, vocabulary: dict[str, int], unknown: str | None) -> tokenizers.Tokenizer:
     """BPE of SentencePiece: of two neighbours those are joined first whose token scores highest."""
-    scores = file.value("tokenizer.ggml.scores", list)
-    if len(scores) != len(vocabulary):
-        raise UserError(f"{file.origin} holds no score for each token (tokenizer.ggml.scores); get the file again.")
-    types = _types(file, vocabulary)
+    scores, types = _list(file, "scores", float, len(vocabulary)), _types(file, len(vocabulary))
     joined = [
         (-scores[i], vocabulary[word[:cut]], vocabulary[word[cut:]], word[:cut], word[cut:])
         for word, i in vocabulary.items()
@@ -340,7 +345,6 @@ def _sentencepiece(file: GGUF, vocabulary: dict[str, int]) -> tokenizers.Tokeniz
         if word[:cut] in vocabulary and word[cut:] in vocabulary
     ]
     merges = [(left, right) for *_, left, right in sorted(joined)]
-    unknown = list(vocabulary)[file.value("tokenizer.ggml.unknown_token_id", int, 0)]
     made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     space = file.value("tokenizer.ggml.add_space_prefix", bool, True)
     steps: list[Any] = [normalizers.Prepend("▁")] if space else []
