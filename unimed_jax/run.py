@@ -20,7 +20,7 @@ from unimed_jax.config import Config, UserError, from_config_dict, to_dict
 from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
-from unimed_jax.interop.gguf import is_gguf, load_gguf, write_tokenizer
+from unimed_jax.interop.gguf import find, is_gguf, load_gguf, write_tokenizer
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
 
@@ -88,6 +88,11 @@ def missing_inputs(config: Config) -> str | None:
         for kind, path in config.init
         if kind in WEIGHT_FILES and not path
     ]
+    for kind, path in config.init:
+        if kind == "run" and not (Path(path) / "config.json").is_file():
+            lacks.append(f"the finished run {path} (config.init 'run'; train it first)")
+        if kind == "gguf" and path:
+            find(path)  # says itself what it lacks
     if not config.text.tokenizer and any(kind in ("hf", "gguf") for kind, _ in config.init):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
     names = [source.name for source in config.data.sources if source.name not in SELF_CONTAINED and not source.path]
