@@ -5,17 +5,8 @@ import json
 import ml_collections
 import pytest
 
-from unimed_jax.config import (
-    FIDELITY,
-    Config,
-    UserError,
-    config_hash,
-    default_config,
-    from_config_dict,
-    load_config_file,
-    nearest,
-    to_dict,
-)
+from unimed_jax.config import Config, UserError, config_hash, default_config, nearest, to_dict
+from unimed_jax.settings import FIDELITY, from_config_dict, load_config_file
 
 
 def with_settings(**settings):
@@ -191,6 +182,14 @@ MODELS = {
     "none kept": ({"connector__router": "sparse", "connector__top_k": 0}, ["top_k=0 of 5"]),
     "key heads that do not divide": ({"decoder__kv_heads": 3}, ["kv_heads=3", "heads=4"]),
     "no key heads": ({"decoder__kv_heads": 0}, ["config.model.decoder.kv_heads=0"]),
+    "a scaling of another kind": (
+        {"decoder__rope_scaling": {"kind": "yarn"}},
+        ["rope_scaling.kind: 'yarn' is unknown"],
+    ),
+    "an adapter of a gate that is not there": (
+        {"decoder__gated_mlp": False, "lora__rank": 2},
+        ["config.model.lora.targets: 'gate'", "gated_mlp=False"],
+    ),
     "a bias of what is no linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
     "an adapter of what is no linear": (
         {"lora__targets": ("q", "gates")},
@@ -215,6 +214,11 @@ ALLOWED = {
     },
     "every patch a token": {"connector__rate": 1},
     "the first block": {"vision__feature_layer": -4},
+    "no gate and no adapters": {"decoder__gated_mlp": False},
+    "no gate, and adapters of what is there": {
+        **{"decoder__gated_mlp": False, "lora__rank": 2},
+        "lora__targets": ("q", "k", "v", "o", "up", "down"),
+    },
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from fake_brain import tiny_config
 
-from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling, UserError, from_config_dict
+from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling, UserError
 from unimed_jax.data import layout
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.interop import hf
@@ -20,6 +20,7 @@ from unimed_jax.model.decoder import Decoder, Span
 from unimed_jax.model.generate import generate
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
 from unimed_jax.run import initial_model, load_text, missing_inputs, tokenizer_folder
+from unimed_jax.settings import from_config_dict
 
 gguf = pytest.importorskip("gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'")
 
@@ -402,7 +403,7 @@ def test_a_run_starts_from_a_file(plain, tmp_path):
     assert missing_inputs(config) is None
     tokenizer = load_text(tmp_path / "run", config, [])
     model, sources = initial_model(config, tokenizer)
-    taken = {name for name, source in sources.items() if source == str(path)}
+    taken = {name for name, source in sources.items() if source == f"gguf {path}"}
     assert taken == {name for name in sources if name.startswith("decoder/") and "lora" not in name}
     np.testing.assert_array_equal(parameters(model)["decoder/embedding"], tensors["token_embd.weight"])
     path.unlink()

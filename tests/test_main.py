@@ -9,9 +9,10 @@ from fake_brain import Squares, tiny_config
 from PIL import Image
 
 from unimed_jax import main as door
-from unimed_jax.config import TASKS, from_config_dict, to_dict
+from unimed_jax.config import TASKS, to_dict
 from unimed_jax.data import datasets
 from unimed_jax.model import sharding
+from unimed_jax.settings import from_config_dict
 
 CONFIG = """
 from fake_brain import tiny_config
@@ -106,6 +107,7 @@ PREDICT = ["predict", "--run={run}"]
 MISTAKES = {
     "no config": (["--workdir=x"], ["--config"]),
     "missing config": (["--config=configs/brain_tny.py"], ["configs/brain_tny.py", "brain_tiny.py"]),
+    "a bucket": (["{config}", "--workdir=gs://b/run"], ["gs://b/run", "no folder", "mount"]),
     "unknown verb": (["trian"], ["trian", "did you mean 'train'"]),
     "unknown key": (["{config}", "--config.optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'lr'"]),
     "unknown group": (["{config}", "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),

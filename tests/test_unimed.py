@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 
-from unimed_jax.config import from_config_dict, load_config_file
 from unimed_jax.data import layout
 from unimed_jax.model.decoder import Span
 from unimed_jax.model.unimed import (
@@ -22,7 +21,8 @@ from unimed_jax.model.unimed import (
     span_of,
     with_parameters,
 )
-from unimed_jax.train.optimizer import leaf_rules
+from unimed_jax.rules import leaf_rules
+from unimed_jax.settings import from_config_dict, load_config_file
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -15,7 +15,8 @@ from typing import Any
 import ml_collections
 
 from unimed_jax import processes
-from unimed_jax.config import TASKS, Config, UserError, from_config_dict, load_config_file, nearest, to_dict
+from unimed_jax.config import TASKS, Config, UserError, nearest, to_dict
+from unimed_jax.settings import from_config_dict, load_config_file
 from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
 VERBS = ("train", "evaluate", "predict")
@@ -90,6 +91,8 @@ def run_train(arguments: list[str]) -> None:
     options.add_argument("--workdir", help="the run's folder (default: runs/<config name>)")
     known, overrides = options.parse_known_args(arguments)
     config = settings_of(load_config_file(known.config), overrides)
+    if "://" in (known.workdir or ""):
+        raise UserError(f"--workdir={known.workdir} is no folder; mount the bucket, and give its path there.")
 
     from unimed_jax.model.sharding import inside
     from unimed_jax.run import missing_inputs
@@ -127,7 +130,8 @@ def _evaluate(run, config: Config) -> None:
     from unimed_jax.evaluate.answer import answerer
     from unimed_jax.evaluate.report import write_report
     from unimed_jax.evaluate.tasks import evaluate
-    from unimed_jax.run import initial_model
+    from unimed_jax.model.unimed import with_parameters
+    from unimed_jax.run import initial_leaves
 
     leads = processes.leads()
     dataset = joined(load_datasets(config.data))
@@ -142,7 +146,8 @@ def _evaluate(run, config: Config) -> None:
     routing = None
     if shown:
         pixels = [dataset.image(key) for key in shown]
-        initial, _ = initial_model(config, run.tokenizer, run.mesh)
+        first, _ = initial_leaves(config, run.tokenizer, run.mesh, ("vision/*", "connector/*"))
+        initial = with_parameters(run.model, first)
         routing = routing_report(run.model, initial, config, pixels, list(shown.values()))
     if not leads:
         return
