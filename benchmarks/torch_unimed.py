@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimed_jax.config import VISUAL_TASKS, ModelConfig
-from unimed_jax.interop.unimed_pth import LINEARS
+from unimed_jax.interop.hf import LINEARS
 
 
 class Attention(nn.Module):
