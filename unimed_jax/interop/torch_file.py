@@ -315,7 +315,13 @@ class _Pickled:
         self._write("storage")
         self.out += _name("torch", STORAGES[np.dtype(dtype)])
         self._within(b"", (str(key), "cpu", size), pickle.TUPLE + pickle.BINPERSID)
-        rest = (0, tuple(shape), strides, False, collections.OrderedDict())  # offset, ..., no gradient, no hooks
+        rest: tuple[Any, ...] = (
+            0,
+            tuple(shape),
+            strides,
+            False,
+            collections.OrderedDict(),
+        )  # offset, ..., no gradient, no hooks
         self._within(b"", rest, pickle.TUPLE + pickle.REDUCE)
 
 
