@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 
+import golden_uni_med
 import ml_dtypes
 import numpy as np
 import pytest
@@ -191,9 +192,11 @@ def test_old_torch_format(tmp_path):
 
 def test_reference_checkpoint(goldens):
     """The original's file, optimizer state included, without torch: equal to what torch reads."""
-    path = goldens / "open/ref_format_checkpoint_0.pth"
+    entry = golden_uni_med.manifest(goldens)["checkpoint"]
+    path = goldens / entry["file"]
     file = TorchFile(path)
-    assert file.tree["epoch"] == 0 and file.tree["config"]["model"]["lora_r"] == 2
+    assert list(file.tree) == entry["top_keys"]
+    assert all(file.tree[key] == entry[key] for key in ("epoch", "scaler", "config"))
     torch = pytest.importorskip("torch", reason=NEEDS)
     peer = torch.load(path, weights_only=True)
     model = file.tensors("model")

@@ -358,7 +358,8 @@ def _representable(config: ModelConfig, leaves: Mapping[str, Any], table: Table)
         )
         if not fits
     ]
-    others = folded(path for path in leaves if path not in table.paths())
+    known = set(table.paths())
+    others = folded(path for path in leaves if path not in known)
     problems += [f"the trained {', '.join(others)}"] if others else []
     if problems:
         raise UserError(
