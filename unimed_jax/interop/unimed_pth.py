@@ -235,19 +235,15 @@ def _optimizer(file: TorchFile, config: ModelConfig) -> tuple[dict[int, str], di
     wanted = optimized(config)
     try:
         groups = [list(group["params"]) for group in optimizer["param_groups"]]  # type: ignore[index]
-        state = dict(optimizer["state"])  # type: ignore[index]
+        state = {**optimizer["state"]}  # type: ignore[index]
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(
             f"{file.path} holds no optimizer's state; give a checkpoint in the original's format."
         ) from error
     numbers = [number for group in groups for number in group]
+    known = {number for number in numbers if type(number) is int}
     fits = [len(group) for group in groups] == [len(names) for names in wanted]
-    if (
-        not fits
-        or any(type(n) is not int for n in numbers)
-        or len({*numbers}) < len(numbers)
-        or state.keys() - {*numbers}
-    ):
+    if not fits or len(known) < len(numbers) or state.keys() - known:
         raise UserError(
             f"{file.path}: its optimizer has {' + '.join(str(len(group)) for group in groups)} parameters, where this "
             f"model's has {' + '.join(str(len(names)) for names in wanted)} (decayed + not); check config.model."
