@@ -457,52 +457,59 @@ def first(tree, ending, group="model"):
     return next(name for name in tree[group] if name.endswith(ending))
 
 
-def test_renamed_transposed_and_missing_tensors_are_told_at_once(damage):
+def test_renamed_transposed_and_missing_tensors_are_told_at_once(damage, reference):
+    renamed = list(reference.table.by_name())[-1]
+
     def change(tree):
         model = tree["model"]
-        model["x"] = model.pop("task_tokens.cls")
+        model["x"] = model.pop(renamed)
         name = first(tree, "gate_proj.lora_A.default.weight")
         model[name] = model[name].T.contiguous()
         del model[first(tree, "q_proj.lora_B.default.weight")]
         model[first(tree, "k_proj.lora_B.default.weight")] = torch.zeros(2, 2, dtype=torch.long)
-        tree["config"]["model"]["lora_alpha"] = 3
+        tree["config"]["model"]["lora_alpha"] = 1000
 
-    text = damage("lora_alpha is 3, not", change)
-    for part in ("task_tokens.cls", "x is not known", "gate_proj.lora_A", "q_proj.lora_B", "k_proj.lora_B"):
+    text = damage("lora_alpha is 1000, not", change)
+    for part in (renamed, "x is not known", "gate_proj.lora_A", "q_proj.lora_B", "k_proj.lora_B"):
         assert part in text
 
 
 def test_settings_that_shapes_do_not_show(damage, reference):
-    connector = dataclasses.replace(reference.config.model.connector, router="sparse", top_k=1, aggregation="block")
+    theirs = reference.config.model.connector
+    router = "sparse" if theirs.router == "soft" else "soft"
+    connector = dataclasses.replace(theirs, aggregation="block", router=router, top_k=theirs.top_k + 1)
     text = damage(
-        "router_type is 'soft', not 'sparse'", config=dataclasses.replace(reference.config.model, connector=connector)
+        f"resample_method is '{theirs.aggregation}', not 'block'",
+        config=dataclasses.replace(reference.config.model, connector=connector),
     )
-    assert "sparse_topk is 2, not 1" in text and "resample_method is 'projection', not 'block'" in text
+    assert (f"router_type is '{theirs.router}', not '{router}'" in text) == theirs.is_moe
+    assert ("sparse_topk is" in text) == (theirs.is_moe and router == "sparse")
 
 
-def test_damaged_files(damage, tmp_path):
+def test_damaged_files(damage, reference, tmp_path):
     for end in (0.1, 0.5, 0.99):
         damage("damaged", bytes_=lambda data, end=end: data[: int(len(data) * end)])
+    name = list(reference.table.by_name())[-1]
 
     def nan(tree):
-        tree["model"]["router.fc1.weight"][3, 4] = float("nan")
+        tree["model"][name].view(-1)[-1] = float("nan")
 
-    damage("router.fc1.weight holds NaN", nan)
+    damage(f"{name} holds NaN", nan)
 
     def infinite(tree):
-        next(iter(tree["optimizer"]["state"].values()))["exp_avg_sq"][0, 0] = float("inf")
+        next(iter(tree["optimizer"]["state"].values()))["exp_avg_sq"].view(-1)[0] = float("inf")
 
     damage("exp_avg_sq of the optimizer in .*holds NaN or infinite", infinite, unimed_pth.load_moments)
 
     def torn(tree):
-        name = first(tree, ".weight") if "llm_proj.weight" in tree["model"] else "llm_proj.0.0.weight"
-        tree["model"][name] = tree["model"][name] + 1
+        tree["model"]["llm_proj.0.0.weight"] = tree["model"]["llm_proj.0.0.weight"] + 1
 
-    damage("llm_proj.0.0.weight and moe_layers.0.0.weight are one tensor", torn)
+    if reference.config.model.connector.is_moe:
+        damage("llm_proj.0.0.weight and moe_layers.0.0.weight are one tensor", torn)
     made = tmp_path / "made"
 
     def bomb(tree):
-        tree["config"]["run"]["hook"] = Touch(os.mkdir, str(made))
+        tree["config"]["hook"] = Touch(os.mkdir, str(made))
 
     damage("holds code or objects beside tensors", bomb)
     damage("holds code or objects beside tensors", bomb, unimed_pth.load_moments)
@@ -555,13 +562,15 @@ def test_export_is_there_whole_or_not_at_all(reference, tmp_path):
     config, leaves = reference.config, reference.leaves
     loaded = unimed_pth.load_unimed(reference.path, config.model, leaves)
     out = tmp_path / "out.pth"
-    path = "connector/experts/up"
+    path = list(loaded)[-1]
 
     class Broken:
         shape, dtype = loaded[path].shape, np.dtype(np.float32)
 
         def __array__(self, *_, **__):
             raise OSError(28, "No space left on device")
+
+        __getitem__ = __array__
 
     with pytest.raises(UserError, match="nothing of it was kept"):
         unimed_pth.export_unimed(out, config, loaded | {path: Broken()})
