@@ -9,7 +9,9 @@ from jax.sharding import NamedSharding
 from unimed_jax.config import ModelConfig
 from unimed_jax.interop.gguf import load_gguf
 from unimed_jax.interop.hf import load_decoder
+from unimed_jax.interop.peft import load_peft
 from unimed_jax.interop.towers import load_tower
+from unimed_jax.interop.unimed_pth import load_unimed
 
 Loader = Callable[
     [str, ModelConfig, Mapping[str, Any], Mapping[str, NamedSharding] | None, Mapping[str, Any] | None], dict[str, Any]
@@ -43,5 +45,7 @@ SOURCES: dict[str, Source] = {
     ),
     "eva": Source("the EVA-CLIP-g file", ("vision/*",), _tower("eva")),
     "clip": Source("the folder of a Hugging Face CLIP", ("vision/*",), _tower("clip")),
+    "unimed": Source("a checkpoint of the original Uni-Med (.pth)", ("connector/*", "decoder/*/lora_?"), load_unimed),
+    "peft": Source("the folder of a PEFT adapter", ("decoder/*/lora_?",), load_peft),
     "siglip": Source("the folder of a Hugging Face SigLIP", ("vision/*",), _tower("siglip")),
 }
