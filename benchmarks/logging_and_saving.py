@@ -27,9 +27,10 @@ from typing import Any
 import harness
 import jax
 
-from unimed_jax.config import Config, load_config_file
+from unimed_jax.config import Config
 from unimed_jax.data.datasets import load_datasets
 from unimed_jax.main import settings_of
+from unimed_jax.settings import load_config_file
 from unimed_jax.train import loop
 
 SIDES = ("neither", "logging", "saving")

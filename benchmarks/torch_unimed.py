@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimed_jax.config import VISUAL_TASKS, ModelConfig
-from unimed_jax.interop.unimed_pth import LINEARS
+from unimed_jax.interop.hf import linear_names
 
 
 class Attention(nn.Module):
@@ -143,7 +143,7 @@ class UniMed(Connector):
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=[LINEARS[name].split(".")[1] for name in lora.targets],
+            target_modules=[linear_names(d)[name].split(".")[1] for name in lora.targets],
             task_type="CAUSAL_LM",
         )
         self.llm_model = get_peft_model(LlamaForCausalLM(settings), adapters)

@@ -52,9 +52,9 @@ from unimed_jax.config import (
     OptimizerConfig,
     TrainConfig,
     VisionConfig,
-    check_model,
 )
 from unimed_jax.data import layout, packing
+from unimed_jax.settings import check_model
 
 SIDES = ("ours", "ours_shared", "torch_eager", "torch_compiled")
 CASES = {"padded": ("ours", "torch_eager", "torch_compiled"), "mixture": SIDES}

@@ -7,18 +7,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from unimed_jax.config import (
-    VISUAL_TASKS,
-    ConnectorConfig,
-    DecoderConfig,
-    LoraConfig,
-    ModelConfig,
-    VisionConfig,
-    check_model,
-)
+from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from unimed_jax.interop import unimed_pth
 from unimed_jax.interop.table import to_leaves
 from unimed_jax.model.unimed import UniMed, abstract, parameters, with_parameters
+from unimed_jax.settings import check_model
 
 
 def manifest(folder: Path) -> dict:

@@ -5,17 +5,8 @@ import json
 import ml_collections
 import pytest
 
-from unimed_jax.config import (
-    FIDELITY,
-    Config,
-    UserError,
-    config_hash,
-    default_config,
-    from_config_dict,
-    load_config_file,
-    nearest,
-    to_dict,
-)
+from unimed_jax.config import Config, UserError, config_hash, default_config, nearest, to_dict
+from unimed_jax.settings import FIDELITY, from_config_dict, load_config_file
 
 
 def with_settings(**settings):

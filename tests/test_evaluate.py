@@ -8,11 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from unimed_jax.config import TASKS, UserError, default_config, from_config_dict
+from unimed_jax.config import TASKS, UserError, default_config
 from unimed_jax.data.example import Example
 from unimed_jax.data.prompts import box_to_text, text_to_box
 from unimed_jax.evaluate import baselines, report_metrics, tasks
 from unimed_jax.evaluate.report import draw_routing, token_grid, verdict, write_report
+from unimed_jax.settings import from_config_dict
 
 SIZE = (48, 32)  # width, height: not square, so that mixing them up shows
 

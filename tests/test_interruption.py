@@ -19,10 +19,11 @@ import pytest
 from fake_brain import Squares, tiny_config
 
 from unimed_jax import main as door
-from unimed_jax.config import UserError, from_config_dict
+from unimed_jax.config import UserError
 from unimed_jax.data import datasets
 from unimed_jax.model.unimed import parameters
 from unimed_jax.run import load_text, open_run, write_config
+from unimed_jax.settings import from_config_dict
 from unimed_jax.train import interruption, loop
 from unimed_jax.train.interruption import Interruption, Stopped, claim, full_disk_told
 from unimed_jax.train.log import Log
@@ -287,7 +288,8 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from fake_brain import tiny_config
-from unimed_jax.config import UserError, from_config_dict
+from unimed_jax.config import UserError
+from unimed_jax.settings import from_config_dict
 from unimed_jax.train.interruption import full_disk_told
 from unimed_jax.train.log import Log
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))

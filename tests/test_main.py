@@ -9,9 +9,10 @@ from fake_brain import Squares, tiny_config
 from PIL import Image
 
 from unimed_jax import main as door
-from unimed_jax.config import TASKS, from_config_dict, to_dict
+from unimed_jax.config import TASKS, to_dict
 from unimed_jax.data import datasets
 from unimed_jax.model import sharding
+from unimed_jax.settings import from_config_dict
 
 CONFIG = """
 from fake_brain import tiny_config

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unimed_jax.config import TASKS, UserError, from_config_dict
+from unimed_jax.config import TASKS, UserError
 from unimed_jax.data import packing
 from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import Pipeline, source_order
+from unimed_jax.settings import from_config_dict
 
 
 class Words:

@@ -17,9 +17,10 @@ import pytest
 from fake_brain import Squares, tiny_config
 
 from unimed_jax import processes
-from unimed_jax.config import UserError, from_config_dict
+from unimed_jax.config import UserError
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.run import load_text
+from unimed_jax.settings import from_config_dict
 
 STEPS, ROWS = 12, 8
 DOOR = """

@@ -10,18 +10,10 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from unimed_jax.config import (
-    Config,
-    LossConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrainConfig,
-    UserError,
-    from_config_dict,
-    to_dict,
-)
+from unimed_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig, TrainConfig, UserError, to_dict
 from unimed_jax.model import sharding
 from unimed_jax.model.unimed import abstract, loss_sums, parameters, with_parameters
+from unimed_jax.settings import from_config_dict
 from unimed_jax.train.optimizer import Optimizer, leaf_rules
 from unimed_jax.train.step import TrainState, first_state, make_step
 

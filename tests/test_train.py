@@ -7,11 +7,12 @@ import pytest
 from fake_brain import Squares, tiny_config
 from PIL import Image
 
-from unimed_jax.config import UserError, from_config_dict
+from unimed_jax.config import UserError
 from unimed_jax.data import datasets
 from unimed_jax.model import sharding
 from unimed_jax.model.unimed import parameters
 from unimed_jax.run import open_run
+from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
 from unimed_jax.train.log import Log
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 
-from unimed_jax.config import from_config_dict, load_config_file
 from unimed_jax.data import layout
 from unimed_jax.model.decoder import Span
 from unimed_jax.model.unimed import (
@@ -22,6 +21,7 @@ from unimed_jax.model.unimed import (
     span_of,
     with_parameters,
 )
+from unimed_jax.settings import from_config_dict, load_config_file
 from unimed_jax.train.optimizer import leaf_rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

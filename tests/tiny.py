@@ -5,18 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from unimed_jax.config import (
-    TASKS,
-    VISUAL_TASKS,
-    ConnectorConfig,
-    DecoderConfig,
-    LoraConfig,
-    ModelConfig,
-    VisionConfig,
-    check_model,
-)
+from unimed_jax.config import TASKS, VISUAL_TASKS, ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from unimed_jax.data import layout
 from unimed_jax.model.unimed import UniMed, abstract, parameters, with_parameters
+from unimed_jax.settings import check_model
 
 BOS, EOS, PAD = 1, 2, 0
 COORDINATE_START = 12  # of the 101 coordinate tokens

@@ -1,20 +1,13 @@
-"""Settings of a run: typed frozen dataclasses, made once from an `ml_collections.ConfigDict`.
+"""Settings of a run as typed frozen dataclasses: every field with its default and meaning.
 
-A config file returns a ConfigDict that starts from `default_config()`; `from_config_dict` turns it
-into a `Config`, expands `fidelity` into named knobs and checks what one field alone cannot know.
+A config file returns a ConfigDict that starts from `default_config()`; `settings.from_config_dict` turns it into a
+checked `Config`.
 """
 
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import json
-import math
-import re
-import traceback
-import types
-import typing
-from pathlib import Path
 
 import ml_collections
 
@@ -86,8 +79,9 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency-dependent scaling of the rotary embedding."""
+    """Slower rotary embedding for longer rows: all frequencies, or Llama-3's low ones and a part of those between."""
 
+    kind: str = "llama3"  # llama3 | linear (all frequencies; the fields behind `factor` have no part in it)
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -96,7 +90,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A pre-norm decoder of the LLaMA family."""
+    """A pre-norm decoder; the defaults are LLaMA's. `interop/hf.py` says which fields make which published family."""
 
     vocab: int = 1024
     width: int = 128
@@ -105,15 +99,23 @@ class DecoderConfig:
     kv_heads: int = 4
     head_dim: int = 32
     mlp_width: int = 352
-    norm: str = "rms"  # rms | layer
+    norm: str = "rms"  # rms | rms_zero (times 1 + scale: Gemma) | layer
     norm_eps: float = 1e-5
-    activation: str = "silu"  # of the gated MLP
+    post_norms: bool = False  # norms behind attention and MLP too, before their sums with what went in
+    parallel_block: bool = False  # attention and MLP read one norm and are added together
+    gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    activation: str = "silu"  # of the MLP
     attention_bias: tuple[str, ...] = ()  # which of q, k, v, o carry a bias
     mlp_bias: bool = False
+    qk_norm: bool = False  # a norm over each head's q and k, before they are rotated
+    query_scale: float | None = None  # of the attention scores; None: head_dim ** -0.5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None  # of layers with a window, never scaled; None: rotated as the others
     rotary_fraction: float = 1.0  # part of each head that is rotated
+    scaled_embedding: bool = False  # embeddings of text (not of visual tokens) times the root of the width
     tied_head: bool = False
+    head_bias: bool = False
     windows: tuple[int, ...] = ()  # sliding window per layer in turn, 0 = full; () = all full
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -259,20 +261,6 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
-# The knobs that `fidelity` sets where a config leaves them None (DESIGN decision 8): by default, and as published.
-_KNOBS: dict[str, tuple[typing.Any, typing.Any]] = {
-    "text.max_words": (None, 50),
-    "text.double_bos": (False, True),
-    "text.training_blank": (False, True),
-    "data.mixing": ("per_example", "per_batch"),
-    "data.packing": (True, False),
-    "loss.reduction": ("example", "token"),
-    "optimizer.skip_unused": (False, True),
-    "evaluate.scoring": ("corrected", "published"),
-}
-FIDELITY = {name: {key: pair[i] for key, pair in _KNOBS.items()} for i, name in enumerate(("default", "paper"))}
-
-
 def default_config() -> ml_collections.ConfigDict:
     """Every setting at its default, as the mutable form that config files fill in."""
     # Types are checked once, by from_config_dict and in a sentence.
@@ -294,206 +282,3 @@ def nearest(word: str, choices) -> str:
     """The end of a sentence: `; did you mean 'X'?` when something close is among `choices`, else a full stop."""
     match = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else "."
-
-
-def from_config_dict(settings) -> Config:
-    """ConfigDict (or the dict of a run's config.json) -> Config, with `fidelity` expanded and checked.
-
-    Raises UserError for an unknown key, a wrong type or settings that do not go together.
-    """
-    if isinstance(settings, ml_collections.ConfigDict):
-        settings = settings.to_dict()
-    config = _build(Config, settings, "config")
-    if config.fidelity not in FIDELITY:
-        raise UserError(f"config.fidelity: {config.fidelity!r} is unknown; choose from {sorted(FIDELITY)}.")
-    for key, value in FIDELITY[config.fidelity].items():
-        section, field = key.split(".")
-        part = getattr(config, section)
-        if getattr(part, field) is None:
-            config = dataclasses.replace(config, **{section: dataclasses.replace(part, **{field: value})})
-    _check(config)
-    return config
-
-
-def _build(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """Recursively turns plain data into the annotated type `kind`."""
-    if isinstance(kind, types.UnionType):
-        options = typing.get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        return _build(next(o for o in options if o is not type(None)), value, where)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{where} must be a group of settings, not {value!r}.")
-        hints = typing.get_type_hints(kind)
-        for key in value:
-            if key not in hints:
-                raise UserError(f"{where}.{key} is not a setting{nearest(key, hints)}")
-        return kind(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()})
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, str) or not isinstance(value, (tuple, list)):
-            raise UserError(f"{where} must be a tuple, not {value!r}.")
-        args = typing.get_args(kind)
-        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) != len(value):
-            raise UserError(f"{where} must have {len(kinds)} entries, not {len(value)}: {value!r}.")
-        return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where} must be {kind.__name__}, not {value!r}.")
-    return value
-
-
-_CHOICES = {
-    "config.model.vision.activation": ("gelu", "gelu_tanh", "quick_gelu", "silu"),
-    "config.model.vision.qkv_bias": ("qv", "qkv", "none"),
-    "config.model.vision.position_init": ("normal", "sincos"),
-    "config.model.connector.aggregation": ("projection", "block", "avgpool", "maxpool"),
-    "config.model.connector.router": ("soft", "sparse", "hard", "constant"),
-    "config.model.connector.router_input": ("task_token", "token", "task"),
-    "config.model.connector.activation": ("gelu", "gelu_tanh", "silu"),
-    "config.model.connector.form": ("fast", "literal"),
-    "config.model.decoder.norm": ("rms", "layer"),
-    "config.model.decoder.activation": ("silu", "gelu", "gelu_tanh"),
-    "config.model.decoder.attention_bias": ("q", "k", "v", "o"),
-    "config.model.lora.targets": LoraConfig.targets,
-    "config.model.compute_dtype": ("float32", "bfloat16"),
-    "config.model.frozen_dtype": ("float32", "bfloat16"),
-    "config.model.attention": ("auto", "xla", "cudnn", "splash"),
-    "config.model.remat": ("none", "dots", "full"),
-    "config.data.mixing": ("per_example", "per_batch"),
-    "config.loss.reduction": ("token", "example"),
-    "config.evaluate.scoring": ("corrected", "published"),
-}
-
-
-# Whole numbers count something and are at least 1, but for these.
-_LEAST = {
-    **{"seed": 0, "task_tokens": 0, "top_k": 0, "rank": 0, "row_images": 0, "threads": 0, "warmup_steps": 0},
-    **{"limit": 0, "feature_layer": -math.inf},
-}
-
-
-def _check_fields(settings, where: str) -> None:
-    for field in dataclasses.fields(settings):
-        key, value = f"{where}.{field.name}", getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            _check_fields(value, key)
-        elif key in _CHOICES:
-            for entry in value if isinstance(value, tuple) else (value,):
-                if entry not in _CHOICES[key]:
-                    raise UserError(f"{key}: {entry!r} is unknown; choose from {', '.join(_CHOICES[key])}.")
-        elif type(value) is int and value < _LEAST.get(field.name, 1):
-            raise UserError(f"{key}={value}: set at least {_LEAST.get(field.name, 1)}.")
-
-
-def _check(config: Config) -> None:
-    _check_fields(config, "config")
-    check_model(config.model)
-    data, train, connector = config.data, config.train, config.model.connector
-    visual = {task for s in data.sources for task in s.tasks or VISUAL_TASKS if task in VISUAL_TASKS}
-    for index, task in enumerate(VISUAL_TASKS):
-        if connector.is_moe and connector.router == "hard" and task in visual and index >= connector.experts:
-            raise UserError(
-                f"config.model.connector: the hard router sends task {task!r} to expert {index}, "
-                f"but there are {connector.experts}; set experts={len(VISUAL_TASKS)}."
-            )
-    if data.mixing == "per_batch" and data.packing:
-        raise UserError("config.data: mixing='per_batch' takes one example a row; set data.packing=False.")
-    if data.rows % train.accumulation:
-        raise UserError(
-            f"config.train.accumulation={train.accumulation} does not divide data.rows={data.rows}; choose a divisor."
-        )
-    for pattern, action, *_ in train.rules:
-        if action not in ("train", "freeze"):
-            raise UserError(f"config.train.rules: {pattern!r} says {action!r}; write 'train' or 'freeze'.")
-    for source in data.sources:
-        if source.weight <= 0 or source.questions < 1:
-            raise UserError(
-                f"config.data.sources: {source.name!r} has weight={source.weight} and questions={source.questions}; "
-                "a weight above 0 and at least 1 question are needed."
-            )
-        for task in source.tasks:
-            if task not in TASKS:
-                raise UserError(f"config.data.sources: {task!r} is no task{nearest(task, TASKS)}")
-
-
-def check_model(model: ModelConfig) -> None:
-    """Refuses what cannot be built, and what the original accepts but cannot run (its `broken` cases)."""
-    _check_fields(model, "config.model")
-    vision, connector, decoder = model.vision, model.connector, model.decoder
-    if vision.image_size % vision.patch_size:
-        raise UserError(
-            f"config.model.vision: image_size={vision.image_size} is no multiple of patch_size={vision.patch_size}."
-        )
-    if vision.width % vision.heads:
-        raise UserError(f"config.model.vision: heads={vision.heads} does not divide width={vision.width}.")
-    if not -vision.depth <= vision.feature_layer <= -1:
-        raise UserError(
-            f"config.model.vision: feature_layer={vision.feature_layer} of depth={vision.depth}; count from the end, "
-            f"-1 (the last block) to -{vision.depth}."
-        )
-    if vision.position_init == "sincos" and vision.width % 4:
-        raise UserError(f"config.model.vision: position_init='sincos' needs 4 to divide width={vision.width}.")
-    kind = connector.kind
-    if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu|moe_linear|moe_mlp", kind):
-        raise UserError(
-            f"config.model.connector.kind: {kind!r} is unknown; choose linear, mlpNx_gelu (N layers), moe_linear "
-            "or moe_mlp."
-        )
-    if connector.task_tokens not in (0, 1):
-        raise UserError(
-            f"config.model.connector.task_tokens={connector.task_tokens}: a task token is repeated over all visual "
-            "tokens, so there is one or none; set 0 or 1."
-        )
-    if connector.aggregation in ("avgpool", "maxpool") and (connector.rate != 4 or vision.grid % 2):
-        raise UserError(
-            f"config.model.connector: {connector.aggregation} pools 2x2 patches: it needs rate=4 and an even grid, not "
-            f"rate={connector.rate} and a grid of {vision.grid}."
-        )
-    if connector.aggregation == "block":
-        side = math.isqrt(connector.rate)
-        if side * side != connector.rate or vision.grid % side:
-            raise UserError(
-                f"config.model.connector: block aggregation needs a square rate whose side divides the grid of "
-                f"{vision.grid}, not rate={connector.rate}."
-            )
-    if vision.patches % connector.rate:
-        raise UserError(
-            f"config.model.connector: rate={connector.rate} does not divide the {vision.patches} patches of an image."
-        )
-    if connector.is_moe:
-        if connector.task_tokens == 0 and connector.router in ("soft", "sparse") and connector.router_input != "token":
-            raise UserError(
-                f"config.model.connector: router_input={connector.router_input!r} reads a task token, but "
-                "task_tokens=0; set task_tokens=1 or router_input='token'."
-            )
-        if connector.router == "sparse" and not 1 <= connector.top_k <= connector.experts:
-            raise UserError(
-                f"config.model.connector: top_k={connector.top_k} of {connector.experts} experts; set 1 to "
-                f"{connector.experts}."
-            )
-    if decoder.heads % decoder.kv_heads:
-        raise UserError(f"config.model.decoder: kv_heads={decoder.kv_heads} does not divide heads={decoder.heads}.")
-
-
-def load_config_file(path: str):
-    """Runs `path.py` or `path.py:argument` and returns its ConfigDict."""
-    file, _, argument = path.partition(":")
-    if not Path(file).is_file():
-        folder = Path(file).parent
-        have = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
-        raise UserError(f"--config={file} does not exist{nearest(file, have)}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        settings = module.get_config(argument) if argument else module.get_config()
-    except (AttributeError, KeyError, TypeError, NameError, SyntaxError) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        raise UserError(f"--config={file}, line {[*lines, '?'][-1]}: {' '.join(str(error).split())}") from error
-    if not settings.name:
-        settings.name = Path(file).stem
-    return settings

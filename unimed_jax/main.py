@@ -15,7 +15,8 @@ from typing import Any
 import ml_collections
 
 from unimed_jax import processes
-from unimed_jax.config import TASKS, Config, UserError, from_config_dict, load_config_file, nearest, to_dict
+from unimed_jax.config import TASKS, Config, UserError, nearest, to_dict
+from unimed_jax.settings import from_config_dict, load_config_file
 from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
 VERBS = ("train", "evaluate", "predict")

@@ -16,12 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from unimed_jax.checkpoint import Checkpoints
-from unimed_jax.config import Config, UserError, from_config_dict, to_dict
+from unimed_jax.config import Config, UserError, to_dict
 from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
+from unimed_jax.settings import from_config_dict
 
 # Where each kind of `config.init` takes its leaves from; the others come with later kinds.
 INIT_KINDS = {"seed": "random numbers from config.seed", "run": "a finished run's folder"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.config import FIDELITY, TASKS, Config, UserError, config_hash, to_dict
+from unimed_jax.config import TASKS, Config, UserError, config_hash, to_dict
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.prompts import cut_words, text_to_box
 from unimed_jax.evaluate import baselines
@@ -27,6 +27,7 @@ from unimed_jax.evaluate.metrics import (
     vqa_report,
 )
 from unimed_jax.evaluate.report_metrics import report_scores
+from unimed_jax.settings import FIDELITY
 
 # Examples and their images (uint8 [H, W, 3]; None for text alone) -> one answer each.
 Answer = Callable[[Sequence[Example], Sequence[np.ndarray | None]], list[str]]

@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import NamedSharding
@@ -45,16 +45,23 @@ def read_settings(folder: str | Path) -> PretrainedConfig:
 
 def decoder_config(settings: PretrainedConfig, where: str = "config.json") -> DecoderConfig:
     """Our settings of the same decoder. Raises UserError, naming the field, for what is not supported."""
-    family = settings.model_type
-    if family not in FAMILIES:
-        raise UserError(f"{where}: model_type {family!r} is not supported; choose from {', '.join(FAMILIES)}.")
+    if settings.model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {settings.model_type!r} is not supported; choose from {', '.join(FAMILIES)}."
+        )
+    family = FAMILIES[settings.model_type]
     if getattr(settings, "quantization_config", None):
         raise UserError(f"{where}: the weights are quantised (quantization_config); give the original ones.")
-    act = getattr(settings, "hidden_activation", None) or settings.hidden_act
+    for name in family.unsupported:
+        if getattr(settings, name):
+            raise UserError(
+                f"{where}: {name}={getattr(settings, name)!r} is not supported for {settings.model_type}; give a model "
+                "without it."
+            )
+    act = getattr(settings, family.activation)
     if act not in ACTIVATIONS:
-        raise UserError(f"{where}: hidden_act {act!r} is not supported; choose from {', '.join(ACTIVATIONS)}.")
+        raise UserError(f"{where}: {family.activation} {act!r} is not supported; choose from {', '.join(ACTIVATIONS)}.")
     heads = settings.num_attention_heads
-    theta, scaling, fraction = _rope(settings.rope_parameters, where)
     common: dict[str, Any] = {
         "vocab": settings.vocab_size,
         "width": settings.hidden_size,
@@ -63,20 +70,36 @@ def decoder_config(settings: PretrainedConfig, where: str = "config.json") -> De
         "kv_heads": getattr(settings, "num_key_value_heads", None) or heads,
         "head_dim": getattr(settings, "head_dim", None) or settings.hidden_size // heads,
         "mlp_width": settings.intermediate_size,
-        "norm_eps": float(settings.rms_norm_eps),
+        "norm_eps": getattr(settings, family.eps),
         "activation": ACTIVATIONS[act],
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rotary_fraction": fraction,
         "tied_head": bool(settings.tie_word_embeddings),
+        **family.ours(settings),
     }
-    return DecoderConfig(**{**common, **FAMILIES[family](settings)})
+    return DecoderConfig(**common, **_rope(settings, family, bool(common.get("windows")), where))
 
 
-def _rope(parameters: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None, float]:
-    """(theta, scaling, rotated fraction of a head)."""
+def _rope(settings: Any, family: "Family", windowed: bool, where: str) -> dict[str, Any]:
+    """The fields of the rotary embedding."""
+    parameters, local = settings.rope_parameters, None
+    if family.local_rope:
+        parameters, near = parameters["full_attention"], parameters["sliding_attention"]
+        if near.get("rope_type", "default") != "default":
+            raise UserError(
+                f"{where}: rope_type {near['rope_type']!r} of rope_parameters.sliding_attention is not supported; the "
+                "layers with a window must have the default."
+            )
+        local = float(near["rope_theta"]) if windowed else None
+    if "rope_theta" not in parameters:
+        raise UserError(f"{where}: rope_parameters is not supported, as it holds no rope_theta; set it.")
     kind, scaling = parameters.get("rope_type", "default"), None
-    if kind == "llama3":
+    fraction = float(parameters.get("partial_rotary_factor", 1.0))
+    if fraction != 1 and not family.partial_rotary:
+        raise UserError(
+            f"{where}: partial_rotary_factor={fraction} is not supported for {settings.model_type}; it must be 1."
+        )
+    if kind == "linear":
+        scaling = RopeScaling(kind="linear", factor=float(parameters["factor"]))
+    elif kind == "llama3":
         scaling = RopeScaling(
             factor=float(parameters["factor"]),
             low_freq_factor=float(parameters["low_freq_factor"]),
@@ -84,14 +107,16 @@ def _rope(parameters: Mapping[str, Any], where: str) -> tuple[float, RopeScaling
             original_positions=int(parameters["original_max_position_embeddings"]),
         )
     elif kind != "default":
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; choose from default, llama3.")
-    return float(parameters["rope_theta"]), scaling, float(parameters.get("partial_rotary_factor", 1.0))
+        raise UserError(f"{where}: rope_type {kind!r} is not supported; choose from default, linear, llama3.")
+    theta = float(parameters["rope_theta"])
+    if local == theta and scaling is None:
+        local = None
+    return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local, "rotary_fraction": fraction}
 
 
 def _windows(settings: PretrainedConfig) -> tuple[int, ...]:
     """Sliding windows of the layers, as the shortest run that repeats."""
-    kinds = getattr(settings, "layer_types", None) or ["sliding_attention"] * settings.num_hidden_layers
-    windows = [settings.sliding_window or 0 if kind == "sliding_attention" else 0 for kind in kinds]
+    windows = [settings.sliding_window or 0 if kind == "sliding_attention" else 0 for kind in settings.layer_types]
     if not any(windows):
         return ()
     return next(
@@ -101,14 +126,73 @@ def _windows(settings: PretrainedConfig) -> tuple[int, ...]:
     )
 
 
-# Family -> the fields in which it differs from the plain LLaMA.
-FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "llama": lambda s: {
-        "attention_bias": ("q", "k", "v", "o") if s.attention_bias else (),
-        "mlp_bias": bool(s.mlp_bias),
-    },
-    "mistral": lambda s: {"windows": _windows(s)},
-    "qwen2": lambda s: {"attention_bias": ("q", "k", "v"), "windows": _windows(s)},
+def _biases(on: bool, linears: tuple[str, ...] = ("q", "k", "v", "o")) -> tuple[str, ...]:
+    return linears if on else ()
+
+
+class Family(NamedTuple):
+    """How a family's settings are to be read."""
+
+    ours: Callable[[Any], dict[str, Any]]  # their settings -> our fields that differ from the plain LLaMA's
+    unsupported: tuple[str, ...] = ()  # settings of theirs that must be off
+    eps: str = "rms_norm_eps"
+    activation: str = "hidden_act"
+    local_rope: bool = False  # rope_parameters are apart for layers with a window
+    partial_rotary: bool = False  # the others ignore partial_rotary_factor
+
+
+def _gemma(s: Any) -> dict[str, Any]:
+    return {"norm": "rms_zero", "scaled_embedding": True, "attention_bias": _biases(s.attention_bias)}
+
+
+def _gemma2(s: Any) -> dict[str, Any]:
+    return {
+        **_gemma(s),
+        "post_norms": True,
+        "query_scale": s.query_pre_attn_scalar**-0.5,
+        "windows": _windows(s),
+        "logit_softcap": s.final_logit_softcapping,
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(lambda s: {"attention_bias": _biases(s.attention_bias), "mlp_bias": s.mlp_bias}),
+    "mistral": Family(lambda s: {"windows": (s.sliding_window,) if s.sliding_window else ()}),
+    "qwen2": Family(lambda s: {"attention_bias": ("q", "k", "v"), "windows": _windows(s)}),
+    "qwen3": Family(
+        lambda s: {"attention_bias": _biases(s.attention_bias), "windows": _windows(s), "qk_norm": True},
+    ),
+    "gemma": Family(_gemma, ("use_bidirectional_attention",)),
+    "gemma2": Family(
+        lambda s: {**_gemma2(s), "attention_softcap": s.attn_logit_softcapping},
+        ("use_bidirectional_attention",),
+        activation="hidden_activation",
+    ),
+    "gemma3_text": Family(
+        lambda s: {**_gemma2(s), "qk_norm": True},
+        # Its attention has no soft cap in transformers, whatever this setting says.
+        ("use_bidirectional_attention", "attn_logit_softcapping"),
+        activation="hidden_activation",
+        local_rope=True,
+    ),
+    "stablelm": Family(
+        lambda s: {
+            "norm": "layer",
+            "attention_bias": _biases(s.use_qkv_bias, ("q", "k", "v")),
+            "parallel_block": s.use_parallel_residual,
+        },
+        ("qk_layernorm",),  # a norm of its own for each head
+        eps="layer_norm_eps",
+        partial_rotary=True,
+    ),
+    "phi": Family(
+        lambda s: {
+            **{"norm": "layer", "parallel_block": True, "gated_mlp": False, "qk_norm": s.qk_layernorm},
+            **{"attention_bias": _biases(True), "mlp_bias": True, "head_bias": True},
+        },
+        eps="layer_norm_eps",
+        partial_rotary=True,
+    ),
 }
 
 
@@ -117,8 +201,10 @@ def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfi
 
     Raises UserError where none can.
     """
-    rope = {"rope_type": "default", "rope_theta": d.rope_theta}
-    if d.rope_scaling is not None:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": d.rope_theta}
+    if d.rope_scaling is not None and d.rope_scaling.kind == "linear":
+        rope |= {"rope_type": "linear", "factor": d.rope_scaling.factor}
+    elif d.rope_scaling is not None:
         rope |= {
             "rope_type": "llama3",
             "factor": d.rope_scaling.factor,
@@ -126,7 +212,9 @@ def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfi
             "high_freq_factor": d.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": d.rope_scaling.original_positions,
         }
-    windows = _every(d).windows
+    windows, scale = _explicit(d).windows, _explicit(d).query_scale
+    assert scale is not None
+    act = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh" if d.gated_mlp else "gelu_new"}
     words: dict[str, Any] = {
         "vocab_size": d.vocab,
         "hidden_size": d.width,
@@ -135,23 +223,32 @@ def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfi
         "num_attention_heads": d.heads,
         "num_key_value_heads": d.kv_heads,
         "head_dim": d.head_dim,
-        "hidden_act": {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[d.activation],
-        "rms_norm_eps": d.norm_eps,
         "tie_word_embeddings": d.tied_head,
-        "rope_parameters": rope,
         "attention_bias": bool(d.attention_bias),
+        "use_qkv_bias": bool(d.attention_bias),
         "mlp_bias": d.mlp_bias,
+        "qk_layernorm": d.qk_norm,
+        "use_parallel_residual": d.parallel_block,
+        "query_pre_attn_scalar": round(scale**-2),
+        "attn_logit_softcapping": d.attention_softcap,
+        "final_logit_softcapping": d.logit_softcap,
         "sliding_window": max(windows) or None,
         "use_sliding_window": any(windows),
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
         "max_position_embeddings": max(positions, 2 * d.rope_scaling.original_positions if d.rope_scaling else 0),
     }
-    for family in FAMILIES:
-        kind: Any = CONFIG_MAPPING[family]
+    for name, family in FAMILIES.items():
+        kind: Any = CONFIG_MAPPING[name]
         known = {field.name for field in dataclasses.fields(kind)}
+        own = {family.eps: d.norm_eps, family.activation: act[d.activation], "rope_parameters": rope}
+        if family.partial_rotary:
+            own["rope_parameters"] = rope | {"partial_rotary_factor": d.rotary_fraction}
+        if family.local_rope:
+            near = {"rope_type": "default", "rope_theta": d.local_rope_theta or d.rope_theta}
+            own["rope_parameters"] = {"full_attention": rope, "sliding_attention": near}
         try:
-            settings = kind(**{word: value for word, value in words.items() if word in known})
-            if _every(decoder_config(settings)) == _every(d):
+            settings = kind(**{word: value for word, value in words.items() if word in known}, **own)
+            if not differences(decoder_config(settings), d):
                 settings.architectures = [kind.__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"]
                 return settings
         except Exception:  # noqa: S112  the family's own checks refuse these numbers
@@ -162,24 +259,37 @@ def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfi
     )
 
 
-def _every(d: DecoderConfig) -> DecoderConfig:
-    """The same decoder with a window for every layer."""
-    return dataclasses.replace(d, windows=tuple(np.resize(d.windows or (0,), d.depth).tolist()))
+def _explicit(d: DecoderConfig) -> DecoderConfig:
+    """The same decoder with a window for every layer and the scale of its attention scores."""
+    windows = tuple(np.resize(d.windows or (0,), d.depth).tolist())
+    scale = d.head_dim**-0.5 if d.query_scale is None else d.query_scale
+    return dataclasses.replace(d, windows=windows, query_scale=scale)
 
 
 # --------------------------------------------------------------------------------------------------
 # Tensors
 # --------------------------------------------------------------------------------------------------
 
-LINEARS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
+
+def linear_names(d: DecoderConfig) -> dict[str, str]:
+    """Our linear -> its name within a layer of Hugging Face's. An MLP without a gate is Phi's alone."""
+    names = {x: f"self_attn.{x}_proj" for x in "qkv"}
+    if not d.gated_mlp:
+        return names | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}
+    return names | {"o": "self_attn.o_proj"} | {x: f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+
+
+def norm_names(d: DecoderConfig) -> dict[str, str]:
+    """Our norm -> its name within a layer of Hugging Face's, where one word means two things."""
+    names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    if d.post_norms:
+        names |= {"post_norm1": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm"}
+        names |= {"post_norm2": "post_feedforward_layernorm"}
+    if d.parallel_block:
+        del names["norm2"]
+    if d.qk_norm:
+        names |= {f"attention/{x}_norm": f"self_attn.{x}_{'layernorm' if d.norm == 'layer' else 'norm'}" for x in "qk"}
+    return names
 
 
 def leaf_of(linear: str) -> str:
@@ -189,22 +299,29 @@ def leaf_of(linear: str) -> str:
 
 def decoder_table(d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] = ()) -> Table:
     """The decoder's tensors under `prefix`; `wrapped` linears carry PEFT's ".base_layer"."""
+
+    def norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> list[Entry]:
+        parts = {"weight": "scale"} | ({"bias": "bias"} if d.norm == "layer" else {})
+        return [Entry(f"{theirs}.{word}", f"decoder/{ours}/{part}", index) for word, part in parts.items()]
+
     table = [Entry(f"{prefix}model.embed_tokens.weight", "decoder/embedding")]
     for i in range(d.depth):
         layer = f"{prefix}model.layers.{i}"
-        for ours, theirs in LINEARS.items():
+        for ours, theirs in linear_names(d).items():
             name = f"{layer}.{theirs}{'.base_layer' if ours in wrapped else ''}"
             table.append(Entry(f"{name}.weight", f"{leaf_of(ours)}/kernel", (i,), "transpose"))
             if ours in d.attention_bias or (ours not in "qkvo" and d.mlp_bias):
                 table.append(Entry(f"{name}.bias", f"{leaf_of(ours)}/bias", (i,)))
-        table.append(Entry(f"{layer}.input_layernorm.weight", "decoder/layers/norm1/scale", (i,)))
-        table.append(Entry(f"{layer}.post_attention_layernorm.weight", "decoder/layers/norm2/scale", (i,)))
-    table.append(Entry(f"{prefix}model.norm.weight", "decoder/norm/scale"))
+        for ours, theirs in norm_names(d).items():
+            table += norm(f"{layer}.{theirs}", f"layers/{ours}", (i,))
+    table += norm(f"{prefix}model.{'norm' if d.gated_mlp else 'final_layernorm'}", "norm")
     ignored = ["*.rotary_emb.inv_freq"]
     if d.tied_head:
         ignored.append(f"{prefix}lm_head.weight")  # the embedding again
     else:
         table.append(Entry(f"{prefix}lm_head.weight", "decoder/head", layout="transpose"))
+    if d.head_bias:
+        table.append(Entry(f"{prefix}lm_head.bias", "decoder/head_bias"))
     return Table(tuple(table), tuple(ignored))
 
 
@@ -238,7 +355,7 @@ def load_decoder(
 
 def differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
     """(field, value of a, value of b) wherever two decoders compute differently."""
-    a, b = _every(a), _every(b)
+    a, b = _explicit(a), _explicit(b)
     names = (field.name for field in dataclasses.fields(DecoderConfig))
     return [(n, getattr(a, n), getattr(b, n)) for n in names if getattr(a, n) != getattr(b, n)]
 

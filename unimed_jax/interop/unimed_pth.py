@@ -6,12 +6,11 @@ stacked, experts concatenated and linears [in, out].
 
 from unimed_jax.config import VISUAL_TASKS, ModelConfig
 from unimed_jax.interop import hf
-from unimed_jax.interop.hf import LINEARS
 from unimed_jax.interop.table import Entry, Table, to_leaves, to_published
 from unimed_jax.interop.towers import eva_table
 from unimed_jax.model.connector import visual_features
 
-__all__ = ["LINEARS", "to_leaves", "to_published"]
+__all__ = ["to_leaves", "to_published"]
 
 
 def connector_table(config: ModelConfig) -> Table:
@@ -57,10 +56,11 @@ def connector_table(config: ModelConfig) -> Table:
 def lora_table(config: ModelConfig, prefix: str = "llm_model.base_model.model.model.layers") -> Table:
     """Adapters as PEFT names them in a model that it wraps."""
     table = []
+    names = hf.linear_names(config.decoder)
     for i in range(config.decoder.depth):
         for ours in config.lora.targets if config.lora.rank else ():
             for letter in "ab":
-                name = f"{prefix}.{i}.{LINEARS[ours]}.lora_{letter.upper()}.default.weight"
+                name = f"{prefix}.{i}.{names[ours]}.lora_{letter.upper()}.default.weight"
                 table.append(Entry(name, f"{hf.leaf_of(ours)}/lora_{letter}", (i,), "transpose"))
     return Table(tuple(table), ("*.rotary_emb.inv_freq",))
 

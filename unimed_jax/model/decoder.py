@@ -1,4 +1,4 @@
-"""The language decoder: one pre-norm block for the LLaMA family, layers stacked and scanned."""
+"""The language decoder: one pre-norm block for all families, layers stacked and scanned."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, LoraConfig
 from unimed_jax.model.attention import attend
-from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, normal, rope_frequencies, rotate, scan_layers, stack
+from unimed_jax.model.layers import (
+    ACTIVATIONS,
+    Linear,
+    Norm,
+    normal,
+    rope_frequencies,
+    rotate,
+    scan_layers,
+    spread,
+    stack,
+)
 
 
 class Span(NamedTuple):
@@ -59,9 +69,11 @@ class Attention(nnx.Module):
         self.k = linear("k", c.width, c.kv_heads * c.head_dim)
         self.v = linear("v", c.width, c.kv_heads * c.head_dim)
         self.o = linear("o", c.heads * c.head_dim, c.width, std=(2 * c.depth * c.heads * c.head_dim) ** -0.5)
+        self.q_norm = Norm(c.head_dim, c.norm, c.norm_eps) if c.qk_norm else None
+        self.k_norm = Norm(c.head_dim, c.norm, c.norm_eps) if c.qk_norm else None
 
-    def __call__(self, x, span: Span, mask, cached, dropout):
-        """x [B, S, D] -> ([B, S, D], (all keys, all values) or None).
+    def __call__(self, x, span: Span, frequencies, mask, cached, dropout):
+        """x [B, S, D], frequencies [half] of the rotation -> ([B, S, D], (all keys, all values) or None).
 
         `cached` (all keys, all values, this layer's number, first place): x's keys and values are written there
         and the layer's are attended instead of x's own.
@@ -71,8 +83,8 @@ class Attention(nnx.Module):
         q = self.q(x, dropout[0]).reshape(batch, length, c.heads, c.head_dim)  # [B, S, heads, d]
         k = self.k(x, dropout[1]).reshape(batch, length, c.kv_heads, c.head_dim)  # [B, S, kv_heads, d]
         v = self.v(x, dropout[2]).reshape(batch, length, c.kv_heads, c.head_dim)  # [B, S, kv_heads, d]
-        rotary = 2 * int(c.head_dim * c.rotary_fraction / 2)
-        frequencies = rope_frequencies(rotary, c.rope_theta, c.rope_scaling)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, span.positions, frequencies), rotate(k, span.positions, frequencies)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, kv_heads, S, d]
         filled = None
@@ -86,12 +98,12 @@ class Attention(nnx.Module):
             k, v = (jax.lax.dynamic_index_in_dim(all_, layer, keepdims=False) for all_ in filled)  # [B, kv_heads, C, d]
         # A cache is read by a few queries at a time, which no fused kernel is made for.
         implementation = self.implementation if cached is None else "xla"
-        out = attend(q, k, v, mask, softcap=c.attention_softcap, implementation=implementation)
+        out = attend(q, k, v, mask, scale=c.query_scale, softcap=c.attention_softcap, implementation=implementation)
         return self.o(out.reshape(batch, length, -1), dropout[3]), filled  # [B, S, heads * d] in
 
 
 class Mlp(nnx.Module):
-    """down(act(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.activation = config.activation
@@ -100,27 +112,38 @@ class Mlp(nnx.Module):
             adapter = lora if lora and name in lora.targets else None
             return Linear(width_in, width_out, bias=config.mlp_bias, std=std, lora=adapter, rngs=rngs)
 
-        self.gate = linear("gate", config.width, config.mlp_width)
+        self.gate = linear("gate", config.width, config.mlp_width) if config.gated_mlp else None
         self.up = linear("up", config.width, config.mlp_width)
         self.down = linear("down", config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5)
 
     def __call__(self, x: Float[Array, "B S D"], dropout) -> Float[Array, "B S D"]:
-        hidden = ACTIVATIONS[self.activation](self.gate(x, dropout[0])) * self.up(x, dropout[1])
-        return self.down(hidden, dropout[2])
+        act = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(act(self.up(x, dropout[1])), dropout[2])
+        return self.down(act(self.gate(x, dropout[0])) * self.up(x, dropout[1]), dropout[2])
 
 
 class Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, implementation: str, rngs: nnx.Rngs):
+        def norm(there: bool) -> Norm | None:
+            return Norm(config.width, config.norm, config.norm_eps) if there else None
+
         self.norm1 = Norm(config.width, config.norm, config.norm_eps)
         self.attention = Attention(config, lora, implementation, rngs)
-        self.norm2 = Norm(config.width, config.norm, config.norm_eps)
+        self.post_norm1 = norm(config.post_norms)
+        self.norm2 = norm(not config.parallel_block)
         self.mlp = Mlp(config, lora, rngs)
+        self.post_norm2 = norm(config.post_norms)
 
-    def __call__(self, x, span: Span, mask, cached, dropout_key):
+    def __call__(self, x, span: Span, frequencies, mask, cached, dropout_key):
         dropout = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
-        attended, filled = self.attention(self.norm1(x), span, mask, cached, dropout[:4])
-        x = x + attended
-        return x + self.mlp(self.norm2(x), dropout[4:]), filled
+        normed = self.norm1(x)
+        attended, filled = self.attention(normed, span, frequencies, mask, cached, dropout[:4])
+        x = x + (attended if self.post_norm1 is None else self.post_norm1(attended))
+        if self.norm2 is not None:  # else a parallel block: the MLP reads what attention read
+            normed = self.norm2(x)
+        out = self.mlp(normed, dropout[4:])
+        return x + (out if self.post_norm2 is None else self.post_norm2(out)), filled
 
 
 class Decoder(nnx.Module):
@@ -137,9 +160,22 @@ class Decoder(nnx.Module):
         self.layers = stack(lambda r: Layer(c, adapter, attention, r), c.depth, rngs)
         self.norm = Norm(c.width, c.norm, c.norm_eps)
         self.head = None if c.tied_head else nnx.Param(normal(rngs.params(), (c.width, c.vocab), 0.02))
+        self.head_bias = nnx.Param(jnp.zeros(c.vocab)) if c.head_bias else None
 
     def embed(self, tokens: Int[Array, "B S"], dtype) -> Float[Array, "B S D"]:
-        return self.embedding[...][tokens].astype(dtype)
+        """Text's embeddings, scaled where the family does. Visual tokens take their places as the connector makes
+        them, as image features do in Hugging Face's Gemma 3 and PaliGemma."""
+        x = self.embedding[...][tokens].astype(dtype)
+        return x * jnp.asarray(self.config.width**0.5, dtype) if self.config.scaled_embedding else x
+
+    def frequencies(self, window: Int[Array, ""]) -> Float[Array, "half"]:
+        """Of the rotation in a layer with that window, in radians per position."""
+        c = self.config
+        rotary = 2 * int(c.head_dim * c.rotary_fraction / 2)
+        everywhere = rope_frequencies(rotary, c.rope_theta, c.rope_scaling)
+        if c.local_rope_theta is None:
+            return everywhere
+        return jnp.where(window > 0, rope_frequencies(rotary, c.local_rope_theta, None), everywhere)
 
     def __call__(
         self,
@@ -161,7 +197,7 @@ class Decoder(nnx.Module):
             layer, number, window, key = inputs
             mask = visible(span, key_span, start, window) if shared_mask is None else shared_mask
             cached = None if filled is None else (*filled, number, start)
-            return layer(x, span, mask, cached, key), None
+            return layer(x, span, self.frequencies(window), mask, cached, key), None
 
         filled = None if cache is None else (cache.keys, cache.values)
         inputs = (self.layers, jnp.arange(self.config.depth), windows, keys)
@@ -172,6 +208,8 @@ class Decoder(nnx.Module):
         """float32 logits."""
         head = self.embedding[...].T if self.head is None else self.head[...]
         logits = (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+        if self.head_bias is not None:
+            logits += spread(self.head_bias[...].astype(jnp.float32), logits)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

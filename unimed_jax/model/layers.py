@@ -79,11 +79,11 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm ("layer": scale and bias) or RMSNorm ("rms": scale), computed in float32."""
+    """LayerNorm ("layer": scale and bias) or RMSNorm ("rms": scale; "rms_zero": 1 + scale), computed in float32."""
 
     def __init__(self, width: int, kind: str, eps: float):
         self.kind, self.eps = kind, eps
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.zeros(width) if kind == "rms_zero" else jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width)) if kind == "layer" else None
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -92,7 +92,9 @@ class Norm(nnx.Module):
             y = layer_norm(y, self.eps) * spread(self.scale[...], y) + spread(self.bias[...], y)
             return y.astype(x.dtype)
         y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return (y * spread(self.scale[...], y)).astype(x.dtype)
+        # The sum in float32 too: stored in bfloat16, 1 + scale would lose what the scale says.
+        scale = 1 + self.scale[...].astype(jnp.float32) if self.kind == "rms_zero" else self.scale[...]
+        return (y * spread(scale, y)).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*batch width"], eps: float) -> Float[Array, "*batch width"]:
@@ -102,10 +104,12 @@ def layer_norm(x: Float[Array, "*batch width"], eps: float) -> Float[Array, "*ba
 
 
 def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
-    """Radians per position of the `rotary` / 2 rotated pairs; `scaling` as in Llama-3.1."""
+    """Radians per position of the `rotary` / 2 rotated pairs."""
     frequency = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
     if scaling is None:
         return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
     wavelength = 2 * jnp.pi / frequency
     low = scaling.original_positions / scaling.low_freq_factor
     high = scaling.original_positions / scaling.high_freq_factor

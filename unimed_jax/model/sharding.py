@@ -43,6 +43,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("connector/router/bias", ("router_hidden",)),
     ("decoder/embedding", ("vocab", "embed")),
     ("decoder/head", ("embed", "vocab")),
+    ("decoder/head_bias", ("vocab",)),
     ("*/attention/[qkv]/kernel", ("embed", "heads")),
     ("*/attention/[qkv]/lora_b", (None, "heads")),
     ("*/attention/qkv/kernel", ("embed", "heads")),
