@@ -27,7 +27,6 @@ from unimed_jax.config import (
     SourceConfig,
     TextConfig,
     UserError,
-    from_config_dict,
     to_dict,
 )
 from unimed_jax.data import images, layout
@@ -38,6 +37,7 @@ from unimed_jax.interop import unimed_hf
 from unimed_jax.interop.unimed_hf import export_model, is_exported, load_exported, merged_leaves, portable
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
 from unimed_jax.model.vision import normalise
+from unimed_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -70,6 +70,20 @@ VARIANTS = {
     "constant": {"connector": {"router": "constant", "kind": "moe_linear"}, "lora": {"rank": 0}},
     "linear": {"connector": {"kind": "linear", "task_tokens": 0, "rate": 1}},
     "mlp": {"connector": {"kind": "mlp3x_gelu", "activation": "gelu_tanh"}},
+    "gemma 2": {
+        "decoder": {
+            **{"norm": "rms_zero", "scaled_embedding": True, "tied_head": True, "post_norms": True, "windows": (9, 0)},
+            **{"activation": "gelu_tanh", "query_scale": 0.25, "attention_softcap": 2.0, "logit_softcap": 5.0},
+        }
+    },
+    "phi": {
+        "decoder": {
+            **{"norm": "layer", "parallel_block": True, "gated_mlp": False, "activation": "gelu_tanh", "kv_heads": 4},
+            **{"attention_bias": ("q", "k", "v", "o"), "mlp_bias": True, "head_bias": True, "rotary_fraction": 0.5},
+            **{"head_dim": 4},
+        },
+        "lora": {"targets": ("q", "v")},
+    },
 }
 QUESTIONS = {
     "vqa": "Is the  left\tthalamus seen?",
@@ -378,7 +392,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
 
 def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path):
     config, model, _ = exported("as published")
-    odd = dataclasses.replace(config.model.decoder, norm="layer")
+    odd = dataclasses.replace(config.model.decoder, attention_bias=("q",))
     with pytest.raises(UserError, match="no Hugging Face decoder"):
         export_model(
             tmp_path / "out",

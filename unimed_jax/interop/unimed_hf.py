@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, UserError, from_config_dict, to_dict
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, UserError, to_dict
 from unimed_jax.data.example import Example
 from unimed_jax.data.layout import VISUAL
 from unimed_jax.data.prompts import INSTRUCTIONS, TAGS, build
@@ -31,6 +31,7 @@ from unimed_jax.interop.towers import hf_table
 from unimed_jax.interop.unimed_pth import connector_table
 from unimed_jax.model.decoder import merge_lora
 from unimed_jax.model.unimed import UniMed, abstract, parameters
+from unimed_jax.settings import from_config_dict
 
 MODEL_TYPE = "unimed"
 CODE = Path(__file__).parent / "torch_model" / "modeling_unimed.py"
