@@ -1,6 +1,7 @@
 """Text to token ids: any Hugging Face tokenizer folder, and a small byte-level BPE trained from a corpus."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,11 @@ from transformers import AutoTokenizer
 from unimed_jax.config import TextConfig, UserError
 from unimed_jax.data.example import Example
 from unimed_jax.data.prompts import TAGS, build
+
+# Said of every folder whose config.json is of a model that transformers does not know, though only a tokenizer is read.
+logging.getLogger("transformers.configuration_utils").addFilter(
+    lambda record: "to instantiate a model of type ``" not in record.getMessage()
+)
 
 # Their ids are 0..3. They alone are "special": dropped from decoded text, and never read out of a text.
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -186,12 +186,12 @@ class Connector(nn.Module):
 
     def __init__(self, c, vision_width, out, tasks):
         super().__init__()
-        self.c = c
+        self.c, self.tasks = c, tasks
         width = vision_width * (c["rate"] if c["aggregation"] in ("projection", "block") else 1)
         task_width, act, kind = c["task_token_width"] or width, c["activation"], c["kind"]
         self.task_tokens = None
         if c["task_tokens"]:
-            self.task_tokens = nn.ParameterList([nn.Parameter(torch.zeros(1, 1, task_width)) for _ in range(tasks)])
+            self.task_tokens = nn.ParameterDict({task: nn.Parameter(torch.zeros(1, 1, task_width)) for task in tasks})
         self.router = self.moe_layers = self.llm_proj = None
         if kind == "linear":
             self.llm_proj = nn.Linear(width, out)
@@ -228,7 +228,7 @@ class Connector(nn.Module):
             return x.new_full((len(x), 1, experts), 1 / experts)
         parts = []
         if "task" in self.c["router_input"]:
-            tokens = torch.cat(list(self.task_tokens))[tasks]  # [N, 1, C]
+            tokens = torch.cat([self.task_tokens[task] for task in self.tasks])[tasks]  # [N, 1, C]
             parts.append(tokens.expand(-1, x.shape[1], -1))
         if "token" in self.c["router_input"]:
             parts.append(x)
@@ -258,7 +258,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         settings, text = config.unimed["model"], config.text_config
         self.vision_model = VisionModel(settings["vision"])
         vision_width = settings["vision"]["width"]
-        self.connector = Connector(settings["connector"], vision_width, text.hidden_size, len(config.visual_tasks))
+        self.connector = Connector(settings["connector"], vision_width, text.hidden_size, config.visual_tasks)
         self.language_model = AutoModelForCausalLM.from_config(text)
         self.post_init()
 
