@@ -113,7 +113,7 @@ def settings_of(model, **text) -> Config:
         base,
         name="tiny",
         model=model,
-        text=dataclasses.replace(base.text, **{"max_prompt": 96, "tokenizer": "/secret/folder/tokens", **text}),
+        text=dataclasses.replace(base.text, **{"max_prompt": 128, "tokenizer": "/secret/folder/tokens", **text}),
         data=dataclasses.replace(
             base.data, root="/secret", sources=(SourceConfig("slake", "/secret/slake", ("vqa",)),)
         ),
@@ -163,7 +163,7 @@ def asked():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
-    """Six tasks in one left-padded batch: tokens, logits along them, texts; and each alone."""
+    """Six tasks in one left-padded batch: tokens, and logits along them; tokens and texts of two alone."""
     config, model, folder = exported(name)
     tokenizer = Tokenizer.load(tokenizer_folder)
     ours, theirs = torch_answers.Ours(model, config, tokenizer), torch_answers.Torch(folder)
@@ -173,18 +173,18 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
         assert record["largest"] > 0.5  # of a size at which the tolerance says something
     assert [r["task"] for r in records] == list(TASKS)
     examples, pixels = asked
-    together = theirs.tokens(examples, pixels)
-    alone = [theirs.tokens([example], [image])[0] for example, image in zip(examples, pixels, strict=True)]
-    assert alone == together and len({tuple(row) for row in together}) > 1
-    texts = answerer(model, config, tokenizer)(examples, pixels)
-    for example, image, text in zip(examples, pixels, texts, strict=True):
-        shown = None if image is None else Image.fromarray(image)
-        assert theirs.model.answer(theirs.tokenizer, shown, example.task, example.question) == text
+    together, texts = theirs.tokens(examples, pixels), answerer(model, config, tokenizer)(examples, pixels)
+    assert len({tuple(row) for row in together}) > 1
+    for i in (0, 5):
+        assert theirs.tokens(examples[i : i + 1], pixels[i : i + 1]) == together[i : i + 1]
+        shown = None if pixels[i] is None else Image.fromarray(pixels[i])
+        assert theirs.model.answer(theirs.tokenizer, shown, examples[i].task, examples[i].question) == texts[i]
 
 
 def test_answers_end_within_these_tests(exported, asked, torch):
     """Some rows above end before the others, so that what stands behind their end is covered."""
-    lengths = {len(row) for name in VARIANTS for row in torch_answers.Torch(exported(name)[2]).tokens(*asked)}
+    names = ("as published", "phi")
+    lengths = {len(row) for name in names for row in torch_answers.Torch(exported(name)[2]).tokens(*asked)}
     assert 8 in lengths and min(lengths) < 8
 
 
@@ -250,7 +250,7 @@ def test_what_cannot_be_asked(exported, torch):
         ((image, "vqqa", "x"), "no task"),
         ((None, "vqa", "x"), "needs an image"),
         ((image, "qa", "x"), "text only"),
-        ((image, "vqa", "x " * 100), "shorten the text"),
+        ((image, "vqa", "x " * 200), "shorten the text"),
     ):
         with pytest.raises(ValueError, match=match):
             peer.model.answer(peer.tokenizer, *arguments)
@@ -345,7 +345,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
     def refused(match):
         with pytest.raises(UserError, match=match) as error:
             load_exported(out)
-        assert "\n" not in str(error.value) and str(error.value).endswith(".")
+        assert "\n" not in str(error.value) and str(error.value)[-1] in ".?"
 
     with pytest.raises(UserError, match="exists already"):
         export_model(out, config, model, tokenizer_folder)
@@ -392,7 +392,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
 
 def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path):
     config, model, _ = exported("as published")
-    odd = dataclasses.replace(config.model.decoder, attention_bias=("q",))
+    odd = dataclasses.replace(config.model.decoder, logit_softcap=3.0)
     with pytest.raises(UserError, match="no Hugging Face decoder"):
         export_model(
             tmp_path / "out",
