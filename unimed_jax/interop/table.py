@@ -175,6 +175,11 @@ class Table:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
 
+    def prefixed(self, prefix: str) -> "Table":
+        """The same tensors, their names behind a prefix."""
+        entries = tuple(dataclasses.replace(entry, name=prefix + entry.name) for entry in self)
+        return Table(entries, tuple(prefix + pattern for pattern in self.ignored))
+
     def paths(self) -> list[str]:
         return list(dict.fromkeys(entry.path for entry in self))
 
