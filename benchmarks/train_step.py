@@ -208,6 +208,7 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     from safetensors.numpy import save_file
 
     from unimed_jax.interop import unimed_pth
+    from unimed_jax.interop.table import to_published
     from unimed_jax.model.unimed import abstract, parameters
 
     rng = np.random.default_rng(0)
@@ -222,7 +223,7 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     save_file(leaves, folder / "ours.safetensors")
     table = unimed_pth.trainable_table(model) + unimed_pth.decoder_table(model)
     table += unimed_pth.vision_table(model) + unimed_pth.ln_vision_table()
-    save_file(unimed_pth.to_published(table, leaves), folder / "published.safetensors")
+    save_file(to_published(table, leaves), folder / "published.safetensors")
 
 
 # ---- sides -------------------------------------------------------------------------------------------

@@ -23,14 +23,14 @@ def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
 
 
-def golden_folder(config, module: str) -> Path:
-    """`--goldens`, or the folder in tests/goldens that a test file test_goldens_NAME.py is named after."""
-    return Path(config.getoption("--goldens") or GOLDENS / module.removeprefix("test_goldens_"))
+def golden_folder(config, module) -> Path:
+    """`--goldens`, or the folder in tests/goldens that a test file names as its GOLDENS (Uni-Med's without)."""
+    return Path(config.getoption("--goldens") or GOLDENS / getattr(module, "GOLDENS", "uni_med"))
 
 
 @pytest.fixture(scope="module")
 def goldens(request) -> Path:
-    return golden_folder(request.config, request.module.__name__)
+    return golden_folder(request.config, request.module)
 
 
 @pytest.fixture(scope="module")

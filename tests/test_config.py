@@ -295,7 +295,7 @@ def test_config_file(tmp_path):
     assert from_config_dict(load_config_file(f"{path}:l")).model.decoder.depth == 8
 
 
-@pytest.mark.parametrize("name", ["brain_tiny", "cmoe"])
+@pytest.mark.parametrize("name", ["brain_tiny", "brain_smollm2", "cmoe"])
 def test_configs_of_the_house(name):
     settings = load_config_file(f"configs/{name}.py")
     config = from_config_dict(settings)

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
-from unimed_jax.interop import hf, unimed_pth
+from unimed_jax.interop import hf
+from unimed_jax.interop.peft import lora_table
 from unimed_jax.interop.table import to_leaves
 from unimed_jax.model.decoder import Decoder, Span, merge_lora, visible
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
@@ -66,7 +67,7 @@ def import_decoder(peer, config: DecoderConfig, lora: LoraConfig = PLAIN, prefix
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=lora)
     table = hf.decoder_table(config, prefix, lora.targets if base else ())
     if lora.rank:
-        table += unimed_pth.lora_table(settings, f"{prefix}model.layers")
+        table += lora_table(settings, f"{prefix}model.layers", ".default")
     model = abstract(settings)
     empty = {p: np.full(v.shape, np.nan, np.float32) for p, v in parameters(model).items() if p.startswith("decoder/")}
     tensors = {name: tensor.detach().numpy() for name, tensor in peer.state_dict().items()}

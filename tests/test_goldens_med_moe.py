@@ -30,12 +30,13 @@ from unimed_jax.model.unimed import Span, loss_sums, parameters, span_of, with_p
 from unimed_jax.model.vision import normalise
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+GOLDENS = "med_moe"
 NOISELESS = Noise()
 
 
 def pytest_generate_tests(metafunc):
     if "entry" in metafunc.fixturenames:
-        entries = golden_files.manifest(golden_folder(metafunc.config, metafunc.module.__name__))["entries"]
+        entries = golden_files.manifest(golden_folder(metafunc.config, metafunc.module))["entries"]
         metafunc.parametrize("entry", entries, ids=map(golden_files.name_of, entries))
 
 

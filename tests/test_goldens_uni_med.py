@@ -53,7 +53,7 @@ GRAD_RULES = (
 
 
 def pytest_generate_tests(metafunc):
-    folder = golden_folder(metafunc.config, metafunc.module.__name__)
+    folder = golden_folder(metafunc.config, metafunc.module)
     data = golden_files.manifest(folder)
     if "case_name" in metafunc.fixturenames:
         metafunc.parametrize("case_name", [c["name"] for c in data["cases"]])

@@ -22,8 +22,10 @@ from unimed_jax.config import Config, UserError, nearest, to_dict
 from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
+from unimed_jax.interop import gguf
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.table import folded
+from unimed_jax.interop.unimed_hf import is_exported, load_exported
 from unimed_jax.model.moe import upcycled
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
@@ -78,13 +80,20 @@ def _difference(old: dict, new: dict, where: str = "config") -> str:
     return "the same"
 
 
-def missing_inputs(config: Config) -> str | None:
-    """One sentence that names every weight file and data folder that the settings still lack, or None."""
+def missing_inputs(config: Config, trains: bool = True) -> str | None:
+    """One sentence that names every weight file and, to train, data folder that the settings still lack, or None."""
     lacks = [
         f"{SOURCES[kind].what} (config.init {kind!r})" for kind, path in config.init if kind in SOURCES and not path
     ]
-    if not config.text.tokenizer and any(kind == "hf" for kind, _ in config.init):
+    for kind, path in config.init:
+        if kind == "run" and not (Path(path) / "config.json").is_file():
+            lacks.append(f"the finished run {path} (config.init 'run'; train it first)")
+        if kind == "gguf" and path:
+            gguf.find(path)  # says itself what it lacks
+    if not config.text.tokenizer and (not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
+    if not trains:
+        return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
     names = [source.name for source in config.data.sources if source.name not in SELF_CONTAINED and not source.path]
     if names and not config.data.root:
         lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} (config.data.root, one folder each)")
@@ -92,15 +101,23 @@ def missing_inputs(config: Config) -> str | None:
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """The run's tokenizer: the folder named in the settings, or a BPE trained once on the training texts."""
-    if config.text.tokenizer:
-        return Tokenizer.load(config.text.tokenizer)
-    path = folder / "tokenizer"
-    if not path.exists():
+    """The run's tokenizer: the folder or GGUF file of the settings, or a BPE trained once on the training texts."""
+    path = tokenizer_folder(folder, config)
+    if path.exists():
+        return Tokenizer.load(path)
+    if gguf.is_gguf(config.text.tokenizer):
+        gguf.write_tokenizer(config.text.tokenizer, path)
+    elif not config.text.tokenizer:
         unfinished = folder / "tokenizer.tmp"
         train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
         unfinished.rename(path)
     return Tokenizer.load(path)
+
+
+def tokenizer_folder(folder: Path, config: Config) -> Path:
+    """The folder named in the settings; the run's own for a tokenizer that it has trained or read from a GGUF file."""
+    named = config.text.tokenizer
+    return Path(named) if named and not gguf.is_gguf(named) else folder / "tokenizer"
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
@@ -198,11 +215,16 @@ def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict])
 def open_run(path: str | Path) -> Run:
     """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint.
 
-    Leaves that the checkpoint does not hold are read again from where `config.init` says.
+    Leaves that the checkpoint does not hold are read again from where `config.init` says. A folder that
+    `export --format=model` wrote is opened too.
     """
     folder = Path(path)
+    if is_exported(folder):
+        exported = load_exported(folder)
+        model = with_parameters(abstract(exported.config.model), exported.leaves)
+        return Run(folder, exported.config, Tokenizer.load(exported.tokenizer), model, step=0)
     config = read_config(folder)
-    tokenizer = Tokenizer.load(config.text.tokenizer or folder / "tokenizer")
+    tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
@@ -215,3 +237,29 @@ def open_run(path: str | Path) -> Run:
     assert step is not None  # restore says so otherwise
     checkpoints.close()
     return Run(folder, config, tokenizer, with_parameters(abstract(config.model), {**base, **weights}), step)
+
+
+def open_config(config: Config) -> Run:
+    """What the weights of `config.init` make without training: base weights and a checkpoint of the original, say.
+
+    Raises UserError where a leaf that matters would be random.
+    """
+    lacks = missing_inputs(config, trains=False)
+    if lacks:
+        raise UserError(lacks)
+    folder = Path(f"runs/{config.name}")
+    tokenizer = load_text(folder, config, ())
+    model, sources = initial_model(config, tokenizer)
+    # An adapter that was never trained adds nothing, and the norm behind the encoder is published as it starts.
+    harmless = ("*/lora_?", "vision/output_norm/*")
+    random = [
+        path
+        for path, source in sources.items()
+        if source == "seed" and not any(fnmatch.fnmatchcase(path, pattern) for pattern in harmless)
+    ]
+    if random:
+        raise UserError(
+            f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source of trained ones "
+            f"(kinds: {', '.join(SOURCES)}, run)."
+        )
+    return Run(folder, config, tokenizer, model, step=0)

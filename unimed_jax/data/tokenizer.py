@@ -1,6 +1,7 @@
 """Text to token ids: any Hugging Face tokenizer folder, and a small byte-level BPE trained from a corpus."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,11 @@ from unimed_jax.config import TextConfig, UserError
 from unimed_jax.data import chat
 from unimed_jax.data.example import Example
 from unimed_jax.data.prompts import TAGS, build
+
+# Said of every folder whose config.json is of a model that transformers does not know, though only a tokenizer is read.
+logging.getLogger("transformers.configuration_utils").addFilter(
+    lambda record: "to instantiate a model of type ``" not in record.getMessage()
+)
 
 # Their ids are 0..3. They alone are "special": dropped from decoded text, and never read out of a text.
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -88,7 +94,7 @@ class Tokenizer:
 
     `bos`, `eos`, `pad`: ids. Without a beginning of text `bos` is `eos`; without padding `pad` is the unknown
     token or, failing that, `eos`. `size`: number of ids, added tokens included. `coordinate_start`: the id of
-    `<0>` where `<0>`..`<100>` are single tokens with contiguous ids, else None.
+    `<0>` where `<0>`..`<100>` are single tokens with contiguous ids, else None. `dropped`: ids left out of texts.
     """
 
     def __init__(self, tokenizer, name: str = "tokenizer"):
@@ -108,7 +114,7 @@ class Tokenizer:
         self.pad: int = spare if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.coordinate_start = self._find_coordinates()
         coordinates = set() if self.coordinate_start is None else set(range(self.coordinate_start, self.size)[:101])
-        self._dropped = {self.bos, self.eos, self.pad, *tokenizer.all_special_ids} - coordinates
+        self.dropped = {self.bos, self.eos, self.pad, *tokenizer.all_special_ids} - coordinates
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -116,7 +122,9 @@ class Tokenizer:
         if not Path(folder).is_dir():
             raise UserError(f"tokenizer folder {folder} does not exist; check config.text.tokenizer.")
         try:
-            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), f"tokenizer folder {folder}")
+            # Without trust, code in the folder is passed over rather than asked about.
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return cls(tokenizer, f"tokenizer folder {folder}")
         except UserError:
             raise
         except Exception as error:  # transformers raises many kinds here
@@ -134,7 +142,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control tokens are dropped, markers and coordinates kept."""
-        kept = [int(i) for i in ids if int(i) not in self._dropped]
+        kept = [int(i) for i in ids if int(i) not in self.dropped]
         return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _find_coordinates(self) -> int | None:

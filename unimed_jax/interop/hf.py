@@ -297,6 +297,19 @@ def leaf_of(linear: str) -> str:
     return f"decoder/layers/{'attention' if linear in 'qkvo' else 'mlp'}/{linear}"
 
 
+def copies(d: DecoderConfig, moe: MoeConfig, linear: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
+    """(path, index) of each of our linears that a dense decoder's linear of that layer is, or is the beginning of."""
+    numbers = moe.numbers(d.depth)
+    if linear in "qkvo":
+        return [(leaf_of(linear), (layer,))]
+    nth = sum(n < layer for n in numbers)
+    if layer not in numbers:
+        return [(leaf_of(linear), (layer - nth,))]
+    path = "decoder/layers/moe"
+    beside = [f"{path}/{part}/{linear}" for part in ("meta", "residual") if getattr(moe, part)]
+    return [(f"{path}/experts/{linear}", (nth, e)) for e in range(moe.experts)] + [(leaf, (nth,)) for leaf in beside]
+
+
 def decoder_table(
     d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] = (), moe: MoeConfig = MoeConfig()
 ) -> Table:
@@ -304,18 +317,6 @@ def decoder_table(
 
     Where `moe` has experts, all MLPs of such a layer are copies of the one MLP there (a table to read by).
     """
-    numbers = moe.numbers(d.depth)
-
-    def places(ours: str, i: int) -> list[tuple[str, tuple[int, ...]]]:
-        """Leaf and index of each copy of layer i's linear."""
-        if ours in "qkvo":
-            return [(leaf_of(ours), (i,))]
-        nth = sum(n < i for n in numbers)
-        if i not in numbers:
-            return [(leaf_of(ours), (i - nth,))]
-        path = "decoder/layers/moe"
-        beside = [f"{path}/{part}/{ours}" for part in ("meta", "residual") if getattr(moe, part)]
-        return [(f"{path}/experts/{ours}", (nth, e)) for e in range(moe.experts)] + [(leaf, (nth,)) for leaf in beside]
 
     def norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> list[Entry]:
         parts = {"weight": "scale"} | ({"bias": "bias"} if d.norm == "layer" else {})
@@ -326,7 +327,7 @@ def decoder_table(
         layer = f"{prefix}model.layers.{i}"
         for ours, theirs in linear_names(d).items():
             name = f"{layer}.{theirs}{'.base_layer' if ours in wrapped else ''}"
-            for leaf, at in places(ours, i):
+            for leaf, at in copies(d, moe, ours, i):
                 table.append(Entry(f"{name}.weight", f"{leaf}/kernel", at, "transpose"))
                 if ours in d.attention_bias or (ours not in "qkvo" and d.mlp_bias):
                     table.append(Entry(f"{name}.bias", f"{leaf}/bias", at))
@@ -363,15 +364,19 @@ def load_decoder(
 ) -> dict[str, Any]:
     """The decoder's leaves (but for adapters and routers) from a Hugging Face folder; arguments as in `load_leaves`.
 
-    Experts start as copies of their layer's MLP.
-
-    Raises UserError where its settings are not `d` or its weights do not fit.
+    Experts start as copies of their layer's MLP. Raises UserError where its settings are not `d` or its weights do not
+    fit.
     """
-    differ = differences(decoder_config(read_settings(folder), f"{folder}/config.json"), d)
+    refuse_differences(decoder_config(read_settings(folder), f"{folder}/config.json"), d, folder)
+    return load_leaves(decoder_table(d, moe=moe), open_weights(folder), leaves, shardings, dtypes)
+
+
+def refuse_differences(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:
+    """Raises UserError where the decoder found at `where` is not `d`."""
+    differ = differences(theirs, d)
     if differ:
         text = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in differ)
-        raise UserError(f"config.model.decoder is not the decoder of {folder}: {text}; set what the folder says.")
-    return load_leaves(decoder_table(d, moe=moe), open_weights(folder), leaves, shardings, dtypes)
+        raise UserError(f"config.model.decoder is not the decoder of {where}: {text}; set what is said there.")
 
 
 def differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
@@ -394,8 +399,6 @@ def export_decoder(
     leaves: the decoder's, adapters merged (`merge_lora`), by path; tokenizer: its folder; ids: bos, eos, pad.
     Raises UserError where no Hugging Face family has these settings, or where `out` holds something already.
     """
-    if "decoder/layers/moe/router/kernel" in leaves:
-        raise UserError("a decoder with experts is none of Hugging Face's; export it as a Med-MoE checkpoint.")
     settings = hf_settings(d, positions)
     for name, number in ids.items():
         setattr(settings, f"{name}_token_id", number)

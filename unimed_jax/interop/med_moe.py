@@ -178,6 +178,9 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
     if config.connector.rate != 1 or config.connector.is_moe:
         own = f"{config.connector.kind} with rate={config.connector.rate}"
         differ.append(("connector", "mlp2x_gelu with rate=1", own))
+    for name in ("qkv_bias", "patch_bias", "pre_norm", "cls_token", "output_norm", "activation"):
+        there, here = getattr(CLIP_LARGE, name), getattr(config.vision, name)
+        differ += [(f"vision.{name}", there, here)] if there != here else []
     if differ:
         text = ", ".join(f"{name} is always {there!r} there and {here!r} here" for name, there, here in differ)
         raise UserError(f"config.model cannot be exported as a Med-MoE checkpoint: {text}.")

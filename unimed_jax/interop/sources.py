@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 from jax.sharding import NamedSharding
 
 from unimed_jax.config import ModelConfig
+from unimed_jax.interop.gguf import load_gguf
 from unimed_jax.interop.hf import load_decoder
 from unimed_jax.interop.med_moe import load_model, load_router
+from unimed_jax.interop.peft import load_peft
 from unimed_jax.interop.towers import load_tower
+from unimed_jax.interop.unimed_pth import load_unimed
 
 Loader = Callable[
     [str, ModelConfig, Mapping[str, Any], Mapping[str, NamedSharding] | None, Mapping[str, Any] | None], dict[str, Any]
@@ -30,17 +33,18 @@ def _tower(kind: str) -> Loader:
     return lambda path, model, *where: load_tower(kind, path, model.vision, *where)
 
 
+def _decoder(load: Callable) -> Loader:
+    return lambda path, model, *where: load(path, model.decoder, *where, model.moe)
+
+
 SOURCES: dict[str, Source] = {
-    "hf": Source(
-        "the folder of a Hugging Face decoder",
-        ("decoder/*",),
-        lambda path, model, leaves, places, dtypes: load_decoder(
-            path, model.decoder, leaves, places, dtypes, model.moe
-        ),
-    ),
+    "hf": Source("the folder of a Hugging Face decoder", ("decoder/*",), _decoder(load_decoder)),
+    "gguf": Source("the GGUF file of a decoder", ("decoder/*",), _decoder(load_gguf)),
     "eva": Source("the EVA-CLIP-g file", ("vision/*",), _tower("eva")),
     "clip": Source("the folder of a Hugging Face CLIP", ("vision/*",), _tower("clip")),
     "med_moe": Source("the folder of a Med-MoE checkpoint", ("*",), load_model),
     "router": Source("Med-MoE's router file", ("decoder/layers/moe/router/*",), load_router),
+    "unimed": Source("a checkpoint of the original Uni-Med (.pth)", ("connector/*", "decoder/*/lora_?"), load_unimed),
+    "peft": Source("the folder of a PEFT adapter", ("decoder/*/lora_?",), load_peft),
     "siglip": Source("the folder of a Hugging Face SigLIP", ("vision/*",), _tower("siglip")),
 }

@@ -51,7 +51,7 @@ def vision_config(settings: PretrainedConfig, where: str = "config.json") -> Vis
 
 
 def hf_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
-    """A CLIP or SigLIP tower; q, k and v are apart there and joined here."""
+    """A CLIP or SigLIP tower, or any of ours under their names; q, k and v are apart there and joined here."""
     depth = _built(v)
     table = [
         Entry(f"{prefix}embeddings.patch_embedding.weight", "vision/patch/kernel", layout="patch"),
@@ -75,7 +75,8 @@ def hf_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
             table.append(
                 Entry(f"{name}.weight", f"{block}/attention/qkv/kernel", (i, slice(None), columns), "transpose")
             )
-            table.append(Entry(f"{name}.bias", f"{block}/attention/{letter}_bias", (i,)))
+            if letter in v.qkv_bias.replace("none", ""):
+                table.append(Entry(f"{name}.bias", f"{block}/attention/{letter}_bias", (i,)))
         for theirs, ours in linears.items():
             table.append(Entry(f"{layer}.{theirs}.weight", f"{block}/{ours}/kernel", (i,), "transpose"))
             table.append(Entry(f"{layer}.{theirs}.bias", f"{block}/{ours}/bias", (i,)))

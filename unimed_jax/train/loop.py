@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from unimed_jax.rules import leaf_rules
 from unimed_jax.run import Run, base_note, check_base, initial_leaves, load_text, write_config
 from unimed_jax.train.interruption import Interruption, claim
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
-from unimed_jax.train.optimizer import Optimizer, learning_rate
+from unimed_jax.train.optimizer import AdamState, Optimizer, learning_rate, per_leaf
 from unimed_jax.train.step import TrainState, first_state, make_step
 
 
@@ -102,6 +103,19 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
         raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
     model = with_parameters(abstract(config.model), {**frozen, **state.leaves})
     return Run(folder, config, tokenizer, model, config.train.steps, mesh)
+
+
+def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
+    """(trained leaves, Adam's state of each) of a run's newest checkpoint, by path."""
+    config, leaves = run.config, parameters(run.model)
+    rules = leaf_rules(leaves, config.train, config.optimizer)
+    trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
+    checkpoints = Checkpoints(run.folder / "checkpoints", read_only=True)
+    saved = {path: leaf for path, leaf in leaves.items() if path in checkpoints.saved_weights()}
+    state = jax.eval_shape(lambda: first_state(trained, Optimizer(config.optimizer, rules)))
+    _, rest, _ = checkpoints.restore(saved, (state.step, state.moments))
+    checkpoints.close()
+    return trained, per_leaf(rest[1])
 
 
 class Meter:

@@ -61,6 +61,13 @@ def adam(betas: tuple[float, float], eps: float, skip_unused: bool) -> optax.Gra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def per_leaf(state: Any) -> AdamState:
+    """The state of `adam`, either way of keeping it, with a count for every leaf."""
+    if isinstance(state, AdamState):
+        return state
+    return AdamState(dict.fromkeys(state.mu, state.count), state.mu, state.nu)
+
+
 def count_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The published model has one parameter per task token; ours is one leaf [tasks, C] with a count per row."""
     return (shape[0], 1) if path == "connector/task_tokens" else ()

@@ -1,0 +1,111 @@
+"""The README.md of an exported model: what it is, where it comes from, how well it does, and what it is not for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from unimed_jax.config import Config
+from unimed_jax.interop.sources import SOURCES
+
+ASKED = {
+    "vqa": ("a question about the image", "words"),
+    "refer": ("what to find", "a box `{<x1><y1><x2><y2>}` in hundredths of the image"),
+    "identify": ("a box `{<x1><y1><x2><y2>}`", "what it holds"),
+    "caption": ("nothing", "a report"),
+    "cls": ("nothing, or the classes", "a class"),
+    "qa": ("a question, without an image", "words"),
+}
+USAGE = """```python
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/of/this/folder"  # or the name of its repository
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+print(model.answer(tokenizer, Image.open("image.png"), task="vqa", text="Which plane is this?"))
+```"""
+
+
+def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> str:
+    """Markdown with the header that the Hub reads; `size`: number of parameters; metrics as in metrics.json."""
+    what = {kind: source.what for kind, source in SOURCES.items()} | {"run": "the folder of a run of unimed_jax"}
+    bases = [f"- {what[kind]}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
+    reason = "the terms of the base weights named below apply" if bases else "no weights from outside are in it"
+    header = (
+        "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n"
+        "tags:\n- medical-imaging\n- vision-language-model\n- mixture-of-experts\n- unimed_jax\n"
+        f"license: unknown  # to be filled in: {reason}\n---"
+    )
+    m = config.model
+    connector = f"`{m.connector.kind}`"
+    if m.connector.is_moe:
+        connector += f" with {m.connector.experts} experts and a {m.connector.router} router"
+    tasks = [f"| `{task}` | {asked} | {answer} |" for task, (asked, answer) in ASKED.items()]
+    parts = [
+        header,
+        f"# {config.name or 'UniMed model'}",
+        "**Research software, not a medical device.** Not for diagnosis, treatment or any clinical decision.",
+        f"A medical vision-language model of {size / 1e6:.1f} million parameters that answers six kinds of questions: "
+        f"a vision transformer ({m.vision.image_size} pixels, {m.vision.depth} blocks of width {m.vision.width}), a "
+        f"connector ({connector}; Uni-Med, arXiv 2409.17508) that makes {m.tokens_per_image} visual tokens of an "
+        f"image, and a language decoder ({m.decoder.depth} layers of width {m.decoder.width}). Trained and exported "
+        "with unimed_jax; adapters, where there were any, are merged.",
+        f"## How to ask\n\n{USAGE}\n\n"
+        "`modeling_unimed.py` in this folder is all the code there is: plain torch. The image is read as RGB; of "
+        "DICOM hand over the windowed pixels as a uint8 array [H, W, 3]. Prompts are those of the evaluation and "
+        "decoding is greedy; `model.answers` takes several questions at once.\n\n"
+        "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
+        "## Base weights\n\n"
+        + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
+        f"## Data\n\n{_data(config)}",
+        f"## Scores\n\n{_scores(metrics)}",
+        "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, ablation, teaching.",
+        "## Limitations\n\n"
+        "Answers can be wrong and sound sure; nobody has checked them, and no score above says how the model does on "
+        "other patients, devices, hospitals or kinds of images than those of its data. Questions outside the six "
+        "tasks, several images at once and languages other than that of the data were not trained. What is unfair in "
+        "the data is unfair in the answers.",
+        "## Licence\n\nTo be filled in by whoever publishes this folder, here and in the header: "
+        + (f"{reason}, and so may those of the data." if bases else f"{reason}; terms of the data may apply."),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(config: Config) -> str:
+    tasks: dict[str, list[str]] = {}
+    for source in config.data.sources:
+        tasks.setdefault(source.name, []).extend(source.tasks or ("all its tasks",))
+    lines = [f"- `{name}`: {', '.join(dict.fromkeys(listed))}" for name, listed in tasks.items()]
+    if "brain" in tasks:
+        lines.append(
+            "\nThe `brain` images are slices of ONE average brain (ICBM152): scores hold across slices of that brain "
+            "and say nothing about patients."
+        )
+    return "\n".join(lines) if lines else "Not named in the settings."
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> str:
+    scored = {task: entry for task, entry in ((metrics or {}).get("tasks") or {}).items() if entry.get("n")}
+    if not metrics or not scored:
+        return "Not evaluated."
+    lines = ["| task | n | metric | value [95 % interval] | margin over the best blind baseline |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for task, entry in scored.items():
+        margin = entry.get("margin")
+        over = f"{_interval(margin, '+')} ({margin['baseline']})" if margin else "-"
+        primary = entry["primary"]
+        lines.append(f"| {task} | {entry['n']} | {primary} | {_interval(entry['corrected'].get(primary))} | {over} |")
+    made = ", ".join(
+        f"{key} `{metrics[key]}`" for key in ("config_hash", "data_checksum", "code_version") if key in metrics
+    )
+    return (
+        f"On the {metrics.get('split', 'test')} split, corrected scores; a blind baseline answers without seeing the "
+        "image.\n\n" + "\n".join(lines) + (f"\n\nMade with {made}." if made else "")
+    )
+
+
+def _interval(score: Mapping[str, Any] | None, sign: str = "") -> str:
+    if not score or score.get("value") is None:
+        return "-"
+    low, high = score.get("ci95") or (None, None)
+    ends = "" if low is None or high is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{score['value']:{sign}.3f}{ends}"
