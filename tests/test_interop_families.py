@@ -44,7 +44,7 @@ def imported(folder, config: DecoderConfig) -> Decoder:
 
 @pytest.mark.parametrize("name", PEERS)
 def test_same_logits(name, peers):
-    """Rows of 160, 97 and 5 tokens, padded on either side, also from position 3000 on: windows crossed, grouped heads."""
+    """Rows of 160, 97 and 5 tokens, padded on either side, from position 0 or 3000 on; windows are crossed."""
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
     config = hf.decoder_config(hf.read_settings(folder))
