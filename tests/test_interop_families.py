@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from hf_peers import HF, LLAMA3, NEEDS, OURS, PEERS, padded
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling, UserError
@@ -127,7 +128,7 @@ def test_norms_around_one_lose_nothing_in_bfloat16():
     with torch.no_grad():
         peer.weight.copy_(torch.linspace(-0.003, 0.003, 32))
     norm = Norm(32, "rms_zero", 1e-6)
-    norm.scale[...] = jnp.asarray(peer.weight.detach().float().numpy(), jnp.bfloat16)
+    norm.scale = nnx.Param(jnp.asarray(peer.weight.detach().float().numpy(), jnp.bfloat16))
     x = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
     with torch.no_grad():
         expected = peer(torch.tensor(x)).numpy()
