@@ -10,6 +10,7 @@ Research software, not a medical device.
 """
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class QuickGELU(nn.Module):
 
 
 def activation(name):
-    return {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "quick_gelu": QuickGELU, "silu": nn.SiLU}[name]()
+    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "silu": nn.SiLU()}[name]
 
 
 # ---- vision encoder: a pre-norm ViT under the names of Hugging Face's CLIP ------------------------------
@@ -189,10 +190,12 @@ class Connector(nn.Module):
         self.c, self.tasks = c, tasks
         width = vision_width * (c["rate"] if c["aggregation"] in ("projection", "block") else 1)
         task_width, act, kind = c["task_token_width"] or width, c["activation"], c["kind"]
-        self.task_tokens = None
+        self.task_tokens: Any = None
         if c["task_tokens"]:
             self.task_tokens = nn.ParameterDict({task: nn.Parameter(torch.zeros(1, 1, task_width)) for task in tasks})
-        self.router = self.moe_layers = self.llm_proj = None
+        self.router: Any = None
+        self.moe_layers: Any = None
+        self.llm_proj: Any = None
         if kind == "linear":
             self.llm_proj = nn.Linear(width, out)
         elif kind.startswith("mlp"):
@@ -347,15 +350,15 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         image: PIL image or uint8 array [H, W, 3], None where the task takes none; text: the question (vqa, qa), what
         to find (refer), a box as {<x1><y1><x2><y2>} in hundredths of the image (identify); caption and cls need none.
         """
-        (words,) = self.answers(tokenizer, [(image, task, text)], **kwargs)
-        return words
+        return self.answers(tokenizer, [(image, task, text)], **kwargs)[0]
 
     def answers(self, tokenizer, questions, **kwargs):
         """Texts of the answers to several (image, task, text), as one batch."""
+        ids = self.generate(**self.prepare(tokenizer, questions), do_sample=False, **kwargs)
         out = []
-        for row in self.generate(**self.prepare(tokenizer, questions), do_sample=False, **kwargs).tolist():
-            row = row[: row.index(self.config.eos_token_id)] if self.config.eos_token_id in row else row
-            kept = [i for i in row if i not in self.config.dropped_token_ids]
+        for new in ids.tolist():
+            end = new.index(self.config.eos_token_id) if self.config.eos_token_id in new else len(new)
+            kept = [i for i in new[:end] if i not in self.config.dropped_token_ids]
             words = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             out.append(words.strip())
         return out
@@ -366,7 +369,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         longest = max(len(row) for row in rows)
         ids = torch.tensor([[self.config.pad_token_id] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        batch = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        batch: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
         pictures = [(self.pixels(image), task) for image, task, _ in questions if image is not None]
         if pictures:
             batch["pixel_values"] = torch.stack([pixels for pixels, _ in pictures]).to(self.device)
