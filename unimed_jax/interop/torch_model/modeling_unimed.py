@@ -262,7 +262,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         self.vision_model = VisionModel(settings["vision"])
         vision_width = settings["vision"]["width"]
         self.connector = Connector(settings["connector"], vision_width, text.hidden_size, config.visual_tasks)
-        self.language_model = AutoModelForCausalLM.from_config(text)
+        # Early transformers 5 would choose sdpa for Gemma 2, which forgets the soft cap of its scores.
+        capped = getattr(text, "attn_logit_softcapping", None) and text._attn_implementation in (None, "sdpa")
+        attention = {"attn_implementation": "eager"} if capped else {}
+        self.language_model = AutoModelForCausalLM.from_config(text, **attention)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -291,8 +294,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def embed(self, input_ids, pixel_values=None, task=None):
         """Token embeddings with the visual tokens, in their order, wherever `input_ids` is `image_token_id`."""
         places = input_ids == self.config.image_token_id
-        # Through the decoder's own layer: where it scales embeddings, visual tokens are not scaled.
-        x = self.get_input_embeddings()(input_ids.masked_fill(places, self.config.pad_token_id))
+        embedding = self.get_input_embeddings()  # of Gemma, it scales; visual tokens stay as the connector makes them
+        x = embedding(input_ids.masked_fill(places, self.config.pad_token_id))
         if pixel_values is None:
             if places.any():
                 raise ValueError("input_ids hold places of visual tokens, but there are no pixel_values.")
@@ -303,6 +306,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids hold {int(places.sum())} places of visual tokens, but {len(tokens)} images make "
                 f"{tokens.shape[0] * tokens.shape[1]}."
             )
+        if self.config.text_config.model_type in ("gemma", "gemma2") and not hasattr(embedding, "embed_scale"):
+            tokens = tokens / x.shape[-1] ** 0.5  # early transformers 5: the model scales whatever it is given
         return x.masked_scatter(places[..., None].expand_as(x), tokens)
 
     def forward(
