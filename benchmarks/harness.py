@@ -54,12 +54,17 @@ class Side:
         self._process.wait()
 
 
-def pin(threads: int) -> None:
-    """Holds this process to `threads` cores; to be called before torch or jax is imported."""
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
+
+
+def pin(threads: int, device: str = "cpu") -> None:
+    """Holds this process to `device` and to `threads` cores; to be called before torch or jax is imported."""
     # XLA takes as many threads as it may run on, the libraries under torch as many as they are told.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"JAX_PLATFORMS": device, "HF_HUB_OFFLINE": "1"}
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the sides share the card
 
 
 def serve(operations: dict[str, Callable[..., Any]]) -> None:
@@ -82,8 +87,15 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory() -> float:
-    """GiB: peak resident set of this process. ru_maxrss alone would include the driver's, which a child inherits."""
+def peak_memory(device: str = "cpu") -> float:
+    """GiB: what torch or jax has held of the card at most, or the peak resident set of this process.
+
+    ru_maxrss alone would include the driver's, which a child inherits.
+    """
+    if device == "cuda":
+        if "torch" in sys.modules:
+            return sys.modules["torch"].cuda.max_memory_allocated() / 2**30
+        return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
@@ -95,7 +107,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What a figure was measured on."""
     cpu = next((s.split(":")[1].strip() for s in _lines("/proc/cpuinfo") if s.startswith("model name")), "unknown")
     packages = {}
@@ -104,7 +116,9 @@ def machine(threads: int) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed"
+    card = {} if device == "cpu" else {"card": _card()}
     return {
+        **card,
         "cpu": f"{cpu} ({platform.machine()})",
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
@@ -112,6 +126,11 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **packages,
     }
+
+
+def _card() -> str:
+    ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _lines(path: str) -> list[str]:

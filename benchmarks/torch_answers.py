@@ -158,7 +158,7 @@ def main() -> None:
 
     from unimed_jax.data.datasets import joined, load_datasets
     from unimed_jax.interop.unimed_hf import export_model
-    from unimed_jax.run import open_run
+    from unimed_jax.run import open_run, tokenizer_folder
 
     run = open_run(known.run)
     with tempfile.TemporaryDirectory() as scratch:
@@ -166,7 +166,7 @@ def main() -> None:
         if not folder.exists():
             scores = run.folder / "metrics.json"
             metrics = json.loads(scores.read_text()) if scores.is_file() else None
-            export_model(folder, run.config, run.model, run.config.text.tokenizer or run.folder / "tokenizer", metrics)
+            export_model(folder, run.config, run.model, tokenizer_folder(run.folder, run.config), metrics)
         dataset = joined(load_datasets(run.config.data))
         examples = chosen(dataset.examples("test"), known.examples)
         pixels = [None if e.image is None else dataset.image(e.image) for e in examples]

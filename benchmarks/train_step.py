@@ -19,17 +19,21 @@ Cases:
   does: four of one task a batch, one a row, padded to the longest of the batch. Ours packs them into rows of mixed
   tasks, of which one holds as many examples as a batch of torch has (four, nearly).
 
-All run in float32 without dropout (two generators' masks would differ), images decoded beforehand. Text lengths are
+All run without dropout (two generators' masks would differ), images decoded beforehand. `--dtype=bfloat16` stores
+what is frozen and computes in bfloat16 (torch: under autocast) and keeps what trains in float32; on a card float32
+means TF32 products for all sides. Text lengths are
 those of the brain set's training records in LLaMA's kind of vocabulary (`LENGTHS`); which ids stand there changes no
 cost, so they are random.
 
 Losses must agree before anything is timed: `padded` trains on its batches and compares every loss, which the updates
 of the steps before have moved; `mixture` compares the mean loss over all answer tokens. A figure is the median over
-rounds (min .. max); the ratio is taken round by round. Memory is each process's peak, weights and libraries included.
+rounds (min .. max); the ratio is taken round by round. Memory is the peak of each process, or what it has held of the
+card.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -58,7 +62,11 @@ from unimed_jax.settings import check_model
 
 SIDES = ("ours", "ours_shared", "torch_eager", "torch_compiled")
 CASES = {"padded": ("ours", "torch_eager", "torch_compiled"), "mixture": SIDES}
-TOLERANCE = 1e-4  # relative, of losses
+# Relative, of losses: (device, dtype) -> what rounding explains, TF32's on a card.
+TOLERANCE = {
+    **{("cpu", "float32"): 1e-4, ("cuda", "float32"): 1e-3},
+    **{("cpu", "bfloat16"): 1e-2, ("cuda", "bfloat16"): 1e-2},
+}
 CHECK_RATE = 1e-3  # learning rate of the steps whose losses are compared
 RATE = 1e-5  # and of the timed ones
 
@@ -200,6 +208,7 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     from safetensors.numpy import save_file
 
     from unimed_jax.interop import unimed_pth
+    from unimed_jax.interop.table import to_published
     from unimed_jax.model.unimed import abstract, parameters
 
     rng = np.random.default_rng(0)
@@ -214,7 +223,7 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     save_file(leaves, folder / "ours.safetensors")
     table = unimed_pth.trainable_table(model) + unimed_pth.decoder_table(model)
     table += unimed_pth.vision_table(model) + unimed_pth.ln_vision_table()
-    save_file(unimed_pth.to_published(table, leaves), folder / "published.safetensors")
+    save_file(to_published(table, leaves), folder / "published.safetensors")
 
 
 # ---- sides -------------------------------------------------------------------------------------------
@@ -229,7 +238,8 @@ class Ours:
         from safetensors.numpy import load_file
 
         from unimed_jax.model.unimed import abstract, parameters
-        from unimed_jax.train.optimizer import Optimizer, leaf_rules
+        from unimed_jax.rules import leaf_rules
+        from unimed_jax.train.optimizer import Optimizer
         from unimed_jax.train.step import TrainState, make_step
 
         config = Config(
@@ -248,7 +258,8 @@ class Ours:
         rules = leaf_rules(parameters(model), config.train, config.optimizer)
         leaves = {path: jnp.asarray(leaf) for path, leaf in load_file(folder / "ours.safetensors").items()}
         trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
-        self.frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
+        frozen = config.model.frozen_dtype
+        self.frozen = {path: leaf.astype(frozen) for path, leaf in leaves.items() if not rules[path].train}
         optimizer = Optimizer(config.optimizer, rules)
         self.state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
         self.step = make_step(model, config, optimizer, None)
@@ -268,7 +279,7 @@ class Ours:
 
 
 class Torch:
-    def __init__(self, chosen: Size, case: str, side: str, folder: Path):
+    def __init__(self, chosen: Size, case: str, side: str, folder: Path, device: str = "cpu"):
         import torch
         import torch_unimed
         from safetensors.torch import load_file
@@ -276,7 +287,13 @@ class Torch:
         vision, adam = chosen.model.vision, OptimizerConfig()
         model = torch_unimed.UniMed(chosen.model)
         model.load_state_dict(load_file(folder / "published.safetensors"))
-        self.model, self.task_tokens = model.train(), model.task_tokens
+        for weight in model.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.data.to(getattr(torch, chosen.model.frozen_dtype))
+        self.torch, self.device = torch, device
+        self.half = chosen.model.compute_dtype == "bfloat16"
+        model = model.to(device).train()
+        self.model, self.task_tokens = model, model.task_tokens
         self.optimizer = torch_unimed.optimizer(model, adam.weight_decay, adam.betas, adam.eps)
         if side == "torch_compiled":
             self.model = torch.compile(model)
@@ -298,30 +315,44 @@ class Torch:
             self.batches.append((task, pixels, tokens, mask, labels, start))
 
     def losses(self, lr: float) -> Pass:
-        return list(self._run(lr)), [float((batch[4] != -100).sum()) for batch in self.batches]
+        return [float(loss) for loss in self._run(lr)], [float((batch[4] != -100).sum()) for batch in self.batches]
 
     def round(self) -> float:
-        return harness.seconds(lambda: list(self._run(RATE)))
+        return harness.seconds(lambda: [float(loss) for loss in list(self._run(RATE))])
 
-    def _run(self, lr: float) -> Iterator[float]:
+    def _run(self, lr: float) -> Iterator[Any]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for task, pixels, *rest in self.batches:
-            loss = self.model(pixels, None if task is None else self.task_tokens[task], *rest)
+        for task, *arrays, start in self.batches:
+            arrays = [None if x is None else x.to(self.device, non_blocking=True) for x in arrays]
+            token = None if task is None else self.task_tokens[task]
+            with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.half):
+                loss = self.model(arrays[0], token, *arrays[1:], start)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            yield float(loss.detach())
+            yield loss.detach()
 
 
-def serve(side: str, chosen: Size, case: str, folder: Path, threads: int) -> None:
+def serve(arguments: argparse.Namespace) -> None:
+    chosen, side = chosen_size(arguments), arguments.side
     if side.startswith("torch"):
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(arguments.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as XLA multiplies by default
         warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
-    runner = (Torch if side.startswith("torch") else Ours)(chosen, case, side, folder)
-    harness.serve({"losses": runner.losses, "round": runner.round, "memory": harness.peak_memory})
+        runner: Ours | Torch = Torch(chosen, arguments.case, side, arguments.folder, arguments.device)
+    else:
+        runner = Ours(chosen, arguments.case, side, arguments.folder)
+    memory = functools.partial(harness.peak_memory, arguments.device)
+    harness.serve({"losses": runner.losses, "round": runner.round, "memory": memory})
+
+
+def chosen_size(arguments: argparse.Namespace) -> Size:
+    """The size, computed in and frozen in `--dtype`."""
+    size, dtype = SIZES[arguments.size], arguments.dtype
+    return dataclasses.replace(size, model=dataclasses.replace(size.model, compute_dtype=dtype, frozen_dtype=dtype))
 
 
 # ---- the comparison ----------------------------------------------------------------------------------
@@ -329,7 +360,8 @@ def serve(side: str, chosen: Size, case: str, folder: Path, threads: int) -> Non
 
 def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All sides on one case -> what the JSON holds of it. Raises harness.Failed where losses differ."""
-    own = [f"--size={arguments.size}", f"--threads={arguments.threads}", f"--case={case}", f"--folder={folder}"]
+    own = [f"--{name}={getattr(arguments, name)}" for name in ("size", "threads", "device", "dtype")]
+    own += [f"--case={case}", f"--folder={folder}"]
     started = {name: harness.Side(name, __file__, own) for name in CASES[case] if name in arguments.sides}
     sides, absent = dict(started), {}
     try:
@@ -342,7 +374,7 @@ def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                     raise
                 absent[name] = f"does not run here: {error}"
                 del sides[name]
-        check(case, losses)
+        check(case, losses, TOLERANCE[arguments.device, arguments.dtype])
         for side in sides.values():
             side.ask("round")  # warms caches and allocators
         rounds: dict[str, list[float]] = {name: [] for name in sides}
@@ -365,12 +397,12 @@ def mean_losses(case: str, losses: list[float], weights: list[float]) -> list[fl
     return losses if case == "padded" else [float(np.average(losses, weights=weights))]
 
 
-def check(case: str, losses: dict[str, list[float]]) -> None:
+def check(case: str, losses: dict[str, list[float]], tolerance: float) -> None:
     for name, own in losses.items():
         print(f"{case}, {name}: loss " + " ".join(f"{loss:.6f}" for loss in own), flush=True)
     reference = losses["torch_eager"]
     for name, own in losses.items():
-        if not np.allclose(own, reference, rtol=TOLERANCE, atol=0):
+        if not np.allclose(own, reference, rtol=tolerance, atol=0):
             raise harness.Failed(
                 f"{case}: the losses of {name} differ from torch_eager's, so there is no ratio to give."
             )
@@ -411,6 +443,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
+    parser.add_argument("--device", choices=harness.DEVICES, default="cpu")
+    parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=5, help="timed passes over a case's batches")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="torch_eager always runs")
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
@@ -419,11 +453,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        harness.pin(arguments.threads)
-        return serve(arguments.side, SIZES[arguments.size], arguments.case, arguments.folder, arguments.threads)
+        harness.pin(arguments.threads, arguments.device)
+        return serve(arguments)
     harness.need("torch", "peft", "transformers")
     arguments.sides = {*arguments.sides, "torch_eager"}
-    result: dict[str, Any] = {"size": arguments.size, "machine": harness.machine(arguments.threads), "cases": {}}
+    machine = harness.machine(arguments.threads, arguments.device)
+    result: dict[str, Any] = {"size": arguments.size, "dtype": arguments.dtype, "machine": machine, "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         write_weights(SIZES[arguments.size].model, Path(folder))
         for case in CASES:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from unimed_jax.interop import unimed_pth
 from unimed_jax.interop.table import to_leaves
+from unimed_jax.interop.torch_file import write_torch
 from unimed_jax.model.unimed import UniMed, abstract, parameters, with_parameters
 from unimed_jax.settings import check_model
 
@@ -32,15 +34,27 @@ class Golden:
         return VISUAL_TASKS.index(self.case["task"]) if self.case["task"] in VISUAL_TASKS else -1
 
     def model(self) -> UniMed:
+        """The golden weights: what trains by way of a checkpoint in the original's format, the rest by the tables."""
         model = abstract(self.config)
         # A leaf that no table names would stay NaN and spoil every number.
         empty = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()}
-        return with_parameters(model, empty | to_leaves(self.table(), self.weights, empty))
+        frozen = self.frozen_table()
+        weights = {name: value for name, value in self.weights.items() if name not in self.trainable()}
+        leaves = empty | to_leaves(frozen, weights, empty)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint_0.pth"
+            tree = {"model": self.trainable(), "config": {"model": self.case["config"], "run": {}, "datasets": {}}}
+            write_torch(path, tree)
+            return with_parameters(model, leaves | unimed_pth.load_unimed(path, self.config, empty))
 
-    def table(self):
+    def frozen_table(self):
         c = self.config
-        frozen = unimed_pth.decoder_table(c) + unimed_pth.vision_table(c) + unimed_pth.ln_vision_table()
-        return unimed_pth.trainable_table(c) + frozen
+        return unimed_pth.decoder_table(c) + unimed_pth.vision_table(c) + unimed_pth.ln_vision_table()
+
+    def trainable(self) -> dict[str, np.ndarray]:
+        """The weights that the original trains, a router that the routing does not read among them."""
+        starts = ("task_tokens.", "moe_layers.", "llm_proj.", "router.")
+        return {k: v for k, v in self.weights.items() if k.startswith(starts) or ".lora_" in k}
 
     def slots(self, index, counts) -> tuple[np.ndarray, np.ndarray]:
         """Images [B, M, H, W, 3] from the pool's [n, 3, H, W], and their tasks [B, M].

@@ -62,11 +62,9 @@ def values_and_gradients(arrays, mask, real, **how):
     return jnp.where(real[..., None, None], out, 0), out, gradients
 
 
-def assert_same(arrays, mask, real, tolerance, reference=None, softcap=None, implementation="splash"):
-    actual, everywhere, gradients = values_and_gradients(
-        arrays, mask, real, softcap=softcap, implementation=implementation
-    )
-    expected, _, wanted = values_and_gradients(reference or arrays, mask, real, softcap=softcap)
+def assert_same(arrays, mask, real, tolerance, reference=None, implementation="splash", **how):
+    actual, everywhere, gradients = values_and_gradients(arrays, mask, real, implementation=implementation, **how)
+    expected, _, wanted = values_and_gradients(reference or arrays, mask, real, **how)
     assert np.isfinite(np.asarray(everywhere, np.float32)).all()  # padding too
     np.testing.assert_allclose(np.asarray(actual, np.float32), expected, rtol=0, atol=tolerance)
     for own, other in zip(gradients, wanted, strict=True):
@@ -80,9 +78,9 @@ def on_tpu(monkeypatch):
     """Splash as on a TPU, interpreted; -> the shapes of the queries that it was given."""
     seen = []
 
-    def interpreted(q, *rest):
+    def interpreted(q, *rest, **how):
         seen.append(q.shape)
-        return attention._splash(q, *rest, interpret=True)
+        return attention._splash(q, *rest, **how, interpret=True)
 
     monkeypatch.setattr(attention, "_hardware", lambda: "tpu")
     monkeypatch.setitem(attention._FUSED, "splash", interpreted)
@@ -97,17 +95,18 @@ CASES = {
     "shared prefixes, padding, grouped heads": {},
     "a window of positions": {"window": 40},
     "a soft cap": {"softcap": 0.7},
+    "a scale and a soft cap": {"scale": 0.6, "softcap": 0.7},
     "no mask": {"masked": False},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_splash_equals_plain(on_tpu, case):
-    settings = {"window": 0, "softcap": None, "masked": True} | CASES[case]
+    settings = {"window": 0, "scale": None, "softcap": None, "masked": True} | CASES[case]
     span = span_of_rows()
     mask = visible(span, span, window=settings["window"]) if settings["masked"] else None
     real = span.segments != 0 if settings["masked"] else jnp.ones((2, LENGTH), bool)
-    assert_same(arrays(), mask, real, 2e-6, softcap=settings["softcap"])
+    assert_same(arrays(), mask, real, 2e-6, scale=settings["scale"], softcap=settings["softcap"])
     assert on_tpu
 
 
@@ -150,15 +149,16 @@ def test_decoder_with_splash(on_tpu):
 
 
 @pytest.mark.skipif(not NVIDIA, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "no mask, a length of no 128"])
-def test_cudnn_equals_plain(masked):
+def test_cudnn_equals_plain(masked, scale):
     """bfloat16 against the plain form in float32: values to 2 %, gradients to 2 % of the largest."""
     span = span_of_rows()
     length = LENGTH if masked else 196
     given = arrays(jnp.bfloat16, head=64, length=length)
     mask, real = (visible(span, span), span.segments != 0) if masked else (None, jnp.ones((2, length), bool))
     reference = tuple(x.astype(jnp.float32) for x in given)
-    assert_same(given, mask, real, 0.02, reference=reference, implementation="cudnn")
+    assert_same(given, mask, real, 0.02, reference=reference, scale=scale, implementation="cudnn")
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_auto(monkeypatch, case):
     monkeypatch.setattr(attention, "_hardware", lambda: hardware)
     picked = []
     for name in attention._FUSED:
-        monkeypatch.setitem(attention._FUSED, name, lambda q, *_, name=name: (picked.append(name), q)[1])
+        monkeypatch.setitem(attention._FUSED, name, lambda q, *_, name=name, **__: (picked.append(name), q)[1])
     q, k, v = arrays(**{"length": 256, **given})
     mask = jnp.ones((2, q.shape[1], k.shape[2]), bool) if masked else None
     run = functools.partial(attend, q, k, v, mask, softcap=softcap)

@@ -182,6 +182,14 @@ MODELS = {
     "none kept": ({"connector__router": "sparse", "connector__top_k": 0}, ["top_k=0 of 5"]),
     "key heads that do not divide": ({"decoder__kv_heads": 3}, ["kv_heads=3", "heads=4"]),
     "no key heads": ({"decoder__kv_heads": 0}, ["config.model.decoder.kv_heads=0"]),
+    "a scaling of another kind": (
+        {"decoder__rope_scaling": {"kind": "yarn"}},
+        ["rope_scaling.kind: 'yarn' is unknown"],
+    ),
+    "an adapter of a gate that is not there": (
+        {"decoder__gated_mlp": False, "lora__rank": 2},
+        ["config.model.lora.targets: 'gate'", "gated_mlp=False"],
+    ),
     "a bias of what is no linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
     "an adapter of what is no linear": (
         {"lora__targets": ("q", "gates")},
@@ -206,6 +214,11 @@ ALLOWED = {
     },
     "every patch a token": {"connector__rate": 1},
     "the first block": {"vision__feature_layer": -4},
+    "no gate and no adapters": {"decoder__gated_mlp": False},
+    "no gate, and adapters of what is there": {
+        **{"decoder__gated_mlp": False, "lora__rank": 2},
+        "lora__targets": ("q", "k", "v", "o", "up", "down"),
+    },
 }
 
 
@@ -279,7 +292,7 @@ def test_config_file(tmp_path):
     assert from_config_dict(load_config_file(f"{path}:l")).model.decoder.depth == 8
 
 
-@pytest.mark.parametrize("name", ["brain_tiny", "cmoe"])
+@pytest.mark.parametrize("name", ["brain_tiny", "brain_smollm2", "cmoe"])
 def test_configs_of_the_house(name):
     settings = load_config_file(f"configs/{name}.py")
     config = from_config_dict(settings)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from unimed_jax.config import DecoderConfig, LoraConfig
-from unimed_jax.interop import hf, unimed_pth
+from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
+from unimed_jax.interop import hf
+from unimed_jax.interop.peft import lora_table
 from unimed_jax.interop.table import to_leaves
 from unimed_jax.model.decoder import Decoder, Span, merge_lora, visible
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
@@ -66,7 +67,7 @@ def import_decoder(peer, config: DecoderConfig, lora: LoraConfig = PLAIN, prefix
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=lora)
     table = hf.decoder_table(config, prefix, lora.targets if base else ())
     if lora.rank:
-        table += unimed_pth.lora_table(settings, f"{prefix}model.layers")
+        table += lora_table(settings, f"{prefix}model.layers", ".default")
     model = abstract(settings)
     empty = {p: np.full(v.shape, np.nan, np.float32) for p, v in parameters(model).items() if p.startswith("decoder/")}
     tensors = {name: tensor.detach().numpy() for name, tensor in peer.state_dict().items()}
@@ -90,16 +91,25 @@ def assert_equals_peer(decoder, peer, tolerance=1e-4):
     np.testing.assert_allclose(actual[mask == 1], expected[mask == 1], rtol=0, atol=tolerance)
 
 
-def test_equals_peft():
-    """All seven linears wrapped, lora_B away from zero; merged, the same logits and no adapter left."""
+@pytest.mark.parametrize(
+    "kind, theirs, targets",
+    [
+        ("Llama", {}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("Phi", {"layer_norm_eps": 1e-5}, ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]),
+    ],
+)
+def test_equals_peft(kind, theirs, targets):
+    """All linears wrapped, lora_B away from zero; merged, the same logits and no adapter left."""
     torch = pytest.importorskip("torch", reason=NEEDS)
     peft = pytest.importorskip("peft", reason=NEEDS)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
-    peer = peft.get_peft_model(hf_model("Llama"), settings).eval()
+    base = hf_model(kind, **theirs)
+    config = hf.decoder_config(base.config)
+    peer = peft.get_peft_model(base, settings).eval()
     randomise(torch, peer)
-    lora = LoraConfig(rank=4, alpha=16.0)
-    decoder = import_decoder(peer, OURS, lora, "base_model.model.", ".base_layer")
+    assert [name.split(".")[1] for name in hf.linear_names(config).values()] == targets
+    lora = LoraConfig(rank=4, alpha=16.0, targets=tuple(hf.linear_names(config)))
+    decoder = import_decoder(peer, config, lora, "base_model.model.", ".base_layer")
     assert_equals_peer(decoder, peer)
     assert_equals_peer(merge_lora(decoder), peer)
 
@@ -138,17 +148,20 @@ def reference_logits(decoder, config: DecoderConfig, tokens, positions, sees) ->
         if config.norm == "layer":
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_eps)
             return x * p[f"{name}/scale"][i] + p[f"{name}/bias"][i]
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * p[f"{name}/scale"][i]
+        scale = p[f"{name}/scale"][i] + (config.norm == "rms_zero")
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * scale
 
     def linear(x, name, i):
         bias = p.get(f"layers/{name}/bias")
         return x @ p[f"layers/{name}/kernel"][i] + (0 if bias is None else bias[i])
 
-    def rotate(x, position):
+    def rotate(x, position, window):
+        theta = config.local_rope_theta if window and config.local_rope_theta else config.rope_theta
+        slower = 1 if config.rope_scaling is None or theta == config.local_rope_theta else config.rope_scaling.factor
         rotary = int(config.head_dim * config.rotary_fraction)
         out = x.copy()
         for pair in range(rotary // 2):
-            angle = position * config.rope_theta ** (-2 * pair / rotary)
+            angle = position * theta ** (-2 * pair / rotary) / slower
             a, b = x[pair], x[pair + rotary // 2]
             out[pair] = a * np.cos(angle) - b * np.sin(angle)
             out[pair + rotary // 2] = b * np.cos(angle) + a * np.sin(angle)
@@ -159,26 +172,34 @@ def reference_logits(decoder, config: DecoderConfig, tokens, positions, sees) ->
             return x / (1 + np.exp(-x))
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    x = p["embedding"][tokens]
+    x = p["embedding"][tokens] * (config.width**0.5 if config.scaled_embedding else 1)
+    scale = config.query_scale or config.head_dim**-0.5
     length, heads, d = len(tokens), config.heads, config.head_dim
     for i in range(config.depth):
         window = config.windows[i % len(config.windows)] if config.windows else 0
         y = norm(x, "layers/norm1", i)
         q, k, v = (linear(y, f"attention/{n}", i).reshape(length, -1, d) for n in "qkv")
+        if config.qk_norm:
+            q, k = norm(q, "layers/attention/q_norm", i), norm(k, "layers/attention/k_norm", i)
         out = np.zeros((length, heads, d))
         for s in range(length):
             for h in range(heads):
                 g = h * config.kv_heads // heads
                 js = [j for j in range(length) if sees(s, j) and (not window or positions[s] - positions[j] < window)]
-                scores = np.array([rotate(q[s, h], positions[s]) @ rotate(k[j, g], positions[j]) for j in js]) / d**0.5
+                query = rotate(q[s, h], positions[s], window)
+                scores = np.array([query @ rotate(k[j, g], positions[j], window) for j in js]) * scale
                 if config.attention_softcap:
                     scores = config.attention_softcap * np.tanh(scores / config.attention_softcap)
                 weights = np.exp(scores - scores.max())
                 out[s, h] = (weights / weights.sum()) @ v[js, g]
-        x = x + linear(out.reshape(length, -1), "attention/o", i)
-        y = norm(x, "layers/norm2", i)
-        x = x + linear(activate(linear(y, "mlp/gate", i)) * linear(y, "mlp/up", i), "mlp/down", i)
-    logits = norm(x, "norm") @ (p["embedding"].T if config.tied_head else p["head"])
+        out = linear(out.reshape(length, -1), "attention/o", i)
+        x = x + (norm(out, "layers/post_norm1", i) if config.post_norms else out)
+        if not config.parallel_block:
+            y = norm(x, "layers/norm2", i)
+        up = linear(y, "mlp/up", i)
+        out = linear(activate(linear(y, "mlp/gate", i)) * up if config.gated_mlp else activate(up), "mlp/down", i)
+        x = x + (norm(out, "layers/post_norm2", i) if config.post_norms else out)
+    logits = norm(x, "norm") @ (p["embedding"].T if config.tied_head else p["head"]) + p.get("head_bias", 0)
     cap = config.logit_softcap
     return cap * np.tanh(logits / cap) if cap else logits
 
@@ -190,6 +211,17 @@ FIELDS = {
     "partial rotary": {"rotary_fraction": 0.5},
     "layer norm, gelu": {"norm": "layer", "activation": "gelu_tanh"},
     "q and v bias, tied": {"attention_bias": ("q", "v"), "tied_head": True},
+    "Gemma 3": {
+        **{"norm": "rms_zero", "post_norms": True, "qk_norm": True, "query_scale": 0.6, "scaled_embedding": True},
+        **{"windows": (3, 0), "local_rope_theta": 30.0, "rope_scaling": RopeScaling(kind="linear", factor=5.0)},
+    },
+    "Phi": {
+        **{"norm": "layer", "parallel_block": True, "gated_mlp": False, "mlp_bias": True, "head_bias": True},
+        **{"attention_bias": ("q", "k", "v", "o"), "rotary_fraction": 0.5},
+    },
+    "a rotation of the layers with a window": {"windows": (3, 0), "local_rope_theta": 30.0},
+    "a scale of the scores": {"query_scale": 0.6},
+    "a scaled embedding": {"scaled_embedding": True},
 }
 
 
@@ -210,7 +242,8 @@ def test_fields_against_a_plain_loop(name):
     expected = reference_logits(decoder, config.decoder, tokens[:10], positions[:10], sees)
     np.testing.assert_allclose(np.asarray(actual)[0, :10], expected, rtol=0, atol=1e-5)
     default = tiny.config(decoder={k: getattr(tiny.CONFIG.decoder, k) for k in FIELDS[name]}, lora={"rank": 0})
-    if set(FIELDS[name]) <= {"windows", "attention_softcap", "logit_softcap", "rotary_fraction"}:
+    free = {"windows", "attention_softcap", "logit_softcap", "rotary_fraction"}
+    if set(FIELDS[name]) <= free | {"local_rope_theta", "query_scale", "scaled_embedding"}:
         without = reference_logits(decoder, default.decoder, tokens[:10], positions[:10], sees)
         assert np.abs(without - expected).max() > 1e-3  # the field does something
 

@@ -39,8 +39,9 @@ from unimed_jax.model.decoder import Cache, Span
 from unimed_jax.model.generate import extended_span, generate
 from unimed_jax.model.unimed import answer_logits, cross_entropy, parameters, span_of
 from unimed_jax.model.vision import normalise, resize_positions
+from unimed_jax.rules import leaf_rules
 from unimed_jax.settings import from_config_dict
-from unimed_jax.train.optimizer import Optimizer, leaf_rules, learning_rate
+from unimed_jax.train.optimizer import Optimizer, learning_rate
 from unimed_jax.train.step import TrainState, make_step
 
 GRAD_RULES = (

@@ -124,6 +124,7 @@ PREDICT = ["predict", "--run={run}"]
 MISTAKES = {
     "no config": (["--workdir=x"], ["--config"]),
     "missing config": (["--config=configs/brain_tny.py"], ["configs/brain_tny.py", "brain_tiny.py"]),
+    "a bucket": (["{config}", "--workdir=gs://b/run"], ["gs://b/run", "no folder", "mount"]),
     "unknown verb": (["trian"], ["trian", "did you mean 'train'"]),
     "unknown key": (["{config}", "--config.optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'lr'"]),
     "unknown group": (["{config}", "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),
@@ -180,7 +181,7 @@ def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys, monkeypatch
 
 
 def test_configs_of_the_repository_build():
-    for name in ("brain_tiny", "cmoe"):
+    for name in ("brain_tiny", "brain_smollm2", "cmoe"):
         config = door.settings_of(door.load_config_file(f"configs/{name}.py"), [])
         assert pickle.loads(pickle.dumps(config)) == config and config.name == name
     assert tiny_config().name == "squares"

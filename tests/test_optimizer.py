@@ -11,7 +11,8 @@ import tiny
 
 from unimed_jax.config import VISUAL_TASKS, OptimizerConfig, TrainConfig, UserError
 from unimed_jax.model.unimed import abstract, parameters
-from unimed_jax.train.optimizer import LeafRule, Optimizer, leaf_rules, learning_rate, participation
+from unimed_jax.rules import LeafRule, leaf_rules
+from unimed_jax.train.optimizer import Optimizer, learning_rate, participation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -5,6 +5,7 @@ The run of each process is the door's, on coloured squares.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,13 @@ from fake_brain import Squares
 from unimed_jax.data import datasets
 from unimed_jax import main
 datasets.load_dataset = lambda source, data: Squares()
+if "--killed" in sys.argv:
+    sys.argv.remove("--killed")
+    import os, signal
+    from unimed_jax.train.log import Log
+    write = Log.write
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    Log.write = lambda self, step, values: die() if step == 6 else write(self, step, values)
 if "--unscored" in sys.argv:
     sys.argv.remove("--unscored")
     main._evaluate = lambda run, config: None
@@ -159,6 +167,27 @@ def test_a_death_ends_all_with_a_sentence_and_the_run_goes_on_even_with_fewer(pl
     assert fewer[0].wait(timeout=120) == 143
     steps = [line["step"] for line in lines(place, "death")]
     assert steps == list(range(len(steps)))
+
+
+@pytest.fixture(scope="module")
+def killed(place):
+    """A run of one process and device that was killed in step 6, two steps behind a save."""
+    (process,) = start(place, "killed", 1, 1, "--unscored", "--killed")
+    assert process.wait(timeout=240) == -signal.SIGKILL
+    return place / "killed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(1, 2), (1, 4), (1, 8), (2, 1)])
+def test_a_killed_run_goes_on_elsewhere_with_the_losses_of_the_unbroken_one(place, alone, killed, count, devices):
+    run = f"killed{count}x{devices}"
+    shutil.copytree(killed, place / run)
+    finish(place, run, start(place, run, count, devices, "--unscored"))
+    first = said(place, run, 0)
+    assert f"{count * devices} devices (data {count * devices}) of {count} processes" in first
+    continued = losses(place, run)
+    assert continued[:4] == alone[:4] and "damaged" not in first
+    np.testing.assert_allclose(continued, alone, rtol=1e-5)
 
 
 def test_half_an_environment_is_refused(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from unimed_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig, TrainConfig, UserError, to_dict
 from unimed_jax.model import sharding
 from unimed_jax.model.unimed import abstract, loss_sums, parameters, with_parameters
+from unimed_jax.rules import leaf_rules
 from unimed_jax.settings import from_config_dict
-from unimed_jax.train.optimizer import Optimizer, leaf_rules
+from unimed_jax.train.optimizer import Optimizer
 from unimed_jax.train.step import TrainState, first_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -24,6 +26,17 @@ MODEL = tiny.config(
     vision={"depth": 1, "width": 16, "heads": 4, "mlp_width": 32},
     connector={"experts": 5, "hidden": 8, "router_hidden": 16},
     decoder={"depth": 2, "width": 16, "mlp_width": 32},
+)
+# What other families' decoders have besides or instead, as far as it goes together.
+OTHER = tiny.config(
+    vision={"depth": 1, "width": 16, "heads": 4, "mlp_width": 32},
+    connector={"experts": 5, "hidden": 8, "router_hidden": 16},
+    decoder={
+        **{"depth": 2, "width": 16, "mlp_width": 32, "gated_mlp": False, "mlp_bias": True, "tied_head": True},
+        **{"head_bias": True, "norm": "rms_zero", "post_norms": True, "qk_norm": True, "scaled_embedding": True},
+        **{"attention_bias": ("q", "k", "v", "o"), "windows": (8, 0), "local_rope_theta": 100.0},
+    },
+    lora={"targets": ("q", "k", "v", "o", "up", "down")},
 )
 ROWS = 8
 MESHES = (
@@ -62,20 +75,28 @@ def gradients(model, batch):
 
 @pytest.fixture(scope="module")
 def alone(batch):
-    loss, grads = gradients(tiny.model(MODEL), batch)
-    return float(loss), jax.device_get(grads)
+    @functools.cache
+    def run(config):
+        loss, grads = gradients(tiny.model(config), batch)
+        return float(loss), jax.device_get(grads)
+
+    return run
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=named)
-def test_eight_devices_equal_one(axes, batch, alone):
+@pytest.mark.parametrize(
+    "config, axes",
+    [*((MODEL, axes) for axes in MESHES), (OTHER, MESHES[4])],
+    ids=[*map(named, MESHES), f"other-{named(MESHES[4])}"],
+)
+def test_eight_devices_equal_one(config, axes, batch, alone):
     mesh = mesh_of(**axes)
-    model = tiny.model(MODEL)
+    model, expected_loss, expected_gradients = tiny.model(config), *alone(config)
     leaves = parameters(model)
     leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))
     with sharding.inside(mesh):
         loss, grads = gradients(with_parameters(model, leaves), sharding.on_devices(batch, mesh, 1))
-    assert abs(float(loss) - alone[0]) <= 1e-6 * abs(alone[0])
-    for path, expected in alone[1].items():
+    assert abs(float(loss) - expected_loss) <= 1e-6 * abs(expected_loss)
+    for path, expected in expected_gradients.items():
         scale = np.abs(expected).max()
         assert scale > 0, path
         np.testing.assert_allclose(grads[path], expected, rtol=0, atol=1e-5 * scale, err_msg=path)
@@ -136,7 +157,7 @@ def test_where_parameters_and_moments_lie():
 
 
 def test_only_matching_patterns_and_logical_names_stand_in_the_table():
-    paths = {*parameters(abstract(MODEL)), *parameters(abstract(tiny.config(decoder={"tied_head": True})))}
+    paths = {*parameters(abstract(MODEL)), *parameters(abstract(OTHER))}
     for pattern, names in sharding.PARAMETERS:
         assert any(fnmatch.fnmatchcase(path, pattern) for path in paths), pattern
         assert all(name is None or name in sharding.AXES for name in names)

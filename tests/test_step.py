@@ -14,7 +14,8 @@ from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LossConfig, Optimizer
 from unimed_jax.data import layout
 from unimed_jax.model.layers import Linear
 from unimed_jax.model.unimed import abstract, answer_logits, cross_entropy, parameters
-from unimed_jax.train.optimizer import Optimizer, leaf_rules
+from unimed_jax.rules import leaf_rules
+from unimed_jax.train.optimizer import Optimizer
 from unimed_jax.train.step import TrainState, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -1,17 +1,19 @@
 """The loop on coloured squares: stop and continue, one compile, non-finite steps, what a run leaves."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from fake_brain import Squares, tiny_config
 from PIL import Image
 
+from unimed_jax.checkpoint import Checkpoints
 from unimed_jax.config import UserError
 from unimed_jax.data import datasets
 from unimed_jax.model import sharding
 from unimed_jax.model.unimed import parameters
-from unimed_jax.run import open_run
+from unimed_jax.run import initial_leaves, initial_model, open_run
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
 from unimed_jax.train.log import Log
@@ -131,7 +133,7 @@ def test_a_checkpoint_of_another_model_is_refused(straight, tmp_path):
 def test_frozen_leaves_stay_and_are_saved_when_nothing_else_could_give_them_back(tmp_path):
     settings = tiny_config(rules=(("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None)), steps=4)
     run = loop.train(from_config_dict(settings), tmp_path)
-    initial, _ = loop.initial_model(run.config, run.tokenizer)
+    initial, _ = initial_model(run.config, run.tokenizer)
     before, after, opened = parameters(initial), parameters(run.model), parameters(open_run(tmp_path).model)
     for path in before:
         assert np.array_equal(before[path], after[path]) == path.startswith("vision/"), path
@@ -141,9 +143,36 @@ def test_frozen_leaves_stay_and_are_saved_when_nothing_else_could_give_them_back
 def test_a_run_starts_from_another(straight, tmp_path):
     settings = tiny_config(steps=1)
     settings.init = (("seed", ""), ("run", str(straight.folder)))
-    model, sources = loop.initial_model(from_config_dict(settings), straight.tokenizer)
+    model, sources = initial_model(from_config_dict(settings), straight.tokenizer)
     assert set(sources.values()) == {f"run {straight.folder}"}
     np.testing.assert_array_equal(parameters(model)["decoder/head"], parameters(straight.model)["decoder/head"])
+
+
+def test_a_run_stands_on_the_weights_that_it_was_trained_on(straight, tmp_path):
+    """Frozen leaves of another run are not copied: told, when that has changed."""
+    base = tmp_path / "base"
+    shutil.copytree(straight.folder, base)
+    settings = tiny_config(rules=(("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None)), steps=2)
+    settings.init = (("seed", ""), ("run", str(base)))
+    run = loop.train(from_config_dict(settings), tmp_path / "run")
+    opened = open_run(tmp_path / "run")
+    for path, leaf in parameters(run.model).items():
+        np.testing.assert_array_equal(parameters(opened.model)[path], leaf, err_msg=path)
+    saved = Checkpoints(tmp_path / "run/checkpoints").saved_weights()
+    assert saved == {path for path in parameters(run.model) if not path.startswith("vision/")}
+    shutil.rmtree(base / "checkpoints" / str(straight.step))  # an older checkpoint is left
+    with pytest.raises(UserError, match=f"was trained on other weights than run {base} holds now"):
+        open_run(tmp_path / "run")
+
+
+def test_weights_without_a_source_are_named(straight):
+    settings = tiny_config()
+    settings.init = (("sed", ""),)
+    with pytest.raises(UserError, match="'sed' is no source of weights; did you mean 'seed'"):
+        initial_model(from_config_dict(settings), straight.tokenizer)
+    settings.init = (("hf", ""),)
+    with pytest.raises(UserError, match=r"config.init gives no connector/.*put \('seed', ''\) first"):
+        initial_leaves(from_config_dict(settings), straight.tokenizer, wanted=("connector/*",))
 
 
 def test_fidelity_paper_trains_one_example_a_row(tmp_path):

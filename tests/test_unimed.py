@@ -21,8 +21,8 @@ from unimed_jax.model.unimed import (
     span_of,
     with_parameters,
 )
+from unimed_jax.rules import leaf_rules
 from unimed_jax.settings import from_config_dict, load_config_file
-from unimed_jax.train.optimizer import leaf_rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -147,7 +147,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    tokenizer: str = ""  # a Hugging Face tokenizer folder; empty: train a BPE on the training split
+    tokenizer: str = ""  # a Hugging Face folder, or a GGUF file; empty: train a BPE on the training split
     vocab: int = 1024  # size of the trained BPE, everything counted
     coordinate_tokens: bool = True  # one token per box coordinate 0..100 (trained BPE only)
     chat_template: bool = True  # wrap prompts in [INST] ... [/INST]
@@ -256,7 +256,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
-    # (kind, path): seed | llama | eva | run ...; later ones overlay earlier ones.
+    # (kind, path): seed | run | gguf ...; later ones overlay earlier ones.
     init: tuple[tuple[str, str], ...] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -3,10 +3,15 @@
 (train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports
 evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
 predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
+export    --run=DIR --out=PATH --format=model|decoder|peft|unimed             writes weights for other programs
+
+--run=DIR may also be a folder that `export --format=model` wrote; predict takes --config=FILE in its place, where
+config.init names all weights (those of an original checkpoint and its base model, say).
 """
 
 import argparse
 import ast
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,7 +24,7 @@ from unimed_jax.config import TASKS, Config, UserError, nearest, to_dict
 from unimed_jax.settings import from_config_dict, load_config_file
 from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
-VERBS = ("train", "evaluate", "predict")
+VERBS = ("train", "evaluate", "predict", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = argv[1:] if argv[:1] == [verb] else argv
         with stoppable(), full_disk_told(), processes.lost_processes_told():
             processes.join()
-            {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[verb](arguments)
+            run = {"train": run_train, "evaluate": run_evaluate, "predict": run_predict, "export": run_export}
+            run[verb](arguments)
     except UserError as error:
         print(f"unimed_jax: {error}", file=sys.stderr)
         return 2
@@ -91,6 +97,8 @@ def run_train(arguments: list[str]) -> None:
     options.add_argument("--workdir", help="the run's folder (default: runs/<config name>)")
     known, overrides = options.parse_known_args(arguments)
     config = settings_of(load_config_file(known.config), overrides)
+    if "://" in (known.workdir or ""):
+        raise UserError(f"--workdir={known.workdir} is no folder; mount the bucket, and give its path there.")
 
     from unimed_jax.model.sharding import inside
     from unimed_jax.run import missing_inputs
@@ -128,7 +136,8 @@ def _evaluate(run, config: Config) -> None:
     from unimed_jax.evaluate.answer import answerer
     from unimed_jax.evaluate.report import write_report
     from unimed_jax.evaluate.tasks import evaluate
-    from unimed_jax.run import initial_model
+    from unimed_jax.model.unimed import with_parameters
+    from unimed_jax.run import initial_leaves
 
     leads = processes.leads()
     dataset = joined(load_datasets(config.data))
@@ -143,7 +152,8 @@ def _evaluate(run, config: Config) -> None:
     routing = None
     if shown:
         pixels = [dataset.image(key) for key in shown]
-        initial, _ = initial_model(config, run.tokenizer, run.mesh)
+        first, _ = initial_leaves(config, run.tokenizer, run.mesh, ("vision/*", "connector/*"))
+        initial = with_parameters(run.model, first)
         routing = routing_report(run.model, initial, config, pixels, list(shown.values()))
     if not leads:
         return
@@ -160,12 +170,17 @@ def _evaluate(run, config: Config) -> None:
 
 def run_predict(arguments: list[str]) -> None:
     options = parser("predict")
-    options.add_argument("--run", required=True, help="a run's folder")
+    options.add_argument("--run", help="a run's folder, or that of an exported model")
+    options.add_argument("--config", help="in place of --run: settings whose init names all weights")
     options.add_argument("--task", required=True, help=", ".join(TASKS))
     options.add_argument("--image", help="PNG, JPEG or DICOM (every task but qa)")
     options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
     options.add_argument("--out", help="refer, identify: where to draw the box (default: beside the run)")
-    known = options.parse_args(arguments)
+    known, overrides = options.parse_known_args(arguments)
+    if (known.run is None) == (known.config is None) or (overrides and known.run):
+        raise UserError(
+            "predict takes either --run=DIR or --config=FILE with its --config.key=value; give one of them."
+        )
     if known.task not in TASKS:
         raise UserError(f"--task={known.task} is no task{nearest(known.task, TASKS)} Choose from {', '.join(TASKS)}.")
     if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
@@ -176,20 +191,63 @@ def run_predict(arguments: list[str]) -> None:
     from unimed_jax.data.prompts import text_to_box
     from unimed_jax.evaluate.answer import answerer
     from unimed_jax.evaluate.report import draw_box
-    from unimed_jax.run import open_run
+    from unimed_jax.run import open_config, open_run
 
     if known.task == "identify" and text_to_box(known.text) is None:
         raise UserError(f"--text={known.text!r} is no box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
     image = read_image(known.image) if known.image else None
-    run = open_run(known.run)
+    run = open_run(known.run) if known.run else open_config(settings_of(load_config_file(known.config), overrides))
     example = Example("--text", known.task, known.text, "", image=known.image)
     (text,) = answerer(run.model, run.config, run.tokenizer)([example], [image])
     print(text)
     box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
     if box and image is not None:
         out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")
+        out.parent.mkdir(parents=True, exist_ok=True)
         draw_box(out, image, box, known.text if known.task == "refer" else text)
         print(f"drew {out}")
+
+
+def run_export(arguments: list[str]) -> None:
+    options = parser("export")
+    options.add_argument("--run", required=True, help="a run's folder")
+    options.add_argument("--out", required=True, help="the new folder (unimed: file)")
+    options.add_argument(
+        "--format",
+        required=True,
+        choices=("model", "decoder", "peft", "unimed"),
+        help="model: all of it, for transformers; decoder: the language model, adapters merged; peft: the adapters "
+        "alone; unimed: a checkpoint of the original Uni-Med",
+    )
+    known = options.parse_args(arguments)
+
+    from unimed_jax.interop.hf import export_decoder
+    from unimed_jax.interop.peft import export_peft
+    from unimed_jax.interop.unimed_hf import export_model, merged_leaves
+    from unimed_jax.interop.unimed_pth import export_unimed, trainable_table
+    from unimed_jax.model.unimed import parameters
+    from unimed_jax.run import open_run, tokenizer_folder
+    from unimed_jax.train.loop import saved_state
+
+    run = open_run(known.run)
+    config, tokenizer = run.config, tokenizer_folder(run.folder, run.config)
+    if known.format == "model":
+        scores = run.folder / "metrics.json"
+        metrics = json.loads(scores.read_text()) if scores.is_file() else None
+        export_model(known.out, config, run.model, tokenizer, metrics)
+    elif known.format == "decoder":
+        ids = {"bos": run.tokenizer.bos, "eos": run.tokenizer.eos, "pad": run.tokenizer.pad}
+        export_decoder(known.out, config.model.decoder, merged_leaves(run.model), tokenizer, ids)
+    elif known.format == "peft":
+        base = next((path for kind, path in reversed(config.init) if kind in ("hf", "gguf")), "")
+        export_peft(known.out, config.model, parameters(run.model), base)
+    else:
+        original = next((path for kind, path in reversed(config.init) if kind == "unimed"), None)
+        trained, moments = saved_state(run)
+        paths = trainable_table(config.model).paths()
+        held = {path: leaf for path, leaf in parameters(run.model).items() if path in paths}
+        export_unimed(known.out, config, {**held, **trained}, moments, like=original)
+    print(f"wrote {known.out}")
 
 
 if __name__ == "__main__":

@@ -7,27 +7,29 @@ metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 
 import dataclasses
+import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from unimed_jax.checkpoint import Checkpoints
-from unimed_jax.config import Config, UserError, to_dict
+from unimed_jax.checkpoint import Checkpoints, fingerprints
+from unimed_jax.config import Config, UserError, nearest, to_dict
 from unimed_jax.data.datasets import SELF_CONTAINED, joined
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
+from unimed_jax.interop import gguf
+from unimed_jax.interop.sources import SOURCES
+from unimed_jax.interop.table import folded
+from unimed_jax.interop.unimed_hf import is_exported, load_exported
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, abstract, order_coordinates, parameters, with_parameters
+from unimed_jax.rules import leaf_rules
 from unimed_jax.settings import from_config_dict
-
-# Where each kind of `config.init` takes its leaves from; the others come with later kinds.
-INIT_KINDS = {"seed": "random numbers from config.seed", "run": "a finished run's folder"}
-# What the full-size configs start from and interop will read.
-WEIGHT_FILES = {"hf": "the folder of a Hugging Face decoder", "eva": "the EVA-CLIP-g file"}
 
 
 @dataclasses.dataclass
@@ -77,15 +79,20 @@ def _difference(old: dict, new: dict, where: str = "config") -> str:
     return "the same"
 
 
-def missing_inputs(config: Config) -> str | None:
-    """One sentence that names every weight file and data folder that the settings still lack, or None."""
+def missing_inputs(config: Config, trains: bool = True) -> str | None:
+    """One sentence that names every weight file and, to train, data folder that the settings still lack, or None."""
     lacks = [
-        f"{WEIGHT_FILES[kind]} (config.init {kind!r})"
-        for kind, path in config.init
-        if kind in WEIGHT_FILES and not path
+        f"{SOURCES[kind].what} (config.init {kind!r})" for kind, path in config.init if kind in SOURCES and not path
     ]
-    if not config.text.tokenizer and any(kind == "hf" for kind, _ in config.init):
+    for kind, path in config.init:
+        if kind == "run" and not (Path(path) / "config.json").is_file():
+            lacks.append(f"the finished run {path} (config.init 'run'; train it first)")
+        if kind == "gguf" and path:
+            gguf.find(path)  # says itself what it lacks
+    if not config.text.tokenizer and (not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
+    if not trains:
+        return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
     names = [source.name for source in config.data.sources if source.name not in SELF_CONTAINED and not source.path]
     if names and not config.data.root:
         lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} (config.data.root, one folder each)")
@@ -93,67 +100,160 @@ def missing_inputs(config: Config) -> str | None:
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """The run's tokenizer: the folder named in the settings, or a BPE trained once on the training texts."""
-    if config.text.tokenizer:
-        return Tokenizer.load(config.text.tokenizer)
-    path = folder / "tokenizer"
-    if not path.exists():
+    """The run's tokenizer: the folder or GGUF file of the settings, or a BPE trained once on the training texts."""
+    path = tokenizer_folder(folder, config)
+    if path.exists():
+        return Tokenizer.load(path)
+    if gguf.is_gguf(config.text.tokenizer):
+        gguf.write_tokenizer(config.text.tokenizer, path)
+    elif not config.text.tokenizer:
         unfinished = folder / "tokenizer.tmp"
         train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
         unfinished.rename(path)
     return Tokenizer.load(path)
 
 
-def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
-    """The model before the first step, laid over the mesh, and the source of every leaf.
+def tokenizer_folder(folder: Path, config: Config) -> Path:
+    """The folder named in the settings; the run's own for a tokenizer that it has trained or read from a GGUF file."""
+    named = config.text.tokenizer
+    return Path(named) if named and not gguf.is_gguf(named) else folder / "tokenizer"
 
-    A function of the settings alone: the random numbers do not depend on the devices.
+
+def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
+    """The model before the first step, laid over the mesh, and the source of every leaf."""
+    leaves, sources = initial_leaves(config, tokenizer, mesh)
+    return with_parameters(abstract(config.model), leaves), sources
+
+
+def initial_leaves(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None, wanted: Sequence[str] = ("*",)
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The leaves before the first step whose paths match one of the patterns `wanted`, and the source of each.
+
+    A function of the settings alone: the random numbers do not depend on the devices. Leaves that train are
+    float32, the others of `config.model.frozen_dtype`. Only what is wanted, and of that only what no later source
+    replaces, is made or read.
     """
     if tokenizer.size > config.model.decoder.vocab:
         raise UserError(
             f"config.model.decoder.vocab={config.model.decoder.vocab} is less than the tokenizer's {tokenizer.size} "
             "tokens; raise it."
         )
+    shapes = parameters(abstract(config.model))
+    rules = leaf_rules(shapes, config.train, config.optimizer)
+    dtypes = {path: "float32" if rules[path].train else config.model.frozen_dtype for path in shapes}
+    places = None if mesh is None else parameter_shardings(shapes, mesh)
+    still = {path for path in shapes if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)}
+    leaves: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for kind, path in reversed(config.init):
+        if kind == "seed":
+            found = _random_leaves(config, tokenizer, still, dtypes, places)
+        elif kind == "run":
+            found = _leaves_of_run(path, {p: shapes[p] for p in still}, dtypes, places)
+        elif kind not in SOURCES:
+            known = ("seed", "run", *SOURCES)
+            raise UserError(f"config.init: {kind!r} is no source of weights{nearest(kind, known)} Choose from {known}.")
+        elif not SOURCES[kind].among(still):
+            continue
+        else:
+            found = SOURCES[kind].load(path, config.model, shapes, places, dtypes)
+        taken = still & set(found)
+        leaves |= {p: found[p] for p in taken}
+        sources |= dict.fromkeys(taken, f"{kind} {path}".strip())
+        still -= taken
+    if still:
+        raise UserError(
+            f"config.init gives no {', '.join(folded(sorted(still))[:5])}; put ('seed', '') first, for random numbers."
+        )
+    order = [p for p in shapes if p in leaves]
+    return {p: leaves[p] for p in order}, {p: sources[p] for p in order}
 
-    def random_leaves() -> dict[str, jax.Array]:
+
+def _random_leaves(config: Config, tokenizer: Tokenizer, wanted, dtypes, places) -> dict[str, jax.Array]:
+    def make() -> dict[str, jax.Array]:
         model = UniMed(config.model, nnx.Rngs(config.seed))
         if tokenizer.coordinate_start is not None:
             order_coordinates(model, tokenizer.coordinate_start)
-        return parameters(model)
+        return {p: leaf.astype(dtypes[p]) for p, leaf in parameters(model).items() if p in wanted}
 
-    model = abstract(config.model)
-    places = None if mesh is None else parameter_shardings(parameters(model), mesh)
-    model = with_parameters(model, jax.jit(random_leaves, out_shardings=places)())
-    sources = dict.fromkeys(parameters(model), "seed")
-    for kind, path in config.init:
-        if kind not in INIT_KINDS:
-            raise UserError(f"config.init: {kind!r} is no source of weights here; choose from {', '.join(INIT_KINDS)}.")
-        if kind == "run":
-            other = open_run(path)
-            leaves = parameters(other.model)
-            fits = {k: v for k, v in parameters(model).items() if k in leaves and leaves[k].shape == v.shape}
-            if not fits:
-                raise UserError(f"config.init: no parameter of run {path} fits this model; check config.model.")
-            taken = {k: leaves[k] if places is None else jax.device_put(leaves[k], places[k]) for k in fits}
-            model = with_parameters(model, taken)
-            sources |= dict.fromkeys(fits, f"run {path}")
-    return model, sources
+    return jax.jit(make, out_shardings=None if places is None else {p: places[p] for p in wanted})()
+
+
+def _leaves_of_run(path: str, wanted, dtypes, places) -> dict[str, jax.Array]:
+    """What a finished run has of the same name and shape."""
+    theirs = parameters(open_run(path).model)
+    fits = [p for p, leaf in wanted.items() if p in theirs and theirs[p].shape == leaf.shape]
+    if not fits:
+        raise UserError(f"config.init: no parameter of run {path} fits this model; check config.model.")
+    taken = {p: theirs[p].astype(dtypes[p]) for p in fits}
+    return taken if places is None else {p: jax.device_put(leaf, places[p]) for p, leaf in taken.items()}
+
+
+def base_note(leaves: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, dict]:
+    """Source and fingerprint of each leaf, for a checkpoint's note: what it does not hold, but stands on."""
+    numbers = jax.device_get(fingerprints(dict(leaves)))
+    return {path: {"source": sources[path], "fingerprint": int(number)} for path, number in numbers.items()}
+
+
+def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict]) -> None:
+    """Raises UserError where a leaf that a checkpoint stands on is another one than when it was saved."""
+    changed = [path for path, entry in now.items() if saved.get(path, entry)["fingerprint"] != entry["fingerprint"]]
+    if changed:
+        raise UserError(
+            f"{folder} was trained on other weights than {now[changed[0]]['source']} holds now "
+            f"({', '.join(folded(changed)[:3])} differ); give those that it was trained on in config.init."
+        )
 
 
 def open_run(path: str | Path) -> Run:
-    """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint."""
+    """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint.
+
+    Leaves that the checkpoint does not hold are read again from where `config.init` says. A folder that
+    `export --format=model` wrote is opened too.
+    """
     folder = Path(path)
+    if is_exported(folder):
+        exported = load_exported(folder)
+        model = with_parameters(abstract(exported.config.model), exported.leaves)
+        return Run(folder, exported.config, Tokenizer.load(exported.tokenizer), model, step=0)
     config = read_config(folder)
-    tokenizer = Tokenizer.load(config.text.tokenizer or folder / "tokenizer")
+    tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
+    shapes = parameters(abstract(config.model))
     saved = checkpoints.saved_weights()
-    model = abstract(config.model)
-    if saved < set(parameters(model)):  # the others are frozen, and named by config.init
-        model, _ = initial_model(config, tokenizer)
-    weights, _, _ = checkpoints.restore({k: v for k, v in parameters(model).items() if k in saved})
+    base, sources = initial_leaves(config, tokenizer, wanted=[p for p in shapes if p not in saved])
+    weights, _, note = checkpoints.restore({p: leaf for p, leaf in shapes.items() if p in saved})
+    check_base(folder, note["base"], base_note(base, sources))
     step = checkpoints.latest()
     assert step is not None  # restore says so otherwise
     checkpoints.close()
-    return Run(folder, config, tokenizer, with_parameters(model, weights), step)
+    return Run(folder, config, tokenizer, with_parameters(abstract(config.model), {**base, **weights}), step)
+
+
+def open_config(config: Config) -> Run:
+    """What the weights of `config.init` make without training: base weights and a checkpoint of the original, say.
+
+    Raises UserError where a leaf that matters would be random.
+    """
+    lacks = missing_inputs(config, trains=False)
+    if lacks:
+        raise UserError(lacks)
+    folder = Path(f"runs/{config.name}")
+    tokenizer = load_text(folder, config, ())
+    model, sources = initial_model(config, tokenizer)
+    # An adapter that was never trained adds nothing, and the norm behind the encoder is published as it starts.
+    harmless = ("*/lora_?", "vision/output_norm/*")
+    random = [
+        path
+        for path, source in sources.items()
+        if source == "seed" and not any(fnmatch.fnmatchcase(path, pattern) for pattern in harmless)
+    ]
+    if random:
+        raise UserError(
+            f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source of trained ones "
+            f"(kinds: {', '.join(SOURCES)}, run)."
+        )
+    return Run(folder, config, tokenizer, model, step=0)

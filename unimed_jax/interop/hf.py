@@ -235,7 +235,7 @@ def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfi
         "sliding_window": max(windows) or None,
         "use_sliding_window": any(windows),
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
-        "max_position_embeddings": max(positions, 2 * d.rope_scaling.original_positions if d.rope_scaling else 0),
+        "max_position_embeddings": max(positions, 2 * rope.get("original_max_position_embeddings", 0)),
     }
     for name, family in FAMILIES.items():
         kind: Any = CONFIG_MAPPING[name]
@@ -346,11 +346,16 @@ def load_decoder(
 
     Raises UserError where its settings are not `d` or its weights do not fit.
     """
-    differ = differences(decoder_config(read_settings(folder), f"{folder}/config.json"), d)
+    refuse_differences(decoder_config(read_settings(folder), f"{folder}/config.json"), d, folder)
+    return load_leaves(decoder_table(d), open_weights(folder), leaves, shardings, dtypes)
+
+
+def refuse_differences(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:
+    """Raises UserError where the decoder found at `where` is not `d`."""
+    differ = differences(theirs, d)
     if differ:
         text = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in differ)
-        raise UserError(f"config.model.decoder is not the decoder of {folder}: {text}; set what the folder says.")
-    return load_leaves(decoder_table(d), open_weights(folder), leaves, shardings, dtypes)
+        raise UserError(f"config.model.decoder is not the decoder of {where}: {text}; set what is said there.")
 
 
 def differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:

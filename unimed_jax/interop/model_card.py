@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unimed_jax.config import Config
+from unimed_jax.interop.sources import SOURCES
 
 ASKED = {
     "vqa": ("a question about the image", "words"),
@@ -13,10 +14,6 @@ ASKED = {
     "cls": ("nothing, or the classes", "a class"),
     "qa": ("a question, without an image", "words"),
 }
-SOURCES = {"hf": "decoder", "eva": "vision encoder (EVA-CLIP)", "clip": "vision encoder (CLIP)"}
-SOURCES |= {"siglip": "vision encoder (SigLIP)", "gguf": "decoder (GGUF)", "unimed": "a Uni-Med checkpoint"}
-SOURCES |= {"run": "a run of unimed_jax"}
-
 USAGE = """```python
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +27,8 @@ print(model.answer(tokenizer, Image.open("image.png"), task="vqa", text="Which p
 
 def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> str:
     """Markdown with the header that the Hub reads; `size`: number of parameters; metrics as in metrics.json."""
-    bases = [f"- {SOURCES.get(kind, kind)}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
+    what = {kind: source.what for kind, source in SOURCES.items()} | {"run": "the folder of a run of unimed_jax"}
+    bases = [f"- {what[kind]}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
     reason = "the terms of the base weights named below apply" if bases else "no weights from outside are in it"
     header = (
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n"

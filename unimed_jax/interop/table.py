@@ -95,10 +95,10 @@ LAYOUTS: dict[str, Layout] = {
         lambda x, _: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),  # [p * p * 3, out]
         _patch,
     ),
-    # [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)]: rotary pairs that lie side by side (GGUF)
+    # [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)], or both without `in`: rotary pairs side by side (GGUF)
     "pairs": Layout(
         lambda s: s[::-1],
-        lambda r: ((ALL, r[0]), (ALL, r[1])),
+        lambda r: ((ALL, *r[:-1]), (*(ALL for _ in r[:-1]), r[-1])),
         lambda x, heads: _pairs(x, heads, halves_first=False).T,
         lambda x, heads: _pairs(x.T, heads, halves_first=True),
     ),
@@ -186,6 +186,13 @@ class Table:
     def under(self, path: str) -> list[Entry]:
         return [entry for entry in self if entry.path == path]
 
+    def by_name(self) -> dict[str, list[Entry]]:
+        """Published tensor -> the entries that make it up."""
+        out: dict[str, list[Entry]] = {}
+        for entry in self:
+            out.setdefault(entry.name, []).append(entry)
+        return out
+
 
 def published(table: Table, leaves: Mapping[str, Any]) -> dict[str, Stored]:
     """Shapes and dtypes of the tensors that `to_published` makes of leaves of these shapes and dtypes."""
@@ -199,13 +206,14 @@ def published(table: Table, leaves: Mapping[str, Any]) -> dict[str, Stored]:
     return out
 
 
-def check(table: Table, tensors: Tensors, leaves: Mapping[str, Any]) -> None:
+def check(table: Table, tensors: Tensors, leaves: Mapping[str, Any], differences: Iterable[str] = ()) -> None:
     """Raises one UserError that names every missing, unexpected, mis-shaped and unreadable tensor.
 
-    `leaves` (anything with shapes, by path) must hold every path of the table.
+    `leaves` (anything with shapes, by path) must hold every path of the table; `differences` is what else does not
+    fit, in words.
     """
     expected = {name: stored.shape for name, stored in published(table, leaves).items()}
-    problems = []
+    problems = list(differences)
     missing = [name for name in expected if name not in tensors.stored]
     unexpected = [
         name
@@ -308,9 +316,11 @@ def to_published(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarra
 
 def each_published(table: Table, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of every published tensor, one at a time and in the order of `published`."""
-    parts: dict[str, list[Entry]] = {}
-    for entry in table:
-        parts.setdefault(entry.name, []).append(entry)
-    for name, entries in parts.items():
-        tensors = [entry.to_published(leaves[entry.path]) for entry in entries]
-        yield name, np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=1))
+    for name, entries in table.by_name().items():
+        yield name, joined(entries, leaves)
+
+
+def joined(entries: Iterable[Entry], leaves: Mapping[str, Any]) -> np.ndarray:
+    """The published tensor that these entries of one name make up."""
+    tensors = [entry.to_published(leaves[entry.path]) for entry in entries]
+    return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=1))

@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from unimed_jax.data.datasets import joined, load_datasets
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.model import sharding
 from unimed_jax.model.unimed import abstract, parameters, with_parameters
-from unimed_jax.run import Run, initial_model, load_text, write_config
+from unimed_jax.rules import leaf_rules
+from unimed_jax.run import Run, base_note, check_base, initial_leaves, load_text, write_config
 from unimed_jax.train.interruption import Interruption, claim
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
-from unimed_jax.train.optimizer import Optimizer, leaf_rules, learning_rate
+from unimed_jax.train.optimizer import AdamState, Optimizer, learning_rate, per_leaf
 from unimed_jax.train.step import TrainState, first_state, make_step
 
 
@@ -46,11 +48,11 @@ def train(config: Config, folder: Path) -> Run:
 
 
 def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline, rules, mesh: Mesh | None) -> Run:
-    model, sources = initial_model(config, tokenizer, mesh)
-    leaves = parameters(model)
-    trainable = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items() if rules[path].train}
-    frozen = {path: leaf.astype(config.model.frozen_dtype) for path, leaf in leaves.items() if not rules[path].train}
+    leaves, sources = initial_leaves(config, tokenizer, mesh)
+    trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
+    frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
     random_frozen = {path: leaf for path, leaf in frozen.items() if sources[path] == "seed"}
+    base = base_note({path: leaf for path, leaf in frozen.items() if path not in random_frozen}, sources)
     optimizer = Optimizer(config.optimizer, rules)
     state = first_state(trainable, optimizer, mesh)
     step = make_step(abstract(config.model), config, optimizer, tokenizer.coordinate_start, mesh)
@@ -61,15 +63,18 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
     # ---- where it stopped --------------------------------------------------------------------------
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     if checkpoints.latest() is not None:
-        weights, rest, _ = checkpoints.restore({**random_frozen, **state.leaves}, (state.step, state.moments))
+        weights, rest, note = checkpoints.restore({**random_frozen, **state.leaves}, (state.step, state.moments))
         frozen |= {path: weights[path] for path in random_frozen}
         state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
+        check_base(folder, note["base"], base)
+    if mesh is None:  # arrays that were read belong to a device, made ones to none: two programs, if left so
+        state, frozen = jax.device_put((state, frozen), jax.local_devices()[0])
     first = int(state.step)
     if first == 0 and processes.leads():
         contact_sheet(joined(datasets), folder / "contact_sheet.png")
 
     def save(done: int) -> None:
-        note = {"config_hash": config_hash(config), "rows_read": done * config.data.rows}
+        note = {"config_hash": config_hash(config), "rows_read": done * config.data.rows, "base": base}
         checkpoints.save(done, {**random_frozen, **state.leaves}, (state.step, state.moments), note)
 
     # ---- steps -------------------------------------------------------------------------------------
@@ -98,6 +103,19 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
         raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
     model = with_parameters(abstract(config.model), {**frozen, **state.leaves})
     return Run(folder, config, tokenizer, model, config.train.steps, mesh)
+
+
+def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
+    """(trained leaves, Adam's state of each) of a run's newest checkpoint, by path."""
+    config, leaves = run.config, parameters(run.model)
+    rules = leaf_rules(leaves, config.train, config.optimizer)
+    trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
+    checkpoints = Checkpoints(run.folder / "checkpoints", read_only=True)
+    saved = {path: leaf for path, leaf in leaves.items() if path in checkpoints.saved_weights()}
+    state = jax.eval_shape(lambda: first_state(trained, Optimizer(config.optimizer, rules)))
+    _, rest, _ = checkpoints.restore(saved, (state.step, state.moments))
+    checkpoints.close()
+    return trained, per_leaf(rest[1])
 
 
 class Meter:

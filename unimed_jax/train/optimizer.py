@@ -1,6 +1,5 @@
 """AdamW and its schedule as published (facts of Uni-Med's optimisation), over a flat dict of trainable leaves."""
 
-import fnmatch
 import math
 from typing import Any, NamedTuple
 
@@ -9,40 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from unimed_jax.config import VISUAL_TASKS, OptimizerConfig, TrainConfig, UserError, nearest
+from unimed_jax.config import VISUAL_TASKS, OptimizerConfig
+from unimed_jax.rules import LeafRule
 
 Leaves = dict[str, Any]
-
-
-class LeafRule(NamedTuple):
-    train: bool
-    lr_scale: float
-    weight_decay: float
-
-
-def leaf_rules(paths, train: TrainConfig, optimizer: OptimizerConfig) -> dict[str, LeafRule]:
-    """What `train.rules` says of every leaf: the first pattern that matches its path.
-
-    Without a weight decay of its own a rule follows the published grouping: biases and norm scales are
-    not decayed, all else is (task tokens and LoRA too). Raises UserError where no pattern matches a leaf,
-    or a pattern no leaf.
-    """
-    rules: dict[str, LeafRule] = {}
-    used = set()
-    for path in paths:
-        for pattern, action, lr_scale, decay in train.rules:
-            if fnmatch.fnmatchcase(path, pattern):
-                if decay is None:
-                    decay = 0.0 if path.endswith(("bias", "scale")) else optimizer.weight_decay
-                rules[path] = LeafRule(action == "train", lr_scale, decay)
-                used.add(pattern)
-                break
-        else:
-            raise UserError(f"config.train.rules: no pattern matches the parameter {path!r}; add one, last ('*', ...).")
-    for pattern, *_ in train.rules:
-        if pattern not in used and pattern != "*" and not any(fnmatch.fnmatchcase(p, pattern) for p in paths):
-            raise UserError(f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}")
-    return rules
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -90,6 +59,13 @@ def adam(betas: tuple[float, float], eps: float, skip_unused: bool) -> optax.Gra
         return out, new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def per_leaf(state: Any) -> AdamState:
+    """The state of `adam`, either way of keeping it, with a count for every leaf."""
+    if isinstance(state, AdamState):
+        return state
+    return AdamState(dict.fromkeys(state.mu, state.count), state.mu, state.nu)
 
 
 def count_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,51 @@
+"""Where weights come from outside: the kinds of `config.init`, and what each can give."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import NamedSharding
+
+from unimed_jax.config import ModelConfig
+from unimed_jax.interop.gguf import load_gguf
+from unimed_jax.interop.hf import load_decoder
+from unimed_jax.interop.peft import load_peft
+from unimed_jax.interop.towers import load_tower
+from unimed_jax.interop.unimed_pth import load_unimed
+
+Loader = Callable[
+    [str, ModelConfig, Mapping[str, Any], Mapping[str, NamedSharding] | None, Mapping[str, Any] | None], dict[str, Any]
+]
+
+
+class Source(NamedTuple):
+    what: str  # what its path names, for messages
+    gives: tuple[str, ...]  # patterns of the leaves that it may give
+    load: Loader  # (path, config.model, leaves, shardings, dtypes) -> leaves by path; see interop/load.py
+
+    def among(self, paths: Iterable[str]) -> bool:
+        """Whether it may give one of these leaves."""
+        return any(fnmatch.fnmatchcase(path, pattern) for path in paths for pattern in self.gives)
+
+
+def _tower(kind: str) -> Loader:
+    return lambda path, model, *where: load_tower(kind, path, model.vision, *where)
+
+
+SOURCES: dict[str, Source] = {
+    "hf": Source(
+        "the folder of a Hugging Face decoder",
+        ("decoder/*",),
+        lambda path, model, *where: load_decoder(path, model.decoder, *where),
+    ),
+    "gguf": Source(
+        "the GGUF file of a decoder",
+        ("decoder/*",),
+        lambda path, model, *where: load_gguf(path, model.decoder, *where),
+    ),
+    "eva": Source("the EVA-CLIP-g file", ("vision/*",), _tower("eva")),
+    "clip": Source("the folder of a Hugging Face CLIP", ("vision/*",), _tower("clip")),
+    "unimed": Source("a checkpoint of the original Uni-Med (.pth)", ("connector/*", "decoder/*/lora_?"), load_unimed),
+    "peft": Source("the folder of a PEFT adapter", ("decoder/*/lora_?",), load_peft),
+    "siglip": Source("the folder of a Hugging Face SigLIP", ("vision/*",), _tower("siglip")),
+}

@@ -1,0 +1,38 @@
+"""What trains, and how: `train.rules` applied to parameter paths."""
+
+import fnmatch
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from unimed_jax.config import OptimizerConfig, TrainConfig, UserError, nearest
+
+
+class LeafRule(NamedTuple):
+    train: bool
+    lr_scale: float
+    weight_decay: float
+
+
+def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerConfig) -> dict[str, LeafRule]:
+    """What `train.rules` says of every leaf: the first pattern that matches its path.
+
+    Without a weight decay of its own a rule follows the published grouping: biases and norm scales are
+    not decayed, all else is (task tokens and LoRA too). Raises UserError where no pattern matches a leaf,
+    or a pattern no leaf.
+    """
+    rules: dict[str, LeafRule] = {}
+    used = set()
+    for path in paths:
+        for pattern, action, lr_scale, decay in train.rules:
+            if fnmatch.fnmatchcase(path, pattern):
+                if decay is None:
+                    decay = 0.0 if path.endswith(("bias", "scale")) else optimizer.weight_decay
+                rules[path] = LeafRule(action == "train", lr_scale, decay)
+                used.add(pattern)
+                break
+        else:
+            raise UserError(f"config.train.rules: no pattern matches the parameter {path!r}; add one, last ('*', ...).")
+    for pattern, *_ in train.rules:
+        if pattern not in used and pattern != "*" and not any(fnmatch.fnmatchcase(p, pattern) for p in paths):
+            raise UserError(f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}")
+    return rules
