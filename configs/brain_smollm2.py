@@ -58,14 +58,14 @@ def get_config():
     config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 6, 208, 2, 104
 
     optimizer = config.optimizer
-    optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 1e-3, 0.0, 0.0, 20
+    optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 2e-3, 0.0, 0.0, 20
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.0, 1.0
     config.train.rules = (
         ("decoder/*/lora_?", "train", 1.0, None),
         ("connector/*", "train", 1.0, None),
         ("*", "freeze", 1.0, None),
     )
-    config.train.steps, config.train.save_every = 540, 180
+    config.train.steps, config.train.save_every = 480, 120
 
     # Generation is what evaluation costs here: a part of the test split, in 8 minutes.
     config.evaluate.splits, config.evaluate.limit = ("test",), 200

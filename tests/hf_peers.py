@@ -146,11 +146,13 @@ def peer(name: str, folder: Path):
 
 
 def randomise(torch, model) -> None:
-    """Kernels of gain 1, biases and norms away from 0 and 1."""
+    """Kernels of gain 1, biases away from 0, norms' gains away from 1 (which Gemma's store without the 1)."""
+    one = 0 if type(model).__name__.startswith("Gemma") else 1
     with torch.no_grad():
         for name, weight in model.named_parameters():
             fan_in = weight.shape[-1] if weight.ndim == 2 and "embed" not in name else 4
-            weight.copy_(torch.randn_like(weight) * fan_in**-0.5 + (1 if "norm" in name and "bias" not in name else 0))
+            centre = one if "norm" in name and "bias" not in name else 0
+            weight.copy_(torch.randn_like(weight) * fan_in**-0.5 + centre)
 
 
 def padded(side: str, lengths=(160, 97, 5), first: int = 0):

@@ -314,6 +314,15 @@ def test_read_back_to_the_bit(name, exported):
     Tokenizer.load(again.tokenizer)
 
 
+def test_what_is_read_back_answers_the_same(exported, asked, tokenizer_folder):
+    """The merged model, opened as `run.open_run` does, gives the texts of the one with adapters."""
+    config, model, folder = exported("as published")
+    again = load_exported(folder)
+    opened = with_parameters(abstract(again.config.model), again.leaves)
+    texts = answerer(opened, again.config, Tokenizer.load(again.tokenizer))(*asked)
+    assert texts == answerer(model, config, Tokenizer.load(tokenizer_folder))(*asked)
+
+
 def test_saved_again_by_transformers(exported, torch, tmp_path):
     """What a user saves after loading, fine-tuned or not, is read back too."""
     _, model, folder = exported("block, sparse on the visual token, as CLIP, tied")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,22 @@ def test_predict_draws_the_box(run, tmp_path, capsys):
 def test_predict_answers_text_alone(run, capsys):
     assert door.main(["predict", f"--run={run}", "--task=qa", "--text=What is 3 plus 1?"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_run_answers_in_torch_as_here(run, tmp_path, capsys, monkeypatch):
+    """benchmarks/torch_answers.py from a run's folder to its table, by way of the exported folder."""
+    pytest.importorskip("torch", reason="a peer of the extra `parity`: pip install -e '.[parity]'")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import torch_answers
+
+    words = [f"--run={run}", f"--export={tmp_path}/exported", "--examples=13", f"--out={tmp_path}/records.json"]
+    monkeypatch.setattr("sys.argv", ["torch_answers.py", *words])
+    torch_answers.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[2:]] == [*TASKS, "all"] and "13 of 13" in lines[-1]
+    records = json.loads((tmp_path / "records.json").read_text())["records"]
+    assert len({record["id"] for record in records}) == 13
+    assert "| vqa | 24 |" in (tmp_path / "exported" / "README.md").read_text()  # the run's scores
 
 
 PREDICT = ["predict", "--run={run}"]

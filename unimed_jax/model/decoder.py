@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
         x = self.embedding[...][tokens].astype(dtype)
         return x * jnp.asarray(self.config.width**0.5, dtype) if self.config.scaled_embedding else x
 
-    def frequencies(self, window: Int[Array, ""]) -> Float[Array, "half"]:
+    def frequencies(self, window: Int[Array, ""]) -> Float[Array | np.ndarray, "half"]:
         """Of the rotation in a layer with that window, in radians per position."""
         c = self.config
         rotary = 2 * int(c.head_dim * c.rotary_fraction / 2)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -127,25 +128,30 @@ def layer_norm(x: Float[Array, "*batch width"], eps: float) -> Float[Array, "*ba
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
 
 
-def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
-    """Radians per position of the `rotary` / 2 rotated pairs."""
-    frequency = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position of the `rotary` / 2 rotated pairs: float32 [half], known when a program is traced.
+
+    Rounded where torch rounds, by whose numbers published models were trained: at far positions the last bit counts.
+    """
+    exponent = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
+    frequency = np.float32(1) / (theta ** exponent.astype(np.float64)).astype(np.float32)
     if scaling is None:
         return frequency
+    factor = np.float32(scaling.factor)
     if scaling.kind == "linear":
-        return frequency / scaling.factor
-    wavelength = 2 * jnp.pi / frequency
+        return frequency / factor
+    wavelength = np.float32(2 * np.pi) / frequency
     low = scaling.original_positions / scaling.low_freq_factor
     high = scaling.original_positions / scaling.high_freq_factor
-    smooth = (scaling.original_positions / wavelength - scaling.low_freq_factor) / (
+    smooth = (np.float32(scaling.original_positions) / wavelength - np.float32(scaling.low_freq_factor)) / np.float32(
         scaling.high_freq_factor - scaling.low_freq_factor
     )
-    between = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-    return jnp.where(wavelength > low, frequency / scaling.factor, jnp.where(wavelength < high, frequency, between))
+    between = (1 - smooth) * frequency / factor + smooth * frequency
+    return np.where(wavelength > low, frequency / factor, np.where(wavelength < high, frequency, between))
 
 
 def rotate(
-    x: Float[Array, "B S heads head"], positions: Int[Array, "B S"], frequencies: Float[Array, "half"]
+    x: Float[Array, "B S heads head"], positions: Int[Array, "B S"], frequencies: Float[Array | np.ndarray, "half"]
 ) -> Float[Array, "B S heads head"]:
     """Rotary embedding of the first 2 * half channels, pairs split in halves (Hugging Face's order)."""
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]  # [B, S, 1, half]

@@ -10,6 +10,7 @@ Research software, not a medical device.
 """
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class QuickGELU(nn.Module):
 
 
 def activation(name):
-    return {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "quick_gelu": QuickGELU, "silu": nn.SiLU}[name]()
+    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "silu": nn.SiLU()}[name]
 
 
 # ---- vision encoder: a pre-norm ViT under the names of Hugging Face's CLIP ------------------------------
@@ -189,10 +190,12 @@ class Connector(nn.Module):
         self.c, self.tasks = c, tasks
         width = vision_width * (c["rate"] if c["aggregation"] in ("projection", "block") else 1)
         task_width, act, kind = c["task_token_width"] or width, c["activation"], c["kind"]
-        self.task_tokens = None
+        self.task_tokens: Any = None
         if c["task_tokens"]:
             self.task_tokens = nn.ParameterDict({task: nn.Parameter(torch.zeros(1, 1, task_width)) for task in tasks})
-        self.router = self.moe_layers = self.llm_proj = None
+        self.router: Any = None
+        self.moe_layers: Any = None
+        self.llm_proj: Any = None
         if kind == "linear":
             self.llm_proj = nn.Linear(width, out)
         elif kind.startswith("mlp"):
@@ -259,7 +262,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         self.vision_model = VisionModel(settings["vision"])
         vision_width = settings["vision"]["width"]
         self.connector = Connector(settings["connector"], vision_width, text.hidden_size, config.visual_tasks)
-        self.language_model = AutoModelForCausalLM.from_config(text)
+        # Early transformers 5 would choose sdpa for Gemma 2, which forgets the soft cap of its scores.
+        capped = getattr(text, "attn_logit_softcapping", None) and text._attn_implementation in (None, "sdpa")
+        attention = {"attn_implementation": "eager"} if capped else {}
+        self.language_model = AutoModelForCausalLM.from_config(text, **attention)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -288,8 +294,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def embed(self, input_ids, pixel_values=None, task=None):
         """Token embeddings with the visual tokens, in their order, wherever `input_ids` is `image_token_id`."""
         places = input_ids == self.config.image_token_id
-        # Through the decoder's own layer: where it scales embeddings, visual tokens are not scaled.
-        x = self.get_input_embeddings()(input_ids.masked_fill(places, self.config.pad_token_id))
+        embedding = self.get_input_embeddings()  # of Gemma, it scales; visual tokens stay as the connector makes them
+        x = embedding(input_ids.masked_fill(places, self.config.pad_token_id))
         if pixel_values is None:
             if places.any():
                 raise ValueError("input_ids hold places of visual tokens, but there are no pixel_values.")
@@ -300,6 +306,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids hold {int(places.sum())} places of visual tokens, but {len(tokens)} images make "
                 f"{tokens.shape[0] * tokens.shape[1]}."
             )
+        if self.config.text_config.model_type in ("gemma", "gemma2") and not hasattr(embedding, "embed_scale"):
+            tokens = tokens / x.shape[-1] ** 0.5  # early transformers 5: the model scales whatever it is given
         return x.masked_scatter(places[..., None].expand_as(x), tokens)
 
     def forward(
@@ -347,15 +355,15 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         image: PIL image or uint8 array [H, W, 3], None where the task takes none; text: the question (vqa, qa), what
         to find (refer), a box as {<x1><y1><x2><y2>} in hundredths of the image (identify); caption and cls need none.
         """
-        (words,) = self.answers(tokenizer, [(image, task, text)], **kwargs)
-        return words
+        return self.answers(tokenizer, [(image, task, text)], **kwargs)[0]
 
     def answers(self, tokenizer, questions, **kwargs):
         """Texts of the answers to several (image, task, text), as one batch."""
+        ids = self.generate(**self.prepare(tokenizer, questions), do_sample=False, **kwargs)
         out = []
-        for row in self.generate(**self.prepare(tokenizer, questions), do_sample=False, **kwargs).tolist():
-            row = row[: row.index(self.config.eos_token_id)] if self.config.eos_token_id in row else row
-            kept = [i for i in row if i not in self.config.dropped_token_ids]
+        for new in ids.tolist():
+            end = new.index(self.config.eos_token_id) if self.config.eos_token_id in new else len(new)
+            kept = [i for i in new[:end] if i not in self.config.dropped_token_ids]
             words = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             out.append(words.strip())
         return out
@@ -366,7 +374,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         longest = max(len(row) for row in rows)
         ids = torch.tensor([[self.config.pad_token_id] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        batch = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        batch: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
         pictures = [(self.pixels(image), task) for image, task, _ in questions if image is not None]
         if pictures:
             batch["pixel_values"] = torch.stack([pixels for pixels, _ in pictures]).to(self.device)
