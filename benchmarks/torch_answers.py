@@ -60,7 +60,7 @@ class Ours:
         for example, image, answer in zip(examples, pixels, answers, strict=True):
             prompt = self.encoder.prompt(example)
             suffix = np.concatenate([prompt.suffix, np.array(answer, np.int32)])
-            told = dataclasses.replace(prompt, suffix=suffix, answer=len(answer))
+            told = dataclasses.replace(prompt, suffix=suffix, targets=np.arange(len(suffix) - len(answer), len(suffix)))
             groups.append(layout.Group((told,), () if image is None else (images.resize(image, size),)))
         shape = layout.RowShape(
             tokens=self.config.text.max_prompt + self.config.evaluate.max_new_tokens,  # one shape for all batches

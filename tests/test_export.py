@@ -145,7 +145,9 @@ def test_decoder_and_adapter_mean_the_same_in_torch(run, place):
         assert door.main(["export", f"--run={run}", f"--out={place / kind}", f"--format={kind}"]) == 0
     ids = np.random.default_rng(0).integers(4, 640, (2, 24)).astype(np.int32)
     decoder, ones = open_run(run).model.decoder, np.ones_like(ids)
-    hidden, _ = decoder(decoder.embed(ids, "float32"), Span(np.tile(np.arange(24, dtype=np.int32), (2, 1)), ones, ones))
+    hidden, *_ = decoder(
+        decoder.embed(ids, "float32"), Span(np.tile(np.arange(24, dtype=np.int32), (2, 1)), ones, ones)
+    )
     ours = np.asarray(decoder.logits(hidden))
 
     def logits(model) -> np.ndarray:

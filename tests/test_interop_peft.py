@@ -39,7 +39,7 @@ ADAPTERS = {
 
 @jax.jit
 def logits_of(decoder, tokens, span):
-    hidden, _ = decoder(decoder.embed(tokens, jnp.float32), span)
+    hidden, *_ = decoder(decoder.embed(tokens, jnp.float32), span)
     return decoder.logits(hidden)
 
 
