@@ -54,6 +54,46 @@ def test_there_and_back(family, moe, tmp_path):
         med_moe.export_model(tmp_path / "out", config, leaves, tmp_path / "words", IDS)
 
 
+STABLELM = {
+    **{"model_type": "moe_llava_stablelm", "vocab_size": 100352, "hidden_size": 2048, "num_hidden_layers": 24},
+    **{"num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 5632, "hidden_act": "silu"},
+    **{"rope_theta": 10000, "rope_pct": 0.25, "norm_eps": 1e-5, "use_qkv_bias": True},
+    "image_projector_type": "mlp2x_gelu",
+}
+PHI = {
+    **{"model_type": "moe_llava_phi", "vocab_size": 51200, "hidden_size": 2560, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 10240, "hidden_act": "gelu_new"},
+    **{"rope_theta": 10000, "partial_rotary_factor": 0.4, "layer_norm_eps": 1e-5},
+    "image_projector_type": "mlp2x_gelu",
+}
+
+
+@pytest.mark.parametrize(
+    "published, dense, whole, projector",
+    [(STABLELM, 1_644_515_328, 3_305_558_064, 6_295_552), (PHI, 2_779_632_640, 6_136_058_944, 9_180_160)],
+    ids=["stablelm", "phi"],
+)
+def test_published_sizes(published, dense, whole, projector):
+    """Parameters as counted in the original: decoder alone and with four experts, projector, tower."""
+    depth = published["num_hidden_layers"]
+    moe = {"moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4] * (depth // 2), "top_k_experts": 1}
+    moe |= {"use_residual": False, "router_aux_loss_coef": 0.0, "moe_enable": True}
+    for settings_, expected in ((published, dense), ({**published, "moe": moe}, whole)):
+        config = med_moe.model_config(settings_)
+        assert config.tokens_per_image == 576
+        sizes: dict[str, int] = {}
+        for path, leaf in parameters(abstract(config)).items():
+            room = path.split("/")[0]
+            sizes[room] = sizes.get(room, 0) + leaf.size
+        assert sizes["connector"] == projector
+        assert sizes["decoder"] == expected
+        six = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=6))
+        if config.moe.experts:
+            more = sum(leaf.size for path, leaf in parameters(abstract(six)).items() if path.startswith("decoder/"))
+            mlp = {2048: 34_603_008, 2560: 52_441_600}[config.decoder.width]
+            assert more - expected == depth // 2 * 2 * (mlp + config.decoder.width + 1)
+
+
 def test_refusals(tmp_path):
     config = settings("stablelm")
     words = med_moe.settings_of(config)
