@@ -181,3 +181,30 @@ def test_fidelity_paper_trains_one_example_a_row(tmp_path):
     settings.model.lora.rank = 2
     run = loop.train(from_config_dict(settings), tmp_path)
     assert run.config.data.mixing == "per_batch" and len(lines(tmp_path)) == 3
+
+
+def test_experts_start_from_a_dense_run(straight, tmp_path):
+    """Copies of its MLPs, then their own way; the routers' balance and shares are logged."""
+    settings = tiny_config()
+    settings.model.moe.update(experts=2, aux_coef=0.01, top_k=2, meta=False)
+    settings.model.lora.rank = 0
+    settings.init = (("seed", ""), ("run", str(straight.folder)))
+    settings.train.steps = 2
+    config = from_config_dict(settings)
+    leaves, sources = initial_leaves(config, straight.tokenizer)
+    dense = parameters(straight.model)
+    numbers = config.model.moe.numbers(config.model.decoder.depth)
+    for path, leaf in leaves.items():
+        if path.startswith("decoder/layers/moe/experts/"):
+            theirs = dense[path.replace("moe/experts", "mlp")]
+            for nth, i in enumerate(numbers):
+                for expert in leaf[nth]:
+                    np.testing.assert_array_equal(expert, theirs[i])
+        assert sources[path] == ("seed" if "/moe/router/" in path else f"run {straight.folder}")
+    run = loop.train(config, tmp_path)
+    up = parameters(run.model)["decoder/layers/moe/experts/up/kernel"]
+    assert (up[:, 0] != up[:, 1]).any()
+    values = lines(tmp_path)[-1]
+    assert values["experts/balance"] >= 0.99 and values["experts/share_0"] + values["experts/share_1"] == pytest.approx(
+        1
+    )

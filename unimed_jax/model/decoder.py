@@ -239,30 +239,13 @@ class Decoder(nnx.Module):
         layers.mlp = layers.moe = None
         stacks = ((layers, jnp.arange(depth), windows, keys), (self.layers.moe, noise), self.layers.mlp)
         carry = (x, None if cache is None else (cache.keys, cache.values))
-        outputs = []
-        for first, unit, repeats in runs(tuple(i in numbers for i in range(depth))):
-            before, within = sum(i < first for i in numbers), sum(unit)
-            sizes = ((first, len(unit)), (before, within), (first - before, len(unit) - within))
-            inputs = [_cut(stacked, at, size, repeats) for stacked, (at, size) in zip(stacks, sizes, strict=True)]
-
-            def body(carry, inputs, unit=unit):
-                shared, experts, mlps = inputs
-                routings, outputs = [], []
-                for i, is_moe in enumerate(unit):
-                    nth = sum(unit[:i])
-                    feed = (_at(experts, nth), None) if is_moe else (None, _at(mlps, i - nth))
-                    carry, routing = one_layer(carry, _at(shared, i), *feed)
-                    routings += [routing] if is_moe else []
-                    outputs += [carry[0]] if states else []
-                return carry, [jax.tree.map(lambda *a: jnp.stack(a), *x) if x else None for x in (routings, outputs)]
-
-            carry, out = scan_layers(body, carry, inputs, repeats, self.remat)
-            outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out))  # [layers of this run, ...]
-        routing, between = (_joined(parts) for parts in zip(*outputs, strict=True))
-        hidden, filled = self.norm(carry[0]), carry[1]
+        kinds = tuple(i in numbers for i in range(depth))
+        carry, routing, between = _through(one_layer, kinds, stacks, carry, self.remat, states)
+        last, filled = carry
+        hidden = self.norm(last)
         return DecoderOutput(
             hidden,
-            None if filled is None else Cache(*filled, key_span),
+            None if filled is None else Cache(filled[0], filled[1], key_span),
             routing,
             None if between is None else jnp.concatenate([x[None], between[:-1], hidden[None]]),
         )
@@ -298,6 +281,33 @@ def runs(kinds: tuple[bool, ...]) -> list[tuple[int, tuple[bool, ...], int]]:
         out.append((first, kinds[first : first + best[0]], best[1]))
         first += best[0] * best[1]
     return out
+
+
+def _through(layer, kinds: tuple[bool, ...], stacks, carry, remat: str, states: bool):
+    """`carry` through all layers -> carry, stacked routing of those with experts, stacked outputs (None unless asked).
+
+    stacks: what all layers have, those with experts, and the others, each over its own layers.
+    """
+    outputs = []
+    for first, unit, repeats in runs(kinds):
+        before, within = sum(kinds[:first]), sum(unit)
+        sizes = ((first, len(unit)), (before, within), (first - before, len(unit) - within))
+        inputs = [_cut(stacked, at, size, repeats) for stacked, (at, size) in zip(stacks, sizes, strict=True)]
+
+        def body(carry, inputs, unit=unit):
+            shared, experts, mlps = inputs
+            routings, seen = [], []
+            for i, is_moe in enumerate(unit):
+                nth = sum(unit[:i])
+                feed = (_at(experts, nth), None) if is_moe else (None, _at(mlps, i - nth))
+                carry, routing = layer(carry, _at(shared, i), *feed)
+                routings += [routing] if is_moe else []
+                seen += [carry[0]] if states else []
+            return carry, [jax.tree.map(lambda *a: jnp.stack(a), *x) if x else None for x in (routings, seen)]
+
+        carry, out = scan_layers(body, carry, inputs, repeats, remat)
+        outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out))  # [layers of this run, ...]
+    return carry, *(_joined(parts) for parts in zip(*outputs, strict=True))
 
 
 def _cut(stacked, first: int, size: int, repeats: int):

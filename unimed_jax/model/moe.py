@@ -113,10 +113,8 @@ def _largest(mask: Bool[Array, "N E"], order: Float[Array, "N E"] | None, room: 
     """Of each expert's tokens the `room` ones of the largest `order`, or the first ones."""
     if order is None:
         return jnp.cumsum(mask, axis=0) <= room
-    tokens = mask.shape[0]
-    order = jnp.where(mask, order, -1.0)
-    rows = jax.lax.top_k(order.T, room)[1]  # [E, room]
-    return jax.nn.one_hot(rows, tokens, dtype=bool, axis=0).any(axis=-1)  # [N, E]
+    rows = jax.lax.top_k(jnp.where(mask, order, -1.0).T, room)[1]  # [E, room]
+    return jnp.zeros(mask.T.shape, bool).at[jnp.arange(len(rows))[:, None], rows].set(True).T  # [N, E]
 
 
 def balance(probs: Float[Array, "N E"], first: Bool[Array, "N E"], counted: Bool[Array, "N"]) -> Float[Array, ""]:
