@@ -268,8 +268,8 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     """Writes the file's tokenizer as a Hugging Face folder, chat template included.
 
     Byte-level BPE ("gpt2") and SentencePiece's BPE ("llama") are read. As in the original, a byte-level vocabulary
-    that lacks a byte drops it from text (SmolLM2 lacks 21, none of which occurs in living scripts). Raises UserError
-    for another kind of tokenizer.
+    that lacks a byte drops it from text (SmolLM2 lacks 21: control characters and bytes of no character).
+    Raises UserError for another kind of tokenizer.
     """
     file = GGUF(path)
     kind = file.value("tokenizer.ggml.model", str)
