@@ -285,6 +285,18 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """Training of Med-MoE's router by itself, in place of the model's (train/router.py)."""
+
+    key: str = ""  # of Example.meta, whose values are the classes; empty: the model trains
+    classes: tuple[str, ...] = ()  # in the order of the experts; (): all values that occur, sorted
+    labels: tuple[int, ...] = ()  # numbers of labelled images to train on, the last one for the router; (): all
+    epochs: int = 10
+    batch: int = 32  # images
+    lr: float = 1e-3  # Adam's
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str = ""
     seed: int = 0
@@ -299,6 +311,7 @@ class Config:
     # (kind, path): seed | run | gguf ...; later ones overlay earlier ones.
     init: tuple[tuple[str, str], ...] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()
+    router: RouterConfig = RouterConfig()
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -4,6 +4,7 @@
 evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
 predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
 export    --run=DIR --out=PATH --format=model|decoder|peft|unimed|med_moe     writes weights for other programs
+params    --config=FILE[:argument] [--json=FILE] [--config.key=value ...]     counts parameters; makes none
 
 --run=DIR may also be a folder that `export --format=model` wrote; predict takes --config=FILE in its place, where
 config.init names all weights (those of an original checkpoint and its base model, say).
@@ -24,7 +25,7 @@ from unimed_jax.config import TASKS, Config, UserError, nearest, to_dict
 from unimed_jax.settings import from_config_dict, load_config_file
 from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
-VERBS = ("train", "evaluate", "predict", "export")
+VERBS = ("train", "evaluate", "predict", "export", "params")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         with stoppable(), full_disk_told(), processes.lost_processes_told():
             processes.join()
             run = {"train": run_train, "evaluate": run_evaluate, "predict": run_predict, "export": run_export}
+            run |= {"params": run_params}
             run[verb](arguments)
     except UserError as error:
         print(f"unimed_jax: {error}", file=sys.stderr)
@@ -103,11 +105,18 @@ def run_train(arguments: list[str]) -> None:
     from unimed_jax.model.sharding import inside
     from unimed_jax.run import missing_inputs
     from unimed_jax.train.loop import train
+    from unimed_jax.train.router import REPORT, summary, train_router
 
     lacks = missing_inputs(config)
     if lacks:
         raise UserError(lacks)
-    run = train(config, Path(known.workdir or f"runs/{config.name}"))
+    folder = Path(known.workdir or f"runs/{config.name}")
+    if config.router.key:
+        report = train_router(config, folder)
+        if processes.leads():
+            print(f"{summary(report)}\nwrote {folder / REPORT}")
+        return
+    run = train(config, folder)
     with inside(run.mesh):
         _evaluate(run, config)
 
@@ -258,6 +267,24 @@ def run_export(arguments: list[str]) -> None:
         held = {path: leaf for path, leaf in parameters(run.model).items() if path in paths}
         export_unimed(known.out, config, {**held, **trained}, moments, like=original)
     print(f"wrote {known.out}")
+
+
+def run_params(arguments: list[str]) -> None:
+    options = parser("params")
+    options.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
+    options.add_argument("--json", help="a new file for the same numbers")
+    known, overrides = options.parse_known_args(arguments)
+    config = settings_of(load_config_file(known.config), overrides)
+
+    from unimed_jax.analyze import params
+    from unimed_jax.interop.files import new_file
+
+    counted = params.count(config)
+    print(params.table(counted, config.model))
+    if known.json:
+        with new_file(known.json) as file:
+            file.write_text(json.dumps({"config": known.config, **counted}, indent=1) + "\n")
+        print(f"wrote {known.json}")
 
 
 if __name__ == "__main__":
