@@ -189,7 +189,8 @@ def test_the_tiny_chain_fits_a_run_of_brain_tiny():
         (["--config=configs/med_moe/moe.py:phi2"], ["run runs/med_moe/instruct_phi2", "router_phi2/router", "slake"]),
         (["--config=configs/med_moe/moe.py:phi"], ["'phi'", ":stablelm, :phi2, :tiny"]),
         (["--config=configs/med_moe/moe.py"], ["come in sizes, not ''"]),
-        (["params", "--config=configs/med_moe/moe.py:tiny", "--config.model.moe.top_k=3"], ["top_k=3 of 3"]),
+        (["params", "--config=configs/med_moe/all.py:tiny"], ["is a chain", "moe.py:tiny"]),
+        (["params", "--config=configs/med_moe/moe.py:tiny", "--config.model.moe.top_k=5"], ["top_k=5 of 4"]),
         (
             ["params", "--config=configs/brain_tiny.py", "--config.train.rules=(('x','train',1.0,None),)"],
             ["no pattern"],

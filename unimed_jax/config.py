@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+from pathlib import Path
 
 import ml_collections
 
@@ -204,7 +205,7 @@ class SourceConfig:
     """One data set in the mixture."""
 
     name: str = "brain"  # a file of data/datasets
-    path: str = ""  # where its files are; empty: <data.root>/<name>
+    path: str = ""  # where its files are, from data.root on; empty: <data.root>/<name>
     tasks: tuple[str, ...] = ()  # () = all that it has
     weight: float = 1.0  # share of the draws
     questions: int = 1  # questions that share one image's tokens (and its task), at most
@@ -224,6 +225,10 @@ class DataConfig:
     window: int = 512  # draws that the packer looks at together
     threads: int = 2
     cache: str = ""  # folder of built data sets; empty: ~/.cache/unimed_jax
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache).expanduser() if self.cache else Path.home() / ".cache" / "unimed_jax"
 
 
 @dataclasses.dataclass(frozen=True)

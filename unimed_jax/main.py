@@ -1,6 +1,7 @@
 """The only door: `python -m unimed_jax.main [verb] --config=FILE | --run=DIR`.
 
-(train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports
+(train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports; a config
+          with `stages`: each of them in turn, finished ones skipped
 evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
 predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
 export    --run=DIR --out=PATH --format=model|decoder|peft|unimed|med_moe     writes weights for other programs
@@ -98,20 +99,47 @@ def run_train(arguments: list[str]) -> None:
     options.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
     options.add_argument("--workdir", help="the run's folder (default: runs/<config name>)")
     known, overrides = options.parse_known_args(arguments)
-    config = settings_of(load_config_file(known.config), overrides)
     if "://" in (known.workdir or ""):
         raise UserError(f"--workdir={known.workdir} is no folder; mount the bucket, and give its path there.")
+    settings = load_config_file(known.config)
+    if "stages" in settings:
+        run_stages(settings, overrides, Path(known.workdir or f"runs/{settings.name}"))
+        return
+    config = settings_of(settings, overrides)
 
-    from unimed_jax.model.sharding import inside
     from unimed_jax.run import missing_inputs
-    from unimed_jax.train.loop import train
-    from unimed_jax.train.router import REPORT, summary, train_router
 
     lacks = missing_inputs(config)
     if lacks:
         raise UserError(lacks)
-    folder = Path(known.workdir or f"runs/{config.name}")
+    train_and_evaluate(config, Path(known.workdir or f"runs/{config.name}"))
+
+
+def run_stages(settings: ml_collections.ConfigDict, overrides: list[str], folder: Path) -> None:
+    """What is left of a chain: the same command continues one that was interrupted."""
+    from unimed_jax.stages import finished, read_stages, write_table
+
+    stages, table = read_stages(settings, overrides, folder), ""
+    for i, stage in enumerate(stages):
+        done = finished(stage)
+        if processes.leads():
+            print(f"stage {i + 1} of {len(stages)}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
+        if not done:
+            train_and_evaluate(stage.config, stage.folder)
+        if processes.leads():
+            table = write_table(folder, stages[: i + 1])
+    if table:
+        print(f"{table}\nwrote {folder / 'stages.md'}")
+
+
+def train_and_evaluate(config: Config, folder: Path) -> None:
+    """From settings to a run's folder with its scores, from where it was left."""
+    from unimed_jax.model.sharding import inside
+    from unimed_jax.train.loop import train
+
     if config.router.key:
+        from unimed_jax.train.router import REPORT, summary, train_router
+
         report = train_router(config, folder)
         if processes.leads():
             print(f"{summary(report)}\nwrote {folder / REPORT}")
@@ -272,9 +300,12 @@ def run_export(arguments: list[str]) -> None:
 def run_params(arguments: list[str]) -> None:
     options = parser("params")
     options.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
-    options.add_argument("--json", help="a new file for the same numbers")
+    options.add_argument("--json", help="a file for the same numbers")
     known, overrides = options.parse_known_args(arguments)
-    config = settings_of(load_config_file(known.config), overrides)
+    settings = load_config_file(known.config)
+    if "stages" in settings:
+        raise UserError(f"--config={known.config} is a chain; name one of its stages ({', '.join(settings.stages)}).")
+    config = settings_of(settings, overrides)
 
     from unimed_jax.analyze import params
     from unimed_jax.interop.files import new_file

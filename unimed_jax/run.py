@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from unimed_jax.checkpoint import Checkpoints, fingerprints
 from unimed_jax.config import Config, UserError, nearest, to_dict
-from unimed_jax.data.datasets import SELF_CONTAINED, joined
+from unimed_jax.data.datasets import SELF_CONTAINED, joined, path_of
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.interop import gguf
@@ -96,9 +96,14 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
         lacks.append("the tokenizer folder (config.text.tokenizer)")
     if not trains:
         return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
-    names = [source.name for source in config.data.sources if source.name not in SELF_CONTAINED and not source.path]
-    if names and not config.data.root:
-        lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} (config.data.root, one folder each)")
+    names = [
+        source.path or source.name
+        for source in config.data.sources
+        if source.name not in SELF_CONTAINED and not ((path := path_of(source, config.data)) and Path(path).exists())
+    ]
+    if names:
+        there = config.data.root or "config.data.root"
+        lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} ({there}, one folder each)")
     return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
 
 

@@ -15,7 +15,7 @@ def get_config(size=""):
 
     # An image and its caption, nothing else; CLIP's crop.
     config.text.form, config.data.fit = "plain", "crop"
-    config.data.sources = (dict(name="llava_med_align", tasks=("caption",)),)
+    config.data.sources = (dict(name="llava", path="llava_med_align"),)
 
     # One epoch of 500,000 pairs in batches of 64.
     config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 7813, 235
@@ -23,6 +23,6 @@ def get_config(size=""):
 
     if size == "tiny":
         config.init = (("seed", ""), ("run", "runs/brain_tiny"))
-        config.data.sources = (dict(name="brain", tasks=("caption",)),)
+        config.data.sources = (dict(name="domains", tasks=("caption",)),)
         config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 2e-3, 200, 6
     return config

@@ -12,13 +12,13 @@ def get_config(size=""):
 
     # Conversations; images padded to a square.
     config.data.fit = "pad"
-    config.data.sources = (dict(name="llava_med_instruct"),)
+    config.data.sources = (dict(name="llava", path="llava_med_instruct"),)
 
     # Three epochs of 60,000 in batches of 64.
     config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 2e-5, 2814, 85
     config.train.rules = (("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None))
 
     if size == "tiny":
-        config.data.sources = (dict(name="brain", tasks=("vqa", "cls")),)
+        config.data.sources = (dict(name="domains", tasks=("vqa", "cls")),)
         config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 400, 12
     return config

@@ -35,7 +35,6 @@ def get_config(size=""):
     )
 
     if size == "tiny":
-        moe.experts = 3  # one for each class of configs/med_moe/router.py:tiny
-        config.data.sources = (dict(name="brain", tasks=("vqa", "cls")),)
+        config.data.sources = (dict(name="domains", tasks=("vqa", "cls")),)
         config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 400, 12
     return config

@@ -22,6 +22,6 @@ def get_config(size=""):
     router.labels, router.epochs, router.batch, router.lr = (50, 100, 200, 500, 1000), 10, 32, 1e-3
 
     if size == "tiny":
-        config.data.sources = (dict(name="brain", tasks=("vqa", "cls")),)
-        router.key, router.classes, router.labels = "plane", ("axial", "coronal", "sagittal"), (10, 30, 100, 300)
+        config.data.sources = (dict(name="domains", tasks=("vqa", "cls")),)
+        router.classes, router.labels = (), (10, 30, 100, 300, 1000)
     return config
