@@ -24,5 +24,6 @@ def get_config(size=""):
     if size == "tiny":
         config.init = (("seed", ""), ("run", "runs/brain_tiny"))
         config.data.sources = (dict(name="domains", tasks=("caption",)),)
+        config.data.row_tokens, config.data.row_images, config.data.row_answers = 112, 2, 96
         config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 2e-3, 200, 6
     return config

@@ -20,9 +20,9 @@ def get_config(size=""):
     config.model.connector.kind, config.model.connector.task_tokens = "mlp2x_gelu", 0
     config.model.lora.rank = 0
 
-    # One example a row, the mean over all answer tokens of a batch, data sets mixed by their sizes. With
-    # fidelity="paper" padding is routed too, and published scores lead; questions are never cut to Uni-Med's 50 words.
-    config.data.packing, config.loss.reduction, config.data.mixing = False, "token", "per_example"
+    # The mean over all answer tokens of a batch, in which data sets are mixed. With fidelity="paper" padding is routed
+    # too, and published scores lead; but nothing is ever cut to Uni-Med's 50 words.
+    config.loss.reduction, config.data.mixing = "token", "per_example"
     config.text.form, config.text.max_words = {"phi2": "phi"}.get(size, "stablelm"), 4096
 
     # AdamW, cosine, no decay; gradients are clipped to norm 1. Warm-up is 3 % of each stage's steps.
@@ -34,7 +34,7 @@ def get_config(size=""):
 
 # ---- sizes -----------------------------------------------------------------------------------------
 def published(config):
-    """CLIP ViT-L/14 at 336 pixels, features of layer -2: 576 visual tokens an image. Rows of 2048 tokens, bfloat16."""
+    """CLIP ViT-L/14 at 336 pixels, features of layer -2, 576 visual tokens; an example a row of 2048."""
     vision = config.model.vision
     vision.image_size, vision.patch_size = 336, 14
     vision.width, vision.depth, vision.heads, vision.mlp_width = 1024, 24, 16, 4096
@@ -44,7 +44,8 @@ def published(config):
     config.model.compute_dtype, config.model.frozen_dtype, config.model.remat = "bfloat16", "bfloat16", "full"
     config.text.max_answer, config.text.max_prompt, config.text.coordinate_tokens = 2048, 2048, False
     data = config.data
-    data.rows, data.row_tokens, data.row_images, data.row_answers = 64, 2048, 1, 1024
+    data.packing, data.rows = False, 64
+    data.row_tokens, data.row_images, data.row_answers = 2048, 1, 1024
     config.train.accumulation = 8  # 8 rows at a time: logits of 1024 answers over 100,352 words are large
     config.evaluate.batch, config.evaluate.max_new_tokens = 16, 256
 
@@ -83,6 +84,7 @@ def tiny(config):
     decoder.width, decoder.depth, decoder.heads, decoder.kv_heads, decoder.head_dim = 128, 4, 4, 4, 32
     decoder.mlp_width = 344
     config.text.max_answer, config.text.max_prompt = 96, 192
+    # A row for one image with some of its questions (align: two images with their captions).
     data = config.data
-    data.rows, data.row_tokens, data.row_images, data.row_answers = 16, 256, 1, 96
+    data.rows, data.row_tokens, data.row_images, data.row_answers = 16, 224, 1, 32
     config.evaluate.batch, config.evaluate.max_new_tokens = 64, 48

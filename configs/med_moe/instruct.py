@@ -19,6 +19,6 @@ def get_config(size=""):
     config.train.rules = (("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None))
 
     if size == "tiny":
-        config.data.sources = (dict(name="domains", tasks=("vqa", "cls")),)
+        config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=4),)
         config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 400, 12
     return config

@@ -35,6 +35,6 @@ def get_config(size=""):
     )
 
     if size == "tiny":
-        config.data.sources = (dict(name="domains", tasks=("vqa", "cls")),)
+        config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=4),)
         config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 400, 12
     return config
