@@ -116,7 +116,7 @@ MISTAKES = {
     "an override of a stage": ({}, ["--config.train.steps=9"], "cannot change a chain"),
     "another key": ({"chain_more": ", seed=3"}, [], r"no \['seed'\]"),
     "no stage": ({"files": ()}, [], "at least one stage"),
-    "one name twice": ({"files": ("first.py", "first.py")}, [], "two stages of 'chain' are called 'first'"),
+    "one name twice": ({"files": ("first.py", "first.py")}, [], "two stages are called 'first'"),
     "no such file": ({"files": ("first.py", "third.py")}, [], "third.py does not exist"),
     "a later stage lacks a run": (
         {"more": {"second": "config.init = (('run', 'runs/elsewhere'),)"}},
