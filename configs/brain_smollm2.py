@@ -65,7 +65,7 @@ def get_config():
         ("connector/*", "train", 1.0, None),
         ("*", "freeze", 1.0, None),
     )
-    config.train.steps, config.train.save_every = 480, 120
+    config.train.steps, config.train.save_every = 300, 100
 
     # Generation is what evaluation costs here: a part of the test split, in 8 minutes.
     config.evaluate.splits, config.evaluate.limit = ("test",), 200

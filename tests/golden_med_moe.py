@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def trainable(entry: dict, names) -> set[str]:
     if not isinstance(said, str):
         return set(said)
     assert said.startswith("all except "), f"{said!r} is not understood"
-    patterns = said.removeprefix("all except ").split(" and ")
+    patterns = re.split(r",? and |, ", said.removeprefix("all except "))
     return {name for name in names if not any(fnmatch.fnmatchcase(name, f"*{pattern}") for pattern in patterns)}
 
 

@@ -24,7 +24,8 @@ from unimed_jax.interop.table import to_leaves, to_published
 from unimed_jax.interop.torch_file import TorchFile, write_torch
 from unimed_jax.model.sharding import make_mesh, parameter_shardings
 from unimed_jax.model.unimed import abstract, parameters
-from unimed_jax.train.optimizer import AdamState, Optimizer, adam, leaf_rules, per_leaf
+from unimed_jax.rules import leaf_rules
+from unimed_jax.train.optimizer import AdamState, Optimizer, adam, per_leaf
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 torch = pytest.importorskip("torch", reason="a peer of the extra `parity`: pip install -e '.[parity]'")

@@ -181,7 +181,7 @@ def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys, monkeypatch
 
 
 def test_configs_of_the_repository_build():
-    for name in ("brain_tiny", "brain_smollm2", "cmoe"):
+    for name in ("brain_tiny", "brain_smollm2", "cmoe", "cmoe_gemma"):
         config = door.settings_of(door.load_config_file(f"configs/{name}.py"), [])
         assert pickle.loads(pickle.dumps(config)) == config and config.name == name
     assert tiny_config().name == "squares"

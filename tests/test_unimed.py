@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from transformers import GemmaConfig
 
 from unimed_jax.data import layout
+from unimed_jax.interop import hf
 from unimed_jax.model.decoder import Span
 from unimed_jax.model.unimed import (
     COORDINATES,
@@ -167,6 +169,17 @@ def test_published_size():
     assert sum(leaf.size for path, leaf in leaves.items() if path.startswith("vision/blocks")) == 39 * 25_248_768
     assert config.model.tokens_per_image == 64
     assert leaves["connector/router/task_kernel"].shape == (5632, 45056)
+
+
+def test_gemma_twin():
+    """configs/cmoe_gemma.py: transformers' own Gemma-7B, and else the published configuration."""
+    config, published = (from_config_dict(load_config_file(f"configs/{n}.py")) for n in ("cmoe_gemma", "cmoe"))
+    assert not hf.differences(hf.decoder_config(GemmaConfig()), config.model.decoder)
+    leaves = parameters(abstract(config.model))
+    base = sum(leaf.size for path, leaf in leaves.items() if path.startswith("decoder/") and "lora" not in path)
+    assert base == 8_537_680_896
+    same = dataclasses.replace(config.model, decoder=published.model.decoder)
+    assert dataclasses.replace(config, name="cmoe", model=same) == published
 
 
 def test_parameters_and_back():

@@ -5,6 +5,7 @@
 evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
 predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
 export    --run=DIR --out=PATH --format=model|decoder|peft|unimed|med_moe     writes weights for other programs
+params    --config=FILE[:argument] [--json=FILE] [--config.key=value ...]     counts parameters; makes none
 
 --run=DIR may also be a folder that `export --format=model` wrote; predict takes --config=FILE in its place, where
 config.init names all weights (those of an original checkpoint and its base model, say).
@@ -25,7 +26,7 @@ from unimed_jax.config import TASKS, Config, UserError, nearest, to_dict
 from unimed_jax.settings import from_config_dict, load_config_file
 from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
-VERBS = ("train", "evaluate", "predict", "export")
+VERBS = ("train", "evaluate", "predict", "export", "params")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         with stoppable(), full_disk_told(), processes.lost_processes_told():
             processes.join()
             run = {"train": run_train, "evaluate": run_evaluate, "predict": run_predict, "export": run_export}
+            run |= {"params": run_params}
             run[verb](arguments)
     except UserError as error:
         print(f"unimed_jax: {error}", file=sys.stderr)
@@ -293,6 +295,27 @@ def run_export(arguments: list[str]) -> None:
         held = {path: leaf for path, leaf in parameters(run.model).items() if path in paths}
         export_unimed(known.out, config, {**held, **trained}, moments, like=original)
     print(f"wrote {known.out}")
+
+
+def run_params(arguments: list[str]) -> None:
+    options = parser("params")
+    options.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
+    options.add_argument("--json", help="a file for the same numbers")
+    known, overrides = options.parse_known_args(arguments)
+    settings = load_config_file(known.config)
+    if "stages" in settings:
+        raise UserError(f"--config={known.config} is a chain; name one of its stages ({', '.join(settings.stages)}).")
+    config = settings_of(settings, overrides)
+
+    from unimed_jax.analyze import params
+    from unimed_jax.interop.files import new_file
+
+    counted = params.count(config)
+    print(params.table(counted, config.model))
+    if known.json:
+        with new_file(known.json) as file:
+            file.write_text(json.dumps({"config": known.config, **counted}, indent=1) + "\n")
+        print(f"wrote {known.json}")
 
 
 if __name__ == "__main__":

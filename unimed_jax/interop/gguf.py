@@ -128,11 +128,12 @@ READ = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
+    *("rope.scaling.type", "rope.scaling.factor"),
 }
 # Words that change nothing at these values. At others, and for other words, a file is refused.
 NEUTRAL = {
     **{"attention.causal": True, "attention.sliding_window": 0, "expert_count": 0, "expert_used_count": 0},
-    **{"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0},
+    "rope.scale_linear": 1.0,
 }
 LINEARS = {
     **{"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"},
@@ -151,7 +152,7 @@ def decoder_config(file: GGUF) -> DecoderConfig:
             continue
         said = file.value(key, object)
         if word not in NEUTRAL or said != NEUTRAL[word]:
-            raise UserError(f"{file.origin}: {key}={str(said)[:80]} is not supported.")
+            raise UserError(f"{file.origin}: {key}={str(said)[:80]} is not supported; give a model without it.")
 
     def count(word: str, default: int | None = None) -> int:
         number = file.value(f"llama.{word}", int, default)
@@ -185,7 +186,12 @@ def decoder_config(file: GGUF) -> DecoderConfig:
 
 
 def _scaling(file: GGUF, head_dim: int, theta: float) -> RopeScaling | None:
-    """Llama-3's scaling, of which files hold by how much each frequency is divided."""
+    """All frequencies divided by one number, or Llama-3's scaling, of which files hold by how much each is divided."""
+    kind = file.value("llama.rope.scaling.type", str, "none")
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=file.value("llama.rope.scaling.factor", float))
+    if kind != "none":
+        raise UserError(f"{file.origin}: llama.rope.scaling.type={kind} is not supported; choose from none, linear.")
     if "rope_freqs.weight" not in file.stored:
         return None
     factors = file.read("rope_freqs.weight")
@@ -214,7 +220,7 @@ def decoder_table(d: DecoderConfig, moe: MoeConfig = MoeConfig()) -> Table:
         table.append(Entry(f"blk.{i}.ffn_norm.weight", "decoder/layers/norm2/scale", (i,)))
     if not d.tied_head:
         table.append(Entry("output.weight", "decoder/head", layout="transpose"))
-    return Table(tuple(table), ("rope_freqs.weight",) if d.rope_scaling else ())
+    return Table(tuple(table), ("rope_freqs.weight",) if d.rope_scaling and d.rope_scaling.kind == "llama3" else ())
 
 
 def load_gguf(
@@ -266,8 +272,8 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     """Writes the file's tokenizer as a Hugging Face folder, chat template included.
 
     Byte-level BPE ("gpt2") and SentencePiece's BPE ("llama") are read. As in the original, a byte-level vocabulary
-    that lacks a byte drops it from text (SmolLM2 lacks 21, none of which occurs in living scripts). Raises UserError
-    for another kind of tokenizer.
+    that lacks a byte drops it from text (SmolLM2 lacks 21: control characters and bytes of no character).
+    Raises UserError for another kind of tokenizer.
     """
     file = GGUF(path)
     kind = file.value("tokenizer.ggml.model", str)
