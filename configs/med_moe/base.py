@@ -20,9 +20,10 @@ def get_config(size=""):
     config.model.connector.kind, config.model.connector.task_tokens = "mlp2x_gelu", 0
     config.model.lora.rank = 0
 
-    # One example a row, the mean over all answer tokens of a batch, data sets mixed by their sizes. With
-    # fidelity="paper" padding is routed too, and published scores lead; questions are never cut to Uni-Med's 50 words.
-    config.data.packing, config.loss.reduction, config.data.mixing = False, "token", "per_example"
+    # One example a row (tiny: questions of one image share it), the mean over all answer tokens of a batch, data sets
+    # mixed by their sizes. With fidelity="paper" padding is routed too, and published scores lead; questions are never
+    # cut to Uni-Med's 50 words.
+    config.data.packing, config.loss.reduction, config.data.mixing = size == "tiny", "token", "per_example"
     config.text.form, config.text.max_words = {"phi2": "phi"}.get(size, "stablelm"), 4096
 
     # AdamW, cosine, no decay; gradients are clipped to norm 1. Warm-up is 3 % of each stage's steps.
@@ -46,7 +47,12 @@ def published(config):
     data = config.data
     data.rows, data.row_tokens, data.row_images, data.row_answers = 64, 2048, 1, 1024
     config.train.accumulation = 8  # 8 rows at a time: logits of 1024 answers over 100,352 words are large
-    config.evaluate.batch, config.evaluate.max_new_tokens = 16, 256
+    # Every stage is scored on what stage 3 learns from, in Med-MoE's own files, mixed by their numbers of training questions.
+    config.evaluate.sources = tuple(
+        dict(name="llava", path=name, weight=float(questions))
+        for name, questions in [("vqa_rad", 1797), ("slake", 4919), ("path_vqa", 19654)]
+    )
+    config.evaluate.splits, config.evaluate.batch, config.evaluate.max_new_tokens = ("test",), 16, 256
 
 
 def stablelm(config):
@@ -84,5 +90,5 @@ def tiny(config):
     decoder.mlp_width = 344
     config.text.max_answer, config.text.max_prompt = 96, 192
     data = config.data
-    data.rows, data.row_tokens, data.row_images, data.row_answers = 16, 256, 1, 96
-    config.evaluate.batch, config.evaluate.max_new_tokens = 64, 48
+    data.rows, data.row_tokens, data.row_images, data.row_answers = 16, 208, 1, 96
+    config.evaluate.splits, config.evaluate.batch, config.evaluate.max_new_tokens = ("test",), 128, 16

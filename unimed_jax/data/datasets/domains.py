@@ -4,6 +4,7 @@ Two domains are slices of the brain set, with its questions; two are views of th
 have as many images in a split. `meta["modality"]` names the domain: what a router is taught.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -135,7 +136,13 @@ def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) 
 
 def load(source: SourceConfig, data: DataConfig) -> Domains:
     """The domains set; its brain slices are kept in `data.cache`, as the brain set's."""
-    made = Domains(brain.load(SourceConfig("brain", tasks=("vqa", "cls", "caption")), data), source.tasks)
+    return _made(data.cache, source.tasks)
+
+
+@functools.cache  # a chain asks for it at every stage
+def _made(cache: str, tasks: tuple[str, ...]) -> Domains:
+    slices = brain.load(SourceConfig("brain", tasks=("vqa", "cls", "caption")), DataConfig(cache=cache))
+    made = Domains(slices, tasks)
     if processes.leads():
         print(made.counts(), flush=True)
     return made
