@@ -118,5 +118,7 @@ def test_refusals(data, monkeypatch):
 
 def test_the_set_is_found_by_name(slices, monkeypatch, capsys):
     monkeypatch.setattr(brain, "load", lambda source, data: slices)
+    domains._made.cache_clear()
     (found,) = datasets.load_datasets(DataConfig((SourceConfig("domains"),)))
     assert found.name == "domains" and "domains, val, brain T1: 3 slabs of the one brain" in capsys.readouterr().out
+    domains._made.cache_clear()  # others find the whole brain set

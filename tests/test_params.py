@@ -150,7 +150,7 @@ PUBLISHED = {  # rate, examples of an epoch, epochs, form of the text (None: the
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_trains_what_it_should(name, size):
     config = stage(name, size)
-    assert config.name == f"med_moe/{name}_{size}"
+    assert config.name == f"med_moe_{size}/{name}"
     modules = params.count(config)["modules"]
     assert {module for module, row in modules.items() if row["trainable"]} == TRAINS[name]
     assert all(row["trainable"] in (0, row["total"]) for row in modules.values())
@@ -158,9 +158,9 @@ def test_a_stage_trains_what_it_should(name, size):
     assert {rule.weight_decay for rule in rules.values()} == {0.0}
     starts = [path for kind, path in config.init if kind == "run"]
     before = {"align": None, "instruct": "align", "router": "instruct", "moe": "instruct"}[name]
-    assert starts == ([f"runs/med_moe/{before}_{size}"] if before else ["runs/brain_tiny"] * (size == "tiny"))
+    assert starts == ([f"runs/med_moe_{size}/{before}"] if before else ["runs/brain_tiny"] * (size == "tiny"))
     if name == "moe":
-        assert config.init[-1] == ("router", f"runs/med_moe/router_{size}/router")
+        assert config.init[-1] == ("router", f"runs/med_moe_{size}/router/router")
     if name in PUBLISHED:
         lr, examples, epochs, form, image = PUBLISHED[name]
         default = {"phi2": "phi"}.get(size, "stablelm")
@@ -186,7 +186,7 @@ def test_the_tiny_chain_fits_a_run_of_brain_tiny():
     "words, said",
     [
         (["--config=configs/med_moe/align.py:stablelm"], ["'clip'", "'hf'", "text.tokenizer", "llava_med_align"]),
-        (["--config=configs/med_moe/moe.py:phi2"], ["run runs/med_moe/instruct_phi2", "router_phi2/router", "slake"]),
+        (["--config=configs/med_moe/moe.py:phi2"], ["run runs/med_moe_phi2/instruct", "phi2/router/router", "slake"]),
         (["--config=configs/med_moe/moe.py:phi"], ["'phi'", ":stablelm, :phi2, :tiny"]),
         (["--config=configs/med_moe/moe.py"], ["come in sizes, not ''"]),
         (["params", "--config=configs/med_moe/all.py:tiny"], ["is a chain", "moe.py:tiny"]),

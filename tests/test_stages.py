@@ -116,7 +116,7 @@ MISTAKES = {
     "an override of a stage": ({}, ["--config.train.steps=9"], "cannot change a chain"),
     "another key": ({"chain_more": ", seed=3"}, [], r"no \['seed'\]"),
     "no stage": ({"files": ()}, [], "at least one stage"),
-    "one name twice": ({"files": ("first.py", "first.py")}, [], "two stages of 'chain' are called 'first'"),
+    "one name twice": ({"files": ("first.py", "first.py")}, [], "two stages are called 'first'"),
     "no such file": ({"files": ("first.py", "third.py")}, [], "third.py does not exist"),
     "a later stage lacks a run": (
         {"more": {"second": "config.init = (('run', 'runs/elsewhere'),)"}},
@@ -167,3 +167,22 @@ def test_chains_of_the_repository_read():
         settings = door.load_config_file(f"configs/med_moe/all.py:{size}")
         assert settings.name == f"med_moe_{size}"
         assert [Path(stage).stem for stage in settings.stages] == ["align", "instruct", "router", "moe"]
+
+
+def test_a_run_is_scored_on_the_data_that_it_names(patched, tmp_path):
+    """A stage that learns from data without held-out splits is scored on another set."""
+    more = "config.evaluate.sources, config.evaluate.limit = (dict(name='others', path='.', tasks=('cls',)),), 4"
+    (tmp_path / "first.py").write_text(STAGE.format(name="first", init=(("seed", ""),), more=more))
+    with pytest.MonkeyPatch.context() as patch:
+        others = Squares(images=8)
+        others.name, others.checksum = "others", "1" * 64
+        patch.setattr(datasets, "load_dataset", lambda source, data: others if source.name == "others" else Untested())
+        assert door.main([f"--config={tmp_path / 'first.py'}", f"--workdir={tmp_path}/run"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["data_checksum"] == "1" * 64
+
+
+class Untested(Squares):
+    """Examples for training alone."""
+
+    def examples(self, split):
+        return super().examples(split) if split == "train" else []

@@ -279,6 +279,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
+    sources: tuple[SourceConfig, ...] = ()  # what is scored; (): data.sources
     splits: tuple[str, ...] = ("val", "test")
     batch: int = 64
     max_new_tokens: int = 100
@@ -317,6 +318,11 @@ class Config:
     init: tuple[tuple[str, str], ...] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()
     router: RouterConfig = RouterConfig()
+
+    @property
+    def held_out(self) -> DataConfig:
+        """The data that is scored."""
+        return dataclasses.replace(self.data, sources=self.evaluate.sources or self.data.sources)
 
 
 def default_config() -> ml_collections.ConfigDict:

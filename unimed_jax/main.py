@@ -177,7 +177,7 @@ def _evaluate(run, config: Config) -> None:
     from unimed_jax.run import initial_leaves
 
     leads = processes.leads()
-    dataset = joined(load_datasets(config.data))
+    dataset = joined(load_datasets(config.held_out))
     answer = answerer(run.model, config, run.tokenizer)
     results, records = {}, []
     for split in config.evaluate.splits:

@@ -98,7 +98,7 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
         return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
     names = [
         source.path or source.name
-        for source in config.data.sources
+        for source in (*config.data.sources, *config.evaluate.sources)
         if source.name not in SELF_CONTAINED and not ((path := path_of(source, config.data)) and Path(path).exists())
     ]
     if names:

@@ -185,7 +185,7 @@ def _check(config: Config) -> None:
     for pattern, action, *_ in train.rules:
         if action not in ("train", "freeze"):
             raise UserError(f"config.train.rules: {pattern!r} says {action!r}; write 'train' or 'freeze'.")
-    for source in data.sources:
+    for source in (*data.sources, *config.evaluate.sources):
         if source.weight <= 0 or source.questions < 1:
             raise UserError(
                 f"config.data.sources: {source.name!r} has weight={source.weight} and questions={source.questions}; "

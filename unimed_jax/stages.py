@@ -48,29 +48,32 @@ def read_stages(settings: ml_collections.ConfigDict, overrides: Sequence[str], f
     unknown = sorted(set(settings.keys()) - {"name", "stages"})
     if unknown or not settings.stages:
         raise UserError(f"a config with stages has a name and at least one stage, and no {unknown or 'empty list'}.")
-    stages: list[Stage] = []
-    alone: dict[Path, Path] = {}  # where a stage would live alone -> where it does
-    for file in settings.stages:
-        config = from_config_dict(load_config_file(file))
-        name = Path(config.name).name
-        if any(stage.name == name for stage in stages):
-            raise UserError(f"two stages of {settings.name!r} are called {name!r}; give each config another name.")
-        init = tuple((kind, _moved(path, alone)) for kind, path in config.init)
-        before = tuple((kind, path) for kind, path in init if not any(map(Path(path).is_relative_to, alone.values())))
-        lacks = missing_inputs(dataclasses.replace(config, init=before))
+    stages = linked([from_config_dict(load_config_file(file)) for file in settings.stages], folder)
+    for i, stage in enumerate(stages):
+        made = [earlier.folder for earlier in stages[:i]]
+        given = tuple((kind, path) for kind, path in stage.config.init if not any(map(Path(path).is_relative_to, made)))
+        lacks = missing_inputs(dataclasses.replace(stage.config, init=given))
         if lacks:
             raise UserError(lacks)
-        stage = Stage(name, dataclasses.replace(config, init=init), folder / name)
         if (stage.folder / "config.json").exists():
             write_config(stage.folder, stage.config)  # refuses other settings
-        alone[Path("runs") / config.name] = stage.folder
-        stages.append(stage)
-    for i, stage in enumerate(stages):
         later = next((s for s in stages[i + 1 :] if (s.folder / "config.json").exists()), None)
         if later and not trained(stage):
-            raise UserError(
-                f"{later.folder} started from another {stage.folder} than the one to be trained; remove it."
-            )
+            raise UserError(f"{later.folder} started from another {stage.folder} than will be trained now; remove it.")
+    return stages
+
+
+def linked(configs: Sequence[Config], folder: Path) -> list[Stage]:
+    """Configs as the stages of one chain in `folder`, each `init` led to those before. Names must differ."""
+    stages: list[Stage] = []
+    alone: dict[Path, Path] = {}  # where a stage would live alone -> where it does
+    for config in configs:
+        name = Path(config.name).name
+        if any(stage.name == name for stage in stages):
+            raise UserError(f"two stages are called {name!r}; give each config another name.")
+        init = tuple((kind, _moved(path, alone)) for kind, path in config.init)
+        stages.append(Stage(name, dataclasses.replace(config, init=init), folder / name))
+        alone[Path("runs") / config.name] = folder / name
     return stages
 
 
@@ -126,7 +129,7 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
             "scores": found,
             "blind": blind,
         }
-        rows.append([stage.name, stage.config.train.steps, *map(_shown, found.values())])
+        rows.append([stage.name, str(stage.config.train.steps), *map(_shown, found.values())])
     if len(set(checksums.values())) > 1:
         raise UserError(f"the stages were scored on different data ({checksums}); evaluate them on the same.")
     if not rows:

@@ -10,7 +10,7 @@ from unimed_jax.settings import load_config_file
 
 def get_config(size=""):
     config = load_config_file(f"{Path(__file__).with_name('base.py')}:{size}")
-    config.name = f"med_moe/align_{size}"
+    config.name = f"med_moe_{size}/align"
     config.init = (("seed", ""), ("clip", ""), ("hf", ""))
 
     # An image and its caption, nothing else; CLIP's crop.

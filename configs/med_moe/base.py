@@ -47,7 +47,12 @@ def published(config):
     data.packing, data.rows = False, 64
     data.row_tokens, data.row_images, data.row_answers = 2048, 1, 1024
     config.train.accumulation = 8  # 8 rows at a time: logits of 1024 answers over 100,352 words are large
-    config.evaluate.batch, config.evaluate.max_new_tokens = 16, 256
+    # Every stage is scored on what stage 3 learns from (in LLaVA's form), there mixed by numbers of training questions.
+    config.evaluate.sources = tuple(
+        dict(name="llava", path=name, weight=float(questions))
+        for name, questions in [("vqa_rad", 1797), ("slake", 4919), ("path_vqa", 19654)]
+    )
+    config.evaluate.splits, config.evaluate.batch, config.evaluate.max_new_tokens = ("test",), 16, 256
 
 
 def stablelm(config):
@@ -86,5 +91,5 @@ def tiny(config):
     config.text.max_answer, config.text.max_prompt = 96, 192
     # A row for one image with some of its questions (align: two images with their captions).
     data = config.data
-    data.rows, data.row_tokens, data.row_images, data.row_answers = 16, 224, 1, 32
-    config.evaluate.batch, config.evaluate.max_new_tokens = 64, 48
+    data.rows, data.row_tokens, data.row_images, data.row_answers = 16, 208, 1, 32
+    config.evaluate.splits, config.evaluate.batch, config.evaluate.max_new_tokens = ("test",), 128, 16

@@ -7,8 +7,8 @@ from unimed_jax.settings import load_config_file
 
 def get_config(size=""):
     config = load_config_file(f"{Path(__file__).with_name('base.py')}:{size}")
-    config.name = f"med_moe/instruct_{size}"
-    config.init = (("run", f"runs/med_moe/align_{size}"),)
+    config.name = f"med_moe_{size}/instruct"
+    config.init = (("run", f"runs/med_moe_{size}/align"),)
 
     # Conversations; images padded to a square.
     config.data.fit = "pad"
@@ -19,6 +19,6 @@ def get_config(size=""):
     config.train.rules = (("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None))
 
     if size == "tiny":
-        config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=4),)
+        config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=3),)
         config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 400, 12
     return config

@@ -10,13 +10,12 @@ from unimed_jax.settings import load_config_file
 
 def get_config(size=""):
     config = load_config_file(f"{Path(__file__).with_name('base.py')}:{size}")
-    config.name = f"med_moe/router_{size}"
-    config.init = (("run", f"runs/med_moe/instruct_{size}"),)
+    config.name = f"med_moe_{size}/router"
+    config.init = (("run", f"runs/med_moe_{size}/instruct"),)
     config.train.rules = (("*", "freeze", 1.0, None),)
 
     # Prompts of stage 3, each image with its modality; the classes in the order of the experts.
-    config.data.fit = "pad"
-    config.data.sources = tuple(dict(name=name) for name in ("vqa_rad", "slake", "path_vqa"))
+    config.data.fit, config.data.sources = "pad", config.evaluate.sources
     router = config.router
     router.key, router.classes = "modality", ("MRI", "CT", "pathology", "X-ray")
     router.labels, router.epochs, router.batch, router.lr = (50, 100, 200, 500, 1000), 10, 32, 1e-3

@@ -4,6 +4,7 @@ Two domains are slices of the brain set, with its questions; two are views of th
 have as many images in a split. `meta["modality"]` names the domain: what a router is taught.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -117,13 +118,13 @@ def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) 
     """The vqa, cls and caption of `each` T1 slices and as many tissue maps (slabs take turns), and their domain."""
     clusters = {e.image: e.cluster for e in examples if e.image is not None}
     modality = {e.image: T1 if e.meta["map"] == "t1" else TISSUE for e in examples if e.image is not None}
-    chosen: set[str | None] = set()
+    chosen: set[str] = set()
     for domain in (T1, TISSUE):
         keys = sorted(key for key in clusters if modality[key] == domain)
         chosen |= {keys[i] for i in take_turns([clusters[key] for key in keys], each, rng)}
     out = []
     for e in examples:
-        if e.image in chosen and e.task in ("vqa", "cls", "caption"):
+        if e.image is not None and e.image in chosen and e.task in ("vqa", "cls", "caption"):
             meta = {**e.meta, "modality": modality[e.image]}
             out.append(Example(e.id, e.task, e.question, e.answer, e.image, None, e.cluster, meta))
     for first in {e.image: e for e in reversed(out)}.values():
@@ -135,7 +136,13 @@ def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) 
 
 def load(source: SourceConfig, data: DataConfig) -> Domains:
     """The domains set; its brain slices are kept in `data.cache`, as the brain set's."""
-    made = Domains(brain.load(SourceConfig("brain", tasks=("vqa", "cls", "caption")), data), source.tasks)
+    return _made(data.cache, source.tasks)
+
+
+@functools.cache  # a chain asks for it at every stage
+def _made(cache: str, tasks: tuple[str, ...]) -> Domains:
+    slices = brain.load(SourceConfig("brain", tasks=("vqa", "cls", "caption")), DataConfig(cache=cache))
+    made = Domains(slices, tasks)
     if processes.leads():
         print(made.counts(), flush=True)
     return made
