@@ -33,12 +33,12 @@ def test_med_moe_has_its_published_parameters(
     size, layers, mlp, width, total, activated, dense, projector, tmp_path, capsys
 ):
     """Through the door; two more experts are two more MLPs and rows of the gate in each layer, of which none runs."""
-    before = len(jax.live_arrays())
+    before = jax.live_arrays()  # held, so that none of other tests is freed in between
     words = ["params", f"--config=configs/med_moe/moe.py:{size}"]
     assert door.main([*words, f"--json={tmp_path}/four.json"]) == 0
     shown = capsys.readouterr().out
     assert door.main([*words, f"--json={tmp_path}/six.json", "--config.model.moe.experts=6"]) == 0
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) == len(before)
     four, six = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("four", "six"))
     decoder = four["rooms"]["decoder"]
     assert (decoder["total"], decoder["activated"], four["dense"]["decoder"]) == (total, activated, dense)

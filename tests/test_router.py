@@ -1,6 +1,7 @@
 """Med-MoE's router by itself, on coloured squares: a dense run, its hidden states, a classifier of colours, experts."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -106,7 +107,7 @@ def test_the_stored_router_is_the_scored_one(routed, dense):
     config = from_config_dict(settings(dense))
     dataset = Squares(images=300)
     some = router.labelled(dataset, "test", config, sorted(COLOURS))
-    inputs = router.embedder(dense.model, config, dense.tokenizer, dataset)(some.examples)
+    inputs = router.embedder(dense.model, config, dense.tokenizer)(some.examples, dataset)
     stored = load_file(folder / "router" / "model.safetensors")
     right = (inputs @ stored["fc1.weight"].T + stored["fc1.bias"]).argmax(axis=1) == some.classes
     report = json.loads((folder / "router.json").read_text())
@@ -120,6 +121,15 @@ def test_a_finished_router_is_not_trained_again(routed, monkeypatch, capsys):
     assert "with 300 labels" in capsys.readouterr().out
     assert door.main([*words, "--config.router.epochs=3"]) == 2
     assert "config.router.epochs is 400 there and 3 now" in capsys.readouterr().err
+
+
+def test_one_that_was_killed_before_its_report_is_trained_again(routed, tmp_path):
+    words, folder = routed
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "router.json").unlink()
+    assert door.main([words[0], f"--workdir={tmp_path / 'run'}", *words[2:]]) == 0
+    for name in ("router.json", "router/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_every_layer_with_experts_gets_the_router(routed, dense):
@@ -153,7 +163,7 @@ def test_an_embedding_is_the_mean_over_states_and_tokens(dense):
     """Of each prompt alone and without padding, whatever stands beside it."""
     config, dataset = from_config_dict(settings(dense)), Squares()
     examples = [e for e in dataset.examples("test") if e.image is not None][:3]  # prompts of different lengths
-    ours = router.embedder(dense.model, config, dense.tokenizer, dataset)(examples)
+    ours = router.embedder(dense.model, config, dense.tokenizer)(examples, dataset)
     encoder = layout.Encoder(dense.tokenizer, config.text, config.model.tokens_per_image)
     lengths = set()
     for example, mean in zip(examples, ours, strict=True):

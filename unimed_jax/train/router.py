@@ -5,6 +5,7 @@ cross-entropy, Adam. What it finds goes into every layer with experts (`config.i
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,11 +57,12 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
         datasets = load_datasets(config.data)
         tokenizer = load_text(folder, config, datasets)
     dataset = joined(datasets)
+    held_out = joined(load_datasets(config.held_out)) if config.evaluate.sources else dataset
     key = config.router.key
     found = {e.meta[key] for e in dataset.examples("train") if e.image is not None and key in e.meta}
     classes = config.router.classes or tuple(sorted(found))
     train = labelled(dataset, "train", config, classes)
-    held = {split: labelled(dataset, split, config, classes) for split in config.evaluate.splits}
+    held = {split: labelled(held_out, split, config, classes) for split in config.evaluate.splits}
     counts = _counts(config, len(train.examples))
 
     frozen = sum(leaf.size for leaf in parameters(abstract(config.model)).values())
@@ -68,9 +70,9 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh, config.evaluate.batch, frozen)
     with sharding.inside(mesh):
         model, _ = initial_model(config, tokenizer, mesh)
-        embed = embedder(model, config, tokenizer, dataset)
-        inputs = embed(train.examples[: counts[-1]])
-        held_inputs = {split: embed(some.examples) for split, some in held.items()}
+        embed = embedder(model, config, tokenizer)
+        inputs = embed(train.examples[: counts[-1]], dataset)
+        held_inputs = {split: embed(some.examples, held_out) for split, some in held.items()}
 
     results: dict[str, Any] = {split: {"images": len(some.examples), "accuracy": []} for split, some in held.items()}
     for count in counts:
@@ -85,7 +87,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     report = {
         "name": config.name,
         "config_hash": config_hash(config),
-        "data_checksum": dataset.checksum,
+        "data_checksum": held_out.checksum,
         "code_version": code_version(),
         "key": key,
         "classes": classes,
@@ -94,6 +96,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     }
     if processes.leads():
         ours = "decoder/layers/moe/router"
+        shutil.rmtree(folder / ROUTER, ignore_errors=True)  # of one that was killed before its report
         export_router(folder / ROUTER, config.model, {f"{ours}/kernel": kernel[None], f"{ours}/bias": bias[None]})
         _draw(folder / "router.png", report)
         with new_file(folder / REPORT) as file:
@@ -149,9 +152,10 @@ def _counts(config: Config, available: int) -> tuple[int, ...]:
 
 # ---- embeddings and classifier ---------------------------------------------------------------------
 def embedder(
-    model: UniMed, config: Config, tokenizer: Tokenizer, dataset: Dataset
-) -> Callable[[Sequence[Example]], Float[np.ndarray, "N D"]]:
-    """-> embed(examples): of each prompt the mean over all hidden states, embeddings included, and all its tokens."""
+    model: UniMed, config: Config, tokenizer: Tokenizer
+) -> Callable[[Sequence[Example], Dataset], Float[np.ndarray, "N D"]]:
+    """-> embed(examples, their data set): the mean of each prompt's hidden states, embeddings included, over all of
+    them and all its tokens."""
     encoder = Encoder(tokenizer, config.text, config.model.tokens_per_image)
 
     @jax.jit
@@ -164,7 +168,7 @@ def embedder(
         mean = total / (len(states) * real.sum(axis=1, keepdims=True))
         return constrain(mean, None, None)  # every process reads all of it
 
-    def embed(examples: Sequence[Example]) -> Float[np.ndarray, "N D"]:
+    def embed(examples: Sequence[Example], dataset: Dataset) -> Float[np.ndarray, "N D"]:
         out = []
         for start in range(0, len(examples), config.evaluate.batch):
             part = examples[start : start + config.evaluate.batch]
