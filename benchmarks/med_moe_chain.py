@@ -65,14 +65,18 @@ def variants(moe: Config) -> dict[str, Config]:
     without = tuple((kind, path) for kind, path in moe.init if kind != "router")
 
     def changed(**fields) -> Config:
-        return dataclasses.replace(moe, model=dataclasses.replace(moe.model, moe=dataclasses.replace(experts, **fields)))
+        return dataclasses.replace(
+            moe, model=dataclasses.replace(moe.model, moe=dataclasses.replace(experts, **fields))
+        )
 
     def trained(config: Config, **fields) -> Config:
         return dataclasses.replace(config, init=without, train=dataclasses.replace(config.train, **fields))
 
     dense = trained(changed(experts=0), rules=tuple(rule for rule in rules if "/moe/" not in rule[0]))
     longer = round(moe.train.steps * activated(moe) / activated(dense))
-    learns = tuple((path, "train", *rest) if "/router/" in path else (path, action, *rest) for path, action, *rest in rules)
+    learns = tuple(
+        (path, "train", *rest) if "/router/" in path else (path, action, *rest) for path, action, *rest in rules
+    )
     found = {
         "moe": moe,
         "dense": dense,
@@ -122,8 +126,8 @@ def measures(seeds: Sequence[Sequence[Mapping]]) -> dict[str, Measure]:
 def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int = 2000) -> dict:
     """Variant -> seed -> records, to {"variants": {variant: {score: {value, seeds}}}, "pairs": [...]} in points (%).
 
-    Each pair: {pair, left, right, scores: {score: {value, ci95, seeds, published, verdict}}}; intervals over clusters of
-    test items, the same for both sides; `seeds` are the differences of single seeds.
+    Each pair: {pair, left, right, scores: {score: {value, ci95, seeds, published, verdict}}}; intervals over clusters
+    of test items, the same for both sides; `seeds` are the differences of single seeds.
     """
     ids = {tuple(r["id"] for r in some) for seeds in records.values() for some in seeds}
     if len(ids) != 1:
@@ -182,9 +186,8 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
             s = entry["scores"][score]
             ends = "no interval" if s["ci95"] is None else ", ".join(f"{end:+.1f}" for end in s["ci95"])
             known = "" if s["published"] is None else f"; published {s['published']:+.2f}"
-            cells.append(
-                f"{s['value']:+.1f} [{ends}] (seeds {min(s['seeds']):+.1f} .. {max(s['seeds']):+.1f}){known}: {s['verdict']}"
-            )
+            spread = f"seeds {min(s['seeds']):+.1f} .. {max(s['seeds']):+.1f}"
+            cells.append(f"{s['value']:+.1f} [{ends}] ({spread}){known}: {s['verdict']}")
         pairs.append([entry["pair"], *cells])
     return (
         f"# Med-MoE's third stage, tiny: {len(seeds)} seeds\n\n"

@@ -47,7 +47,7 @@ def published(config):
     data.packing, data.rows = False, 64
     data.row_tokens, data.row_images, data.row_answers = 2048, 1, 1024
     config.train.accumulation = 8  # 8 rows at a time: logits of 1024 answers over 100,352 words are large
-    # Every stage is scored on what stage 3 learns from (in LLaVA's form), there mixed by numbers of training questions.
+    # Every stage is scored on what stage 3 learns from: Med-MoE's own files, mixed by their numbers of questions.
     config.evaluate.sources = tuple(
         dict(name="llava", path=name, weight=float(questions))
         for name, questions in [("vqa_rad", 1797), ("slake", 4919), ("path_vqa", 19654)]
