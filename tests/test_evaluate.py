@@ -249,6 +249,21 @@ def test_predictions_keep_their_example(config):
     assert [r["box"] for r in records if r["id"] == "val-refer-1"] == [[5, 3, 15, 15]]
 
 
+def test_chat_forms_are_scored_as_med_moe_publishes(config):
+    """Recall of open and a substring for closed answers, in per cent; the corrected ones read whole words."""
+    rows = [("OPEN", "left lung", "the lung"), ("CLOSED", "no", "it is normal"), ("CLOSED", "yes", "yes")]
+    records = [
+        {"task": "vqa", "cluster": str(i), "template": "", "reference": reference, "prediction": prediction}
+        | {"box": None, "image_size": [9, 9], "meta": {"answer_type": kind}, "blind": {}}
+        for i, (kind, reference, prediction) in enumerate(rows)
+    ]
+    chat = dataclasses.replace(config, text=dataclasses.replace(config.text, form="phi"))
+    published, ours = (tasks.score("vqa", records, chat)[key] for key in ("published", "corrected"))
+    assert published["open_recall"] == 50.0 and published["closed_accuracy"] == 100.0 and "bleu4" not in published
+    assert ours["open_recall"]["value"] == 0.5 and ours["closed_accuracy"]["value"] == 0.5
+    assert "open_recall" not in tasks.score("vqa", records, config)["published"]  # Uni-Med's rules
+
+
 def test_published_references_are_cut_under_max_words(config):
     record = {
         "task": "identify",

@@ -161,6 +161,20 @@ def test_published_sizes(kind, theirs, ours, count):
     assert sum(leaf.size for leaf in leaves.values()) == count
 
 
+def test_the_bias_of_a_head_may_be_left_out_and_is_told(peers, capsys):
+    """As in Med-MoE's Phi-2: logits are the peer's less its bias."""
+    torch = pytest.importorskip("torch", reason=NEEDS)
+    peer, folder = peers("phi")
+    config = dataclasses.replace(OURS, **{**PEERS["phi"][2], "head_bias": False})
+    ours = imported(folder, config)
+    assert ours.head_bias is None and f"{folder}: the bias of its head is left out" in capsys.readouterr().out
+    hidden = np.random.default_rng(0).standard_normal((5, config.width)).astype(np.float32)
+    with torch.no_grad():
+        theirs = peer.lm_head(torch.tensor(hidden)) - peer.lm_head.bias
+    assert float(peer.lm_head.bias.detach().abs().max()) > 0.1
+    np.testing.assert_allclose(ours.logits(hidden), theirs.numpy(), atol=1e-5)
+
+
 def test_every_setting_is_exported_or_refused():
     """What a family says of our settings, read back, are our settings; what none can say is refused."""
     for name, (kind, _, ours) in PEERS.items():

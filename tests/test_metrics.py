@@ -43,6 +43,13 @@ def test_published_f1_rewards_repetition_and_corrected_does_not():
     assert metrics.published_f1("", "heart") == metrics.token_f1("", "heart") == 0.0
 
 
+def test_recall_counts_repetition_and_whole_words():
+    assert metrics.published_overlap("left lung lung", "the left lung")[2] == 1.0
+    assert metrics.token_recall("a left lung", "left lung") == 1.0
+    assert metrics.token_recall("lung", "lung lung") == 0.5 == metrics.token_recall("left", "left lung")
+    assert metrics.token_recall("lungs", "lung") == metrics.token_recall("", "lung") == 0.0
+
+
 def test_closed_accuracy_reads_whole_words():
     assert metrics.published_contains("normal", "no") and not metrics.closed_accuracy("normal", "no")
     assert metrics.closed_accuracy("No, it is not.", "no")

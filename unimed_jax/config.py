@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+from pathlib import Path
 
 import ml_collections
 
@@ -204,7 +205,7 @@ class SourceConfig:
     """One data set in the mixture."""
 
     name: str = "brain"  # a file of data/datasets
-    path: str = ""  # where its files are; empty: <data.root>/<name>
+    path: str = ""  # where its files are, from data.root on; empty: <data.root>/<name>
     tasks: tuple[str, ...] = ()  # () = all that it has
     weight: float = 1.0  # share of the draws
     questions: int = 1  # questions that share one image's tokens (and its task), at most
@@ -224,6 +225,10 @@ class DataConfig:
     window: int = 512  # draws that the packer looks at together
     threads: int = 2
     cache: str = ""  # folder of built data sets; empty: ~/.cache/unimed_jax
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache).expanduser() if self.cache else Path.home() / ".cache" / "unimed_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +279,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
+    sources: tuple[SourceConfig, ...] = ()  # what is scored; (): data.sources
     splits: tuple[str, ...] = ("val", "test")
     batch: int = 64
     max_new_tokens: int = 100
@@ -282,6 +288,18 @@ class EvaluateConfig:
     top_p: float = 1.0
     bootstrap: int = 2000  # resamples
     scoring: str | None = None  # which scores lead: corrected | published; paper: published
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """Training of Med-MoE's router by itself, in place of the model's (train/router.py)."""
+
+    key: str = ""  # of Example.meta, whose values are the classes; empty: the model trains
+    classes: tuple[str, ...] = ()  # in the order of the experts; (): all values that occur, sorted
+    labels: tuple[int, ...] = ()  # numbers of labelled images to train on, the last one for the router; (): all
+    epochs: int = 10
+    batch: int = 32  # images
+    lr: float = 1e-3  # Adam's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +317,12 @@ class Config:
     # (kind, path): seed | run | gguf ...; later ones overlay earlier ones.
     init: tuple[tuple[str, str], ...] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()
+    router: RouterConfig = RouterConfig()
+
+    @property
+    def held_out(self) -> DataConfig:
+        """The data that is scored."""
+        return dataclasses.replace(self.data, sources=self.evaluate.sources or self.data.sources)
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -1,9 +1,11 @@
 """The only door: `python -m unimed_jax.main [verb] --config=FILE | --run=DIR`.
 
-(train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports
+(train)   --config=FILE[:argument] [--workdir=DIR] [--config.key=value ...]   trains, evaluates, reports; a config
+          with `stages`: each of them in turn, finished ones skipped
 evaluate  --run=DIR [--config.evaluate.key=value ...]                         scores a run again
 predict   --run=DIR --task=TASK [--image=FILE] [--text=WORDS] [--out=FILE]    answers one question
 export    --run=DIR --out=PATH --format=model|decoder|peft|unimed|med_moe     writes weights for other programs
+params    --config=FILE[:argument] [--json=FILE] [--config.key=value ...]     counts parameters; makes none
 
 --run=DIR may also be a folder that `export --format=model` wrote; predict takes --config=FILE in its place, where
 config.init names all weights (those of an original checkpoint and its base model, say).
@@ -24,7 +26,7 @@ from unimed_jax.config import TASKS, Config, UserError, nearest, to_dict
 from unimed_jax.settings import from_config_dict, load_config_file
 from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
-VERBS = ("train", "evaluate", "predict", "export")
+VERBS = ("train", "evaluate", "predict", "export", "params")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         with stoppable(), full_disk_told(), processes.lost_processes_told():
             processes.join()
             run = {"train": run_train, "evaluate": run_evaluate, "predict": run_predict, "export": run_export}
+            run |= {"params": run_params}
             run[verb](arguments)
     except UserError as error:
         print(f"unimed_jax: {error}", file=sys.stderr)
@@ -96,18 +99,52 @@ def run_train(arguments: list[str]) -> None:
     options.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
     options.add_argument("--workdir", help="the run's folder (default: runs/<config name>)")
     known, overrides = options.parse_known_args(arguments)
-    config = settings_of(load_config_file(known.config), overrides)
     if "://" in (known.workdir or ""):
         raise UserError(f"--workdir={known.workdir} is no folder; mount the bucket, and give its path there.")
+    settings = load_config_file(known.config)
+    if "stages" in settings:
+        run_stages(settings, overrides, Path(known.workdir or f"runs/{settings.name}"))
+        return
+    config = settings_of(settings, overrides)
 
-    from unimed_jax.model.sharding import inside
     from unimed_jax.run import missing_inputs
-    from unimed_jax.train.loop import train
 
     lacks = missing_inputs(config)
     if lacks:
         raise UserError(lacks)
-    run = train(config, Path(known.workdir or f"runs/{config.name}"))
+    train_and_evaluate(config, Path(known.workdir or f"runs/{config.name}"))
+
+
+def run_stages(settings: ml_collections.ConfigDict, overrides: list[str], folder: Path) -> None:
+    """What is left of a chain: the same command continues one that was interrupted."""
+    from unimed_jax.stages import finished, read_stages, write_table
+
+    stages, table = read_stages(settings, overrides, folder), ""
+    for i, stage in enumerate(stages):
+        done = finished(stage)
+        if processes.leads():
+            print(f"stage {i + 1} of {len(stages)}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
+        if not done:
+            train_and_evaluate(stage.config, stage.folder)
+        if processes.leads():
+            table = write_table(folder, stages[: i + 1])
+    if table:
+        print(f"{table}\nwrote {folder / 'stages.md'}")
+
+
+def train_and_evaluate(config: Config, folder: Path) -> None:
+    """From settings to a run's folder with its scores, from where it was left."""
+    from unimed_jax.model.sharding import inside
+    from unimed_jax.train.loop import train
+
+    if config.router.key:
+        from unimed_jax.train.router import REPORT, summary, train_router
+
+        report = train_router(config, folder)
+        if processes.leads():
+            print(f"{summary(report)}\nwrote {folder / REPORT}")
+        return
+    run = train(config, folder)
     with inside(run.mesh):
         _evaluate(run, config)
 
@@ -140,7 +177,7 @@ def _evaluate(run, config: Config) -> None:
     from unimed_jax.run import initial_leaves
 
     leads = processes.leads()
-    dataset = joined(load_datasets(config.data))
+    dataset = joined(load_datasets(config.held_out))
     answer = answerer(run.model, config, run.tokenizer)
     results, records = {}, []
     for split in config.evaluate.splits:
@@ -258,6 +295,27 @@ def run_export(arguments: list[str]) -> None:
         held = {path: leaf for path, leaf in parameters(run.model).items() if path in paths}
         export_unimed(known.out, config, {**held, **trained}, moments, like=original)
     print(f"wrote {known.out}")
+
+
+def run_params(arguments: list[str]) -> None:
+    options = parser("params")
+    options.add_argument("--config", required=True, help="a file of configs/, with :argument where it takes one")
+    options.add_argument("--json", help="a file for the same numbers")
+    known, overrides = options.parse_known_args(arguments)
+    settings = load_config_file(known.config)
+    if "stages" in settings:
+        raise UserError(f"--config={known.config} is a chain; name one of its stages ({', '.join(settings.stages)}).")
+    config = settings_of(settings, overrides)
+
+    from unimed_jax.analyze import params
+    from unimed_jax.interop.files import new_file
+
+    counted = params.count(config)
+    print(params.table(counted, config.model))
+    if known.json:
+        with new_file(known.json) as file:
+            file.write_text(json.dumps({"config": known.config, **counted}, indent=1) + "\n")
+        print(f"wrote {known.json}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from unimed_jax.checkpoint import Checkpoints, fingerprints
 from unimed_jax.config import Config, UserError, nearest, to_dict
-from unimed_jax.data.datasets import SELF_CONTAINED, joined
+from unimed_jax.data.datasets import SELF_CONTAINED, joined, path_of
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.interop import gguf
@@ -88,26 +88,33 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
     for kind, path in config.init:
         if kind == "run" and not (Path(path) / "config.json").is_file():
             lacks.append(f"the finished run {path} (config.init 'run'; train it first)")
+        if kind == "router" and path and not Path(path).exists():
+            lacks.append(f"the router {path} (config.init 'router'; train it first)")
         if kind == "gguf" and path:
             gguf.find(path)  # says itself what it lacks
     if not config.text.tokenizer and (not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
     if not trains:
         return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
-    names = [source.name for source in config.data.sources if source.name not in SELF_CONTAINED and not source.path]
-    if names and not config.data.root:
-        lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} (config.data.root, one folder each)")
+    names = [
+        source.path or source.name
+        for source in (*config.data.sources, *config.evaluate.sources)
+        if source.name not in SELF_CONTAINED and not ((path := path_of(source, config.data)) and Path(path).exists())
+    ]
+    if names:
+        there = config.data.root or "config.data.root"
+        lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} ({there}, one folder each)")
     return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """The run's tokenizer: the folder or GGUF file of the settings, or a BPE trained once on the training texts."""
+    """The run's tokenizer (see `tokenizer_folder`); a BPE is trained once, on the training texts."""
     path = tokenizer_folder(folder, config)
     if path.exists():
         return Tokenizer.load(path)
     if gguf.is_gguf(config.text.tokenizer):
         gguf.write_tokenizer(config.text.tokenizer, path)
-    elif not config.text.tokenizer:
+    elif path == folder / "tokenizer":
         unfinished = folder / "tokenizer.tmp"
         train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
         unfinished.rename(path)
@@ -115,9 +122,17 @@ def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Toke
 
 
 def tokenizer_folder(folder: Path, config: Config) -> Path:
-    """The folder named in the settings; the run's own for a tokenizer that it has trained or read from a GGUF file."""
+    """The folder named in the settings, else that of the run it starts from, whose embeddings stand for those tokens.
+
+    The run's own for a tokenizer that it has trained or read from a GGUF file.
+    """
     named = config.text.tokenizer
-    return Path(named) if named and not gguf.is_gguf(named) else folder / "tokenizer"
+    if named:
+        return folder / "tokenizer" if gguf.is_gguf(named) else Path(named)
+    before = next((Path(path) for kind, path in reversed(config.init) if kind == "run"), None)
+    if before is None:
+        return folder / "tokenizer"
+    return before if is_exported(before) else tokenizer_folder(before, read_config(before))
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
@@ -132,8 +147,8 @@ def initial_leaves(
     """The leaves before the first step whose paths match one of the patterns `wanted`, and the source of each.
 
     A function of the settings alone: the random numbers do not depend on the devices. Leaves that train are
-    float32, the others of `config.model.frozen_dtype`. Only what is wanted, and of that only what no later source
-    replaces, is made or read.
+    float32, the others of `config.model.frozen_dtype`, but for the routers of experts, which round to other experts.
+    Only what is wanted, and of that only what no later source replaces, is made or read.
     """
     if tokenizer.size > config.model.decoder.vocab:
         raise UserError(
@@ -142,7 +157,8 @@ def initial_leaves(
         )
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
-    dtypes = {path: "float32" if rules[path].train else config.model.frozen_dtype for path in shapes}
+    exact = {path for path in shapes if rules[path].train or path.startswith("decoder/layers/moe/router/")}
+    dtypes = {path: "float32" if path in exact else config.model.frozen_dtype for path in shapes}
     places = None if mesh is None else parameter_shardings(shapes, mesh)
     still = {path for path in shapes if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)}
     leaves: dict[str, Any] = {}

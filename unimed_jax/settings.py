@@ -179,10 +179,13 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.train.accumulation={train.accumulation} does not divide data.rows={data.rows}; choose a divisor."
         )
+    labels = config.router.labels
+    if list(labels) != sorted(set(labels)) or any(count < 1 for count in labels):
+        raise UserError(f"config.router.labels={labels}: name numbers of images in rising order, from 1, or none.")
     for pattern, action, *_ in train.rules:
         if action not in ("train", "freeze"):
             raise UserError(f"config.train.rules: {pattern!r} says {action!r}; write 'train' or 'freeze'.")
-    for source in data.sources:
+    for source in (*data.sources, *config.evaluate.sources):
         if source.weight <= 0 or source.questions < 1:
             raise UserError(
                 f"config.data.sources: {source.name!r} has weight={source.weight} and questions={source.questions}; "

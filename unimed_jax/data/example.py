@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from unimed_jax.config import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -47,6 +49,9 @@ class Joined:
 
     def __init__(self, datasets: Sequence[Dataset]):
         self._datasets = {d.name: d for d in datasets}
+        if len(self._datasets) < len(datasets):
+            names = ", ".join(d.name for d in datasets)
+            raise UserError(f"config.data.sources: two data sets have one name ({names}); rename a folder or file.")
         self.name = "+".join(self._datasets)
         self.checksum = hashlib.sha256("".join(d.checksum for d in datasets).encode()).hexdigest()
 

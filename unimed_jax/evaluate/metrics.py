@@ -227,6 +227,12 @@ def token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (candidate.total() + target.total()) if shared else 0.0
 
 
+def token_recall(prediction: str, reference: str) -> float:
+    """The share of the reference's tokens that were said, each as often as it stands there."""
+    candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
+    return (candidate & target).total() / target.total() if target else 0.0
+
+
 def closed_accuracy(prediction: str, reference: str) -> bool:
     """The reference's words stand together in the prediction as whole words; "yes or no" answers neither."""
     said, wanted = tokens(prediction), tokens(reference)
@@ -337,6 +343,7 @@ def corrected_measures(
         parts = {
             "open_exact_match": exact.where(~closed),
             "open_token_f1": f1.where(~closed),
+            "open_recall": Measure.mean([token_recall(*pair) for pair in pairs]).where(~closed),
             "closed_exact_match": exact.where(closed),
             "closed_accuracy": Measure.mean([closed_accuracy(*pair) for pair in pairs]).where(closed),
         }

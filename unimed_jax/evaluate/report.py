@@ -233,21 +233,21 @@ def _number(value, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
-def _with_interval(entry: Mapping | None, sign: str = "") -> str:
+def with_interval(entry: Mapping | None, sign: str = "") -> str:
     if entry is None:
         return "-"
     ends = "no interval" if entry["ci95"] is None else ", ".join(_number(end, sign) for end in entry["ci95"])
     return f"{_number(entry['value'], sign)} [{ends}]"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
 
 
 def _routing_line(routing: Mapping) -> str:
     parts = [
-        f"{name} {_with_interval(routing[key])}"
+        f"{name} {with_interval(routing[key])}"
         for key, name in (("tv_trained", "trained"), ("tv_step0", "at step 0"))
         if routing.get(key)
     ]
@@ -266,14 +266,14 @@ def _corrected_table(tasks: Mapping[str, Mapping]) -> str:
                 task,
                 scores["n"],
                 primary,
-                _with_interval(scores["corrected"].get(primary)),
+                with_interval(scores["corrected"].get(primary)),
                 best,
-                _with_interval(margin, "+"),
+                with_interval(margin, "+"),
                 verdict(margin) if scores["n"] else "no example",
             ]
         )
     head = ("task", "n", "primary metric", "value [95 % interval]", "best blind", "margin [95 %]", "verdict")
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _published_table(tasks: Mapping[str, Mapping]) -> str:
@@ -281,7 +281,7 @@ def _published_table(tasks: Mapping[str, Mapping]) -> str:
     for task, scores in tasks.items():
         listed = ", ".join(f"{name} {_number(value)}" for name, value in scores["published"].items())
         rows.append([task, scores["n"], listed or ("no published rule" if task == "qa" else "-")])
-    return _table(("task", "n", "scores by the published rules"), rows)
+    return markdown_table(("task", "n", "scores by the published rules"), rows)
 
 
 def _templates_table(tasks: Mapping[str, Mapping]) -> str:
@@ -289,8 +289,8 @@ def _templates_table(tasks: Mapping[str, Mapping]) -> str:
     for task, scores in tasks.items():
         for template, part in scores.get("per_template", {}).items():
             best = _number(max(part["blind"].values(), default=None))
-            rows.append([task, template or "(none)", part["n"], _with_interval(part), best])
-    return _table(("task", "template", "n", "value [95 %]", "best blind"), rows)
+            rows.append([task, template or "(none)", part["n"], with_interval(part), best])
+    return markdown_table(("task", "template", "n", "value [95 %]", "best blind"), rows)
 
 
 def _markdown(folder: Path, config: Config, metrics: Mapping, pictures: Sequence[str], note: str) -> str:
@@ -301,13 +301,14 @@ def _markdown(folder: Path, config: Config, metrics: Mapping, pictures: Sequence
         "The margin is the model minus the best blind baseline, a paired bootstrap over clusters of test items "
         f"({config.evaluate.bootstrap} resamples); *above blind* means that its lower end is above 0."
     )
+    system = "Uni-Med's" if config.text.form == "unimed" else "Uni-Med's (vqa: Med-MoE's)"
     published = (
         "## Scores as published on test\n\n"
         f"{_published_table(tasks)}\n\n"
-        "By the rules of Uni-Med's evaluation, flaws included, to compare with the papers."
+        f"By the rules of {system} evaluation, flaws included, to compare with the papers."
     )
     leading = [published, corrected] if config.evaluate.scoring == "published" else [corrected, published]
-    blind = _table(
+    blind = markdown_table(
         ("task", "baseline", "metric", "value"),
         [
             [task, name, scores["primary"], _number(values[scores["primary"]])]
@@ -317,9 +318,9 @@ def _markdown(folder: Path, config: Config, metrics: Mapping, pictures: Sequence
     )
     notes = [f"- {task}: {text}." for task, scores in tasks.items() for text in scores["notes"]]
     data = (
-        "The images are slices of ONE average brain (ICBM152), so these numbers hold across slices and jitter of "
-        "that brain and say nothing about patients. "
-        if any(source.name == "brain" for source in config.data.sources)
+        "The brain images are slices of ONE average brain (ICBM152), so these numbers hold across slices and jitter "
+        "of that brain and say nothing about patients. "
+        if any(source.name in ("brain", "domains") for source in config.data.sources)
         else ""
     )
     parts = [

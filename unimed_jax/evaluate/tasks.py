@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.config import TASKS, Config, UserError, config_hash, to_dict
+from unimed_jax.config import TASKS, Config, TextConfig, UserError, config_hash, to_dict
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.prompts import cut_words, text_to_box
 from unimed_jax.evaluate import baselines
@@ -22,6 +22,7 @@ from unimed_jax.evaluate.metrics import (
     identify_report,
     interval,
     is_closed,
+    medmoe_report,
     published_equal,
     refer_report,
     resample,
@@ -219,7 +220,7 @@ def score(task: str, records: Sequence[Mapping], config: Config) -> dict:
             name: {"value": measure.value, "ci95": ci95}
             for (name, measure), ci95 in zip(measures.items(), intervals, strict=False)
         },
-        "published": _published(task, records, config.text.max_words),
+        "published": _published(task, records, config.text),
         "blind": {name: {metric: m.value for metric, m in scores.items()} for name, scores in blind.items()},
         "margin": None,
         "notes": notes,
@@ -258,15 +259,21 @@ def _measures(task: str, records: Sequence[Mapping], predictions: Sequence[str])
     )
 
 
-def _published(task: str, records: Sequence[Mapping], max_words: int | None) -> Mapping[str, float | str]:
-    """Scores by the published rules; {} for qa, which the published code does not evaluate."""
+def _published(task: str, records: Sequence[Mapping], text: TextConfig) -> Mapping[str, float | str]:
+    """Scores by the published rules; {} for qa, which Uni-Med's code does not evaluate.
+
+    Those of vqa are Med-MoE's, in per cent, where its chat form asks, and Uni-Med's else.
+    """
     predictions = [record["prediction"] for record in records]
     if task == "refer":
         boxes, sizes = [record["box"] for record in records], [record["image_size"] for record in records]
         return refer_report(predictions, boxes, sizes)
     references = [record["reference"] for record in records]
-    if max_words is not None:
-        references = [cut_words(reference, max_words) for reference in references]
+    if task == "vqa" and text.form != "unimed":
+        kinds = [record["meta"].get("answer_type", "") for record in records]
+        return medmoe_report(list(zip(predictions, references, strict=True)), kinds)
+    if text.max_words is not None:
+        references = [cut_words(reference, text.max_words) for reference in references]
     pairs = list(zip(map(clean_prediction, predictions), references, strict=True))
     if task == "vqa":
         parts = vqa_report(pairs, [is_closed(record["meta"]) for record in records])

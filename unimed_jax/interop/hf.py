@@ -364,11 +364,16 @@ def load_decoder(
 ) -> dict[str, Any]:
     """The decoder's leaves (but for adapters and routers) from a Hugging Face folder; arguments as in `load_leaves`.
 
-    Experts start as copies of their layer's MLP. Raises UserError where its settings are not `d` or its weights do not
-    fit.
+    Experts start as copies of their layer's MLP. A head's bias is left out, and it is said so, where `d` has none
+    (Med-MoE's Phi-2). Raises UserError where its settings are not `d` or its weights do not fit.
     """
-    refuse_differences(decoder_config(read_settings(folder), f"{folder}/config.json"), d, folder)
-    return load_leaves(decoder_table(d, moe=moe), open_weights(folder), leaves, shardings, dtypes)
+    theirs, table = decoder_config(read_settings(folder), f"{folder}/config.json"), decoder_table(d, moe=moe)
+    if theirs.head_bias and not d.head_bias:
+        print(f"{folder}: the bias of its head is left out, as config.model.decoder.head_bias=False says")
+        theirs = dataclasses.replace(theirs, head_bias=False)
+        table = Table(table.entries, (*table.ignored, "lm_head.bias"))
+    refuse_differences(theirs, d, folder)
+    return load_leaves(table, open_weights(folder), leaves, shardings, dtypes)
 
 
 def refuse_differences(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:

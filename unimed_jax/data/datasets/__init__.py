@@ -9,7 +9,7 @@ from pathlib import Path
 from unimed_jax.config import DataConfig, SourceConfig, UserError, nearest
 from unimed_jax.data.example import Dataset, Joined
 
-SELF_CONTAINED = ("brain",)  # made from installed packages; all others read the files of `path`
+SELF_CONTAINED = ("brain", "domains")  # made from installed packages; all others read the files of `path`
 
 
 def load_dataset(source: SourceConfig, data: DataConfig) -> Dataset:
@@ -26,18 +26,21 @@ def load_dataset(source: SourceConfig, data: DataConfig) -> Dataset:
 
 
 def load_datasets(data: DataConfig) -> list[Dataset]:
-    """One data set per source, in their order; sources of one name and path share one.
-
-    A source without a path of its own lies in `<data.root>/<name>`.
-    """
+    """One data set per source, in their order; sources of one name and path share one."""
     loaded: dict[tuple[str, str], Dataset] = {}
     out = []
     for source in data.sources:
-        path = source.path or (str(Path(data.root) / source.name) if data.root else "")
+        path = path_of(source, data)
         if (source.name, path) not in loaded:
             loaded[source.name, path] = load_dataset(dataclasses.replace(source, path=path, tasks=()), data)
         out.append(loaded[source.name, path])
     return out
+
+
+def path_of(source: SourceConfig, data: DataConfig) -> str:
+    """Where a source's files are: its path, from `data.root` on; without one, where the root has its name."""
+    given = source.path or (source.name if data.root else "")
+    return str(Path(data.root, given)) if given else ""
 
 
 def joined(datasets: Sequence[Dataset]) -> Dataset:

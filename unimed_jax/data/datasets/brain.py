@@ -52,7 +52,7 @@ def draw_slices(split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[S
     ]
     for slab, position, name, copy in tqdm(jobs, f"brain set, {split}", unit="image", leave=False):
         key = f"{slab.plane}_{position:+04d}_{name}_{copy:02d}"
-        rng = _rng(seed, _SEEDS[split], key)
+        rng = generator(seed, _SEEDS[split], key)
         yield render(slab, position, name, Jitter.draw(rng, slab.plane), key, rng)
 
 
@@ -67,17 +67,18 @@ def records(split: str, part: str, jitters: int = JITTERS, seed: int = 0) -> Ite
     """(key, record) of a split: one record a slice, or one a three-character category of ICD-10-CM."""
     if part == "codes":
         for category, examples in brain_codes.ask(seed)[split].items():
-            yield category, {"questions": _pack(examples)}
+            yield category, {"questions": pack(examples)}
         return
     slices = list(draw_slices(split, jitters, seed))
-    asked = brain_questions.ask(slices, split, _rng(seed, _SEEDS[split], "questions"))
+    asked = brain_questions.ask(slices, split, generator(seed, _SEEDS[split], "questions"))
     for piece, examples in zip(slices, asked, strict=True):
         buffer = io.BytesIO()
         Image.fromarray(piece.image).save(buffer, "PNG")
-        yield piece.key, {"image": buffer.getvalue(), "questions": _pack(examples)}
+        yield piece.key, {"image": buffer.getvalue(), "questions": pack(examples)}
 
 
-def _rng(*words: object) -> np.random.Generator:
+def generator(*words: object) -> np.random.Generator:
+    """Random numbers that follow from the words alone."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
@@ -85,7 +86,8 @@ def _rng(*words: object) -> np.random.Generator:
 _FIELDS = ("id", "task", "question", "answer", "image", "box", "cluster", "meta")
 
 
-def _pack(examples: Sequence[Example]) -> str:
+def pack(examples: Sequence[Example]) -> str:
+    """What a record and a checksum hold of them."""
     return json.dumps([{field: getattr(e, field) for field in _FIELDS} for e in examples], sort_keys=True)
 
 
@@ -158,9 +160,8 @@ class BrainDataset:
 
 
 def load(source: SourceConfig, data: DataConfig) -> BrainDataset:
-    """The brain set, kept in `data.cache` (empty: ~/.cache/unimed_jax)."""
-    folder = Path(data.cache).expanduser() if data.cache else Path.home() / ".cache" / "unimed_jax"
-    return BrainDataset(folder, tasks=source.tasks)
+    """The brain set, kept in `data.cache`."""
+    return BrainDataset(data.cache_folder, tasks=source.tasks)
 
 
 def _build(folder: Path, config: str) -> Brain:

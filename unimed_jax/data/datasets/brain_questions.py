@@ -55,7 +55,7 @@ _LEVELS = {
 }
 
 
-class _Candidate(NamedTuple):
+class Candidate(NamedTuple):
     """A question that could be asked of slice number `at`; balanced among the answers of its `group`."""
 
     group: Hashable
@@ -121,16 +121,16 @@ def take_turns(kinds: Sequence[Hashable], total: int, rng: np.random.Generator) 
     return sorted(turns[:total])
 
 
-def balanced(candidates: list[_Candidate], total: int, rng: np.random.Generator) -> list[_Candidate]:
+def balanced(candidates: list[Candidate], total: int, rng: np.random.Generator) -> list[Candidate]:
     """About `total` candidates in which, within each group, every answer occurs equally often.
 
     Groups take turns; each turn adds one candidate of every answer. A group with a single answer gives none.
     """
-    groups: dict[Hashable, dict[str, list[_Candidate]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[Hashable, dict[str, list[Candidate]]] = defaultdict(lambda: defaultdict(list))
     for i in rng.permutation(len(candidates)):
         groups[candidates[i].group][candidates[i].answer].append(candidates[i])
     queues = [answers for answers in groups.values() if len(answers) > 1]
-    chosen: list[_Candidate] = []
+    chosen: list[Candidate] = []
     seen: set[tuple[int, str]] = set()
     while queues and len(chosen) < total:
         rest = []
@@ -148,10 +148,10 @@ def balanced(candidates: list[_Candidate], total: int, rng: np.random.Generator)
     return sorted(chosen, key=lambda c: c.at)
 
 
-def _vqa(slices: Sequence[Slice], rng: np.random.Generator) -> dict[str, list[_Candidate]]:
+def _vqa(slices: Sequence[Slice], rng: np.random.Generator) -> dict[str, list[Candidate]]:
     """Template -> all that could be asked."""
-    found: dict[str, list[_Candidate]] = {template: [] for template in VQA_SHARE}
-    add: Callable = lambda template, *rest: found[template].append(_Candidate(*rest))  # noqa: E731
+    found: dict[str, list[Candidate]] = {template: [] for template in VQA_SHARE}
+    add: Callable = lambda template, *rest: found[template].append(Candidate(*rest))  # noqa: E731
     for i, piece in enumerate(slices):
         visible = sorted(piece.boxes)
         for name in visible:

@@ -1,0 +1,242 @@
+"""What Med-MoE's third stage is worth at a tiny size: its experts against a dense model, and its parts one by one.
+
+    python benchmarks/med_moe_chain.py [--out=runs/med_moe_ablation] [--seeds=0,1,2] [--start=runs/brain_tiny] [--smoke]
+
+For each seed the stages of configs/med_moe/all.py:tiny, then variants of the last one, all from the same stage 2:
+dense, for as many steps and for as many FLOPs as the experts take; without the meta expert; with a router that learns
+beside the experts; top-2. Finished runs are skipped, so the same command continues. Writes ablation.json and
+ablation.md into the folder: paired differences with 95 % intervals, and whether what was published appears here.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from harness import table
+
+from unimed_jax.analyze import params
+from unimed_jax.config import Config, UserError
+from unimed_jax.evaluate.metrics import (
+    Measure,
+    closed_accuracy,
+    exact_match,
+    interval,
+    is_closed,
+    resample,
+    token_recall,
+)
+from unimed_jax.main import train_and_evaluate
+from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.stages import Stage, finished, linked
+
+CHAIN = Path(__file__).parents[1] / "configs" / "med_moe" / "all.py"
+BEFORE = ("align", "instruct", "router")  # what all variants of the last stage stand on
+SCORES = ("open recall", "closed accuracy", "classification accuracy")
+
+# What is compared: left minus right; and the published difference in points, the mean over the paper's three data sets
+# (arXiv 2404.10237: recall of open, accuracy of closed questions).
+PAIRS = (
+    ("experts - dense, as many steps", "moe", "dense", (3.50, 1.82, None)),
+    ("experts - dense, as many FLOPs", "moe", "dense_flops", (None, None, None)),
+    ("with - without meta expert", "moe", "no_meta", (3.44, 2.07, None)),
+    ("frozen - learned router", "moe", "learned_router", (1.96, 0.77, None)),
+    ("top-2 - top-1", "top2", "moe", (None, None, None)),
+)
+
+
+# ---- runs ------------------------------------------------------------------------------------------
+def activated(config: Config) -> int:
+    """Decoder parameters that a token is multiplied with: its FLOPs in training, but for a factor."""
+    modules = params.count(config)["modules"]
+    return sum(
+        row["activated"]
+        for name, row in modules.items()
+        if name.startswith("decoder/") and name != "decoder/embedding"  # only looked up
+    )
+
+
+def variants(moe: Config) -> dict[str, Config]:
+    """Stage 3 and what it is compared with, by name."""
+    experts, rules = moe.model.moe, moe.train.rules
+    without = tuple((kind, path) for kind, path in moe.init if kind != "router")
+
+    def changed(**fields) -> Config:
+        return dataclasses.replace(
+            moe, model=dataclasses.replace(moe.model, moe=dataclasses.replace(experts, **fields))
+        )
+
+    def trained(config: Config, **fields) -> Config:
+        return dataclasses.replace(config, init=without, train=dataclasses.replace(config.train, **fields))
+
+    dense = trained(changed(experts=0), rules=tuple(rule for rule in rules if "/moe/" not in rule[0]))
+    longer = round(moe.train.steps * activated(moe) / activated(dense))
+    learns = tuple(
+        (path, "train", *rest) if "/router/" in path else (path, action, *rest) for path, action, *rest in rules
+    )
+    found = {
+        "moe": moe,
+        "dense": dense,
+        "dense_flops": trained(dense, steps=longer),
+        "no_meta": changed(meta=False),
+        "learned_router": trained(moe, rules=learns),
+        "top2": changed(top_k=2),
+    }
+    folder = Path(moe.name).parent
+    return {name: dataclasses.replace(config, name=str(folder / name)) for name, config in found.items()}
+
+
+def stages_of(seed: int, out: Path, start: str, smoke: bool) -> list[Stage]:
+    """All runs of one seed, in the order in which they stand on each other."""
+    configs = {}
+    for file in load_config_file(f"{CHAIN}:tiny").stages:
+        config = from_config_dict(load_config_file(file))
+        init = tuple((kind, start if path == "runs/brain_tiny" else path) for kind, path in config.init)
+        config = dataclasses.replace(config, seed=seed, init=init)
+        configs[Path(config.name).name] = shortened(config) if smoke else config
+    return linked([*(configs[name] for name in BEFORE), *variants(configs["moe"]).values()], out / f"seed{seed}")
+
+
+def shortened(config: Config) -> Config:
+    """A few steps and answers, to see that all of it runs."""
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=3),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
+        evaluate=dataclasses.replace(config.evaluate, limit=24, bootstrap=100),
+        router=dataclasses.replace(config.router, labels=(40,) if config.router.key else ()),
+    )
+
+
+# ---- comparison ------------------------------------------------------------------------------------
+def measures(seeds: Sequence[Sequence[Mapping]]) -> dict[str, Measure]:
+    """Scores of one variant from its records of each seed (the same examples in one order): means over the seeds."""
+    kinds = np.array([record["task"] + ("/closed" if is_closed(record["meta"]) else "") for record in seeds[0]])
+    rules = {"vqa": token_recall, "vqa/closed": closed_accuracy, "cls": exact_match}
+    found = {}
+    for name, kind in zip(SCORES, rules, strict=True):
+        values = [[rules[kind](r["prediction"], r["reference"]) for r in records] for records in seeds]
+        found[name] = Measure.mean(np.mean(np.array(values, float), axis=0)).where(kinds == kind)
+    return found
+
+
+def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int = 2000) -> dict:
+    """Variant -> seed -> records, to {"variants": {variant: {score: {value, seeds}}}, "pairs": [...]} in points (%).
+
+    Each pair: {pair, left, right, scores: {score: {value, ci95, seeds, published, verdict}}}; intervals over clusters
+    of test items, the same for both sides; `seeds` are the differences of single seeds.
+    """
+    ids = {tuple(r["id"] for r in some) for seeds in records.values() for some in seeds}
+    if len(ids) != 1:
+        raise UserError("the variants answered different questions; remove the folder and run all of it again.")
+    clusters = [record["cluster"] for record in next(iter(records.values()))[0]]
+    every = {variant: measures(seeds) for variant, seeds in records.items()}
+    single = {variant: [measures([some]) for some in seeds] for variant, seeds in records.items()}
+    flat = [every[variant][score] for variant in every for score in SCORES]
+    keys = [(variant, score) for variant in every for score in SCORES]
+    draws = dict(zip(keys, resample(flat, clusters, resamples, seed=0), strict=True))
+    pairs = []
+    for pair, left, right, published in PAIRS:
+        scores = {}
+        for score, known in zip(SCORES, published, strict=True):
+            ci95 = interval(100 * (draws[left, score] - draws[right, score]))
+            scores[score] = {
+                "value": 100 * (every[left][score].value - every[right][score].value),
+                "ci95": ci95,
+                "seeds": [
+                    100 * (a[score].value - b[score].value) for a, b in zip(single[left], single[right], strict=True)
+                ],
+                "published": known,
+                "verdict": verdict(ci95, known),
+            }
+        pairs.append({"pair": pair, "left": left, "right": right, "scores": scores})
+    shown = {
+        variant: {
+            score: {"value": 100 * every[variant][score].value, "seeds": [100 * one[score].value for one in some]}
+            for score in SCORES
+        }
+        for variant, some in single.items()
+    }
+    return {"variants": shown, "pairs": pairs}
+
+
+def verdict(ci95: Sequence[float] | None, published: float | None) -> str:
+    """Whether a published gain (all are gains) appears here; without one, which side is ahead."""
+    sign = 0 if ci95 is None else 1 if ci95[0] > 0 else -1 if ci95[1] < 0 else 0
+    if published is None:
+        return ("undecided", "left ahead", "right ahead")[sign]
+    return ("does not appear", "appears", "reversed")[sign]
+
+
+def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequence[int]) -> str:
+    """`costs`: steps and activated decoder parameters of each variant."""
+    rows = []
+    for variant, scores in result["variants"].items():
+        values = [
+            f"{s['value']:.1f} ({min(s['seeds']):.1f} .. {max(s['seeds']):.1f})" for s in (scores[n] for n in SCORES)
+        ]
+        rows.append([variant, str(costs[variant][0]), f"{costs[variant][1]:,}", *values])
+    pairs = []
+    for entry in result["pairs"]:
+        cells = []
+        for score in SCORES:
+            s = entry["scores"][score]
+            ends = "no interval" if s["ci95"] is None else ", ".join(f"{end:+.1f}" for end in s["ci95"])
+            known = "" if s["published"] is None else f"; published {s['published']:+.2f}"
+            spread = f"seeds {min(s['seeds']):+.1f} .. {max(s['seeds']):+.1f}"
+            cells.append(f"{s['value']:+.1f} [{ends}] ({spread}){known}: {s['verdict']}")
+        pairs.append([entry["pair"], *cells])
+    return (
+        f"# Med-MoE's third stage, tiny: {len(seeds)} seeds\n\n"
+        f"{table(('variant', 'steps', 'activated in the decoder', *SCORES), rows)}\n\n"
+        "Per cent on the held-out set, mean over seeds (lowest .. highest).\n\n"
+        f"{table(('difference in points', *SCORES), pairs)}\n\n"
+        "Paired by example, 95 % intervals by a bootstrap over source images and slabs of the means over seeds; few "
+        "source images, so they are wide. Published: the mean over the paper's three data sets. FLOPs: the decoder "
+        "parameters that a token is multiplied with, times steps.\n"
+    )
+
+
+def test_records(stage: Stage) -> list[dict]:
+    lines = (stage.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return sorted((r for r in records if r["split"] == "test" and r["task"] in ("vqa", "cls")), key=lambda r: r["id"])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path("runs/med_moe_ablation"))
+    options.add_argument("--seeds", default="0,1,2")
+    options.add_argument("--start", default="runs/brain_tiny", help="a finished run of configs/brain_tiny.py")
+    options.add_argument("--smoke", action="store_true", help="a few steps and answers of each run")
+    known = options.parse_args()
+    seeds = [int(seed) for seed in known.seeds.split(",")]
+    if not (Path(known.start) / "config.json").is_file():
+        raise UserError(f"--start={known.start} is no finished run; train configs/brain_tiny.py first.")
+    records: dict[str, list[list[dict]]] = {}
+    costs = {}
+    for seed in seeds:
+        for stage in stages_of(seed, known.out, known.start, known.smoke):
+            done = finished(stage)
+            print(f"seed {seed}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
+            if not done:
+                train_and_evaluate(stage.config, stage.folder)
+            if stage.name not in BEFORE:
+                records.setdefault(stage.name, []).append(test_records(stage))
+                costs[stage.name] = (stage.config.train.steps, activated(stage.config))
+    result = compared(records)
+    text = report(result, costs, seeds)
+    kept = {"seeds": seeds, "smoke": known.smoke, "steps and activated": costs, **result}
+    (known.out / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (known.out / "ablation.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,256 @@
+"""Med-MoE's router by itself: a linear classifier of modalities over the hidden states of a dense model.
+
+The published recipe: an image with its prompt is the mean over all hidden states and positions; one linear layer,
+cross-entropy, Adam. What it finds goes into every layer with experts (`config.init` kind "router").
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from unimed_jax import processes
+from unimed_jax.config import Config, UserError, config_hash
+from unimed_jax.data.datasets import joined, load_datasets
+from unimed_jax.data.example import Dataset, Example
+from unimed_jax.data.layout import Encoder
+from unimed_jax.data.tokenizer import Tokenizer
+from unimed_jax.evaluate.answer import prompt_batch
+from unimed_jax.evaluate.metrics import Measure, interval, resample
+from unimed_jax.evaluate.tasks import code_version, plain
+from unimed_jax.interop.files import new_file
+from unimed_jax.interop.med_moe import export_router
+from unimed_jax.model import sharding
+from unimed_jax.model.sharding import constrain
+from unimed_jax.model.unimed import Batch, UniMed, abstract, parameters, span_of
+from unimed_jax.run import initial_model, load_text, write_config
+from unimed_jax.train.interruption import claim
+
+REPORT, ROUTER = "router.json", "router"  # in the run's folder; the report comes last
+
+
+class Labelled(NamedTuple):
+    examples: list[Example]  # one of each image that has a label, in the drawn order
+    classes: Int[np.ndarray, "N"]
+    left_out: int  # images without a label
+
+
+def train_router(config: Config, folder: Path) -> dict[str, Any]:
+    """Trains the router that `config.router` describes, and leaves in `folder`: router/ (Med-MoE's file), router.png
+    and router.json, which comes back: accuracy by number of labels and a confusion matrix for every split of
+    `config.evaluate.splits`. A finished one is read, not trained again.
+
+    Raises UserError where no image has a label, or one that is not among `router.classes`.
+    """
+    claim(folder)
+    with processes.leader_first("inputs"):
+        write_config(folder, config)
+        if (folder / REPORT).is_file():
+            return json.loads((folder / REPORT).read_text())
+        datasets = load_datasets(config.data)
+        tokenizer = load_text(folder, config, datasets)
+    dataset = joined(datasets)
+    held_out = joined(load_datasets(config.held_out)) if config.evaluate.sources else dataset
+    key = config.router.key
+    found = {e.meta[key] for e in dataset.examples("train") if e.image is not None and key in e.meta}
+    classes = config.router.classes or tuple(sorted(found))
+    train = labelled(dataset, "train", config, classes)
+    held = {split: labelled(held_out, split, config, classes) for split in config.evaluate.splits}
+    counts = _counts(config, len(train.examples))
+
+    frozen = sum(leaf.size for leaf in parameters(abstract(config.model)).values())
+    frozen *= jnp.dtype(config.model.frozen_dtype).itemsize
+    mesh = sharding.make_mesh(config.mesh, config.evaluate.batch, frozen)
+    with sharding.inside(mesh):
+        model, _ = initial_model(config, tokenizer, mesh)
+        embed = embedder(model, config, tokenizer)
+        inputs = embed(train.examples[: counts[-1]], dataset)
+        held_inputs = {split: embed(some.examples, held_out) for split, some in held.items()}
+
+    results: dict[str, Any] = {split: {"images": len(some.examples), "accuracy": []} for split, some in held.items()}
+    for count in counts:
+        kernel, bias = fit(inputs[:count], train.classes[:count], len(classes), config)
+        for split, some in held.items():
+            guessed = (held_inputs[split] @ kernel + bias[None]).argmax(axis=1)
+            results[split]["accuracy"].append({"labels": count, **_accuracy(guessed, some, config)})
+            # Rows: what it is; columns: what it is taken for.
+            confusion = np.zeros((len(classes), len(classes)), int)
+            np.add.at(confusion, (some.classes, guessed), 1)
+            results[split]["confusion"] = confusion
+    report = {
+        "name": config.name,
+        "config_hash": config_hash(config),
+        "data_checksum": held_out.checksum,
+        "code_version": code_version(),
+        "key": key,
+        "classes": classes,
+        "images": {"train": len(train.examples), "without label": train.left_out},
+        "splits": results,
+    }
+    if processes.leads():
+        ours = "decoder/layers/moe/router"
+        shutil.rmtree(folder / ROUTER, ignore_errors=True)  # of one that was killed before its report
+        export_router(folder / ROUTER, config.model, {f"{ours}/kernel": kernel[None], f"{ours}/bias": bias[None]})
+        _draw(folder / "router.png", report)
+        with new_file(folder / REPORT) as file:
+            file.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n")
+    return plain(report)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A line for each split and number of labels."""
+    lines = []
+    for split, result in report["splits"].items():
+        for entry in result["accuracy"]:
+            low, high = entry["ci95"]
+            lines.append(f"{split}: {entry['value']:.1%} ({low:.1%} to {high:.1%}) with {entry['labels']} labels")
+    return "\n".join(lines)
+
+
+# ---- labels ----------------------------------------------------------------------------------------
+def labelled(dataset: Dataset, split: str, config: Config, classes: Sequence[str]) -> Labelled:
+    """One prompt of each image whose examples carry the label, drawn and ordered by `config.seed`."""
+    key, rng = config.router.key, np.random.default_rng([config.seed % 2**32, 3])
+    prompts: dict[str, list[Example]] = {}
+    for example in dataset.examples(split):
+        if example.image is not None:
+            prompts.setdefault(example.image, []).append(example)
+    chosen, classes_of = [], []
+    for some in prompts.values():
+        example = some[rng.integers(len(some))]
+        label = example.meta.get(key)
+        if label is None:
+            continue
+        if label not in classes:
+            raise UserError(
+                f"record {dataset.name}/{example.id}: {key}={label!r} is none of config.router.classes "
+                f"({', '.join(classes)}); name it there, or mend the record."
+            )
+        chosen.append(example)
+        classes_of.append(classes.index(label))
+    if not chosen:
+        raise UserError(
+            f"config.router.key={key!r}: no {split} image of {dataset.name} has this label; name a key of their meta."
+        )
+    order = rng.permutation(len(chosen))
+    return Labelled([chosen[i] for i in order], np.array(classes_of)[order], len(prompts) - len(chosen))
+
+
+def _counts(config: Config, available: int) -> tuple[int, ...]:
+    counts = config.router.labels or (available,)
+    if counts[-1] > available:
+        raise UserError(f"config.router.labels={counts}: the training split has {available} labelled images; ask less.")
+    return counts
+
+
+# ---- embeddings and classifier ---------------------------------------------------------------------
+def embedder(
+    model: UniMed, config: Config, tokenizer: Tokenizer
+) -> Callable[[Sequence[Example], Dataset], Float[np.ndarray, "N D"]]:
+    """-> embed(examples, their data set): the mean of each prompt's hidden states, embeddings included, over all of
+    them and all its tokens."""
+    encoder = Encoder(tokenizer, config.text, config.model.tokens_per_image)
+
+    @jax.jit
+    def means(model: UniMed, batch: Batch) -> Float[Array, "B D"]:
+        x, _ = model.embed(batch)
+        states = model.decoder(x, span_of(batch), states=True).states
+        assert states is not None
+        real = (batch["segments"] != 0).astype(jnp.float32)
+        total = jnp.einsum("lbsd,bs->bd", states, real, preferred_element_type=jnp.float32)
+        mean = total / (len(states) * real.sum(axis=1, keepdims=True))
+        return constrain(mean, None, None)  # every process reads all of it
+
+    def embed(examples: Sequence[Example], dataset: Dataset) -> Float[np.ndarray, "N D"]:
+        out = []
+        for start in range(0, len(examples), config.evaluate.batch):
+            part = examples[start : start + config.evaluate.batch]
+            pixels = [dataset.image(example.image) for example in part if example.image is not None]
+            batch = prompt_batch(encoder, config, tokenizer.pad, part, pixels)
+            out.append(np.asarray(means(model, batch))[: len(part)])
+        return np.concatenate(out)
+
+    return embed
+
+
+def fit(
+    inputs: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], classes: int, config: Config
+) -> tuple[Float[np.ndarray, "D E"], Float[np.ndarray, "E"]]:
+    """Kernel and bias of the linear classifier, after all epochs; each goes through the inputs in a new order."""
+    settings, (count, width) = config.router, inputs.shape
+    batch = min(settings.batch, count)
+    steps = -(-count // batch)
+    keys = jax.random.split(jax.random.key(config.seed), settings.epochs + 2)
+    bound = width**-0.5  # both start as torch's linear layers do
+    linear = (
+        jax.random.uniform(keys[0], (width, classes), minval=-bound, maxval=bound),
+        jax.random.uniform(keys[1], (classes,), minval=-bound, maxval=bound),
+    )
+    optimizer = optax.adam(settings.lr)
+
+    def loss(linear, x, y, weight):
+        logits = x @ linear[0] + jnp.broadcast_to(linear[1], (batch, classes))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return (losses * weight).sum() / weight.sum()
+
+    @jax.jit
+    def train(linear, inputs, labels):
+        order = jax.vmap(lambda key: jax.random.permutation(key, count))(keys[2:])
+        order = jnp.pad(order, ((0, 0), (0, steps * batch - count)), constant_values=-1)  # the last batch may be short
+        order = order.reshape(-1, batch)  # [epochs * steps, batch]
+
+        def step(state, rows):
+            linear, moments = state
+            gradient = jax.grad(loss)(linear, inputs[rows], labels[rows], (rows >= 0).astype(jnp.float32))
+            updates, moments = optimizer.update(gradient, moments)
+            return (optax.apply_updates(linear, updates), moments), None
+
+        return jax.lax.scan(step, (linear, optimizer.init(linear)), order)[0][0]
+
+    kernel, bias = train(linear, inputs, labels)
+    return np.asarray(kernel), np.asarray(bias)
+
+
+# ---- report ----------------------------------------------------------------------------------------
+def _accuracy(guessed: np.ndarray, some: Labelled, config: Config) -> dict[str, Any]:
+    """Accuracy and its bootstrap 95 % interval over clusters."""
+    measure = Measure.mean((guessed == some.classes).astype(float))
+    clusters = [example.cluster or example.id for example in some.examples]
+    (draws,) = resample([measure], clusters, config.evaluate.bootstrap, config.seed)
+    return {"value": measure.value, "ci95": interval(draws)}
+
+
+def _draw(path: Path, report: dict[str, Any]) -> None:
+    """Accuracy against the number of labels, and each split's confusion matrix with all of them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        print(f"unimed_jax: {path} was not drawn: {error}; install matplotlib.")
+        return
+    splits, classes = report["splits"], report["classes"]
+    figure = Figure(figsize=(4.2 * (1 + len(splits)), 4.0), dpi=130, layout="constrained")
+    curve, *matrices = figure.subplots(1, 1 + len(splits))
+    for split, result in splits.items():
+        labels, values = zip(*((e["labels"], e["value"]) for e in result["accuracy"]), strict=True)
+        low, high = zip(*(e["ci95"] for e in result["accuracy"]), strict=True)
+        curve.plot(labels, values, marker="o", label=split)
+        curve.fill_between(labels, low, high, alpha=0.2)
+    curve.set(xscale="log", ylim=(0, 1.02), xlabel="labelled images", ylabel="accuracy", title="router")
+    curve.legend()
+    for axes, (split, result) in zip(matrices, splits.items(), strict=True):
+        confusion = np.asarray(result["confusion"])
+        axes.imshow(confusion, cmap="Blues")
+        for (row, column), number in np.ndenumerate(confusion):
+            dark = number > confusion.max() / 2
+            axes.text(column, row, str(number), ha="center", va="center", color="white" if dark else "black")
+        axes.set_xticks(range(len(classes)), classes, rotation=30)
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set(xlabel="taken for", ylabel="is", title=f"{split}, {result['accuracy'][-1]['labels']} labels")
+    figure.savefig(path)
