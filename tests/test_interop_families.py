@@ -61,6 +61,7 @@ def test_same_logits(name, peers):
         np.testing.assert_allclose(actual[mask == 1], expected[mask == 1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi"])
 def test_step_by_step_as_at_once(name):
     """A prefill of left-padded rows, then one token at a time beyond the windows."""

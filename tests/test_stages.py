@@ -169,20 +169,14 @@ def test_chains_of_the_repository_read():
         assert [Path(stage).stem for stage in settings.stages] == ["align", "instruct", "router", "moe"]
 
 
-def test_a_run_is_scored_on_the_data_that_it_names(patched, tmp_path):
-    """A stage that learns from data without held-out splits is scored on another set."""
-    more = "config.evaluate.sources, config.evaluate.limit = (dict(name='others', path='.', tasks=('cls',)),), 4"
-    (tmp_path / "first.py").write_text(STAGE.format(name="first", init=(("seed", ""),), more=more))
+def test_a_run_is_scored_on_the_data_that_it_names(copied):
+    """Not on what it learned from, which may have no held-out part."""
+    _, folder = copied
+    others = Squares(images=8)
+    others.name, others.checksum = "others", "1" * 64
+    named = "--config.evaluate.sources=({'name': 'others', 'path': '.'},)"
     with pytest.MonkeyPatch.context() as patch:
-        others = Squares(images=8)
-        others.name, others.checksum = "others", "1" * 64
-        patch.setattr(datasets, "load_dataset", lambda source, data: others if source.name == "others" else Untested())
-        assert door.main([f"--config={tmp_path / 'first.py'}", f"--workdir={tmp_path}/run"]) == 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["data_checksum"] == "1" * 64
-
-
-class Untested(Squares):
-    """Examples for training alone."""
-
-    def examples(self, split):
-        return super().examples(split) if split == "train" else []
+        patch.setattr(datasets, "load_dataset", lambda source, data: {"others": others}[source.name])
+        words = ["evaluate", f"--run={folder / 'first'}", named, "--config.evaluate.limit=2"]
+        assert door.main(words) == 0
+    assert json.loads((folder / "first" / "metrics.json").read_text())["data_checksum"] == "1" * 64
