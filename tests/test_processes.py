@@ -36,7 +36,7 @@ if "--killed" in sys.argv:
     from unimed_jax.train.log import Log
     write = Log.write
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    Log.write = lambda self, step, values: die() if step == 6 else write(self, step, values)
+    Log.write = lambda self, step, values: die() if step == 10 else write(self, step, values)
 if "--unscored" in sys.argv:
     sys.argv.remove("--unscored")
     main._evaluate = lambda run, config: None
@@ -171,7 +171,7 @@ def test_a_death_ends_all_with_a_sentence_and_the_run_goes_on_even_with_fewer(pl
 
 @pytest.fixture(scope="module")
 def killed(place):
-    """A run of one process and device that was killed in step 6, two steps behind a save."""
+    """A run of one process and device that was killed in step 10; of its two saves the first is certainly whole."""
     (process,) = start(place, "killed", 1, 1, "--unscored", "--killed")
     assert process.wait(timeout=240) == -signal.SIGKILL
     return place / "killed"
