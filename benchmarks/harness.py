@@ -150,10 +150,8 @@ def figure(values: dict[str, float], digits: int = 2) -> str:
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} .. {values['max']:.{digits}f})"
 
 
-def need(*packages: str) -> None:
-    """Raises Failed where a package of the torch side is not installed."""
+def need(*packages: str, install: str = "-e '.[parity]'") -> None:
+    """Raises Failed where a package that the comparison needs is not installed."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise Failed(
-                f"the torch side needs the package {name}, which is not installed; pip install -e '.[parity]'."
-            )
+            raise Failed(f"this needs the package {name}, which is not installed; pip install {install}.")

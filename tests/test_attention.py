@@ -82,7 +82,7 @@ def on_tpu(monkeypatch):
         seen.append(q.shape)
         return attention._splash(q, *rest, **how, interpret=True)
 
-    monkeypatch.setattr(attention, "_hardware", lambda: "tpu")
+    monkeypatch.setattr(attention, "hardware", lambda: "tpu")
     monkeypatch.setitem(attention._FUSED, "splash", interpreted)
     return seen
 
@@ -230,7 +230,7 @@ def test_auto(monkeypatch, case):
     hardware, given, expected = PICKED[case]
     given = dict(given)
     softcap, masked = given.pop("softcap", None), given.pop("masked", True)
-    monkeypatch.setattr(attention, "_hardware", lambda: hardware)
+    monkeypatch.setattr(attention, "hardware", lambda: hardware)
     picked = []
     for name in attention._FUSED:
         monkeypatch.setitem(attention._FUSED, name, lambda q, *_, name=name, **__: (picked.append(name), q)[1])
@@ -260,7 +260,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_say_why(monkeypatch, case):
     name, hardware, given, words = REFUSED[case]
-    monkeypatch.setattr(attention, "_hardware", lambda: hardware)
+    monkeypatch.setattr(attention, "hardware", lambda: hardware)
     q, k, _ = arrays(**{"length": 256, **given})
     mask = jnp.ones((2, q.shape[1], k.shape[2]), bool)
     assert words in attention.refusal(name, q, k, mask, None)
@@ -268,14 +268,14 @@ def test_refusals_say_why(monkeypatch, case):
 
 def test_hardware(monkeypatch):
     """This machine's, another's that is compiled for, and which GPUs cuDNN's kernel is for."""
-    assert attention._hardware() == ("nvidia" if NVIDIA else jax.default_backend())
+    assert attention.hardware() == ("nvidia" if NVIDIA else jax.default_backend())
     described = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",), abstract_device=described)):
-        assert attention._hardware() == "tpu"
+        assert attention.hardware() == "tpu"
     for capability, expected in {"7.5": "gpu", "8.0": "nvidia", "10.3": "nvidia", "gfx90a": "gpu"}.items():
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
         monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
-        assert attention._hardware() == expected, capability
+        assert attention.hardware() == expected, capability
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a laptop refuses")

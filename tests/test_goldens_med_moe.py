@@ -69,7 +69,8 @@ def published_aux(routing, used):
 
 def spread_out(routing, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Routing as weights and masks [tokens, experts, room]."""
-    at, weights = np.asarray(slots(routing)), np.asarray(routing.weights)
+    at = np.asarray(slots(routing.experts, routing.kept, len(routing.counts)))
+    weights = np.asarray(routing.weights)
     shape = (len(at), routing.counts.shape[0], room)
     combine, dispatch = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
     for token, choice in np.argwhere(at >= 0):
@@ -276,7 +277,7 @@ def check_routing(routing, rows, arrays, prefix, room, exact, loose):
     close(routing.logits, arrays[f"{prefix}gate_logits"], f"{prefix}gate_logits, padding too", atol=loose)
     np.testing.assert_array_equal(routing.counts, arrays[f"{prefix}exp_counts"])
     combine, slot = np.zeros((len(exact), count), np.float32), np.full((len(exact), count), -1)
-    at = np.asarray(slots(routing))
+    at = np.asarray(slots(routing.experts, routing.kept, len(routing.counts)))
     for token, choice in np.argwhere(at >= 0):
         place = (token, int(routing.experts[token, choice]))
         combine[place], slot[place] = routing.weights[token, choice], at[token, choice]

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, LossConfig, MeshConfig, MoeConfig, UserError
+from unimed_jax.model import moe as moe_module
 from unimed_jax.model import sharding
 from unimed_jax.model.decoder import runs
 from unimed_jax.model.moe import Moe, Noise, capacity, draw_noise, route, slots, upcycled
@@ -81,18 +82,37 @@ CASES = {
 }
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    """The grouped path takes JAX's grouped product, as on a TPU."""
+    monkeypatch.setattr(moe_module, "hardware", lambda: "tpu")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("case", ["top-1", "one idle", "full, top-2"])
+def test_grouped_by_kernels(case, kernels):
+    test_paths(case, paths=("dense", "grouped"))
+
+
+@pytest.mark.parametrize("name", ["5 on 2", "5 on 2, fsdp"])
+def test_devices_by_kernels(name, kernels):
+    test_devices(name, "grouped")
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_paths(case):
+def test_paths(case, paths=("dense", "grouped", "capacity")):
     decoder, moe, skew = CASES[case]
     x, used, cotangent = inputs(3)  # a batch of 3 is a trap of the original
     moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}  # room for all, but in the cases of full experts
     results = {}
-    for path in ("dense", "grouped", "capacity"):
+    for path in paths:
         config = settings(decoder, path=path, **moe)
         noise = draw_noise(jax.random.key(3), x.shape[0] * x.shape[1], D, config.moe, training=True)
         results[path] = value_and_gradients(layer(config, skew), x, used, noise, cotangent)
-    same(results["grouped"], results["dense"], "grouped")
-    same(results["capacity"], results["dense"], "capacity")
+    for path in paths[1:]:
+        same(results[path], results["dense"], path)
     routing, gradient = results["grouped"][1:]
     counts = np.asarray(routing.counts)
     assert counts.sum() == used.sum()
@@ -166,7 +186,8 @@ def test_room_goes_by_lot():
     kept = np.stack([route(logits, 1, 8, noise=noise).kept[:, 0] for noise in drawn])
     assert (kept.sum(axis=1) == 8).all() and kept.any(axis=0).all()
     for noise in (drawn[0],):
-        at = slots(route(logits, 1, 8, noise=noise))
+        routing = route(logits, 1, 8, noise=noise)
+        at = slots(routing.experts, routing.kept, 2)
         np.testing.assert_array_equal(at[at >= 0], np.arange(8))
     assert draw_noise(jax.random.key(0), 40, D, config, training=False) == Noise()
 

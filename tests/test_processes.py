@@ -44,10 +44,12 @@ sys.exit(main.main(sys.argv[1:]))
 """
 CONFIG = f"""
 from fake_brain import tiny_config
-def get_config():
+def get_config(experts=""):
     config = tiny_config(steps={STEPS}, save_every=4, log_every=1)
     config.data.rows = {ROWS}
     config.evaluate.limit = 4
+    if experts:
+        config.model.moe.experts, config.model.moe.aux_coef, config.model.lora.rank = int(experts), 0.1, 0
     return config
 """
 
@@ -59,7 +61,9 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place: Path, run: str, count: int, devices: int = 1, *words: str) -> list[subprocess.Popen]:
+def start(
+    place: Path, run: str, count: int, devices: int = 1, *words: str, experts: str = ""
+) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -75,7 +79,8 @@ def start(place: Path, run: str, count: int, devices: int = 1, *words: str) -> l
         if count > 1:
             environment |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
             environment |= {"JAX_COORDINATOR_ADDRESS": address}
-        command = [sys.executable, "-c", DOOR, f"--config={place / 'squares.py'}", f"--workdir={place / run}", *words]
+        config = f"--config={place / 'squares.py'}:{experts}"
+        command = [sys.executable, "-c", DOOR, config, f"--workdir={place / run}", *words]
         output = (place / f"{run}.{number}.txt").open("w")
         started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     return started
@@ -136,6 +141,22 @@ def test_processes_train_to_the_losses_of_one(place, alone, count, devices):
     for task, entry in there.items():
         assert here[task]["n"] == entry["n"] > 0
         assert here[task]["blind"] == entry["blind"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"expert": 2}, {"expert": 4}, {"data": 2, "expert": 2}], ids=str)
+def test_processes_share_experts(place, axes):
+    """The decoder's experts on two processes, of one device and of two each: the losses of one process."""
+    name = "_".join(f"{axis}{size}" for axis, size in axes.items())
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
+    finish(place, f"{name}_alone", start(place, f"{name}_alone", 1, 1, "--unscored", experts="4"))
+    devices = int(np.prod(list(axes.values()))) // 2
+    words = ("--unscored", "--config.mesh.auto=False", *mesh)
+    finish(place, name, start(place, name, 2, devices, *words, experts="4"))
+    for key in ("train/loss", "train/grad_norm", "experts/balance"):
+        one, two = ([line[key] for line in lines(place, run)] for run in (f"{name}_alone", name))
+        np.testing.assert_allclose(two, one, rtol=1e-5, err_msg=key)
+        assert len(one) == STEPS
 
 
 def wait_for_step(place, run, started, step):

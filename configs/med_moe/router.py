@@ -23,4 +23,5 @@ def get_config(size=""):
     if size == "tiny":
         config.data.sources = (dict(name="domains", tasks=("vqa", "cls")),)
         router.classes, router.labels = (), (10, 30, 100, 300, 1000)
+        router.epochs, router.lr = 100, 1e-2  # features of a sixteenth of the width separate less
     return config

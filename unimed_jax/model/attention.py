@@ -53,13 +53,13 @@ def attend(
 def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | None) -> str | None:
     """Why the fused implementation `name` cannot take these arrays on the devices of the trace; None: it can."""
     length, head = q.shape[1], q.shape[3]
-    hardware = _hardware()
+    here = hardware()
     if name == "splash":
-        if hardware != "tpu":
-            return f"splash is a TPU's kernel, and this is a {hardware}"
+        if here != "tpu":
+            return f"splash is a TPU's kernel, and this is a {here}"
     else:
-        if hardware != "nvidia":
-            return f"cuDNN's kernel needs an NVIDIA GPU of Ampere or later, and this is a {hardware}"
+        if here != "nvidia":
+            return f"cuDNN's kernel needs an NVIDIA GPU of Ampere or later, and this is a {here}"
         if q.dtype != jnp.bfloat16:
             return f"cuDNN's kernel computes in bfloat16, and config.model.compute_dtype is {q.dtype}"
         if head % 8 or head > 128:
@@ -75,7 +75,7 @@ def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | 
     return None
 
 
-def _hardware() -> str:
+def hardware() -> str:
     """What the trace is for: "tpu", "nvidia" (Ampere or later), or the name of another platform.
 
     The mesh in context knows, also when it is compiled for from another machine; else the default device does.

@@ -5,7 +5,9 @@ token and is the reference; `grouped` sorts the tokens by expert and drops none 
 expert a buffer of fixed size. Gating as in GShard (arXiv 2006.16668) and DeepSpeed-MoE (arXiv 2201.05596).
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, MoeConfig
+from unimed_jax.model.attention import hardware
 from unimed_jax.model.layers import ACTIVATIONS, Linear, Mlp, spread, stack
 from unimed_jax.model.sharding import AXES, constrain, shared
 
@@ -125,12 +128,11 @@ def balance(probs: Float[Array, "N E"], first: Bool[Array, "N E"], counted: Bool
     return probs.shape[1] * (jnp.einsum("n,ne->e", weight, probs) * shares).sum()
 
 
-def slots(routing: Routing) -> Int[Array, "N K"]:
-    """Each kept choice's place in its expert's buffer, first choices before second ones; -1 where it is not kept."""
-    count = routing.counts.shape[0]
-    mask = jax.nn.one_hot(routing.experts.T, count, dtype=jnp.int32) * routing.kept.T[..., None]  # [K, N, E]
+def slots(experts: Int[Array, "N K"], kept: Bool[Array, "N K"], count: int) -> Int[Array, "N K"]:
+    """Each kept choice's place among those of its expert, first choices before second ones; -1 where not kept."""
+    mask = jax.nn.one_hot(experts.T, count, dtype=jnp.int32) * kept.T[..., None]  # [K, N, E]
     places = jnp.cumsum(mask.reshape(-1, count), axis=0).reshape(mask.shape) - 1  # [K, N, E]
-    return jnp.where(routing.kept, jnp.take_along_axis(places, routing.experts.T[..., None], axis=2)[..., 0].T, -1)
+    return jnp.where(kept, jnp.take_along_axis(places, experts.T[..., None], axis=2)[..., 0].T, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,16 +202,29 @@ def run_dense(experts: Mlp, x: Float[Array, "N D"], routing: Routing) -> Float[A
 
 
 def run_capacity(experts: Mlp, x: Float[Array, "N D"], routing: Routing, room: int) -> Float[Array, "N D"]:
-    """Each expert on a buffer of `room` tokens, filled and emptied by matrix products (GShard algorithm 2)."""
+    """Each expert on a buffer of `room` tokens, zeros where no token is."""
     experts = _divisible(experts)
     count = experts.up.kernel[...].shape[0]
-    at = jax.nn.one_hot(routing.experts, count, dtype=x.dtype)  # [N, K, E]
-    places = jax.nn.one_hot(slots(routing), room, dtype=x.dtype)  # [N, K, C], zeros where not kept
-    dispatch = jnp.einsum("nke,nkc->nec", at, places)
-    buffer = constrain(jnp.einsum("nec,nd->ecd", dispatch, x), "expert", "capacity", None)
-    out = constrain(jax.vmap(lambda expert, tokens: expert(tokens))(experts, buffer), "expert", "capacity", None)
-    combine = jnp.einsum("nke,nkc->nec", at * routing.weights.astype(x.dtype)[..., None], places)
-    return jnp.einsum("nec,ecd->nd", combine, out)
+
+    def run(rows):
+        buffer = constrain(rows.reshape(count, room, -1), "expert", "capacity", None)  # [E, C, D]
+        out = jax.vmap(lambda expert, tokens: expert(tokens))(experts, buffer)
+        return constrain(out, "expert", "capacity", None).reshape(rows.shape)  # [E * C, D]
+
+    places = routing.experts * room + slots(routing.experts, routing.kept, count)
+    return _through(run, x, places, count * room, routing.weights, routing.kept)
+
+
+def _through(
+    run, x: Float[Array, "N D"], places: Int[Array, "N K"], rows: int, weights: Float[Array, "N K"], kept
+) -> Float[Array, "N D"]:
+    """Tokens into `rows` rows at their kept `places` (one each), through `run`, and back with their weights."""
+    places = jnp.where(kept, places, rows)  # behind the end
+    tokens = jnp.broadcast_to(jnp.arange(len(x))[:, None], places.shape)
+    held = jnp.full(rows, len(x)).at[places].set(tokens, mode="drop")
+    out = run(x.at[held].get(mode="fill", fill_value=0))  # [rows, D]
+    chosen = out.at[places].get(mode="fill", fill_value=0)  # [N, K, D]
+    return jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), chosen)
 
 
 def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Float[Array, "B S D"]:
@@ -222,7 +237,7 @@ def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Flo
     choices = (routing.experts, routing.weights, routing.kept)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _sorted(experts, x.reshape(-1, x.shape[-1]), *choices).reshape(x.shape)  # [B, S, D]
+        return _grouped(experts, x.reshape(-1, x.shape[-1]), *choices).reshape(x.shape)  # [B, S, D]
     experts = _divisible(experts)
     count, _, hidden = experts.up.kernel[...].shape
     rows, holders, units = shared((batch, count, hidden), ("batch", "expert", "mlp"), dict(mesh.shape))
@@ -240,7 +255,13 @@ def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Flo
         kept = kept & (chosen >= 0) & (chosen < own)
         if units and experts.down.bias is not None:  # each device of a unit's group adds its share of the bias
             experts.down.bias = nnx.Param(experts.down.bias[...] / jax.lax.axis_size(units))
-        y = _sorted(experts, x.reshape(-1, x.shape[-1]), chosen, weights, kept).reshape(x.shape)
+        x = varying(x, [axis for axis in (*holders, *units) if axis not in rows])
+        others = [axis for axis in rows if axis not in holders]
+        for part in (experts.gate, experts.up, experts.down):
+            if part is not None:
+                part.kernel = nnx.Param(varying(part.kernel[...], others))
+        axes = tuple(dict.fromkeys((*rows, *holders, *units)))
+        y = _grouped(experts, x.reshape(-1, x.shape[-1]), chosen, weights, kept, axes).reshape(x.shape)
         y = jax.lax.psum(y, units) if units else y
         if spread_rows:
             return jax.lax.psum_scatter(y, holders, tiled=True).reshape(shape)
@@ -271,36 +292,98 @@ def _divisible(experts: Mlp) -> Mlp:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1)), experts)
 
 
-def _sorted(
+def _grouped(
     experts: Mlp,
     x: Float[Array, "N D"],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
     kept: Bool[Array, "N K"],
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, "N D"]:
-    """Tokens sorted by expert, one grouped product a linear; what is not kept stands behind all groups, as zeros."""
-    (tokens, top_k), count = chosen.shape, experts.up.kernel[...].shape[0]
-    key = jnp.where(kept, chosen, count).reshape(-1).astype(jnp.int32)  # [N * K]
-    # Not argsort: inside shard_map its result is taken for the same on all devices, and gradients turn wrong.
-    key, order = jax.lax.sort((key, jax.lax.iota(jnp.int32, tokens * top_k)), num_keys=1)
-    sizes = (key[:, None] == jnp.arange(count)[None]).sum(axis=0, dtype=jnp.int32)
-    inside = (key < count)[:, None]
-    group = jnp.minimum(key, count - 1)
+    """Tokens sorted by expert, one grouped product a linear.
+
+    Each expert's rows begin a new block, so that no block has rows of two. What is not kept has no row.
+    `axes`: see block_product.
+    """
+    count, choices = experts.up.kernel[...].shape[0], chosen.size
+    kernels = hardware() == "tpu"  # elsewhere XLA's grouped product is a product of all rows with every expert
+    block = 1 if kernels else min(BLOCK, max(8, 1 << (choices // count).bit_length()))
+    sizes = (jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]).sum(axis=(0, 1))  # [E]
+    ends = jnp.cumsum(-(-sizes // block))  # in blocks
+    blocks = choices // block + min(count, choices) if block > 1 else choices  # whatever the routing
+    owners = jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)  # E behind all
+    starts = (ends - -(-sizes // block)) * block
+    group = jnp.repeat(jnp.minimum(owners, count - 1), block)
 
     def linear(layer: Linear, x):
-        y = jax.lax.ragged_dot(x, layer.kernel[...].astype(x.dtype), sizes)
-        y = y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[group]
-        return jnp.where(inside, y, 0)  # nothing says what the product leaves behind its groups
+        kernel = layer.kernel[...].astype(x.dtype)
+        if kernels:
+            y = jax.lax.ragged_dot(x, kernel, sizes)
+            y = jnp.where((owners < count)[:, None], y, 0)  # nothing says what it leaves behind the groups
+        else:
+            y = block_product(x.reshape(blocks, block, -1), kernel, owners, axes).reshape(len(x), -1)  # [rows, F]
+        return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[group]
 
-    x = x[order // top_k]  # [N * K, D]
-    hidden = linear(experts.up, x)
-    act = ACTIVATIONS[experts.activation]
-    hidden = act(hidden) if experts.gate is None else act(linear(experts.gate, x)) * hidden
-    y = linear(experts.down, hidden)
-    y = y * weights.reshape(-1)[order].astype(y.dtype)[:, None]
-    # Back in the tokens' own order, the choices of a token side by side.
-    back = jax.lax.sort((order, jax.lax.iota(jnp.int32, tokens * top_k)), num_keys=1)[1]
-    return y[back].reshape(tokens, top_k, -1).sum(axis=1)  # [N, D]
+    def run(x):
+        hidden = linear(experts.up, x)
+        act = ACTIVATIONS[experts.activation]
+        hidden = act(hidden) if experts.gate is None else act(linear(experts.gate, x)) * hidden
+        return linear(experts.down, hidden)
+
+    chosen = jnp.clip(chosen, 0, count - 1)
+    places = starts[chosen] + slots(chosen, kept, count)
+    return _through(run, x, places, blocks * block, weights, kept)
+
+
+BLOCK = 64  # rows: enough for a product to be fast, few to leave empty
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def block_product(
+    x: Float[Array, "M b D"], kernels: Float[Array, "E D F"], owners: Int[Array, "M"], axes: tuple[str, ...] = ()
+) -> Float[Array, "M b F"]:
+    """Each block times the kernel of its owner; zeros, at no cost, where there is no such kernel.
+
+    Under shard_map both arrays differ between devices over all of `axes`.
+    """
+
+    def one(inputs):
+        block, owner = inputs
+        none = varying(jnp.zeros((block.shape[0], kernels.shape[2]), x.dtype), axes)
+        return jax.lax.cond(owner < len(kernels), lambda: block @ kernels[owner], lambda: none)
+
+    return jax.lax.map(one, (x, owners))
+
+
+def _block_product_forward(x, kernels, owners, axes):
+    return block_product(x, kernels, owners, axes), (x, kernels, owners)
+
+
+def _block_product_backward(axes, kept, dy):
+    """One pass over the blocks: automatic gradients would add up a whole [E, D, F] for each."""
+    x, kernels, owners = kept
+
+    def one(total, inputs):
+        block, dy, owner = inputs
+
+        def add():
+            part = jnp.einsum("bd,bf->df", block, dy, preferred_element_type=jnp.float32)
+            return total.at[owner].add(part), dy @ kernels[owner].T
+
+        none = varying(jnp.zeros(block.shape, block.dtype), axes)
+        return jax.lax.cond(owner < len(kernels), add, lambda: (total, none))
+
+    zeros = varying(jnp.zeros(kernels.shape, jnp.float32), axes)
+    total, dx = jax.lax.scan(one, zeros, (x, dy, owners))
+    return dx, total.astype(kernels.dtype), None
+
+
+block_product.defvjp(_block_product_forward, _block_product_backward)
+
+
+def varying(x: Array, axes: Sequence[str]) -> Array:
+    """x as an array that may differ between the devices along `axes`, where it is the same by its type (shard_map)."""
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def upcycled(mlp: dict[str, Array], config: MoeConfig, depth: int) -> dict[str, Array]:

@@ -160,6 +160,11 @@ def constrain(x: Array, *names: str | None) -> Array:
 # --------------------------------------------------------------------------------------------------
 
 
+def row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of a batch, whose first dimension are its rows."""
+    return NamedSharding(mesh, spec(shape, ("batch", *(None,) * (len(shape) - 1)), dict(mesh.shape)))
+
+
 def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:
     """(share, shares): this process's devices read share number `share` of the batch's rows, cut into `shares`.
 
@@ -167,7 +172,7 @@ def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:
     """
     if mesh is None:
         return 0, 1
-    sharding = NamedSharding(mesh, spec((rows,), ("batch",), dict(mesh.shape)))
+    sharding = row_sharding((rows,), mesh)
     pieces = [piece[0].indices(rows) for piece in sharding.addressable_devices_indices_map((rows,)).values() if piece]
     start, stop = min(a for a, _, _ in pieces), max(b for _, b, _ in pieces)
     return start // (stop - start), rows // (stop - start)
@@ -180,7 +185,5 @@ def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh | None, shares: int) 
     out = {}
     for name, value in batch.items():
         shape = (value.shape[0] * shares, *value.shape[1:])
-        names = ("batch", *(None,) * (value.ndim - 1))
-        sharding = NamedSharding(mesh, spec(shape, names, dict(mesh.shape)))
-        out[name] = jax.make_array_from_process_local_data(sharding, value, shape)
+        out[name] = jax.make_array_from_process_local_data(row_sharding(shape, mesh), value, shape)
     return out
