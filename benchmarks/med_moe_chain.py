@@ -4,8 +4,8 @@
 
 For each seed the stages of configs/med_moe/all.py:tiny, then variants of the last one, all from the same stage 2:
 dense, for as many steps and for as many FLOPs as the experts take; without the meta expert; with a router that learns
-beside the experts; top-2. Finished runs are skipped, so the same command continues. Writes ablation.json and
-ablation.md into the folder: paired differences with 95 % intervals, and whether what was published appears here.
+beside the experts; top-2. Finished runs are skipped, so the same command continues. Writes ablation.json, ablation.md
+and ablation.png into the folder: paired differences with 95 % intervals, and whether what was published appears here.
 """
 
 import argparse
@@ -200,6 +200,28 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
     )
 
 
+def draw(result: Mapping, path: Path) -> None:
+    """Each difference with its interval; small dots are single seeds, diamonds what was published."""
+    from matplotlib.figure import Figure
+
+    pairs = result["pairs"]
+    figure = Figure(figsize=(11, 0.55 * len(pairs) + 1.4), dpi=130, layout="constrained")
+    for axes, score in zip(figure.subplots(1, len(SCORES), sharey=True), SCORES, strict=True):
+        axes.axvline(0, color="0.7", linewidth=1)
+        for at, entry in enumerate(pairs):
+            s = entry["scores"][score]
+            low, high = s["ci95"] or (s["value"], s["value"])
+            axes.plot([low, high], [at, at], color="tab:blue")
+            axes.plot(s["value"], at, "o", color="tab:blue")
+            axes.plot(s["seeds"], [at + 0.22] * len(s["seeds"]), ".", color="0.5", markersize=4)
+            if s["published"] is not None:
+                axes.plot(s["published"], at, "D", color="tab:orange", fillstyle="none")
+        axes.set(title=score, xlabel="difference in points")
+        axes.set_yticks(range(len(pairs)), [entry["pair"] for entry in pairs])
+    axes.invert_yaxis()
+    figure.savefig(path)
+
+
 def test_records(stage: Stage) -> list[dict]:
     lines = (stage.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -232,6 +254,7 @@ def main() -> None:
     kept = {"seeds": seeds, "smoke": known.smoke, "steps and activated": costs, **result}
     (known.out / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n")
     (known.out / "ablation.md").write_text(text, encoding="utf-8")
+    draw(result, known.out / "ablation.png")
     print(text)
 
 

@@ -240,6 +240,7 @@ def compile_all(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]
     """One at a time, each in a new process; what does not fit the chip is told, not raised."""
     # libtpu reads XLA_FLAGS too, and an unknown one ends it.
     os.environ |= {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
     found: dict[str, Any] = {}
     for name in names(arguments.experts):
         side = harness.Side(name, __file__, own)

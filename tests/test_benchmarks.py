@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import connector
 import harness
+import moe_dispatch
 import train_step
 
 BENCHMARKS = Path(train_step.__file__).parent
@@ -109,6 +110,28 @@ def test_connectors_agree(torch, tmp_path):
             connector.check("torch", tmp_path, 1e-4)
 
 
+def test_dispatch_paths_that_differ_give_no_figure():
+    first = {"loss": 2.0, "norm": 0.5, "largest share": 0.25}
+    sides = {name: dict(first) for name in moe_dispatch.names((2, 4))}
+    moe_dispatch.check({**sides, "capacity, 1.25/4": {**first, "loss": 3.0}})  # drops tokens
+    for name in ("grouped/2", "capacity, all/4"):
+        with pytest.raises(harness.Failed, match=f"{name} differs from the dense path in norm"):
+            moe_dispatch.check({**sides, name: {**first, "norm": 0.5001}})
+    assert len(sides) == 1 + 2 * 4
+
+
+def test_dispatch_sides_differ_in_their_path_alone():
+    stage = moe_dispatch.settings("stablelm", "grouped", 4)
+    assert stage.model.decoder.width == 2048 and stage.model.moe.experts == 4
+    tokens = moe_dispatch.batch_of(moe_dispatch.settings("tiny", "dense", 2))
+    assert (tokens["segments"] > 0).all() and (tokens["weights"] > 0).all()
+    for path, fields in moe_dispatch.PATHS.items():
+        config = moe_dispatch.settings("small", path, 8)
+        fields = {"capacity_factor": 8.0, **fields}
+        assert all(getattr(config.model.moe, name) == value for name, value in fields.items())
+        assert config.data == moe_dispatch.settings("small", moe_dispatch.NONE, 0).data
+
+
 def test_a_side_that_fails_is_named(tmp_path):
     script = tmp_path / "side.py"
     script.write_text(
@@ -146,6 +169,7 @@ def test_peak_memory_is_of_the_process_itself():
     [
         ("train_step", {"padded": ["ours", "torch_eager"], "mixture": ["ours", "ours_shared", "torch_eager"]}),
         ("connector", ["ours", "ours_literal", "torch"]),
+        ("moe_dispatch", ["no experts", "dense/3", "grouped/3", "capacity, all/3", "capacity, 1.25/3"]),
     ],
 )
 def test_script(torch, tmp_path, script, sides):
@@ -154,11 +178,18 @@ def test_script(torch, tmp_path, script, sides):
     options = ["--size=tiny", "--threads=1", "--rounds=2", f"--out={out}"]
     if script == "train_step":
         options += ["--sides", "ours", "ours_shared"]  # compiling takes minutes
+    if script == "moe_dispatch":
+        options += ["--experts=3", "--repeats=1"]
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *options]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
     assert ran.returncode == 0, ran.stderr
     result = json.loads(out.read_text())
     assert result["machine"]["threads"] == 1 and result["size"] == "tiny"
+    if script == "moe_dispatch":
+        assert list(result["sides"]) == sides
+        assert all(f["x no experts"]["median"] > 0 and f["temporaries_gib"] > 0.01 for f in result["sides"].values())
+        assert result["sides"]["grouped/3"]["temporaries_gib"] < result["sides"]["capacity, all/3"]["temporaries_gib"]
+        return
     if script == "connector":
         assert list(result["sides"]) == sides
         assert all(f["backward_ratio"]["median"] > 0 and f["peak_gib"] > 0.1 for f in result["sides"].values())
@@ -171,3 +202,16 @@ def test_script(torch, tmp_path, script, sides):
             assert len(f["round_seconds"]) == 2 and f["peak_gib"] > 0.1
             assert f["examples_per_second"]["min"] <= f["examples_per_second"]["median"]
     assert "| padded  | ours " in ran.stdout and "useful examples/s" in ran.stdout
+
+
+@pytest.mark.slow
+def test_dispatch_compiles_for_tpu(tmp_path):
+    """Every path for a v5e, without one."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs: pip install libtpu")
+    out = tmp_path / "out.json"
+    options = ["--size=tiny", "--experts=4", "--compile-for=v5e:2x2", f"--out={out}"]
+    command = [sys.executable, str(BENCHMARKS / "moe_dispatch.py"), *options]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert ran.returncode == 0, ran.stderr
+    sides = json.loads(out.read_text())["sides"]
+    assert list(sides) == moe_dispatch.names((4,)) and all(f["temporaries"] > 0 for f in sides.values())

@@ -84,7 +84,7 @@ CASES = {
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The grouped path takes JAX's grouped product, as on a TPU."""
+    """The grouped path takes JAX's grouped product, as on accelerators."""
     monkeypatch.setattr(moe_module, "hardware", lambda: "tpu")
     jax.clear_caches()
     yield

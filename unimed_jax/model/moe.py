@@ -292,6 +292,9 @@ def _divisible(experts: Mlp) -> Mlp:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1)), experts)
 
 
+BLOCK = 64  # rows: enough for a product to be fast, few to leave empty
+
+
 def _grouped(
     experts: Mlp,
     x: Float[Array, "N D"],
@@ -306,7 +309,7 @@ def _grouped(
     `axes`: see block_product.
     """
     count, choices = experts.up.kernel[...].shape[0], chosen.size
-    kernels = hardware() == "tpu"  # elsewhere XLA's grouped product is a product of all rows with every expert
+    kernels = hardware() != "cpu"  # there XLA's grouped product multiplies all rows with every expert
     block = 1 if kernels else min(BLOCK, max(8, 1 << (choices // count).bit_length()))
     sizes = (jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]).sum(axis=(0, 1))  # [E]
     ends = jnp.cumsum(-(-sizes // block))  # in blocks
@@ -333,9 +336,6 @@ def _grouped(
     chosen = jnp.clip(chosen, 0, count - 1)
     places = starts[chosen] + slots(chosen, kept, count)
     return _through(run, x, places, blocks * block, weights, kept)
-
-
-BLOCK = 64  # rows: enough for a product to be fast, few to leave empty
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
