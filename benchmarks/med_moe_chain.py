@@ -201,7 +201,7 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
 
 
 def draw(result: Mapping, path: Path) -> None:
-    """Each difference with its interval; small dots are single seeds, diamonds what was published."""
+    """Each difference with its interval, beside those of single seeds and what was published."""
     from matplotlib.figure import Figure
 
     pairs = result["pairs"]
@@ -212,13 +212,14 @@ def draw(result: Mapping, path: Path) -> None:
             s = entry["scores"][score]
             low, high = s["ci95"] or (s["value"], s["value"])
             axes.plot([low, high], [at, at], color="tab:blue")
-            axes.plot(s["value"], at, "o", color="tab:blue")
-            axes.plot(s["seeds"], [at + 0.22] * len(s["seeds"]), ".", color="0.5", markersize=4)
+            here = axes.plot(s["value"], at, "o", color="tab:blue", label="here")
+            seeds = axes.plot(s["seeds"], [at + 0.22] * len(s["seeds"]), ".", color="0.5", label="single seeds")
             if s["published"] is not None:
-                axes.plot(s["published"], at, "D", color="tab:orange", fillstyle="none")
+                known = axes.plot(s["published"], at, "D", color="tab:orange", fillstyle="none", label="published")
         axes.set(title=score, xlabel="difference in points")
         axes.set_yticks(range(len(pairs)), [entry["pair"] for entry in pairs])
     axes.invert_yaxis()
+    figure.legend(handles=[*here, *seeds, *known], loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 

@@ -73,7 +73,7 @@ def records(right, clusters=12):
     ]
 
 
-def test_differences_are_paired_over_seeds_and_clusters():
+def test_differences_are_paired_over_seeds_and_clusters(tmp_path):
     names = ("moe", "dense", "dense_flops", "no_meta", "learned_router", "top2")
     all_right, none, half = (lambda c: (0, 1, 2)), (lambda c: ()), (lambda c: (0, 1, 2) if c % 2 else ())
     answered = {name: [records(half), records(half)] for name in names}
@@ -90,6 +90,8 @@ def test_differences_are_paired_over_seeds_and_clusters():
     router = pairs["frozen - learned router"]
     assert router["closed accuracy"]["value"] == pytest.approx(25) and router["open recall"]["value"] == 75
     assert found["variants"]["moe"]["classification accuracy"] == {"value": 75.0, "seeds": [50.0, 100.0]}
+    chain.draw(found, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
     # Equal answers have no interval but zero, whatever is resampled.
     answered["dense"] = answered["moe"]
     same = chain.compared(answered, resamples=500)["pairs"][0]["scores"]["closed accuracy"]
