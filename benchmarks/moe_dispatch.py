@@ -28,6 +28,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,10 @@ def serve(arguments: argparse.Namespace) -> None:
 # ---- the comparison ------------------------------------------------------------------------------------
 
 
-def names(experts: tuple[int, ...]) -> list[str]:
+def names(experts: Sequence[int], paths: Sequence[str] = (NONE, *PATHS)) -> list[str]:
     """A side is `path/experts`."""
-    return [NONE, *(f"{path}/{count}" for count in experts for path in PATHS)]
+    found = [f"{path}/{count}" for count in experts for path in PATHS if path in paths]
+    return [NONE, *found] if NONE in paths else found
 
 
 def check(first: dict[str, dict[str, float]]) -> None:
@@ -211,7 +213,7 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
     sides: dict[str, harness.Side] = {}
     times: dict[str, list[float]] = {}
     try:
-        for name in names(arguments.experts):  # one after another: compiling takes all cores
+        for name in names(arguments.experts, arguments.paths):  # one after another: compiling takes all cores
             sides[name] = harness.Side(name, __file__, own)
             sides[name].ask("temporaries")
             print(f"{name} is ready", flush=True)
@@ -242,7 +244,7 @@ def compile_all(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]
     os.environ |= {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
     found: dict[str, Any] = {}
-    for name in names(arguments.experts):
+    for name in names(arguments.experts, arguments.paths):
         side = harness.Side(name, __file__, own)
         try:
             found[name] = side.ask("compile")
@@ -287,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--experts", type=lambda text: tuple(map(int, text.split(","))), default=EXPERTS)
+    parser.add_argument("--paths", nargs="+", choices=(NONE, *PATHS), default=(NONE, *PATHS), help="what is compiled")
     parser.add_argument("--threads", type=int, default=2, help="of a side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a side in a round; their median counts")
@@ -294,6 +297,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if len(arguments.paths) <= len(PATHS) and not arguments.compile_for:
+        parser.error("--paths goes with --compile-for: what is timed is compared with all the others.")
     if arguments.side:
         harness.pin(arguments.threads)
         return serve(arguments)

@@ -9,7 +9,6 @@ import pytest
 import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, LossConfig, MeshConfig, MoeConfig, UserError
-from unimed_jax.model import moe as moe_module
 from unimed_jax.model import sharding
 from unimed_jax.model.decoder import runs
 from unimed_jax.model.moe import Moe, Noise, capacity, draw_noise, route, slots, upcycled
@@ -82,36 +81,17 @@ CASES = {
 }
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """The grouped path takes JAX's grouped product, as on accelerators."""
-    monkeypatch.setattr(moe_module, "hardware", lambda: "tpu")
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.mark.parametrize("case", ["top-1", "one idle", "full, top-2"])
-def test_grouped_by_kernels(case, kernels):
-    test_paths(case, paths=("dense", "grouped"))
-
-
-@pytest.mark.parametrize("name", ["5 on 2", "5 on 2, fsdp"])
-def test_devices_by_kernels(name, kernels):
-    test_devices(name, "grouped")
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_paths(case, paths=("dense", "grouped", "capacity")):
+def test_paths(case):
     decoder, moe, skew = CASES[case]
     x, used, cotangent = inputs(3)  # a batch of 3 is a trap of the original
     moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}  # room for all, but in the cases of full experts
     results = {}
-    for path in paths:
+    for path in ("dense", "grouped", "capacity"):
         config = settings(decoder, path=path, **moe)
         noise = draw_noise(jax.random.key(3), x.shape[0] * x.shape[1], D, config.moe, training=True)
         results[path] = value_and_gradients(layer(config, skew), x, used, noise, cotangent)
-    for path in paths[1:]:
+    for path in ("grouped", "capacity"):
         same(results[path], results["dense"], path)
     routing, gradient = results["grouped"][1:]
     counts = np.asarray(routing.counts)

@@ -70,12 +70,14 @@ def copied(chain, tmp_path):
     return config, tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_each_stage_starts_from_the_one_before(chain):
     _, folder = chain
     settings = json.loads((folder / "second" / "config.json").read_text())
     assert settings["init"] == [["seed", ""], ["run", str(folder / "first")]]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_a_stage(chain):
     _, folder = chain
     kept = json.loads((folder / "stages.json").read_text())["stages"]
@@ -93,6 +95,7 @@ def test_the_table_has_a_row_a_stage(chain):
     ]
 
 
+@pytest.mark.slow
 def test_finished_stages_are_skipped(chain, capsys, monkeypatch):
     config, folder = chain
     monkeypatch.setattr(door, "train_and_evaluate", lambda *stage: pytest.fail("a finished stage was run"))
@@ -100,6 +103,7 @@ def test_finished_stages_are_skipped(chain, capsys, monkeypatch):
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_chain_goes_on_where_it_was(copied, capsys, monkeypatch):
     """Scores cut off by a kill: that stage alone is scored again, and nothing trains."""
     config, folder = copied
@@ -140,6 +144,7 @@ def test_a_mistake_is_said_before_anything_begins(name, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_other_settings_than_a_stage_was_trained_with_are_refused(copied, tmp_path, capsys):
     _, folder = copied
     config = write_chain(tmp_path, {"second": "config.optimizer.lr = 0.5"})
@@ -147,6 +152,7 @@ def test_other_settings_than_a_stage_was_trained_with_are_refused(copied, tmp_pa
     assert "second holds a run with other settings (config.optimizer.lr is 0.003" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_that_started_from_another_run_is_refused(copied, capsys):
     config, folder = copied
     shutil.rmtree(folder / "first")
@@ -154,6 +160,7 @@ def test_a_stage_that_started_from_another_run_is_refused(copied, capsys):
     assert f"{folder / 'second'} started from another {folder / 'first'}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stages_scored_on_different_data_have_no_table(copied, capsys):
     config, folder = copied
     file = folder / "first" / "metrics.json"
@@ -169,6 +176,7 @@ def test_chains_of_the_repository_read():
         assert [Path(stage).stem for stage in settings.stages] == ["align", "instruct", "router", "moe"]
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_the_data_that_it_names(copied):
     """Not on what it learned from, which may have no held-out part."""
     _, folder = copied

@@ -292,9 +292,6 @@ def _divisible(experts: Mlp) -> Mlp:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1)), experts)
 
 
-BLOCK = 64  # rows: enough for a product to be fast, few to leave empty
-
-
 def _grouped(
     experts: Mlp,
     x: Float[Array, "N D"],
@@ -309,31 +306,26 @@ def _grouped(
     `axes`: see block_product.
     """
     count, choices = experts.up.kernel[...].shape[0], chosen.size
-    kernels = hardware() != "cpu"  # there XLA's grouped product multiplies all rows with every expert
-    block = 1 if kernels else min(BLOCK, max(8, 1 << (choices // count).bit_length()))
+    # Large enough for a product to be fast, small enough to leave few rows empty.
+    block = min(64 if hardware() == "cpu" else 256, max(8, 1 << (choices // count).bit_length()))
     sizes = (jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]).sum(axis=(0, 1))  # [E]
     ends = jnp.cumsum(-(-sizes // block))  # in blocks
-    blocks = choices // block + min(count, choices) if block > 1 else choices  # whatever the routing
+    blocks = choices // block + min(count, choices)  # whatever the routing
     owners = jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)  # E behind all
-    starts = (ends - -(-sizes // block)) * block
-    group = jnp.repeat(jnp.minimum(owners, count - 1), block)
 
-    def linear(layer: Linear, x):
-        kernel = layer.kernel[...].astype(x.dtype)
-        if kernels:
-            y = jax.lax.ragged_dot(x, kernel, sizes)
-            y = jnp.where((owners < count)[:, None], y, 0)  # nothing says what it leaves behind the groups
-        else:
-            y = block_product(x.reshape(blocks, block, -1), kernel, owners, axes).reshape(len(x), -1)  # [rows, F]
-        return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[group]
+    def linear(layer: Linear, x: Float[Array, "M b D"]) -> Float[Array, "M b F"]:
+        y = block_product(x, layer.kernel[...].astype(x.dtype), owners, axes)
+        return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[owners.clip(max=count - 1), None]
 
-    def run(x):
+    def run(rows):
+        x = rows.reshape(blocks, block, -1)  # [M, b, D]
         hidden = linear(experts.up, x)
         act = ACTIVATIONS[experts.activation]
         hidden = act(hidden) if experts.gate is None else act(linear(experts.gate, x)) * hidden
-        return linear(experts.down, hidden)
+        return linear(experts.down, hidden).reshape(rows.shape)  # [M * b, D]
 
     chosen = jnp.clip(chosen, 0, count - 1)
+    starts = (ends - -(-sizes // block)) * block
     places = starts[chosen] + slots(chosen, kept, count)
     return _through(run, x, places, blocks * block, weights, kept)
 
@@ -344,7 +336,9 @@ def block_product(
 ) -> Float[Array, "M b F"]:
     """Each block times the kernel of its owner; zeros, at no cost, where there is no such kernel.
 
-    Under shard_map both arrays differ between devices over all of `axes`.
+    In place of jax.lax.ragged_dot, which on CPU multiplies all rows with every kernel, and at the size of
+    StableLM-2 does not compile for a TPU v5e (scoped VMEM). Under shard_map both arrays differ between devices
+    over all of `axes`.
     """
 
     def one(inputs):
