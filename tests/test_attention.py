@@ -187,8 +187,7 @@ def compile_for_tpu() -> None:
 
     def loss(leaves, tokens, *span):
         model = with_parameters(decoder, leaves)
-        hidden, _ = model(model.embed(tokens, jnp.bfloat16), Span(*span))
-        return hidden.astype(jnp.float32).sum()
+        return model(model.embed(tokens, jnp.bfloat16), Span(*span)).hidden.astype(jnp.float32).sum()
 
     leaves = {
         path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=everywhere)

@@ -143,18 +143,24 @@ def test_processes_train_to_the_losses_of_one(place, alone, count, devices):
         assert here[task]["blind"] == entry["blind"]
 
 
+@pytest.fixture(scope="module")
+def experts_alone(place):
+    """The name of a finished run with experts in its decoder, of one process and device."""
+    finish(place, "experts_alone", start(place, "experts_alone", 1, 1, "--unscored", experts="4"))
+    return "experts_alone"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"expert": 2}, {"expert": 4}, {"data": 2, "expert": 2}], ids=str)
-def test_processes_share_experts(place, axes):
+def test_processes_share_experts(place, experts_alone, axes):
     """The decoder's experts on two processes, of one device and of two each: the losses of one process."""
     name = "_".join(f"{axis}{size}" for axis, size in axes.items())
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
-    finish(place, f"{name}_alone", start(place, f"{name}_alone", 1, 1, "--unscored", experts="4"))
     devices = int(np.prod(list(axes.values()))) // 2
     words = ("--unscored", "--config.mesh.auto=False", *mesh)
     finish(place, name, start(place, name, 2, devices, *words, experts="4"))
     for key in ("train/loss", "train/grad_norm", "experts/balance"):
-        one, two = ([line[key] for line in lines(place, run)] for run in (f"{name}_alone", name))
+        one, two = ([line[key] for line in lines(place, run)] for run in (experts_alone, name))
         np.testing.assert_allclose(two, one, rtol=1e-5, err_msg=key)
         assert len(one) == STEPS
 
