@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -293,7 +292,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except harness.Failed as error:
-        sys.exit(str(error))
+    harness.run(main)

@@ -24,6 +24,14 @@ class Failed(Exception):
     """A side could not do what it was asked."""
 
 
+def run(main: Callable[[], None]) -> None:
+    """A script's main; what failed ends it with a sentence."""
+    try:
+        main()
+    except Failed as error:
+        sys.exit(str(error))
+
+
 class Side:
     """A running side."""
 

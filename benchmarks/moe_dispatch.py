@@ -26,7 +26,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -316,7 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except harness.Failed as error:
-        sys.exit(str(error))
+    harness.run(main)

@@ -183,7 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except harness.Failed as failure:
-        sys.exit(str(failure))
+    harness.run(main)

@@ -35,7 +35,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -470,7 +469,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except harness.Failed as error:
-        sys.exit(str(error))
+    harness.run(main)
