@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from unimed_jax.config import UserError
 Leaves = dict[str, Any]  # path -> array
 
 NOTE = "note.json"
+SETTLE_SECONDS = 2.0  # after a save that failed
 UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # endings of folders' names
 SAVE_SECONDS = 3600  # after which a save has failed
 
@@ -114,7 +116,11 @@ class Checkpoints:
             call(*arguments)
         except Exception:
             self._saving = None
-            self._remove_leftovers()  # gives a full disk some room
+            # Gives a full disk some room. Threads of the failed save make its folder anew, and nothing waits for them.
+            end = time.monotonic() + SETTLE_SECONDS
+            while time.monotonic() < end:
+                self._remove_leftovers()
+                time.sleep(0.05)
             raise
 
     def _move(self, step: int, ending: str) -> None:
