@@ -85,8 +85,8 @@ class Ours:
     def __init__(self, config: ModelConfig, form: str):
         import jax
 
-        from unimed_jax.interop.unimed_pth import connector_table
-        from unimed_jax.model.unimed import abstract, parameters, with_parameters
+        from unimed_jax.interop.families.unimed_pth import connector_table
+        from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
         connector = dataclasses.replace(config.connector, form=form)
         module = abstract(dataclasses.replace(config, connector=connector)).connector
@@ -128,8 +128,8 @@ class Torch:
         import torch
         import torch_unimed
 
-        from unimed_jax.interop.unimed_pth import connector_table
-        from unimed_jax.model.unimed import abstract, parameters
+        from unimed_jax.interop.families.unimed_pth import connector_table
+        from unimed_jax.model.parameters import abstract, parameters
 
         self.torch, self.device, self.half = torch, device, config.compute_dtype == "bfloat16"
         torch.set_num_threads(threads)

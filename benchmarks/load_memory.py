@@ -34,8 +34,8 @@ def table_and_leaves(gigabytes: float):
     import jax.numpy as jnp
 
     from unimed_jax.config import LoraConfig, ModelConfig
-    from unimed_jax.interop import hf
-    from unimed_jax.model.unimed import abstract, parameters
+    from unimed_jax.interop.families import hf
+    from unimed_jax.model.parameters import abstract, parameters
 
     config = dataclasses.replace(ModelConfig(), decoder=decoder(gigabytes), lora=LoraConfig(rank=0))
     leaves = {
@@ -51,8 +51,8 @@ def write(folder: Path, gigabytes: float) -> None:
     import ml_dtypes
     import numpy as np
 
-    from unimed_jax.interop.files import write_safetensors
-    from unimed_jax.interop.table import published
+    from unimed_jax.interop.tensors.files import write_safetensors
+    from unimed_jax.interop.tensors.table import published
 
     table, leaves = table_and_leaves(gigabytes)
     stored = published(table, leaves)
@@ -83,8 +83,8 @@ def load(folder: Path, gigabytes: float, devices: int) -> dict:
     import jax
 
     from unimed_jax.config import MeshConfig
-    from unimed_jax.interop.files import open_weights
-    from unimed_jax.interop.load import load_leaves
+    from unimed_jax.interop.tensors.files import open_weights
+    from unimed_jax.interop.tensors.load import load_leaves
     from unimed_jax.model.sharding import make_mesh, parameter_shardings
 
     table, leaves = table_and_leaves(gigabytes)

@@ -98,7 +98,8 @@ class Step:
         import jax.numpy as jnp
         from flax import nnx
 
-        from unimed_jax.model.unimed import UniMed, abstract, parameters
+        from unimed_jax.model.parameters import abstract, parameters
+        from unimed_jax.model.unimed import UniMed
         from unimed_jax.rules import leaf_rules
         from unimed_jax.train.optimizer import Optimizer
         from unimed_jax.train.step import first_state, make_step
@@ -130,7 +131,7 @@ def compiled_for(topology: str, config: Config) -> dict[str, Any]:
     from jax.sharding import Mesh
 
     from unimed_jax.model import sharding
-    from unimed_jax.model.unimed import abstract, parameters
+    from unimed_jax.model.parameters import abstract, parameters
     from unimed_jax.rules import leaf_rules
     from unimed_jax.train.optimizer import Optimizer
     from unimed_jax.train.step import first_state, make_step

@@ -28,9 +28,10 @@ from unimed_jax.config import TASKS, Config
 from unimed_jax.data import images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
-from unimed_jax.evaluate.answer import prompt_batch
 from unimed_jax.model.generate import generate
-from unimed_jax.model.unimed import UniMed, answer_logits
+from unimed_jax.model.unimed import UniMed
+from unimed_jax.predict.predictor import prompt_batch
+from unimed_jax.train.loss import answer_logits
 
 TOLERANCE = 1e-3  # of any logit
 Pixels = Sequence[np.ndarray | None]  # uint8 [H, W, 3] each, None for text alone
@@ -157,8 +158,9 @@ def main() -> None:
     harness.need("torch")
 
     from unimed_jax.data.datasets import joined, load_datasets
-    from unimed_jax.interop.unimed_hf import export_model
-    from unimed_jax.run import open_run, tokenizer_folder
+    from unimed_jax.interop.families.unimed_hf import export_model
+    from unimed_jax.runs.folder import tokenizer_folder
+    from unimed_jax.runs.open import open_run
 
     run = open_run(known.run)
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimed_jax.config import VISUAL_TASKS, ModelConfig
-from unimed_jax.interop.hf import linear_names
+from unimed_jax.interop.families.hf import linear_names
 
 
 class Attention(nn.Module):

@@ -206,9 +206,9 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     """The same random weights under our names and under the published ones; no leaf at 0 or 1 hides a mistake."""
     from safetensors.numpy import save_file
 
-    from unimed_jax.interop import unimed_pth
-    from unimed_jax.interop.table import to_published
-    from unimed_jax.model.unimed import abstract, parameters
+    from unimed_jax.interop.families import unimed_pth
+    from unimed_jax.interop.tensors.table import to_published
+    from unimed_jax.model.parameters import abstract, parameters
 
     rng = np.random.default_rng(0)
     leaves = {}
@@ -236,7 +236,7 @@ class Ours:
         import jax.numpy as jnp
         from safetensors.numpy import load_file
 
-        from unimed_jax.model.unimed import abstract, parameters
+        from unimed_jax.model.parameters import abstract, parameters
         from unimed_jax.rules import leaf_rules
         from unimed_jax.train.optimizer import Optimizer
         from unimed_jax.train.step import TrainState, make_step

@@ -7,7 +7,8 @@ import operator
 import ml_collections
 import pytest
 
-from unimed_jax.config import Config, UserError, config_hash, default_config, nearest, to_dict
+from unimed_jax.config import Config, config_hash, default_config, to_dict
+from unimed_jax.errors import UserError, nearest
 from unimed_jax.settings import FIDELITY, from_config_dict, load_config_file
 
 

@@ -11,23 +11,25 @@ import json
 import re
 import zlib
 
-import golden_med_moe as golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_folder
 from safetensors.numpy import load_file
+from support import golden_med_moe as golden_files
 
 from unimed_jax.config import LossConfig
 from unimed_jax.data import chat, images
-from unimed_jax.evaluate import metrics
-from unimed_jax.interop import med_moe
-from unimed_jax.interop.table import to_published
+from unimed_jax.evaluate.metrics import published
+from unimed_jax.interop.families import med_moe
+from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.generate import extended_span, generate
-from unimed_jax.model.moe import Noise, balance, capacity, route, slots
-from unimed_jax.model.unimed import Span, loss_sums, parameters, span_of, with_parameters
+from unimed_jax.model.parameters import parameters, with_parameters
+from unimed_jax.model.routing import Noise, balance, capacity, route, slots
+from unimed_jax.model.unimed import Span, span_of
 from unimed_jax.model.vision import normalise
+from unimed_jax.train.loss import loss_sums
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 GOLDENS = "med_moe"
@@ -371,18 +373,18 @@ def check_eval_metrics(folder, entry):
     data = json.loads((folder / entry["file"]).read_text())
     for item in data["items"]:
         pair = item["pred"].lower(), item["gt"].lower()
-        scores = metrics.medmoe_scores(item["pred"], item["gt"])
+        scores = published.medmoe_scores(item["pred"], item["gt"])
         assert scores == {name: pytest.approx(float(item[name]), rel=1e-12, abs=0) for name in scores}, pair
-        assert metrics.medmoe_kind(item["answer_type"]) == item["counted"]
-        assert tuple(map(metrics.normalise_answer, pair)) == (item["norm_pred"], item["norm_gt"])
+        assert published.medmoe_kind(item["answer_type"]) == item["counted"]
+        assert tuple(map(published.normalise_answer, pair)) == (item["norm_pred"], item["norm_gt"])
     pairs = [(item["pred"], item["gt"]) for item in data["items"]]
-    report = metrics.medmoe_report(pairs, [item["answer_type"] for item in data["items"]])
+    report = published.medmoe_report(pairs, [item["answer_type"] for item in data["items"]])
     assert report == {name: pytest.approx(value, rel=1e-12) for name, value in data["aggregate"].items()}
     assert [float(f"{value:.6g}") for value in report.values()] == list(data["table"].values())
     wrong = [
         i
         for i in data["items"]
-        if i["counted"] == "closed" and not metrics.medmoe_scores(i["pred"], i["gt"])["contains"]
+        if i["counted"] == "closed" and not published.medmoe_scores(i["pred"], i["gt"])["contains"]
     ]
     said = [(w["correct_answer"], w["predicted_answer"]) for w in data["wrong_answers"]]
     assert [(i["gt"].lower(), i["pred"].lower()) for i in wrong] == said

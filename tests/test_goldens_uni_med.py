@@ -10,7 +10,6 @@ import hashlib
 import json
 from types import SimpleNamespace
 
-import golden_uni_med as golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,29 +17,24 @@ import pytest
 from conftest import golden_folder
 from flax import nnx
 from safetensors.numpy import load_file
+from support import golden_uni_med as golden_files
 
-from unimed_jax.config import (
-    VISUAL_TASKS,
-    Config,
-    LossConfig,
-    OptimizerConfig,
-    SourceConfig,
-    TrainConfig,
-    UserError,
-    to_dict,
-)
+from unimed_jax.config import VISUAL_TASKS, Config, LossConfig, OptimizerConfig, SourceConfig, TrainConfig, to_dict
 from unimed_jax.data import images, layout, prompts
 from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import source_order
-from unimed_jax.evaluate import metrics, report_metrics
-from unimed_jax.interop import unimed_pth
-from unimed_jax.interop.table import to_published
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.metrics import captions, published
+from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.decoder import Cache, Span
 from unimed_jax.model.generate import extended_span, generate
-from unimed_jax.model.unimed import answer_logits, cross_entropy, parameters, span_of
+from unimed_jax.model.parameters import parameters
+from unimed_jax.model.unimed import span_of
 from unimed_jax.model.vision import normalise, resize_positions
 from unimed_jax.rules import leaf_rules
 from unimed_jax.settings import from_config_dict
+from unimed_jax.train.loss import answer_logits, cross_entropy
 from unimed_jax.train.optimizer import Optimizer, learning_rate
 from unimed_jax.train.step import TrainState, make_step
 
@@ -343,33 +337,33 @@ def aux_text(rows, tensors, entries):
 
 def aux_normalize_word(rows, tensors, entries):
     for text, expected in rows:
-        assert metrics.normalise_answer(text) == expected
+        assert published.normalise_answer(text) == expected
 
 
 def aux_iou(rows, tensors, entries):
     for a, b, expected in rows:
-        assert metrics.published_iou(a, b) == pytest.approx(expected, abs=1e-12)
+        assert published.published_iou(a, b) == pytest.approx(expected, abs=1e-12)
 
 
 def aux_sentence(rows, tensors, entries):
     for row in rows:
         pair = row["answer_pred"], row["answer_gt"]
-        assert metrics.published_f1(*pair) == approx(row["f1"]), pair
-        assert metrics.published_bleu(*pair) == [approx(row["bleu"][f"bleu{i}"]) for i in (1, 2, 3, 4)], pair
-        assert metrics.published_contains(*pair) == row["acc_contains"], pair
-        assert metrics.published_equal(*pair) == row["acc_exact"], pair
+        assert published.published_f1(*pair) == approx(row["f1"]), pair
+        assert published.published_bleu(*pair) == [approx(row["bleu"][f"bleu{i}"]) for i in (1, 2, 3, 4)], pair
+        assert published.published_contains(*pair) == row["acc_contains"], pair
+        assert published.published_equal(*pair) == row["acc_exact"], pair
 
 
 def aux_vqa_report(value, tensors, entries):
     rows = entries["sentence"]
     pairs = [(row["answer_pred"], row["answer_gt"]) for row in rows]
-    report = metrics.vqa_report(pairs, [metrics.is_closed({"answer_type": row["answer_type"]}) for row in rows])
+    report = published.vqa_report(pairs, [text.is_closed({"answer_type": row["answer_type"]}) for row in rows])
     assert report == {part: published_scores(scores) for part, scores in value.items()}
 
 
 def aux_identify_report(value, tensors, entries):
     pairs = [(row["answer_pred"], row["answer_gt"]) for row in entries["sentence"]]
-    assert metrics.identify_report(pairs) == published_scores(value)
+    assert published.identify_report(pairs) == published_scores(value)
 
 
 def published_scores(value) -> dict:
@@ -396,11 +390,11 @@ def aux_multi_iter(value, tensors, entries):
     assert [next(order) for _ in value["first_100"]] == value["first_100"]
 
 
-def test_report_metrics(goldens):
+def test_captions(goldens):
     data = golden_files.manifest(goldens)
-    value = json.loads((goldens / data["report_metrics"]["file"]).read_text())
-    missing = report_metrics.why_no_java_metrics()
-    scores = report_metrics.report_scores(value["pairs"])
+    value = json.loads((goldens / data["captions"]["file"]).read_text())
+    missing = captions.why_no_java_metrics()
+    scores = captions.report_scores(value["pairs"])
     for name, expected in value.items():
         if isinstance(expected, float):
             if missing and name.startswith(("bleu", "meteor")):

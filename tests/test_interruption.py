@@ -16,19 +16,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fake_brain import Squares, tiny_config
+from support.fake_brain import Squares, tiny_config
 
+from unimed_jax import interruption
 from unimed_jax import main as door
-from unimed_jax.config import UserError
 from unimed_jax.data import datasets
-from unimed_jax.model.unimed import parameters
-from unimed_jax.run import load_text, open_run, write_config
+from unimed_jax.errors import UserError
+from unimed_jax.interruption import Interruption, Stopped, claim, full_disk_told
+from unimed_jax.model.parameters import parameters
+from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.runs.open import open_run
 from unimed_jax.settings import from_config_dict
-from unimed_jax.train import interruption, loop
-from unimed_jax.train.interruption import Interruption, Stopped, claim, full_disk_told
+from unimed_jax.train import loop
 from unimed_jax.train.log import Log
 
-CONFIG = "from fake_brain import tiny_config as get_config\n"
+CONFIG = "from support.fake_brain import tiny_config as get_config\n"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_ctrl_c_waits_for_the_step(capfd):
 def test_a_second_ctrl_c_stops_at_once():
     code = """
 import signal, time
-from unimed_jax.train.interruption import Interruption
+from unimed_jax.interruption import Interruption
 with Interruption():
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)
@@ -152,7 +154,7 @@ def test_a_signal_before_the_first_step_is_a_sentence(command, monkeypatch, caps
 PROCESS = """
 import signal, sys, time
 import jax
-from unimed_jax.train.interruption import Interruption
+from unimed_jax.interruption import Interruption
 address, number, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 jax.distributed.initialize(address, 2, number)
 with Interruption() as interruption:
@@ -207,7 +209,7 @@ def test_a_kill_while_the_folder_is_made_leaves_no_half_of_it(tmp_path, monkeypa
 
 # ---- one run, one folder ---------------------------------------------------------------------------
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, command, capsys):
-    code = "import sys, time, pathlib; from unimed_jax.train.interruption import claim\n"
+    code = "import sys, time, pathlib; from unimed_jax.interruption import claim\n"
     code += "claim(pathlib.Path(sys.argv[1])); print('claimed', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "claimed\n"
@@ -288,10 +290,10 @@ def test_a_log_that_may_not_grow_stops_the_run(tmp_path):
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
-from fake_brain import tiny_config
-from unimed_jax.config import UserError
+from support.fake_brain import tiny_config
+from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
-from unimed_jax.train.interruption import full_disk_told
+from unimed_jax.interruption import full_disk_told
 from unimed_jax.train.log import Log
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 log = Log(Path(sys.argv[1]), from_config_dict(tiny_config()), 0)
@@ -311,7 +313,7 @@ except UserError as error:
 # Importing takes half of a restart, so one process imports, then forks one child for each line that it reads.
 FORKS = """
 import os, sys
-from fake_brain import Squares
+from support.fake_brain import Squares
 from unimed_jax import main as door
 from unimed_jax.data import datasets
 from unimed_jax.train import loop

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_brain import Squares, tiny_config
 from PIL import Image
+from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import main as door
 from unimed_jax.config import TASKS, to_dict
@@ -16,7 +16,7 @@ from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
 
 CONFIG = """
-from fake_brain import tiny_config
+from support.fake_brain import tiny_config
 def get_config(argument=""):
     config = tiny_config()
     config.name = "squares" + argument

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_brain import Squares, tiny_config
+from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import processes
-from unimed_jax.config import UserError
 from unimed_jax.data.pipeline import Pipeline
-from unimed_jax.run import load_text
+from unimed_jax.errors import UserError
+from unimed_jax.runs.folder import load_text
 from unimed_jax.settings import from_config_dict
 
 STEPS, ROWS = 12, 8
 DOOR = """
 import sys
-from fake_brain import Squares
+from support.fake_brain import Squares
 from unimed_jax.data import datasets
 from unimed_jax import main
 datasets.load_dataset = lambda source, data: Squares()
@@ -43,7 +43,7 @@ if "--unscored" in sys.argv:
 sys.exit(main.main(sys.argv[1:]))
 """
 CONFIG = f"""
-from fake_brain import tiny_config
+from support.fake_brain import tiny_config
 def get_config(experts=""):
     config = tiny_config(steps={STEPS}, save_every=4, log_every=1)
     config.data.rows = {ROWS}

@@ -5,7 +5,6 @@ checked `Config`.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -15,10 +14,6 @@ import ml_collections
 # The published task order (Uni-Med, its five visual tasks) and, last, text-only question answering.
 VISUAL_TASKS = ("vqa", "refer", "identify", "caption", "cls")
 TASKS = (*VISUAL_TASKS, "qa")
-
-
-class UserError(Exception):
-    """A mistake that a person can mend: one sentence of what, where and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,9 +335,3 @@ def config_hash(config: Config) -> str:
     """First 16 hex digits of the sha256 over the settings."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def nearest(word: str, choices) -> str:
-    """The end of a sentence: `; did you mean 'X'?` when something close is among `choices`, else a full stop."""
-    match = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else "."

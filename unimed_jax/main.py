@@ -22,9 +22,10 @@ from typing import Any
 import ml_collections
 
 from unimed_jax import processes
-from unimed_jax.config import TASKS, Config, UserError, nearest, to_dict
+from unimed_jax.config import TASKS, Config, to_dict
+from unimed_jax.errors import UserError, nearest
+from unimed_jax.interruption import Stopped, full_disk_told, stoppable
 from unimed_jax.settings import from_config_dict, load_config_file
-from unimed_jax.train.interruption import Stopped, full_disk_told, stoppable
 
 VERBS = ("train", "evaluate", "predict", "export", "params")
 
@@ -107,7 +108,7 @@ def run_train(arguments: list[str]) -> None:
         return
     config = settings_of(settings, overrides)
 
-    from unimed_jax.run import missing_inputs
+    from unimed_jax.runs.folder import missing_inputs
 
     lacks = missing_inputs(config)
     if lacks:
@@ -117,7 +118,7 @@ def run_train(arguments: list[str]) -> None:
 
 def run_stages(settings: ml_collections.ConfigDict, overrides: list[str], folder: Path) -> None:
     """What is left of a chain: the same command continues one that was interrupted."""
-    from unimed_jax.stages import finished, read_stages, write_table
+    from unimed_jax.analyze.chain import finished, read_stages, write_table
 
     stages, table = read_stages(settings, overrides, folder), ""
     for i, stage in enumerate(stages):
@@ -157,7 +158,7 @@ def run_evaluate(arguments: list[str]) -> None:
         if not word.startswith("--config.evaluate."):
             raise UserError(f"argument {word!r} cannot change a finished run; only --config.evaluate.key=value can.")
 
-    from unimed_jax.run import open_run
+    from unimed_jax.runs.open import open_run
 
     run = open_run(known.run)
     _evaluate(run, settings_of(ml_collections.ConfigDict(to_dict(run.config)), overrides))
@@ -168,13 +169,13 @@ def _evaluate(run, config: Config) -> None:
 
     All processes generate together; the first one writes.
     """
-    from unimed_jax.analyze.routing import routing_report
     from unimed_jax.data.datasets import joined, load_datasets
-    from unimed_jax.evaluate.answer import answerer
     from unimed_jax.evaluate.report import write_report
+    from unimed_jax.evaluate.routing import routing_report
     from unimed_jax.evaluate.tasks import evaluate
-    from unimed_jax.model.unimed import with_parameters
-    from unimed_jax.run import initial_leaves
+    from unimed_jax.model.parameters import with_parameters
+    from unimed_jax.predict.predictor import answerer
+    from unimed_jax.runs.open import initial_leaves
 
     leads = processes.leads()
     dataset = joined(load_datasets(config.held_out))
@@ -226,9 +227,9 @@ def run_predict(arguments: list[str]) -> None:
     from unimed_jax.data.example import Example
     from unimed_jax.data.images import read_image
     from unimed_jax.data.prompts import text_to_box
-    from unimed_jax.evaluate.answer import answerer
-    from unimed_jax.evaluate.report import draw_box
-    from unimed_jax.run import open_config, open_run
+    from unimed_jax.evaluate.report.pictures import draw_box
+    from unimed_jax.predict.predictor import answerer
+    from unimed_jax.runs.open import open_config, open_run
 
     if known.task == "identify" and text_to_box(known.text) is None:
         raise UserError(f"--text={known.text!r} is no box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
@@ -258,13 +259,14 @@ def run_export(arguments: list[str]) -> None:
     )
     known = options.parse_args(arguments)
 
-    from unimed_jax.interop import med_moe
-    from unimed_jax.interop.hf import export_decoder
-    from unimed_jax.interop.peft import export_peft
-    from unimed_jax.interop.unimed_hf import export_model, merged_leaves
-    from unimed_jax.interop.unimed_pth import export_unimed, trainable_table
-    from unimed_jax.model.unimed import parameters
-    from unimed_jax.run import open_run, tokenizer_folder
+    from unimed_jax.interop.families import med_moe
+    from unimed_jax.interop.families.hf import export_decoder
+    from unimed_jax.interop.families.peft import export_peft
+    from unimed_jax.interop.families.unimed_hf import export_model, merged_leaves
+    from unimed_jax.interop.families.unimed_pth import export_unimed, trainable_table
+    from unimed_jax.model.parameters import parameters
+    from unimed_jax.runs.folder import tokenizer_folder
+    from unimed_jax.runs.open import open_run
     from unimed_jax.train.loop import saved_state
 
     run = open_run(known.run)
@@ -308,7 +310,7 @@ def run_params(arguments: list[str]) -> None:
     config = settings_of(settings, overrides)
 
     from unimed_jax.analyze import params
-    from unimed_jax.interop.files import new_file
+    from unimed_jax.files import new_file
 
     counted = params.count(config)
     print(params.table(counted, config.model))

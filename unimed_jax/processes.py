@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from unimed_jax.config import UserError
+from unimed_jax.errors import UserError
 
 DEAD_AFTER = 30  # seconds without a sign of life until a process counts as dead
 

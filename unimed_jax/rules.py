@@ -4,7 +4,8 @@ import fnmatch
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from unimed_jax.config import OptimizerConfig, TrainConfig, UserError, nearest
+from unimed_jax.config import OptimizerConfig, TrainConfig
+from unimed_jax.errors import UserError, nearest
 
 
 class LeafRule(NamedTuple):

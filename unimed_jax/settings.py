@@ -11,7 +11,8 @@ from pathlib import Path
 
 import ml_collections
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, UserError, nearest
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig
+from unimed_jax.errors import UserError, nearest
 
 # --------------------------------------------------------------------------------------------------
 # Reading

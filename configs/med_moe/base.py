@@ -4,7 +4,8 @@ align -> instruct -> router -> moe, each with :stablelm, :phi2 (the published si
 encoder and decoder of a finished run of configs/brain_tiny.py). A stage starts from the run that its `init` names.
 """
 
-from unimed_jax.config import UserError, default_config
+from unimed_jax.config import default_config
+from unimed_jax.errors import UserError
 
 SIZES = ("stablelm", "phi2", "tiny")
 

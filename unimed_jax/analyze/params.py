@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from unimed_jax.config import Config, ModelConfig, VisionConfig
-from unimed_jax.model.unimed import abstract, parameters
+from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.model.vision import VisionEncoder
 from unimed_jax.rules import leaf_rules
 

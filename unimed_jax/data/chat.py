@@ -6,9 +6,10 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from unimed_jax.config import TextConfig, UserError
+from unimed_jax.config import TextConfig
 from unimed_jax.data import prompts
 from unimed_jax.data.example import Example
+from unimed_jax.errors import UserError
 
 IMAGE = "<image>"
 

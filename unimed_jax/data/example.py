@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from unimed_jax.config import UserError
+from unimed_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

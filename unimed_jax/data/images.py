@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unimed_jax.config import UserError, VisionConfig
+from unimed_jax.config import VisionConfig
+from unimed_jax.errors import UserError
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -14,9 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig, UserError
+from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig
 from unimed_jax.data import chat, prompts
 from unimed_jax.data.example import Example
+from unimed_jax.errors import UserError
 
 VISUAL = -1  # stands in a stream where a visual token goes
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 import grain.python as grain
 import numpy as np
 
-from unimed_jax.config import VISUAL_TASKS, Config, SourceConfig, UserError
+from unimed_jax.config import VISUAL_TASKS, Config, SourceConfig
 from unimed_jax.data import images, layout, packing, prompts
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.layout import Batch, Encoded, Group
+from unimed_jax.errors import UserError
 
 CACHED = 1 << 20  # encoded questions held, about 400 bytes each
 

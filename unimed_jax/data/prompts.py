@@ -8,8 +8,9 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from unimed_jax.config import VISUAL_TASKS, TextConfig, UserError
+from unimed_jax.config import VISUAL_TASKS, TextConfig
 from unimed_jax.data.example import Example
+from unimed_jax.errors import UserError
 
 TAGS = {task: f"[{task}]" for task in (*VISUAL_TASKS, "qa")}
 

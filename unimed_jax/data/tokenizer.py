@@ -10,10 +10,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from unimed_jax.config import TextConfig, UserError
+from unimed_jax.config import TextConfig
 from unimed_jax.data import chat
 from unimed_jax.data.example import Example
 from unimed_jax.data.prompts import TAGS, build
+from unimed_jax.errors import UserError
 
 # Said of every folder whose config.json is of a model that transformers does not know, though only a tokenizer is read.
 logging.getLogger("transformers.configuration_utils").addFilter(

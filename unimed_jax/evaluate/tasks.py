@@ -1,34 +1,30 @@
 """The six tasks: answers of a model on true and on permuted images, scored beside blind baselines."""
 
-import importlib.metadata
 import operator
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.config import TASKS, Config, TextConfig, UserError, config_hash, to_dict
+from unimed_jax.config import TASKS, Config, TextConfig, config_hash, to_dict
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.prompts import cut_words, text_to_box
+from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines
-from unimed_jax.evaluate.metrics import (
-    PRIMARY,
-    Measure,
+from unimed_jax.evaluate.metrics import PRIMARY, corrected_measures
+from unimed_jax.evaluate.metrics.captions import report_scores
+from unimed_jax.evaluate.metrics.published import (
     answer_report,
     clean_prediction,
-    corrected_measures,
     identify_report,
-    interval,
-    is_closed,
     medmoe_report,
     published_equal,
     refer_report,
-    resample,
     vqa_report,
 )
-from unimed_jax.evaluate.report_metrics import report_scores
+from unimed_jax.evaluate.metrics.text import is_closed
+from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.provenance import code_version, plain
 from unimed_jax.settings import FIDELITY
 
 # Examples and their images (uint8 [H, W, 3]; None for text alone) -> one answer each.
@@ -319,39 +315,3 @@ def summarise(
     if routing is not None:
         summary["routing"] = {key: value for key, value in routing.items() if key != "maps"}
     return plain(summary)
-
-
-def plain(value):
-    """Nested numpy values as JSON's own; a number that is not finite becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return plain(value.tolist())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
-def code_version() -> str:
-    """Package version and, where the code lies in a git checkout, the commit: "0.1.0+g1a2b3c4 (modified)"."""
-    folder = Path(__file__).resolve().parents[1]
-    try:
-        version = importlib.metadata.version("unimed_jax")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed copy may lie inside somebody else's checkout: only a tracked file speaks for the code.
-    if git("ls-files", "--error-unmatch", __file__) is None:
-        return version
-    commit = git("rev-parse", "--short=7", "HEAD")
-    modified = git("status", "--porcelain", "--untracked-files=no", "--", str(folder))
-    return f"{version}+g{commit}" + (" (modified)" if modified else "")

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from jax.sharding import NamedSharding
 
 from unimed_jax.config import ModelConfig
-from unimed_jax.interop.gguf import load_gguf
-from unimed_jax.interop.hf import load_decoder
-from unimed_jax.interop.med_moe import load_model, load_router
-from unimed_jax.interop.peft import load_peft
-from unimed_jax.interop.towers import load_tower
-from unimed_jax.interop.unimed_pth import load_unimed
+from unimed_jax.interop.families.gguf import load_gguf
+from unimed_jax.interop.families.hf import load_decoder
+from unimed_jax.interop.families.med_moe import load_model, load_router
+from unimed_jax.interop.families.peft import load_peft
+from unimed_jax.interop.families.towers import load_tower
+from unimed_jax.interop.families.unimed_pth import load_unimed
 
 Loader = Callable[
     [str, ModelConfig, Mapping[str, Any], Mapping[str, NamedSharding] | None, Mapping[str, Any] | None], dict[str, Any]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from unimed_jax.config import UserError
+from unimed_jax.errors import UserError
 from unimed_jax.model.sharding import spec
 
 

@@ -10,18 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, LoraConfig, MoeConfig
 from unimed_jax.model.attention import attend
-from unimed_jax.model.layers import (
-    Linear,
-    Mlp,
-    Norm,
-    normal,
-    rope_frequencies,
-    rotate,
-    scan_layers,
-    spread,
-    stack,
-)
-from unimed_jax.model.moe import Moe, Noise, Routing, draw_noise
+from unimed_jax.model.dispatch import Moe
+from unimed_jax.model.layers import Linear, Mlp, Norm, normal, rope_frequencies, rotate, scan_layers, spread, stack
+from unimed_jax.model.routing import Noise, Routing, draw_noise
 
 
 class Span(NamedTuple):

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from unimed_jax.config import MeshConfig, UserError
+from unimed_jax.config import MeshConfig
+from unimed_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 

@@ -16,7 +16,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, Config, UserError, config_hash, to_dict
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config, config_hash, to_dict
+from unimed_jax.errors import UserError
 
 
 class Log:

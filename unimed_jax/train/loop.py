@@ -11,16 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unimed_jax import processes
-from unimed_jax.checkpoint import Checkpoints
-from unimed_jax.config import Config, UserError, config_hash
+from unimed_jax.config import Config, config_hash
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.data.datasets import joined, load_datasets
 from unimed_jax.data.pipeline import Pipeline
+from unimed_jax.errors import UserError
+from unimed_jax.interruption import Interruption, claim
 from unimed_jax.model import sharding
-from unimed_jax.model.unimed import abstract, parameters, with_parameters
+from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.rules import leaf_rules
-from unimed_jax.run import Run, base_note, check_base, initial_leaves, load_text, write_config
-from unimed_jax.train.interruption import Interruption, claim
+from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.runs.open import Run, base_note, check_base, initial_leaves
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
 from unimed_jax.train.optimizer import AdamState, Optimizer, learning_rate, per_leaf
 from unimed_jax.train.step import TrainState, first_state, make_step

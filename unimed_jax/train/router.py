@@ -17,21 +17,24 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from unimed_jax import processes
-from unimed_jax.config import Config, UserError, config_hash
+from unimed_jax.config import Config, config_hash
 from unimed_jax.data.datasets import joined, load_datasets
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.layout import Encoder
 from unimed_jax.data.tokenizer import Tokenizer
-from unimed_jax.evaluate.answer import prompt_batch
-from unimed_jax.evaluate.metrics import Measure, interval, resample
-from unimed_jax.evaluate.tasks import code_version, plain
-from unimed_jax.interop.files import new_file
-from unimed_jax.interop.med_moe import export_router
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.files import new_file
+from unimed_jax.interop.families.med_moe import export_router
+from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
+from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.model.sharding import constrain
-from unimed_jax.model.unimed import Batch, UniMed, abstract, parameters, span_of
-from unimed_jax.run import initial_model, load_text, write_config
-from unimed_jax.train.interruption import claim
+from unimed_jax.model.unimed import Batch, UniMed, span_of
+from unimed_jax.predict.predictor import prompt_batch
+from unimed_jax.provenance import code_version, plain
+from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.runs.open import initial_model
 
 REPORT, ROUTER = "router.json", "router"  # in the run's folder; the report comes last
 

@@ -9,7 +9,9 @@ from jaxtyping import Array
 
 from unimed_jax.config import Config
 from unimed_jax.model import sharding
-from unimed_jax.model.unimed import Batch, UniMed, loss_sums, parameters, with_parameters
+from unimed_jax.model.parameters import parameters, with_parameters
+from unimed_jax.model.unimed import Batch, UniMed
+from unimed_jax.train.loss import loss_sums
 from unimed_jax.train.optimizer import Leaves, Optimizer, participation
 
 

@@ -6,8 +6,9 @@ import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from unimed_jax.config import DataConfig, SourceConfig, UserError, nearest
+from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.example import Dataset, Joined
+from unimed_jax.errors import UserError, nearest
 
 SELF_CONTAINED = ("brain", "domains")  # made from installed packages; all others read the files of `path`
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import processes
-from unimed_jax.config import DataConfig, SourceConfig, UserError
+from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data import chat
 from unimed_jax.data.example import Example
 from unimed_jax.data.images import read_image
+from unimed_jax.errors import UserError
 
 VERSION = "1"  # part of the checksum
 SPLITS = ("train", "val", "test")

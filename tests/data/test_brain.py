@@ -1,0 +1,393 @@
+"""The brain set: anatomy and sides, splits that do not touch, questions that hold, a build that can be trusted."""
+
+import collections
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from unimed_jax.config import TASKS, DataConfig, SourceConfig
+from unimed_jax.data import datasets
+from unimed_jax.data.contact_sheet import contact_sheet
+from unimed_jax.data.datasets import brain
+from unimed_jax.data.datasets.brain import codes as brain_codes
+from unimed_jax.data.datasets.brain import questions as brain_questions
+from unimed_jax.data.datasets.brain import volume
+from unimed_jax.data.prompts import text_to_box
+from unimed_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("brain")
+
+
+@pytest.fixture(scope="module")
+def data(cache):
+    return brain.BrainDataset(cache, jitters=1)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Every slice of every slab without jitter, in all three maps."""
+    return [piece for slab in volume.SLABS for piece in brain.plain_slices(slab)]
+
+
+def every(data, task=None):
+    return [e for split in brain.SPLITS for e in data.examples(split) if task in (None, e.task)]
+
+
+# Splits
+
+
+def test_slabs_keep_their_distance():
+    for plane in volume.PLANES:
+        slabs = sorted((s for s in volume.SLABS if s.plane == plane), key=lambda s: s.first)
+        assert {s.split for s in slabs} == set(brain.SPLITS)
+        for a, b in itertools.pairwise(slabs):
+            assert b.first - a.last - 1 >= 4  # whole slices, 1 mm each, that nobody uses
+        if plane == "sagittal":
+            assert slabs[0].first >= 0  # x and -x are one picture: slabs are of |x|
+
+
+def test_a_slab_and_a_category_belong_to_one_split(data):
+    for kind in ("image", "text"):
+        homes = collections.defaultdict(set)
+        for split in brain.SPLITS:
+            for e in data.examples(split):
+                if (e.image is None) == (kind == "text"):
+                    homes[e.cluster].add(split)
+        assert len(homes) > 20 and all(len(splits) == 1 for splits in homes.values())
+    names = {s.name: s for s in volume.SLABS}
+    for e in every(data):
+        if e.image is not None:
+            plane, position, _, _ = e.image.split("_")
+            assert int(position) in names[e.cluster].positions and plane == names[e.cluster].plane
+
+
+def test_no_held_out_slice_is_a_train_slice_mirrored_or_not(plain):
+    homes = collections.defaultdict(set)
+    for piece in plain:
+        if piece.image.any():
+            for image in (piece.image, piece.image[:, ::-1]):
+                homes[hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()].add(piece.slab.split)
+    assert len(homes) > 700 and all(len(splits) == 1 for splits in homes.values())
+
+
+def test_no_stored_image_is_in_two_splits(data):
+    homes = collections.defaultdict(set)
+    for split in brain.SPLITS:
+        for key in {e.image for e in data.examples(split) if e.image is not None}:
+            homes[data.image(key).tobytes()].add(split)
+    assert all(len(splits) == 1 for splits in homes.values())
+
+
+def test_the_volume_is_symmetric_so_that_x_alone_tells_the_side():
+    """Why sagittal slabs are of |x| and why nothing may be flipped without its labels."""
+    head = volume.load_volume()
+    assert all(np.array_equal(m, m[::-1]) for m in head.maps.values())
+    for name in volume.PAIRED:
+        left, right = (head.labels == volume.STRUCTURES.index(f"{side} {name}") + 1 for side in volume.SIDES)
+        assert np.argwhere(left)[:, 0].max() < 98 < np.argwhere(right)[:, 0].min()  # voxel 98 is x = 0
+        assert np.array_equal(left, right[::-1])
+    assert np.array_equal(slice_at("sagittal", -16).image, slice_at("sagittal", 16).image)
+
+
+# Anatomy
+
+
+def slice_at(plane, position, jitter=volume.Jitter(), name="t1"):  # noqa: B008 (frozen)
+    return volume.render(volume.Slab(plane, "train", position, position), position, name, jitter)
+
+
+def centre(box):
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def test_radiological_sides():
+    """The patient's left lies on the image's right, in axial and coronal slices, jittered or not."""
+    for jitter in (volume.Jitter(), volume.Jitter(rotation=8, scale=1.1, shift=(5, -5))):
+        for plane, position in (("axial", 8), ("axial", -18), ("coronal", -12), ("coronal", 4)):
+            boxes = slice_at(plane, position, jitter).boxes
+            sided = [n for n in volume.PAIRED if {f"left {n}", f"right {n}"} <= set(boxes)]
+            assert len(sided) >= 2
+            for name in sided:
+                assert centre(boxes[f"left {name}"])[0] > centre(boxes[f"right {name}"])[0] + 2
+
+
+def test_places_of_structures():
+    axial, coronal, sagittal = (slice_at(*at).boxes for at in (("axial", 8), ("coronal", -36), ("sagittal", 6)))
+    # Axial, front up: caudate before thalamus; thalamus by the middle.
+    assert centre(axial["left caudate nucleus"])[1] < centre(axial["left thalamus"])[1]
+    assert abs(centre(axial["left thalamus"])[0] - 32) < 8 and abs(centre(axial["left thalamus"])[1] - 32) < 8
+    # Coronal, top up: callosum over ventricles over cerebellum.
+    assert centre(coronal["cerebellum"])[1] > 40 > centre(coronal["corpus callosum"])[1]
+    # Sagittal, facing left: the cerebellum low and behind the brainstem, the callosum above both.
+    assert centre(sagittal["cerebellum"])[0] > centre(sagittal["brainstem"])[0]
+    assert centre(sagittal["cerebellum"])[1] > 40 > centre(sagittal["corpus callosum"])[1]
+    mirrored = slice_at("sagittal", 6, volume.Jitter(mirrored=True))
+    assert centre(mirrored.boxes["cerebellum"])[0] < centre(mirrored.boxes["brainstem"])[0]
+
+
+def test_mirroring_moves_image_and_boxes_alike():
+    one, other = slice_at("sagittal", 26), slice_at("sagittal", 26, volume.Jitter(mirrored=True))
+    assert np.array_equal(one.image, other.image[:, ::-1])
+    assert set(one.boxes) == set(other.boxes)
+    for name, (x1, y1, x2, y2) in one.boxes.items():
+        np.testing.assert_allclose(other.boxes[name], (64 - x2, y1, 64 - x1, y2), atol=1)
+
+
+def test_boxes_follow_the_jittered_picture():
+    """Against the structure's own mask, put in the image's place and sampled as the image is."""
+    jitter = volume.Jitter(rotation=6, scale=1.08, shift=(7, -6))
+    x1, y1, x2, y2 = box = slice_at("axial", 12, jitter).boxes["left lateral ventricle"]
+    assert np.abs(np.subtract(slice_at("axial", 12).boxes["left lateral ventricle"], box)).max() >= 2
+    mask = (volume.load_volume().labels == volume.STRUCTURES.index("left lateral ventricle") + 1).astype(np.float32)
+    head = volume.Volume({"t1": mask}, volume.load_volume().labels)
+    volume._plane_map.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(volume, "load_volume", lambda: head)
+        shown = slice_at("axial", 12, jitter).image
+    volume._plane_map.cache_clear()
+    rows, columns = np.nonzero(shown > 40)
+    np.testing.assert_allclose((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), (x1, y1, x2, y2), atol=1)
+
+
+def test_no_sides_in_sagittal_slices_and_no_pairs_at_the_midline(plain):
+    for piece in plain:
+        sided = any(name.split()[0] in volume.SIDES for name in (*piece.boxes, *piece.absent))
+        assert sided == (piece.plane != "sagittal")
+        if piece.plane == "sagittal" and abs(piece.position) < 4:
+            assert not set(volume.PAIRED) & {*piece.boxes, *piece.absent}
+
+
+def test_nothing_tiny_is_asked_for_and_every_box_lies_inside(plain):
+    pieces = plain + list(brain.draw_slices("test"))
+    for piece in pieces:
+        assert not set(piece.boxes) & set(piece.absent)
+        for x1, y1, x2, y2 in piece.boxes.values():
+            assert min(x1, y1) >= 0 and max(x2, y2) <= 64 and min(x2 - x1, y2 - y1) >= 4
+    assert sum(len(p.boxes) for p in pieces) > 1500
+
+
+# Questions
+
+
+def test_every_task_has_enough_in_test_and_some_in_val(data):
+    for split, low, high in (("test", 300, 450), ("val", 60, 150)):
+        counts = collections.Counter(e.task for e in data.examples(split))
+        assert set(counts) == set(TASKS) and all(low <= n <= high for n in counts.values()), (split, counts)
+    clusters = {t: {e.cluster for e in data.examples("test") if e.task == t} for t in TASKS}
+    assert all(len(c) >= 8 for c in clusters.values())
+
+
+def test_examples_are_whole(data):
+    ids = [e.id for e in every(data)]
+    assert len(ids) == len(set(ids))
+    for e in every(data):
+        assert e.answer and e.cluster and e.meta["template"] and (e.question or e.task == "caption")
+        assert e.answer == e.answer.strip() and e.question == e.question.strip()
+        if e.image is not None:
+            assert e.meta["plane"] in volume.PLANES and e.meta["map"] in volume.MAPS
+        assert (e.task == "vqa") == (e.meta.get("answer_type") in ("OPEN", "CLOSED"))
+        if e.meta.get("answer_type") == "CLOSED":
+            assert e.answer in ("yes", "no")
+        assert (e.box is not None) == (e.task in ("refer", "identify"))
+
+
+def test_several_questions_share_an_image(data):
+    counts = collections.Counter((e.image, e.task) for e in data.examples("train") if e.image)
+    assert sum(n > 1 for n in counts.values()) > 500
+
+
+def test_refer_and_identify_say_the_same(data):
+    boxes = {}
+    for e in every(data, "refer"):
+        assert e.question == e.meta["prompt"] == e.meta["structure"]
+        assert text_to_box(e.answer) == tuple(int(v / 64 * 100) for v in e.box)
+        boxes[e.image, e.question] = e.box
+    shared = 0
+    for e in every(data, "identify"):
+        assert e.answer == e.meta["structure"]
+        assert text_to_box(e.question) == tuple(int(v / 64 * 100) for v in e.box)
+        if (e.image, e.answer) in boxes:
+            assert boxes[e.image, e.answer] == e.box
+            shared += 1
+    assert shared > 300
+
+
+def test_answers_are_true_of_their_slices(data):
+    """Recomputed from freshly drawn slices, not from what was stored."""
+    slices = {p.key: p for p in brain.draw_slices("test")}
+    seen: collections.Counter[str] = collections.Counter()
+    for e in data.examples("test"):
+        if e.task not in ("vqa", "cls"):
+            continue
+        piece, template = slices[e.image], e.meta["template"]
+        seen[template] += 1
+        if template == "visible":
+            assert (e.meta["structure"] in piece.boxes) == (e.answer == "yes")
+            assert (e.meta["structure"] in piece.absent) == (e.answer == "no")
+        elif template == "choice":
+            named = e.question.removeprefix("Which is visible, the ").removesuffix("?").split(" or the ")
+            assert [n in piece.boxes for n in named].count(True) == 1 and e.answer in set(named) & set(piece.boxes)
+        elif template == "is_plane":
+            assert (piece.plane in e.question) == (e.answer == "yes")
+        elif template == "anterior":
+            assert piece.plane == "sagittal" and e.answer == ("right" if piece.mirrored else "left")
+        elif template == "order":
+            a, b = e.question.removeprefix("Is the ").removesuffix(" in the image?").split(" to the left of the ")
+            assert (centre(piece.boxes[a])[0] < centre(piece.boxes[b])[0]) == (e.answer == "yes")
+        elif template == "level":
+            assert e.answer == brain_questions.level(piece.plane, piece.position)
+        else:
+            assert e.answer == (piece.plane if template == "plane" else volume.MAPS[piece.map])
+    assert set(seen) == set(brain_questions.VQA_SHARE) and min(seen.values()) >= 30
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_words_alone_do_not_answer_vqa(data, split):
+    """Within every wording all answers are equally frequent (a thinned split may miss that by a little)."""
+    groups: dict = collections.defaultdict(collections.Counter)
+    for e in data.examples(split):
+        if e.task == "vqa":
+            wording = e.meta["template"]
+            if wording == "choice":
+                named = e.question.removeprefix("Which is visible, the ").removesuffix("?").split(" or the ")
+                wording = f"choice {sorted(named)}"
+            groups[wording][e.answer] += 1
+    for wording, answers in groups.items():
+        low, high = min(answers.values()), max(answers.values())
+        if split == "train":
+            assert len(answers) > 1 and low == high, (wording, answers)
+        elif not wording.startswith("choice"):
+            assert len(answers) > 1 and high - low <= 4, (wording, answers)
+
+
+def test_reports_name_what_is_there():
+    piece = slice_at("sagittal", 26, volume.Jitter(mirrored=True))
+    text = brain_questions.report(piece)
+    assert text.startswith("Sagittal T1 image, medial level. ") and text.endswith("Anterior is on the right.")
+    assert "cerebellum is at the lower left" in text and "left cerebellum" not in text
+    text = brain_questions.report(slice_at("axial", 8, name="white"))
+    assert text.startswith("Axial white matter map, middle level. ") and "Both thalami are in the middle" in text
+    assert text.count(".") <= 6 and "Anterior" not in text
+    assert "None of the structures" in brain_questions.report(slice_at("axial", 60))
+
+
+def test_reports_measure_in_millimetres():
+    piece = slice_at("coronal", -60)
+    x1, y1, x2, y2 = piece.boxes["cerebellum"]
+    width, height = (5 * round(v * 196 / 64 / 5) for v in (x2 - x1, y2 - y1))
+    assert 90 <= width <= 120 and f"{width} x {height} mm." in brain_questions.report(piece)
+
+
+def test_codes_are_spelt_and_split_by_category(data):
+    answers: dict[str, dict[str, set[str]]] = {split: collections.defaultdict(set) for split in brain.SPLITS}
+    for split in brain.SPLITS:
+        for e in data.examples(split):
+            if e.task == "qa":
+                assert e.id.split("/")[1] == e.cluster and len(e.cluster) == 3
+                answers[split][e.meta["template"]].add(e.answer)
+                if e.meta["template"] in ("chapter", "block"):
+                    assert f"holds {brain_codes.spell(e.cluster)}" in e.question
+    assert set(answers["test"]) == set(brain_codes.TEMPLATES)
+    for template in ("chapter", "term"):
+        assert answers["test"][template] <= answers["train"][template]
+    questions = [e.question for e in every(data, "qa")]
+    assert len(questions) == len(set(questions))
+    rows = {(e.question, e.answer) for e in every(data, "qa")}
+    asked = {q: a for q, a in rows if " G 3 " in q or " I 2 " in q}
+    assert any(a == "Diseases of the nervous system" for a in asked.values())
+    assert all(a.startswith(("Diseases of the nervous", "Diseases of the circ", "G", "I")) for a in asked.values())
+
+
+# The build
+
+
+def test_same_seed_same_checksum_another_seed_another(data, cache, tmp_path):
+    again = brain.BrainDataset(cache, jitters=1)
+    assert again.checksum == data.checksum
+    one, two, three = (
+        [(key, record) for key, record in itertools.islice(brain.records("val", "slices", seed=seed), 200)]
+        for seed in (0, 0, 1)
+    )
+    assert one == two != three
+    stored = [e for e in data.examples("val") if e.image]
+    fresh = [e for _, record in sorted(one) for e in brain._unpack(record["questions"])]
+    assert stored == fresh
+
+
+def test_images_come_as_rgb_and_unknown_keys_are_named(data):
+    image = data.image(data.examples("train")[0].image)
+    assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and image.std() > 5
+    assert np.array_equal(image[..., 0], image[..., 2])
+    with pytest.raises(UserError, match="no image 'axial_x'"):
+        data.image("axial_x")
+    with pytest.raises(UserError, match="no split 'dev'"):
+        data.examples("dev")
+
+
+def few(count):
+    def records(split, part, jitters, seed):
+        for i in range(count):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield f"r{i}", {"questions": "[]"}
+
+    return records
+
+
+def test_an_interrupted_build_is_not_taken_for_a_finished_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(brain, "records", few(6))
+    with pytest.raises(KeyboardInterrupt):
+        brain._build(tmp_path, "codes-1-0")
+    monkeypatch.setattr(brain, "records", few(4))
+    assert len(brain._read(brain._build(tmp_path, "codes-1-0"), "train")) == 4
+    monkeypatch.setattr(brain, "records", few(6))  # finished: not built again
+    assert [key for key, _ in brain._read(brain._build(tmp_path, "codes-1-0"), "test")] == ["r0", "r1", "r2", "r3"]
+
+
+def test_a_damaged_or_impossible_cache_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(brain, "records", few(4))
+    builder = brain._build(tmp_path, "codes-1-0")
+    next(tmp_path.rglob("*train.array_record*")).write_bytes(b"no records")
+    with pytest.raises(UserError, match="cannot be read.*delete that folder"):
+        brain._read(builder, "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="config.data.cache"):
+        brain._build(tmp_path / "file", "codes-1-0")
+
+
+def test_the_default_build_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(brain, "records", few(4))
+    monkeypatch.setattr(brain, "_PARTS", ("codes",))
+    config = DataConfig(cache=str(tmp_path))
+    first, second = (brain.load(SourceConfig(), config) for _ in range(2))
+    assert first.checksum == second.checksum
+    assert (tmp_path / "brain" / f"codes-{brain.JITTERS}-0" / brain.VERSION).is_dir()
+
+
+def test_loading_by_name(monkeypatch, cache):
+    monkeypatch.setattr(brain, "BrainDataset", lambda folder, tasks: (folder, tasks))
+    made: object = datasets.load_dataset(SourceConfig(tasks=("vqa",)), DataConfig(cache=str(cache)))
+    assert made == (cache, ("vqa",))
+    with pytest.raises(UserError, match="'brian' is no data set; did you mean 'brain'"):
+        datasets.load_dataset(SourceConfig(name="brian"), DataConfig())
+    with pytest.raises(UserError, match="'brain_volume' is no data set"):
+        datasets.load_dataset(SourceConfig(name="brain_volume"), DataConfig())
+
+
+def test_tasks_can_be_chosen(cache, data):
+    some = brain.BrainDataset(cache, jitters=1, tasks=("refer", "qa"))
+    assert {e.task for e in every(some)} == {"refer", "qa"} and some.checksum == data.checksum
+
+
+def test_contact_sheet(data, tmp_path):
+    from PIL import Image
+
+    path = contact_sheet(data, tmp_path / "sub" / "sheet.png", "test", rows=2)
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape[0] > 600 and sheet.shape[1] > 1800
+    assert (sheet.std(-1) > 40).any()  # coloured boxes

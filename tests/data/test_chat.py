@@ -1,0 +1,92 @@
+"""Conversations in rows: every answer a target, whatever stands between; `data/chat.py`'s own numbers are goldens."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from unimed_jax.config import TextConfig
+from unimed_jax.data import chat, layout
+from unimed_jax.data.example import Example
+from unimed_jax.data.layout import Encoder, Group, RowShape
+from unimed_jax.data.tokenizer import corpus
+from unimed_jax.errors import UserError
+
+T, EOS, PAD = 3, 1, 0
+SHAPE = RowShape(tokens=400, images=2, answers=80, tokens_per_image=T, image_size=2)
+
+
+class Letters(SimpleNamespace):
+    """One id a letter, so that every span can be read back."""
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+def encoder(form="phi"):
+    return Encoder(Letters(bos=EOS, eos=EOS, pad=PAD), TextConfig(form=form), T)
+
+
+def read(ids):
+    return "".join({EOS: "$", layout.VISUAL: "#"}.get(i) or chr(i) for i in ids)
+
+
+LUNG = Example("r1", "vqa", "Which side?", "left", image="i", history=(("Is it clear?", "no"), ("What is it?", "mass")))
+
+
+def test_every_answer_is_a_target():
+    encoded = encoder().training(LUNG, 0)
+    assert read(encoded.prefix).endswith("questions. USER: ###")
+    assert read(encoded.suffix) == (
+        "\nIs it clear? ASSISTANT: no$USER: What is it? ASSISTANT: mass$USER: Which side? ASSISTANT: left$"
+    )
+    assert read(encoded.suffix[encoded.targets]) == " no$ mass$ left$"
+    batch = layout.training_batch([[Group((encoded,))], [Group((encoded, encoded))]], SHAPE, PAD, "example")
+    for row, repeats in ((0, 1), (1, 2)):
+        used = batch["weights"][row] > 0
+        assert read(batch["targets"][row, used]) == " no$ mass$ left$" * repeats
+        np.testing.assert_allclose(batch["weights"][row].sum(), repeats, rtol=1e-6)
+        # Each is predicted by the letter in front of it.
+        seen = batch["tokens"][row, batch["target_index"][row, used]]
+        assert read(seen) == (": no" + ": mass" + ": left") * repeats
+
+
+def test_prompt_ends_where_the_answer_begins():
+    prompt, trained = encoder().prompt(LUNG), encoder().training(LUNG, 0)
+    assert prompt.answer == 0 and read(prompt.suffix).endswith("mass$USER: Which side? ASSISTANT:")
+    np.testing.assert_array_equal(prompt.suffix, trained.suffix[: len(prompt.suffix)])
+    text = encoder().prompt(Example("r2", "qa", "Why?", "so"))
+    assert len(text.prefix) == 0 and read(text.suffix).endswith("USER: Why? ASSISTANT:")
+
+
+def test_caption_follows_its_image():
+    """Of `plain` the first target is predicted by the last visual token, also behind another question."""
+    encoded = encoder("plain").training(Example("r", "caption", "", "two lungs", image="i"), 0)
+    assert read(encoded.prefix) == "###" and read(encoded.suffix) == "two lungs\n"
+    assert encoded.targets.tolist() == list(range(10))
+    batch = layout.training_batch([[Group((encoded, encoded))]], SHAPE, PAD, "token")
+    assert batch["target_index"][0, [0, 1, 10, 11]].tolist() == [2, 3, 2, 13]
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="record r: '<image>' stands in its text"):
+        encoder().training(Example("r", "vqa", "what is <image>?", "a", image="i"), 0)
+    with pytest.raises(UserError, match="record r: '<image>' stands in its text"):
+        encoder().training(Example("r", "qa", "what?", "<image>"), 0)
+    with pytest.raises(UserError, match="one image with one caption"):
+        encoder("plain").training(LUNG, 0)
+    with pytest.raises(UserError, match="evaluation alone"):
+        chat.training_pieces(chat.template("simple"), [("a", "b")])
+    with pytest.raises(UserError, match="'vicuna' is unknown"):
+        chat.template("vicuna")
+    with pytest.raises(UserError, match="record 7: messages come from"):
+        chat.turns_of([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "record 7")
+    turns = [{"from": who, "value": who} for who in ("gpt", "human", "gpt")]
+    assert chat.turns_of(turns) == [("human", "gpt")]
+
+
+def test_corpus_is_what_training_shows():
+    (text,) = corpus([LUNG], TextConfig(form="stablelm"))
+    trained = encoder("stablelm").training(LUNG, 0)
+    shown = read([*trained.prefix, *trained.suffix]).replace("$", "").replace("###", chat.IMAGE)
+    assert text == shown

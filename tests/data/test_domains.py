@@ -1,0 +1,126 @@
+"""The domains set: no source picture in two splits, balanced domains and closed questions, nothing unanswerable."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from unimed_jax.config import DataConfig, SourceConfig
+from unimed_jax.data import datasets
+from unimed_jax.data.datasets import brain, domains
+from unimed_jax.data.datasets.domains import images as domains_images
+from unimed_jax.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    return brain.BrainDataset(tmp_path_factory.mktemp("brain"), jitters=1)
+
+
+@pytest.fixture(scope="module")
+def data(slices):
+    return domains.Domains(slices)
+
+
+def every(data, split, task=None):
+    return [e for e in data.examples(split) if task in (None, e.task)]
+
+
+def test_a_source_belongs_to_one_split(data):
+    homes = collections.defaultdict(set)
+    for split in SPLITS:
+        for e in data.examples(split):
+            homes[e.cluster].add(split)
+            if e.image in data._views:
+                assert e.image.rsplit("_", 1)[0] == e.cluster
+    assert all(len(splits) == 1 for splits in homes.values())
+    pictures = [s.name for s in domains_images.SOURCES]
+    assert len(set(pictures)) == len(pictures) == 27 and set(pictures) <= set(homes)
+
+
+def test_no_two_sources_are_the_same_picture():
+    """Nor one a copy of another in colours, size or encoding: correlation of 16 x 16 grey pictures."""
+    from unimed_jax.data.images import resize
+
+    small = [resize(domains_images.pixels(s.file), 16).mean(-1).ravel() for s in domains_images.SOURCES]
+    likeness = np.corrcoef(small) - np.eye(len(small))
+    assert likeness.max() < 0.9
+    copy = resize(domains_images.pixels("examples_rgb_color.dcm"), 16).mean(-1).ravel()  # left out for this
+    at = [s.file for s in domains_images.SOURCES].index("examples_jpeg2k.dcm")
+    assert np.corrcoef(copy, small[at])[0, 1] > 0.98
+
+
+def test_domains_have_as_many_images(data):
+    for split in ("val", "test"):  # train has fewer slices with one jitter
+        images = {e.image: e.meta["modality"] for e in data.examples(split)}
+        assert collections.Counter(images.values()) == dict.fromkeys(domains.MODALITIES, domains.IMAGES[split])
+    for split in SPLITS:
+        for e in data.examples(split):
+            assert data.image(e.image).shape == (64, 64, 3) and data.image(e.image).dtype == np.uint8
+
+
+def test_closed_questions_about_kinds_do_not_give_themselves_away(data):
+    for split in SPLITS:
+        answers = collections.defaultdict(collections.Counter)
+        for e in every(data, split, "vqa"):
+            if e.meta["template"] == "is_kind":
+                answers[e.question][e.answer] += 1
+                assert e.meta["answer_type"] == "CLOSED"
+                assert (e.answer == "yes") == (domains_images.KINDS[e.meta["kind"]] in e.question)
+        assert answers and all(c["yes"] == c["no"] for c in answers.values())
+
+
+def test_what_is_asked_when_held_out_was_answered_in_training(data):
+    for task in ("vqa", "cls"):
+        known = {(e.meta["template"], e.answer) for e in every(data, "train", task)}
+        assert {(e.meta["template"], e.answer) for s in ("val", "test") for e in every(data, s, task)} <= known
+
+
+def test_brain_questions_are_the_brain_sets_own(data, slices):
+    own = {e.id: e for split in SPLITS for e in slices.examples(split)}
+    kept = [e for split in SPLITS for e in data.examples(split) if e.id in own]
+    assert len(kept) > 1000
+    for e in kept:
+        old = own[e.id]
+        assert (e.question, e.answer, e.image, e.cluster) == (old.question, old.answer, old.image, old.cluster)
+        assert e.meta["modality"] == (domains.T1 if old.meta["map"] == "t1" else domains.TISSUE)
+    asked = {e.image for e in every(data, "test", "cls") if e.meta["template"] == "domain"}
+    assert asked == {e.image for e in data.examples("test")}
+    assert not every(data, "test", "caption") and every(data, "train", "caption")
+
+
+def test_the_same_seed_gives_the_same_set(data, slices):
+    again = domains.Domains(slices)
+    assert again.checksum == data.checksum != domains.Domains(slices, seed=1).checksum
+    only = domains.Domains(slices, tasks=("cls",))
+    assert only.checksum == data.checksum and {e.task for e in only.examples("train")} == {"cls"}
+
+
+def test_counts_name_the_sources(data):
+    lines = data.counts().splitlines()
+    assert len(lines) == 12
+    assert lines[2].startswith("domains, train, other scan: 5 source images, 480 images; vqa ")
+    assert lines[11].startswith("domains, test, optical image: 7 source images, 80 images; vqa ")
+
+
+def test_refusals(data, monkeypatch):
+    with pytest.raises(UserError, match="no split 'dev'"):
+        data.examples("dev")
+    with pytest.raises(UserError, match="no image 'nothing'"):
+        data.image("nothing")
+    domains_images.pixels.cache_clear()
+    with pytest.raises(UserError, match="none.png is missing from skimage; install"):
+        domains_images.pixels("none.png")
+    monkeypatch.setattr(domains_images.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"inside pydicom; run pip install -e '.\[demo\]'"):
+        domains_images.pixels("CT_small.dcm")
+
+
+def test_the_set_is_found_by_name(slices, monkeypatch, capsys):
+    monkeypatch.setattr(brain, "load", lambda source, data: slices)
+    domains._made.cache_clear()
+    (found,) = datasets.load_datasets(DataConfig((SourceConfig("domains"),)))
+    assert found.name == "domains" and "domains, val, brain T1: 3 slabs of the one brain" in capsys.readouterr().out
+    domains._made.cache_clear()  # others find the whole brain set

@@ -1,0 +1,135 @@
+"""LLaVA-Med's and Med-MoE's JSON: every spelling, every record counted, every fault one sentence."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimed_jax.config import DataConfig, SourceConfig
+from unimed_jax.data import chat
+from unimed_jax.data.datasets import joined, llava, load_dataset, load_datasets
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.metrics.text import is_closed
+
+
+def said(*values):
+    return [{"from": who, "value": v} for who, v in zip(("human", "gpt") * len(values), values, strict=False)]
+
+
+ASKED = {"id": "7", "image": "a.jpg", "conversations": said("<image>\nIs it clear?", "no"), "answer_type": "CLOSED"}
+
+
+def write(folder, images=("a.jpg",), **splits):
+    folder.mkdir(exist_ok=True)
+    for split, records in splits.items():
+        (folder / f"{split}.json").write_text(json.dumps(records))
+    for name in images:
+        file = folder / "images" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 6, 3), 77, np.uint8)).save(file)
+    return folder
+
+
+def test_conversations_become_examples(tmp_path):
+    talk = said("Which organ?\n<image>", "lung", "Which side?", "left")
+    folder = write(
+        tmp_path / "rad",
+        ("a.jpg", "deep/b.png"),
+        train=[
+            {"id": 1, "image": ["deep/b.png"], "conversatons": talk, "domain": {"mri": False, "ct_scan": True}},
+            {"id": 2, "conversations": said("What is a lung?", "an organ")},
+        ],
+        test=[ASKED | {"answer_type": "OPEN ", "modality": "MRI"}, ASKED],
+    )
+    data = load_dataset(SourceConfig("llava", path=str(folder)), DataConfig())
+    first, text = data.examples("train")
+    assert (first.task, first.question, first.answer) == ("vqa", "Which side?", "left")
+    assert first.history == (("Which organ?", "lung"),) and first.meta == {"modality": "ct_scan"}
+    assert data.image(first.image).shape == (8, 6, 3) and abs(int(data.image(first.image).mean()) - 77) < 2
+    assert (text.task, text.image, text.question) == ("qa", None, "What is a lung?")
+    opened, closed = data.examples("test")
+    assert dict(opened.meta) == {"template": "open", "answer_type": "OPEN", "modality": "MRI"}
+    assert is_closed(closed.meta) and not is_closed(opened.meta)
+    assert data.examples("val") == [] and data.name == "rad" and data.left_out == []
+    assert len({e.id for split in ("train", "test") for e in data.examples(split)}) == 4
+
+
+def test_an_example_reads_as_the_record(tmp_path):
+    """The published text of a conversation, from file to pieces."""
+    from unimed_jax.config import TextConfig
+
+    (example,) = llava.Llava(write(tmp_path, train=[ASKED])).examples("train")
+    text = chat.text_of(chat.example_pieces(example, TextConfig(form="phi"), example.answer), "$")
+    assert text.endswith("questions. USER: <image>\nIs it clear? ASSISTANT: no$")
+
+
+def test_what_is_left_out_is_counted_and_listed(tmp_path, capsys):
+    two = {"id": "t", "image": ["a.jpg", "a.jpg"], "conversations": said("<image><image> Same?", "yes")}
+    lost = [ASKED | {"id": f"l{i}", "image": f"lost{i}.jpg"} for i in range(9)]
+    folder = write(tmp_path / "set", train=[ASKED, two, *lost])
+    data = load_dataset(SourceConfig("llava", path=str(folder)), DataConfig(cache=str(tmp_path / "cache")))
+    assert len(data.examples("train")) == 1 and len(data.left_out) == 10
+    printed = capsys.readouterr().out
+    assert "set: 10 records left out, 1 used" in printed and f"l0: no image {folder}/images/lost0.jpg" in printed
+    listed = (tmp_path / "cache" / "set_left_out.txt").read_text().splitlines()
+    assert listed == data.left_out and listed[0] == "train: t: several images"
+
+
+def test_a_file_alone_is_for_training(tmp_path):
+    folder = write(tmp_path, (), align=[ASKED])
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.jpg")  # beside it
+    data = llava.Llava(folder / "align.json")
+    assert data.name == "align" and len(data.examples("train")) == 1 and data.image("a.jpg").shape == (4, 4, 3)
+
+
+def test_paths_start_at_the_root_and_names_must_differ(tmp_path):
+    for name in ("align", "rad"):
+        write(tmp_path / name, train=[ASKED])
+    sources = tuple(SourceConfig("llava", path=name) for name in ("align", "rad"))
+    data = load_datasets(DataConfig(sources, root=str(tmp_path)))
+    assert joined(data).name == "align+rad"
+    write(tmp_path / "more", ())
+    write(tmp_path / "more" / "rad", train=[ASKED])
+    sources = tuple(SourceConfig("llava", path=name) for name in ("more/rad", "rad"))
+    with pytest.raises(UserError, match=r"two data sets have one name \(rad, rad\)"):
+        joined(load_datasets(DataConfig(sources, root=str(tmp_path))))
+
+
+def test_the_checksum_follows_the_records(tmp_path):
+    sums = [
+        llava.Llava(write(tmp_path / str(i), train=[record])).checksum
+        for i, record in enumerate((ASKED, ASKED, ASKED | {"answer_type": "OPEN"}))
+    ]
+    assert sums[0] == sums[1] != sums[2]
+
+
+FAULTS = {
+    "no list": ({"a": 1}, "is no list of records"),
+    "no messages": ([{"id": "7"}], "record 0: 'conversations' must be a list"),
+    "a message without text": ([{"conversations": [{"from": "human"}]}], "record 0: 'conversations' must be a list"),
+    "nobody answers": ([ASKED, {"conversations": said("Why?")}], r"record 1: messages come from \['human'\]"),
+    "a number as image": ([ASKED | {"image": 3}], "record 0: 'image' is 3"),
+    "no mark": ([ASKED | {"conversations": said("Clear?", "no")}], "1 images, and <image> 0 times"),
+    "no image": ([{"conversations": said("<image>Clear?", "no")}], "0 images, and <image> 1 times"),
+    "a late mark": ([ASKED | {"conversations": said("Hello?", "Hi.", "<image>Clear?", "no")}], "in the first question"),
+    "an answered mark": ([ASKED | {"conversations": said("<image>Clear?", "<image>")}], "in the first question"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_names_its_record(name, tmp_path):
+    records, sentence = FAULTS[name]
+    with pytest.raises(UserError, match=sentence) as error:
+        llava.Llava(write(tmp_path, train=records))
+    assert str(tmp_path / "train.json") in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="train.json does not exist"):
+        llava.Llava(tmp_path)
+    (tmp_path / "train.json").write_text("[")
+    with pytest.raises(UserError, match="train.json is not JSON"):
+        llava.Llava(tmp_path)
+    with pytest.raises(UserError, match="no split 'dev'"):
+        llava.Llava(write(tmp_path, train=[ASKED])).examples("dev")

@@ -1,0 +1,253 @@
+"""Scores as published keep their flaws, corrected scores mend them, and intervals cover."""
+
+import os
+import stat
+import subprocess
+
+import numpy as np
+import pytest
+
+from unimed_jax.evaluate import metrics
+from unimed_jax.evaluate.metrics import boxes, captions, corrected_measures, published, text
+from unimed_jax.evaluate.statistics import Measure, interval, resample
+
+# ------------------------------------------------------------------------------ as published
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("The Left-Lung, is (normal).", "left lung is normal"),
+        ("x-ray; CT/MRI", "x ray ct mri"),
+        ("x -ray", "x ray"),  # a mark beside a blank goes ...
+        ("a-b x -ray", "ab x ray"),  # ... everywhere it stands
+        ("3,000 mg of x-ray", "3000 mg of xray"),  # digit,digit deletes every mark
+        ("3.5 cm. None", "3.5 cm 0"),
+        ("v1.a", "v1a"),
+        ("two lungs ten an apple", "2 lungs 10 apple"),
+        ("dont youre yall'll 'ow'sat couldnt've", "don't you're y'all'll 'ow's'at couldn't've"),
+        ("somebody'd lets shes couldntve", "somebodyd lets shes couldntve"),
+    ],
+)
+def test_published_normaliser(text, expected):
+    assert published.normalise_answer(text) == expected
+
+
+def test_published_normaliser_strips_only_32_full_stops():
+    assert published.normalise_answer("x." * 40) == "x" * 32 + "x." * 8
+
+
+def test_published_f1_rewards_repetition_and_corrected_does_not():
+    assert published.published_f1("heart heart heart", "heart") == 1.0
+    assert text.token_f1("heart heart heart", "heart") == pytest.approx(0.5)
+    assert published.published_f1("left lung", "right lung") == text.token_f1("left lung", "right lung") == 0.5
+    assert published.published_f1("", "heart") == text.token_f1("", "heart") == 0.0
+
+
+def test_recall_counts_repetition_and_whole_words():
+    assert published.published_overlap("left lung lung", "the left lung")[2] == 1.0
+    assert text.token_recall("a left lung", "left lung") == 1.0
+    assert text.token_recall("lung", "lung lung") == 0.5 == text.token_recall("left", "left lung")
+    assert text.token_recall("lungs", "lung") == text.token_recall("", "lung") == 0.0
+
+
+def test_closed_accuracy_reads_whole_words():
+    assert published.published_contains("normal", "no") and not text.closed_accuracy("normal", "no")
+    assert text.closed_accuracy("No, it is not.", "no")
+    assert not text.closed_accuracy("yes or no", "yes")
+    assert text.closed_accuracy("on the left side", "left side")
+    assert not text.closed_accuracy("side on the left", "left side")
+    assert not text.closed_accuracy("", "yes")
+
+
+def test_exact_match_forgives_case_blanks_and_the_closing_stop_only():
+    assert text.exact_match(" Left\n lung. ", "left lung")
+    assert not text.exact_match("the left lung", "left lung")
+    assert not text.exact_match("3.5 cm", "35 cm")
+    assert not text.exact_match("-5", "5")
+    assert not text.exact_match("", "") and not text.exact_match(".", "")
+
+
+def test_iou_with_and_without_the_extra_pixel():
+    assert published.published_iou((0, 0, 9, 9), (5, 5, 14, 14)) == pytest.approx(25 / 175)
+    assert boxes.iou((0, 0, 10, 10), (5, 5, 15, 15)) == pytest.approx(25 / 175)
+    assert published.published_iou((0, 0, 10, 10), (10, 0, 20, 10)) > 0  # neighbours that only touch
+    assert boxes.iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
+    for inverted in ((10, 0, 0, 10), (5, 5, 5, 9)):
+        assert boxes.iou(inverted, (0, 0, 10, 10)) == 0
+
+
+def test_predicted_box_is_scaled_to_the_image():
+    assert boxes.predicted_box("{<10> <20><50><100>} there<unk>", (200, 50)) == (20.0, 10.0, 100.0, 50.0)
+    assert boxes.predicted_box("box {<10><20><50><100>}", (200, 50)) is None
+
+
+def test_refer_report_counts_unparsed_as_zero_and_half_as_miss():
+    report = published.refer_report(
+        ["{<0><0><100><100>}", "left"], [(0, 0, 100, 100), (0, 0, 9, 9)], [(100, 100), (100, 100)]
+    )
+    assert report == {"miou": 0.5, "accuracy": 0.5}
+    half = corrected_measures("refer", ["{<0><0><50><100>}"], [""], boxes=[(0, 0, 100, 100)], sizes=[(100, 100)])
+    assert half["miou"].value == 0.5 and half["accuracy_iou50"].value == 0.0
+
+
+def test_vqa_report_parts():
+    report = published.vqa_report([("normal", "no"), ("lung", "lung")], [True, False])
+    assert report["closed"]["accuracy"] == 1.0 and report["closed"]["f1"] == 0.0
+    assert report["open"]["bleu1"] == 1.0 and "accuracy" not in report["open"]
+    assert report["all"]["f1"] == 0.5
+    assert "open" not in published.vqa_report([("no", "no")], [True])
+    assert text.is_closed({"answer_type": "yes/no"}) and text.is_closed({"answer_type": "CLOSED "})
+    assert not text.is_closed({"answer_type": "OPEN"}) and not text.is_closed({})
+
+
+# ------------------------------------------------------------------------------ corrected, over items
+
+
+def test_empty_predictions_lower_every_corrected_score():
+    reports = ["one two three four five", "six seven eight nine ten"]
+    for task, context in (("caption", {}), ("vqa", {"closed": [True, True]}), ("cls", {})):
+        full = corrected_measures(task, reports, reports, **context)
+        half = corrected_measures(task, [reports[0], ""], reports, **context)
+        for name in full:
+            assert full[name].value == pytest.approx(1.0), (task, name)
+            assert half[name].value < 0.51, (task, name)
+
+
+def test_corpus_bleu_by_hand():
+    measure = corrected_measures("caption", ["a b c d x", "a b c d"], ["a b c d e", "a b c d e f"])
+    precisions = [8 / 9, 6 / 7, 4 / 5, 2 / 3]
+    expected = np.prod(precisions) ** 0.25 * np.exp(1 - 11 / 9)
+    assert measure["bleu4_regex_tokens"].value == pytest.approx(expected, rel=1e-12)
+    assert corrected_measures("caption", ["b a d c"], ["a b c d"])["bleu4_regex_tokens"].value == 0.0
+
+
+def test_the_primary_metric_exists_and_needs_no_java(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    for task, primary in metrics.PRIMARY.items():
+        context = {"boxes": [(0, 0, 5, 5)], "sizes": [(9, 9)], "closed": [False]}
+        assert next(iter(corrected_measures(task, ["a"], ["a"], **context))) == primary
+
+
+# ------------------------------------------------------------------------------ bootstrap
+
+
+def test_bootstrap_resamples_whole_clusters():
+    values = np.repeat([0.0, 1.0], 50)  # two clusters that agree within
+    draws = resample([Measure.mean(values)], ["a"] * 50 + ["b"] * 50, 2000, 0)[0]
+    assert set(np.unique(draws)) == {0.0, 0.5, 1.0}
+    assert abs(np.mean(draws == 0.5) - 0.5) < 0.05
+    single = resample([Measure.mean(values)], [str(i) for i in range(100)], 2000, 0)[0]
+    assert single.std() == pytest.approx(0.05, rel=0.1)
+
+
+def test_bootstrap_is_deterministic_and_paired():
+    rng = np.random.default_rng(0)
+    values, clusters = rng.random(90), [str(i % 9) for i in range(90)]
+    a, b = Measure.mean(values), Measure.mean(values - 0.25)
+    first, again, other = (resample([a, b], clusters, 300, seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    np.testing.assert_allclose(first[0] - first[1], 0.25, rtol=0, atol=1e-12)
+
+
+def test_bootstrap_interval_covers():
+    rng, covered = np.random.default_rng(0), 0
+    for trial in range(200):
+        levels = rng.normal(0.5, 0.2, 40)  # the clusters differ; 6 items each
+        values = np.repeat(levels, 6) + rng.normal(0, 0.2, 240)
+        low, high = interval(resample([Measure.mean(values)], np.repeat(np.arange(40), 6), 400, trial)[0])
+        covered += low < 0.5 < high
+    assert 0.89 <= covered / 200 <= 0.98  # taking items for independent would give about 0.7
+
+
+def test_bootstrap_of_corpus_bleu_recomputes_from_summed_counts():
+    predictions = ["a b c d e f", "a b x d e f", "q r s t u v"]
+    references = ["a b c d e f", "a b c d e f", "q r s t z v"]
+    measure = corrected_measures("caption", predictions, references)["bleu4_regex_tokens"]
+    draws = resample([measure], ["0", "1", "2"], 500, 0)[0]
+    possible = set()
+    for i in range(3):
+        for j in range(3):
+            for k in range(3):
+                chosen = [i, j, k]
+                again = corrected_measures("caption", [predictions[c] for c in chosen], [references[c] for c in chosen])
+                possible.add(round(again["bleu4_regex_tokens"].value, 12))
+    assert set(np.round(draws, 12)) <= possible and len(set(np.round(draws, 9))) > 5
+
+
+def test_interval_leaves_out_draws_without_items():
+    few = Measure.mean([1.0, 0.0]).where([True, False])
+    draws = resample([few], ["a", "b"], 200, 0)[0]
+    assert np.isnan(draws).any() and interval(draws) == [1.0, 1.0]
+    assert interval(np.full(3, np.nan)) is None and interval(np.zeros(0)) is None
+
+
+# ------------------------------------------------------------------------------ reports
+
+
+def test_without_java_the_scores_say_so(monkeypatch):
+    monkeypatch.setattr(captions, "find_java", lambda: None)
+    scores = captions.report_scores([("the heart is normal", "the heart is normal"), ("", "lost"), ("x", " ")])
+    for name in ("bleu1", "bleu2", "bleu3", "bleu4", "meteor"):
+        assert scores[name] == "not computed: needs Java"
+    assert scores["pairs_scored"] == 1 and scores["f1"] == 1.0
+    assert scores["rouge_1"] == pytest.approx(1.0) and scores["rouge_l"] == pytest.approx(1.0)
+    assert set(captions.report_scores([("", "lost")])) == set(scores)
+
+
+def test_rouge_takes_long_and_wordless_texts():
+    long = " ".join(f"w{i}" for i in range(1500))
+    values = captions.rouge([(long, long), (" . ", "x")])
+    assert values == pytest.approx([0.5, 0.5, 0.5], abs=1e-6)
+
+
+@pytest.fixture
+def fake_java(tmp_path, monkeypatch):
+    """A `java` written in shell, given its answers."""
+
+    def make(script: str):
+        for folder in ("tokenizer", "meteor"):
+            (tmp_path / folder).mkdir()
+        java = tmp_path / "java"
+        java.write_text("#!/bin/sh\n" + script)
+        os.chmod(java, java.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(captions, "find_java", lambda: str(java))
+        monkeypatch.setattr(captions, "_package_folder", lambda: tmp_path)
+        started, popen = [], subprocess.Popen
+
+        class Recorded(popen):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                started.append(self)
+
+        monkeypatch.setattr(subprocess, "Popen", Recorded)
+        return started
+
+    return make
+
+
+def test_meteor_speaks_and_leaves_no_process(fake_java):
+    started = fake_java(
+        'while read line; do case "$line" in SCORE*) echo 1 2;; EVAL*) echo .1; echo .9; echo .5;; esac; done'
+    )
+    assert captions.meteor([("a ||| b", "a"), ("", "b")]) == 0.5
+    assert [process.poll() is None for process in started] == [False]
+
+
+def test_java_that_fails_is_reported_and_closed(fake_java):
+    started = fake_java("exit 3")
+    scores = captions.report_scores([("a b", "a b")])
+    assert scores["meteor"].startswith("not computed: ") and scores["bleu4"].startswith("not computed: ")
+    assert scores["f1"] == 1.0
+    with pytest.raises(RuntimeError, match="ended early"):
+        captions.meteor([("a", "a")])
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_ptb_tokens():
+    text = "The mass\u2028(left); 3.5 cm. \n No effusion."
+    if missing := captions.why_no_java_metrics():
+        assert missing.startswith("not computed: needs")
+        return
+    expected = ["the mass -lrb- left -rrb- 3.5 cm no effusion", "", "clear"]
+    assert captions.ptb_tokenise([text, "", "Clear."]) == expected

@@ -1,0 +1,164 @@
+"""A chain of runs, each from the weights of those before: what a config with `stages` names, and its table of scores.
+
+Stage `runs/<name>` of a chain in `<workdir>` lives in `<workdir>/<last part of name>`, wherever its config is named
+in another one's `init`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_collections
+
+from unimed_jax.config import Config
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
+from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.folder import missing_inputs, write_config
+from unimed_jax.settings import from_config_dict, load_config_file
+
+# Heading of the table, task, where metrics.json has the score.
+SCORES = (
+    ("open: recall, %, published", "vqa", ("published", "open_recall")),
+    ("open: recall", "vqa", ("corrected", "open_recall")),
+    ("closed: accuracy, %, published", "vqa", ("published", "closed_accuracy")),
+    ("closed: accuracy", "vqa", ("corrected", "closed_accuracy")),
+    ("classification: accuracy", "cls", ("corrected", "exact_match")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    name: str
+    config: Config  # `init` leads into the chain's folder
+    folder: Path
+
+
+def read_stages(settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path) -> list[Stage]:
+    """The stages in their order, in the folder of the chain.
+
+    Raises UserError for overrides, for what a stage lacks, and where a stage's folder holds other settings, so that
+    nothing begins that could not end.
+    """
+    if overrides:
+        raise UserError(
+            f"argument {overrides[0]!r} cannot change a chain, whose stages have their own settings; write them into "
+            f"the stages' files ({', '.join(map(str, settings.stages))})."
+        )
+    unknown = sorted(set(settings.keys()) - {"name", "stages"})
+    if unknown or not settings.stages:
+        raise UserError(f"a config with stages has a name and at least one stage, and no {unknown or 'empty list'}.")
+    stages = linked([from_config_dict(load_config_file(file)) for file in settings.stages], folder)
+    for i, stage in enumerate(stages):
+        made = [earlier.folder for earlier in stages[:i]]
+        given = tuple((kind, path) for kind, path in stage.config.init if not any(map(Path(path).is_relative_to, made)))
+        lacks = missing_inputs(dataclasses.replace(stage.config, init=given))
+        if lacks:
+            raise UserError(lacks)
+        if (stage.folder / "config.json").exists():
+            write_config(stage.folder, stage.config)  # refuses other settings
+        later = next((s for s in stages[i + 1 :] if (s.folder / "config.json").exists()), None)
+        if later and not trained(stage):
+            raise UserError(f"{later.folder} started from another {stage.folder} than will be trained now; remove it.")
+    return stages
+
+
+def linked(configs: Sequence[Config], folder: Path) -> list[Stage]:
+    """Configs as the stages of one chain in `folder`, each `init` led to those before. Names must differ."""
+    stages: list[Stage] = []
+    alone: dict[Path, Path] = {}  # where a stage would live alone -> where it does
+    for config in configs:
+        name = Path(config.name).name
+        if any(stage.name == name for stage in stages):
+            raise UserError(f"two stages are called {name!r}; give each config another name.")
+        init = tuple((kind, _moved(path, alone)) for kind, path in config.init)
+        stages.append(Stage(name, dataclasses.replace(config, init=init), folder / name))
+        alone[Path("runs") / config.name] = folder / name
+    return stages
+
+
+def _moved(path: str, folders: Mapping[Path, Path]) -> str:
+    for old, new in folders.items():
+        if path and Path(path).is_relative_to(old):
+            return str(new / Path(path).relative_to(old))
+    return path
+
+
+def _result(stage: Stage) -> dict | None:
+    """The scores that the stage ended with, None where it has not."""
+    try:
+        return json.loads((stage.folder / ("router.json" if stage.config.router.key else "metrics.json")).read_text())
+    except (OSError, ValueError):  # absent, or cut off by a kill
+        return None
+
+
+def trained(stage: Stage) -> bool:
+    if stage.config.router.key:
+        return _result(stage) is not None
+    if not (stage.folder / "checkpoints").is_dir():
+        return False
+    checkpoints = Checkpoints(stage.folder / "checkpoints", read_only=True)
+    latest = checkpoints.latest()
+    checkpoints.close()
+    return latest == stage.config.train.steps
+
+
+def finished(stage: Stage) -> bool:
+    """Whether it is trained and scored."""
+    return trained(stage) and _result(stage) is not None
+
+
+def write_table(folder: Path, stages: Sequence[Stage]) -> str:
+    """stages.json and stages.md: the scores of the stages so far on their held-out set. Returns the table.
+
+    Raises UserError where they were scored on different data.
+    """
+    rows, kept, checksums = [], {}, {}
+    for stage in stages:
+        result = _result(stage)
+        if result is None or stage.config.router.key:
+            continue
+        checksums[stage.name] = result["data_checksum"]
+        found = {heading: _score(result, task, where) for heading, task, where in SCORES}
+        blind = {heading: _blind(result, task, where[1]) for heading, task, where in SCORES if where[0] == "corrected"}
+        kept[stage.name] = {
+            "folder": str(stage.folder),
+            "steps": stage.config.train.steps,
+            "config_hash": result["config_hash"],
+            "n": {task: result["tasks"][task]["n"] for task in ("vqa", "cls")},
+            "scores": found,
+            "blind": blind,
+        }
+        rows.append([stage.name, str(stage.config.train.steps), *map(_shown, found.values())])
+    if len(set(checksums.values())) > 1:
+        raise UserError(f"the stages were scored on different data ({checksums}); evaluate them on the same.")
+    if not rows:
+        return ""
+    best = kept[next(reversed(kept))]["blind"]
+    rows.append(["best blind, with the last", "", *(_shown(best.get(heading)) for heading, *_ in SCORES)])
+    table = markdown_table(["stage", "steps", *(heading for heading, *_ in SCORES)], rows)
+    n = kept[next(reversed(kept))]["n"]
+    text = (
+        f"# Stages on one held-out set\n\n{table}\n\nTest split: {n['vqa']} questions, {n['cls']} classifications; "
+        "95 % intervals over source images and slabs. Research software, not a medical device.\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("stages.json", json.dumps({"stages": kept}, indent=1) + "\n"), ("stages.md", text)):
+        unfinished = folder / f"{name}.tmp"
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.rename(folder / name)
+    return table
+
+
+def _score(result: Mapping, task: str, where: tuple[str, str]) -> Mapping | float | None:
+    return result["tasks"][task].get(where[0], {}).get(where[1])
+
+
+def _blind(result: Mapping, task: str, metric: str) -> float | None:
+    """The best of the baselines that see no image of their own."""
+    return max((scores[metric] for scores in result["tasks"][task]["blind"].values() if metric in scores), default=None)
+
+
+def _shown(score: Mapping | float | None) -> str:
+    return with_interval(score) if isinstance(score, Mapping) else "-" if score is None else f"{score:.4g}"

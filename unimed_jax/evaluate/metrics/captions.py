@@ -1,0 +1,183 @@
+"""Published scores of reports: corpus BLEU after PTB tokenisation, METEOR, ROUGE.
+
+PTB tokenisation and METEOR are Java programs inside the package pycocoevalcap. They are started here
+rather than through its wrappers, which write into the installed package, depend on the machine's
+language and can hang at exit. Nothing is fetched from the network.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unimed_jax.evaluate.metrics.published import normalise_answer, published_f1
+
+NEEDS_JAVA = "not computed: needs Java"
+_JAVA_SECONDS = 900  # no corpus of reports takes longer
+_JAVA_FLAGS = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
+# What pycocoevalcap drops after tokenising; brackets become lower case before, and so stay.
+_DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+
+
+@functools.cache
+def find_java() -> str | None:
+    """Path of a Java that runs, or None (macOS has a `java` that only asks to install one)."""
+    path = shutil.which("java")
+    if path and subprocess.run([path, "-version"], capture_output=True, stdin=subprocess.DEVNULL).returncode == 0:
+        return path
+    return None
+
+
+@functools.cache
+def _package_folder() -> Path | None:
+    spec = importlib.util.find_spec("pycocoevalcap")
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def why_no_java_metrics() -> str | None:
+    """The sentence that stands in place of a score where Java or pycocoevalcap is missing, else None."""
+    if not find_java():
+        return NEEDS_JAVA
+    return None if _package_folder() else "not computed: needs the package pycocoevalcap"
+
+
+def ptb_tokenise(texts: Sequence[str]) -> list[str]:
+    """Lower-case PTB tokens without punctuation, joined by blanks, as pycocoevalcap 1.2 makes them.
+
+    Raises RuntimeError where Java fails; ask `why_no_java_metrics` first.
+    """
+    folder, java = _package_folder(), find_java()
+    assert folder and java
+    lines = "\n".join(" ".join(text.split()) for text in texts)  # a line break inside would shift the pairs
+    command = [java, *_JAVA_FLAGS, "-cp", "stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer"]
+    done = subprocess.run(
+        [*command, "-preserveLines", "-lowerCase"],
+        cwd=folder / "tokenizer",
+        input=lines + "\n",
+        capture_output=True,
+        encoding="utf-8",
+        timeout=_JAVA_SECONDS,
+    )
+    tokenised = done.stdout.split("\n")[: len(texts)]
+    if done.returncode or len(tokenised) != len(texts):
+        raise RuntimeError(f"the PTB tokeniser returned {len(tokenised)} lines for {len(texts)}: {done.stderr[-300:]}")
+    return [" ".join(word for word in line.split(" ") if word and word not in _DROPPED) for line in tokenised]
+
+
+def corpus_bleu(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Corpus BLEU-1..4 of raw (prediction, reference) texts: PTB tokens, pycocoevalcap's BLEU."""
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    tokenised = ptb_tokenise([text for pair in pairs for text in pair])
+    predictions = {i: [text] for i, text in enumerate(tokenised[::2])}
+    references = {i: [text] for i, text in enumerate(tokenised[1::2])}
+    return [float(value) for value in Bleu(4).compute_score(references, predictions, verbose=0)[0]]
+
+
+def meteor(pairs: Sequence[tuple[str, str]]) -> float:
+    """Corpus METEOR 1.5 of (prediction, reference) texts (published: normalised ones).
+
+    Raises RuntimeError where Java fails; ask `why_no_java_metrics` first.
+    """
+    folder, java = _package_folder(), find_java()
+    assert folder and java
+    command = [java, *_JAVA_FLAGS, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
+    process = subprocess.Popen(
+        command,
+        cwd=folder / "meteor",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    )
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin and stdout
+    alarm = threading.Timer(_JAVA_SECONDS, process.kill)
+    alarm.start()
+
+    def say(line: str) -> None:
+        stdin.write(line + "\n")
+        stdin.flush()
+
+    def hear() -> str:
+        line = stdout.readline()
+        if not line:
+            raise RuntimeError("METEOR's Java program ended early")
+        return line.strip()
+
+    try:
+        statistics = []
+        for prediction, reference in pairs:
+            prediction, reference = (" ".join(text.replace("|||", " ").split()) for text in (prediction, reference))
+            say(f"SCORE ||| {reference} ||| {prediction}")
+            statistics.append(hear())
+        say(" ||| ".join(["EVAL", *statistics]))
+        for _ in pairs:
+            hear()  # one score a pair; the corpus score follows
+        return float(hear())
+    except BrokenPipeError:
+        raise RuntimeError("METEOR's Java program ended early") from None
+    finally:
+        alarm.cancel()
+        process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            stdin.close()
+        stdout.close()
+        process.wait()
+
+
+def rouge(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Mean F of ROUGE-1, -2 and -L over (prediction, reference) texts, by the package `rouge` 1.0.1.
+
+    A pair with a side without words, which that package refuses, scores 0.
+    """
+    from rouge import Rouge
+
+    scorer, names = Rouge(), ("rouge-1", "rouge-2", "rouge-l")
+    scores = np.zeros((len(pairs), len(names)))
+    limit = sys.getrecursionlimit()
+    for i, pair in enumerate(pairs):
+        if not all(side.replace(".", "").strip() for side in pair):
+            continue
+        # The package recurses once a word.
+        sys.setrecursionlimit(max(limit, 1000 + sum(len(side.split()) for side in pair)))
+        try:
+            score = scorer.get_scores(*pair)[0]
+        finally:
+            sys.setrecursionlimit(limit)
+        scores[i] = [score[name]["f"] for name in names]
+    return [float(value) for value in scores.mean(0)]
+
+
+def report_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float | str | int]:
+    """The published scores of (prediction, reference) reports; a score that cannot be had says why.
+
+    bleu1..4 on raw text, then meteor, rouge_1, rouge_2, rouge_l and f1 on normalised text; pairs with an
+    empty side are dropped first, as published, and `pairs_scored` counts the others.
+    """
+    names = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_1", "rouge_2", "rouge_l", "f1")
+    kept = [(prediction, reference) for prediction, reference in pairs if prediction.strip() and reference.strip()]
+    scores: dict[str, float | str | int] = {"pairs_scored": len(kept)}
+    if not kept:
+        return scores | {name: "not computed: no pair has two sides" for name in names}
+    normalised = [(normalise_answer(prediction), normalise_answer(reference)) for prediction, reference in kept]
+    missing = why_no_java_metrics()
+    values: list[float | str] = [missing] * 5 if missing else []
+    if not missing:
+        try:
+            values = [*corpus_bleu(kept), meteor(normalised)]
+        except (RuntimeError, subprocess.SubprocessError) as error:
+            values = [f"not computed: {error}"] * 5
+    try:
+        values += rouge(normalised)
+    except ImportError:
+        values += ["not computed: needs the package rouge"] * 3
+    values.append(float(np.mean([published_f1(*pair) for pair in kept])))
+    return scores | dict(zip(names, values, strict=True))

@@ -1,0 +1,79 @@
+"""Corrected scores of one text answer."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+def is_closed(meta: Mapping[str, str]) -> bool:
+    """A closed question: answer_type is CLOSED (SLAKE, VQA-RAD), close (Med-MoE's files) or yes/no (Path-VQA)."""
+    return meta.get("answer_type", "").strip().lower() in ("closed", "close", "yes/no")
+
+
+def canonical(text: str) -> str:
+    """Lower case, single blanks, no closing punctuation: all that exact match forgives."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(" .,;:!?")
+
+
+def tokens(text: str) -> list[str]:
+    """Words and numbers: "3.5 cm, T1-weighted." -> ["3.5", "cm", "t1", "weighted"]."""
+    return re.findall(r"\d+(?:\.\d+)+|\w+(?:'\w+)?", unicodedata.normalize("NFKC", text).lower())
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    """Equality of `canonical` forms; an empty prediction is wrong."""
+    prediction = canonical(prediction)
+    return bool(prediction) and prediction == canonical(reference)
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of token multisets: a word counts as often as both sides hold it, so repetition costs precision."""
+    candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
+    shared = (candidate & target).total()
+    return 2 * shared / (candidate.total() + target.total()) if shared else 0.0
+
+
+def token_recall(prediction: str, reference: str) -> float:
+    """The share of the reference's tokens that were said, each as often as it stands there."""
+    candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
+    return (candidate & target).total() / target.total() if target else 0.0
+
+
+def closed_accuracy(prediction: str, reference: str) -> bool:
+    """The reference's words stand together in the prediction as whole words; "yes or no" answers neither."""
+    said, wanted = tokens(prediction), tokens(reference)
+    if wanted in (["yes"], ["no"]) and {"yes", "no"} <= set(said):
+        return False
+    starts = range(len(said) - len(wanted) + 1)
+    return bool(wanted) and any(said[i : i + len(wanted)] == wanted for i in starts)
+
+
+def ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
+    """How often each run of `order` words occurs."""
+    return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
+
+
+def bleu_sums(prediction: Sequence[str], reference: Sequence[str]) -> np.ndarray:
+    """What BLEU adds up: float64 [10] = matched n-grams 1..4, predicted n-grams 1..4, both lengths."""
+    matched, predicted = [], []
+    for order in (1, 2, 3, 4):
+        candidate, target = ngrams(prediction, order), ngrams(reference, order)
+        matched.append((candidate & target).total())
+        predicted.append(candidate.total())
+    return np.array([*matched, *predicted, len(prediction), len(reference)], np.float64)
+
+
+def bleu(sums: np.ndarray, order: int = 4, floor: float = 0.0) -> np.ndarray:
+    """BLEU with one reference from `bleu_sums` [..., 10] added over items -> [...].
+
+    A precision of zero becomes `floor`; without any matched word the score is 0.
+    """
+    precision = sums[..., :order] / np.maximum(sums[..., 4 : 4 + order], 1)  # [..., order]
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.where(precision > 0, precision, floor))
+    length, target = sums[..., 8], sums[..., 9]
+    brevity = np.exp(np.minimum(0.0, 1 - target / np.maximum(length, 1e-9)))
+    return np.where(sums[..., 0] > 0, brevity * np.exp(logs.mean(-1)), 0.0)

@@ -1,0 +1,172 @@
+"""The pictures of an evaluation: predictions with boxes, and routing maps."""
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config
+from unimed_jax.evaluate.metrics.boxes import iou, predicted_box
+from unimed_jax.evaluate.metrics.text import exact_match
+from unimed_jax.evaluate.report.markdown import routing_line
+
+# Okabe-Ito colours: apart for every kind of colour vision, and on grey.
+TRUE_COLOUR, PREDICTED_COLOUR = "#E69F00", "#56B4E9"
+
+
+_COLUMNS = 4  # examples of a task on the picture sheet
+
+
+def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[str], np.ndarray]) -> None:
+    """The picture sheet: a row per task, evenly spaced examples (not chosen by success), boxes and texts."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows = []
+    for t, task in enumerate(TASKS):
+        lines = [record for record in records if record["task"] == task]
+        # Shifted from task to task, so that the rows show different images.
+        places = (np.arange(_COLUMNS) + (t + 0.5) / len(TASKS)) * len(lines) / _COLUMNS
+        if lines:
+            rows.append([lines[place] for place in np.unique(places.astype(int))])
+    side, gap, line, head = 2.6, 0.35, 0.155, 0.75  # inches
+    captions = [[_caption(record) for record in row] for row in rows]
+    heights = [
+        (side if row[0]["image"] else 0.0) + line * (1.5 + max(text.count("\n") for text in texts)) + gap
+        for row, texts in zip(rows, captions, strict=True)
+    ]
+    width, height = _COLUMNS * (side + gap) + gap, sum(heights) + head
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    legend: list[tuple[float, str, Any, str]] = [
+        (gap, TRUE_COLOUR, "-", "true box (identify: the box asked about)"),
+        (gap + 4.2, PREDICTED_COLOUR, "--", "predicted box"),
+    ]
+    for x, colour, style, name in legend:
+        ends, y = [x / width, (x + 0.45) / width], 1 - 0.25 / height
+        figure.add_artist(Line2D(ends, [y, y], color=colour, linestyle=style, linewidth=3))
+        figure.text((x + 0.55) / width, y, name, fontsize=10, va="center")
+    top = height - head
+    for row, texts, row_height in zip(rows, captions, heights, strict=True):
+        figure.text(gap / width, (top + 0.08) / height, row[0]["task"], fontsize=12, weight="bold", va="bottom")
+        for column, (record, text) in enumerate(zip(row, texts, strict=True)):
+            x, below = gap + column * (side + gap), top
+            if record["image"]:
+                below -= side
+                axes = figure.add_axes((x / width, below / height, side / width, side / height))
+                _draw_image(axes, record, image(record["image"]))
+            figure.text(
+                x / width, (below - 0.06) / height, text, fontsize=8.5, va="top", linespacing=1.25, parse_math=False
+            )
+        top -= row_height
+    figure.savefig(path)
+
+
+def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
+    from matplotlib import patheffects
+    from matplotlib.patches import Rectangle
+
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
+    axes.axis("off")
+    predicted = predicted_box(record["prediction"], (width, height)) if record["task"] == "refer" else None
+    boxes = [(record["box"], TRUE_COLOUR, "-"), (predicted, PREDICTED_COLOUR, "--")]
+    outline = [patheffects.withStroke(linewidth=4, foreground="black", alpha=0.6)]
+    for box, colour, style in boxes:
+        if box is None:
+            continue
+        x1, y1, x2, y2 = box
+        axes.add_patch(
+            Rectangle(
+                (x1, y1),
+                x2 - x1,
+                y2 - y1,
+                fill=False,
+                edgecolor=colour,
+                linestyle=style,
+                linewidth=2,
+                path_effects=outline,
+                clip_on=False,
+            )
+        )
+
+
+def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: str) -> None:
+    """One image (uint8 [H, W, 3]) with the box in hundredths that an answer or a question holds, and words."""
+    from matplotlib.figure import Figure
+
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(4.2, 4.2 * height / width + 0.4), dpi=130, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    scaled = [value / 100 * size for value, size in zip(box, (width, height, width, height), strict=True)]
+    _draw_image(axes, {"task": "", "prediction": "", "box": scaled}, pixels)
+    axes.set_title(textwrap.fill(words, 48), fontsize=10, parse_math=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _caption(record: Mapping) -> str:
+    """Question, true and given answer, wrapped to a panel; right and wrong in words and not in colour alone."""
+    task, prediction = record["task"], record["prediction"].strip()
+    if task == "refer":
+        box = predicted_box(prediction, record["image_size"])
+        overlap = f"IoU {iou(box, record['box']):.2f}" if box else f"no box in {prediction[:40]!r}"
+        parts = [record["question"], overlap]
+    elif task == "caption":
+        parts = [f"true: {record['reference']}", " ", f"said: {prediction or '(nothing)'}"]
+    else:
+        verdict = "right" if exact_match(prediction, record["reference"]) else "WRONG"
+        parts = [record["question"], f"true: {record['reference']}", f"said: {prediction or '(nothing)'} ({verdict})"]
+    wrapped = [textwrap.wrap(part, 43, max_lines=9, placeholder=" ...") or [""] for part in parts if part]
+    return "\n".join(line for lines in wrapped for line in lines)
+
+
+def token_grid(config: Config) -> tuple[int, int]:
+    """(rows, columns) in which a picture's visual tokens lie; one row where strips wrap over image rows."""
+    grid, connector = config.model.vision.grid, config.model.connector
+    shapes: dict[str, tuple[int, int]] = {
+        "projection": (grid, grid // connector.rate),
+        "block": (round(grid / connector.rate**0.5),) * 2,
+    }
+    rows, columns = shapes.get(connector.aggregation, (grid // 2, grid // 2))
+    tokens = config.model.tokens_per_image
+    return (rows, columns) if rows * columns == tokens else (1, tokens)
+
+
+def draw_routing(path: Path, routing: Mapping, grid: tuple[int, int]) -> None:
+    """Heat maps of the mean routing weight per visual token: a row per task, a column per expert."""
+    from matplotlib.figure import Figure
+
+    maps = np.asarray(routing["maps"], np.float64)  # [tasks, T, E]
+    tasks, _, experts = maps.shape
+    width, height = 1.75 * experts + 2.2, 1.85 * tasks + 1.25
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    panels = figure.subplots(tasks, experts, squeeze=False)
+    figure.subplots_adjust(
+        left=0.95 / width, right=1 - 1.15 / width, bottom=0.3 / height, top=1 - 0.95 / height, wspace=0.12, hspace=0.28
+    )
+    for t in range(tasks):
+        for e in range(experts):
+            axes = panels[t][e]
+            shown = axes.imshow(
+                maps[t, :, e].reshape(grid), vmin=maps.min(), vmax=maps.max(), cmap="cividis", extent=(0, 1, 1, 0)
+            )  # [rows, columns]
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(
+                f"expert {e}: {maps[t, :, e].mean():.3f}" if t == 0 else f"{maps[t, :, e].mean():.3f}", fontsize=9.5
+            )
+        panels[t][0].set_ylabel(VISUAL_TASKS[t], fontsize=11, weight="bold")
+    bar = figure.add_axes((1 - 0.95 / width, 0.3 / height, 0.16 / width, 1 - 1.25 / height))
+    figure.colorbar(shown, cax=bar).set_label("routing weight", fontsize=9.5)
+    bar.tick_params(labelsize=8.5)
+    figure.text(
+        0.2 / width,
+        1 - 0.3 / height,
+        "Routing weight by task, expert and place in the image",
+        fontsize=12,
+        weight="bold",
+        va="center",
+    )
+    figure.text(0.2 / width, 1 - 0.55 / height, routing_line(routing), fontsize=9.5, va="center")
+    figure.savefig(path)

@@ -1,0 +1,59 @@
+"""Measures of many items, and their bootstrap intervals over clusters."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A score of many items that depends on sums over them alone."""
+
+    items: np.ndarray  # float64 [n, K]
+    score: Callable[[np.ndarray], np.ndarray] = _ratio  # sums [..., K] -> [...]; NaN where no item counts
+
+    @classmethod
+    def mean(cls, values: Sequence[float]) -> "Measure":
+        """Mean of one value an item."""
+        return cls(np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1))
+
+    def where(self, chosen: Sequence[bool] | np.ndarray) -> "Measure":
+        """The same score of the chosen items."""
+        return Measure(self.items * np.asarray(chosen, np.float64)[:, None], self.score)
+
+    @property
+    def value(self) -> float:
+        return float(self.score(self.items.sum(0)))
+
+
+def resample(measures: Sequence[Measure], clusters: Sequence[str], resamples: int, seed: int) -> list[np.ndarray]:
+    """Bootstrap over clusters: float64 [resamples] per measure, the r-th draw the same for all of them.
+
+    Every draw takes as many clusters as there are, with replacement, each with all its items.
+    """
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    columns = np.concatenate([measure.items for measure in measures], axis=1)  # [n, sum K]
+    sums = np.zeros((len(names), columns.shape[1]))  # [G, sum K]
+    np.add.at(sums, index, columns)
+    rng = np.random.default_rng(seed)
+    share = np.full(len(names), 1 / len(names))
+    block = max(1, 2**22 // len(names))  # bounds the memory of many clusters
+    blocks = [
+        rng.multinomial(len(names), share, size=min(block, resamples - start)) @ sums
+        for start in range(0, resamples, block)
+    ]
+    drawn = np.concatenate([np.zeros((0, sums.shape[1])), *blocks])  # [resamples, sum K]
+    ends = np.cumsum([measure.items.shape[1] for measure in measures])
+    return [measure.score(part) for measure, part in zip(measures, np.split(drawn, ends[:-1], axis=1), strict=True)]
+
+
+def interval(draws: np.ndarray) -> list[float] | None:
+    """95 % percentile interval [lo, hi]; draws in which no item counts (NaN) are left out; None if all are."""
+    draws = draws[np.isfinite(draws)]
+    return [float(q) for q in np.percentile(draws, [2.5, 97.5])] if len(draws) else None

@@ -1,0 +1,146 @@
+"""LoRA adapters as PEFT stores them: a folder of `adapter_config.json` and `adapter_model.safetensors`."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import NamedSharding
+
+from unimed_jax.config import ModelConfig
+from unimed_jax.errors import UserError
+from unimed_jax.files import new_folder
+from unimed_jax.interop.families import hf
+from unimed_jax.interop.tensors.files import open_weights, write_safetensors
+from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_published, published
+
+PREFIX = "base_model.model.model.layers"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# The linears in the order in which they stand in Hugging Face's modules.
+ORDER = ("q", "k", "v", "o", "gate", "down", "up")
+# Settings that are read here, and those that say nothing of what the adapter computes; of the others only those
+# that are off can be represented.
+READ = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "bias", "init_lora_weights")
+HARMLESS = (
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
+    *("lora_dropout", "megatron_core", "qalora_group_size", "eva_config"),
+)
+# Starts that leave the base model's weights as they are; of the others PEFT changes them.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def linear_names(config: ModelConfig) -> dict[str, str]:
+    """The decoder's linears that can carry an adapter: our name -> Hugging Face's within a layer."""
+    names = hf.linear_names(config.decoder)
+    return {name: names[name] for name in ORDER if name in names}
+
+
+def lora_table(config: ModelConfig, prefix: str = PREFIX, adapter: str = "") -> Table:
+    """Adapters of the decoder; `adapter` is "." and its name, which stands in a model in memory but not in a folder."""
+    table = []
+    for i in range(config.decoder.depth):
+        for ours, theirs in linear_names(config).items():
+            if config.lora.rank and ours in config.lora.targets:
+                for letter in "ab":
+                    name = f"{prefix}.{i}.{theirs}.lora_{letter.upper()}{adapter}.weight"
+                    table.append(Entry(name, f"{hf.leaf_of(ours)}/lora_{letter}", (i,), "transpose"))
+    return Table(tuple(table))
+
+
+def load_peft(
+    folder: str | Path,
+    config: ModelConfig,
+    leaves: Mapping[str, Any],
+    shardings: Mapping[str, NamedSharding] | None = None,
+    dtypes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The adapters' leaves from a folder that PEFT wrote; other arguments as in `load_leaves`.
+
+    Raises UserError for an adapter that is no plain LoRA, and one for all in which it differs from `config.lora`.
+    """
+    folder = Path(folder)
+    rank, alpha = _scale(folder)
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"folder {folder} holds no {' or '.join(WEIGHTS)}; give the folder of a PEFT adapter.")
+    tensors = open_weights(path)
+    table, lora = lora_table(config), config.lora
+    targets = [name for name in linear_names(config) if _carries(tensors, linear_names(config)[name])]
+    differences = []
+    if rank != lora.rank:
+        differences.append(f"its rank is {rank}, not {lora.rank}")
+    if not math.isclose(alpha, lora.alpha, rel_tol=1e-6):
+        differences.append(f"its alpha is {alpha:g}, not {lora.alpha:g}")
+    if lora.rank and set(targets) != set(lora.targets):
+        differences.append(f"its targets are {', '.join(targets) or 'none'}, not {', '.join(lora.targets)}")
+    check(table, tensors, leaves, differences)
+    return load_leaves(table, tensors, leaves, shardings, dtypes)
+
+
+def _carries(tensors: Tensors, linear: str) -> bool:
+    return any(f".{linear}.lora_" in name for name in tensors.stored)
+
+
+def _scale(folder: Path) -> tuple[int, float]:
+    """(rank, alpha) of a folder's adapter_config.json, which must say plain LoRA."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; give the folder of a PEFT adapter.")
+    try:
+        settings = json.loads(file.read_text())
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"r is {rank!r} and lora_alpha {alpha!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} does not describe a LoRA adapter ({error!r}); get it again.") from error
+    wrong = [
+        f"{key}={value!r}"
+        for key, value in settings.items()
+        if (key == "peft_type" and value != "LORA")
+        or (key == "bias" and value != "none")
+        or (key == "init_lora_weights" and value not in STARTS)
+        or (key not in READ + HARMLESS and value)
+    ]
+    if wrong:
+        raise UserError(
+            f"{file} describes more than plain LoRA on linears ({', '.join(wrong)}), which cannot be represented here; "
+            "merge it into its model with PEFT and give that."
+        )
+    return rank, alpha * rank**0.5 if settings.get("use_rslora") else alpha
+
+
+def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any], base_model: str) -> None:
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads onto the decoder.
+
+    leaves: the adapters' at least, by path; base_model: name or folder of the decoder, for the adapter's settings.
+    Raises UserError where there are no adapters, or where `out` holds something already.
+    """
+    lora = config.lora
+    if not lora.rank:
+        raise UserError("config.model.lora.rank is 0: there are no adapters to export; export the decoder instead.")
+    names = linear_names(config)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": whole_number(lora.alpha),
+        "lora_dropout": lora.dropout,
+        "target_modules": [names[name].split(".")[-1] for name in names if name in lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    table = lora_table(config)
+    with new_folder(out) as folder:
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_safetensors(folder, published(table, leaves), each_published(table, leaves), stem="adapter_model")
+
+
+def whole_number(x: float) -> float | int:
+    """An integer where it is one: torch's programs say 16, not 16.0."""
+    return int(x) if x == int(x) else x

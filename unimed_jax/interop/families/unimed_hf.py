@@ -1,0 +1,203 @@
+"""The complete model as a Hugging Face folder, which `AutoModelForCausalLM` loads in torch and which is read back here.
+
+config.json             the decoder's own settings (`text_config`), all of ours (`unimed`), prompts, special ids
+model*.safetensors      decoder as its family names it, vision as CLIP's tower, connector as the original names it
+modeling_unimed.py      torch_model/modeling_unimed.py: the same model in plain torch
+tokenizer files, preprocessor_config.json, generation_config.json, README.md (model_card.py)
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, to_dict
+from unimed_jax.data.example import Example
+from unimed_jax.data.layout import VISUAL
+from unimed_jax.data.prompts import INSTRUCTIONS, TAGS, build
+from unimed_jax.data.tokenizer import Tokenizer
+from unimed_jax.errors import UserError
+from unimed_jax.files import new_folder
+from unimed_jax.interop.families.hf import POSITIONS, copy_tokenizer, decoder_table, hf_settings
+from unimed_jax.interop.families.towers import hf_table
+from unimed_jax.interop.families.unimed_pth import connector_table
+from unimed_jax.interop.model_card import model_card
+from unimed_jax.interop.tensors.files import open_weights, write_safetensors
+from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.table import Stored, Table, each_published, published
+from unimed_jax.model.decoder import merge_lora
+from unimed_jax.model.parameters import abstract, parameters
+from unimed_jax.model.unimed import UniMed
+from unimed_jax.settings import from_config_dict
+
+MODEL_TYPE = "unimed"
+CODE = Path(__file__).parents[1] / "torch_model" / "modeling_unimed.py"
+BICUBIC = 3  # PIL's number
+
+
+def model_table(config: ModelConfig) -> Table:
+    """Every tensor of the torch model; the decoder without adapters."""
+    return (
+        decoder_table(config.decoder, "language_model.")
+        + hf_table(config.vision, "vision_model.")
+        + connector_table(config).prefixed("connector.")
+    )
+
+
+def export_model(
+    out: str | Path, config: Config, model: UniMed, tokenizer: str | Path, metrics: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the folder, adapters merged into the decoder, every leaf in the dtype that it has.
+
+    tokenizer: its folder; metrics: what the run's metrics.json holds, for the model card. Raises UserError where no
+    Hugging Face decoder has these settings, or where `out` holds something already.
+    """
+    leaves = merged_leaves(model)
+    settings = portable(config)
+    table = model_table(settings.model)
+    stored = published(table, leaves)
+    description = describe(settings, Tokenizer.load(tokenizer), stored)
+    vision = config.model.vision
+    parts = {
+        "config.json": description,
+        "generation_config.json": {
+            **{key: description[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            "do_sample": False,
+            "max_new_tokens": config.evaluate.max_new_tokens,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": vision.image_size, "width": vision.image_size},
+            "resample": BICUBIC,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": vision.mean,
+            "image_std": vision.std,
+        },
+    }
+    with new_folder(out) as folder:
+        for name, content in parts.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        size = sum(int(np.prod(s.shape, dtype=np.int64)) for s in stored.values())
+        (folder / "README.md").write_text(model_card(settings, size, metrics), encoding="utf-8")
+        shutil.copyfile(CODE, folder / CODE.name)
+        copy_tokenizer(tokenizer, folder)
+        write_safetensors(folder, stored, each_published(table, leaves))
+
+
+def merged_leaves(model: UniMed) -> dict[str, Any]:
+    """The model's leaves by path, with adapters folded into the decoder's kernels."""
+    leaves = parameters(model)
+    if not model.config.lora.rank:
+        return leaves
+    others = {path: leaf for path, leaf in leaves.items() if not path.startswith("decoder/")}
+    return others | {f"decoder/{path}": leaf for path, leaf in parameters(merge_lora(model.decoder)).items()}
+
+
+def portable(config: Config) -> Config:
+    """The settings without adapters and without this machine's folders: of a path its last part is kept."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, lora=LoraConfig()),
+        text=dataclasses.replace(config.text, tokenizer=""),
+        data=dataclasses.replace(
+            config.data,
+            root="",
+            cache="",
+            sources=tuple(dataclasses.replace(s, path=Path(s.path).name) for s in config.data.sources),
+        ),
+        init=tuple((kind, Path(path).name) for kind, path in config.init),
+    )
+
+
+def describe(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored]) -> dict[str, Any]:
+    """What config.json holds."""
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    dtype = str(max((s.dtype for s in stored.values()), key=lambda dtype: np.dtype(dtype).itemsize))
+    longest = config.text.max_prompt + config.evaluate.max_new_tokens
+    decoder = hf_settings(config.model.decoder, max(POSITIONS, longest))
+    for key, value in {**ids, "dtype": dtype}.items():
+        setattr(decoder, key, value)
+    name = "UniMedForCausalLM"
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [name],
+        "auto_map": {"AutoConfig": f"{CODE.stem}.UniMedConfig", "AutoModelForCausalLM": f"{CODE.stem}.{name}"},
+        "dtype": dtype,
+        **ids,
+        "image_token_id": VISUAL,
+        "dropped_token_ids": sorted(tokenizer.dropped),
+        "visual_tasks": VISUAL_TASKS,
+        "prompts": {task: prompt_form(task, config) for task in TASKS},
+        "text_config": decoder.to_dict(),
+        "unimed": to_dict(config),
+    }
+
+
+def prompt_form(task: str, config: Config) -> dict[str, str | None]:
+    """The evaluation prompt's constant parts: before the image (None: there is none), around the body, the body."""
+    body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
+    example = Example("", task, "{question}", "", image="" if task in VISUAL_TASKS else None)
+    prompt = build(example, 0, dataclasses.replace(config.text, max_words=None), evaluation=True)
+    before, found, after = (prompt.left if prompt.right is None else prompt.right).partition(body)
+    assert found, f"the prompt of {task!r} does not hold its body as it stands"
+    return {"image": None if prompt.right is None else prompt.left, "before": before, "body": body, "after": after}
+
+
+# --------------------------------------------------------------------------------------------------
+# Back again
+# --------------------------------------------------------------------------------------------------
+
+
+class Exported(NamedTuple):
+    """What `run.Run` needs of an exported folder: Run(folder, config, Tokenizer.load(tokenizer),
+    with_parameters(abstract(config.model), leaves), step=0)."""
+
+    config: Config
+    tokenizer: Path  # a folder for `Tokenizer.load`
+    leaves: dict[str, jax.Array]
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether the folder's config.json is one that `export_model` wrote (a run's own holds no model_type)."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == MODEL_TYPE
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_exported(
+    folder: str | Path,
+    shardings: Mapping[str, NamedSharding] | None = None,
+    dtypes: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Reads a folder that `export_model` wrote; nothing of its code is run.
+
+    `shardings` as in `load_leaves`; `dtypes` (by path) in place of those of the file. The settings name the folder as
+    their tokenizer. Raises UserError where a file is missing, damaged or does not fit the others.
+    """
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no config.json; give a folder that `export --format=model` wrote.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))["unimed"]
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); export the model again.") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is of another kind of model; give what `export --format=model` wrote.") from error
+    config = from_config_dict(settings)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer=str(folder)))
+    table, tensors = model_table(config.model), open_weights(folder)
+    as_stored = {e.path: tensors.stored[e.name].dtype for e in table if e.name in tensors.stored}
+    leaves = load_leaves(table, tensors, parameters(abstract(config.model)), shardings, {**as_stored, **(dtypes or {})})
+    return Exported(config, folder, leaves)

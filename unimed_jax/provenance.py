@@ -1,0 +1,44 @@
+"""Which code and settings produced a result, and values as JSON holds them."""
+
+import importlib.metadata
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def plain(value):
+    """Nested numpy values as JSON's own; a number that is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def code_version() -> str:
+    """Package version and, where the code lies in a git checkout, the commit: "0.1.0+g1a2b3c4 (modified)"."""
+    folder = Path(__file__).resolve().parent
+    try:
+        version = importlib.metadata.version("unimed_jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside somebody else's checkout: only a tracked file speaks for the code.
+    if git("ls-files", "--error-unmatch", __file__) is None:
+        return version
+    commit = git("rev-parse", "--short=7", "HEAD")
+    modified = git("status", "--porcelain", "--untracked-files=no", "--", str(folder))
+    return f"{version}+g{commit}" + (" (modified)" if modified else "")

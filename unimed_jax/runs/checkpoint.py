@@ -1,0 +1,300 @@
+"""Checkpoints of a run: the only file that knows orbax.
+
+A checkpoint is a folder named after the steps done. It holds arrays (trainable leaves, leaves that no file
+could give back, optimiser moments, the step) and a note: what the caller says (settings' hash, data position),
+shape, dtype and fingerprint of every array, and a checksum of itself. It is written to a temporary folder and
+renamed, so it is there whole or not at all; what happens to it later (a lost file, a flipped bit) shows when it
+is read, and the one before is used.
+"""
+
+import functools
+import json
+import logging
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+
+from unimed_jax.errors import UserError
+
+Leaves = dict[str, Any]  # path -> array
+
+NOTE = "note.json"
+SETTLE_SECONDS = 2.0  # after a save that failed
+UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # endings of folders' names
+SAVE_SECONDS = 3600  # after which a save has failed
+
+# orbax reports every file it touches, and prints the errors that it also raises, those of its tasks through asyncio.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+
+
+def _without_stragglers(print_it: Callable) -> Callable:
+    """Where one write fails, those that end after it find no event loop any more, and each would print as much."""
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_it(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _without_stragglers(sys.unraisablehook)
+
+
+class Checkpoints:
+    """The numbered checkpoints in `folder`; the `keep` newest stay.
+
+    With several processes all of them make the same calls; the arrays may be global, and each process writes and
+    reads its own shards.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, read_only: bool = False):
+        self.folder = Path(folder).absolute()
+        if read_only and not self.folder.is_dir():
+            raise UserError(f"{self.folder} does not exist; give the folder of a run that has saved a checkpoint.")
+        self._keep = keep
+        self._writes = not read_only and jax.process_index() == 0
+        self._saving: int | None = None
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        self._steps = sorted(int(name) for name in names if name.isdecimal())
+        self._handler = ocp.CompositeCheckpointHandler(
+            weights=ocp.StandardCheckpointHandler(),
+            optimizer=ocp.StandardCheckpointHandler(),
+            note=ocp.JsonCheckpointHandler(filename=NOTE),
+        )
+        self._orbax = ocp.AsyncCheckpointer(self._handler, timeout_secs=SAVE_SECONDS)
+
+    def latest(self) -> int | None:
+        """Steps done at the newest checkpoint, None where there is none."""
+        return self._steps[-1] if self._steps else None
+
+    # ---- writing -----------------------------------------------------------------------------------
+    def save(self, step: int, weights: Leaves, optimizer: Any, note: dict) -> None:
+        """Copies the arrays and writes them in the background. `note`: whatever JSON can hold."""
+        self.wait()
+        items = {"weights": weights, "optimizer": optimizer}
+        content = {"note": note, "arrays": {item: _describe(tree) for item, tree in items.items()}}
+        arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
+        arguments["note"] = ocp.args.JsonSave({**content, "checksum": _checksum(content)})
+        self._saving = step
+        self._attempt(self._orbax.save, self.folder / str(step), ocp.args.Composite(**arguments))
+
+    def check(self) -> None:
+        """Raises what has gone wrong in the background so far; cheap enough for every step."""
+        self._attempt(self._orbax.check_for_errors)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._attempt(self._orbax.wait_until_finished)
+        if self._saving is not None:
+            self._steps.append(self._saving)
+            self._saving = None
+        while len(self._steps) > self._keep:  # only now is the newer one there
+            self._move(self._steps.pop(0), DELETED)
+        self._remove_leftovers()
+
+    def close(self) -> None:
+        self.wait()
+        self._orbax.close()
+
+    def _attempt(self, call: Callable, *arguments) -> None:
+        try:
+            call(*arguments)
+        except Exception:
+            self._saving = None
+            # Gives a full disk some room. Threads of the failed save make its folder anew, and nothing waits for them.
+            end = time.monotonic() + SETTLE_SECONDS
+            while time.monotonic() < end:
+                self._remove_leftovers()
+                time.sleep(0.05)
+            raise
+
+    def _move(self, step: int, ending: str) -> None:
+        """Renames a checkpoint; a name without an ending never stands for a half of one."""
+        if self._writes:
+            target = self.folder / f"{step}{ending}"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+
+    def _remove_leftovers(self) -> None:
+        """What a save or a deletion that was killed left behind."""
+        if self._writes and self._saving is None:
+            for path in self.folder.iterdir():
+                if path.name.endswith((UNFINISHED, DELETED)):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    # ---- reading -----------------------------------------------------------------------------------
+    def restore(self, weights: Leaves, optimizer: Any = None) -> tuple[Leaves, Any, dict]:
+        """-> (weights, optimizer, note) of the newest checkpoint that is whole; `latest()` then names it.
+
+        The arguments are trees of arrays or jax.ShapeDtypeStruct: what comes back has their shapes, dtypes and,
+        where they have one, sharding (else it lies on this process's first device), whatever it was saved with.
+        Without `optimizer` that part is not read. A damaged checkpoint is reported on stderr and, unless opened
+        read-only, renamed to `<step>.damaged`. Raises UserError where no checkpoint is whole, or its arrays are
+        not those of the arguments (another model).
+        """
+        wanted = {"weights": weights} if optimizer is None else {"weights": weights, "optimizer": optimizer}
+        reasons: dict[int, str] = {}
+        for step in reversed(self._steps):
+            reason, note, found = "", {}, {}
+            try:
+                note = self._note(step)
+                for item, like in wanted.items():
+                    self._compare(f"{self.folder}/{step}/{item}", _saved_shapes(note["arrays"][item]), _shapes(like))
+                found = self._read(step, wanted, note["arrays"])
+            except UserError:
+                raise
+            except Exception as error:  # whatever orbax and the parts of it raise
+                reason = _first_cause(error)
+            if _everywhere(not reason):
+                changed = _changed(found, note["arrays"])
+                if not changed:
+                    self._give_up(reasons, step)
+                    found = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, wanted)
+                    return found["weights"], found.get("optimizer"), note["note"]
+                reason = f"{changed[0]} is not as it was saved"
+            reasons[step] = reason or "another process cannot read it"
+        if not reasons:
+            raise UserError(f"{self.folder} holds no checkpoint; train first, or give another run.")
+        listed = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
+        raise UserError(f"{self.folder} holds damaged checkpoints alone ({listed}); restore it, or train anew.")
+
+    def saved_weights(self) -> set[str]:
+        """Paths of the leaves that the newest checkpoint with a readable note holds."""
+        for step in reversed(self._steps):
+            try:
+                return set(self._note(step)["arrays"]["weights"])
+            except (OSError, ValueError):
+                continue
+        return set()
+
+    def _note(self, step: int) -> dict:
+        """Raises OSError or ValueError where it is not what was saved."""
+        content = json.loads((self.folder / str(step) / "note" / NOTE).read_text())
+        if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+            raise ValueError(f"{NOTE} is not as it was saved")
+        return content
+
+    def _read(self, step: int, wanted: dict[str, Any], saved: dict[str, dict]) -> dict[str, Any]:
+        """The arrays as saved, with the shardings of `wanted`."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def place(item: str, path, leaf) -> jax.ShapeDtypeStruct:
+            sharding = getattr(leaf, "sharding", None) or here
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(saved[item][_name(path)]["dtype"]), sharding=sharding)
+
+        arguments = {
+            item: ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(functools.partial(place, item), tree))
+            for item, tree in wanted.items()
+        }
+        # Not by way of the checkpointer, which would wait for a process that could not read its part.
+        found = self._handler.restore(self.folder / str(step), ocp.args.Composite(**arguments))
+        return {item: found[item] for item in wanted}
+
+    def _give_up(self, reasons: dict[int, str], good: int) -> None:
+        """Says which checkpoints newer than `good` are damaged, and clears their names for new ones."""
+        for step, reason in reasons.items():
+            self._steps.remove(step)
+            self._move(step, DAMAGED)
+            kept = f"is kept as {step}{DAMAGED}, and " if self._writes else ""
+            if jax.process_index() == 0:
+                print(
+                    f"unimed_jax: checkpoint {self.folder}/{step} is damaged ({reason}); it {kept}{good} is used.",
+                    file=sys.stderr,
+                )
+
+    @staticmethod
+    def _compare(where: str, saved: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+        wrong = sorted({name for name, _ in set(saved.items()) ^ set(wanted.items())})
+        if wrong:
+            name = wrong[0]
+            raise UserError(
+                f"checkpoint {where} belongs to another model: {name} is {saved.get(name, 'absent')} there and "
+                f"{wanted.get(name, 'absent')} here ({len(wrong)} arrays differ); use the settings it was trained with."
+            )
+
+
+@jax.jit
+def fingerprints(tree: Any) -> Any:
+    """A number (uint32 []) for each array of the tree, the same on any mesh: integer sums have no order."""
+    return jax.tree.map(_fingerprint, tree)
+
+
+def _fingerprint(x: Array) -> UInt32[Array, ""]:
+    """The sum, modulo 2^32, of a hash of every value's bits and place.
+
+    For a given place the hash is one to one, so a single changed value never goes unseen.
+    """
+    if jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize == 8:
+        x = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
+    place = jnp.zeros(x.shape, jnp.uint32)  # in row-major order; iotas are sharded as x is
+    for axis, size in enumerate(x.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    odd = np.uint32(0x9E3779B9)
+    mixed = x.astype(jnp.uint32) + place * odd
+    mixed = (mixed ^ mixed >> 16) * odd
+    return jnp.sum(mixed ^ mixed >> 15, dtype=jnp.uint32)
+
+
+def _describe(tree: Any) -> dict[str, dict]:
+    """Path -> shape, dtype and fingerprint, as JSON holds them."""
+    numbers = jax.tree.leaves(jax.device_get(fingerprints(tree)))
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        _name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": int(number)}
+        for (path, leaf), number in zip(leaves, numbers, strict=True)
+    }
+
+
+def _changed(found: dict[str, Any], saved: dict[str, dict]) -> list[str]:
+    """Arrays that are not those that the note describes."""
+    return [
+        f"{item}/{name}"
+        for item, tree in found.items()
+        for name, entry in _describe(tree).items()
+        if entry != saved[item][name]
+    ]
+
+
+def _first_cause(error: BaseException) -> str:
+    """What came first, shortly; what was made of it later quotes whole descriptions of stores."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _everywhere(true: bool) -> bool:
+    """Whether it holds in every process."""
+    if jax.process_count() == 1:
+        return true
+    return bool(multihost_utils.process_allgather(np.asarray(true)).all())
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _saved_shapes(arrays: dict[str, dict]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry["shape"]) for name, entry in arrays.items()}
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

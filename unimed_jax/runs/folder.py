@@ -1,0 +1,108 @@
+"""What a run's folder holds, and what a run still needs before it can start."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from unimed_jax.config import Config, to_dict
+from unimed_jax.data.datasets import SELF_CONTAINED, joined, path_of
+from unimed_jax.data.example import Dataset
+from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
+from unimed_jax.errors import UserError
+from unimed_jax.interop.families import gguf
+from unimed_jax.interop.families.unimed_hf import is_exported
+from unimed_jax.interop.sources import SOURCES
+from unimed_jax.settings import from_config_dict
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Notes the settings in a new folder; in an old one they must be the same."""
+    file = folder / "config.json"
+    if file.exists():
+        old = read_config(folder)
+        if dataclasses.replace(old, mesh=config.mesh) != config:  # a run may go on upon other devices
+            raise UserError(
+                f"{folder} holds a run with other settings ({_difference(to_dict(old), to_dict(config))}); choose "
+                "another --workdir, or remove the folder."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "config.tmp"  # a kill must not leave half of it under its name
+    unfinished.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    unfinished.rename(file)
+
+
+def read_config(folder: Path) -> Config:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
+    try:
+        return from_config_dict(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON ({error}); restore it or train again.") from error
+
+
+def _difference(old: dict, new: dict, where: str = "config") -> str:
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return _difference(a, b, f"{where}.{key}")
+        if a != b:
+            return f"{where}.{key} is {a!r} there and {b!r} now"
+    return "the same"
+
+
+def missing_inputs(config: Config, trains: bool = True) -> str | None:
+    """One sentence that names every weight file and, to train, data folder that the settings still lack, or None."""
+    lacks = [
+        f"{SOURCES[kind].what} (config.init {kind!r})" for kind, path in config.init if kind in SOURCES and not path
+    ]
+    for kind, path in config.init:
+        if kind == "run" and not (Path(path) / "config.json").is_file():
+            lacks.append(f"the finished run {path} (config.init 'run'; train it first)")
+        if kind == "router" and path and not Path(path).exists():
+            lacks.append(f"the router {path} (config.init 'router'; train it first)")
+        if kind == "gguf" and path:
+            gguf.find(path)  # says itself what it lacks
+    if not config.text.tokenizer and (not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)):
+        lacks.append("the tokenizer folder (config.text.tokenizer)")
+    if not trains:
+        return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
+    names = [
+        source.path or source.name
+        for source in (*config.data.sources, *config.evaluate.sources)
+        if source.name not in SELF_CONTAINED and not ((path := path_of(source, config.data)) and Path(path).exists())
+    ]
+    if names:
+        there = config.data.root or "config.data.root"
+        lacks.append(f"the data sets {', '.join(dict.fromkeys(names))} ({there}, one folder each)")
+    return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
+
+
+def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
+    """The run's tokenizer (see `tokenizer_folder`); a BPE is trained once, on the training texts."""
+    path = tokenizer_folder(folder, config)
+    if path.exists():
+        return Tokenizer.load(path)
+    if gguf.is_gguf(config.text.tokenizer):
+        gguf.write_tokenizer(config.text.tokenizer, path)
+    elif path == folder / "tokenizer":
+        unfinished = folder / "tokenizer.tmp"
+        train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
+        unfinished.rename(path)
+    return Tokenizer.load(path)
+
+
+def tokenizer_folder(folder: Path, config: Config) -> Path:
+    """The folder named in the settings, else that of the run it starts from, whose embeddings stand for those tokens.
+
+    The run's own for a tokenizer that it has trained or read from a GGUF file.
+    """
+    named = config.text.tokenizer
+    if named:
+        return folder / "tokenizer" if gguf.is_gguf(named) else Path(named)
+    before = next((Path(path) for kind, path in reversed(config.init) if kind == "run"), None)
+    if before is None:
+        return folder / "tokenizer"
+    return before if is_exported(before) else tokenizer_folder(before, read_config(before))
