@@ -7,7 +7,7 @@ import operator
 import ml_collections
 import pytest
 
-from unimed_jax.config import Config, config_hash, default_config, to_dict
+from unimed_jax.config import Config, RuleConfig, config_hash, default_config, to_dict
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.settings import FIDELITY, from_config_dict, load_config_file
 
@@ -72,8 +72,9 @@ def test_unknown_keys(key, right):
         (
             "train__rules",
             (("*", "train", 1.0),),
-            "config.train.rules[0] must have 4 entries, not 3: ('*', 'train', 1.0).",
+            "config.train.rules[0] must be a group of settings, not ('*', 'train', 1.0).",
         ),
+        ("train__rules", ({"match": "*"},), "config.train.rules[0] needs train; add it to {'match': '*'}."),
     ],
 )
 def test_wrong_types(key, value, sentence):
@@ -81,9 +82,11 @@ def test_wrong_types(key, value, sentence):
 
 
 def test_whole_numbers_are_floats_too():
-    config = from_config_dict(with_settings(optimizer__lr=1, train__rules=[["*", "train", 2, None]]))
+    config = from_config_dict(
+        with_settings(optimizer__lr=1, train__rules=[{"match": "*", "train": True, "lr_scale": 2}])
+    )
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
-    assert config.train.rules == (("*", "train", 2.0, None),)
+    assert config.train.rules == (RuleConfig("*", True, lr_scale=2.0),)
     assert from_config_dict(with_settings(model__connector__hidden=7)).model.connector.hidden == 7
     assert from_config_dict(with_settings(model__connector__hidden=None)).model.connector.hidden is None
 
@@ -103,7 +106,7 @@ def test_fidelity_is_expanded_once(fidelity):
 def test_fidelity_yields_to_what_is_set():
     config = from_config_dict(with_settings(fidelity="paper", text__max_words=9, optimizer__skip_unused=False))
     assert config.text.max_words == 9 and config.optimizer.skip_unused is False and config.text.double_bos is True
-    refused(with_settings(fidelity="published"), "config.fidelity: 'published' is unknown", "'paper'")
+    refused(with_settings(fidelity="published"), "config.fidelity: 'published' is unknown; choose from default, paper.")
 
 
 def test_round_trip_and_hash():
@@ -167,7 +170,7 @@ MODELS = {
     ),
     "unknown connector": ({"connector__kind": "mlp"}, ["'mlp' is unknown", "mlpNx_gelu"]),
     "connector of no layer": ({"connector__kind": "mlp0x_gelu"}, ["'mlp0x_gelu' is unknown"]),
-    "two task tokens": ({"connector__task_tokens": 2}, ["task_tokens=2", "0 or 1"]),
+    "two task tokens": ({"connector__task_tokens": 2}, ["config.model.connector.task_tokens: 2", "0, 1"]),
     "pools of another rate": ({"connector__aggregation": "avgpool", "connector__rate": 2}, ["avgpool", "rate=4"]),
     "pools of an odd grid": (
         {"connector__aggregation": "maxpool", "vision__image_size": 24, "connector__rate": 4},
@@ -197,7 +200,7 @@ MODELS = {
     "a bias of what is no linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
     "an adapter of what is no linear": (
         {"lora__targets": ("q", "gates")},
-        ["lora.targets: 'gates' is unknown", "gate, up, down"],
+        ["lora.targets[1]: 'gates' is unknown", "gate, up, down"],
     ),
 }
 
@@ -253,12 +256,12 @@ RUNS = {
     "no micro-batches": ({"train__accumulation": 0}, ["config.train.accumulation=0"]),
     "no rows": ({"data__rows": 0}, ["config.data.rows=0"]),
     "a rule of another word": (
-        {"train__rules": (("*", "frozen", 1.0, None),)},
-        ["config.train.rules: '*' says 'frozen'", "'freeze'"],
+        {"train__rules": ({"match": "*", "train": "frozen"},)},
+        ["config.train.rules[0].train must be bool, not 'frozen'"],
     ),
     "an unknown task": (
         {"data__sources": ({"tasks": ("captions",)},)},
-        ["'captions' is no task; did you mean 'caption'?"],
+        ["config.data.sources[0].tasks[0]: 'captions' is unknown; choose from vqa, refer"],
     ),
 }
 

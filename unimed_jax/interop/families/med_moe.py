@@ -223,10 +223,8 @@ def layer_table(config: ModelConfig, name: str, nth: int) -> Table:
 
 def projector_table(config: ModelConfig) -> Table:
     """The projector between CLIP and the decoder."""
-    kind = config.connector.kind
-    depth = 1 if kind == "linear" else int(kind[3 : kind.index("x")])
-    table = []
-    for i in range(depth):
+    kind, table = config.connector.kind, []
+    for i in range(config.connector.layers):
         name = "model.mm_projector.image_spatial_proj" + ("" if kind == "linear" else f".{2 * i}")
         table.append(Entry(f"{name}.weight", f"connector/layers/{i}/kernel", layout="transpose"))
         table.append(Entry(f"{name}.bias", f"connector/layers/{i}/bias"))
