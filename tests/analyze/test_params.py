@@ -126,9 +126,9 @@ def test_the_published_sizes_are_those_of_the_checkpoints(size, theirs):
     depth = theirs["num_hidden_layers"]
     moe = {"moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4] * (depth // 2), "top_k_experts": 1}
     moe |= {"use_residual": False, "router_aux_loss_coef": 0.0, "moe_enable": True}
-    checkpoint, ours = med_moe.model_config({**theirs, "moe": moe}), stage("moe", size).model
+    checkpoint, ours = med_moe.model_from_med_moe({**theirs, "moe": moe}), stage("moe", size).model
     assert (ours.vision, ours.connector, ours.decoder) == (checkpoint.vision, checkpoint.connector, checkpoint.decoder)
-    assert med_moe.settings_of(ours)["moe"] == med_moe.settings_of(checkpoint)["moe"]
+    assert med_moe.model_to_med_moe(ours)["moe"] == med_moe.model_to_med_moe(checkpoint)["moe"]
     assert ours.tokens_per_image == 576
 
 
