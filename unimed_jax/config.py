@@ -31,7 +31,8 @@ Decay = Annotated[float, AtLeast(0), Below(1)]
 Name = Annotated[str, Filled()]
 Names = Annotated[tuple[Name, ...], Distinct()]
 Float = Literal["float32", "bfloat16"]
-Linear = Literal["q", "k", "v", "o", "gate", "up", "down"]
+AttentionLinear = Literal["q", "k", "v", "o"]
+Linear = Literal[AttentionLinear, "gate", "up", "down"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ class DecoderConfig:
     parallel_block: bool = False  # attention and MLP read the same norm and are added together (Phi)
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)); else down(act(up(x)))
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # of the MLP
-    attention_bias: Annotated[tuple[Literal["q", "k", "v", "o"], ...], Distinct()] = ()  # which linears have a bias
+    attention_bias: Annotated[tuple[AttentionLinear, ...], Distinct()] = ()  # which linears have a bias
     mlp_bias: bool = False  # biases in the MLP
     qk_norm: bool = False  # a norm on each head's queries and keys, before they are rotated
     query_scale: Positive | None = None  # factor of the attention scores; None: head_dim ** -0.5

@@ -17,7 +17,6 @@ from unimed_jax.config import (
     MeshConfig,
     MoeConfig,
     OptimizerConfig,
-    RuleConfig,
     TrainConfig,
     to_dict,
 )
@@ -120,7 +119,7 @@ def test_eight_devices_equal_one(config, axes, batch, alone):
         np.testing.assert_allclose(grads[path], expected, rtol=0, atol=1e-5 * scale, err_msg=path)
 
 
-def training(mesh, batches, rules=(RuleConfig("*", True),)):
+def training(mesh, batches, rules=TrainConfig.rules):
     """-> losses, last leaves, compiles."""
     config = Config(model=MODEL, optimizer=OptimizerConfig(skip_unused=False, eps=1e-6), train=TrainConfig(rules=rules))
     given = leaf_rules(parameters(abstract(MODEL)), config.train, config.optimizer)

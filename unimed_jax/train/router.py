@@ -46,10 +46,10 @@ class Labelled(NamedTuple):
 
 
 def train_router(config: Config, folder: Path) -> dict[str, Any]:
-    """Trains the router that `config.router_fit` describes; writes router/ (Med-MoE's file), router.png and router.json.
+    """Trains the router that `config.router_fit` describes; writes router/, router.png and router.json.
 
-    router.json is returned: accuracy by number of labels and a confusion matrix for every split of
-    `config.evaluate.splits`. A finished one is read, not trained again.
+    router/ is in Med-MoE's format. router.json is returned: accuracy by number of labels and a confusion matrix for
+    every split of `config.evaluate.splits`. A finished one is read, not trained again.
 
     Raises UserError where no image has a label, or one that is not among `router.classes`.
     """

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from unimed_jax.config import ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, MoeConfig, VisionConfig
+from unimed_jax.config import (
+    AttentionLinear,
+    ConnectorConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    MoeConfig,
+    VisionConfig,
+)
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families import hf
@@ -89,7 +97,7 @@ def _decoder(s: Mapping[str, Any], where: str) -> DecoderConfig:
         "tied_head": bool(s.get("tie_word_embeddings", False)),
     }
     if s["model_type"] == "moe_llava_stablelm":
-        biases = ("q", "k", "v") if s.get("use_qkv_bias") else ()
+        biases: tuple[AttentionLinear, ...] = ("q", "k", "v") if s.get("use_qkv_bias") else ()
         return DecoderConfig(**common, norm_eps=s["norm_eps"], rotary_fraction=s["rope_pct"], attention_bias=biases)
     return DecoderConfig(
         **common,
