@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ml_collections
+if TYPE_CHECKING:
+    import ml_collections
 
 # The published task order (Uni-Med, its five visual tasks) and, last, text-only question answering.
 VISUAL_TASKS = ("vqa", "refer", "identify", "caption", "cls")
@@ -320,8 +322,11 @@ class Config:
         return dataclasses.replace(self.data, sources=self.evaluate.sources or self.data.sources)
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> "ml_collections.ConfigDict":
     """Every setting at its default, as the mutable form that config files fill in."""
+    # Here, because the model and the training program are used on machines without it.
+    import ml_collections
+
     # Types are checked once, by from_config_dict and in a sentence.
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
 
