@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from unimed_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from unimed_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RuleConfig, TrainConfig
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.train.program import build
@@ -19,7 +19,7 @@ from unimed_jax.train.step import first_state
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROWS = 8
-ADAPT = (("connector/*", "train", 1.0, None), ("*/lora_?", "train", 1.0, None), ("*", "freeze", 1.0, None))
+ADAPT = (RuleConfig("connector/*", True), RuleConfig("*/lora_?", True), RuleConfig("*", False))
 
 HEAVY = ("grain", "ml_collections", "tensorflow_datasets", "transformers", "tokenizers", "PIL", "matplotlib", "orbax")
 
