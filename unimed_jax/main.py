@@ -138,7 +138,7 @@ def train_and_evaluate(config: Config, folder: Path) -> None:
     from unimed_jax.model.sharding import inside
     from unimed_jax.train.loop import train
 
-    if config.router.key:
+    if config.job == "router":
         from unimed_jax.train.router import REPORT, summary, train_router
 
         report = train_router(config, folder)

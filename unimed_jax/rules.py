@@ -24,16 +24,17 @@ def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerCon
     rules: dict[str, LeafRule] = {}
     used = set()
     for path in paths:
-        for pattern, action, lr_scale, decay in train.rules:
-            if fnmatch.fnmatchcase(path, pattern):
+        for rule in train.rules:
+            if fnmatch.fnmatchcase(path, rule.match):
+                decay = rule.weight_decay
                 if decay is None:
                     decay = 0.0 if path.endswith(("bias", "scale")) else optimizer.weight_decay
-                rules[path] = LeafRule(action == "train", lr_scale, decay)
-                used.add(pattern)
+                rules[path] = LeafRule(rule.train, rule.lr_scale, decay)
+                used.add(rule.match)
                 break
         else:
-            raise UserError(f"config.train.rules: no pattern matches the parameter {path!r}; add one, last ('*', ...).")
-    for pattern, *_ in train.rules:
+            raise UserError(f"config.train.rules: no pattern matches the parameter {path!r}; add one, last match='*'.")
+    for pattern in (rule.match for rule in train.rules):
         if pattern not in used and pattern != "*" and not any(fnmatch.fnmatchcase(p, pattern) for p in paths):
             raise UserError(f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}")
     return rules

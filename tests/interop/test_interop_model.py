@@ -108,7 +108,7 @@ def settings_of(model, **text) -> Config:
         model=model,
         text=dataclasses.replace(base.text, **{"max_prompt": 128, "tokenizer": "/secret/folder/tokens", **text}),
         data=dataclasses.replace(
-            base.data, root="/secret", sources=(SourceConfig("slake", "/secret/slake", ("vqa",)),)
+            base.data, root="/secret", sources=(SourceConfig("slake", path="/secret/slake", tasks=("vqa",)),)
         ),
         init=(("seed", ""), ("hf", "/secret/folder/some-llama")),
         evaluate=dataclasses.replace(base.evaluate, max_new_tokens=8, batch=8),

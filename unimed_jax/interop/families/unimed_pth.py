@@ -37,8 +37,7 @@ def connector_table(config: ModelConfig) -> Table:
     if c.task_tokens:
         table += [Entry(f"task_tokens.{t}", "connector/task_tokens", (i,), "row") for i, t in enumerate(VISUAL_TASKS)]
     if not c.is_moe:
-        depth = 1 if c.kind == "linear" else int(c.kind[3 : c.kind.index("x")])
-        for i in range(depth):
+        for i in range(c.layers):
             name = "llm_proj" if c.kind == "linear" else f"llm_proj.{2 * i}"
             table.append(Entry(f"{name}.weight", f"connector/layers/{i}/kernel", layout="transpose"))
             table.append(Entry(f"{name}.bias", f"connector/layers/{i}/bias"))
