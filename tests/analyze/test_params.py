@@ -91,9 +91,9 @@ def test_modules_add_up_and_trainable_follows_the_rules(capsys):
     config.model.lora.update(rank=2, targets=("q", "o"))
     config.model.vision.update(depth=3, feature_layer=-2, output_norm=False)
     config.train.rules = (
-        ("*/lora_?", "train", 1.0, None),
-        ("*router*", "train", 1.0, None),
-        ("*", "freeze", 1.0, None),
+        dict(match="*/lora_?", train=True),
+        dict(match="*router*", train=True),
+        dict(match="*", train=False),
     )
     counted = params.count(from_config_dict(config))
     mlp, block = 3 * 32 * 48, 4 * 16 * 16 + 2 * 16 + 16 + 2 * 16 * 32 + 16 + 32 + 2 * 2 * 16
@@ -193,7 +193,7 @@ def test_the_tiny_chain_fits_a_run_of_brain_tiny():
         (["params", "--config=configs/med_moe/all.py:tiny"], ["is a chain", "moe.py:tiny"]),
         (["params", "--config=configs/med_moe/moe.py:tiny", "--config.model.moe.top_k=5"], ["top_k=5 of 4"]),
         (
-            ["params", "--config=configs/brain_tiny.py", "--config.train.rules=(('x','train',1.0,None),)"],
+            ["params", "--config=configs/brain_tiny.py", "--config.train.rules=({'match':'x','train':True},)"],
             ["no pattern"],
         ),
     ],

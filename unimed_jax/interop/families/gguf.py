@@ -6,14 +6,14 @@ The format is read by the package `gguf` (extra `gguf`), which maps the file: a 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import tokenizers
 from jax.sharding import NamedSharding
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from unimed_jax.config import DecoderConfig, MoeConfig, RopeScaling
+from unimed_jax.config import AttentionLinear, DecoderConfig, MoeConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf import copies_of_linear, refuse_other_decoder
@@ -80,7 +80,9 @@ def decoder_from_gguf(file: GgufFile) -> DecoderConfig:
         head_dim=head_dim,
         mlp_width=count("feed_forward_length"),
         norm_eps=file.value("llama.attention.layer_norm_rms_epsilon", float),
-        attention_bias=tuple(ours for ours in "qkvo" if f"blk.0.{LINEARS[ours]}.bias" in file.stored),
+        attention_bias=tuple(
+            ours for ours in get_args(AttentionLinear) if f"blk.0.{LINEARS[ours]}.bias" in file.stored
+        ),
         mlp_bias="blk.0.ffn_up.bias" in file.stored,
         rope_theta=theta,
         rope_scaling=_scaling(file, head_dim, theta),

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from unimed_jax.config import ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, MoeConfig, VisionConfig
+from unimed_jax.config import (
+    AttentionLinear,
+    ConnectorConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    MoeConfig,
+    VisionConfig,
+)
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families import hf
@@ -89,7 +97,7 @@ def _decoder(s: Mapping[str, Any], where: str) -> DecoderConfig:
         "tied_head": bool(s.get("tie_word_embeddings", False)),
     }
     if s["model_type"] == "moe_llava_stablelm":
-        biases = ("q", "k", "v") if s.get("use_qkv_bias") else ()
+        biases: tuple[AttentionLinear, ...] = ("q", "k", "v") if s.get("use_qkv_bias") else ()
         return DecoderConfig(**common, norm_eps=s["norm_eps"], rotary_fraction=s["rope_pct"], attention_bias=biases)
     return DecoderConfig(
         **common,
@@ -223,10 +231,8 @@ def expert_layer_table(config: ModelConfig, name: str, nth: int) -> Table:
 
 def projector_table(config: ModelConfig) -> Table:
     """The projector between CLIP and the decoder."""
-    kind = config.connector.kind
-    depth = 1 if kind == "linear" else int(kind[3 : kind.index("x")])
-    table = []
-    for i in range(depth):
+    kind, table = config.connector.kind, []
+    for i in range(config.connector.layers):
         name = "model.mm_projector.image_spatial_proj" + ("" if kind == "linear" else f".{2 * i}")
         table.append(Entry(f"{name}.weight", f"connector/layers/{i}/kernel", layout="transpose"))
         table.append(Entry(f"{name}.bias", f"connector/layers/{i}/bias"))

@@ -37,8 +37,7 @@ def connector_table(config: ModelConfig) -> Table:
     if c.task_tokens:
         table += [Entry(f"task_tokens.{t}", "connector/task_tokens", (i,), "row") for i, t in enumerate(VISUAL_TASKS)]
     if not c.is_moe:
-        depth = 1 if c.kind == "linear" else int(c.kind[3 : c.kind.index("x")])
-        for i in range(depth):
+        for i in range(c.layers):
             name = "llm_proj" if c.kind == "linear" else f"llm_proj.{2 * i}"
             table.append(Entry(f"{name}.weight", f"connector/layers/{i}/kernel", layout="transpose"))
             table.append(Entry(f"{name}.bias", f"connector/layers/{i}/bias"))
@@ -191,7 +190,7 @@ def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) ->
     check(table, tensors, leaves, _differences(config, file.tree))
     for name in table.by_name():
         other = duplicate_name(name)
-        if other not in tensors.places or tensors.places[other] == tensors.places[name]:
+        if other not in tensors.tensors or tensors.tensors[other] == tensors.tensors[name]:
             continue  # absent, or one storage
         if not np.array_equal(tensors.read(other), tensors.read(name)):
             raise UserError(f"{file.path}: {other} and {name} are one tensor to the model but differ; get it again.")
@@ -264,7 +263,7 @@ def _step(file: TorchFile, name: str, step: Any) -> int:
 def _counts(file: TorchFile, table: Table, steps: Mapping[str, int]) -> dict[str, np.ndarray]:
     counts = {}
     for path in table.paths():
-        entries = table.under(path)
+        entries = table.of_leaf(path)
         own = [steps[entry.name] for entry in entries]
         if entries[0].layout == "row":  # one parameter there for every row of ours
             counts[path] = np.array(own, np.int32)[:, None]  # [rows, 1]
