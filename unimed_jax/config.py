@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import ml_collections
+if TYPE_CHECKING:
+    import ml_collections
 
 from unimed_jax.bounds import Above, AtLeast, Below, Between, Distinct, Filled, FrozenDict, Matches
 
@@ -454,8 +455,11 @@ class Config:
         return dataclasses.replace(self.data, sources=self.evaluate.sources or self.data.sources)
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """Returns every setting at its default, in the mutable form that config files fill in."""
+def default_config() -> "ml_collections.ConfigDict":
+    """Every setting at its default, as the mutable form that config files fill in."""
+    # Here, because the model and the training program are used on machines without it.
+    import ml_collections
+
     # Types are checked once, by from_config_dict and in a sentence.
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
 

@@ -1,7 +1,7 @@
 """What trains, and how: `train.rules` applied to parameter paths."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from unimed_jax.config import OptimizerConfig, TrainConfig
@@ -38,3 +38,12 @@ def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerCon
         if pattern not in used and pattern != "*" and not any(fnmatch.fnmatchcase(p, pattern) for p in paths):
             raise UserError(f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}")
     return rules
+
+
+def leaf_dtypes(rules: Mapping[str, LeafRule], frozen_dtype: str) -> dict[str, str]:
+    """How every leaf is stored: float32 if it trains, else `frozen_dtype`.
+
+    Routers of experts stay float32 as well, because rounding their weights would change which expert is chosen.
+    """
+    exact = "decoder/layers/moe/router/"
+    return {path: "float32" if rule.train or path.startswith(exact) else frozen_dtype for path, rule in rules.items()}
