@@ -19,12 +19,22 @@ from flax import nnx
 from safetensors.numpy import load_file
 from support import golden_uni_med as golden_files
 
-from unimed_jax.config import VISUAL_TASKS, Config, LossConfig, OptimizerConfig, SourceConfig, TrainConfig, to_dict
+from unimed_jax.config import (
+    VISUAL_TASKS,
+    Config,
+    LossConfig,
+    OptimizerConfig,
+    RuleConfig,
+    SourceConfig,
+    TrainConfig,
+    to_dict,
+)
 from unimed_jax.data import images, layout, prompts
 from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import source_order
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics import captions, published
+from unimed_jax.evaluate.metrics import text as text_scores
 from unimed_jax.interop.families import unimed_pth
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.decoder import Cache, Span
@@ -39,10 +49,10 @@ from unimed_jax.train.optimizer import Optimizer, learning_rate
 from unimed_jax.train.step import TrainState, make_step
 
 GRAD_RULES = (
-    ("vision/*", "freeze", 1.0, None),
-    ("*lora_?", "train", 1.0, None),
-    ("connector/*", "train", 1.0, None),
-    ("*", "freeze", 1.0, None),
+    RuleConfig("vision/*", False),
+    RuleConfig("*lora_?", True),
+    RuleConfig("connector/*", True),
+    RuleConfig("*", False),
 )
 
 
@@ -357,7 +367,7 @@ def aux_sentence(rows, tensors, entries):
 def aux_vqa_report(value, tensors, entries):
     rows = entries["sentence"]
     pairs = [(row["answer_pred"], row["answer_gt"]) for row in rows]
-    report = published.vqa_report(pairs, [text.is_closed({"answer_type": row["answer_type"]}) for row in rows])
+    report = published.vqa_report(pairs, [text_scores.is_closed({"answer_type": row["answer_type"]}) for row in rows])
     assert report == {part: published_scores(scores) for part, scores in value.items()}
 
 
@@ -390,9 +400,9 @@ def aux_multi_iter(value, tensors, entries):
     assert [next(order) for _ in value["first_100"]] == value["first_100"]
 
 
-def test_captions(goldens):
+def test_report_metrics(goldens):
     data = golden_files.manifest(goldens)
-    value = json.loads((goldens / data["captions"]["file"]).read_text())
+    value = json.loads((goldens / data["report_metrics"]["file"]).read_text())
     missing = captions.why_no_java_metrics()
     scores = captions.report_scores(value["pairs"])
     for name, expected in value.items():

@@ -13,6 +13,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.prompts import box_to_text, text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, tasks
+from unimed_jax.evaluate.metrics import captions
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.report.markdown import verdict
 from unimed_jax.evaluate.report.pictures import draw_routing, token_grid

@@ -236,7 +236,7 @@ def test_a_fingerprint_tells_order_and_knows_no_mesh():
 # ---- other devices ---------------------------------------------------------------------------------
 MOVE = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/runs")
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_checkpoint import trees
@@ -277,7 +277,7 @@ def test_saved_on_eight_devices_restored_on_one_two_and_four(tmp_path):
 
 SHARE = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/runs")
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -351,7 +351,7 @@ def test_a_save_that_fails_is_raised_at_the_next_step_and_leaves_the_last_one(tm
     """
     code = """
 import resource, signal, sys, time
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/runs")
 import jax.numpy as jnp, numpy as np
 from test_checkpoint import trees
 from unimed_jax.runs.checkpoint import Checkpoints

@@ -185,13 +185,12 @@ class Connector(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = c = config.connector
         width, out = visual_features(config), config.decoder.width
-        depth = 0 if c.is_moe else 1 if c.kind == "linear" else int(c.kind[3 : c.kind.index("x")])
         shape = (len(VISUAL_TASKS), c.task_token_width or width)
         self.task_tokens = nnx.Param(normal(rngs.params(), shape, 0.02)) if c.task_tokens else None
         routed = c.is_moe and c.router in ("soft", "sparse")
         self.router = Router(c, width, rngs) if routed else None
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
-        self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(depth)])
+        self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(c.layers)])
 
     def __call__(self, patches: Float[Array, "N patches width"], tasks: Int[Array, "N"]) -> ConnectorOutput:
         """Runs the experts, or for a dense connector its layers.
