@@ -186,7 +186,7 @@ class MoeConfig:
     route_padding: bool | None = None
     aux_coef: NotNegative = 0.0  # weight of the balancing loss, which is summed over layers
     # How experts run. dense: all experts on all tokens (the reference); grouped: tokens sorted by expert;
-    # capacity: fixed buffers per expert.
+    # capacity: fixed buffers per expert; if `eval_capacity_factor` is None, evaluation has no limit and runs grouped.
     path: Literal["dense", "grouped", "capacity"] = "grouped"
 
     @property
