@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support import tiny
+from support.unimed_frozen import frozen_table
 
 from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
@@ -187,12 +188,7 @@ class Spy(Tensors):
 
 
 def whole_table(config):
-    return (
-        unimed_pth.trainable_table(config)
-        + unimed_pth.decoder_table(config)
-        + unimed_pth.vision_table(config)
-        + unimed_pth.ln_vision_table()
-    )
+    return unimed_pth.trainable_table(config) + frozen_table(config)
 
 
 def tiny_files():

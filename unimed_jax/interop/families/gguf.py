@@ -16,7 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from unimed_jax.config import AttentionLinear, DecoderConfig, MoeConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
-from unimed_jax.interop.families.hf import copies_of_linear, has_bias, refuse_other_decoder
+from unimed_jax.interop.families.hf import copies_of_linear, has_bias
+from unimed_jax.interop.families.hf_config import refuse_other_decoder
 from unimed_jax.interop.tensors.gguf import GgufFile
 from unimed_jax.interop.tensors.load import load_leaves
 from unimed_jax.interop.tensors.table import Entry, Table, folded
@@ -193,7 +194,6 @@ def load_gguf(
     return load_leaves(gguf_decoder_table(d, moe), file, leaves, shardings, dtypes)
 
 
-
 def _refuse_unknown_quantisations(file: GgufFile) -> None:
     opaque = [name for name, stored in file.stored.items() if isinstance(stored.dtype, str)]
     if not opaque:
@@ -204,6 +204,7 @@ def _refuse_unknown_quantisations(file: GgufFile) -> None:
         f"{file.origin}: {', '.join(folded(opaque))} {verb} stored as {kinds}, which the package gguf does not "
         "dequantise; give a file of another type (F16, Q8_0, Q4_K, ...)."
     )
+
 
 # --------------------------------------------------------------------------------------------------
 # The tokenizer
