@@ -16,7 +16,7 @@ from support.unimed_frozen import frozen_table
 
 from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.families import unimed_names
 from unimed_jax.interop.tensors import load
 from unimed_jax.interop.tensors.load import load_leaves
 from unimed_jax.interop.tensors.table import (
@@ -188,7 +188,7 @@ class Spy(Tensors):
 
 
 def whole_table(config):
-    return unimed_pth.trainable_table(config) + frozen_table(config)
+    return unimed_names.trainable_table(config) + frozen_table(config)
 
 
 def tiny_files():
