@@ -174,7 +174,7 @@ def full_rows(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
         "targets": tokens[:, :, target],
         "target_tasks": np.broadcast_to(asked[..., None], index.shape),
     }
-    assert VISUAL_TASKS == TASKS[: len(VISUAL_TASKS)]  # one numbering serves images and answers
+    assert TASKS[: len(VISUAL_TASKS)] == VISUAL_TASKS  # one numbering serves images and answers
     return {
         "images": rng.integers(0, 256, (rows, images, side, side, 3), np.uint8),
         **{name: x.reshape(rows, -1).astype(np.int32) for name, x in arrays.items()},
@@ -254,9 +254,7 @@ def training(scale: Scale, rows: int, tokens: int, variant: str = "") -> Config:
         model = dataclasses.replace(model, lora=dataclasses.replace(model.lora, dropout=0.0))
     return Config(
         model=model,
-        data=DataConfig(
-            rows=rows, row_tokens=tokens, row_images=images, row_answers=images * scale.image_every // 4
-        ),
+        data=DataConfig(rows=rows, row_tokens=tokens, row_images=images, row_answers=images * scale.image_every // 4),
         loss=LossConfig(reduction="token"),
         optimizer=OptimizerConfig(skip_unused=True),
         train=TrainConfig(
@@ -351,7 +349,9 @@ def table(about: Values, results: Sequence[Values]) -> str:
     for result in results:
         result = dict(result)
         name = result.pop("row")
-        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items())
+        shown = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()
+        )
         lines.append(f"| {name} | {', '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
@@ -368,7 +368,9 @@ def measure(scale: Scale, budget: float, out: Path, only: Sequence[str] = ()) ->
         begun = time.perf_counter()
         left = budget - (begun - start)
         if row.estimate > left:
-            values: Values = {"skipped": f"it takes about {row.estimate:.0f} s, and {left:.0f} s of the budget are left"}
+            values: Values = {
+                "skipped": f"it takes about {row.estimate:.0f} s, and {left:.0f} s of the budget are left"
+            }
         else:
             try:
                 values = earlier[row.name] = row.run(scale, earlier)

@@ -44,7 +44,7 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
             part = "head"
         elif not _is_kernel(path):
             continue
-        count = visits[part]
+        count: float = visits[part]
         if path == "connector/router/task_kernel":
             count = len(VISUAL_TASKS)  # once a task, whatever the images
         if "/moe/experts/" in path:
@@ -52,11 +52,10 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
         passes = below[part] or path in ("connector/experts/down", "connector/router/out_kernel")
         flops[part] += 2 * math.prod(leaf.shape) * count * (1 + passes + rules[path].train)
 
-    # Scores and weighted values: 2 * width each for every pair that is seen.
+    # Scores and weighted values: 2 * width each for every pair that is seen; backward twice as many.
     flops["vision"] += 4 * vision.width * patches * patches * images * vision.depth * (3 if below["vision"] else 1)
     pairs = data.rows * examples * (data.row_tokens / examples) ** 2 / 2
-    passes = 3 if below["decoder"] else 1  # backward has two products for each one forward
-    flops["attention"] = 4 * decoder.heads * decoder.head_dim * pairs * decoder.depth * passes
+    flops["attention"] = 4 * decoder.heads * decoder.head_dim * pairs * decoder.depth * (3 if below["decoder"] else 1)
     return flops
 
 
