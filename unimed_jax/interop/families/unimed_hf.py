@@ -18,8 +18,8 @@ import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, to_dict
 from unimed_jax.data.example import Example
+from unimed_jax.data.forms import INSTRUCTIONS, TAGS, form_of
 from unimed_jax.data.layout import VISUAL
-from unimed_jax.data.prompts import INSTRUCTIONS, TAGS, build
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
@@ -146,10 +146,10 @@ def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
     """The evaluation prompt's constant parts: before the image (None: there is none), around the body, the body."""
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
     example = Example("", task, "{question}", "", image="" if task in VISUAL_TASKS else None)
-    prompt = build(example, 0, dataclasses.replace(config.text, max_words=None), evaluation=True)
-    before, found, after = (prompt.left if prompt.right is None else prompt.right).partition(body)
+    *image, asked = form_of(dataclasses.replace(config.text, max_words=None)).prompt(example)
+    before, found, after = asked.text.partition(body)
     assert found, f"the prompt of {task!r} does not hold its body as it stands"
-    return {"image": None if prompt.right is None else prompt.left, "before": before, "body": body, "after": after}
+    return {"image": image[0].text if image else None, "before": before, "body": body, "after": after}
 
 
 # --------------------------------------------------------------------------------------------------
