@@ -4,13 +4,11 @@ The container itself is read by `interop/tensors/gguf.py`.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import tokenizers
-from jax.sharding import NamedSharding
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from unimed_jax.config import AttentionLinear, DecoderConfig, MoeConfig, RopeScaling
@@ -19,7 +17,7 @@ from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf import copies_of_linear, has_bias
 from unimed_jax.interop.families.hf_config import refuse_other_decoder
 from unimed_jax.interop.tensors.gguf import GgufFile
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Entry, Table, folded
 from unimed_jax.model.layers import rope_frequencies
 
@@ -178,20 +176,18 @@ def _linear_entries(name: str, d: DecoderConfig, moe: MoeConfig, linear: str, la
 def load_gguf(
     path: str | Path,
     d: DecoderConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
     moe: MoeConfig = MoeConfig(),
 ) -> dict[str, Any]:
     """Loads the decoder's leaves, except adapters and routers, from a GGUF file.
 
-    path: as in `find_gguf`; other arguments as in `load_leaves`. Experts start as copies of their layer's MLP. Raises
+    path: as in `find_gguf`; `to` as in `load_leaves`. Experts start as copies of their layer's MLP. Raises
     UserError if the file's settings are not `d` or its weights do not fit.
     """
     file = GgufFile(path)
     refuse_other_decoder(decoder_from_gguf(file), d, file.origin)
     _refuse_unknown_quantisations(file)
-    return load_leaves(gguf_decoder_table(d, moe), file, leaves, shardings, dtypes)
+    return load_leaves(gguf_decoder_table(d, moe), file, to)
 
 
 def _refuse_unknown_quantisations(file: GgufFile) -> None:

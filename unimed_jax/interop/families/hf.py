@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import NamedSharding
 
 from unimed_jax.config import DecoderConfig, MoeConfig
 from unimed_jax.files import new_folder
@@ -24,7 +23,7 @@ from unimed_jax.interop.families.hf_config import (
     refuse_other_decoder,
 )
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Entry, Stored, Table, each_published, published_shapes
 from unimed_jax.processes import say
 
@@ -151,14 +150,12 @@ TOKENIZER_FILES = (
 def load_decoder(
     folder: str | Path,
     d: DecoderConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
     moe: MoeConfig = MoeConfig(),
 ) -> dict[str, Any]:
     """Loads the decoder's leaves, except adapters and routers, from a Hugging Face folder.
 
-    Arguments as in `load_leaves`. Experts start as copies of their layer's MLP. If the folder has a bias of the head
+    `to` as in `load_leaves`. Experts start as copies of their layer's MLP. If the folder has a bias of the head
     and `d` has none (Med-MoE's Phi-2), the bias is left out and a line says so. Raises UserError if the folder's
     settings are not `d` or its weights do not fit.
     """
@@ -169,7 +166,7 @@ def load_decoder(
         theirs = dataclasses.replace(theirs, head_bias=False)
         table = Table(table.entries, (*table.ignored, "lm_head.bias"))
     refuse_other_decoder(theirs, d, folder)
-    return load_leaves(table, open_weights(folder), leaves, shardings, dtypes)
+    return load_leaves(table, open_weights(folder), to)
 
 
 def export_decoder(

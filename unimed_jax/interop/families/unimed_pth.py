@@ -5,6 +5,7 @@ Its tensors are torch's ([out, in] linears, one module per layer and expert), wh
 layers, experts concatenated; one table translates the names and layouts in both directions.
 """
 
+import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import NamedSharding
 
 from unimed_jax.config import Config, ModelConfig
 from unimed_jax.errors import UserError
@@ -24,7 +24,7 @@ from unimed_jax.interop.families.unimed_names import (
     router_halves,
     trainable_table,
 )
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import (
     Arrays,
     Entry,
@@ -51,19 +51,13 @@ class Moments(NamedTuple):
     square: dict[str, Any]  # mean of their squares, float32
 
 
-def load_unimed(
-    path: str | Path,
-    config: ModelConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Loads adapters and connector from a checkpoint of the original; arguments as in `load_leaves`.
+def load_unimed(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
+    """Loads adapters and connector from a checkpoint of the original; `to` as in `load_leaves`.
 
     Raises one UserError for all tensors and settings of the file that are not those of `config`.
     """
-    tensors = _checked(TorchFile(path), config, leaves)
-    return load_leaves(trainable_table(config), tensors, leaves, shardings, dtypes)
+    tensors = _checked(TorchFile(path), config, to.leaves)
+    return load_leaves(trainable_table(config), tensors, to)
 
 
 def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) -> TorchTensors:
@@ -95,29 +89,24 @@ def _differences(config: ModelConfig, tree: Any) -> list[str]:
     return [f"its {n} is {theirs[n]!r}, not {ours[n]!r}" for n in named if n in theirs and theirs[n] != ours[n]]
 
 
-def load_moments(
-    path: str | Path,
-    config: ModelConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-) -> Moments:
+def load_moments(path: str | Path, config: ModelConfig, to: Destination) -> Moments:
     """Loads AdamW's state from a checkpoint of the original, in float32, by the paths of `load_unimed`.
 
     A parameter without state gets count 0 and moments 0. Raises UserError for a state that is not this model's, or
     one that we cannot hold: parameters of one leaf of ours that took part in different numbers of steps.
     """
     file, table = TorchFile(path), trainable_table(config)
-    expected = published_shapes(table, leaves)
+    expected = published_shapes(table, to.leaves)
     found = _states(file, config, expected)
     steps = {name: _step(file, name, found[name]["step"]) if name in found else 0 for name in expected}
+    single = dataclasses.replace(to, dtypes=dict.fromkeys(table.paths(), np.float32))
     moments = []
     for kind in ("exp_avg", "exp_avg_sq"):
         # These zeros take no memory until they are read.
         nothing = {name: np.zeros(expected[name].shape, np.float32) for name in expected if name not in found}
         there = {name: entry[kind] for name, entry in found.items() if isinstance(entry[kind], TorchTensor)}
         tensors = Arrays(nothing, TorchTensors(file, there, f"{kind} of the optimizer in {file.path}"))
-        dtypes = dict.fromkeys(table.paths(), np.float32)
-        moments.append(load_leaves(table, tensors, leaves, shardings, dtypes))
+        moments.append(load_leaves(table, tensors, single))
     return Moments(_counts(file, table, steps), *moments)
 
 
