@@ -23,6 +23,7 @@ from unimed_jax.config import LossConfig, TextConfig
 from unimed_jax.data import forms, images, layout
 from unimed_jax.evaluate.metrics import published
 from unimed_jax.interop.families import med_moe
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.generate import extended_span, generate
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -452,7 +453,7 @@ def check_router(folder, file):
         loaded = golden_files.to_leaves(med_moe.router_table(config), tensors, leaves)
     else:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == file["file_sha256"]
-        loaded = med_moe.load_router(path, config, leaves)
+        loaded = med_moe.load_router(path, config, Destination(leaves))
     kernel, bias = (np.asarray(loaded[f"decoder/layers/moe/router/{part}"]) for part in ("kernel", "bias"))
     assert kernel.shape == (2, width, experts) and bias.shape == (2, experts)
     for layer in range(2):
