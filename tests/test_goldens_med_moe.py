@@ -19,10 +19,11 @@ from conftest import golden_folder
 from safetensors.numpy import load_file
 from support import golden_med_moe as golden_files
 
-from unimed_jax.config import LossConfig
-from unimed_jax.data import chat, images
+from unimed_jax.config import LossConfig, TextConfig
+from unimed_jax.data import forms, images, layout
 from unimed_jax.evaluate.metrics import published
 from unimed_jax.interop.families import med_moe
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.generate import extended_span, generate
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -402,12 +403,13 @@ def check_prompts(folder, entry):
     assert data["cases"]
     for case in data["cases"]:
         what = f"{case['version']}, {case['name']}"
-        form, turns = chat.template(case["version"]), chat.turns_of(case["conversations"])
-        pieces = chat.prompt_pieces(form, [], turns[0][0])
-        assert chat.text_of(pieces, data["eos_token"]) == case["eval_prompt"], what
-        assert chat.encode(pieces, tokenise, eos, image)[0] == case["eval_input_ids"], what
+        form = forms.form_of(TextConfig(form=case["version"]))
+        turns = forms.turns_of(case["conversations"])
+        pieces = form.prompt_turns([], turns[0][0])
+        assert forms.text_of(pieces, data["eos_token"]) == case["eval_prompt"], what
+        assert layout.piece_ids(pieces, tokenise, eos, image)[0] == case["eval_input_ids"], what
         if "train_input_ids" in case:
-            ids, targets = chat.encode(chat.training_pieces(form, turns), tokenise, eos, image)
+            ids, targets = layout.piece_ids(form.training_turns(turns), tokenise, eos, image)
             assert ids == case["train_input_ids"], what
             labels = [i if target else data["ignore_index"] for i, target in zip(ids, targets, strict=True)]
             assert labels == case["train_labels"], what
@@ -451,7 +453,7 @@ def check_router(folder, file):
         loaded = golden_files.to_leaves(med_moe.router_table(config), tensors, leaves)
     else:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == file["file_sha256"]
-        loaded = med_moe.load_router(path, config, leaves)
+        loaded = med_moe.load_router(path, config, Destination(leaves))
     kernel, bias = (np.asarray(loaded[f"decoder/layers/moe/router/{part}"]) for part in ("kernel", "bias"))
     assert kernel.shape == (2, width, experts) and bias.shape == (2, experts)
     for layer in range(2):

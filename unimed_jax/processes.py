@@ -46,6 +46,12 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Prints a line, flushed, from the leading process only."""
+    if leads():
+        print(text, flush=True)
+
+
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
     """Lets process 0 run the block before the other processes do, so that they find the files that it wrote."""
