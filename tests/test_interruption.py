@@ -20,6 +20,7 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import interruption
 from unimed_jax import main as door
+from unimed_jax.analyze import chain
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
 from unimed_jax.interruption import Interruption, Stopped, claim, explain_full_disk
@@ -52,7 +53,7 @@ def compiled_once(quick_compiles, tmp_path_factory):
 def patched(compiled_once, monkeypatch):
     """The door trains on squares and leaves out the evaluation."""
     monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
-    monkeypatch.setattr(door, "_evaluate", lambda run, config: None)
+    monkeypatch.setattr(chain, "evaluate_run", lambda run, config: None)
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +316,7 @@ FORKS = """
 import os, sys
 from support.fake_brain import Squares
 from unimed_jax import main as door
+from unimed_jax.analyze import chain
 from unimed_jax.analyze import chain
 from unimed_jax.data import datasets
 from unimed_jax.train import loop
