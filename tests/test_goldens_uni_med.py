@@ -426,7 +426,7 @@ def test_broken(goldens, broken):
     label = broken["label"]
     if label == "task qa with image":
         with pytest.raises(UserError, match="text only"):
-            prompts.build(Example("r1", "qa", "why?", "so", image="i"), 0, Config().text, evaluation=False)
+            prompts.build(Example("r1", "qa", "why?", "so", images=("i",)), 0, Config().text, evaluation=False)
     elif label.startswith("hard with 3 experts"):
         task = next(t for t in VISUAL_TASKS if t in label)
         config = Config(

@@ -12,7 +12,7 @@ BARE = TextConfig(chat_template=False, training_blank=True)
 
 
 def example(task="vqa", question="what organ ?", image="i0"):
-    return Example("r1", task, question, "a", image=image if task != "qa" else None)
+    return Example("r1", task, question, "a", images=(image,) if image and task != "qa" else ())
 
 
 def test_image_prompt_has_the_published_form():
@@ -84,7 +84,7 @@ def test_wrong_records_are_named():
     with pytest.raises(UserError, match="r1.*needs an image"):
         prompts.build(example(image=None), 0, TEXT, evaluation=False)
     with pytest.raises(UserError, match="r1.*text only"):
-        prompts.build(Example("r1", "qa", "q", "a", image="i"), 0, TEXT, evaluation=False)
+        prompts.build(Example("r1", "qa", "q", "a", images=("i",)), 0, TEXT, evaluation=False)
     with pytest.raises(UserError, match="r1.*no task"):
         prompts.build(example("segment"), 0, TEXT, evaluation=False)
 

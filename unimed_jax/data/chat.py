@@ -118,8 +118,9 @@ def example_pieces(example: Example, text: TextConfig, answer: str | None = None
     """
     form = template(text.form)
     turns = [*example.history, (prompts.asked(example, 0, text), answer or "")]
-    if example.image is not None:
-        turns[0] = (f"{IMAGE}\n{turns[0][0]}", turns[0][1])
+    if example.images:
+        marks = f"{IMAGE}\n" * len(example.images)
+        turns[0] = (marks + turns[0][0], turns[0][1])
     return prompt_pieces(form, turns[:-1], turns[-1][0]) if answer is None else training_pieces(form, turns)
 
 

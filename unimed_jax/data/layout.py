@@ -135,7 +135,8 @@ class Encoder:
         return self._encode(example, prompt, [], double_bos=bool(self._text.double_bos))
 
     def _encode(self, example: Example, prompt: prompts.Prompt, answer: list[int], double_bos: bool) -> Encoded:
-        texts = [prompt.left] if prompt.right is None else [prompt.left, prompt.right]
+        between = ["</Img> <Img>"] * (len(example.images) - 1)
+        texts = [prompt.left] if prompt.right is None else [prompt.left, *between, prompt.right]
         encoded = encode_ids(
             [self._ids(t) for t in texts],
             answer,
@@ -155,7 +156,7 @@ class Encoder:
         ids, targets = np.repeat(np.array(marked, np.int32), counts), np.repeat(is_target, counts)
         (seen,) = np.nonzero(ids == VISUAL)
         start = int(seen[-1]) + 1 if len(seen) else 0
-        if len(seen) != (example.image is not None) * self._tokens_per_image or targets[:start].any():
+        if len(seen) != len(example.images) * self._tokens_per_image or targets[:start].any():
             raise UserError(f"record {example.id}: {chat.IMAGE!r} stands in its text; only its image is marked so.")
         prefix = _prefix(tuple(ids[:start].tolist()))
         (where,) = np.nonzero(targets[start:])

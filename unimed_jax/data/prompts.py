@@ -94,7 +94,7 @@ def asked(example: Example, variant: int, text: TextConfig) -> str:
     if task not in TAGS:
         raise UserError(f"record {example.id}: {task!r} is no task; choose from {', '.join(TAGS)}.")
     visual = task in VISUAL_TASKS
-    if visual != (example.image is not None):
+    if visual != bool(example.images):
         raise UserError(
             f"record {example.id}: task {task!r} "
             + ("needs an image; give one or use task 'qa'." if visual else "is text only; use 'vqa' for its image.")
@@ -110,7 +110,7 @@ def build(example: Example, variant: int, text: TextConfig, *, evaluation: bool)
     `text.max_words` cuts text alone as a whole, tag and instruction too (as published).
     """
     body = collapse(f"{TAGS.get(example.task)} {asked(example, 0 if evaluation else variant, text)}")
-    if example.image is not None:
+    if example.images:
         left = "<Img>"
         right = f"</Img> {body}" + (" " if text.training_blank and not evaluation else "")
         return Prompt(f"[INST] {left}", f"{right} [/INST]") if text.chat_template else Prompt(left, right)
