@@ -338,7 +338,7 @@ def test_report_writes_every_file(config, tmp_path, routed):
         assert metrics["routing"]["tv_trained"]["ci95"][0] == pytest.approx(0.2) and "maps" not in metrics["routing"]
     lines = [strict(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == len(records) == 2 * 5 * 24
-    keys = "id task split template cluster question image reference prediction box image_size meta"
+    keys = "id task split template cluster question images reference prediction box image_size meta"
     assert set(keys.split()) <= set(lines[0])
     assert (folder / "predictions.png").stat().st_size > 10_000
     text = (folder / "report.md").read_text()
