@@ -29,13 +29,13 @@ from unimed_jax.config import (
     TrainConfig,
     to_dict,
 )
-from unimed_jax.data import images, layout, prompts
+from unimed_jax.data import forms, images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import source_order
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics import captions, published
 from unimed_jax.evaluate.metrics import text as text_scores
-from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.families import unimed_names
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.decoder import Cache, Span
 from unimed_jax.model.generate import extended_span, generate
@@ -190,7 +190,7 @@ def train_setup(golden, model, optimizer: OptimizerConfig):
 
 def check_gradients(golden, model, batch):
     case, arrays = golden.case, golden.arrays
-    table = unimed_pth.trainable_table(golden.config)
+    table = unimed_names.trainable_table(golden.config)
     settings = case["optimizer"]
     optimizer = OptimizerConfig(
         betas=tuple(settings["betas"]), eps=settings["eps"], weight_decay=settings["weight_decay"], skip_unused=True
@@ -242,7 +242,7 @@ def check_train_sequence(golden):
         for path, mean in state.moments.mean.items():
             first = np.asarray(state.moments.count[path]) == 1
             tiny[path] |= first & (mean != 0) & (np.abs(mean) < 1e-6 * (1 - optimizer.betas[0]))
-    table = unimed_pth.trainable_table(golden.config)
+    table = unimed_names.trainable_table(golden.config)
     final = to_published(table, state.leaves)
     counts = {path: np.broadcast_to(state.moments.count[path], leaf.shape) for path, leaf in state.leaves.items()}
     counted = {name: set(np.unique(n)) for name, n in to_published(table, counts).items()}
@@ -342,7 +342,7 @@ def aux_preprocess(rows, tensors, entries):
 
 def aux_text(rows, tensors, entries):
     for text, expected in rows:
-        assert prompts.cut_words(text, 50) == expected
+        assert forms.cut_words(text, 50) == expected
 
 
 def aux_normalize_word(rows, tensors, entries):
@@ -426,7 +426,7 @@ def test_broken(goldens, broken):
     label = broken["label"]
     if label == "task qa with image":
         with pytest.raises(UserError, match="text only"):
-            prompts.build(Example("r1", "qa", "why?", "so", images=("i",)), 0, Config().text, evaluation=False)
+            forms.form_of(Config().text).training(Example("r1", "qa", "why?", "so", images=("i",)), 0)
     elif label.startswith("hard with 3 experts"):
         task = next(t for t in VISUAL_TASKS if t in label)
         config = Config(

@@ -8,7 +8,7 @@ import numpy as np
 
 from unimed_jax.config import TASKS, Config, TextConfig, config_hash, to_dict
 from unimed_jax.data.example import Dataset, Example
-from unimed_jax.data.prompts import cut_words, text_to_box
+from unimed_jax.data.forms import cut_words, form_of, text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines
 from unimed_jax.evaluate.metrics import PRIMARY, corrected_measures
@@ -265,7 +265,7 @@ def _published(task: str, records: Sequence[Mapping], text: TextConfig) -> Mappi
         boxes, sizes = [record["box"] for record in records], [record["image_size"] for record in records]
         return refer_report(predictions, boxes, sizes)
     references = [record["reference"] for record in records]
-    if task == "vqa" and text.form != "unimed":
+    if task == "vqa" and form_of(text).published == "Med-MoE":
         kinds = [record["meta"].get("answer_type", "") for record in records]
         return medmoe_report(list(zip(predictions, references, strict=True)), kinds)
     if text.max_words is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from unimed_jax.data.prompts import text_to_box
+from unimed_jax.data.forms import text_to_box
 
 Box = tuple[float, float, float, float]
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unimed_jax.config import Config
+from unimed_jax.data.forms import form_of
 
 
 def verdict(margin: Mapping | None) -> str:
@@ -86,7 +87,8 @@ def markdown(folder: Path, config: Config, metrics: Mapping, pictures: Sequence[
         "The margin is the model minus the best blind baseline, a paired bootstrap over clusters of test items "
         f"({config.evaluate.bootstrap} resamples); *above blind* means that its lower end is above 0."
     )
-    system = "Uni-Med's" if config.text.form == "unimed" else "Uni-Med's (vqa: Med-MoE's)"
+    of_vqa = form_of(config.text).published
+    system = "Uni-Med's" + (f" (vqa: {of_vqa}'s)" if of_vqa != "Uni-Med" else "")
     published = (
         "## Scores as published on test\n\n"
         f"{_published_table(tasks)}\n\n"
