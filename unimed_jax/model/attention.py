@@ -150,13 +150,8 @@ def _plain(
         preferred_element_type=jnp.float32,
     )
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-    out = out.reshape(batch, groups, repeats, length, head).transpose(
-        0,
-        3,
-        1,
-        2,
-        4,
-    )  # [B, S, G, R, d]
+    out = out.reshape(batch, groups, repeats, length, head)  # [B, G, R, S, d]
+    out = out.transpose(0, 3, 1, 2, 4)  # [B, S, G, R, d]
     return out.reshape(batch, length, heads, head)  # [B, S, heads, d]
 
 
@@ -185,9 +180,8 @@ def _splash(
     interpret: bool = False,
 ) -> Float[Array, "B S heads head"]:
     """Runs the Pallas kernel for TPUs, row by row; `interpret` runs it on a CPU, for tests."""
-    from jax.experimental.pallas.ops.tpu import (
-        splash_attention as splash,
-    )  # imported here: it loads a compiler
+    # Imported here, because it loads a compiler.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads = q.shape[1:3]
     # Every block costs a step of the grid even when it is skipped, so the largest size that divides

@@ -94,11 +94,8 @@ class Experts(nnx.Module):
         if self.up_bias is not None:
             h = ACTIVATIONS[self.activation](h + self.up_bias[...].astype(x.dtype)[None])
         scale = jnp.broadcast_to(routing, (len(x), self.count, h.shape[1] // self.count))
-        h = h * constrain(
-            scale.reshape(h.shape),
-            None,
-            "expert_hidden",
-        )  # [N * T, E * H] (moe_linear: E * O)
+        scale = constrain(scale.reshape(h.shape), None, "expert_hidden")
+        h = h * scale  # [N * T, E * H] (moe_linear: E * O)
         by_expert = h.reshape(len(x), self.count, -1)  # [N * T, E, H or O]
         y = by_expert.sum(axis=1) if self.down is None else h @ self.down[...].astype(x.dtype)
         return (y + bias).reshape(images, tokens, -1)  # [N, T, O]
@@ -153,9 +150,8 @@ class Router(nnx.Module):
         hidden = self.bias[...].astype(x.dtype)[None, None]
         if self.task_kernel is not None:
             assert task_tokens is not None
-            table = task_tokens.astype(x.dtype) @ self.task_kernel[...].astype(
-                x.dtype,
-            )  # [tasks, R]
+            kernel = self.task_kernel[...].astype(x.dtype)
+            table = task_tokens.astype(x.dtype) @ kernel  # [tasks, R]
             hidden = hidden + table[tasks][:, None]  # [N, 1, R]
         if self.token_kernel is not None:
             hidden = hidden + x @ self.token_kernel[...].astype(x.dtype)  # [N, T, R]

@@ -39,10 +39,10 @@ from unimed_jax.model.routing import Noise, Routing, draw_noise
 class Span(NamedTuple):
     """Describes the tokens of a batch of rows; all int32 [B, S].
 
-    segments: the number of a token's segment in its row; 0 is padding. A token sees its own
-    segment. prefixes: one more segment that the token sees (several questions share one image,
-    say); the token's own segment if there is none. positions: for the rotary embedding and for
-    windows.
+    positions: for the rotary embedding and for windows.
+    segments: the number of a token's segment in its row, 0 for padding. A token sees its segment.
+    prefixes: one more segment that the token sees, as when several questions share one image; the
+    token's own segment if there is none.
     """
 
     positions: Array
@@ -158,19 +158,10 @@ class DecoderAttention(nnx.Module):
         """
         c = self.config
         batch, length, _ = x.shape
+        shared = (batch, length, c.kv_heads, c.head_dim)
         q = self.q(x, dropout.q).reshape(batch, length, c.heads, c.head_dim)  # [B, S, heads, d]
-        k = self.k(x, dropout.k).reshape(
-            batch,
-            length,
-            c.kv_heads,
-            c.head_dim,
-        )  # [B, S, kv_heads, d]
-        v = self.v(x, dropout.v).reshape(
-            batch,
-            length,
-            c.kv_heads,
-            c.head_dim,
-        )  # [B, S, kv_heads, d]
+        k = self.k(x, dropout.k).reshape(shared)  # [B, S, kv_heads, d]
+        v = self.v(x, dropout.v).reshape(shared)  # [B, S, kv_heads, d]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
@@ -352,10 +343,11 @@ class Decoder(nnx.Module):
         """Runs all layers and the last norm.
 
         With a cache, x takes its places start .. start + S - 1, which `cache.span` must already
-        describe, and the filled cache is returned. A `dropout_key` means training. noise: of the
-        routers, stacked over the layers with experts, or a key to draw it from. By default it is
-        drawn from `dropout_key`, so evaluation has none. states: also return the output of every
-        layer.
+        describe, and the filled cache is returned. A `dropout_key` means training.
+
+        noise: of the routers, stacked over the layers with experts, or a key to draw it from. By
+        default it is drawn from `dropout_key`, so evaluation has none.
+        states: also return the output of every layer.
         """
         depth = self.config.depth
         plan = LayerPlan.of(tuple(i in self.moe.numbers(depth) for i in range(depth)))
@@ -387,9 +379,8 @@ class Decoder(nnx.Module):
         if carry.keys is not None and carry.values is not None:
             filled = Cache(carry.keys, carry.values, key_span)
         if outputs is not None:
-            outputs = jnp.concatenate(
-                [x[None], outputs[:-1], hidden[None]],
-            )  # [layers + 1, B, S, D]
+            parts = [x[None], outputs[:-1], hidden[None]]
+            outputs = jnp.concatenate(parts)  # [layers + 1, B, S, D]
         return DecoderOutput(hidden, filled, routing, outputs)
 
     def _run_layer(

@@ -85,9 +85,8 @@ class Moe(nnx.Module):
         """Runs the experts by the dispatch that the settings name."""
         width = x.shape[-1]
         if self.config.path == "dense":
-            return run_dense(self.experts, x.reshape(-1, width), routing).reshape(
-                x.shape,
-            )  # [B, S, D]
+            y = run_dense(self.experts, x.reshape(-1, width), routing)  # [N, D]
+            return y.reshape(x.shape)  # [B, S, D]
         if self.config.path == "capacity" and capacity is not None:
             y = run_capacity(self.experts, x.reshape(-1, width), routing, capacity)  # [N, D]
             return y.reshape(x.shape)  # [B, S, D]
@@ -122,11 +121,8 @@ def upcycled(mlp: dict[str, Array], config: MoeConfig, depth: int) -> dict[str, 
     out = {}
     for name, leaf in mlp.items():
         of_experts = leaf[jnp.array(with_experts)]  # [layers with experts, ...]
-        experts = jnp.repeat(
-            of_experts[:, None],
-            config.experts,
-            axis=1,
-        )  # [layers with experts, E, ...]
+        # [layers with experts, E, ...]
+        experts = jnp.repeat(of_experts[:, None], config.experts, axis=1)
         out[f"moe/experts/{name}"] = experts
         if plain:
             out[f"mlp/{name}"] = leaf[jnp.array(plain)]
@@ -164,12 +160,8 @@ def run_capacity(
     count = experts.up.kernel[...].shape[0]
 
     def run(rows: Array) -> Array:
-        buffers = constrain(
-            rows.reshape(count, capacity, -1),
-            "expert",
-            "capacity",
-            None,
-        )  # [E, C, D]
+        buffers = rows.reshape(count, capacity, -1)  # [E, C, D]
+        buffers = constrain(buffers, "expert", "capacity", None)
         out = jax.vmap(lambda expert, tokens: expert(tokens))(experts, buffers)
         return constrain(out, "expert", "capacity", None).reshape(rows.shape)  # [E * C, D]
 
@@ -277,12 +269,8 @@ def _run_own_experts(
     shape = x.shape
     if layout.exchanges_tokens:
         gather = functools.partial(jax.lax.all_gather, axis_name=holders, tiled=True)
-        x, chosen, weights, kept = (
-            gather(x),
-            gather(chosen),
-            gather(weights),
-            gather(kept),
-        )  # [more b, S, ...]
+        x, chosen = gather(x), gather(chosen)  # [more b, S, ...] each
+        weights, kept = gather(weights), gather(kept)
     choices = (chosen, weights, kept)
     chosen, weights, kept = (a.reshape(-1, a.shape[-1]) for a in choices)  # [N, K] each
 
@@ -352,9 +340,8 @@ def _blocks(chosen: Int[Array, "N K"], kept: Bool[Array, "N K"], count: int) -> 
     # Large enough for a product to be fast, small enough to leave few rows empty.
     largest = 64 if hardware() == "cpu" else 256
     size = min(largest, max(8, 1 << (choices // count).bit_length()))
-    tokens = (jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]).sum(
-        axis=(0, 1),
-    )  # [E]
+    mask = jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]  # [N, K, E]
+    tokens = mask.sum(axis=(0, 1))  # [E]
     ends = jnp.cumsum(-(-tokens // size))  # [E], in blocks
     blocks = choices // size + min(count, choices)  # enough whatever the routing is
     owners = jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)

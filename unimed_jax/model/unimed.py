@@ -84,18 +84,13 @@ class UniMed(nnx.Module):
         rows, slots = batch["image_tasks"].shape
         if slots == 0:
             return x, None
-        images = batch["images"].reshape(
-            rows * slots,
-            *batch["images"].shape[2:],
-        )  # [B * M, H, W, 3]
+        images = batch["images"]
+        images = images.reshape(rows * slots, *images.shape[2:])  # [B * M, H, W, 3]
         tokens, routing = self.encode_images(images, batch["image_tasks"].reshape(-1))
         tokens = tokens.reshape(rows, -1, tokens.shape[-1])  # [B, M * T, D]
         visual = batch["visual"]
-        gathered = jnp.take_along_axis(
-            tokens,
-            jnp.maximum(visual, 0)[..., None],
-            axis=1,
-        )  # [B, S, D]
+        places = jnp.maximum(visual, 0)[..., None]  # [B, S, 1]
+        gathered = jnp.take_along_axis(tokens, places, axis=1)  # [B, S, D]
         x = jnp.where((visual >= 0)[..., None], gathered.astype(x.dtype), x)
         return constrain(x, "batch", None, None), routing
 
