@@ -43,7 +43,7 @@ def table_and_leaves(gigabytes: float):
         for path, leaf in parameters(abstract(config)).items()
         if path.startswith("decoder/")
     }
-    return hf.decoder_table(config.decoder), leaves
+    return hf.hf_decoder_table(config.decoder), leaves
 
 
 def write(folder: Path, gigabytes: float) -> None:
@@ -52,10 +52,10 @@ def write(folder: Path, gigabytes: float) -> None:
     import numpy as np
 
     from unimed_jax.interop.tensors.files import write_safetensors
-    from unimed_jax.interop.tensors.table import published
+    from unimed_jax.interop.tensors.table import published_shapes
 
     table, leaves = table_and_leaves(gigabytes)
-    stored = published(table, leaves)
+    stored = published_shapes(table, leaves)
     block = np.random.default_rng(0).standard_normal(3_000_017).astype(ml_dtypes.bfloat16)
     tensors = ((name, np.resize(block, shape)) for name, (shape, _) in stored.items())
     write_safetensors(folder, stored, tensors, limit=1 << 31)

@@ -66,11 +66,9 @@ def variants(moe: Config) -> dict[str, Config]:
     def trained(config: Config, **fields) -> Config:
         return dataclasses.replace(config, init=without, train=dataclasses.replace(config.train, **fields))
 
-    dense = trained(changed(experts=0), rules=tuple(rule for rule in rules if "/moe/" not in rule[0]))
+    dense = trained(changed(experts=0), rules=tuple(rule for rule in rules if "/moe/" not in rule.match))
     longer = round(moe.train.steps * activated(moe) / activated(dense))
-    learns = tuple(
-        (path, "train", *rest) if "/router/" in path else (path, action, *rest) for path, action, *rest in rules
-    )
+    learns = tuple(dataclasses.replace(rule, train=True) if "/router/" in rule.match else rule for rule in rules)
     found = {
         "moe": moe,
         "dense": dense,
@@ -101,7 +99,7 @@ def shortened(config: Config) -> Config:
         train=dataclasses.replace(config.train, steps=3),
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
         evaluate=dataclasses.replace(config.evaluate, limit=24, bootstrap=100),
-        router=dataclasses.replace(config.router, labels=(40,) if config.router.key else ()),
+        router_fit=dataclasses.replace(config.router_fit, labels=(40,) if config.job == "router" else ()),
     )
 
 

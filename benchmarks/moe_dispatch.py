@@ -66,7 +66,7 @@ def settings(size: str, path: str, experts: int) -> Config:
         model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, **wide))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=8))
     if path == NONE:
-        rules = tuple(rule for rule in rules if "/moe/" not in rule[0])
+        rules = tuple(rule for rule in rules if "/moe/" not in rule.match)
     return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, rules=rules))
 
 

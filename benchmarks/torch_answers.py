@@ -158,7 +158,7 @@ def main() -> None:
     harness.need("torch")
 
     from unimed_jax.data.datasets import joined, load_datasets
-    from unimed_jax.interop.families.unimed_hf import export_model
+    from unimed_jax.interop.families.unimed_hf import export_unimed_hf
     from unimed_jax.runs.folder import tokenizer_folder
     from unimed_jax.runs.open import open_run
 
@@ -168,7 +168,7 @@ def main() -> None:
         if not folder.exists():
             scores = run.folder / "metrics.json"
             metrics = json.loads(scores.read_text()) if scores.is_file() else None
-            export_model(folder, run.config, run.model, tokenizer_folder(run.folder, run.config), metrics)
+            export_unimed_hf(folder, run.config, run.model, tokenizer_folder(run.folder, run.config), metrics)
         dataset = joined(load_datasets(run.config.data))
         examples = chosen(dataset.examples("test"), known.examples)
         pixels = [None if e.image is None else dataset.image(e.image) for e in examples]

@@ -53,6 +53,7 @@ from unimed_jax.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    RuleConfig,
     TrainConfig,
     VisionConfig,
 )
@@ -247,9 +248,9 @@ class Ours:
             optimizer=OptimizerConfig(skip_unused=True),
             train=TrainConfig(
                 rules=(
-                    ("decoder/*/lora_?", "train", 1.0, None),
-                    ("connector/*", "train", 1.0, None),
-                    ("*", "freeze", 1.0, None),
+                    RuleConfig("decoder/*/lora_?", True),
+                    RuleConfig("connector/*", True),
+                    RuleConfig("*", False),
                 )
             ),
         )

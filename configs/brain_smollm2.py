@@ -61,9 +61,9 @@ def get_config():
     optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 2e-3, 0.0, 0.0, 20
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.0, 1.0
     config.train.rules = (
-        ("decoder/*/lora_?", "train", 1.0, None),
-        ("connector/*", "train", 1.0, None),
-        ("*", "freeze", 1.0, None),
+        dict(match="decoder/*/lora_?", train=True),
+        dict(match="connector/*", train=True),
+        dict(match="*", train=False),
     )
     config.train.steps, config.train.save_every = 300, 100
 

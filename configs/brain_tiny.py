@@ -52,7 +52,7 @@ def get_config():
     optimizer.betas, optimizer.weight_decay, optimizer.clip = (0.9, 0.98), 0.05, 1.0
 
     # At the common rate the task tokens hardly leave their small start within so short a run.
-    config.train.rules = (("connector/task_tokens", "train", 10.0, None), ("*", "train", 1.0, None))
+    config.train.rules = (dict(match="connector/task_tokens", train=True, lr_scale=10.0), dict(match="*", train=True))
     config.train.steps, config.train.save_every = 1200, 600
     config.evaluate.batch, config.evaluate.max_new_tokens = 128, 96
     return config

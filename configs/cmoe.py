@@ -63,8 +63,8 @@ def get_config():
     optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip = (0.9, 0.999), 1e-8, 0.05, 0.0
     config.train.steps = 50000
     config.train.rules = (
-        ("decoder/*/lora_?", "train", 1.0, None),
-        ("connector/*", "train", 1.0, None),
-        ("*", "freeze", 1.0, None),
+        dict(match="decoder/*/lora_?", train=True),
+        dict(match="connector/*", train=True),
+        dict(match="*", train=False),
     )
     return config

@@ -1,13 +1,16 @@
 """Settings: what is refused and in which sentence, fidelity, round trips, config files."""
 
+import copy
 import dataclasses
 import json
+import math
 import operator
+import pickle
 
 import ml_collections
 import pytest
 
-from unimed_jax.config import Config, config_hash, default_config, to_dict
+from unimed_jax.config import Config, RuleConfig, config_hash, default_config, to_dict
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.settings import FIDELITY, from_config_dict, load_config_file
 
@@ -72,8 +75,9 @@ def test_unknown_keys(key, right):
         (
             "train__rules",
             (("*", "train", 1.0),),
-            "config.train.rules[0] must have 4 entries, not 3: ('*', 'train', 1.0).",
+            "config.train.rules[0] must be a group of settings, not ('*', 'train', 1.0).",
         ),
+        ("train__rules", ({"match": "*"},), "config.train.rules[0] needs train; add it to {'match': '*'}."),
     ],
 )
 def test_wrong_types(key, value, sentence):
@@ -81,9 +85,11 @@ def test_wrong_types(key, value, sentence):
 
 
 def test_whole_numbers_are_floats_too():
-    config = from_config_dict(with_settings(optimizer__lr=1, train__rules=[["*", "train", 2, None]]))
+    config = from_config_dict(
+        with_settings(optimizer__lr=1, train__rules=[{"match": "*", "train": True, "lr_scale": 2}])
+    )
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
-    assert config.train.rules == (("*", "train", 2.0, None),)
+    assert config.train.rules == (RuleConfig("*", True, lr_scale=2.0),)
     assert from_config_dict(with_settings(model__connector__hidden=7)).model.connector.hidden == 7
     assert from_config_dict(with_settings(model__connector__hidden=None)).model.connector.hidden is None
 
@@ -103,7 +109,7 @@ def test_fidelity_is_expanded_once(fidelity):
 def test_fidelity_yields_to_what_is_set():
     config = from_config_dict(with_settings(fidelity="paper", text__max_words=9, optimizer__skip_unused=False))
     assert config.text.max_words == 9 and config.optimizer.skip_unused is False and config.text.double_bos is True
-    refused(with_settings(fidelity="published"), "config.fidelity: 'published' is unknown", "'paper'")
+    refused(with_settings(fidelity="published"), "config.fidelity: 'published' is unknown; choose from default, paper.")
 
 
 def test_round_trip_and_hash():
@@ -112,7 +118,12 @@ def test_round_trip_and_hash():
         with_settings(
             fidelity="paper",
             model__decoder__rope_scaling={"factor": 4.0},
-            data__sources=({"name": "brain", "tasks": ("vqa", "cls"), "weight": 2},),
+            data__sources=(
+                {
+                    **{"name": "brain", "tasks": ("vqa", "cls"), "weight": 2, "only": {"template": ["where", "what"]}},
+                    **{"weights": {"organ": {"liver": 2}}, "options": {"jitters": [8, {"seed": 0}], "fast": True}},
+                },
+            ),
         )
     )
     stored = json.loads(json.dumps(to_dict(config)))
@@ -120,7 +131,11 @@ def test_round_trip_and_hash():
     again = from_config_dict(backwards)
     assert again == config and config_hash(again) == config_hash(config)
     assert config.data.sources[0].weight == 2.0 and config.model.decoder.rope_scaling.original_positions == 8192
+    assert config.data.sources[0].options == {"jitters": (8, {"seed": 0}), "fast": True}
     assert len(config_hash(config)) == 16 and hash(config) == hash(again)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(TypeError, match="cannot be changed"):
+        config.data.sources[0].options["jitters"] = 9
     other = from_config_dict(backwards | {"seed": 1})
     assert config_hash(other) != config_hash(config)
 
@@ -167,7 +182,7 @@ MODELS = {
     ),
     "unknown connector": ({"connector__kind": "mlp"}, ["'mlp' is unknown", "mlpNx_gelu"]),
     "connector of no layer": ({"connector__kind": "mlp0x_gelu"}, ["'mlp0x_gelu' is unknown"]),
-    "two task tokens": ({"connector__task_tokens": 2}, ["task_tokens=2", "0 or 1"]),
+    "two task tokens": ({"connector__task_tokens": 2}, ["config.model.connector.task_tokens: 2", "0, 1"]),
     "pools of another rate": ({"connector__aggregation": "avgpool", "connector__rate": 2}, ["avgpool", "rate=4"]),
     "pools of an odd grid": (
         {"connector__aggregation": "maxpool", "vision__image_size": 24, "connector__rate": 4},
@@ -192,12 +207,12 @@ MODELS = {
     ),
     "an adapter of a gate that is not there": (
         {"decoder__gated_mlp": False, "lora__rank": 2},
-        ["config.model.lora.targets: 'gate'", "gated_mlp=False"],
+        ["config.model.lora.targets: ", "'gate'", "gated_mlp=False"],
     ),
     "a bias of what is no linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
     "an adapter of what is no linear": (
         {"lora__targets": ("q", "gates")},
-        ["lora.targets: 'gates' is unknown", "gate, up, down"],
+        ["lora.targets[1]: 'gates' is unknown", "gate, up, down"],
     ),
 }
 
@@ -253,12 +268,86 @@ RUNS = {
     "no micro-batches": ({"train__accumulation": 0}, ["config.train.accumulation=0"]),
     "no rows": ({"data__rows": 0}, ["config.data.rows=0"]),
     "a rule of another word": (
-        {"train__rules": (("*", "frozen", 1.0, None),)},
-        ["config.train.rules: '*' says 'frozen'", "'freeze'"],
+        {"train__rules": ({"match": "*", "train": "frozen"},)},
+        ["config.train.rules[0].train must be bool, not 'frozen'"],
     ),
     "an unknown task": (
         {"data__sources": ({"tasks": ("captions",)},)},
-        ["'captions' is no task; did you mean 'caption'?"],
+        ["config.data.sources[0].tasks[0]: 'captions' is unknown; choose from vqa, refer"],
+    ),
+}
+
+
+BOUNDS = [
+    ("seed", -1, "config.seed=-1: set 0 to 4294967295."),
+    ("seed", 2**32, "config.seed=4294967296: set 0 to 4294967295."),
+    ("optimizer__lr", math.nan, "config.optimizer.lr=nan: set a finite number."),
+    ("optimizer__lr", -1e-3, "config.optimizer.lr=-0.001: set at least 0."),
+    ("optimizer__clip", math.inf, "config.optimizer.clip=inf: set a finite number."),
+    ("optimizer__betas", (0.9, 1.0), "config.optimizer.betas[1]=1.0: set a number below 1."),
+    ("optimizer__eps", 0, "config.optimizer.eps=0.0: set a number above 0."),
+    ("model__lora__dropout", 1.0, "config.model.lora.dropout=1.0: set a number below 1."),
+    ("model__lora__targets", ("q", "q"), "config.model.lora.targets names 'q' twice; name it once."),
+    ("model__vision__std", (0.2, 0.0, 0.2), "config.model.vision.std[1]=0.0: set a number above 0."),
+    ("model__decoder__windows", (8, -1), "config.model.decoder.windows[1]=-1: set at least 0."),
+    ("model__decoder__rotary_fraction", 1.5, "config.model.decoder.rotary_fraction=1.5: set 0 to 1."),
+    ("model__decoder__attention_softcap", 0.0, "config.model.decoder.attention_softcap=0.0: set a number above 0."),
+    ("model__moe__capacity_factor", -1, "config.model.moe.capacity_factor=-1.0: set a number above 0."),
+    ("data__image_cache_mib", -1, "config.data.image_cache_mib=-1: set at least 0."),
+    ("evaluate__top_p", 0.0, "config.evaluate.top_p=0.0: set a number above 0."),
+    ("evaluate__splits", ("test", " "), "config.evaluate.splits[1] is empty (' '); name at least one."),
+    ("train__rules", ({"match": "", "train": True},), "config.train.rules[0].match is empty (''); name at least one."),
+    ("router_fit__labels", (0, 3), "config.router_fit.labels[0]=0: set at least 1."),
+    *(
+        ("data__sources", ({"name": "brain", **wrong},), f"config.data.sources[0].{sentence}")
+        for wrong, sentence in [
+            ({"weight": 0}, "weight=0.0: set a number above 0."),
+            ({"weight": math.inf}, "weight=inf: set a finite number."),
+            ({"questions": 0}, "questions=0: set at least 1."),
+            ({"name": ""}, "name is empty (''); name at least one."),
+            ({"only": {"template": ()}}, "only['template'] is empty (()); name at least one."),
+            ({"only": {"template": "where"}}, "only['template'] must be a tuple, not 'where'."),
+            ({"only": ("template",)}, "only must be a dict, not ('template',)."),
+            ({"weights": {"template": {"where": -1}}}, "weights['template']['where']=-1.0: set at least 0."),
+            (
+                {"info": {"license": "CC0"}},
+                "info, key 'license': 'license' is unknown; choose from licence, citation, note, cluster_word.",
+            ),
+            ({"options": {"jitters": math.nan}}, "options['jitters']=nan: set a finite number."),
+            (
+                {"options": {"part": [print]}},
+                f"options['part'][0] must be text, a number, a list or a dict, not {print!r}.",
+            ),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("key, value, sentence", BOUNDS)
+def test_bounds(key, value, sentence):
+    assert refused(with_settings(**{key: value})) == sentence
+
+
+ENTRY = {"source": "brain", "task": "vqa", "split": "val"}
+RUNS |= {
+    "a router without classes": ({"job": "router"}, ["config.job='router'", "config.router_fit.key"]),
+    "patience for nothing": ({"train__patience": 3}, ["config.train.patience=3", "config.train.best"]),
+    "the best of what is not measured": (
+        {"train__best": "accuracy/brain/val/vqa", "evaluate__entries": (ENTRY,)},
+        ["config.train.best='accuracy/brain/val/vqa'", "`every`"],
+    ),
+    "the highest loss": (
+        {"train__best": "loss/brain/val/vqa", "evaluate__entries": (ENTRY | {"every": 10},)},
+        ["best_mode='min'"],
+    ),
+    "an entry twice": ({"evaluate__entries": (ENTRY, ENTRY)}, ["config.evaluate.entries names brain/val/vqa twice"]),
+    "a scaling upside down": (
+        {"model__decoder__rope_scaling": {"low_freq_factor": 4.0}},
+        ["high_freq_factor=4.0", "low_freq_factor=4.0"],
+    ),
+    "heads too narrow to rotate": (
+        {"model__decoder__rotary_fraction": 0.01},
+        ["rotary_fraction=0.01", "head_dim=32"],
     ),
 }
 

@@ -110,7 +110,7 @@ def check_moe_layer(folder, entry):
 
 def check_layer_path(arrays, entry, path):
     config = golden_files.layer_config(entry, path)
-    table = med_moe.layer_table(config, "param", 0)
+    table = med_moe.expert_layer_table(config, "param", 0)
     weights, grads = complete(arrays, "param."), {k: v for k, v in arrays.items() if k.startswith("grad.")}
     model = golden_files.loaded(config, table, weights)
     leaves = {path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/layers/moe/")}
@@ -183,13 +183,13 @@ def model_of(folder, name):
     (entry,) = (e for e in entries if e["family"] == "model_weights" and e["model"] == name)
     config = golden_files.model_config(entry)
     weights = complete(load_file(folder / entry["file"]), "")
-    return entry, config, weights, golden_files.loaded(config, med_moe.model_table(config), weights)
+    return entry, config, weights, golden_files.loaded(config, med_moe.med_moe_table(config), weights)
 
 
 def check_model_weights(folder, entry):
     """Every tensor is known and comes back as it was; so do the settings."""
     entry, config, weights, model = model_of(folder, entry["model"])
-    table = med_moe.model_table(config)
+    table = med_moe.med_moe_table(config)
     back = to_published(table, parameters(model))
     for name, value in back.items():
         np.testing.assert_array_equal(value, weights[name], err_msg=name)
@@ -200,7 +200,7 @@ def check_model_weights(folder, entry):
     sizes = [sum(stored[n].size for n in names) for names in (stored, set(stored) - set(twins))]
     assert entry["params"] in sizes
     assert golden_files.trainable(entry, back) <= set(back)
-    again = med_moe.model_config(med_moe.settings_of(config), config.vision)
+    again = med_moe.model_from_med_moe(med_moe.model_to_med_moe(config), config.vision)
     assert again == golden_plain(config)
 
 
@@ -304,7 +304,7 @@ def check_loss(entry, config, weights, model, rows, noise, arrays, loose):
     grads = {k: v for k, v in arrays.items() if k.startswith("grad.")}
     if grads:
         (value, balancing), d_leaves = jax.jit(jax.value_and_grad(loss, has_aux=True))(leaves)
-        check_gradients(to_published(med_moe.model_table(config), d_leaves), weights, grads, entry["case"])
+        check_gradients(to_published(med_moe.med_moe_table(config), d_leaves), weights, grads, entry["case"])
     else:
         value, balancing = jax.jit(loss)(leaves)
     close(value, arrays["out.loss"], "loss", atol=max(2e-5, loose * coef))
@@ -357,7 +357,7 @@ def check_generate(config, weights, rows, scores, new):
     if (scores < -1e29).any(axis=(0, 1)).tolist() != never.tolist():
         return
     biased = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, head_bias=True))
-    table = med_moe.model_table(biased)
+    table = med_moe.med_moe_table(biased)
     weights = {**weights, "lm_head.bias": np.where(never, -1e30, weights.get("lm_head.bias", 0)).astype(np.float32)}
     model = golden_files.loaded(biased, table, weights)
     tokens = generate(model, rows.batch, max_new_tokens=new.shape[1], eos=-1, pad=0)

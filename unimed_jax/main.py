@@ -138,7 +138,7 @@ def train_and_evaluate(config: Config, folder: Path) -> None:
     from unimed_jax.model.sharding import inside
     from unimed_jax.train.loop import train
 
-    if config.router.key:
+    if config.job == "router":
         from unimed_jax.train.router import REPORT, summary, train_router
 
         report = train_router(config, folder)
@@ -262,7 +262,7 @@ def run_export(arguments: list[str]) -> None:
     from unimed_jax.interop.families import med_moe
     from unimed_jax.interop.families.hf import export_decoder
     from unimed_jax.interop.families.peft import export_peft
-    from unimed_jax.interop.families.unimed_hf import export_model, merged_leaves
+    from unimed_jax.interop.families.unimed_hf import export_unimed_hf, merged_leaves
     from unimed_jax.interop.families.unimed_pth import export_unimed, trainable_table
     from unimed_jax.model.parameters import parameters
     from unimed_jax.runs.folder import tokenizer_folder
@@ -280,11 +280,11 @@ def run_export(arguments: list[str]) -> None:
             f"config.data.fit={config.data.fit!r}; choose another format."
         )
     if known.format == "med_moe":
-        med_moe.export_model(known.out, config.model, parameters(run.model), tokenizer, ids)
+        med_moe.export_med_moe(known.out, config.model, parameters(run.model), tokenizer, ids)
     elif known.format == "model":
         scores = run.folder / "metrics.json"
         metrics = json.loads(scores.read_text()) if scores.is_file() else None
-        export_model(known.out, config, run.model, tokenizer, metrics)
+        export_unimed_hf(known.out, config, run.model, tokenizer, metrics)
     elif known.format == "decoder":
         export_decoder(known.out, config.model.decoder, merged_leaves(run.model), tokenizer, ids)
     elif known.format == "peft":

@@ -1,7 +1,7 @@
 """What trains, and how: `train.rules` applied to parameter paths."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from unimed_jax.config import OptimizerConfig, TrainConfig
@@ -24,16 +24,26 @@ def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerCon
     rules: dict[str, LeafRule] = {}
     used = set()
     for path in paths:
-        for pattern, action, lr_scale, decay in train.rules:
-            if fnmatch.fnmatchcase(path, pattern):
+        for rule in train.rules:
+            if fnmatch.fnmatchcase(path, rule.match):
+                decay = rule.weight_decay
                 if decay is None:
                     decay = 0.0 if path.endswith(("bias", "scale")) else optimizer.weight_decay
-                rules[path] = LeafRule(action == "train", lr_scale, decay)
-                used.add(pattern)
+                rules[path] = LeafRule(rule.train, rule.lr_scale, decay)
+                used.add(rule.match)
                 break
         else:
-            raise UserError(f"config.train.rules: no pattern matches the parameter {path!r}; add one, last ('*', ...).")
-    for pattern, *_ in train.rules:
+            raise UserError(f"config.train.rules: no pattern matches the parameter {path!r}; add one, last match='*'.")
+    for pattern in (rule.match for rule in train.rules):
         if pattern not in used and pattern != "*" and not any(fnmatch.fnmatchcase(p, pattern) for p in paths):
             raise UserError(f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}")
     return rules
+
+
+def leaf_dtypes(rules: Mapping[str, LeafRule], frozen_dtype: str) -> dict[str, str]:
+    """How every leaf is stored: float32 if it trains, else `frozen_dtype`.
+
+    Routers of experts stay float32 as well, because rounding their weights would change which expert is chosen.
+    """
+    exact = "decoder/layers/moe/router/"
+    return {path: "float32" if rule.train or path.startswith(exact) else frozen_dtype for path, rule in rules.items()}

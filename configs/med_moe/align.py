@@ -19,7 +19,7 @@ def get_config(size=""):
 
     # One epoch of 500,000 pairs in batches of 64.
     config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 7813, 235
-    config.train.rules = (("connector/*", "train", 1.0, None), ("*", "freeze", 1.0, None))
+    config.train.rules = (dict(match="connector/*", train=True), dict(match="*", train=False))
 
     if size == "tiny":
         config.init = (("seed", ""), ("run", "runs/brain_tiny"))

@@ -16,7 +16,7 @@ def get_config(size=""):
 
     # Three epochs of 60,000 in batches of 64.
     config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 2e-5, 2814, 85
-    config.train.rules = (("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None))
+    config.train.rules = (dict(match="vision/*", train=False), dict(match="*", train=True))
 
     if size == "tiny":
         config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=3),)

@@ -24,10 +24,10 @@ def get_config(size=""):
     # Nine epochs of 44,000 in batches of 64. All MLPs train, with experts or not, and the projector.
     config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 2e-5, 6192, 186
     config.train.rules = (
-        ("decoder/layers/moe/router/*", "freeze", 1.0, None),
-        ("decoder/layers/m*", "train", 1.0, None),  # mlp, moe
-        ("connector/*", "train", 1.0, None),
-        ("*", "freeze", 1.0, None),
+        dict(match="decoder/layers/moe/router/*", train=False),
+        dict(match="decoder/layers/m*", train=True),  # mlp, moe
+        dict(match="connector/*", train=True),
+        dict(match="*", train=False),
     )
 
     if size == "tiny":

@@ -12,11 +12,12 @@ def get_config(size=""):
     config = load_config_file(f"{Path(__file__).with_name('base.py')}:{size}")
     config.name = f"med_moe_{size}/router"
     config.init = (("run", f"runs/med_moe_{size}/instruct"),)
-    config.train.rules = (("*", "freeze", 1.0, None),)
+    config.train.rules = (dict(match="*", train=False),)
 
     # Prompts of stage 3, each image with its modality; the classes in the order of the experts.
     config.data.fit, config.data.sources = "pad", config.evaluate.sources
-    router = config.router
+    router = config.router_fit
+    config.job = "router"
     router.key, router.classes = "modality", ("MRI", "CT", "pathology", "X-ray")
     router.labels, router.epochs, router.batch, router.lr = (50, 100, 200, 500, 1000), 10, 32, 1e-3
 

@@ -90,9 +90,9 @@ def test_modules_add_up_and_trainable_follows_the_rules(capsys):
     config.model.lora.update(rank=2, targets=("q", "o"))
     config.model.vision.update(depth=3, feature_layer=-2, output_norm=False)
     config.train.rules = (
-        ("*/lora_?", "train", 1.0, None),
-        ("*router*", "train", 1.0, None),
-        ("*", "freeze", 1.0, None),
+        dict(match="*/lora_?", train=True),
+        dict(match="*router*", train=True),
+        dict(match="*", train=False),
     )
     counted = params.count(from_config_dict(config))
     mlp, block = 3 * 32 * 48, 4 * 16 * 16 + 2 * 16 + 16 + 2 * 16 * 32 + 16 + 32 + 2 * 2 * 16
@@ -126,9 +126,9 @@ def test_the_published_sizes_are_those_of_the_checkpoints(size, theirs):
     depth = theirs["num_hidden_layers"]
     moe = {"moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4] * (depth // 2), "top_k_experts": 1}
     moe |= {"use_residual": False, "router_aux_loss_coef": 0.0, "moe_enable": True}
-    checkpoint, ours = med_moe.model_config({**theirs, "moe": moe}), stage("moe", size).model
+    checkpoint, ours = med_moe.model_from_med_moe({**theirs, "moe": moe}), stage("moe", size).model
     assert (ours.vision, ours.connector, ours.decoder) == (checkpoint.vision, checkpoint.connector, checkpoint.decoder)
-    assert med_moe.settings_of(ours)["moe"] == med_moe.settings_of(checkpoint)["moe"]
+    assert med_moe.model_to_med_moe(ours)["moe"] == med_moe.model_to_med_moe(checkpoint)["moe"]
     assert ours.tokens_per_image == 576
 
 
@@ -192,7 +192,7 @@ def test_the_tiny_chain_fits_a_run_of_brain_tiny():
         (["params", "--config=configs/med_moe/all.py:tiny"], ["is a chain", "moe.py:tiny"]),
         (["params", "--config=configs/med_moe/moe.py:tiny", "--config.model.moe.top_k=5"], ["top_k=5 of 4"]),
         (
-            ["params", "--config=configs/brain_tiny.py", "--config.train.rules=(('x','train',1.0,None),)"],
+            ["params", "--config=configs/brain_tiny.py", "--config.train.rules=({'match':'x','train':True},)"],
             ["no pattern"],
         ),
     ],

@@ -310,8 +310,6 @@ def test_questions_are_tokenised_once():
     [
         ({"mixture": sources((("identify",), 1.0, 1))}, "'fake' has no train examples of identify .it has caption"),
         ({"mixture": []}, "config.data.sources is empty"),
-        ({"mixture": sources((("vqa",), 0.0, 1))}, "'fake' has weight=0.0"),
-        ({"mixture": sources((("vqa",), 1.0, 0))}, "'fake' has .*questions=0"),
         ({"row_images": 0}, "config.data.row_images=0.*'fake' has images"),
         ({"row_tokens": 10}, r"record fake/\w+.* needs \d+ of config.data.row_tokens=10"),
         ({"row_answers": 3}, r"record fake/\w+.* needs \d+ of config.data.row_answers=3"),

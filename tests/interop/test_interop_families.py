@@ -48,7 +48,7 @@ def test_same_logits(name, peers):
     """Rows of 160, 97 and 5 tokens, padded on either side, from position 0 or 3000 on; windows are crossed."""
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
-    config = hf.decoder_config(hf.read_settings(folder))
+    config = hf.decoder_from_hf(hf.read_hf_config(folder))
     assert config == dataclasses.replace(OURS, **PEERS[name][2])
     decoder = imported(folder, config)
     for side, first in (("right", 0), ("left", 3000)):
@@ -92,7 +92,7 @@ def test_export_reloads_to_the_bit(name, peers, tmp_path):
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
-    config = hf.decoder_config(hf.read_settings(folder))
+    config = hf.decoder_from_hf(hf.read_hf_config(folder))
     leaves = {f"decoder/{path}": leaf for path, leaf in parameters(imported(folder, config)).items()}
     hf.export_decoder(tmp_path / "out", config, leaves, folder, IDS)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
@@ -112,7 +112,7 @@ def test_bfloat16_is_exported_as_such(name, peers, tmp_path):
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
     peer, folder = peers(name)
-    config = hf.decoder_config(hf.read_settings(folder))
+    config = hf.decoder_from_hf(hf.read_hf_config(folder))
     leaves = {f"decoder/{p}": x.astype(jnp.bfloat16) for p, x in parameters(imported(folder, config)).items()}
     hf.export_decoder(tmp_path / "out", config, leaves, folder, IDS)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -156,7 +156,7 @@ PHI_2 = {
 )
 def test_published_sizes(kind, theirs, ours, count):
     transformers = pytest.importorskip("transformers")
-    decoder = hf.decoder_config(getattr(transformers, f"{kind}Config")(**theirs))
+    decoder = hf.decoder_from_hf(getattr(transformers, f"{kind}Config")(**theirs))
     config = dataclasses.replace(tiny.CONFIG, decoder=dataclasses.replace(decoder, **ours), lora=LoraConfig(rank=0))
     leaves = {path: leaf for path, leaf in parameters(abstract(config)).items() if path.startswith("decoder/")}
     assert sum(leaf.size for leaf in leaves.values()) == count
@@ -180,8 +180,8 @@ def test_every_setting_is_exported_or_refused():
     """What a family says of our settings, read back, are our settings; what none can say is refused."""
     for name, (kind, _, ours) in PEERS.items():
         config = dataclasses.replace(OURS, **ours)
-        settings = hf.hf_settings(config)
-        assert hf.differences(hf.decoder_config(settings), config) == []
+        settings = hf.decoder_to_hf(config)
+        assert hf.decoder_differences(hf.decoder_from_hf(settings), config) == []
         # A Mistral without windows is a LLaMA.
         assert type(settings).__name__ == ("Llama" if name == "mistral without window" else kind) + "Config"
     for ours in (
@@ -196,7 +196,7 @@ def test_every_setting_is_exported_or_refused():
         {**PEERS["gemma2"][2], "local_rope_theta": 100.0},
     ):
         with pytest.raises(UserError, match="no Hugging Face decoder"):
-            hf.hf_settings(dataclasses.replace(OURS, **ours))
+            hf.decoder_to_hf(dataclasses.replace(OURS, **ours))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "qwen3", "stablelm", "phi"])

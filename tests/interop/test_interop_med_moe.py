@@ -41,17 +41,17 @@ def test_there_and_back(family, moe, tmp_path):
     leaves = parameters(tiny.model(config))
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "tokenizer.json").write_text("{}")
-    med_moe.export_model(tmp_path / "out", config, leaves, tmp_path / "words", IDS)
+    med_moe.export_med_moe(tmp_path / "out", config, leaves, tmp_path / "words", IDS)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    read = med_moe.read_settings(tmp_path / "out")
-    assert med_moe.model_config(read, CLIP) == config and read["eos_token_id"] == 2
+    read = med_moe.read_med_moe_config(tmp_path / "out")
+    assert med_moe.model_from_med_moe(read, CLIP) == config and read["eos_token_id"] == 2
     shapes = parameters(abstract(config))
     loaded = SOURCES["med_moe"].load(str(tmp_path / "out"), config, shapes, None, None)
     assert loaded.keys() == leaves.keys()
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
     with pytest.raises(UserError, match="exists already"):
-        med_moe.export_model(tmp_path / "out", config, leaves, tmp_path / "words", IDS)
+        med_moe.export_med_moe(tmp_path / "out", config, leaves, tmp_path / "words", IDS)
 
 
 STABLELM = {
@@ -79,7 +79,7 @@ def test_published_sizes(published, dense, whole, projector):
     moe = {"moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4] * (depth // 2), "top_k_experts": 1}
     moe |= {"use_residual": False, "router_aux_loss_coef": 0.0, "moe_enable": True}
     for settings_, expected in ((published, dense), ({**published, "moe": moe}, whole)):
-        config = med_moe.model_config(settings_)
+        config = med_moe.model_from_med_moe(settings_)
         assert config.tokens_per_image == 576
         sizes: dict[str, int] = {}
         for path, leaf in parameters(abstract(config)).items():
@@ -96,7 +96,7 @@ def test_published_sizes(published, dense, whole, projector):
 
 def test_refusals(tmp_path):
     config = settings("stablelm")
-    words = med_moe.settings_of(config)
+    words = med_moe.model_to_med_moe(config)
     for change, match in (
         ({"model_type": "llava_qwen"}, "model_type 'llava_qwen'"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
@@ -105,10 +105,10 @@ def test_refusals(tmp_path):
         ({"moe": {**words["moe"], "moe_layers_idx": [0, 9]}}, "layers"),
     ):
         with pytest.raises(UserError, match=match):
-            med_moe.model_config({**words, **change}, CLIP)
+            med_moe.model_from_med_moe({**words, **change}, CLIP)
     with pytest.raises(UserError, match="lacks 'rope_pct'"):
-        med_moe.model_config({k: v for k, v in words.items() if k != "rope_pct"}, CLIP)
-    assert med_moe.model_config({**words, "moe": {"moe_enable": False}}, CLIP).moe == MoeConfig()
+        med_moe.model_from_med_moe({k: v for k, v in words.items() if k != "rope_pct"}, CLIP)
+    assert med_moe.model_from_med_moe({**words, "moe": {"moe_enable": False}}, CLIP).moe == MoeConfig()
     for part, fields, match in (
         ("decoder", {"norm": "rms"}, "norm is always 'layer' there and 'rms' here"),
         ("connector", {"rate": 4}, "rate=4"),
@@ -117,13 +117,13 @@ def test_refusals(tmp_path):
     ):
         other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
         with pytest.raises(UserError, match=match):
-            med_moe.settings_of(other)
+            med_moe.model_to_med_moe(other)
     with pytest.raises(UserError, match="missing or no JSON"):
-        med_moe.read_settings(tmp_path)
+        med_moe.read_med_moe_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(words))
     other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=5))
     with pytest.raises(UserError, match="moe.experts is 3 there and 5 here"):
-        med_moe.load_model(tmp_path, other, parameters(abstract(other)))
+        med_moe.load_med_moe(tmp_path, other, parameters(abstract(other)))
 
 
 def test_router_files(tmp_path):
@@ -150,7 +150,7 @@ def test_router_files(tmp_path):
 def test_experts_start_as_copies(family, tmp_path):
     """From a dense decoder's folder: with top-2 and no meta expert the sum is the dense decoder."""
     peer, folder = hf_peers.peer(family, tmp_path)
-    decoder = hf.decoder_config(hf.read_settings(folder))
+    decoder = hf.decoder_from_hf(hf.read_hf_config(folder))
     dense = ModelConfig(decoder=decoder, lora=LoraConfig(rank=0))
     mixed = dataclasses.replace(dense, moe=MoeConfig(experts=3, layers=(1,), top_k=2, meta=False))
     tokens, mask, positions = hf_peers.padded("right", (9, 4))

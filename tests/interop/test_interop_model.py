@@ -26,7 +26,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import unimed_hf
-from unimed_jax.interop.families.unimed_hf import export_model, is_exported, load_exported, merged_leaves, portable
+from unimed_jax.interop.families.unimed_hf import export_unimed_hf, is_exported, load_exported, merged_leaves, portable
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.vision import normalise
 from unimed_jax.predict.predictor import answerer
@@ -108,7 +108,7 @@ def settings_of(model, **text) -> Config:
         model=model,
         text=dataclasses.replace(base.text, **{"max_prompt": 128, "tokenizer": "/secret/folder/tokens", **text}),
         data=dataclasses.replace(
-            base.data, root="/secret", sources=(SourceConfig("slake", "/secret/slake", ("vqa",)),)
+            base.data, root="/secret", sources=(SourceConfig("slake", path="/secret/slake", tasks=("vqa",)),)
         ),
         init=(("seed", ""), ("hf", "/secret/folder/some-llama")),
         evaluate=dataclasses.replace(base.evaluate, max_new_tokens=8, batch=8),
@@ -135,7 +135,7 @@ def exported(tokenizer_folder, tmp_path_factory):
         config = settings_of(tiny.config(**parts))
         model = random_model(config.model)
         folder = tmp_path_factory.mktemp("exported") / re.sub(r"\W+", "_", name)
-        export_model(folder, config, model, tokenizer_folder)
+        export_unimed_hf(folder, config, model, tokenizer_folder)
         return config, model, folder
 
     return make
@@ -224,10 +224,10 @@ def test_prompts_are_those_of_evaluation(rules, exported, torch, tokenizer_folde
     config, _, folder = exported("as published")
     config = settings_of(config.model, **RULES[rules])
     peer, tokenizer = torch_answers.Torch(folder), Tokenizer.load(tokenizer_folder)
-    stored = unimed_hf.published(
-        unimed_hf.model_table(portable(config).model), merged_leaves(exported("as published")[1])
+    stored = unimed_hf.published_shapes(
+        unimed_hf.exported_table(portable(config).model), merged_leaves(exported("as published")[1])
     )
-    peer.model.config = type(peer.model.config)(**unimed_hf.describe(config, tokenizer, stored))
+    peer.model.config = type(peer.model.config)(**unimed_hf.hub_config(config, tokenizer, stored))
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
     for task in TASKS:
         for text in ODD:
@@ -329,7 +329,7 @@ def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
     config, model, _ = exported("constant")
     halved = {k: v.astype(jnp.bfloat16) for k, v in parameters(model).items() if not k.startswith("connector")}
     model = with_parameters(model, halved)
-    export_model(tmp_path / "out", config, model, tokenizer_folder)
+    export_unimed_hf(tmp_path / "out", config, model, tokenizer_folder)
     same_bits(load_exported(tmp_path / "out").leaves, parameters(model))
     assert torch_answers.Torch(tmp_path / "out").model.dtype == torch.float32
 
@@ -338,7 +338,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
     config, model, _ = exported("as published")
     monkeypatch.setattr(unimed_hf, "write_safetensors", functools.partial(unimed_hf.write_safetensors, limit=20_000))
     out = tmp_path / "out"
-    export_model(out, config, model, tokenizer_folder)
+    export_unimed_hf(out, config, model, tokenizer_folder)
     index = out / "model.safetensors.index.json"
     files = sorted({*json.loads(index.read_text())["weight_map"].values()})
     assert len(files) > 2
@@ -350,7 +350,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
         assert "\n" not in str(error.value) and str(error.value)[-1] in ".?"
 
     with pytest.raises(UserError, match="exists already"):
-        export_model(out, config, model, tokenizer_folder)
+        export_unimed_hf(out, config, model, tokenizer_folder)
     whole = (out / files[1]).read_bytes()
     (out / files[1]).unlink()
     refused(f"names the file '{files[1]}', which is not beside it")
@@ -396,7 +396,7 @@ def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path
     config, model, _ = exported("as published")
     odd = dataclasses.replace(config.model.decoder, logit_softcap=3.0)
     with pytest.raises(UserError, match="no Hugging Face decoder"):
-        export_model(
+        export_unimed_hf(
             tmp_path / "out",
             dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=odd)),
             model,
@@ -408,7 +408,7 @@ def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path
 def test_code_in_the_folder_is_not_run_by_us(exported, tokenizer_folder, tmp_path):
     config, model, _ = exported("linear")
     out = tmp_path / "out"
-    export_model(out, config, model, tokenizer_folder)
+    export_unimed_hf(out, config, model, tokenizer_folder)
     (out / "modeling_unimed.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     Tokenizer.load(load_exported(out).tokenizer)
     assert not (tmp_path / "ran").exists()
@@ -471,7 +471,7 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
         },
     }
     scratch = dataclasses.replace(config, init=(("seed", ""),))
-    export_model(tmp_path / "out", scratch, model, tokenizer_folder, metrics)
+    export_unimed_hf(tmp_path / "out", scratch, model, tokenizer_folder, metrics)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |" in card
     assert "| cls | 3 | exact | 0.500 | - |" in card and "| qa | 0" not in card and "config_hash `abc`" in card

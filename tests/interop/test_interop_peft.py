@@ -99,7 +99,7 @@ def adapters(base, tmp_path_factory):
 
 
 def settings_of(base, lora: LoraConfig):
-    return dataclasses.replace(tiny.CONFIG, decoder=hf.decoder_config(hf.read_settings(base)), lora=lora)
+    return dataclasses.replace(tiny.CONFIG, decoder=hf.decoder_from_hf(hf.read_hf_config(base)), lora=lora)
 
 
 def ours(base, lora: LoraConfig, folder=None):
@@ -168,7 +168,7 @@ def test_bin_and_bfloat16(base, adapters, tmp_path):
     library = pytest.importorskip("peft", reason=NEEDS)
     again = library.PeftModel.from_pretrained(torch_base(base).bfloat16(), tmp_path / "narrow")
     weights = {k.replace(".default", ""): v for k, v in again.named_parameters() if ".lora_" in k}
-    table = peft.lora_table(config)
+    table = peft.peft_table(config)
     for entry in table:
         there = weights[entry.name].detach().to(torch.float32).numpy()
         np.testing.assert_array_equal(there, np.asarray(narrow[entry.path].astype(jnp.float32))[entry.ours].T)

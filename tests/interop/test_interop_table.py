@@ -29,7 +29,7 @@ from unimed_jax.interop.tensors.table import (
     each_published,
     folded,
     is_finite,
-    published,
+    published_shapes,
     read,
     to_leaves,
     to_published,
@@ -73,7 +73,7 @@ def test_layout_round_trip(layout):
     table, value = table_of(layout), numbers(*leaf)
     there = to_published(table, {"p": value})
     assert there["x"].shape == shape and there["x"].flags.c_contiguous
-    assert {name: Stored(x.shape, x.dtype) for name, x in there.items()} == published(table, {"p": value})
+    assert {name: Stored(x.shape, x.dtype) for name, x in there.items()} == published_shapes(table, {"p": value})
     np.testing.assert_array_equal(np.sort(there["x"], axis=None), np.sort(value[index], axis=None))
     back = to_leaves(table, there, {"p": value})
     assert (back["p"] == value).all() and back["p"].dtype == np.float32

@@ -89,7 +89,7 @@ def imported(kind, path, config: VisionConfig):
 def test_same_features(name, peers):
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
-    config = towers.vision_config(hf.read_settings(folder))
+    config = towers.tower_from_hf(hf.read_hf_config(folder))
     assert config == dataclasses.replace(OURS, **PEERS[name][2])
     vision = imported(name.split()[0], folder, config)
     pixels = pictures(peer.config.image_size)
@@ -104,10 +104,10 @@ def test_same_features(name, peers):
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_back_to_the_bit(name, peers):
     peer, folder = peers(name)
-    vision = imported(name, folder, towers.vision_config(hf.read_settings(folder)))
+    vision = imported(name, folder, towers.tower_from_hf(hf.read_hf_config(folder)))
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in open_weights(folder).stored) else ""
     leaves = {f"vision/{path}": leaf for path, leaf in parameters(vision).items()}
-    there, theirs = to_published(towers.hf_table(vision.config, prefix), leaves), open_weights(folder)
+    there, theirs = to_published(towers.hf_tower_table(vision.config, prefix), leaves), open_weights(folder)
     assert len(there) >= 37
     for key, value in there.items():
         np.testing.assert_array_equal(value, theirs.read(key), err_msg=key)
@@ -118,7 +118,7 @@ def test_another_image_size(name, peers):
     """24 pixels in place of 16: the table of positions is resized as transformers does."""
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
-    config = dataclasses.replace(towers.vision_config(hf.read_settings(folder)), image_size=24)
+    config = dataclasses.replace(towers.tower_from_hf(hf.read_hf_config(folder)), image_size=24)
     vision = imported(name, folder, config)
     pixels = pictures(24)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_another_image_size(name, peers):
 
 def test_what_does_not_fit(peers, tmp_path):
     _, folder = peers("clip")
-    config = towers.vision_config(hf.read_settings(folder))
+    config = towers.tower_from_hf(hf.read_hf_config(folder))
     for changed, match in (
         ({"activation": "gelu"}, "activation is 'quick_gelu' there and 'gelu' here"),
         ({"depth": 2, "mean": (0.5, 0.5, 0.5)}, "depth is 3 there and 2 here, mean is"),
@@ -142,7 +142,7 @@ def test_what_does_not_fit(peers, tmp_path):
         imported("siglip", other, config)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="'llama' is no vision tower"):
-        towers.vision_config(hf.read_settings(tmp_path))
+        towers.tower_from_hf(hf.read_hf_config(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,11 +231,11 @@ def test_published_size(name):
     settings = getattr(transformers, f"{kind}Config")(**settings)
     with torch.device("meta"):
         peer = getattr(transformers, f"{kind}Model")(settings)
-    config = towers.vision_config(settings)
+    config = towers.tower_from_hf(settings)
     assert config.patches == patches
     names = {f"vision_model.{n.removeprefix('vision_model.')}": x for n, x in peer.state_dict().items()}
     connector = dataclasses.replace(tiny.CONFIG.connector, rate=1)
     leaves = parameters(abstract(dataclasses.replace(tiny.CONFIG, vision=config, connector=connector)))
-    table = towers.hf_table(config)
+    table = towers.hf_tower_table(config)
     check(table, Shapes(names), leaves)
     assert set(table.paths()) == {path for path in leaves if path.startswith("vision/")}

@@ -129,12 +129,12 @@ def test_load_on_a_mesh(reference):
 
 
 def test_order_of_the_optimizer(goldens, reference):
-    decayed, others = unimed_pth.optimized(reference.config.model)
+    decayed, others = unimed_pth.optimizer_order(reference.config.model)
     assert decayed + others == reference.names
     assert [len(decayed), len(others)] == reference.entry["optimizer_group_sizes"]
     for case in golden_files.manifest(goldens)["cases"]:
         config = golden_files.load(goldens, case["name"]).config
-        decayed, others = unimed_pth.optimized(config)
+        decayed, others = unimed_pth.optimizer_order(config)
         if "optimizer" in case:
             assert others == case["optimizer"]["no_decay"] and len(decayed) == case["optimizer"]["n_decay"]
         if "adam_step_counts" in case:  # in the order of the modules
@@ -314,7 +314,7 @@ def test_variant(goldens, variant, tmp_path):
     golden = golden_files.load(goldens, variant)
     path, leaves = tmp_path / "checkpoint_3.pth", parameters(abstract(golden.config))
     saved = saved_by_torch(goldens, golden, path)
-    assert list(unimed_pth.optimized(golden.config)) == saved["groups"]
+    assert list(unimed_pth.optimizer_order(golden.config)) == saved["groups"]
     table = unimed_pth.trainable_table(golden.config)
     held = table.by_name()
     rest = {name for name in saved["weights"] if name not in held}

@@ -10,7 +10,7 @@ from support import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.interop.families import hf
-from unimed_jax.interop.families.peft import lora_table
+from unimed_jax.interop.families.peft import peft_table
 from unimed_jax.interop.tensors.table import to_leaves
 from unimed_jax.model.decoder import Decoder, Span, merge_lora, visible
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -65,9 +65,9 @@ def randomise(torch, peer) -> None:
 def import_decoder(peer, config: DecoderConfig, lora: LoraConfig = PLAIN, prefix="", base="") -> Decoder:
     """The peer's weights through the table that imports published ones."""
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=lora)
-    table = hf.decoder_table(config, prefix, lora.targets if base else ())
+    table = hf.hf_decoder_table(config, prefix, lora.targets if base else ())
     if lora.rank:
-        table += lora_table(settings, f"{prefix}model.layers", ".default")
+        table += peft_table(settings, f"{prefix}model.layers", ".default")
     model = abstract(settings)
     empty = {p: np.full(v.shape, np.nan, np.float32) for p, v in parameters(model).items() if p.startswith("decoder/")}
     tensors = {name: tensor.detach().numpy() for name, tensor in peer.state_dict().items()}
@@ -104,7 +104,7 @@ def test_equals_peft(kind, theirs, targets):
     peft = pytest.importorskip("peft", reason=NEEDS)
     settings = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
     base = hf_model(kind, **theirs)
-    config = hf.decoder_config(base.config)
+    config = hf.decoder_from_hf(base.config)
     peer = peft.get_peft_model(base, settings).eval()
     randomise(torch, peer)
     assert [name.split(".")[1] for name in hf.linear_names(config).values()] == targets

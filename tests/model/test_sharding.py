@@ -11,7 +11,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support import tiny
 
-from unimed_jax.config import Config, LossConfig, MeshConfig, MoeConfig, OptimizerConfig, TrainConfig, to_dict
+from unimed_jax.config import (
+    Config,
+    LossConfig,
+    MeshConfig,
+    MoeConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_dict,
+)
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -111,7 +119,7 @@ def test_eight_devices_equal_one(config, axes, batch, alone):
         np.testing.assert_allclose(grads[path], expected, rtol=0, atol=1e-5 * scale, err_msg=path)
 
 
-def training(mesh, batches, rules=(("*", "train", 1.0, None),)):
+def training(mesh, batches, rules=TrainConfig.rules):
     """-> losses, last leaves, compiles."""
     config = Config(model=MODEL, optimizer=OptimizerConfig(skip_unused=False, eps=1e-6), train=TrainConfig(rules=rules))
     given = leaf_rules(parameters(abstract(MODEL)), config.train, config.optimizer)

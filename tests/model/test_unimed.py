@@ -167,7 +167,7 @@ def test_published_size():
 def test_gemma_twin():
     """configs/cmoe_gemma.py: transformers' own Gemma-7B, and else the published configuration."""
     config, published = (from_config_dict(load_config_file(f"configs/{n}.py")) for n in ("cmoe_gemma", "cmoe"))
-    assert not hf.differences(hf.decoder_config(GemmaConfig()), config.model.decoder)
+    assert not hf.decoder_differences(hf.decoder_from_hf(GemmaConfig()), config.model.decoder)
     leaves = parameters(abstract(config.model))
     base = sum(leaf.size for path, leaf in leaves.items() if path.startswith("decoder/") and "lora" not in path)
     assert base == 8_537_680_896

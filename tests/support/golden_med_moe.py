@@ -124,7 +124,7 @@ def model_config(weights: dict) -> ModelConfig:
         norm_eps=clip["layer_norm_eps"],
         **{"qkv_bias": "qkv", "patch_bias": False, "pre_norm": True, "output_norm": False},
     )
-    config = med_moe.model_config({"model_type": f"moe_llava_{weights['arch']}", **weights["config"]}, vision)
+    config = med_moe.model_from_med_moe({"model_type": f"moe_llava_{weights['arch']}", **weights["config"]}, vision)
     assert config.vision.feature_layer == clip["select_layer"] and clip["select_feature"] == "patch"
     if config.moe.experts:
         factors = built["capacity_factor"], built["eval_capacity_factor"], built["min_capacity"]

@@ -9,7 +9,7 @@ import optax
 import pytest
 from support import tiny
 
-from unimed_jax.config import VISUAL_TASKS, OptimizerConfig, TrainConfig
+from unimed_jax.config import VISUAL_TASKS, OptimizerConfig, RuleConfig, TrainConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import LeafRule, leaf_rules
@@ -181,10 +181,10 @@ def rules_of(*patterns) -> dict[str, LeafRule]:
 
 def test_first_match_wins():
     given = rules_of(
-        ("vision/*", "freeze", 1.0, None),
-        ("*/lora_a", "train", 2.0, 0.3),
-        ("*", "train", 0.5, None),
-        ("connector/*", "freeze", 1.0, None),
+        RuleConfig("vision/*", False),
+        RuleConfig("*/lora_a", True, lr_scale=2.0, weight_decay=0.3),
+        RuleConfig("*", True, lr_scale=0.5),
+        RuleConfig("connector/*", False),
     )
     assert [given[path].train for path in PATHS] == [False, True, True, True]
     assert given[PATHS[1]] == LeafRule(True, 2.0, 0.3)
@@ -207,9 +207,9 @@ def test_published_decay_groups():
 @pytest.mark.parametrize(
     "patterns, sentence",
     [
-        ((("vision/*", "train", 1.0, None),), "no pattern matches the parameter 'decoder/layers/attention/q/lora_a'"),
+        ((RuleConfig("vision/*", True),), "no pattern matches the parameter 'decoder/layers/attention/q/lora_a'"),
         (
-            (("conector/*", "train", 1.0, None), ("*", "freeze", 1.0, None)),
+            (RuleConfig("conector/*", True), RuleConfig("*", False)),
             "'conector/.' matches no parameter; did you mean 'connector/",
         ),
     ],

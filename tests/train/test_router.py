@@ -28,9 +28,10 @@ from support.fake_brain import tiny_config
 def get_config(run):
     config = tiny_config()
     config.name, config.init = "colours", (("run", run),)
-    config.train.rules = (("*", "freeze", 1.0, None),)
-    config.router.key, config.router.labels = "prompt", (4, 300)
-    config.router.lr, config.router.epochs = 0.1, 400
+    config.train.rules = (dict(match="*", train=False),)
+    config.job = "router"
+    config.router_fit.key, config.router_fit.labels = "prompt", (4, 300)
+    config.router_fit.lr, config.router_fit.epochs = 0.1, 400
     return config
 """
 
@@ -61,9 +62,10 @@ def settings(dense, **changes):
     config = tiny_config()
     config.model.decoder.depth = 2
     config.init = (("run", str(dense.folder)),)
-    config.train.rules = (("*", "freeze", 1.0, None),)
-    config.router.key = "prompt"
-    config.router.update(changes)
+    config.train.rules = (dict(match="*", train=False),)
+    config.job = "router"
+    config.router_fit.key = "prompt"
+    config.router_fit.update(changes)
     return config
 
 
@@ -121,8 +123,8 @@ def test_a_finished_router_is_not_trained_again(routed, monkeypatch, capsys):
     monkeypatch.setattr(router, "initial_model", None)
     assert door.main(words) == 0
     assert "with 300 labels" in capsys.readouterr().out
-    assert door.main([*words, "--config.router.epochs=3"]) == 2
-    assert "config.router.epochs is 400 there and 3 now" in capsys.readouterr().err
+    assert door.main([*words, "--config.router_fit.epochs=3"]) == 2
+    assert "config.router_fit.epochs is 400 there and 3 now" in capsys.readouterr().err
 
 
 def test_one_that_was_killed_before_its_report_is_trained_again(routed, tmp_path):
@@ -143,9 +145,9 @@ def test_every_layer_with_experts_gets_the_router(routed, dense):
     config.model.moe.update(experts=4, placement="dense")
     config.init = (("seed", ""), ("run", str(dense.folder)), ("router", str(folder / "router")))
     config.train.rules = (
-        ("decoder/layers/moe/router/*", "freeze", 1.0, None),
-        ("decoder/layers/m*", "train", 1.0, None),
-        ("*", "freeze", 1.0, None),
+        dict(match="decoder/layers/moe/router/*", train=False),
+        dict(match="decoder/layers/m*", train=True),
+        dict(match="*", train=False),
     )
     config = from_config_dict(config)
     assert missing_inputs(config) is None
@@ -186,7 +188,7 @@ def test_the_classifier_is_torchs():
     """Linear, cross-entropy and Adam from the same start over the same batches, the last of an epoch short."""
     torch = pytest.importorskip("torch", reason="a peer of the extra `parity`: pip install -e '.[parity]'")
     config = tiny_config()
-    config.router.update(epochs=3, batch=8, lr=0.01)
+    config.router_fit.update(epochs=3, batch=8, lr=0.01)
     config = from_config_dict(config)
     rng = np.random.default_rng(0)
     inputs, labels = rng.standard_normal((21, 6)).astype(np.float32), rng.integers(0, 4, 21)
@@ -227,8 +229,8 @@ def test_one_prompt_of_each_labelled_image(dense):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"key": "modality"}, "config.router.key='modality': no train image of squares has this label"),
-        ({"classes": ("red", "green")}, r"prompt='\w+' is none of config.router.classes \(red, green\)"),
+        ({"key": "modality"}, "config.router_fit.key='modality': no train image of squares has this label"),
+        ({"classes": ("red", "green")}, r"prompt='\w+' is none of config.router_fit.classes \(red, green\)"),
         ({"labels": (10, 400)}, "the training split has 300 labelled images"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from support import tiny
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LossConfig, OptimizerConfig, TrainConfig
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LossConfig, OptimizerConfig, RuleConfig, TrainConfig
 from unimed_jax.data import layout
 from unimed_jax.model.layers import Linear
 from unimed_jax.model.parameters import abstract, parameters
@@ -22,8 +22,8 @@ from unimed_jax.train.step import TrainState, make_step
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SHALLOW = tiny.config(vision={"depth": 1}, decoder={"depth": 1})
-ADAPT = (("connector/*", "train", 1.0, None), ("*/lora_?", "train", 1.0, None), ("*", "freeze", 1.0, None))
-ALL = (("*", "train", 1.0, None),)
+ADAPT = (RuleConfig("connector/*", True), RuleConfig("*/lora_?", True), RuleConfig("*", False))
+ALL = (RuleConfig("*", True),)
 RATE = np.float32(1e-3)
 
 

@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_model_is_refused(straight, tmp_path):
 
 
 def test_frozen_leaves_stay_and_are_saved_when_nothing_else_could_give_them_back(tmp_path):
-    settings = tiny_config(rules=(("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None)), steps=4)
+    settings = tiny_config(rules=(dict(match="vision/*", train=False), dict(match="*", train=True)), steps=4)
     run = loop.train(from_config_dict(settings), tmp_path)
     initial, _ = initial_model(run.config, run.tokenizer)
     before, after, opened = parameters(initial), parameters(run.model), parameters(open_run(tmp_path).model)
@@ -152,7 +152,7 @@ def test_a_run_stands_on_the_weights_that_it_was_trained_on(straight, tmp_path):
     """Frozen leaves of another run are not copied: told, when that has changed."""
     base = tmp_path / "base"
     shutil.copytree(straight.folder, base)
-    settings = tiny_config(rules=(("vision/*", "freeze", 1.0, None), ("*", "train", 1.0, None)), steps=2)
+    settings = tiny_config(rules=(dict(match="vision/*", train=False), dict(match="*", train=True)), steps=2)
     settings.init = (("seed", ""), ("run", str(base)))
     run = loop.train(from_config_dict(settings), tmp_path / "run")
     opened = open_run(tmp_path / "run")

@@ -88,13 +88,14 @@ def _moved(path: str, folders: Mapping[Path, Path]) -> str:
 def _result(stage: Stage) -> dict | None:
     """The scores that the stage ended with, None where it has not."""
     try:
-        return json.loads((stage.folder / ("router.json" if stage.config.router.key else "metrics.json")).read_text())
+        name = "router.json" if stage.config.job == "router" else "metrics.json"
+        return json.loads((stage.folder / name).read_text())
     except (OSError, ValueError):  # absent, or cut off by a kill
         return None
 
 
 def trained(stage: Stage) -> bool:
-    if stage.config.router.key:
+    if stage.config.job == "router":
         return _result(stage) is not None
     if not (stage.folder / "checkpoints").is_dir():
         return False
@@ -117,7 +118,7 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
     rows, kept, checksums = [], {}, {}
     for stage in stages:
         result = _result(stage)
-        if result is None or stage.config.router.key:
+        if result is None or stage.config.job == "router":
             continue
         checksums[stage.name] = result["data_checksum"]
         found = {heading: _score(result, task, where) for heading, task, where in SCORES}

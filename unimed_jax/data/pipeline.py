@@ -198,11 +198,6 @@ def _order(bounds: Sequence[int], config: Config) -> "grain.MapDataset | _PerBat
 def _select(dataset: Dataset, source: SourceConfig, split: str, row_images: int) -> list[Example]:
     """The examples of one source, checked."""
     where = f"config.data.sources: {source.name!r}"
-    if source.weight <= 0 or source.questions < 1:
-        raise UserError(
-            f"{where} has weight={source.weight} and questions={source.questions}; give a weight above 0 and at least "
-            "one question, or leave the source out."
-        )
     everything = dataset.examples(split)
     chosen = [e for e in everything if not source.tasks or e.task in source.tasks]
     if not chosen:

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from unimed_jax.config import ModelConfig
 from unimed_jax.interop.families.gguf import load_gguf
 from unimed_jax.interop.families.hf import load_decoder
-from unimed_jax.interop.families.med_moe import load_model, load_router
+from unimed_jax.interop.families.med_moe import load_med_moe, load_router
 from unimed_jax.interop.families.peft import load_peft
 from unimed_jax.interop.families.towers import load_tower
 from unimed_jax.interop.families.unimed_pth import load_unimed
@@ -42,7 +42,7 @@ SOURCES: dict[str, Source] = {
     "gguf": Source("the GGUF file of a decoder", ("decoder/*",), _decoder(load_gguf)),
     "eva": Source("the EVA-CLIP-g file", ("vision/*",), _tower("eva")),
     "clip": Source("the folder of a Hugging Face CLIP", ("vision/*",), _tower("clip")),
-    "med_moe": Source("the folder of a Med-MoE checkpoint", ("*",), load_model),
+    "med_moe": Source("the folder of a Med-MoE checkpoint", ("*",), load_med_moe),
     "router": Source("Med-MoE's router file", ("decoder/layers/moe/router/*",), load_router),
     "unimed": Source("a checkpoint of the original Uni-Med (.pth)", ("connector/*", "decoder/*/lora_?"), load_unimed),
     "peft": Source("the folder of a PEFT adapter", ("decoder/*/lora_?",), load_peft),

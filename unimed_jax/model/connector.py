@@ -169,7 +169,6 @@ class Connector(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = c = config.connector
         width, out = visual_features(config), config.decoder.width
-        depth = 0 if c.is_moe else 1 if c.kind == "linear" else int(c.kind[3 : c.kind.index("x")])
         tokens = (
             normal(rngs.params(), (len(VISUAL_TASKS), c.task_token_width or width), 0.02) if c.task_tokens else None
         )
@@ -177,7 +176,7 @@ class Connector(nnx.Module):
         self.task_tokens = None if tokens is None else nnx.Param(tokens)
         self.router = Router(c, width, rngs) if routed else None
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
-        self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(depth)])
+        self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(c.layers)])
 
     def __call__(self, patches: Float[Array, "N patches width"], tasks: Int[Array, "N"]) -> ConnectorOutput:
         """`tasks`: ids in VISUAL_TASKS; an unused slot (-1) is routed like task 0 and read by nobody."""

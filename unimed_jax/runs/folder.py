@@ -10,9 +10,10 @@ from unimed_jax.data.datasets import SELF_CONTAINED, joined, path_of
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import gguf
+from unimed_jax.interop.families.gguf import write_tokenizer
 from unimed_jax.interop.families.unimed_hf import is_exported
 from unimed_jax.interop.sources import SOURCES
+from unimed_jax.interop.tensors.gguf import find_gguf, is_gguf
 from unimed_jax.settings import from_config_dict
 
 
@@ -64,7 +65,7 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
         if kind == "router" and path and not Path(path).exists():
             lacks.append(f"the router {path} (config.init 'router'; train it first)")
         if kind == "gguf" and path:
-            gguf.find(path)  # says itself what it lacks
+            find_gguf(path)  # says itself what it lacks
     if not config.text.tokenizer and (not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
     if not trains:
@@ -85,8 +86,8 @@ def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Toke
     path = tokenizer_folder(folder, config)
     if path.exists():
         return Tokenizer.load(path)
-    if gguf.is_gguf(config.text.tokenizer):
-        gguf.write_tokenizer(config.text.tokenizer, path)
+    if is_gguf(config.text.tokenizer):
+        write_tokenizer(config.text.tokenizer, path)
     elif path == folder / "tokenizer":
         unfinished = folder / "tokenizer.tmp"
         train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
@@ -101,7 +102,7 @@ def tokenizer_folder(folder: Path, config: Config) -> Path:
     """
     named = config.text.tokenizer
     if named:
-        return folder / "tokenizer" if gguf.is_gguf(named) else Path(named)
+        return folder / "tokenizer" if is_gguf(named) else Path(named)
     before = next((Path(path) for kind, path in reversed(config.init) if kind == "run"), None)
     if before is None:
         return folder / "tokenizer"

@@ -26,7 +26,7 @@ from unimed_jax.model.dispatch import upcycled
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.sharding import parameter_shardings
 from unimed_jax.model.unimed import UniMed, order_coordinates
-from unimed_jax.rules import leaf_rules
+from unimed_jax.rules import leaf_dtypes, leaf_rules
 from unimed_jax.runs.checkpoint import Checkpoints, fingerprints
 from unimed_jax.runs.folder import load_text, missing_inputs, read_config, tokenizer_folder
 
@@ -63,8 +63,7 @@ def initial_leaves(
         )
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
-    exact = {path for path in shapes if rules[path].train or path.startswith("decoder/layers/moe/router/")}
-    dtypes = {path: "float32" if path in exact else config.model.frozen_dtype for path in shapes}
+    dtypes = leaf_dtypes(rules, config.model.frozen_dtype)
     places = None if mesh is None else parameter_shardings(shapes, mesh)
     still = {path for path in shapes if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)}
     leaves: dict[str, Any] = {}

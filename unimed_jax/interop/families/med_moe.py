@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from unimed_jax.config import ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, MoeConfig, VisionConfig
+from unimed_jax.config import (
+    AttentionLinear,
+    ConnectorConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    MoeConfig,
+    VisionConfig,
+)
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families import hf
-from unimed_jax.interop.families.towers import hf_table
+from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import load_leaves
-from unimed_jax.interop.tensors.table import Entry, Table, each_published, published
+from unimed_jax.interop.tensors.table import Entry, Table, each_published, published_shapes
 from unimed_jax.settings import check_model
 
 TOWER = "model.image_tower.image_tower.vision_model."
@@ -44,7 +52,7 @@ KINDS = ("moe_llava_stablelm", "moe_llava_phi")
 # --------------------------------------------------------------------------------------------------
 
 
-def model_config(settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE, where: str = "") -> ModelConfig:
+def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE, where: str = "") -> ModelConfig:
     """Our settings of the model that a checkpoint's config.json describes, with everything as published.
 
     A checkpoint without a `moe` group, or with its moe_enable off, is a dense model (stage 1 or 2). Raises UserError,
@@ -89,7 +97,7 @@ def _decoder(s: Mapping[str, Any], where: str) -> DecoderConfig:
         "tied_head": bool(s.get("tie_word_embeddings", False)),
     }
     if s["model_type"] == "moe_llava_stablelm":
-        biases = ("q", "k", "v") if s.get("use_qkv_bias") else ()
+        biases: tuple[AttentionLinear, ...] = ("q", "k", "v") if s.get("use_qkv_bias") else ()
         return DecoderConfig(**common, norm_eps=s["norm_eps"], rotary_fraction=s["rope_pct"], attention_bias=biases)
     return DecoderConfig(
         **common,
@@ -122,7 +130,7 @@ def _moe(moe: Mapping[str, Any], depth: int, where: str) -> MoeConfig:
     )
 
 
-def settings_of(config: ModelConfig) -> dict[str, Any]:
+def model_to_med_moe(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a checkpoint of this model; the inverse of `model_config`.
 
     Raises UserError where Med-MoE has no word for one of our settings.
@@ -165,8 +173,8 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
             "router_aux_loss_coef": m.aux_coef,
             "train_modules": None,
         }
-    back = model_config(words, config.vision)
-    differ = hf.differences(back.decoder, d)
+    back = model_from_med_moe(words, config.vision)
+    differ = hf.decoder_differences(back.decoder, d)
     if not m.meta and m.experts:
         differ.append(("moe.meta", True, False))
     if config.connector.rate != 1 or config.connector.is_moe:
@@ -186,16 +194,16 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def decoder_table(config: ModelConfig) -> Table:
+def med_moe_decoder_table(config: ModelConfig) -> Table:
     """The decoder with its experts: Hugging Face's names, and DeepSpeed's within the layers that have experts."""
-    shared = hf.decoder_table(config.decoder, moe=config.moe)
+    shared = hf.hf_decoder_table(config.decoder, moe=config.moe)
     table = Table(tuple(e for e in shared if not e.path.startswith("decoder/layers/moe/")), shared.ignored)
     for nth, i in enumerate(config.moe.numbers(config.decoder.depth)):
-        table += layer_table(config, f"model.layers.{i}.mlp", nth)
+        table += expert_layer_table(config, f"model.layers.{i}.mlp", nth)
     return table
 
 
-def layer_table(config: ModelConfig, name: str, nth: int) -> Table:
+def expert_layer_table(config: ModelConfig, name: str, nth: int) -> Table:
     """What stands under `name` in place of the MLP of the nth layer with experts."""
     d, m, ours = config.decoder, config.moe, "decoder/layers/moe"
     table: list[Entry] = []
@@ -223,19 +231,17 @@ def layer_table(config: ModelConfig, name: str, nth: int) -> Table:
 
 def projector_table(config: ModelConfig) -> Table:
     """The projector between CLIP and the decoder."""
-    kind = config.connector.kind
-    depth = 1 if kind == "linear" else int(kind[3 : kind.index("x")])
-    table = []
-    for i in range(depth):
+    kind, table = config.connector.kind, []
+    for i in range(config.connector.layers):
         name = "model.mm_projector.image_spatial_proj" + ("" if kind == "linear" else f".{2 * i}")
         table.append(Entry(f"{name}.weight", f"connector/layers/{i}/kernel", layout="transpose"))
         table.append(Entry(f"{name}.bias", f"connector/layers/{i}/bias"))
     return Table(tuple(table))
 
 
-def model_table(config: ModelConfig) -> Table:
+def med_moe_table(config: ModelConfig) -> Table:
     """A whole checkpoint, the vision tower included."""
-    return decoder_table(config) + projector_table(config) + hf_table(config.vision, TOWER)
+    return med_moe_decoder_table(config) + projector_table(config) + hf_tower_table(config.vision, TOWER)
 
 
 def router_table(config: ModelConfig, layers: int | None = None) -> Table:
@@ -253,7 +259,7 @@ def router_table(config: ModelConfig, layers: int | None = None) -> Table:
 # --------------------------------------------------------------------------------------------------
 
 
-def load_model(
+def load_med_moe(
     folder: str | Path,
     config: ModelConfig,
     leaves: Mapping[str, Any],
@@ -264,8 +270,8 @@ def load_model(
 
     Raises UserError where its settings are not `config` or its weights do not fit.
     """
-    theirs = model_config(read_settings(folder), config.vision, f"{folder}/config.json")
-    differ = hf.differences(theirs.decoder, config.decoder)
+    theirs = model_from_med_moe(read_med_moe_config(folder), config.vision, f"{folder}/config.json")
+    differ = hf.decoder_differences(theirs.decoder, config.decoder)
     names = ("experts", "top_k", "meta", "residual")
     differ += [(f"moe.{n}", getattr(theirs.moe, n), getattr(config.moe, n)) for n in names]
     depth = config.decoder.depth
@@ -275,10 +281,10 @@ def load_model(
     if differ:
         text = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in differ)
         raise UserError(f"config.model is not the model of {folder}: {text}; set what the folder says.")
-    return load_leaves(model_table(config), open_weights(folder), leaves, shardings, dtypes)
+    return load_leaves(med_moe_table(config), open_weights(folder), leaves, shardings, dtypes)
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
+def read_med_moe_config(folder: str | Path) -> dict[str, Any]:
     """A checkpoint's config.json. Raises UserError where there is none."""
     file = Path(folder) / "config.json"
     try:
@@ -298,7 +304,7 @@ def load_router(
     return load_leaves(router_table(config), open_weights(path), leaves, shardings, dtypes)
 
 
-def export_model(
+def export_med_moe(
     out: str | Path, config: ModelConfig, leaves: Mapping[str, Any], tokenizer: str | Path, ids: Mapping[str, int]
 ) -> None:
     """Writes a checkpoint's folder: config.json, safetensors, the tokenizer's files.
@@ -306,9 +312,9 @@ def export_model(
     leaves: by path; tokenizer: its folder; ids: bos, eos, pad. Raises UserError where Med-MoE's code cannot build
     such a model, or where `out` holds something already.
     """
-    settings = settings_of(config) | {f"{name}_token_id": number for name, number in ids.items()}
-    table = model_table(config)
-    stored = published(table, leaves)
+    settings = model_to_med_moe(config) | {f"{name}_token_id": number for name, number in ids.items()}
+    table = med_moe_table(config)
+    stored = published_shapes(table, leaves)
     widest = max((s.dtype for s in stored.values()), key=lambda dtype: np.dtype(dtype).itemsize)
     settings["torch_dtype"] = str(widest)
     with new_folder(out) as folder:
@@ -321,4 +327,4 @@ def export_router(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any
     """Writes the first router as a folder with a safetensors file of the published names."""
     table = router_table(config, layers=1)
     with new_folder(out) as folder:
-        write_safetensors(folder, published(table, leaves), each_published(table, leaves))
+        write_safetensors(folder, published_shapes(table, leaves), each_published(table, leaves))

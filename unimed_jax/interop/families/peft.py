@@ -14,7 +14,7 @@ from unimed_jax.files import new_folder
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import load_leaves
-from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_published, published
+from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_published, published_shapes
 
 PREFIX = "base_model.model.model.layers"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -31,21 +31,21 @@ HARMLESS = (
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def linear_names(config: ModelConfig) -> dict[str, str]:
+def adaptable_linears(config: ModelConfig) -> dict[str, str]:
     """The decoder's linears that can carry an adapter: our name -> Hugging Face's within a layer."""
     names = hf.linear_names(config.decoder)
     return {name: names[name] for name in ORDER if name in names}
 
 
-def lora_table(config: ModelConfig, prefix: str = PREFIX, adapter: str = "") -> Table:
+def peft_table(config: ModelConfig, prefix: str = PREFIX, adapter: str = "") -> Table:
     """Adapters of the decoder; `adapter` is "." and its name, which stands in a model in memory but not in a folder."""
     table = []
     for i in range(config.decoder.depth):
-        for ours, theirs in linear_names(config).items():
+        for ours, theirs in adaptable_linears(config).items():
             if config.lora.rank and ours in config.lora.targets:
                 for letter in "ab":
                     name = f"{prefix}.{i}.{theirs}.lora_{letter.upper()}{adapter}.weight"
-                    table.append(Entry(name, f"{hf.leaf_of(ours)}/lora_{letter}", (i,), "transpose"))
+                    table.append(Entry(name, f"{hf.linear_path(ours)}/lora_{letter}", (i,), "transpose"))
     return Table(tuple(table))
 
 
@@ -66,8 +66,8 @@ def load_peft(
     if path is None:
         raise UserError(f"folder {folder} holds no {' or '.join(WEIGHTS)}; give the folder of a PEFT adapter.")
     tensors = open_weights(path)
-    table, lora = lora_table(config), config.lora
-    targets = [name for name in linear_names(config) if _carries(tensors, linear_names(config)[name])]
+    table, lora = peft_table(config), config.lora
+    targets = [name for name in adaptable_linears(config) if _carries(tensors, adaptable_linears(config)[name])]
     differences = []
     if rank != lora.rank:
         differences.append(f"its rank is {rank}, not {lora.rank}")
@@ -120,7 +120,7 @@ def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any],
     lora = config.lora
     if not lora.rank:
         raise UserError("config.model.lora.rank is 0: there are no adapters to export; export the decoder instead.")
-    names = linear_names(config)
+    names = adaptable_linears(config)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -135,10 +135,10 @@ def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any],
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    table = lora_table(config)
+    table = peft_table(config)
     with new_folder(out) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        write_safetensors(folder, published(table, leaves), each_published(table, leaves), stem="adapter_model")
+        write_safetensors(folder, published_shapes(table, leaves), each_published(table, leaves), stem="adapter_model")
 
 
 def whole_number(x: float) -> float | int:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from unimed_jax.config import VisionConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families.hf import ACTIVATIONS, read_settings
+from unimed_jax.interop.families.hf import ACTIVATIONS, read_hf_config
 from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.interop.tensors.load import load_leaves
 from unimed_jax.interop.tensors.table import Arrays, Entry, Table, Tensors
@@ -20,7 +20,7 @@ from unimed_jax.model.vision import resize_positions
 KINDS = ("eva", "clip", "siglip")
 
 
-def vision_config(settings: PretrainedConfig, where: str = "config.json") -> VisionConfig:
+def tower_from_hf(settings: PretrainedConfig, where: str = "config.json") -> VisionConfig:
     """Our settings of a CLIP or SigLIP tower (of its whole model, or of the tower alone).
 
     CLIP: the last but one block's features, as LLaVA takes them; SigLIP: the last block's, behind its norm. The
@@ -51,7 +51,7 @@ def vision_config(settings: PretrainedConfig, where: str = "config.json") -> Vis
     return VisionConfig(**common, cls_token=False, output_norm=True, mean=half, std=half)
 
 
-def hf_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
+def hf_tower_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
     """A CLIP or SigLIP tower, or any of ours under their names; q, k and v are apart there and joined here."""
     depth = _built(v)
     table = [
@@ -144,8 +144,8 @@ def load_tower(
     """
     tensors = open_weights(path)
     if kind == "eva":
-        return load_leaves(eva_table(v), resized(tensors, "pos_embed", v), leaves, shardings, dtypes)
-    theirs = vision_config(read_settings(path), f"{path}/config.json")
+        return load_leaves(eva_table(v), with_resized_positions(tensors, "pos_embed", v), leaves, shardings, dtypes)
+    theirs = tower_from_hf(read_hf_config(path), f"{path}/config.json")
     free = {"image_size", "feature_layer", "output_norm", "output_norm_eps", "position_init"}
     differ = [
         f"{field.name} is {getattr(theirs, field.name)!r} there and {getattr(v, field.name)!r} here"
@@ -155,11 +155,11 @@ def load_tower(
     if differ:
         raise UserError(f"config.model.vision is not the tower of {path}: {', '.join(differ)}; set what it says.")
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors.stored) else ""
-    tensors = resized(tensors, f"{prefix}embeddings.position_embedding.weight", v)
-    return load_leaves(hf_table(v, prefix), tensors, leaves, shardings, dtypes)
+    tensors = with_resized_positions(tensors, f"{prefix}embeddings.position_embedding.weight", v)
+    return load_leaves(hf_tower_table(v, prefix), tensors, leaves, shardings, dtypes)
 
 
-def resized(tensors: Tensors, name: str, v: VisionConfig) -> Tensors:
+def with_resized_positions(tensors: Tensors, name: str, v: VisionConfig) -> Tensors:
     """The tensors with the table of positions [tokens, width] or [1, tokens, width] made for our image size."""
     extra = int(v.cls_token)
     stored = tensors.stored.get(name)

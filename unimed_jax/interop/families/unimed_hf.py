@@ -24,13 +24,13 @@ from unimed_jax.data.prompts import INSTRUCTIONS, TAGS, build
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
-from unimed_jax.interop.families.hf import POSITIONS, copy_tokenizer, decoder_table, hf_settings
-from unimed_jax.interop.families.towers import hf_table
+from unimed_jax.interop.families.hf import POSITIONS, copy_tokenizer, decoder_to_hf, hf_decoder_table
+from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.families.unimed_pth import connector_table
 from unimed_jax.interop.model_card import model_card
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import load_leaves
-from unimed_jax.interop.tensors.table import Stored, Table, each_published, published
+from unimed_jax.interop.tensors.table import Stored, Table, each_published, published_shapes
 from unimed_jax.model.decoder import merge_lora
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.model.unimed import UniMed
@@ -41,16 +41,16 @@ CODE = Path(__file__).parents[1] / "torch_model" / "modeling_unimed.py"
 BICUBIC = 3  # PIL's number
 
 
-def model_table(config: ModelConfig) -> Table:
+def exported_table(config: ModelConfig) -> Table:
     """Every tensor of the torch model; the decoder without adapters."""
     return (
-        decoder_table(config.decoder, "language_model.")
-        + hf_table(config.vision, "vision_model.")
+        hf_decoder_table(config.decoder, "language_model.")
+        + hf_tower_table(config.vision, "vision_model.")
         + connector_table(config).prefixed("connector.")
     )
 
 
-def export_model(
+def export_unimed_hf(
     out: str | Path, config: Config, model: UniMed, tokenizer: str | Path, metrics: Mapping[str, Any] | None = None
 ) -> None:
     """Writes the folder, adapters merged into the decoder, every leaf in the dtype that it has.
@@ -60,9 +60,9 @@ def export_model(
     """
     leaves = merged_leaves(model)
     settings = portable(config)
-    table = model_table(settings.model)
-    stored = published(table, leaves)
-    description = describe(settings, Tokenizer.load(tokenizer), stored)
+    table = exported_table(settings.model)
+    stored = published_shapes(table, leaves)
+    description = hub_config(settings, Tokenizer.load(tokenizer), stored)
     vision = config.model.vision
     parts = {
         "config.json": description,
@@ -119,12 +119,12 @@ def portable(config: Config) -> Config:
     )
 
 
-def describe(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored]) -> dict[str, Any]:
+def hub_config(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored]) -> dict[str, Any]:
     """What config.json holds."""
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     dtype = str(max((s.dtype for s in stored.values()), key=lambda dtype: np.dtype(dtype).itemsize))
     longest = config.text.max_prompt + config.evaluate.max_new_tokens
-    decoder = hf_settings(config.model.decoder, max(POSITIONS, longest))
+    decoder = decoder_to_hf(config.model.decoder, max(POSITIONS, longest))
     for key, value in {**ids, "dtype": dtype}.items():
         setattr(decoder, key, value)
     name = "UniMedForCausalLM"
@@ -137,13 +137,13 @@ def describe(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored])
         "image_token_id": VISUAL,
         "dropped_token_ids": sorted(tokenizer.dropped),
         "visual_tasks": VISUAL_TASKS,
-        "prompts": {task: prompt_form(task, config) for task in TASKS},
+        "prompts": {task: prompt_parts(task, config) for task in TASKS},
         "text_config": decoder.to_dict(),
         "unimed": to_dict(config),
     }
 
 
-def prompt_form(task: str, config: Config) -> dict[str, str | None]:
+def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
     """The evaluation prompt's constant parts: before the image (None: there is none), around the body, the body."""
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
     example = Example("", task, "{question}", "", image="" if task in VISUAL_TASKS else None)
@@ -197,7 +197,7 @@ def load_exported(
         raise UserError(f"{file} is of another kind of model; give what `export --format=model` wrote.") from error
     config = from_config_dict(settings)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer=str(folder)))
-    table, tensors = model_table(config.model), open_weights(folder)
+    table, tensors = exported_table(config.model), open_weights(folder)
     as_stored = {e.path: tensors.stored[e.name].dtype for e in table if e.name in tensors.stored}
     leaves = load_leaves(table, tensors, parameters(abstract(config.model)), shardings, {**as_stored, **(dtypes or {})})
     return Exported(config, folder, leaves)

@@ -20,7 +20,7 @@ from unimed_jax.files import new_file
 from unimed_jax.interop.families import hf, peft
 from unimed_jax.interop.families.towers import eva_table
 from unimed_jax.interop.tensors.load import load_leaves
-from unimed_jax.interop.tensors.table import Arrays, Entry, Stored, Table, check, folded, joined, published
+from unimed_jax.interop.tensors.table import Arrays, Entry, Stored, Table, assembled, check, folded, published_shapes
 from unimed_jax.interop.tensors.torch_file import Later, TorchFile, TorchTensor, TorchTensors, write_torch
 from unimed_jax.model.connector import visual_features
 
@@ -37,8 +37,7 @@ def connector_table(config: ModelConfig) -> Table:
     if c.task_tokens:
         table += [Entry(f"task_tokens.{t}", "connector/task_tokens", (i,), "row") for i, t in enumerate(VISUAL_TASKS)]
     if not c.is_moe:
-        depth = 1 if c.kind == "linear" else int(c.kind[3 : c.kind.index("x")])
-        for i in range(depth):
+        for i in range(c.layers):
             name = "llm_proj" if c.kind == "linear" else f"llm_proj.{2 * i}"
             table.append(Entry(f"{name}.weight", f"connector/layers/{i}/kernel", layout="transpose"))
             table.append(Entry(f"{name}.bias", f"connector/layers/{i}/bias"))
@@ -69,20 +68,20 @@ def connector_table(config: ModelConfig) -> Table:
     return Table(tuple(table), ("llm_proj.*", "router.*"))  # the router is there even where the routing reads none
 
 
-def lora_table(config: ModelConfig) -> Table:
+def wrapped_lora_table(config: ModelConfig) -> Table:
     """Adapters in a decoder that PEFT has wrapped."""
-    table = peft.lora_table(config, "llm_model.base_model.model.model.layers", ".default")
+    table = peft.peft_table(config, "llm_model.base_model.model.model.layers", ".default")
     return table + Table((), ("*.rotary_emb.inv_freq",))
 
 
 def trainable_table(config: ModelConfig) -> Table:
     """What the original's checkpoint holds under `model`, in its order."""
-    return lora_table(config) + connector_table(config)
+    return wrapped_lora_table(config) + connector_table(config)
 
 
 def decoder_table(config: ModelConfig) -> Table:
     """The frozen decoder in the original's full state: Hugging Face's LLaMA, wrapped by PEFT."""
-    return hf.decoder_table(config.decoder, "llm_model.base_model.model.", config.lora.targets)
+    return hf.hf_decoder_table(config.decoder, "llm_model.base_model.model.", config.lora.targets)
 
 
 def vision_table(config: ModelConfig) -> Table:
@@ -100,12 +99,12 @@ def ln_vision_table() -> Table:
     )
 
 
-def copy_of(name: str) -> str | None:
+def duplicate_name(name: str) -> str | None:
     """The name under which the original's modules hold an expert's tensor again."""
     return "llm_proj." + name.removeprefix("moe_layers.") if name.startswith("moe_layers.") else None
 
 
-def optimized(config: ModelConfig) -> tuple[list[str], list[str]]:
+def optimizer_order(config: ModelConfig) -> tuple[list[str], list[str]]:
     """Published parameters in the order of the original's AdamW: those that are decayed, those that are not.
 
     Within each the order of its modules: adapters layer by layer (q, k, v, o, gate, down, up; A, B), task tokens,
@@ -119,7 +118,7 @@ def optimized(config: ModelConfig) -> tuple[list[str], list[str]]:
     return [name for name in names if name not in biases], biases
 
 
-def published_settings(config: ModelConfig) -> dict[str, Any]:
+def original_config(config: ModelConfig) -> dict[str, Any]:
     """The original's names for our settings (its config's section `model`)."""
     c, lora = config.connector, config.lora
     return {
@@ -135,7 +134,7 @@ def published_settings(config: ModelConfig) -> dict[str, Any]:
         "router_type": c.router,
         "sparse_topk": c.top_k,
         "sft_type": "lora" if lora.rank else "none",
-        "lora_target_modules": [peft.linear_names(config)[name].split(".")[-1] for name in lora.targets],
+        "lora_target_modules": [peft.adaptable_linears(config)[name].split(".")[-1] for name in lora.targets],
         "lora_r": lora.rank,
         "lora_alpha": peft.whole_number(lora.alpha),
         "lora_dropout": lora.dropout,
@@ -150,7 +149,7 @@ def _differences(config: ModelConfig, tree: Any) -> list[str]:
         named += ["router_type", "num_experts"]
         named += ["router_method"] if c.router in ("soft", "sparse") else []
         named += ["sparse_topk"] if c.router == "sparse" else []
-    ours, theirs = published_settings(config), tree
+    ours, theirs = original_config(config), tree
     for key in ("config", "model"):
         theirs = theirs.get(key) if isinstance(theirs, dict) else None
     if not isinstance(theirs, dict):
@@ -190,7 +189,7 @@ def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) ->
     tensors, table = file.tensors(), trainable_table(config)
     check(table, tensors, leaves, _differences(config, file.tree))
     for name in table.by_name():
-        other = copy_of(name)
+        other = duplicate_name(name)
         if other not in tensors.places or tensors.places[other] == tensors.places[name]:
             continue  # absent, or one storage
         if not np.array_equal(tensors.read(other), tensors.read(name)):
@@ -211,7 +210,7 @@ def load_moments(
     """
     file, table = TorchFile(path), trainable_table(config)
     names, state = _optimizer(file, config)
-    expected = published(table, leaves)
+    expected = published_shapes(table, leaves)
     found = {name: state[index] for index, name in names.items() if index in state and name in expected}
     for name, entry in found.items():
         if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
@@ -233,7 +232,7 @@ def load_moments(
 def _optimizer(file: TorchFile, config: ModelConfig) -> tuple[dict[int, str], dict[int, Any]]:
     """(number of a parameter -> its name, number -> state) of the file's optimizer."""
     optimizer = file.tree.get("optimizer") if isinstance(file.tree, dict) else None
-    wanted = optimized(config)
+    wanted = optimizer_order(config)
     try:
         groups = [list(group["params"]) for group in optimizer["param_groups"]]  # type: ignore[index]
         state = {**optimizer["state"]}  # type: ignore[index]
@@ -305,7 +304,7 @@ def export_unimed(
     table = trainable_table(config.model)
     _representable(config.model, leaves, table)
     if like is None:
-        tree, names, state = _fresh(config), dict(enumerate(sum(optimized(config.model), []))), {}
+        tree, names, state = _fresh(config), dict(enumerate(sum(optimizer_order(config.model), []))), {}
         dtypes = {}
     else:
         file = TorchFile(like)
@@ -317,7 +316,7 @@ def export_unimed(
     entries = table.by_name()
     ours = _to_write(entries, leaves, dtypes)
     tree["model"].update(ours)
-    tree["model"].update({other: tensor for name, tensor in ours.items() if (other := copy_of(name))})
+    tree["model"].update({other: tensor for name, tensor in ours.items() if (other := duplicate_name(name))})
     if epoch is not None:
         tree["epoch"] = epoch
     state = {number: part for number, part in state.items() if names[number] not in entries}
@@ -370,9 +369,9 @@ def _to_write(
     """Published tensors of these leaves, in the given dtypes (theirs where none is)."""
 
     def make(name: str) -> np.ndarray:
-        return joined(entries[name], leaves).astype(shapes[name].dtype, copy=False)
+        return assembled(entries[name], leaves).astype(shapes[name].dtype, copy=False)
 
-    shapes = published(Table(tuple(entry for group in entries.values() for entry in group)), leaves)
+    shapes = published_shapes(Table(tuple(entry for group in entries.values() for entry in group)), leaves)
     shapes = {name: Stored(shape, np.dtype(dtypes.get(name, dtype))) for name, (shape, dtype) in shapes.items()}
     return {name: Later(shapes[name], functools.partial(make, name)) for name in entries}
 
@@ -395,7 +394,7 @@ def _fresh(config: Config) -> dict[str, Any]:
         **{"lr": o.lr, "betas": o.betas, "eps": o.eps, "amsgrad": False, "maximize": False, "foreach": None},
         **{"capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True},
     }
-    decayed, others = optimized(config.model)
+    decayed, others = optimizer_order(config.model)
     numbers = list(range(len(decayed) + len(others)))
     return {
         "model": OrderedDict(),
@@ -407,7 +406,7 @@ def _fresh(config: Config) -> dict[str, Any]:
             ],
         },
         "config": {
-            "model": published_settings(config.model),
+            "model": original_config(config.model),
             "run": {
                 **{"init_lr": o.lr, "min_lr": o.min_lr, "warmup_lr": o.warmup_lr, "warmup_steps": o.warmup_steps},
                 **{"weight_decay": o.weight_decay, "lr_sched": "linear_warmup_cosine_lr", "seed": config.seed},

@@ -194,7 +194,7 @@ class Table:
         return out
 
 
-def published(table: Table, leaves: Mapping[str, Any]) -> dict[str, Stored]:
+def published_shapes(table: Table, leaves: Mapping[str, Any]) -> dict[str, Stored]:
     """Shapes and dtypes of the tensors that `to_published` makes of leaves of these shapes and dtypes."""
     out: dict[str, Stored] = {}
     for entry in table:
@@ -212,7 +212,7 @@ def check(table: Table, tensors: Tensors, leaves: Mapping[str, Any], differences
     `leaves` (anything with shapes, by path) must hold every path of the table; `differences` is what else does not
     fit, in words.
     """
-    expected = {name: stored.shape for name, stored in published(table, leaves).items()}
+    expected = {name: stored.shape for name, stored in published_shapes(table, leaves).items()}
     problems = list(differences)
     missing = [name for name in expected if name not in tensors.stored]
     unexpected = [
@@ -317,10 +317,10 @@ def to_published(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarra
 def each_published(table: Table, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of every published tensor, one at a time and in the order of `published`."""
     for name, entries in table.by_name().items():
-        yield name, joined(entries, leaves)
+        yield name, assembled(entries, leaves)
 
 
-def joined(entries: Iterable[Entry], leaves: Mapping[str, Any]) -> np.ndarray:
+def assembled(entries: Iterable[Entry], leaves: Mapping[str, Any]) -> np.ndarray:
     """The published tensor that these entries of one name make up."""
     tensors = [entry.to_published(leaves[entry.path]) for entry in entries]
     return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=1))
