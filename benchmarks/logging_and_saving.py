@@ -29,9 +29,9 @@ import jax
 
 from unimed_jax.config import Config
 from unimed_jax.data.datasets import load_datasets
-from unimed_jax.main import settings_of
 from unimed_jax.settings import load_config_file
 from unimed_jax.train import loop
+from unimed_jax.verbs.options import with_overrides
 
 SIDES = ("neither", "logging", "saving")
 WARM_UP = 4  # steps: the first compiles, the next fill the pipeline's buffers
@@ -86,7 +86,7 @@ def run(side: str, settings: Any, steps: int) -> tuple[float, float]:
         setattr(owner, name, wrap(getattr(owner, name)))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            loop.train(settings_of(settings, []), Path(folder))
+            loop.train(with_overrides(settings, []), Path(folder))
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
@@ -131,7 +131,7 @@ def main() -> None:
     if arguments.steps < 20:
         parser.error("--steps must be 20 or more.")
     settings = load_config_file(arguments.config)
-    config = settings_of(settings, [])
+    config = with_overrides(settings, [])
     datasets = load_datasets(config.data)
     loop.load_datasets = lambda data: datasets  # built once
     with tempfile.TemporaryDirectory() as compiled:

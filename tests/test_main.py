@@ -14,6 +14,7 @@ from unimed_jax.config import TASKS, to_dict
 from unimed_jax.data import datasets
 from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
+from unimed_jax.verbs.options import read_config
 
 CONFIG = """
 from support.fake_brain import tiny_config
@@ -124,7 +125,7 @@ PREDICT = ["predict", "--run={run}"]
 MISTAKES = {
     "no config": (["--workdir=x"], ["--config"]),
     "missing config": (["--config=configs/brain_tny.py"], ["configs/brain_tny.py", "brain_tiny.py"]),
-    "a bucket": (["{config}", "--workdir=gs://b/run"], ["gs://b/run", "no folder", "mount"]),
+    "a bucket": (["{config}", "--workdir=gs://b/run"], ["gs://b/run", "not a folder", "mount"]),
     "unknown verb": (["trian"], ["trian", "did you mean 'train'"]),
     "unknown key": (["{config}", "--config.optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'lr'"]),
     "unknown group": (["{config}", "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),
@@ -182,6 +183,6 @@ def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys, monkeypatch
 
 def test_configs_of_the_repository_build():
     for name in ("brain_tiny", "brain_smollm2", "cmoe", "cmoe_gemma"):
-        config = door.settings_of(door.load_config_file(f"configs/{name}.py"), [])
+        config = read_config(f"configs/{name}.py")
         assert pickle.loads(pickle.dumps(config)) == config and config.name == name
     assert tiny_config().name == "squares"

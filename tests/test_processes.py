@@ -39,7 +39,8 @@ if "--killed" in sys.argv:
     Log.write = lambda self, step, values: die() if step == 10 else write(self, step, values)
 if "--unscored" in sys.argv:
     sys.argv.remove("--unscored")
-    main._evaluate = lambda run, config: None
+    from unimed_jax.analyze import chain
+    chain.evaluate_run = lambda run, config: None
 sys.exit(main.main(sys.argv[1:]))
 """
 CONFIG = f"""

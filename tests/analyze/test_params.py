@@ -14,12 +14,13 @@ from unimed_jax.interop.families import med_moe
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import leaf_rules
 from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.verbs.options import with_overrides
 
 STAGES, SIZES = ("align", "instruct", "router", "moe"), ("stablelm", "phi2", "tiny")
 
 
 def stage(name: str, size: str, *overrides: str):
-    return door.settings_of(load_config_file(f"configs/med_moe/{name}.py:{size}"), list(overrides))
+    return with_overrides(load_config_file(f"configs/med_moe/{name}.py:{size}"), list(overrides))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_a_stage_trains_what_it_should(name, size):
 
 def test_the_tiny_chain_fits_a_run_of_brain_tiny():
     """Every leaf of its vision encoder and decoder has its place in stage 1."""
-    theirs = parameters(abstract(door.settings_of(load_config_file("configs/brain_tiny.py"), []).model))
+    theirs = parameters(abstract(with_overrides(load_config_file("configs/brain_tiny.py"), []).model))
     ours = parameters(abstract(stage("align", "tiny").model))
     for path, leaf in theirs.items():
         if not path.startswith("connector/"):

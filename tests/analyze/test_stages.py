@@ -11,6 +11,7 @@ from support.fake_brain import Squares
 from unimed_jax import main as door
 from unimed_jax.data import datasets
 from unimed_jax.model import sharding
+from unimed_jax.settings import load_config_file
 
 STAGE = """
 from support.fake_brain import tiny_config
@@ -98,7 +99,9 @@ def test_the_table_has_a_row_a_stage(chain):
 @pytest.mark.slow
 def test_finished_stages_are_skipped(chain, capsys, monkeypatch):
     config, folder = chain
-    monkeypatch.setattr(door, "train_and_evaluate", lambda *stage: pytest.fail("a finished stage was run"))
+    monkeypatch.setattr(
+        "unimed_jax.analyze.chain.train_and_evaluate", lambda *stage: pytest.fail("a finished stage was run")
+    )
     assert door.main([config, f"--workdir={folder}"]) == 0
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first", "second"]
 
@@ -171,7 +174,7 @@ def test_stages_scored_on_different_data_have_no_table(copied, capsys):
 
 def test_chains_of_the_repository_read():
     for size in ("stablelm", "phi2", "tiny"):
-        settings = door.load_config_file(f"configs/med_moe/all.py:{size}")
+        settings = load_config_file(f"configs/med_moe/all.py:{size}")
         assert settings.name == f"med_moe_{size}"
         assert [Path(stage).stem for stage in settings.stages] == ["align", "instruct", "router", "moe"]
 

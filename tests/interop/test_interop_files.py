@@ -103,7 +103,7 @@ def test_broken_safetensors(tmp_path):
     path.write_bytes(b"PK\3\4" + whole)
     refused(path, "damaged")
     path.rename(tmp_path / "model.onnx")
-    refused(tmp_path / "model.onnx", "no weight file that is read here")
+    refused(tmp_path / "model.onnx", "is not a weight file that can be read here")
     refused(tmp_path, "holds no weights")
 
 
@@ -119,12 +119,12 @@ def test_broken_index(tmp_path):
     save_file({"x": np.ones(1, np.float32)}, outside)
     for name in ("gone.safetensors", "../outside.safetensors", str(outside), index.name, 3):
         with_map(x=name)
-        refused(tmp_path, "which is not beside it")
+        refused(tmp_path, "which is not next to it")
     with_map(renamed=good["weight_map"]["vector"])
     refused(tmp_path, "renamed .in model-0000")
     for text in ("{", "[]", '{"weight_map": 3}', "{}"):
         index.write_text(text)
-        refused(tmp_path, "no index of weight files")
+        refused(tmp_path, "is not an index of weight files")
 
 
 def test_torch_shards(tmp_path):

@@ -353,7 +353,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
         export_unimed_hf(out, config, model, tokenizer_folder)
     whole = (out / files[1]).read_bytes()
     (out / files[1]).unlink()
-    refused(f"names the file '{files[1]}', which is not beside it")
+    refused(f"names the file '{files[1]}', which is not next to it")
     (out / files[1]).write_bytes(whole[:-7])
     refused(f"{files[1]} is damaged")
     (out / files[1]).write_bytes(whole)

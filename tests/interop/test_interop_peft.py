@@ -171,7 +171,7 @@ def test_bin_and_bfloat16(base, adapters, tmp_path):
     table = peft.peft_table(config)
     for entry in table:
         there = weights[entry.name].detach().to(torch.float32).numpy()
-        np.testing.assert_array_equal(there, np.asarray(narrow[entry.path].astype(jnp.float32))[entry.ours].T)
+        np.testing.assert_array_equal(there, np.asarray(narrow[entry.path].astype(jnp.float32))[entry.index].T)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_broken_folders(folder, base, tmp_path):
 def test_code_in_an_old_adapter_is_not_run(folder, base, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     archive(folder / "adapter_model.bin", pickle.dumps({"a": Touch(os.mkdir, str(tmp_path / "made"))}))
-    refused(folder, base, "holds code or objects beside tensors")
+    refused(folder, base, "holds code or objects besides tensors")
     assert not (tmp_path / "made").exists()
 
 

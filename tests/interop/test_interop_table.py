@@ -30,7 +30,7 @@ from unimed_jax.interop.tensors.table import (
     folded,
     is_finite,
     published_shapes,
-    read,
+    read_region,
     to_leaves,
     to_published,
 )
@@ -90,13 +90,13 @@ def test_layout_by_slices(layout):
     for _ in range(30):
         ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in leaf]
         region = tuple(slice(int(a), int(b)) for a, b in ends)
-        np.testing.assert_array_equal(read(table, tensors, "p", leaf, region), value[region])
+        np.testing.assert_array_equal(read_region(table, tensors, "p", leaf, region), value[region])
 
 
 def test_pairs_by_definition():
     """Published rows 2 j and 2 j + 1 of a head are its channels j and d / 2 + j."""
     tensor, heads, d = numbers(12, 5), 2, 6
-    ours = LAYOUTS["pairs"].ours(tensor, heads)
+    ours = LAYOUTS["pairs"].to_ours(tensor, heads)
     for h in range(heads):
         for j in range(d // 2):
             np.testing.assert_array_equal(ours[:, h * d + j], tensor[h * d + 2 * j])
@@ -115,7 +115,7 @@ def test_columns_of_one_tensor_in_two_leaves():
     np.testing.assert_array_equal(there["w"], np.concatenate([leaves["a"], leaves["b"]]).T)
     back = to_leaves(table, there, leaves)
     assert all((back[path] == leaves[path]).all() for path in leaves)
-    assert (read(table, Arrays(there), "b", (5, 4), (slice(1, 3), slice(2, 4))) == leaves["b"][1:3, 2:4]).all()
+    assert (read_region(table, Arrays(there), "b", (5, 4), (slice(1, 3), slice(2, 4))) == leaves["b"][1:3, 2:4]).all()
     with pytest.raises(UserError, match=r"w is of shape \[4, 7\] in place of \[4, 8\]"):
         to_leaves(table, {"w": there["w"][:, :7]}, leaves)
 

@@ -65,7 +65,7 @@ class Touch:
         return self.call
 
 
-@pytest.mark.parametrize("where", ["alone", "beside tensors"])
+@pytest.mark.parametrize("where", ["alone", "besides tensors"])
 @pytest.mark.parametrize("call", ["os.mkdir", "open", "eval", "exec", "getattr", "torch"])
 def test_code_in_a_pickle_is_not_run(tmp_path, call, where):
     made = tmp_path / "made"
@@ -86,7 +86,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, call, where):
     for protocol in (0, 2, 5):
         path = tmp_path / "file.pth"
         archive(path, pickle.dumps(tree, protocol))
-        refused(path, "holds code or objects beside tensors .*nothing of it was run")
+        refused(path, "holds code or objects besides tensors .*nothing of it was run")
         assert not made.exists()
 
 
@@ -147,8 +147,8 @@ def tensor_pickle(size, offset, shape, strides, key="0") -> bytes:
     [
         (4, 1, (4,), (1,), "past its storage"),
         (4, 0, (2, 2), (4, 1), "past its storage"),
-        (4, -1, (2,), (1,), "else than numbers"),
-        (4, 0, (2,), (-1,), "else than numbers"),
+        (4, -1, (2,), (1,), "other than numbers"),
+        (4, 0, (2,), (-1,), "other than numbers"),
         (4, 0, (2, 2), (1,), "a stride too few"),
         (5, 0, (5,), (1,), "lacks numbers"),
     ],
@@ -180,7 +180,7 @@ def test_broken_torch_files(tmp_path):
     refused(path, "no tensors by name")
     with zipfile.ZipFile(path, "w") as out:
         out.writestr("word/document.xml", "x")
-    refused(path, "none of tensors")
+    refused(path, "none that torch.save wrote of tensors")
 
 
 def test_old_torch_format(tmp_path):
@@ -286,5 +286,5 @@ def test_numbers_are_made_one_at_a_time_and_the_file_is_a_function_of_them(tmp_p
     for name in ("a.pth", "b.pth"):
         write_torch(tmp_path / name, tree)
     assert alive == [0, 1, 2] * 2 and (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
-    with pytest.raises(TypeError, match="no <class 'set'>"):
+    with pytest.raises(TypeError, match="not <class 'set'>"):
         write_torch(tmp_path / "c.pth", {"x": {1}})

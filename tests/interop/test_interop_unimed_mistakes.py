@@ -110,8 +110,8 @@ def test_damaged_files(damage, reference, tmp_path):
     def bomb(tree):
         tree["config"]["hook"] = Touch(os.mkdir, str(made))
 
-    damage("holds code or objects beside tensors", bomb)
-    damage("holds code or objects beside tensors", bomb, unimed_pth.load_moments)
+    damage("holds code or objects besides tensors", bomb)
+    damage("holds code or objects besides tensors", bomb, unimed_pth.load_moments)
     assert not made.exists()
     with pytest.raises(UserError, match="does not exist"):
         unimed_pth.load_unimed(tmp_path / "none.pth", tiny.CONFIG, {})

@@ -48,7 +48,7 @@ def test_patchify_is_a_convolution():
     weight = np.random.default_rng(1).standard_normal((12, 3, 4, 4)).astype(np.float32)
     pixels = pictures().transpose(0, 3, 1, 2).copy()  # [N, 3, H, W]
     expected = torch.nn.functional.conv2d(torch.tensor(pixels), torch.tensor(weight), stride=4)
-    kernel = LAYOUTS["patch"].ours(weight, 0)
+    kernel = LAYOUTS["patch"].to_ours(weight, 0)
     ours = np.asarray(patchify(pictures(), 4)) @ kernel
     np.testing.assert_allclose(ours, expected.flatten(2).transpose(1, 2).numpy(), rtol=0, atol=1e-5)
 

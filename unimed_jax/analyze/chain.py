@@ -11,12 +11,16 @@ from pathlib import Path
 
 import ml_collections
 
+from unimed_jax import processes
 from unimed_jax.config import Config
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
+from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
 from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.train import router
+from unimed_jax.train.loop import train
 
 # Heading of the table, task, where metrics.json has the score.
 SCORES = (
@@ -108,6 +112,33 @@ def trained(stage: Stage) -> bool:
 def finished(stage: Stage) -> bool:
     """Whether it is trained and scored."""
     return trained(stage) and _result(stage) is not None
+
+
+def run_chain(settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path) -> None:
+    """Trains and scores the stages that are not finished; the same command continues an interrupted chain."""
+    stages, table = read_stages(settings, overrides, folder), ""
+    for i, stage in enumerate(stages):
+        done = finished(stage)
+        if processes.leads():
+            print(f"stage {i + 1} of {len(stages)}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
+        if not done:
+            train_and_evaluate(stage.config, stage.folder)
+        if processes.leads():
+            table = write_table(folder, stages[: i + 1])
+    if table:
+        print(f"{table}\nwrote {folder / 'stages.md'}")
+
+
+def train_and_evaluate(config: Config, folder: Path) -> None:
+    """Trains one run in `folder`, from where it was left, and writes its scores there."""
+    if config.job == "router":
+        report = router.train_router(config, folder)
+        if processes.leads():
+            print(f"{router.summary(report)}\nwrote {folder / router.REPORT}")
+        return
+    run = train(config, folder)
+    with run.inside():
+        evaluate_run(run, config)
 
 
 def write_table(folder: Path, stages: Sequence[Stage]) -> str:

@@ -6,6 +6,7 @@ contact_sheet.png images with their boxes               tensorboard/, lock: who 
 metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.table import folded
 from unimed_jax.model.dispatch import upcycled
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
-from unimed_jax.model.sharding import parameter_shardings
+from unimed_jax.model.sharding import inside, parameter_shardings
 from unimed_jax.model.unimed import UniMed, order_coordinates
 from unimed_jax.rules import leaf_dtypes, leaf_rules
 from unimed_jax.runs.checkpoint import Checkpoints, fingerprints
@@ -39,6 +40,10 @@ class Run:
     model: UniMed
     step: int
     mesh: Mesh | None = None  # over which the model's leaves lie
+
+    def inside(self) -> contextlib.AbstractContextManager:
+        """The context in which the model is to be called: that of the mesh."""
+        return inside(self.mesh)
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:

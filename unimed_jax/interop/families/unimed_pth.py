@@ -190,7 +190,7 @@ def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) ->
     check(table, tensors, leaves, _differences(config, file.tree))
     for name in table.by_name():
         other = duplicate_name(name)
-        if other not in tensors.places or tensors.places[other] == tensors.places[name]:
+        if other not in tensors.tensors or tensors.tensors[other] == tensors.tensors[name]:
             continue  # absent, or one storage
         if not np.array_equal(tensors.read(other), tensors.read(name)):
             raise UserError(f"{file.path}: {other} and {name} are one tensor to the model but differ; get it again.")
@@ -263,7 +263,7 @@ def _step(file: TorchFile, name: str, step: Any) -> int:
 def _counts(file: TorchFile, table: Table, steps: Mapping[str, int]) -> dict[str, np.ndarray]:
     counts = {}
     for path in table.paths():
-        entries = table.under(path)
+        entries = table.of_leaf(path)
         own = [steps[entry.name] for entry in entries]
         if entries[0].layout == "row":  # one parameter there for every row of ours
             counts[path] = np.array(own, np.int32)[:, None]  # [rows, 1]

@@ -1,10 +1,10 @@
-"""Weight files, read by slices without executing anything, and written whole or not at all.
+"""Reads weight files in slices, without executing anything, and writes safetensors.
 
-Safetensors (single, or sharded with an index); torch's files are in `torch_file`.
+Safetensors may be one file or several with an index. torch's own files are read by `torch_file`.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.table import Region, Stored, Tensors
 from unimed_jax.interop.tensors.torch_file import TorchFile, damaged
 
-# What a folder's weights are called, best first.
+# Names of the weights in a folder; the first one found is read.
 FOLDER_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,15 +26,25 @@ FOLDER_NAMES = (
     "adapter_model.bin",
 )
 SAFETENSORS_DTYPES = {
-    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
-    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_},
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
 }
+SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
+SHARD_BYTES = 2 << 30  # of a written file, at most
 
 
 def open_weights(path: str | Path) -> Tensors:
-    """The tensors of a weight file, or of a folder that holds one (or an index of several).
+    """Opens a weight file, or the weights (one file, or an index of several) in a folder.
 
-    Raises UserError where there is none, or where it is damaged or not what its name says.
+    Raises UserError if there are none, or if they are damaged or not what their name says.
     """
     path = Path(path)
     if path.is_dir():
@@ -50,53 +60,57 @@ def open_weights(path: str | Path) -> Tensors:
         return Safetensors(path)
     if path.suffix in (".bin", ".pth", ".pt"):
         return TorchFile(path).tensors()
-    raise UserError(f"{path} is no weight file that is read here; give .safetensors, .bin, .pth or .pt.")
+    raise UserError(f"{path} is not a weight file that can be read here; give .safetensors, .bin, .pth or .pt.")
 
 
 class Safetensors(Tensors):
+    """An open safetensors file."""
+
     def __init__(self, path: Path):
-        self.path, self.origin, self.stored = path, str(path), {}
+        self.path, self.origin = path, str(path)
+        self.stored = {}
         try:
             with safe_open(path, framework="numpy") as file:
-                self.metadata: dict[str, str] = file.metadata() or {}
-                for name in file.keys():  # noqa: SIM118 (no dict)
+                for name in file.keys():  # noqa: SIM118 (it is not a dict)
                     part = file.get_slice(name)
                     dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
-                    self.stored[name] = Stored(
-                        tuple(part.get_shape()), np.dtype(dtype) if dtype else str(part.get_dtype())
-                    )
+                    kept = np.dtype(dtype) if dtype else str(part.get_dtype())
+                    self.stored[name] = Stored(tuple(part.get_shape()), kept)
         except (SafetensorError, OSError) as error:
             raise damaged(path, error) from error
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
-        # Opened anew each time: the pages that were read are given back with the file.
+        # Opened for each read: closing the file gives back the pages of memory that were read.
         with safe_open(self.path, framework="numpy") as file:
             part = file.get_slice(name)
-            return part[index] if index else part[:] if part.get_shape() else file.get_tensor(name)
+            if index:
+                return part[index]
+            return part[:] if part.get_shape() else file.get_tensor(name)
 
 
 class Shards(Tensors):
-    """Several files and their index ("weight_map": tensor -> file beside it)."""
+    """Several weight files that an index names ("weight_map": tensor -> file in the same folder)."""
 
     def __init__(self, index: Path):
         self.origin = str(index.parent)
         try:
-            self.place: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            names = set(self.place.values())
+            self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            names = set(self.file_of.values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is no index of weight files (no weight_map); get it again.") from error
+            raise UserError(f"{index} is not an index of weight files (no weight_map); get it again.") from error
         for name in names:
+            # A name with a folder in it could reach outside.
             plain = isinstance(name, str) and Path(name).name == name and name.endswith((".safetensors", ".bin"))
             if not plain or not (index.parent / name).is_file():
-                raise UserError(f"{index} names the file {name!r}, which is not beside it; get it again.")
+                raise UserError(f"{index} names the file {name!r}, which is not next to it; get it again.")
         self.files = {name: open_weights(index.parent / name) for name in sorted(names)}
-        lost = [f"{name} (in {file})" for name, file in self.place.items() if name not in self.files[file].stored]
+        lost = [f"{name} (in {file})" for name, file in self.file_of.items() if name not in self.files[file].stored]
         if lost:
             raise UserError(f"{index} names tensors that their files lack: {', '.join(lost)}; get the files again.")
-        self.stored = {name: self.files[file].stored[name] for name, file in self.place.items()}
+        self.stored = {name: self.files[file].stored[name] for name, file in self.file_of.items()}
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
-        return self.files[self.place[name]].read(name, index)
+        return self.files[self.file_of[name]].read(name, index)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,59 +118,66 @@ class Shards(Tensors):
 # --------------------------------------------------------------------------------------------------
 
 
-SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
-
-
 def write_safetensors(
     folder: Path,
     stored: Mapping[str, Stored],
     tensors: Iterable[tuple[str, np.ndarray]],
     stem: str = "model",
-    limit: int = 2 << 30,
+    limit: int = SHARD_BYTES,
 ) -> None:
     """Writes tensors, which come one at a time in the order of `stored`, as `<stem>.safetensors`.
 
-    More than `limit` bytes become several files with an index, as Hugging Face names them. Use within `new_folder`.
+    More than `limit` bytes become several files with an index, named as Hugging Face names them. Use it within
+    `new_folder`.
     """
-    shards: list[list[str]] = [[]]
-    room = limit
-    for name, (shape, dtype) in stored.items():
-        size = _bytes(shape, dtype)
-        if shards[-1] and size > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room -= size
+    shards = _shards(stored, limit)
     count = len(shards)
-    files = (
-        [f"{stem}.safetensors"]
-        if count == 1
-        else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    )
+    if count == 1:
+        files = [f"{stem}.safetensors"]
+    else:
+        files = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     stream = iter(tensors)
     for file, names in zip(files, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            shape, dtype = stored[name]
-            start, end = end, end + _bytes(shape, dtype)
-            header[name] = {"dtype": SAFETENSORS_NAMES[np.dtype(dtype)], "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(folder / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for expected in names:
-                name, value = next(stream)
-                assert (name, value.shape, value.dtype) == (expected, *stored[expected]), name
-                out.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)  # [bytes]
+        _write_shard(folder / file, {name: stored[name] for name in names}, stream)
     if count > 1:
-        total = sum(_bytes(*s) for s in stored.values())
         index = {
-            "metadata": {"total_size": total},
+            "metadata": {"total_size": sum(_bytes(one) for one in stored.values())},
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+def _shards(stored: Mapping[str, Stored], limit: int) -> list[list[str]]:
+    """Groups the tensors, in their order, into files of at most `limit` bytes (or of one larger tensor)."""
+    shards: list[list[str]] = [[]]
+    left = limit
+    for name, one in stored.items():
+        size = _bytes(one)
+        if shards[-1] and size > left:
+            shards.append([])
+            left = limit
+        shards[-1].append(name)
+        left -= size
+    return shards
+
+
+def _write_shard(path: Path, stored: Mapping[str, Stored], stream: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Writes one safetensors file: the length of the header, the header, the numbers of the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    end = 0
+    for name, one in stored.items():
+        start, end = end, end + _bytes(one)
+        kind = SAFETENSORS_NAMES[np.dtype(one.dtype)]
+        header[name] = {"dtype": kind, "shape": one.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for expected in stored:
+            name, value = next(stream)
+            assert (name, value.shape, value.dtype) == (expected, *stored[expected]), name
+            out.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)  # [bytes]
+
+
+def _bytes(stored: Stored) -> int:
+    return int(np.prod(stored.shape, dtype=np.int64)) * np.dtype(stored.dtype).itemsize

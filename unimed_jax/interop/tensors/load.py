@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
-from unimed_jax.interop.tensors.table import Region, Table, Tensors, check, read
+from unimed_jax.interop.tensors.table import Region, Table, Tensors, check, read_region
 
 STRIP = 128 << 20  # bytes of a device's part of a leaf that are in host memory at a time
 
@@ -33,7 +33,7 @@ def load_leaves(
     for path in table.paths():
         shape = tuple(leaves[path].shape)
         dtype = np.dtype((dtypes or {}).get(path, leaves[path].dtype))
-        read_part = functools.partial(read, table, tensors, path, shape, dtype=dtype)
+        read_part = functools.partial(read_region, table, tensors, path, shape, dtype=dtype)
         out[path] = filled(shape, dtype, alone if shardings is None else shardings[path], read_part)
     return out
 

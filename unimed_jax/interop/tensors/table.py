@@ -1,8 +1,13 @@
-"""One declarative table per family of published weights, read in both directions.
+"""Maps published tensors to our leaves: one declarative table per family of weights, read in both directions.
 
-A table says for every published tensor which part of which of our leaves holds the same numbers and in which
-layout. Published linears are torch's ([out, in], one module per layer); ours are [in, out] and stacked over layers,
-experts concatenated. Everything that crosses the border goes through `check`, `read` and `to_published`.
+Published linears are torch's: [out, in], one module per layer. Ours are [in, out], stacked over the layers,
+experts concatenated. A table says for each published tensor which block of which leaf holds the same numbers,
+and in which layout:
+
+    # Our kernel is [24, 960, 320]; the file holds one [320, 960] tensor per layer.
+    Entry("model.layers.7.self_attn.k_proj.weight", "decoder/layers/attention/k/kernel", (7,), "transpose")
+
+`check` and `read_region` take weights in, `published_shapes` and `each_published` give them out.
 """
 
 import dataclasses
@@ -17,154 +22,229 @@ import numpy as np
 
 from unimed_jax.errors import UserError
 
-Region = tuple[slice, ...]  # start and stop in every dimension of a leaf, or of an entry's block of it
+Shape = tuple[int, ...]
+Region = tuple[slice, ...]  # a start and a stop in every dimension of a leaf, or of an entry's block of it
+ALL = slice(None)
 FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.float64))
 
 
-class Stored(NamedTuple):
-    """A tensor as a file holds it."""
+# --------------------------------------------------------------------------------------------------
+# Sources of tensors
+# --------------------------------------------------------------------------------------------------
 
-    shape: tuple[int, ...]
-    dtype: np.dtype | str  # the file's own word for what numpy cannot hold
+
+class Stored(NamedTuple):
+    """Describes a tensor as a file holds it."""
+
+    shape: Shape
+    dtype: np.dtype | str  # the file's own word for a type that numpy cannot hold
 
 
 class Tensors:
-    """Named tensors of a file, or of several; nothing but their names and shapes is in memory."""
+    """Gives named tensors of one or several files; only their names and shapes are in memory."""
 
-    origin: str  # for messages
+    origin: str  # the file or folder, for messages
     stored: Mapping[str, Stored]
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
-        """A copy of that part of the tensor, in the stored dtype."""
+        """Copies a region of the tensor into memory, in the stored dtype."""
         raise NotImplementedError
 
 
 class Arrays(Tensors):
-    """Arrays that are in memory already, laid over those of `behind`."""
+    """Gives arrays that are in memory already, and for all other names the tensors of `base`."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], behind: Tensors | None = None, origin: str = "memory"):
-        self.arrays, self.behind = arrays, behind
-        self.origin = behind.origin if behind else origin
-        self.stored = {**(behind.stored if behind else {}), **{k: Stored(v.shape, v.dtype) for k, v in arrays.items()}}
+    def __init__(self, arrays: Mapping[str, np.ndarray], base: Tensors | None = None, origin: str = "memory"):
+        self.arrays, self.base = arrays, base
+        self.origin = base.origin if base else origin
+        in_memory = {name: Stored(value.shape, value.dtype) for name, value in arrays.items()}
+        self.stored = {**(base.stored if base else {}), **in_memory}
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
-        if name not in self.arrays:
-            assert self.behind is not None
-            return self.behind.read(name, index)
-        return self.arrays[name][index]
+        if name in self.arrays:
+            return self.arrays[name][index]
+        assert self.base is not None
+        return self.base.read(name, index)
+
+
+# --------------------------------------------------------------------------------------------------
+# Layouts
+# --------------------------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
-    """How a published tensor holds the block of ours that an entry names."""
+    """Converts between a block of one of our leaves and the tensor that a file publishes for it."""
 
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # our block's -> the published tensor's
-    # A region of our block -> the index to read, and what is still to be cut out of `ours` of what was read.
-    where: Callable[[Region], tuple[Region, Region]]
-    ours: Callable[[np.ndarray, int], np.ndarray]  # the second argument is Entry.heads
-    published: Callable[[np.ndarray, int], np.ndarray]
-
-
-ALL = slice(None)
+    published_shape: Callable[[Shape], Shape]  # of our block's shape
+    # A region of our block -> the region of the published tensor to read, and the part to keep after `to_ours`
+    # (() keeps all): a layout that cannot be cut exactly reads more than it needs.
+    to_read: Callable[[Region], tuple[Region, Region]]
+    to_ours: Callable[[np.ndarray, int], np.ndarray]  # the second argument is Entry.heads
+    to_published: Callable[[np.ndarray, int], np.ndarray]
 
 
-def _patch(part: np.ndarray, _) -> np.ndarray:
-    side = math.isqrt(part.shape[0] // 3)
-    return part.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)  # [out, 3, p, p]
+def _patch_shape(block: Shape) -> Shape:
+    side = math.isqrt(block[0] // 3)
+    return (block[1], 3, side, side)
 
 
-def _pairs(tensor: np.ndarray, heads: int, halves_first: bool) -> np.ndarray:
-    """Rows [heads * d, in], each head's as (2, d / 2) or (d / 2, 2), to the other order."""
-    split = (heads, 2, -1) if halves_first else (heads, -1, 2)
-    parts = tensor.reshape(*split, *tensor.shape[1:])  # [heads, 2, d / 2, in] or [heads, d / 2, 2, in]
-    return parts.swapaxes(1, 2).reshape(tensor.shape)  # [heads * d, in]
+def _patch_to_ours(tensor: np.ndarray, _: int) -> np.ndarray:
+    return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])  # [p * p * 3, out]
+
+
+def _patch_to_published(block: np.ndarray, _: int) -> np.ndarray:
+    side = math.isqrt(block.shape[0] // 3)
+    return block.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)  # [out, 3, p, p]
+
+
+def _pairs_to_ours(tensor: np.ndarray, heads: int) -> np.ndarray:
+    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])  # [heads, d / 2, 2, in]
+    return pairs.swapaxes(1, 2).reshape(tensor.shape).T  # [in, heads * d]
+
+
+def _pairs_to_published(block: np.ndarray, heads: int) -> np.ndarray:
+    tensor = block.T  # [heads * d, in]
+    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])  # [heads, 2, d / 2, in]
+    return halves.swapaxes(1, 2).reshape(tensor.shape)  # [heads * d, in]
 
 
 LAYOUTS: dict[str, Layout] = {
-    "same": Layout(lambda s: s, lambda r: (r, ()), lambda x, _: x, lambda x, _: x),
-    "transpose": Layout(lambda s: s[::-1], lambda r: (r[::-1], ()), lambda x, _: x.T, lambda x, _: x.T),
+    "same": Layout(
+        published_shape=lambda block: block,
+        to_read=lambda region: (region, ()),
+        to_ours=lambda tensor, _: tensor,
+        to_published=lambda block, _: block,
+    ),
+    # [out, in] <-> [in, out]
+    "transpose": Layout(
+        published_shape=lambda block: block[::-1],
+        to_read=lambda region: (region[::-1], ()),
+        to_ours=lambda tensor, _: tensor.T,
+        to_published=lambda block, _: block.T,
+    ),
     # [1, 1, c] <-> [c]
     "row": Layout(
-        lambda s: (1, 1, *s), lambda r: ((ALL, ALL, *r), ()), lambda x, _: x.reshape(-1), lambda x, _: x[None, None]
+        published_shape=lambda block: (1, 1, *block),
+        to_read=lambda region: ((ALL, ALL, *region), ()),
+        to_ours=lambda tensor, _: tensor.reshape(-1),
+        to_published=lambda block, _: block[None, None],
     ),
     # [1, n, c] <-> [n, c]
-    "batch": Layout(lambda s: (1, *s), lambda r: ((ALL, *r), ()), lambda x, _: x[0], lambda x, _: x[None]),
-    # a convolution [out, 3, p, p] <-> [p * p * 3, out]
-    "patch": Layout(
-        lambda s: (s[1], 3, math.isqrt(s[0] // 3), math.isqrt(s[0] // 3)),
-        lambda r: ((r[1],), (r[0],)),
-        lambda x, _: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),  # [p * p * 3, out]
-        _patch,
+    "batch": Layout(
+        published_shape=lambda block: (1, *block),
+        to_read=lambda region: ((ALL, *region), ()),
+        to_ours=lambda tensor, _: tensor[0],
+        to_published=lambda block, _: block[None],
     ),
-    # [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)], or both without `in`: rotary pairs side by side (GGUF)
+    # A convolution over patches, [out, 3, p, p] <-> [p * p * 3, out].
+    "patch": Layout(
+        published_shape=_patch_shape,
+        to_read=lambda region: ((region[1],), (region[0],)),
+        to_ours=_patch_to_ours,
+        to_published=_patch_to_published,
+    ),
+    # GGUF's queries and keys, [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)]: a file holds the two channels
+    # of a rotary pair next to each other, we hold the first channels of all pairs, then the second. Of a bias the
+    # dimension `in` is absent.
     "pairs": Layout(
-        lambda s: s[::-1],
-        lambda r: ((ALL, *r[:-1]), (*(ALL for _ in r[:-1]), r[-1])),
-        lambda x, heads: _pairs(x, heads, halves_first=False).T,
-        lambda x, heads: _pairs(x.T, heads, halves_first=True),
+        published_shape=lambda block: block[::-1],
+        to_read=lambda region: ((ALL, *region[:-1]), (*(ALL for _ in region[:-1]), region[-1])),
+        to_ours=_pairs_to_ours,
+        to_published=_pairs_to_published,
     ),
 }
 
 
+# --------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A published tensor, or a run of its columns, and the part of our leaf that holds the same numbers."""
+    """Says that a published tensor holds the same numbers as a block of one of our leaves."""
 
-    name: str
-    path: str
-    ours: tuple = ()  # index of the block in our leaf: numbers and slices, whole where there is none
+    name: str  # of the published tensor
+    path: str  # of our leaf
+    index: tuple[int | slice, ...] = ()  # the block in our leaf; the dimensions that it does not name are whole
     layout: str = "same"  # a key of LAYOUTS
-    columns: tuple[int, int] | None = None  # of a transposed tensor (the router's two halves)
-    heads: int = 0  # of layout `pairs`
+    # The range of the tensor's columns that the block holds, if several leaves share the tensor (the router's halves).
+    columns: tuple[int, int] | None = None
+    heads: int = 0  # only of the layout "pairs"
 
-    def block(self, leaf: tuple[int, ...]) -> Region:
-        """The block as a region of a leaf of that shape."""
-        index = (*self.ours, *(ALL,) * (len(leaf) - len(self.ours)))
+    def block(self, leaf: Shape) -> Region:
+        """Gives the block as a region of a leaf of this shape."""
+        index = (*self.index, *(ALL,) * (len(leaf) - len(self.index)))
         return tuple(
             slice(*i.indices(n)[:2]) if isinstance(i, slice) else slice(i, i + 1)
             for i, n in zip(index, leaf, strict=True)
         )
 
+    def published_shape(self, leaf: Shape) -> Shape:
+        """Gives the shape of the published tensor (or of its columns) for a leaf of this shape."""
+        block = self._without_numbered(self.block(leaf))
+        return LAYOUTS[self.layout].published_shape(_shape(block))
+
     def to_published(self, leaf: Any) -> np.ndarray:
-        """The tensor, or its columns, from our leaf (numpy or jax). Of a stacked one a layer alone is fetched."""
-        ours = self.ours
-        if ours and not isinstance(ours[0], slice):
-            leaf, ours = leaf[ours[0]], ours[1:]
-        return LAYOUTS[self.layout].published(np.asarray(leaf)[ours], self.heads)
+        """Makes the published tensor (or its columns) from our leaf, a numpy or jax array.
 
-    def published_shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
-        return LAYOUTS[self.layout].shape(tuple(size for size, _ in self._kept(self.block(leaf))))
+        Only the layer that is needed is fetched from a device, not the whole stack.
+        """
+        index = self.index
+        if index and not isinstance(index[0], slice):
+            leaf, index = leaf[index[0]], index[1:]
+        return LAYOUTS[self.layout].to_published(np.asarray(leaf)[index], self.heads)
 
-    def read(self, tensors: Tensors, leaf: tuple[int, ...], region: Region) -> tuple[Region, np.ndarray] | None:
-        """What this entry puts into a region of the leaf: (where within the region, values), or None.
+    def read(self, tensors: Tensors, leaf: Shape, region: Region) -> tuple[Region, np.ndarray] | None:
+        """Reads what this entry contributes to a region of a leaf of this shape.
 
+        Returns the place within the region and the values, or None if the entry's block lies outside it.
         Raises UserError for values that are not finite.
         """
         block = self.block(leaf)
-        both = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(block, region, strict=True))
-        if any(s.start >= s.stop for s in both):
+        both = _overlap(block, region)
+        if both is None:
             return None
         layout = LAYOUTS[self.layout]
-        local = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(both, block, strict=True))
-        index, rest = layout.where(tuple(part for _, part in self._kept(local)))
+        in_file, kept = layout.to_read(self._without_numbered(_relative(both, block)))
         if self.columns:
-            index = (index[0], slice(index[1].start + self.columns[0], index[1].stop + self.columns[0]))
-        values = tensors.read(self.name, index)
+            first = self.columns[0]
+            in_file = (in_file[0], slice(in_file[1].start + first, in_file[1].stop + first))
+        values = tensors.read(self.name, in_file)
         if not is_finite(values):
             raise UserError(f"{tensors.origin}: {self.name} holds NaN or infinite numbers; get the file again.")
-        values = layout.ours(values, self.heads)[rest]
-        shape = tuple(s.stop - s.start for s in both)
-        place = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, region, strict=True))
-        return place, values.reshape(shape)  # the dimensions that `ours` numbers are there again, of length 1
+        values = layout.to_ours(values, self.heads)[kept]
+        # Re-insert the dimensions that `index` indexes with an integer, with length 1.
+        return _relative(both, region), values.reshape(_shape(both))
 
-    def _kept(self, region: Region) -> list[tuple[int, slice]]:
-        """(length, part) of the region's dimensions that `ours` does not number away."""
-        numbered = {d for d, i in enumerate(self.ours) if not isinstance(i, slice)}
-        return [(s.stop - s.start, s) for d, s in enumerate(region) if d not in numbered]
+    def _without_numbered(self, region: Region) -> Region:
+        """Drops the dimensions that `index` indexes with an integer: the published tensor lacks them."""
+        numbered = {d for d, i in enumerate(self.index) if not isinstance(i, slice)}
+        return tuple(part for d, part in enumerate(region) if d not in numbered)
+
+
+def _shape(region: Region) -> Shape:
+    return tuple(part.stop - part.start for part in region)
+
+
+def whole(shape: Shape) -> Region:
+    """Gives the region that covers all of an array."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def _overlap(a: Region, b: Region) -> Region | None:
+    both = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    return both if all(part.start < part.stop for part in both) else None
+
+
+def _relative(part: Region, around: Region) -> Region:
+    """Counts the starts and stops of `part` from the start of the region `around` it."""
+    return tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(part, around, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Entries, and patterns of tensors that such files may hold besides and that are not needed."""
+    """Lists the entries of a family, and patterns of tensors in its files that are not needed."""
 
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
@@ -176,80 +256,89 @@ class Table:
         return iter(self.entries)
 
     def prefixed(self, prefix: str) -> "Table":
-        """The same tensors, their names behind a prefix."""
+        """Puts a prefix before every published name."""
         entries = tuple(dataclasses.replace(entry, name=prefix + entry.name) for entry in self)
         return Table(entries, tuple(prefix + pattern for pattern in self.ignored))
 
     def paths(self) -> list[str]:
+        """Lists the leaves that the table fills."""
         return list(dict.fromkeys(entry.path for entry in self))
 
-    def under(self, path: str) -> list[Entry]:
+    def of_leaf(self, path: str) -> list[Entry]:
+        """Lists the entries that fill one leaf."""
         return [entry for entry in self if entry.path == path]
 
     def by_name(self) -> dict[str, list[Entry]]:
-        """Published tensor -> the entries that make it up."""
+        """Groups the entries by the published tensor that they make up."""
         out: dict[str, list[Entry]] = {}
         for entry in self:
             out.setdefault(entry.name, []).append(entry)
         return out
 
 
-def published_shapes(table: Table, leaves: Mapping[str, Any]) -> dict[str, Stored]:
-    """Shapes and dtypes of the tensors that `to_published` makes of leaves of these shapes and dtypes."""
-    out: dict[str, Stored] = {}
-    for entry in table:
-        leaf = leaves[entry.path]
-        shape = entry.published_shape(tuple(leaf.shape))
-        if entry.columns:
-            shape = (shape[0], max(entry.columns[1], out[entry.name].shape[1] if entry.name in out else 0))
-        out[entry.name] = Stored(shape, np.dtype(leaf.dtype))
-    return out
+# --------------------------------------------------------------------------------------------------
+# Checking
+# --------------------------------------------------------------------------------------------------
 
 
 def check(table: Table, tensors: Tensors, leaves: Mapping[str, Any], differences: Iterable[str] = ()) -> None:
     """Raises one UserError that names every missing, unexpected, mis-shaped and unreadable tensor.
 
-    `leaves` (anything with shapes, by path) must hold every path of the table; `differences` is what else does not
-    fit, in words.
+    leaves: anything with a shape, by path, for every path of the table.
+    differences: what else does not fit, in words; it joins the same sentence.
     """
     expected = {name: stored.shape for name, stored in published_shapes(table, leaves).items()}
-    problems = list(differences)
+    problems = [*differences, *_wrong_names(table, tensors, expected), *_wrong_tensors(tensors, expected)]
+    if problems:
+        raise UserError(f"{tensors.origin} does not fit the model: {'; '.join(problems)}; check config.model.")
+
+
+def _wrong_names(table: Table, tensors: Tensors, expected: Mapping[str, Shape]) -> list[str]:
     missing = [name for name in expected if name not in tensors.stored]
     unexpected = [
         name
         for name in tensors.stored
         if name not in expected and not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored)
     ]
-    for names, what in ((missing, "missing"), (unexpected, "not known to this model")):
-        if names:
-            problems.append(f"{', '.join(folded(names))} {'is' if len(names) == 1 else 'are'} {what}")
-    wrong: dict[str, list[str]] = {}
+    problems = []
+    if missing:
+        problems.append(_they_are(missing, "missing"))
+    if unexpected:
+        problems.append(_they_are(unexpected, "not known to this model"))
+    return problems
+
+
+def _wrong_tensors(tensors: Tensors, expected: Mapping[str, Shape]) -> list[str]:
+    wrong: dict[str, list[str]] = {}  # what is wrong -> names
     for name, shape in expected.items():
         if name not in tensors.stored:
             continue
         stored = tensors.stored[name]
         if tuple(stored.shape) != shape:
-            wrong.setdefault(f"of shape {list(stored.shape)} in place of {list(shape)}", []).append(name)
+            what = f"of shape {list(stored.shape)} in place of {list(shape)}"
+            wrong.setdefault(what, []).append(name)
         elif stored.dtype not in FLOATS:
-            wrong.setdefault(f"stored as {stored.dtype}, which is no plain floating-point type", []).append(name)
-    problems += [
-        f"{', '.join(folded(names))} {'is' if len(names) == 1 else 'are'} {what}" for what, names in wrong.items()
-    ]
-    if problems:
-        raise UserError(f"{tensors.origin} does not fit the model: {'; '.join(problems)}; check config.model.")
+            what = f"stored as {stored.dtype}, which is not a plain floating-point type"
+            wrong.setdefault(what, []).append(name)
+    return [_they_are(names, what) for what, names in wrong.items()]
+
+
+def _they_are(names: list[str], what: str) -> str:
+    return f"{', '.join(folded(names))} {'is' if len(names) == 1 else 'are'} {what}"
 
 
 def folded(names: Iterable[str]) -> list[str]:
-    """Names that differ in one number as one: `layers.{0-3,7}.weight`."""
+    """Writes names that differ only in their first number as one: `layers.{0-3,7}.weight`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         first = re.search(r"\d+", name)
         key = (name[: first.start()], name[first.end() :]) if first else (name, "")
         groups.setdefault(key, []).extend([int(first.group())] if first else [])
-    return [f"{a}{_ranges(sorted(set(numbers)))}{b}" for (a, b), numbers in groups.items()]
+    return [f"{before}{_ranges(sorted(set(numbers)))}{after}" for (before, after), numbers in groups.items()]
 
 
 def _ranges(numbers: list[int]) -> str:
+    """Writes increasing numbers as ranges: [0, 1, 2, 7] as "{0-2,7}", [7] as "7"."""
     if len(numbers) < 2:
         return "".join(map(str, numbers))
     runs: list[list[int]] = []
@@ -261,13 +350,25 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
 
 
-def read(
-    table: Table, tensors: Tensors, path: str, leaf: tuple[int, ...], region: Region, dtype: Any = np.float32
+def is_finite(values: np.ndarray) -> bool:
+    """Says whether an array holds neither NaN nor infinity."""
+    if values.dtype == ml_dtypes.bfloat16:  # testing the exponent bits is three times as fast as its isfinite
+        return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(values).all())
+
+
+# --------------------------------------------------------------------------------------------------
+# Published -> ours
+# --------------------------------------------------------------------------------------------------
+
+
+def read_region(
+    table: Table, tensors: Tensors, path: str, leaf: Shape, region: Region, dtype: Any = np.float32
 ) -> np.ndarray:
-    """A region of the leaf at `path`, of shape `leaf`, from what the file holds (which `check` has passed)."""
-    out = np.empty(tuple(s.stop - s.start for s in region), dtype)
+    """Reads a region of the leaf at `path`, of shape `leaf`, from tensors that `check` has passed."""
+    out = np.empty(_shape(region), dtype)
     filled = 0
-    for entry in table.under(path):
+    for entry in table.of_leaf(path):
         found = entry.read(tensors, leaf, region)
         if found is not None:
             place, values = found
@@ -278,7 +379,7 @@ def read(
 
 
 def _copy(target: np.ndarray, values: np.ndarray, strip: int = 64) -> None:
-    """target[...] = values; a transposed view by strips, which is three times as fast."""
+    """Sets target[...] = values; a transposed view is copied in strips, which is three times as fast."""
     if values.flags.c_contiguous:
         target[...] = values
         return
@@ -286,41 +387,50 @@ def _copy(target: np.ndarray, values: np.ndarray, strip: int = 64) -> None:
         target[..., i : i + strip] = values[..., i : i + strip]
 
 
-def is_finite(values: np.ndarray) -> bool:
-    if values.dtype == ml_dtypes.bfloat16:  # its own isfinite is three times as slow
-        return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(values).all())
-
-
 def to_leaves(
     table: Table, tensors: Tensors | Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The leaves that the table names, whole and in float32 (`leaves` gives their shapes).
+    """Makes whole float32 leaves, of the shapes of `leaves`, for every path of the table.
 
-    Raises one UserError for all that does not fit (`check`), and one for a tensor that is not finite.
+    Raises one UserError for everything that does not fit (`check`), and one for the first tensor that is not
+    finite.
     """
     tensors = tensors if isinstance(tensors, Tensors) else Arrays(tensors)
     check(table, tensors, leaves)
     shapes = {path: tuple(leaves[path].shape) for path in table.paths()}
-    return {path: read(table, tensors, path, shape, whole(shape)) for path, shape in shapes.items()}
+    return {path: read_region(table, tensors, path, shape, whole(shape)) for path, shape in shapes.items()}
 
 
-def whole(shape: tuple[int, ...]) -> Region:
-    return tuple(slice(0, n) for n in shape)
+# --------------------------------------------------------------------------------------------------
+# Ours -> published
+# --------------------------------------------------------------------------------------------------
+
+
+def published_shapes(table: Table, leaves: Mapping[str, Any]) -> dict[str, Stored]:
+    """Gives shapes and dtypes of the published tensors for leaves of these shapes and dtypes."""
+    out: dict[str, Stored] = {}
+    for entry in table:
+        leaf = leaves[entry.path]
+        shape = entry.published_shape(tuple(leaf.shape))
+        if entry.columns:  # several leaves share the tensor, which is as wide as the last range says
+            width = max(entry.columns[1], out[entry.name].shape[1] if entry.name in out else 0)
+            shape = (shape[0], width)
+        out[entry.name] = Stored(shape, np.dtype(leaf.dtype))
+    return out
 
 
 def to_published(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Every published tensor; the inverse of `to_leaves`."""
+    """Makes every published tensor; the inverse of `to_leaves`."""
     return dict(each_published(table, leaves))
 
 
 def each_published(table: Table, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of every published tensor, one at a time and in the order of `published`."""
+    """Yields (name, tensor) for every published tensor, one at a time, in the order of `published_shapes`."""
     for name, entries in table.by_name().items():
         yield name, assembled(entries, leaves)
 
 
 def assembled(entries: Iterable[Entry], leaves: Mapping[str, Any]) -> np.ndarray:
-    """The published tensor that these entries of one name make up."""
+    """Makes the one published tensor that these entries make up."""
     tensors = [entry.to_published(leaves[entry.path]) for entry in entries]
     return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=1))

@@ -1,8 +1,8 @@
-"""torch's zip files (`.bin`, `.pth`, `.pt`), read without executing anything and written without torch.
+"""Reads torch's zip files (`.bin`, `.pth`, `.pt`) without executing anything, and writes them without torch.
 
-Such a file holds a pickle of a tree (dicts, lists, scalars), in which tensors name storages, and each storage's
-numbers as a record of their own. Of a pickle only the containers and the rebuilding of tensors are interpreted;
-anything else is refused.
+Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), and the numbers of each tensor's storage as a
+record of their own. Of the pickle only containers and the rebuilding of tensors are interpreted; anything else is
+refused.
 """
 
 import collections
@@ -22,21 +22,43 @@ from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.table import Region, Stored, Tensors
 
 TORCH_DTYPES: dict[str, Any] = {
-    **{"DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16},
-    **{"BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32},
-    **{"ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_},
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }
+STORAGES = {np.dtype(dtype): name for name, dtype in TORCH_DTYPES.items()}
 PICKLE_LIMIT = 1 << 28  # bytes; names and shapes of a model take less than a hundredth of it
+LOCAL_HEADER = 30  # bytes of a zip record's header, before its name and its extra field
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """Makes the error for a file that its format's reader could not read."""
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{path} is damaged or is not the kind of file that its name says ({reason}); get it again.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Unpickling
+# --------------------------------------------------------------------------------------------------
 
 
 class Storage(NamedTuple):
+    """Describes a run of numbers in the file, of which tensors are views."""
+
     record: str  # within the archive
     dtype: np.dtype
     size: int  # elements
 
 
 class TorchTensor(NamedTuple):
-    """A strided view of a storage; its numbers are still in the file."""
+    """Describes a strided view of a storage, whose numbers are still in the file."""
 
     storage: Storage
     offset: int  # elements, like the strides
@@ -45,20 +67,20 @@ class TorchTensor(NamedTuple):
 
 
 class _OrderedDict(collections.OrderedDict):
-    """Stands for OrderedDict; what a pickle would set besides the entries (a module's `_metadata`) is dropped."""
+    """Takes the place of OrderedDict and ignores what a pickle sets besides entries (a module's `_metadata`)."""
 
     def __setstate__(self, state):
         pass
 
 
 class _RebuildTensor(tuple):
-    """Stands for torch's function. An empty tuple: a pickle can set nothing on it."""
+    """Takes the place of torch's function; as an empty tuple it has no attributes that a pickle could set."""
 
     __slots__ = ()
 
     def __call__(self, storage, offset, shape, strides, *_) -> TorchTensor:
         if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
-            raise pickle.UnpicklingError("a tensor is described by something else than numbers")
+            raise pickle.UnpicklingError("a tensor is described by something other than numbers")
         if len(shape) != len(strides):
             raise pickle.UnpicklingError("a tensor has a stride too few or too many")
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -74,7 +96,7 @@ class _RebuildParameter(tuple):
         return tensor
 
 
-# Everything that a pickle may name: no class or function of any library is among it.
+# Everything that a pickle may name. None of it is a class or a function of any library.
 ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _OrderedDict,
     ("torch", "Size"): tuple,
@@ -82,6 +104,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     **{("torch", name): name for name in TORCH_DTYPES},
 }
+
+
+class _Refused(Exception):
+    """Names something in a pickle that is not in ALLOWED."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -101,19 +127,16 @@ class _Unpickler(pickle.Unpickler):
         return Storage(f"{self.root}data/{key}", np.dtype(TORCH_DTYPES[storage]), size)
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{path} is damaged or no such file as its name says ({reason}); get it again.")
-
-
-class _Refused(Exception):
-    """A pickle that names something beyond ALLOWED."""
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
 
 
 class TorchFile:
-    """What `torch.save` wrote: `tree` is its nest of dicts, lists and scalars, with TorchTensor for tensors.
+    """An open file that `torch.save` wrote.
 
-    Raises UserError for a file that is damaged, in the format from before PyTorch 1.6, or that holds code.
+    `tree` is its nest of dicts, lists and scalars, with a TorchTensor for each tensor. Raises UserError if the file
+    is damaged, holds code, or is in torch's format from before version 1.6.
     """
 
     def __init__(self, path: str | Path):
@@ -122,59 +145,65 @@ class TorchFile:
             raise UserError(f"weight file {path} does not exist; check its path.")
         try:
             with zipfile.ZipFile(path) as archive:
-                records = {info.filename: info for info in archive.infolist()}
-                pickled = next((name for name in records if name.endswith("data.pkl")), None)
-                if pickled is None or records[pickled].file_size > PICKLE_LIMIT:
-                    raise UserError(f"{path} is a zip file, but none of tensors that torch.save wrote; check it.")
-                root = pickled.removesuffix("data.pkl")
-                if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-                    raise UserError(f"{path} was written on a big-endian machine; save it on another.")
-                with archive.open(pickled) as file:
-                    self.tree = _Unpickler(file, root).load()
+                self.records = {info.filename: info for info in archive.infolist()}
+                self.tree = self._unpickled(archive)
         except _Refused as error:
             raise UserError(
-                f"{path} holds code or objects beside tensors ({error}), and nothing of it was run; save its "
-                "state_dict alone, best as safetensors."
+                f"{path} holds code or objects besides tensors ({error}), and nothing of it was run; save only its "
+                "state_dict, best as safetensors."
             ) from error
         except zipfile.BadZipFile as error:
             with open(path, "rb") as file:
-                old = file.read(2)[:1] == b"\x80"
-            if old:
+                is_pickle = file.read(1) == b"\x80"
+            if is_pickle:
                 raise UserError(
-                    f"{path} is in torch's format from before version 1.6, which is not read here; load it with torch "
-                    "and save it again, best as safetensors."
+                    f"{path} is in torch's format from before version 1.6, which cannot be read here; load it with "
+                    "torch and save it again, best as safetensors."
                 ) from error
             raise damaged(path, error) from error
         except UserError:
             raise
-        except Exception as error:  # whatever a malformed pickle makes the interpreter of opcodes raise
+        except Exception as error:  # a malformed pickle makes the unpickler raise many kinds
             raise damaged(path, error) from error
-        self.records = records
+
+    def _unpickled(self, archive: zipfile.ZipFile) -> Any:
+        pickled = next((name for name in self.records if name.endswith("data.pkl")), None)
+        if pickled is None or self.records[pickled].file_size > PICKLE_LIMIT:
+            raise UserError(f"{self.path} is a zip file, but none that torch.save wrote of tensors; check it.")
+        root = pickled.removesuffix("data.pkl")
+        if f"{root}byteorder" in self.records and archive.read(f"{root}byteorder") != b"little":
+            raise UserError(f"{self.path} was written on a big-endian machine; save it on another.")
+        with archive.open(pickled) as file:
+            return _Unpickler(file, root).load()
 
     def read(self, tensor: TorchTensor, index: Region = ()) -> np.ndarray:
-        """A copy of that part of a tensor."""
+        """Copies a region of a tensor into memory."""
         storage = tensor.storage
         if 0 in tensor.shape:
             return np.empty(tensor.shape, storage.dtype)[index]
-        info = self.records.get(storage.record)
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < storage.size * _width(storage):
-            raise UserError(f"{self.path} lacks numbers of one of its tensors ({storage.record}); get it again.")
-        with open(self.path, "rb") as file:
-            file.seek(info.header_offset)
-            header = file.read(30)
-        start = (
-            info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
-        )
-        if header[:4] != b"PK\3\4" or start + storage.size * _width(storage) > self.path.stat().st_size:
-            raise UserError(f"{self.path} is cut short at {storage.record}; get it again.")
-        # Mapped for this read alone: the pages are given back with the map.
-        numbers = np.memmap(self.path, storage.dtype, "r", start, (storage.size,))
-        strides = tuple(stride * _width(storage) for stride in tensor.strides)
+        # The map lives only as long as this call: with it the pages that were read are given back.
+        numbers = np.memmap(self.path, storage.dtype, "r", self._start_of(storage), (storage.size,))
+        strides = tuple(stride * storage.dtype.itemsize for stride in tensor.strides)
         view = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
         return np.array(view[index])
 
+    def _start_of(self, storage: Storage) -> int:
+        """Finds the byte of the file at which a storage's numbers start."""
+        size = storage.size * storage.dtype.itemsize
+        info = self.records.get(storage.record)
+        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < size:
+            raise UserError(f"{self.path} lacks numbers of one of its tensors ({storage.record}); get it again.")
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset)
+            header = file.read(LOCAL_HEADER)
+        name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:], "little")
+        start = info.header_offset + LOCAL_HEADER + name + extra
+        if header[:4] != b"PK\3\4" or start + size > self.path.stat().st_size:
+            raise UserError(f"{self.path} is cut short at {storage.record}; get it again.")
+        return start
+
     def to_write(self, tree: Any) -> Any:
-        """A part of `tree` as `write_torch` takes it; tensors that are one in this file stay one."""
+        """Turns a part of `tree` into what `write_torch` takes; tensors that this file shares stay shared."""
         made: dict[TorchTensor, Later] = {}
 
         def copy(part: Any) -> Any:
@@ -188,7 +217,10 @@ class TorchFile:
         return copy(tree)
 
     def tensors(self, *keys: str) -> "TorchTensors":
-        """The dict of tensors under these keys; without any, the model's, wherever training programs put it."""
+        """Gives the dict of tensors under these keys of the tree.
+
+        Without keys it is the model's, under any of the keys where training programs put it.
+        """
         tree = self.tree
         for key in keys:
             if not isinstance(tree, dict) or key not in tree:
@@ -202,52 +234,51 @@ class TorchFile:
         return TorchTensors(self, {str(k): v for k, v in tree.items() if isinstance(v, TorchTensor)})
 
 
-def _width(storage: Storage) -> int:
-    return storage.dtype.itemsize
-
-
 class TorchTensors(Tensors):
+    """Named tensors of an open torch file."""
+
     def __init__(self, file: TorchFile, tensors: dict[str, TorchTensor], origin: str = ""):
-        self.file, self.places, self.origin = file, tensors, origin or str(file.path)
-        self.stored = {name: Stored(t.shape, t.storage.dtype) for name, t in tensors.items()}
+        self.file, self.tensors = file, tensors
+        self.origin = origin or str(file.path)
+        self.stored = {name: Stored(tensor.shape, tensor.storage.dtype) for name, tensor in tensors.items()}
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
-        return self.file.read(self.places[name], index)
+        return self.file.read(self.tensors[name], index)
 
 
 # --------------------------------------------------------------------------------------------------
 # Writing
 # --------------------------------------------------------------------------------------------------
 
-STORAGES = {np.dtype(dtype): name for name, dtype in TORCH_DTYPES.items()}
 ALIGNMENT = 64  # bytes; torch maps records into memory
-LARGE = 1 << 30  # bytes; larger records have their sizes in 64 bits
+LARGE = 1 << 30  # bytes; the sizes of larger records are written with 64 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Later:
-    """A tensor whose numbers are made when their turn to be written comes."""
+    """Promises a tensor whose numbers are made only when they are written."""
 
     stored: Stored
     make: Callable[[], np.ndarray]
 
 
 def write_torch(path: Path, tree: Any) -> None:
-    """Writes what `torch.load` reads, with `weights_only` too. Use within `new_file`.
+    """Writes a file that `torch.load` reads, also with `weights_only`. Use it within `new_file`.
 
-    tree: dicts, lists, tuples, strings, numbers, None and tensors (arrays, or `Later`). A tensor that stands in
-    several places is written once, and is one storage when it is read again. Host memory holds one at a time.
+    tree: dicts, lists, tuples, strings, numbers, None and tensors (arrays, or `Later`). A tensor that appears in
+    several places is written once and is one storage when it is read again. Host memory holds one tensor at a time.
     """
     pickled = _Pickled(tree)
     with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
 
         def record(name: str, data: Any) -> None:
-            info = zipfile.ZipInfo(f"archive/{name}")  # of the year 1980: the same tree gives the same file
+            info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980, so that the same tree gives the same file
             info.file_size = memoryview(data).nbytes
             large = info.file_size > LARGE
-            header = 30 + len(info.filename) + (20 if large else 0)  # bytes, and 4 of the field that pads it
-            padding = -(file.tell() + header + 4) % ALIGNMENT
-            info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # a field that readers of zip skip
+            field = 4  # bytes, of the empty extra field with which the record is padded to ALIGNMENT
+            header = LOCAL_HEADER + len(info.filename) + (20 if large else 0) + field
+            padding = -(file.tell() + header) % ALIGNMENT
+            info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
             with archive.open(info, "w", force_zip64=large) as out:
                 out.write(data)
 
@@ -261,30 +292,17 @@ def write_torch(path: Path, tree: Any) -> None:
 
 
 class _Pickled:
-    """A tree as a pickle of protocol 2, in the words that torch's own are made of."""
+    """Holds a tree as a pickle of protocol 2, made of the same opcodes as torch's own."""
 
     def __init__(self, tree: Any):
         self.out = bytearray(pickle.PROTO + b"\2")
         self.tensors: list[Later] = []  # in the order of their storages' keys
-        self.keys: dict[int, int] = {}  # by identity
+        self.keys: dict[int, int] = {}  # id of a tensor -> its storage's key
         self._write(tree)
         self.out += pickle.STOP
 
     def _write(self, x: Any) -> None:
-        if x is None:
-            self.out += pickle.NONE
-        elif isinstance(x, bool):
-            self.out += pickle.NEWTRUE if x else pickle.NEWFALSE
-        elif isinstance(x, int):
-            small = -(1 << 31) <= x < 1 << 31
-            long = pickle.encode_long(x)
-            self.out += pickle.BININT + struct.pack("<i", x) if small else pickle.LONG1 + bytes([len(long)]) + long
-        elif isinstance(x, float):
-            self.out += pickle.BINFLOAT + struct.pack(">d", x)
-        elif isinstance(x, str):
-            text = x.encode()
-            self.out += pickle.BINUNICODE + struct.pack("<I", len(text)) + text
-        elif isinstance(x, Later | np.ndarray):
+        if isinstance(x, Later | np.ndarray):
             self._tensor(x)
         elif isinstance(x, tuple):
             self._within(pickle.MARK, x, pickle.TUPLE)
@@ -294,9 +312,10 @@ class _Pickled:
             start = pickle.EMPTY_DICT
             if isinstance(x, collections.OrderedDict):
                 start = _name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
-            self._within(start + pickle.MARK, [part for item in x.items() for part in item], pickle.SETITEMS)
+            flat = [part for item in x.items() for part in item]
+            self._within(start + pickle.MARK, flat, pickle.SETITEMS)
         else:
-            raise TypeError(f"a torch file holds plain data and tensors, no {type(x)}")
+            self.out += _scalar(x)
 
     def _within(self, start: bytes, parts: Any, end: bytes) -> None:
         self.out += start
@@ -311,18 +330,31 @@ class _Pickled:
         shape, dtype = self.tensors[key].stored
         strides = tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
         size = int(np.prod(shape, dtype=np.int64))
+        offset, needs_gradient, hooks = 0, False, collections.OrderedDict()  # type: ignore[var-annotated]
         self.out += _name("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + pickle.MARK
         self._write("storage")
         self.out += _name("torch", STORAGES[np.dtype(dtype)])
         self._within(b"", (str(key), "cpu", size), pickle.TUPLE + pickle.BINPERSID)
-        rest: tuple[Any, ...] = (
-            0,
-            tuple(shape),
-            strides,
-            False,
-            collections.OrderedDict(),
-        )  # offset, ..., no gradient, no hooks
+        rest = (offset, tuple(shape), strides, needs_gradient, hooks)
         self._within(b"", rest, pickle.TUPLE + pickle.REDUCE)
+
+
+def _scalar(x: Any) -> bytes:
+    if x is None:
+        return pickle.NONE
+    if isinstance(x, bool):
+        return pickle.NEWTRUE if x else pickle.NEWFALSE
+    if isinstance(x, int):
+        if -(1 << 31) <= x < 1 << 31:
+            return pickle.BININT + struct.pack("<i", x)
+        long = pickle.encode_long(x)
+        return pickle.LONG1 + bytes([len(long)]) + long
+    if isinstance(x, float):
+        return pickle.BINFLOAT + struct.pack(">d", x)
+    if isinstance(x, str):
+        text = x.encode()
+        return pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+    raise TypeError(f"a torch file holds plain data and tensors, not {type(x)}")
 
 
 def _name(module: str, name: str) -> bytes:

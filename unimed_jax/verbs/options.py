@@ -1,0 +1,74 @@
+"""What the verbs share: the parser of their arguments, and settings with `--config.key=value` laid over them."""
+
+import argparse
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from unimed_jax.config import Config
+from unimed_jax.errors import UserError, nearest
+from unimed_jax.settings import from_config_dict, load_config_file
+
+CONFIG_HELP = "a file of configs/, with :argument if it takes one"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong argument as a UserError."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help.")
+
+
+def parser(module: str, description: str | None) -> Parser:
+    """Returns the parser of the verb whose file is `module` (give __name__ and __doc__)."""
+    verb = module.rpartition(".")[2]
+    return Parser(
+        prog=f"python -m unimed_jax.main {verb}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]) -> Config:
+    """Lays each `--config.a.b=value` over the settings and builds the Config.
+
+    Raises UserError for an unknown key or word.
+    """
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not key.startswith("--config.") or not equals:
+            raise UserError(f"argument {word!r} is unknown; settings are given as --config.key=value.")
+        *groups, name = key.removeprefix("--config.").split(".")
+        place: Any = settings
+        for part in [*groups, name]:
+            if not isinstance(place, ml_collections.ConfigDict) or part not in place:
+                choices = list(place.keys()) if isinstance(place, ml_collections.ConfigDict) else []
+                raise UserError(f"{key} is not a setting{nearest(part, choices)}")
+            parent, place = place, place[part]
+        with parent.ignore_type():
+            parent[name] = _literal(value, place)
+    return from_config_dict(settings)
+
+
+def read_config(file: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file (`path` or `path:argument`) of one run and lays the overrides over it.
+
+    Raises UserError for a chain, which has several runs.
+    """
+    settings = load_config_file(file)
+    if "stages" in settings:
+        raise UserError(f"--config={file} is a chain; name one of its stages ({', '.join(settings.stages)}).")
+    return with_overrides(settings, overrides)
+
+
+def _literal(value: str, old: Any) -> Any:
+    """Reads a word as Python would; a setting that is text keeps the word as it is."""
+    if isinstance(old, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(value.lower(), value)

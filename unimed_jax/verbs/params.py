@@ -1,0 +1,24 @@
+"""Counts the parameters of the model that a config describes, without making any."""
+
+import json
+
+from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
+
+
+def run(arguments: list[str]) -> None:
+    """Prints the table, and writes the same numbers to the file that --json names."""
+    options = parser(__name__, __doc__)
+    options.add_argument("--config", required=True, help=CONFIG_HELP)
+    options.add_argument("--json", help="a file for the same numbers")
+    known, overrides = options.parse_known_args(arguments)
+    config = read_config(known.config, overrides)
+
+    from unimed_jax.analyze import params
+    from unimed_jax.files import new_file
+
+    counted = params.count(config)
+    print(params.table(counted, config.model))
+    if known.json:
+        with new_file(known.json) as file:
+            file.write_text(json.dumps({"config": known.config, **counted}, indent=1) + "\n")
+        print(f"wrote {known.json}")

@@ -1,0 +1,37 @@
+"""Trains, scores and reports what a config describes; the same command continues after an interruption.
+
+A config with `stages` is a chain: each stage in turn, finished ones are skipped.
+"""
+
+from pathlib import Path
+
+from unimed_jax.errors import UserError
+from unimed_jax.settings import load_config_file
+from unimed_jax.verbs.options import CONFIG_HELP, parser, with_overrides
+
+
+def run(arguments: list[str]) -> None:
+    """Reads the arguments, checks that nothing is missing, and trains one run or a chain of them."""
+    options = parser(__name__, __doc__)
+    options.add_argument("--config", required=True, help=CONFIG_HELP)
+    options.add_argument("--workdir", help="the run's folder (default: runs/<config name>)")
+    options.epilog = "--config.key=value changes a setting."
+    known, overrides = options.parse_known_args(arguments)
+    if "://" in (known.workdir or ""):
+        raise UserError(f"--workdir={known.workdir} is not a folder; mount the bucket, and give its path there.")
+    settings = load_config_file(known.config)
+    folder = Path(known.workdir or f"runs/{settings.name}")
+    if "stages" in settings:
+        from unimed_jax.analyze.chain import run_chain
+
+        run_chain(settings, overrides, folder)
+        return
+    config = with_overrides(settings, overrides)
+
+    from unimed_jax.analyze.chain import train_and_evaluate
+    from unimed_jax.runs.folder import missing_inputs
+
+    lacks = missing_inputs(config)
+    if lacks:
+        raise UserError(lacks)
+    train_and_evaluate(config, Path(known.workdir or f"runs/{config.name}"))
