@@ -64,8 +64,9 @@ def _simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
 
 def _learned(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
     """TF-IDF with logistic regression where answers repeat, and the nearest question."""
-    merge = {"refer": _median_text, "caption": medoid}.get(task, most_frequent)
-    found = {"nearest_question": text_only.nearest_question(train, merge)}
+    merges: dict[str, Callable[[Sequence[str]], str]] = {"refer": _median_text, "caption": medoid}
+    merge = merges.get(task, most_frequent)
+    found: dict[str, Baseline | None] = {"nearest_question": text_only.nearest_question(train, merge)}
     if task not in ("refer", "caption"):
         found = {"tfidf_logistic": text_only.logistic(train)} | found
     return {name: baseline for name, baseline in found.items() if baseline is not None}

@@ -100,9 +100,7 @@ class _Table:
         every = self._measured([record["prediction"] for record in records])
         # A metric that no record counts for (open questions, where all are closed) is left out.
         self.model = {
-            name: measure
-            for name, measure in every.items()
-            if name == metrics[0].name or np.isfinite(measure.value)
+            name: measure for name, measure in every.items() if name == metrics[0].name or np.isfinite(measure.value)
         }
         self._measures: dict[tuple[str, ...], Measure] = {}
         self._several: dict[tuple[str, ...], bool] = {}  # whether more than one cluster counts
@@ -125,7 +123,7 @@ class _Table:
         self._several[key] = len(set(counted.tolist())) > 1
 
     def draw(self) -> None:
-        draws = resample(list(self._measures.values()), self._names, self._resamples, self._seed)
+        draws = resample(list(self._measures.values()), self._names.tolist(), self._resamples, self._seed)
         self._draws = dict(zip(self._measures, draws, strict=True))
 
     def value(self, key: tuple[str, ...]) -> float:
@@ -162,8 +160,10 @@ def _notes(task: str, blind: Mapping[str, Any], clusters: int) -> list[str]:
     if not set(blind) - {PERMUTED}:
         notes.append("no training example of the task, so no blind baseline is fitted")
     if PERMUTED not in blind and task in VISUAL_TASKS:
-        notes.append("no answers to permuted images: one image belongs to over half of the examples, or the answers "
-                     "are another tool's")
+        notes.append(
+            "no answers to permuted images: one image belongs to over half of the examples, or the answers "
+            "are another tool's"
+        )
     return notes
 
 

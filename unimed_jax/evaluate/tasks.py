@@ -4,7 +4,7 @@ Also the choice of a unit's examples and the permutation of their images.
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -73,7 +73,11 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
     split or task that a set lacks is left out with a note, unless no set has the split.
     """
     if config.evaluate.entries:
-        return [_named(entry, config, sets) for entry in config.evaluate.entries], []
+        named = [_named(entry, config, sets) for entry in config.evaluate.entries]
+        doubled = [name for name, n in Counter(unit.name for unit in named).items() if n > 1]
+        if doubled:
+            raise UserError(f"config.evaluate.entries: {doubled[0]} stands there twice; keep one of them.")
+        return named, []
     units, notes = [], []
     for split in config.evaluate.splits:
         having = [source for source in sets.values() if _has(source, split)]
@@ -89,7 +93,9 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
                 notes.append(f"{source.id}: it has no example in split {split!r}")
                 continue
             groups = by_task(source, split)
-            notes += [f"{source.id}/{split}: no example of task {task!r}" for task in source.tasks if task not in groups]
+            notes += [
+                f"{source.id}/{split}: no example of task {task!r}" for task in source.tasks if task not in groups
+            ]
             units += [_unit(EntryConfig(source.id, task, split), config, source, groups[task]) for task in groups]
     return units, notes
 

@@ -38,11 +38,11 @@ def logistic(train: Sequence[Example]) -> Answers | None:
 
     counts = Counter((text_of(example), example.answer) for example in train)
     totals: Counter[str] = Counter()
-    for (_, answer), n in counts.items():
-        totals[answer] += n
-    classes = sorted(totals, key=lambda answer: (-totals[answer], answer))[:MAX_CLASSES]
+    for (_, said), n in counts.items():
+        totals[said] += n
+    classes = sorted(totals, key=lambda said: (-totals[said], said))[:MAX_CLASSES]
     kept = _spaced([key for key in sorted(counts) if key[1] in set(classes)])
-    texts, answers = [text for text, _ in kept], [answer for _, answer in kept]
+    texts, answers = [key[0] for key in kept], [key[1] for key in kept]
     vectorise = _vectoriser(texts)
     if vectorise is None or len(set(answers)) < 2 or len(set(texts)) < 2:
         return None

@@ -18,7 +18,6 @@ WORDS = "nfkc-lower-words"  # what `tokens` does, in protocol ids
 # ---------------------------------------------------------------------------------------------
 
 
-
 def is_closed(meta: Mapping[str, str]) -> bool:
     """A closed question: answer_type is CLOSED (SLAKE, VQA-RAD), close (Med-MoE's files) or yes/no (Path-VQA)."""
     return meta.get("answer_type", "").strip().lower() in ("closed", "close", "yes/no")
