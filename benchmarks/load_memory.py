@@ -84,7 +84,7 @@ def load(folder: Path, gigabytes: float, devices: int) -> dict:
 
     from unimed_jax.config import MeshConfig
     from unimed_jax.interop.tensors.files import open_weights
-    from unimed_jax.interop.tensors.load import load_leaves
+    from unimed_jax.interop.tensors.load import Destination, load_leaves
     from unimed_jax.model.sharding import make_mesh, parameter_shardings
 
     table, leaves = table_and_leaves(gigabytes)
@@ -93,7 +93,7 @@ def load(folder: Path, gigabytes: float, devices: int) -> dict:
     shardings = None if mesh is None else parameter_shardings(leaves, mesh)
     watch, before, start = Peak(), resident(), time.monotonic()
     watch.start()
-    loaded = jax.block_until_ready(load_leaves(table, open_weights(folder), leaves, shardings))
+    loaded = jax.block_until_ready(load_leaves(table, open_weights(folder), Destination(leaves, shardings)))
     seconds = time.monotonic() - start
     watch.running = False
     watch.join()

@@ -19,14 +19,15 @@ from conftest import golden_folder
 from safetensors.numpy import load_file
 from support import golden_med_moe as golden_files
 
-from unimed_jax.config import LossConfig
-from unimed_jax.data import chat, images
+from unimed_jax.config import LossConfig, TextConfig
+from unimed_jax.data import forms, images, layout
 from unimed_jax.evaluate.metrics import published
 from unimed_jax.interop.families import med_moe
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.generate import extended_span, generate
 from unimed_jax.model.parameters import parameters, with_parameters
-from unimed_jax.model.routing import Noise, balance, capacity, route, slots
+from unimed_jax.model.routing import Noise, balance, expert_capacity, positions_in_expert, route
 from unimed_jax.model.unimed import Span, span_of
 from unimed_jax.model.vision import normalise
 from unimed_jax.train.loss import loss_sums
@@ -69,11 +70,11 @@ def published_aux(routing, used):
     return balance(jax.nn.softmax(routing.logits), first, jnp.ones(len(first), bool))
 
 
-def spread_out(routing, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Routing as weights and masks [tokens, experts, room]."""
-    at = np.asarray(slots(routing.experts, routing.kept, len(routing.counts)))
+def spread_out(routing, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Routing as weights and masks [tokens, experts, capacity]."""
+    at = np.asarray(positions_in_expert(routing.experts, routing.kept, len(routing.counts)))
     weights = np.asarray(routing.weights)
-    shape = (len(at), routing.counts.shape[0], room)
+    shape = (len(at), routing.counts.shape[0], capacity)
     combine, dispatch = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
     for token, choice in np.argwhere(at >= 0):
         place = (token, int(routing.experts[token, choice]), at[token, choice])
@@ -87,13 +88,15 @@ def check_gating(folder, entry):
     said = golden_files.limits(
         top_k, entry["drop_tokens"], entry["capacity_factor"], entry["capacity_factor"], entry["min_capacity"]
     )
-    room = capacity(entry["S"], golden_files.MoeConfig(experts=entry["E"], top_k=top_k, **said), training=True)
+    capacity = expert_capacity(
+        entry["S"], golden_files.MoeConfig(experts=entry["E"], top_k=top_k, **said), training=True
+    )
     used = golden_files.used(arrays)
     assert (used is not None) == entry["used_token"]
     noise = golden_files.noise(arrays, "")
-    routing = jax.jit(route, static_argnums=(1, 2))(jnp.asarray(arrays["logits"]), top_k, room, used, noise)
+    routing = jax.jit(route, static_argnums=(1, 2))(jnp.asarray(arrays["logits"]), top_k, capacity, used, noise)
     np.testing.assert_array_equal(routing.counts, arrays["exp_counts"])
-    assert (int(routing.counts.max()) if room is None else room) == entry["capacity"]
+    assert (int(routing.counts.max()) if capacity is None else capacity) == entry["capacity"]
     combine, dispatch = spread_out(routing, entry["capacity"])
     np.testing.assert_array_equal(dispatch, arrays["dispatch_mask"])
     close(combine, arrays["combine_weights"], "weights")
@@ -261,14 +264,14 @@ def check_forward(folder, entry):
     close(rows.back(logits)[exact], arrays["out.logits"][exact], "logits")
     loose = 2e-3 if left else 2e-5
     for nth, i in enumerate(numbers):
-        room = capacity(rows.order.size, config.moe, entry["module_training"])
+        capacity = expert_capacity(rows.order.size, config.moe, entry["module_training"])
         here = jax.tree.map(lambda a, nth=nth: a[nth], routing)
-        check_routing(here, rows, arrays, f"out.layer{i}.", room, exact, loose)
+        check_routing(here, rows, arrays, f"out.layer{i}.", capacity, exact, loose)
         close(routing.aux[nth], arrays["out.moe_loss_list"][nth], f"balancing loss of layer {i}", atol=loose)
     check_loss(entry, config, weights, model, rows, noise, arrays, loose)
 
 
-def check_routing(routing, rows, arrays, prefix, room, exact, loose):
+def check_routing(routing, rows, arrays, prefix, capacity, exact, loose):
     shape = rows.order.shape
     count = routing.counts.shape[0]
     per_token = {name: getattr(routing, name) for name in ("logits", "experts", "weights", "kept")}
@@ -279,13 +282,13 @@ def check_routing(routing, rows, arrays, prefix, room, exact, loose):
     close(routing.logits, arrays[f"{prefix}gate_logits"], f"{prefix}gate_logits, padding too", atol=loose)
     np.testing.assert_array_equal(routing.counts, arrays[f"{prefix}exp_counts"])
     combine, slot = np.zeros((len(exact), count), np.float32), np.full((len(exact), count), -1)
-    at = np.asarray(slots(routing.experts, routing.kept, len(routing.counts)))
+    at = np.asarray(positions_in_expert(routing.experts, routing.kept, len(routing.counts)))
     for token, choice in np.argwhere(at >= 0):
         place = (token, int(routing.experts[token, choice]))
         combine[place], slot[place] = routing.weights[token, choice], at[token, choice]
     np.testing.assert_array_equal(slot, arrays[f"{prefix}slot_se"])
     close(combine, arrays[f"{prefix}combine_se"], f"{prefix}combine_se", atol=loose)
-    assert (int(routing.counts.max()) if room is None else room) == arrays[f"{prefix}capacity"]
+    assert (int(routing.counts.max()) if capacity is None else capacity) == arrays[f"{prefix}capacity"]
 
 
 def check_loss(entry, config, weights, model, rows, noise, arrays, loose):
@@ -400,12 +403,13 @@ def check_prompts(folder, entry):
     assert data["cases"]
     for case in data["cases"]:
         what = f"{case['version']}, {case['name']}"
-        form, turns = chat.template(case["version"]), chat.turns_of(case["conversations"])
-        pieces = chat.prompt_pieces(form, [], turns[0][0])
-        assert chat.text_of(pieces, data["eos_token"]) == case["eval_prompt"], what
-        assert chat.encode(pieces, tokenise, eos, image)[0] == case["eval_input_ids"], what
+        form = forms.form_of(TextConfig(form=case["version"]))
+        turns = forms.turns_of(case["conversations"])
+        pieces = form.prompt_turns([], turns[0][0])
+        assert forms.text_of(pieces, data["eos_token"]) == case["eval_prompt"], what
+        assert layout.piece_ids(pieces, tokenise, eos, image)[0] == case["eval_input_ids"], what
         if "train_input_ids" in case:
-            ids, targets = chat.encode(chat.training_pieces(form, turns), tokenise, eos, image)
+            ids, targets = layout.piece_ids(form.training_turns(turns), tokenise, eos, image)
             assert ids == case["train_input_ids"], what
             labels = [i if target else data["ignore_index"] for i, target in zip(ids, targets, strict=True)]
             assert labels == case["train_labels"], what
@@ -449,7 +453,7 @@ def check_router(folder, file):
         loaded = golden_files.to_leaves(med_moe.router_table(config), tensors, leaves)
     else:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == file["file_sha256"]
-        loaded = med_moe.load_router(path, config, leaves)
+        loaded = med_moe.load_router(path, config, Destination(leaves))
     kernel, bias = (np.asarray(loaded[f"decoder/layers/moe/router/{part}"]) for part in ("kernel", "bias"))
     assert kernel.shape == (2, width, experts) and bias.shape == (2, experts)
     for layer in range(2):

@@ -29,7 +29,7 @@ from unimed_jax.config import (
     TrainConfig,
     to_dict,
 )
-from unimed_jax.data import images, layout, prompts
+from unimed_jax.data import forms, images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import source_order
 from unimed_jax.errors import UserError
@@ -342,7 +342,7 @@ def aux_preprocess(rows, tensors, entries):
 
 def aux_text(rows, tensors, entries):
     for text, expected in rows:
-        assert prompts.cut_words(text, 50) == expected
+        assert forms.cut_words(text, 50) == expected
 
 
 def aux_normalize_word(rows, tensors, entries):
@@ -426,7 +426,7 @@ def test_broken(goldens, broken):
     label = broken["label"]
     if label == "task qa with image":
         with pytest.raises(UserError, match="text only"):
-            prompts.build(Example("r1", "qa", "why?", "so", image="i"), 0, Config().text, evaluation=False)
+            forms.form_of(Config().text).training(Example("r1", "qa", "why?", "so", image="i"), 0)
     elif label.startswith("hard with 3 experts"):
         task = next(t for t in VISUAL_TASKS if t in label)
         config = Config(

@@ -186,7 +186,7 @@ class MoeConfig:
     route_padding: bool | None = None
     aux_coef: NotNegative = 0.0  # weight of the balancing loss, which is summed over layers
     # How experts run. dense: all experts on all tokens (the reference); grouped: tokens sorted by expert;
-    # capacity: fixed buffers per expert.
+    # capacity: fixed buffers per expert; if `eval_capacity_factor` is None, evaluation has no limit and runs grouped.
     path: Literal["dense", "grouped", "capacity"] = "grouped"
 
     @property
@@ -247,7 +247,9 @@ class TextConfig:
     tokenizer: str = ""  # a Hugging Face folder or a GGUF file; empty: train a BPE on the training split
     vocab: Count = 1024  # size of that BPE, special tokens included
     coordinate_tokens: bool = True  # one token per box coordinate 0..100 (only in a BPE trained here)
-    form: Literal["unimed", "stablelm", "phi", "plain"] = "unimed"  # of prompts and answers (data/forms.py)
+    # Form of prompts and answers (data/forms.py). unimed: task tags; stablelm, phi: Med-MoE's chat; plain: an image and
+    # its caption; simple: LLaVA-Med's chat, only for prompts.
+    form: Literal["unimed", "stablelm", "phi", "plain", "simple"] = "unimed"
     chat_template: bool = True  # wrap prompts in [INST] ... [/INST] (form unimed)
     max_answer: Count = 1024  # tokens, end of text included
     max_prompt: Count = 512  # tokens, visual ones included; a longer prompt is an error

@@ -41,17 +41,17 @@ def test_med_moe_has_its_published_parameters(
     assert door.main([*words, f"--json={tmp_path}/six.json", "--config.model.moe.experts=6"]) == 0
     assert len(jax.live_arrays()) == len(before)
     four, six = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("four", "six"))
-    decoder = four["rooms"]["decoder"]
+    decoder = four["modules"]["decoder"]
     assert (decoder["total"], decoder["activated"], four["dense"]["decoder"]) == (total, activated, dense)
-    assert four["rooms"]["connector"]["total"] == four["rooms"]["connector"]["activated"] == projector
+    assert four["modules"]["connector"]["total"] == four["modules"]["connector"]["activated"] == projector
     assert four["tower"] == 303_507_456
     assert four["ratios"]["decoder"] == {"activated/total": activated / total, "activated/dense": activated / dense}
     all_ = 290_909_184 + projector + activated  # the tower without its last block (12,596,224) and norm (2,048)
-    assert four["rooms"]["all"]["activated"] == all_
+    assert four["modules"]["all"]["activated"] == all_
     assert decoder["trainable"] == layers * mlp * 6  # experts, meta, and as many plain layers
     gates = layers * 2 * (width + 1)
-    assert six["rooms"]["decoder"]["total"] - total == layers * 2 * mlp + gates
-    assert six["rooms"]["decoder"]["activated"] - activated == gates
+    assert six["modules"]["decoder"]["total"] - total == layers * 2 * mlp + gates
+    assert six["modules"]["decoder"]["activated"] - activated == gates
     for number in (total, activated, dense, projector, 303_507_456):
         assert f"{number:,}" in shown
     assert params.DENSE in shown
@@ -74,12 +74,12 @@ def test_the_connectors_experts_are_activated_as_they_are_routed(settings, share
     counted = params.count(config)
     width, out = 4 * config.model.vision.width, config.model.decoder.width
     mlp = width * out + out + (out * out + out if config.model.connector.kind == "moe_mlp" else 0)
-    experts, connector = counted["modules"]["connector/experts"], counted["rooms"]["connector"]
+    experts, connector = counted["modules"]["connector/experts"], counted["modules"]["connector"]
     assert (experts["total"], experts["activated"]) == (5 * mlp, share * mlp)
     assert connector["total"] - connector["activated"] == (5 - share) * mlp
     assert counted["dense"]["connector"] == mlp
     leaves = parameters(abstract(config.model))
-    assert counted["rooms"]["all"]["total"] == sum(math.prod(leaf.shape) for leaf in leaves.values())
+    assert counted["modules"]["all"]["total"] == sum(math.prod(leaf.shape) for leaf in leaves.values())
     assert f"{share} of 5 ({settings['router']} router)" in params.table(counted, config.model)
 
 
@@ -109,16 +109,15 @@ def test_modules_add_up_and_trainable_follows_the_rules(capsys):
         "decoder/norms": (3 * 2 + 1) * 32,
     }
     assert modules["decoder/experts"]["activated"] == 2 * 2 * mlp
-    trainable = {name for name, row in modules.items() if row["trainable"]}
+    trainable = {name for name, row in modules.items() if row["trainable"] and "/" in name}
     assert trainable == {"decoder/adapters", "decoder/routers", "connector/router"}
     assert counted["dense"]["decoder"] == 640 * 32 + 768 + 3 * 4096 + 3 * mlp + 224
-    assert counted["tower"] - counted["rooms"]["vision"]["total"] == block + 2 * 16
-    for name in params.COUNTS:
-        assert sum(row[name] for row in modules.values()) == counted["rooms"]["all"][name]
-        assert (
-            sum(counted["rooms"][room][name] for room in ("vision", "connector", "decoder"))
-            == (counted["rooms"]["all"][name])
-        )
+    assert counted["tower"] - counted["modules"]["vision"]["total"] == block + 2 * 16
+    for number in params.COUNTS:
+        for top in params.TOP:
+            inside = [row[number] for name, row in modules.items() if name.startswith(f"{top}/")]
+            assert inside and sum(inside) == modules[top][number]
+        assert sum(modules[top][number] for top in params.TOP) == modules["all"][number]
 
 
 @pytest.mark.parametrize("size, theirs", [("stablelm", published.STABLELM), ("phi2", published.PHI)])
@@ -152,7 +151,7 @@ PUBLISHED = {  # rate, examples of an epoch, epochs, form of the text (None: the
 def test_a_stage_trains_what_it_should(name, size):
     config = stage(name, size)
     assert config.name == f"med_moe_{size}/{name}"
-    modules = params.count(config)["modules"]
+    modules = {name: row for name, row in params.count(config)["modules"].items() if "/" in name}
     assert {module for module, row in modules.items() if row["trainable"]} == TRAINS[name]
     assert all(row["trainable"] in (0, row["total"]) for row in modules.values())
     rules = leaf_rules(parameters(abstract(config.model)), config.train, config.optimizer)

@@ -14,7 +14,7 @@ from unimed_jax.data.datasets import brain
 from unimed_jax.data.datasets.brain import codes as brain_codes
 from unimed_jax.data.datasets.brain import questions as brain_questions
 from unimed_jax.data.datasets.brain import volume
-from unimed_jax.data.prompts import text_to_box
+from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 
 

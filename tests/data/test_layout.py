@@ -9,6 +9,7 @@ import pytest
 from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig
 from unimed_jax.data import layout
 from unimed_jax.data.example import Example
+from unimed_jax.data.forms import answer_text
 from unimed_jax.data.layout import Encoder, Group, RowShape, encode_ids
 from unimed_jax.errors import UserError
 
@@ -121,9 +122,16 @@ def test_groups_that_do_not_fit_are_never_cut():
 
 
 def test_answers_are_cut_with_their_end():
-    assert layout.end_answer([5, 6], 2, 4) == [5, 6, 2]
-    assert layout.end_answer([5, 6], 2, 3) == [5, 6, 2]
-    assert layout.end_answer([5, 6, 7], 2, 3) == [5, 6, 7]
+    words = Words()
+    a, b, c = (words.encode(word)[0] for word in "abc")
+
+    def trained(answer, limit):
+        encoded = Encoder(words, TextConfig(max_answer=limit), T).training(Example("r", "qa", "is it ?", answer), 0)
+        assert encoded.targets[-1] == len(encoded.suffix) - 1
+        return encoded.suffix[encoded.targets].tolist()
+
+    assert trained("a b", 4) == trained("a b", 3) == [a, b, words.eos]
+    assert trained("a b c", 3) == [a, b, c] and trained("a b c", 1) == [a]
 
 
 def test_prompts_are_padded_on_the_left():
@@ -172,10 +180,10 @@ def test_encoder_training_and_prompt():
 
 def test_reports_pass_the_text_processor():
     example = Example("r1", "caption", "", "a  b\n\n" + "c " * 60, image="x")
-    assert layout.answer_text(example, TextConfig()).startswith("a b c c")
-    assert len(layout.answer_text(example, TextConfig(max_words=50)).split()) == 50
+    assert answer_text(example, TextConfig()).startswith("a b c c")
+    assert len(answer_text(example, TextConfig(max_words=50)).split()) == 50
     plain = dataclasses.replace(example, task="qa", image=None)
-    assert layout.answer_text(plain, TextConfig(max_words=50)) == example.answer
+    assert answer_text(plain, TextConfig(max_words=50)) == example.answer
 
 
 def test_too_long_a_prompt_names_its_record():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed_jax.config import DataConfig, SourceConfig
-from unimed_jax.data import chat
+from unimed_jax.config import DataConfig, SourceConfig, TextConfig
 from unimed_jax.data.datasets import joined, llava, load_dataset, load_datasets
+from unimed_jax.data.forms import form_of, text_of
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics.text import is_closed
 
@@ -57,10 +57,9 @@ def test_conversations_become_examples(tmp_path):
 
 def test_an_example_reads_as_the_record(tmp_path):
     """The published text of a conversation, from file to pieces."""
-    from unimed_jax.config import TextConfig
 
     (example,) = llava.Llava(write(tmp_path, train=[ASKED])).examples("train")
-    text = chat.text_of(chat.example_pieces(example, TextConfig(form="phi"), example.answer), "$")
+    text = text_of(form_of(TextConfig(form="phi")).training(example, 0), "$")
     assert text.endswith("questions. USER: <image>\nIs it clear? ASSISTANT: no$")
 
 

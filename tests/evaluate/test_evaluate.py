@@ -10,7 +10,7 @@ import pytest
 
 from unimed_jax.config import TASKS, default_config
 from unimed_jax.data.example import Example
-from unimed_jax.data.prompts import box_to_text, text_to_box
+from unimed_jax.data.forms import box_to_text, text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, tasks
 from unimed_jax.evaluate.metrics import captions

@@ -13,6 +13,7 @@ from support.hf_peers import HF, LLAMA3, NEEDS, OURS, PEERS, padded
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Decoder, Span
 from unimed_jax.model.layers import Norm, rope_frequencies
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -38,7 +39,7 @@ def imported(folder, config: DecoderConfig) -> Decoder:
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
     model = abstract(settings)
     leaves = {path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/")}
-    loaded = hf.load_decoder(folder, config, leaves)
+    loaded = hf.load_decoder(folder, config, Destination(leaves))
     assert loaded.keys() == leaves.keys()
     return with_parameters(model, loaded).decoder
 

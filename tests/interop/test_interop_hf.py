@@ -13,6 +13,7 @@ from support.hf_peers import OURS, PEERS
 from unimed_jax.config import DecoderConfig, LoraConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.parameters import abstract, parameters
 
 IDS = {"bos": 1, "eos": 2, "pad": 0}
@@ -27,7 +28,7 @@ def peers(tmp_path_factory):
 def imported(folder, config: DecoderConfig) -> dict:
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
     leaves = {path: leaf for path, leaf in parameters(abstract(settings)).items() if path.startswith("decoder/")}
-    return hf.load_decoder(folder, config, leaves)
+    return hf.load_decoder(folder, config, Destination(leaves))
 
 
 def change(folder, tmp_path, **fields):

@@ -13,6 +13,7 @@ from unimed_jax.config import ConnectorConfig, LoraConfig, ModelConfig, MoeConfi
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, med_moe
 from unimed_jax.interop.sources import SOURCES
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
@@ -46,7 +47,7 @@ def test_there_and_back(family, moe, tmp_path):
     read = med_moe.read_med_moe_config(tmp_path / "out")
     assert med_moe.model_from_med_moe(read, CLIP) == config and read["eos_token_id"] == 2
     shapes = parameters(abstract(config))
-    loaded = SOURCES["med_moe"].load(str(tmp_path / "out"), config, shapes, None, None)
+    loaded = SOURCES["med_moe"].load(str(tmp_path / "out"), config, Destination(shapes))
     assert loaded.keys() == leaves.keys()
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
@@ -123,7 +124,7 @@ def test_refusals(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(words))
     other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=5))
     with pytest.raises(UserError, match="moe.experts is 3 there and 5 here"):
-        med_moe.load_med_moe(tmp_path, other, parameters(abstract(other)))
+        med_moe.load_med_moe(tmp_path, other, Destination(parameters(abstract(other))))
 
 
 def test_router_files(tmp_path):
@@ -133,17 +134,17 @@ def test_router_files(tmp_path):
     shapes, rng = parameters(abstract(config)), np.random.default_rng(0)
     weight, bias = rng.standard_normal((3, 32)).astype(np.float32), rng.standard_normal(3).astype(np.float32)
     torch.save({"fc1.weight": torch.tensor(weight), "fc1.bias": torch.tensor(bias)}, tmp_path / "router.pth")
-    loaded = SOURCES["router"].load(str(tmp_path / "router.pth"), config, shapes, None, None)
+    loaded = SOURCES["router"].load(str(tmp_path / "router.pth"), config, Destination(shapes))
     assert set(loaded) == {p for p in shapes if SOURCES["router"].among([p])}
     for layer in range(2):
         np.testing.assert_array_equal(loaded["decoder/layers/moe/router/kernel"][layer], weight.T)
         np.testing.assert_array_equal(loaded["decoder/layers/moe/router/bias"][layer], bias)
     med_moe.export_router(tmp_path / "out", config, loaded)
-    again = med_moe.load_router(tmp_path / "out", config, shapes)
+    again = med_moe.load_router(tmp_path / "out", config, Destination(shapes))
     assert all((again[p] == loaded[p]).all() for p in loaded)
     wide = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=4))
     with pytest.raises(UserError, match=r"fc1.weight is of shape \[3, 32\] in place of \[4, 32\]"):
-        med_moe.load_router(tmp_path / "router.pth", wide, parameters(abstract(wide)))
+        med_moe.load_router(tmp_path / "router.pth", wide, Destination(parameters(abstract(wide))))
 
 
 @pytest.mark.parametrize("family", ["stablelm", "phi"])
@@ -158,7 +159,7 @@ def test_experts_start_as_copies(family, tmp_path):
     for config in (dense, mixed):
         model = tiny.model(config)
         shapes = parameters(model)
-        loaded = SOURCES["hf"].load(str(folder), config, shapes, None, None)
+        loaded = SOURCES["hf"].load(str(folder), config, Destination(shapes))
         left = {p for p in shapes if p.startswith("decoder/") and p not in loaded}
         assert left == {p for p in shapes if "/moe/router/" in p}
         decoder = with_parameters(model, loaded).decoder
@@ -166,7 +167,7 @@ def test_experts_start_as_copies(family, tmp_path):
         hidden.append(np.asarray(run(decoder))[mask == 1])
     np.testing.assert_allclose(hidden[1], hidden[0], atol=1e-5)
     with_meta = dataclasses.replace(mixed, moe=dataclasses.replace(mixed.moe, meta=True, residual=True))
-    loaded = hf.load_decoder(folder, with_meta.decoder, parameters(abstract(with_meta)), moe=with_meta.moe)
+    loaded = hf.load_decoder(folder, with_meta.decoder, Destination(parameters(abstract(with_meta))), moe=with_meta.moe)
     for part in ("meta", "residual"):
         up = loaded[f"decoder/layers/moe/{part}/up/kernel"]
         np.testing.assert_array_equal(up[0], loaded["decoder/layers/moe/experts/up/kernel"][0, 2])

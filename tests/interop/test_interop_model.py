@@ -26,7 +26,15 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import unimed_hf
-from unimed_jax.interop.families.unimed_hf import export_unimed_hf, is_exported, load_exported, merged_leaves, portable
+from unimed_jax.interop.families.unimed_hf import (
+    export_unimed_hf,
+    exported_config,
+    is_exported,
+    load_exported,
+    merged_leaves,
+    portable,
+)
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.vision import normalise
 from unimed_jax.predict.predictor import answerer
@@ -295,24 +303,31 @@ def same_bits(a, b) -> None:
         assert a[path].dtype == b[path].dtype and bool((a[path] == b[path]).all()), path
 
 
+def leaves_of(folder):
+    """All leaves of an exported folder."""
+    model = exported_config(folder).model
+    return load_exported(folder, model, Destination(parameters(abstract(model))))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_read_back_to_the_bit(name, exported):
     config, model, folder = exported(name)
     assert is_exported(folder)
-    again = load_exported(folder)
-    same_bits(again.leaves, merged_leaves(model))
-    assert again.leaves.keys() == parameters(abstract(again.config.model)).keys()
-    assert again.tokenizer == folder and again.config.text.tokenizer == str(folder)
-    assert again.config.model == from_config_dict(to_dict(portable(config))).model
-    Tokenizer.load(again.tokenizer)
+    again = exported_config(folder)
+    leaves = leaves_of(folder)
+    same_bits(leaves, merged_leaves(model))
+    assert leaves.keys() == parameters(abstract(again.model)).keys()
+    assert again.text.tokenizer == str(folder)
+    assert again.model == from_config_dict(to_dict(portable(config))).model
+    Tokenizer.load(folder)
 
 
 def test_what_is_read_back_answers_the_same(exported, asked, tokenizer_folder):
     """The merged model, opened as `run.open_run` does, gives the texts of the one with adapters."""
     config, model, folder = exported("as published")
-    again = load_exported(folder)
-    opened = with_parameters(abstract(again.config.model), again.leaves)
-    texts = answerer(opened, again.config, Tokenizer.load(again.tokenizer))(*asked)
+    again = exported_config(folder)
+    opened = with_parameters(abstract(again.model), leaves_of(folder))
+    texts = answerer(opened, again, Tokenizer.load(folder))(*asked)
     assert texts == answerer(model, config, Tokenizer.load(tokenizer_folder))(*asked)
 
 
@@ -321,7 +336,7 @@ def test_saved_again_by_transformers(exported, torch, tmp_path):
     _, model, folder = exported("block, sparse on the visual token, as CLIP, tied")
     peer = torch_answers.Torch(folder)
     peer.model.save_pretrained(tmp_path / "again")
-    same_bits(load_exported(tmp_path / "again").leaves, merged_leaves(model))
+    same_bits(leaves_of(tmp_path / "again"), merged_leaves(model))
 
 
 def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
@@ -330,7 +345,7 @@ def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
     halved = {k: v.astype(jnp.bfloat16) for k, v in parameters(model).items() if not k.startswith("connector")}
     model = with_parameters(model, halved)
     export_unimed_hf(tmp_path / "out", config, model, tokenizer_folder)
-    same_bits(load_exported(tmp_path / "out").leaves, parameters(model))
+    same_bits(leaves_of(tmp_path / "out"), parameters(model))
     assert torch_answers.Torch(tmp_path / "out").model.dtype == torch.float32
 
 
@@ -342,11 +357,11 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
     index = out / "model.safetensors.index.json"
     files = sorted({*json.loads(index.read_text())["weight_map"].values()})
     assert len(files) > 2
-    same_bits(load_exported(out).leaves, merged_leaves(model))
+    same_bits(leaves_of(out), merged_leaves(model))
 
     def refused(match):
         with pytest.raises(UserError, match=match) as error:
-            load_exported(out)
+            leaves_of(out)
         assert "\n" not in str(error.value) and str(error.value)[-1] in ".?"
 
     with pytest.raises(UserError, match="exists already"):
@@ -410,7 +425,8 @@ def test_code_in_the_folder_is_not_run_by_us(exported, tokenizer_folder, tmp_pat
     out = tmp_path / "out"
     export_unimed_hf(out, config, model, tokenizer_folder)
     (out / "modeling_unimed.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    Tokenizer.load(load_exported(out).tokenizer)
+    leaves_of(out)
+    Tokenizer.load(out)
     assert not (tmp_path / "ran").exists()
 
 

@@ -16,6 +16,7 @@ from test_interop_torch_file import Touch, archive
 from unimed_jax.config import LoraConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, peft
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
@@ -107,8 +108,8 @@ def ours(base, lora: LoraConfig, folder=None):
     config = settings_of(base, lora)
     model = abstract(config)
     leaves = {path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/")}
-    loaded = hf.load_decoder(base, config.decoder, leaves)
-    adapted = peft.load_peft(folder, config, leaves) if folder else {}
+    loaded = hf.load_decoder(base, config.decoder, Destination(leaves))
+    adapted = peft.load_peft(folder, config, Destination(leaves)) if folder else {}
     assert (loaded | adapted).keys() == leaves.keys()
     return config, with_parameters(model, loaded | adapted).decoder, adapted
 
@@ -148,7 +149,7 @@ def test_import_and_export(name, base, adapters, tmp_path):
     assert before.keys() == after.keys()
     for key, value in before.items():
         np.testing.assert_array_equal(value, after[key])
-    back = peft.load_peft(out, config, leaves)
+    back = peft.load_peft(out, config, Destination(leaves))
     assert all((np.asarray(back[path]) == np.asarray(leaf)).all() for path, leaf in leaves.items())
 
 
@@ -196,7 +197,7 @@ def folder(base, tmp_path):
 def refused(folder, base, match, lora: LoraConfig = LORA) -> str:
     config = settings_of(base, lora)
     with pytest.raises(UserError, match=match) as error:
-        peft.load_peft(folder, config, parameters(abstract(config)))
+        peft.load_peft(folder, config, Destination(parameters(abstract(config))))
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     return str(error.value)
 
@@ -270,7 +271,7 @@ def test_code_in_an_old_adapter_is_not_run(folder, base, tmp_path):
 
 def test_export_is_there_whole_or_not_at_all(folder, base, tmp_path):
     config = settings_of(base, LORA)
-    leaves = peft.load_peft(folder, config, parameters(abstract(config)))
+    leaves = peft.load_peft(folder, config, Destination(parameters(abstract(config))))
     with pytest.raises(UserError, match="exists already"):
         peft.export_peft(folder, config, leaves, "base")
     with pytest.raises(UserError, match="no adapters to export"):

@@ -17,7 +17,7 @@ from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import unimed_pth
 from unimed_jax.interop.tensors import load
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import (
     LAYOUTS,
     Arrays,
@@ -212,7 +212,7 @@ def test_load_on_one_device(strip, monkeypatch):
     """Strips of one row, of some, and whole leaves give the same arrays; no read is larger than a strip or a row."""
     monkeypatch.setattr(load, "STRIP", strip)
     table, leaves, tensors = tiny_files()
-    loaded = load_leaves(table, tensors, parameters(abstract(tiny.CONFIG)))
+    loaded = load_leaves(table, tensors, Destination(parameters(abstract(tiny.CONFIG))))
     assert loaded.keys() == leaves.keys()
     for path, leaf in leaves.items():
         assert isinstance(loaded[path], jax.Array) and len(loaded[path].devices()) == 1
@@ -229,7 +229,7 @@ def test_load_on_a_mesh(axes, monkeypatch):
     table, leaves, tensors = tiny_files()
     mesh = make_mesh(MeshConfig(auto=False, **axes), 8)
     shardings = parameter_shardings(leaves, mesh)
-    loaded = load_leaves(table, tensors, leaves, shardings)
+    loaded = load_leaves(table, tensors, Destination(leaves, shardings))
     for path, leaf in leaves.items():
         assert loaded[path].sharding.is_equivalent_to(shardings[path], leaf.ndim)
         for shard in loaded[path].addressable_shards:
@@ -243,7 +243,7 @@ def test_load_takes_dtypes_by_path():
     table, leaves, tensors = tiny_files()
     path = "decoder/layers/mlp/up/kernel"
     shapes = {p: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for p, leaf in leaves.items()}
-    loaded = load_leaves(table, tensors, shapes, dtypes={path: jnp.float32})
+    loaded = load_leaves(table, tensors, Destination(shapes, dtypes={path: jnp.float32}))
     assert {p for p, leaf in loaded.items() if leaf.dtype == jnp.float32} == {path}
     other = "decoder/layers/mlp/down/kernel"
     np.testing.assert_array_equal(np.asarray(loaded[other]), leaves[other].astype(ml_dtypes.bfloat16))
@@ -253,7 +253,7 @@ def test_load_reads_nothing_when_something_does_not_fit():
     table, leaves, tensors = tiny_files()
     wrong = dict(leaves) | {"decoder/embedding": np.zeros((7, 16), np.float32)}
     with pytest.raises(UserError, match=r"embed_tokens.weight is of shape \[120, 16\] in place of \[7, 16\]"):
-        load_leaves(table, tensors, wrong)
+        load_leaves(table, tensors, Destination(wrong))
     assert tensors.sizes == []
 
 

@@ -12,6 +12,7 @@ from unimed_jax.config import VisionConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, towers
 from unimed_jax.interop.tensors.files import open_weights
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import Stored, Tensors, check, to_published
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.vision import resize_positions
@@ -80,7 +81,7 @@ def peers(tmp_path_factory):
 def imported(kind, path, config: VisionConfig):
     model = abstract(dataclasses.replace(tiny.CONFIG, vision=config))
     leaves = {p: leaf for p, leaf in parameters(model).items() if p.startswith("vision/")}
-    loaded = towers.load_tower(kind, path, config, leaves)
+    loaded = towers.load_tower(kind, path, config, Destination(leaves))
     assert loaded.keys() == leaves.keys()
     return with_parameters(model, loaded).vision
 
@@ -168,7 +169,7 @@ def test_eva_file(tmp_path, size):
     torch.save({name: torch.tensor(x) for name, x in tensors.items()}, tmp_path / "eva.pth")
     config = tiny.config(vision={"depth": 2, "image_size": size}).vision
     model = abstract(dataclasses.replace(tiny.CONFIG, vision=config))
-    loaded = towers.load_tower("eva", tmp_path / "eva.pth", config, parameters(model))
+    loaded = towers.load_tower("eva", tmp_path / "eva.pth", config, Destination(parameters(model)))
     assert {p for p in parameters(model) if p.startswith("vision/")} - loaded.keys() == {
         "vision/output_norm/scale",
         "vision/output_norm/bias",
@@ -186,7 +187,7 @@ def test_eva_file_of_another_model(tmp_path):
     torch.save({name: torch.tensor(x) for name, x in tensors.items()}, tmp_path / "eva.pth")
     config = tiny.config(vision={"depth": 2}).vision
     with pytest.raises(UserError) as error:
-        towers.load_tower("eva", tmp_path / "eva.pth", config, parameters(abstract(tiny.CONFIG)))
+        towers.load_tower("eva", tmp_path / "eva.pth", config, Destination(parameters(abstract(tiny.CONFIG))))
     assert "blocks.3.norm1.weight" in str(error.value) and "blocks.2." not in str(error.value)
     assert "pos_embed is of shape [1, 13, 12] in place of [1, 17, 12]" in str(error.value)
 

@@ -18,6 +18,7 @@ from support.unimed_pth_reference import reference_of
 from unimed_jax.config import VISUAL_TASKS, Config, MeshConfig, OptimizerConfig, TrainConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_leaves, to_published
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.model.sharding import make_mesh, parameter_shardings
@@ -84,7 +85,7 @@ def shared(tensors) -> list[set[str]]:
 
 
 def test_leaves_are_the_original_models(reference):
-    loaded = unimed_pth.load_unimed(reference.path, reference.config.model, reference.leaves)
+    loaded = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
     names = set(reference.table.by_name())
     expected = to_leaves(reference.table, {k: v for k, v in reference.weights.items() if k in names}, reference.leaves)
     assert loaded.keys() == expected.keys()
@@ -95,7 +96,7 @@ def test_leaves_are_the_original_models(reference):
 
 def test_optimizer_is_the_original_one(reference):
     """By name as the manifest numbers the parameters; the published names of our moments are the file's."""
-    moments = unimed_pth.load_moments(reference.path, reference.config.model, reference.leaves)
+    moments = unimed_pth.load_moments(reference.path, reference.config.model, Destination(reference.leaves))
     mean, square = (to_published(reference.table, part) for part in (moments.mean, moments.square))
     full = {p: np.broadcast_to(n, reference.leaves[p].shape) for p, n in moments.count.items()}
     counts = to_published(reference.table, full)
@@ -117,9 +118,10 @@ def test_optimizer_is_the_original_one(reference):
 def test_load_on_a_mesh(reference):
     mesh = make_mesh(MeshConfig(auto=False, fsdp=2, tensor=4), 8)
     shardings = parameter_shardings(reference.leaves, mesh)
-    arguments = reference.path, reference.config.model, reference.leaves
-    alone, spread = (unimed_pth.load_unimed(*arguments, places) for places in (None, shardings))
-    moments, on_mesh = (unimed_pth.load_moments(*arguments, places) for places in (None, shardings))
+    arguments = reference.path, reference.config.model
+    places = [Destination(reference.leaves, where) for where in (None, shardings)]
+    alone, spread = (unimed_pth.load_unimed(*arguments, to) for to in places)
+    moments, on_mesh = (unimed_pth.load_moments(*arguments, to) for to in places)
     parts = ((alone, spread), (moments.mean, on_mesh.mean), (moments.square, on_mesh.square))
     for here, there in parts:
         for path in here:
@@ -146,8 +148,8 @@ def test_order_of_the_optimizer_by_values():
     """The original's weights were float16 numbers before its steps: undoing the one step that the connector took
     leads back to such numbers with each parameter's own moments, and with no others."""
     reference = reference_of(Path(__file__).parents[1] / "goldens/uni_med")
-    moments = unimed_pth.load_moments(reference.path, reference.config.model, reference.leaves)
-    leaves = unimed_pth.load_unimed(reference.path, reference.config.model, reference.leaves)
+    moments = unimed_pth.load_moments(reference.path, reference.config.model, Destination(reference.leaves))
+    leaves = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
     weights, mean, square = (to_published(reference.table, x) for x in (leaves, moments.mean, moments.square))
     group = reference.entry["optimizer_group_fields"]
     lr, (b1, b2), eps = group["lr"], group["betas"], group["eps"]
@@ -175,8 +177,8 @@ def test_order_of_the_optimizer_by_values():
 
 def test_export_is_equal_to_the_bit(reference, tmp_path):
     config, leaves = reference.config.model, reference.leaves
-    loaded = unimed_pth.load_unimed(reference.path, config, leaves)
-    moments = unimed_pth.load_moments(reference.path, config, leaves)
+    loaded = unimed_pth.load_unimed(reference.path, config, Destination(leaves))
+    moments = unimed_pth.load_moments(reference.path, config, Destination(leaves))
     out = tmp_path / f"checkpoint_{reference.entry['epoch']}.pth"
     unimed_pth.export_unimed(out, reference.config, loaded, AdamState(*moments), like=reference.path)
     same_files(out, reference.path)
@@ -234,9 +236,9 @@ def test_training_goes_on_as_in_torch(reference):
     settings = OptimizerConfig(
         betas=tuple(group["betas"]), eps=group["eps"], weight_decay=group["weight_decay"], skip_unused=True
     )
-    state = unimed_pth.load_unimed(reference.path, config, leaves)
+    state = unimed_pth.load_unimed(reference.path, config, Destination(leaves))
     step = jax.jit(Optimizer(settings, leaf_rules(state, TrainConfig(), settings)).update)
-    moments = AdamState(*unimed_pth.load_moments(reference.path, config, leaves))
+    moments = AdamState(*unimed_pth.load_moments(reference.path, config, Destination(leaves)))
     rng = np.random.default_rng(0)
     for task in (1, 0):
         gradients = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in state.items()}
@@ -248,7 +250,7 @@ def test_training_goes_on_as_in_torch(reference):
         present = (np.arange(5) == task).astype(np.int32)[:, None]
         used = {path: jnp.asarray(present if path.endswith("task_tokens") else 1) for path in state}
         state, moments, _ = step(gradients, moments, state, jnp.float32(group["lr"]), used)
-    before = unimed_pth.load_unimed(reference.path, config, leaves)
+    before = unimed_pth.load_unimed(reference.path, config, Destination(leaves))
     for name, value in to_published(table, state).items():
         np.testing.assert_allclose(value, weights[name].detach().numpy(), rtol=0, atol=5e-7, err_msg=name)
     assert all(np.abs(np.asarray(state[path] - before[path])).max() > 1e-4 for path in state)
@@ -321,12 +323,12 @@ def test_variant(goldens, variant, tmp_path):
     assert all(name.startswith("router.") for name in rest)
     assert bool(rest) == (golden.config.connector.is_moe and golden.config.connector.router in ("hard", "constant"))
 
-    loaded = unimed_pth.load_unimed(path, golden.config, leaves)
+    loaded = unimed_pth.load_unimed(path, golden.config, Destination(leaves))
     tree = torch.load(path, weights_only=True)
     for name, value in to_published(table, loaded).items():
         np.testing.assert_array_equal(value, tree["model"][name].numpy(), name)
     assert {p for p in leaves if p.startswith("connector/") or "/lora_" in p} == loaded.keys()
-    moments = unimed_pth.load_moments(path, golden.config, leaves)
+    moments = unimed_pth.load_moments(path, golden.config, Destination(leaves))
     config = Config(model=golden.config)
     unimed_pth.export_unimed(tmp_path / "out.pth", config, loaded, moments, like=path)
     same_files(tmp_path / "out.pth", path)
@@ -346,7 +348,7 @@ def test_variant(goldens, variant, tmp_path):
     )
     fresh = [{"params": [torch.nn.Parameter(tree["model"][n]) for n in group]} for group in saved["groups"]]
     torch.optim.AdamW(fresh).load_state_dict(own["optimizer"])
-    again = unimed_pth.load_unimed(tmp_path / "own.pth", golden.config, leaves)
+    again = unimed_pth.load_unimed(tmp_path / "own.pth", golden.config, Destination(leaves))
     assert all((np.asarray(again[p]) == np.asarray(leaf)).all() for p, leaf in loaded.items())
 
 
@@ -360,7 +362,7 @@ def test_a_run_of_ours(tmp_path):
     optimizer = adam((0.9, 0.999), 1e-8, skip_unused=False)
     _, state = jax.jit(lambda x: optimizer.update(x, optimizer.init(x)))(leaves)
     unimed_pth.export_unimed(tmp_path / "own.pth", config, leaves, per_leaf(state))
-    moments = unimed_pth.load_moments(tmp_path / "own.pth", model, leaves)
+    moments = unimed_pth.load_moments(tmp_path / "own.pth", model, Destination(leaves))
     assert all((count == 1).all() for count in moments.count.values())
     for path in leaves:
         np.testing.assert_array_equal(moments.mean[path], state.mu[path])

@@ -11,6 +11,7 @@ from test_interop_torch_file import Touch
 
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.torch_file import TorchFile, write_torch
 from unimed_jax.model.parameters import abstract, parameters
 
@@ -36,10 +37,10 @@ def damage(reference, tmp_path):
         if bytes_:
             path.write_bytes(bytes_(path.read_bytes()))
         with pytest.raises(UserError, match=match) as error:
-            read(path, config, parameters(abstract(config)))
+            read(path, config, Destination(parameters(abstract(config))))
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         # Nor does anything come of it as what is written again.
-        loaded = unimed_pth.load_unimed(reference.path, reference.config.model, reference.leaves)
+        loaded = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
         if config == reference.config.model:
             try:
                 unimed_pth.export_unimed(out, reference.config, loaded, like=path)
@@ -114,7 +115,7 @@ def test_damaged_files(damage, reference, tmp_path):
     damage("holds code or objects besides tensors", bomb, unimed_pth.load_moments)
     assert not made.exists()
     with pytest.raises(UserError, match="does not exist"):
-        unimed_pth.load_unimed(tmp_path / "none.pth", tiny.CONFIG, {})
+        unimed_pth.load_unimed(tmp_path / "none.pth", tiny.CONFIG, Destination({}))
 
 
 def test_optimizers_that_are_not_this_models(damage):
@@ -151,7 +152,7 @@ def test_older_torch_kept_steps_as_numbers(reference, tmp_path):
         state["step"] = int(state["step"])
     torch.save(tree, tmp_path / "old.pth")
     old, new = (
-        unimed_pth.load_moments(path, reference.config.model, reference.leaves)
+        unimed_pth.load_moments(path, reference.config.model, Destination(reference.leaves))
         for path in (tmp_path / "old.pth", reference.path)
     )
     assert all((old.count[path] == new.count[path]).all() for path in new.count)
@@ -159,7 +160,7 @@ def test_older_torch_kept_steps_as_numbers(reference, tmp_path):
 
 def test_export_is_there_whole_or_not_at_all(reference, tmp_path):
     config, leaves = reference.config, reference.leaves
-    loaded = unimed_pth.load_unimed(reference.path, config.model, leaves)
+    loaded = unimed_pth.load_unimed(reference.path, config.model, Destination(leaves))
     out = tmp_path / "out.pth"
     path = list(loaded)[-1]
 
@@ -184,6 +185,6 @@ def test_state_dict_alone(reference, tmp_path):
     """The tensors without the rest, as people pass them on."""
     file = TorchFile(reference.path)
     write_torch(tmp_path / "weights.pth", file.to_write(file.tree["model"]))
-    loaded = unimed_pth.load_unimed(tmp_path / "weights.pth", reference.config.model, reference.leaves)
-    expected = unimed_pth.load_unimed(reference.path, reference.config.model, reference.leaves)
+    loaded = unimed_pth.load_unimed(tmp_path / "weights.pth", reference.config.model, Destination(reference.leaves))
+    expected = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
     assert all((np.asarray(loaded[path]) == np.asarray(leaf)).all() for path, leaf in expected.items())

@@ -249,8 +249,8 @@ def test_auto(monkeypatch, case):
 
 
 REFUSED = {
-    "splash, no TPU": ("splash", "cpu", {}, "a TPU's kernel, and this is a cpu"),
-    "splash, length": ("splash", "tpu", {"length": 200}, "rows of 200 tokens are no multiple of 128"),
+    "splash, no TPU": ("splash", "cpu", {}, "a TPU kernel, and this is a cpu"),
+    "splash, length": ("splash", "tpu", {"length": 200}, "rows of 200 tokens are not a multiple of 128"),
     "cudnn, no GPU": ("cudnn", "cpu", {}, "an NVIDIA GPU of Ampere or later, and this is a cpu"),
     "cudnn, dtype": ("cudnn", "nvidia", {}, "config.model.compute_dtype is float32"),
     "cudnn, heads": ("cudnn", "nvidia", {"dtype": jnp.bfloat16, "head": 20}, "at most 128 channels, a multiple of 8"),
@@ -285,7 +285,7 @@ def test_a_model_with_a_kernel_by_name():
     model = tiny.abstract(dataclasses.replace(tiny.CONFIG, attention="splash"))
     span = Span(*(jnp.ones((1, 128), jnp.int32) for _ in range(3)))
     x = jnp.ones((1, 128, tiny.CONFIG.decoder.width))
-    with pytest.raises(UserError, match=r"^config.model.attention='splash' cannot run here: splash is a TPU's kernel"):
+    with pytest.raises(UserError, match=r"^config.model.attention='splash' cannot run here: splash is a TPU kernel"):
         jax.eval_shape(lambda decoder: decoder(x, span), model.decoder)
     jax.eval_shape(lambda decoder: decoder(x, span, decoder.empty_cache(span, x.dtype)), model.decoder)
     jax.eval_shape(lambda vision: vision(jnp.zeros((1, 16, 16, 3))), model.vision)

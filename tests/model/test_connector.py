@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from unimed_jax.model.connector import aggregate, route, visual_features
+from unimed_jax.model.connector import aggregate, expert_weights, visual_features
 from unimed_jax.model.parameters import parameters, with_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -145,7 +145,7 @@ def test_routing_rules():
     tasks = jnp.array([3, 1])
 
     def weights(kind, top_k=2):
-        return np.asarray(route(jnp.asarray(logits), kind, top_k, tasks, 5))
+        return np.asarray(expert_weights(jnp.asarray(logits), kind, top_k, tasks, 5))
 
     sigmoid = 1 / (1 + np.exp(-logits))
     np.testing.assert_allclose(weights("soft"), sigmoid / sigmoid.sum(-1, keepdims=True), rtol=1e-5)
@@ -172,7 +172,7 @@ def test_soft_routing_has_finite_gradients_at_any_common_level(level):
     value = jnp.arange(5.0)[None, None]
 
     def weighted(logits):
-        return (route(logits, "soft", 1, jnp.zeros(1, jnp.int32), 5) * value).sum()
+        return (expert_weights(logits, "soft", 1, jnp.zeros(1, jnp.int32), 5) * value).sum()
 
     gradient = np.asarray(jax.grad(weighted)(logits))
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0.1

@@ -11,10 +11,10 @@ from support import tiny
 from unimed_jax.config import DecoderConfig, LoraConfig, LossConfig, MeshConfig, MoeConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
-from unimed_jax.model.decoder import runs
 from unimed_jax.model.dispatch import Moe, upcycled
+from unimed_jax.model.layer_plan import LayerPlan
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
-from unimed_jax.model.routing import Noise, capacity, draw_noise, route, slots
+from unimed_jax.model.routing import Noise, draw_noise, expert_capacity, positions_in_expert, route
 from unimed_jax.model.unimed import span_of
 from unimed_jax.settings import check_model
 from unimed_jax.train.loss import loss_sums
@@ -86,10 +86,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_paths(case):
+def test_dispatches_agree(case):
+    """Grouped and capacity dispatch give what the dense one gives, values and gradients."""
     decoder, moe, skew = CASES[case]
     x, used, cotangent = inputs(3)  # a batch of 3 is a trap of the original
-    moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}  # room for all, but in the cases of full experts
+    moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}  # enough for all, except in the cases "full"
     results = {}
     for path in ("dense", "grouped", "capacity"):
         config = settings(decoder, path=path, **moe)
@@ -100,11 +101,10 @@ def test_paths(case):
     routing, gradient = results["grouped"][1:]
     counts = np.asarray(routing.counts)
     assert counts.sum() == used.sum()
-    assert (
-        routing.kept.sum() < used.sum() * routing.kept.shape[1]
-        if "full" in case
-        else routing.kept[used.reshape(-1)].all()
-    )
+    if "full" in case:
+        assert routing.kept.sum() < used.sum() * routing.kept.shape[1]
+    else:
+        assert routing.kept[used.reshape(-1)].all()
     if case == "all to one":
         assert counts[1] == used.sum()
     if case == "one idle":
@@ -159,20 +159,20 @@ def test_padding_is_left_out():
     assert value_and_gradients(moe, other, everywhere, Noise(), cotangent)[1].counts.sum() == used.size
 
 
-def test_room_goes_by_lot():
-    """Of an expert's tokens any may find room in training; without the lot it is the first ones."""
+def test_random_token_selection():
+    """In training any of an expert's tokens may be the ones that fit; without the noise the first ones fit."""
     logits = jnp.zeros((40, 2)).at[:, 0].set(1.0)
-    first = route(logits, 1, room=8)
+    first = route(logits, 1, capacity=8)
     np.testing.assert_array_equal(np.nonzero(first.kept[:, 0])[0], np.arange(8))
     config = MoeConfig(experts=2, capacity_factor=0.4)
-    assert capacity(40, config, training=True) == 8 and capacity(40, config, training=False) is None
+    assert expert_capacity(40, config, training=True) == 8
+    assert expert_capacity(40, config, training=False) is None
     drawn = [draw_noise(jax.random.key(i), 40, D, config, training=True) for i in range(50)]
     kept = np.stack([route(logits, 1, 8, noise=noise).kept[:, 0] for noise in drawn])
     assert (kept.sum(axis=1) == 8).all() and kept.any(axis=0).all()
-    for noise in (drawn[0],):
-        routing = route(logits, 1, 8, noise=noise)
-        at = slots(routing.experts, routing.kept, 2)
-        np.testing.assert_array_equal(at[at >= 0], np.arange(8))
+    routing = route(logits, 1, 8, noise=drawn[0])
+    at = positions_in_expert(routing.experts, routing.kept, 2)
+    np.testing.assert_array_equal(at[at >= 0], np.arange(8))
     assert draw_noise(jax.random.key(0), 40, D, config, training=False) == Noise()
 
 
@@ -185,13 +185,14 @@ def test_second_choice_is_drawn():
     assert (route(logits, 2).experts == jnp.array([[0, 1]])).all()
 
 
-def test_runs():
-    """Few units, repeated: depth costs no program."""
+def test_layer_plan():
+    """Few units, repeated: depth does not make the program longer."""
     kinds = {"sparse": (True, False) * 12, "second_half": (False,) * 12 + (True,) * 12, "dense": (True,) * 24}
-    assert runs(kinds["sparse"]) == [(0, (True, False), 12)]
-    assert runs(kinds["second_half"]) == [(0, (False,), 12), (12, (True,), 12)]
-    assert runs(kinds["dense"]) == [(0, (True,), 24)]
-    assert runs((True, False, True, False, True)) == [(0, (True, False), 2), (4, (True,), 1)]
+    stretches = {name: LayerPlan.of(pattern).stretches for name, pattern in kinds.items()}
+    assert stretches["sparse"] == ((0, (True, False), 12),)
+    assert stretches["second_half"] == ((0, (False,), 12), (12, (True,), 12))
+    assert stretches["dense"] == ((0, (True,), 24),)
+    assert LayerPlan.of((True, False, True, False, True)).stretches == ((0, (True, False), 2), (4, (True,), 1))
     for placement, pattern in kinds.items():
         numbers = MoeConfig(experts=2, placement=placement).numbers(24)
         assert tuple(i in numbers for i in range(24)) == pattern

@@ -4,7 +4,7 @@ import numpy as np
 
 from unimed_jax.config import default_config
 from unimed_jax.data.example import Example
-from unimed_jax.data.prompts import box_to_text
+from unimed_jax.data.forms import box_to_text
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 

@@ -11,6 +11,7 @@ from support import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.interop.families.gguf import load_gguf
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Decoder, Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
@@ -123,7 +124,7 @@ def random_llama(**differ):
 def imported(path, config: DecoderConfig) -> Decoder:
     model = abstract(dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0)))
     leaves = {name: leaf for name, leaf in parameters(model).items() if name.startswith("decoder/")}
-    loaded = load_gguf(path, config, leaves)
+    loaded = load_gguf(path, config, Destination(leaves))
     assert loaded.keys() == leaves.keys()
     return with_parameters(model, loaded).decoder
 

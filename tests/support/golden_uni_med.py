@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_leaves
 from unimed_jax.interop.tensors.torch_file import write_torch
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -46,7 +47,7 @@ class Golden:
             path = Path(folder) / "checkpoint_0.pth"
             tree = {"model": self.trainable(), "config": {"model": self.case["config"], "run": {}, "datasets": {}}}
             write_torch(path, tree)
-            return with_parameters(model, leaves | unimed_pth.load_unimed(path, self.config, empty))
+            return with_parameters(model, leaves | unimed_pth.load_unimed(path, self.config, Destination(empty)))
 
     def frozen_table(self):
         c = self.config

@@ -242,7 +242,7 @@ def test_mistakes(dense, changes, match, tmp_path):
 
 def test_labels_rise(dense):
     for labels in ((3, 2), (0, 2), (2, 2)):
-        with pytest.raises(UserError, match="rising order"):
+        with pytest.raises(UserError, match="labels"):
             from_config_dict(settings(dense, labels=labels))
 
 

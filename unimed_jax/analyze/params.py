@@ -1,4 +1,4 @@
-"""How large a model is: total, activated and trainable parameters by module, counted without making one."""
+"""Counts how large a model is: total, activated and trainable parameters by module, without making the model."""
 
 import dataclasses
 import fnmatch
@@ -12,9 +12,10 @@ from unimed_jax.model.vision import VisionEncoder
 from unimed_jax.rules import leaf_rules
 
 COUNTS = ("total", "activated", "trainable")
+TOP = ("vision", "connector", "decoder")
 DENSE = "the same model with one MLP in place of each set of experts, and no router"
 
-# Path pattern -> module within its room, in the order of the table; the first match wins.
+# Path pattern -> name of the module inside its part of the model, in the order of the table; the first match wins.
 MODULES = (
     ("vision/[cp]*", "embeddings"),  # cls, patch, positions, pre_norm
     ("vision/blocks/*", "blocks"),
@@ -37,44 +38,62 @@ MODULES = (
 
 
 def count(config: Config) -> dict:
-    """Parameters of the settings' model, from its shapes alone. JSON-ready.
+    """Counts the parameters of the settings' model from its shapes; the result is JSON-ready.
 
-    "modules": {"decoder/experts": {"total", "activated", "trainable"}, ...}; "rooms": the same of vision, connector,
-    decoder (the language model alone, as Med-MoE counts) and all; "dense": of connector, decoder and all, where
-    experts are one MLP (`DENSE`); "ratios": of decoder and all, activated to total and to dense; "tower": of the
-    published vision encoder, with the blocks that are never run. Activated is what one token of an example with an
-    image is computed with; tables that are only looked up (embedding, positions, task tokens) count whole.
+    "modules": name -> {"total", "activated", "trainable"}. "vision", "connector" and "decoder" (only the language
+    model, as Med-MoE counts) are each followed by what they consist of, as in "decoder/experts"; "all" is the sum of
+    the three. Activated parameters are those that one token of an example with an image is computed with; tables that
+    are only looked up (embedding, positions, task tokens) count whole.
+    "dense": the totals of connector, decoder and all if experts are one MLP (`DENSE`).
+    "ratios": of decoder and all, activated to total and activated to dense.
+    "tower": the total of the published vision encoder, including the blocks that are never run.
     """
+    modules = _count_modules(config)
+    dense = _count_dense(config.model, vision=modules["vision"]["total"])
+    ratios = {
+        name: {
+            "activated/total": modules[name]["activated"] / modules[name]["total"],
+            "activated/dense": modules[name]["activated"] / dense[name],
+        }
+        for name in ("decoder", "all")
+    }
+    return {"modules": modules, "dense": dense, "ratios": ratios, "tower": _tower(config.model.vision)}
+
+
+def _count_modules(config: Config) -> dict[str, dict[str, int]]:
+    """Adds every leaf to its module, to its part of the model and to the sum of all; empty modules are left out."""
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
-    modules = {f"{pattern.split('/')[0]}/{module}": dict.fromkeys(COUNTS, 0) for pattern, module in MODULES}
-    rooms = {room: dict.fromkeys(COUNTS, 0) for room in ("vision", "connector", "decoder", "all")}
+    modules: dict[str, dict[str, int]] = {}
+    for top in TOP:
+        modules[top] = dict.fromkeys(COUNTS, 0)
+        inside = [name for pattern, name in MODULES if pattern.startswith(f"{top}/")]
+        modules |= {f"{top}/{name}": dict.fromkeys(COUNTS, 0) for name in inside}
+    modules["all"] = dict.fromkeys(COUNTS, 0)
+
     for path, leaf in shapes.items():
-        room = path.split("/")[0]
+        top = path.split("/")[0]
         module = next(name for pattern, name in MODULES if fnmatch.fnmatchcase(path, pattern))
-        numbers = (leaf.size, _activated(path, leaf.size, config.model), leaf.size if rules[path].train else 0)
-        for group in (modules[f"{room}/{module}"], rooms[room], rooms["all"]):
+        trainable = leaf.size if rules[path].train else 0
+        numbers = (leaf.size, _activated(path, leaf.size, config.model), trainable)
+        for group in (modules[f"{top}/{module}"], modules[top], modules["all"]):
             for name, number in zip(COUNTS, numbers, strict=True):
                 group[name] += number
-    modules = {name: numbers for name, numbers in modules.items() if numbers["total"]}
-    dense = dict.fromkeys(("connector", "decoder"), 0)
-    for path, leaf in parameters(abstract(_dense(config.model))).items():
-        if (room := path.split("/")[0]) in dense:
-            dense[room] += leaf.size
-    dense["all"] = rooms["vision"]["total"] + sum(dense.values())
-    ratios = {
-        room: {
-            "activated/total": rooms[room]["activated"] / rooms[room]["total"],
-            "activated/dense": rooms[room]["activated"] / dense[room],
-        }
-        for room in ("decoder", "all")
-    }
-    tower = _tower(config.model.vision)
-    return {"modules": modules, "rooms": rooms, "dense": dense, "ratios": ratios, "tower": tower}
+    return {name: numbers for name, numbers in modules.items() if numbers["total"]}
+
+
+def _count_dense(model: ModelConfig, vision: int) -> dict[str, int]:
+    """Counts connector, decoder and all of the dense model (`DENSE`), whose vision encoder is the same."""
+    dense = {"connector": 0, "decoder": 0}
+    for path, leaf in parameters(abstract(_dense(model))).items():
+        top = path.split("/")[0]
+        if top in dense:
+            dense[top] += leaf.size
+    return dense | {"all": vision + sum(dense.values())}
 
 
 def _activated(path: str, size: int, model: ModelConfig) -> int:
-    """Of a leaf's parameters those that a token passes; an expert's share of a leaf is the same for all."""
+    """Counts the parameters of a leaf that one token uses; all experts have equal shares of a leaf."""
     if path.startswith("decoder/layers/moe/experts/"):
         return size * model.moe.top_k // model.moe.experts
     if path.startswith("connector/experts/"):
@@ -83,12 +102,13 @@ def _activated(path: str, size: int, model: ModelConfig) -> int:
 
 
 def _chosen(model: ModelConfig) -> int:
-    """Experts of the connector that one visual token passes."""
+    """Counts the experts of the connector that one visual token uses."""
     connector = model.connector
     return {"sparse": connector.top_k, "hard": 1}.get(connector.router, connector.experts)
 
 
 def _dense(model: ModelConfig) -> ModelConfig:
+    """Gives the settings of the dense model (`DENSE`)."""
     connector, moe = model.connector, dataclasses.replace(model.moe, experts=0)
     if connector.is_moe:
         connector = dataclasses.replace(connector, experts=1, router="constant", task_tokens=0)
@@ -96,37 +116,38 @@ def _dense(model: ModelConfig) -> ModelConfig:
 
 
 def _tower(vision: VisionConfig) -> int:
-    if vision.feature_layer != -1:  # what lies behind the features is published too: the other blocks and the norm
+    """Counts the whole vision encoder: the blocks after the features and the last norm are published too."""
+    if vision.feature_layer != -1:
         vision = dataclasses.replace(vision, feature_layer=-1, output_norm=True)
-    return sum(leaf.size for leaf in parameters(jax.eval_shape(lambda: VisionEncoder(vision, nnx.Rngs(0)))).values())
+    encoder = jax.eval_shape(lambda: VisionEncoder(vision, nnx.Rngs(0)))
+    return sum(leaf.size for leaf in parameters(encoder).values())
 
 
 def table(counted: dict, model: ModelConfig) -> str:
-    """What `count` found, for the eye."""
-    rooms, dense, notes = counted["rooms"], counted["dense"], _notes(counted, model)
+    """Lays out what `count` returned as text."""
+    modules, dense, notes = counted["modules"], counted["dense"], _notes(counted, model)
     lines = [("module", *COUNTS, "")]
-    for room, numbers in rooms.items():
-        inside = {name: row for name, row in counted["modules"].items() if name.split("/")[0] == room}
-        for name, row in {room: numbers, **inside}.items():
-            shown = "  " + name.split("/")[1] if "/" in name else name
-            lines.append((shown, *(f"{row[c]:,}" for c in COUNTS), notes.get(name, "")))
+    for name, row in modules.items():
+        shown = "  " + name.split("/")[1] if "/" in name else name
+        lines.append((shown, *(f"{row[c]:,}" for c in COUNTS), notes.get(name, "")))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    text = [
-        f"{name:{widths[0]}}  " + "  ".join(f"{n:>{w}}" for n, w in zip(numbers, widths[1:], strict=True)) + f"  {note}"
-        for name, *numbers, note in lines
-    ]
+    text = []
+    for name, *numbers, note in lines:
+        columns = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, widths[1:], strict=True))
+        text.append(f"{name:{widths[0]}}  {columns}  {note}")
     text.append("")
-    for room, what in (("decoder", "decoder alone (as Med-MoE counts)"), ("all", "all")):
-        ratios = counted["ratios"][room]
+    for name, what in (("decoder", "only the decoder (as Med-MoE counts)"), ("all", "all")):
+        ratios = counted["ratios"][name]
         text.append(
-            f"{what}: activated {rooms[room]['activated']:,} = {ratios['activated/total']:.1%} of its total "
-            f"{rooms[room]['total']:,}, {ratios['activated/dense']:.1%} of dense {dense[room]:,}"
+            f"{what}: activated {modules[name]['activated']:,} = {ratios['activated/total']:.1%} of its total "
+            f"{modules[name]['total']:,}, {ratios['activated/dense']:.1%} of dense {dense[name]:,}"
         )
     text.append(f"dense: {DENSE}")
     return "\n".join(line.rstrip() for line in text)
 
 
 def _notes(counted: dict, model: ModelConfig) -> dict[str, str]:
+    """Writes the remarks of the table by module: how many layers and experts there are, and how many run."""
     connector, moe, vision = model.connector, model.moe, model.vision
     layers = len(moe.numbers(model.decoder.depth))
     notes = {"decoder/MLPs": f"{model.decoder.depth - layers} layers"}
@@ -137,5 +158,6 @@ def _notes(counted: dict, model: ModelConfig) -> dict[str, str]:
         notes["connector/experts"] = f"{_chosen(model)} of {connector.experts} ({connector.router} router)"
     if vision.feature_layer != -1:
         run = vision.depth + 1 + vision.feature_layer
-        notes["vision"] = f"{run} of {vision.depth} blocks are run; the whole tower has {counted['tower']:,}"
+        tower = counted["tower"]
+        notes["vision"] = f"{run} of {vision.depth} blocks are run; the whole encoder has {tower:,}"
     return notes

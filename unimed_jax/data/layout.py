@@ -9,14 +9,14 @@ question has the same ids and positions alone, shared or packed. Attention over 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig
-from unimed_jax.data import chat, prompts
 from unimed_jax.data.example import Example
+from unimed_jax.data.forms import Piece, form_of, runs_of
 from unimed_jax.errors import UserError
 
 VISUAL = -1  # stands in a stream where a visual token goes
@@ -83,7 +83,7 @@ def encode_ids(
 ) -> Encoded:
     """Ids of the text around the images (one image between two segments) and of the answer -> Encoded.
 
-    One segment is text alone. `answer` stands as it is given (see `end_answer`). `double_bos`: two BOS, as in
+    One segment is text alone. `answer` stands as it is given. `double_bos`: two BOS, as in
     the published evaluation prompts.
     """
     head = [bos] * (2 if double_bos else 1)
@@ -104,9 +104,17 @@ def _prefix(ids: tuple[int, ...]) -> np.ndarray:
     return prefix
 
 
-def end_answer(ids: Sequence[int], eos: int, max_answer: int) -> list[int]:
-    """Answer with end of text, cut to `max_answer` tokens; a cut answer loses its end of text, as published."""
-    return [*ids, eos][:max_answer]
+def piece_ids(
+    pieces: Sequence[Piece], tokenise: Callable[[str], Sequence[int]], eos: int, image: int = VISUAL
+) -> tuple[list[int], list[bool]]:
+    """Turns pieces into ids, with `image` once for each image, and says which of them are targets."""
+    ids: list[int] = []
+    targets: list[bool] = []
+    for run in runs_of(pieces):
+        new = [image] if run.image else [*(tokenise(run.text) if run.text else ()), *([eos] if run.ends else ())]
+        ids += new
+        targets += [run.target] * len(new)
+    return ids, targets
 
 
 class Encoder:
@@ -115,50 +123,31 @@ class Encoder:
     def __init__(self, tokenizer, text: TextConfig, tokens_per_image: int):
         """`tokenizer`: a `tokenizer.Tokenizer`, or whatever has its `encode`, `bos` and `eos`."""
         self._tokenizer, self._text, self._tokens_per_image = tokenizer, text, tokens_per_image
+        self._form = form_of(text)
         # The head of a prompt is always the same, short answers and questions often.
         self._ids = functools.lru_cache(maxsize=1 << 16)(lambda string: tuple(tokenizer.encode(string)))
 
     def training(self, example: Example, variant: int) -> Encoded:
         """The example with its answer, under instruction number `variant` of its task."""
-        if self._text.form != "unimed":
-            return self._chat(example, answer_text(example, self._text))
-        prompt = prompts.build(example, variant, self._text, evaluation=False)
-        ids = self._ids(answer_text(example, self._text))
-        answer = end_answer(ids, self._tokenizer.eos, self._text.max_answer)
-        return self._encode(example, prompt, answer, double_bos=False)
+        return self._encode(example, self._form.training(example, variant), training=True)
 
     def prompt(self, example: Example) -> Encoded:
         """The generation prompt of an example: evaluation's instruction, no answer."""
-        if self._text.form != "unimed":
-            return self._chat(example, None)
-        prompt = prompts.build(example, 0, self._text, evaluation=True)
-        return self._encode(example, prompt, [], double_bos=bool(self._text.double_bos))
+        return self._encode(example, self._form.prompt(example), training=False)
 
-    def _encode(self, example: Example, prompt: prompts.Prompt, answer: list[int], double_bos: bool) -> Encoded:
-        texts = [prompt.left] if prompt.right is None else [prompt.left, prompt.right]
-        encoded = encode_ids(
-            [self._ids(t) for t in texts],
-            answer,
-            self._tokens_per_image,
-            self._tokenizer.bos,
-            task=example.task,
-            record=example.id,
-            double_bos=double_bos,
-        )
-        return self._checked(encoded)
-
-    def _chat(self, example: Example, answer: str | None) -> Encoded:
-        """The example in a chat form (data/chat.py), where every answer of a conversation is a target."""
-        pieces = chat.example_pieces(example, self._text, answer)
-        marked, is_target = chat.encode(pieces, self._ids, self._tokenizer.eos, VISUAL)
-        counts = np.where(np.array(marked) == VISUAL, self._tokens_per_image, 1)
-        ids, targets = np.repeat(np.array(marked, np.int32), counts), np.repeat(is_target, counts)
+    def _encode(self, example: Example, pieces: Sequence[Piece], training: bool) -> Encoded:
+        marked, is_target = piece_ids(pieces, self._ids, self._tokenizer.eos)
+        first = self._form.beginnings(training)
+        ids, targets = np.array([self._tokenizer.bos] * first + marked, np.int32), np.array([False] * first + is_target)
+        if self._form.cut:  # a cut answer loses its end of text, as published
+            kept = ~targets | (np.cumsum(targets) <= self._text.max_answer)
+            ids, targets = ids[kept], targets[kept]
+        counts = np.where(ids == VISUAL, self._tokens_per_image, 1)
+        ids, targets = np.repeat(ids, counts), np.repeat(targets, counts)
         (seen,) = np.nonzero(ids == VISUAL)
         start = int(seen[-1]) + 1 if len(seen) else 0
-        if len(seen) != (example.image is not None) * self._tokens_per_image or targets[:start].any():
-            raise UserError(f"record {example.id}: {chat.IMAGE!r} stands in its text; only its image is marked so.")
-        prefix = _prefix(tuple(ids[:start].tolist()))
         (where,) = np.nonzero(targets[start:])
+        prefix = _prefix(tuple(ids[:start].tolist()))
         return self._checked(Encoded(example.id, example.task, prefix, ids[start:], where.astype(np.int32)))
 
     def _checked(self, encoded: Encoded) -> Encoded:
@@ -169,15 +158,6 @@ class Encoder:
                 f"config.text.max_prompt={self._text.max_prompt}; shorten the question or raise the limit."
             )
         return encoded
-
-
-def answer_text(example: Example, text: TextConfig) -> str:
-    """The answer as it is trained on and scored against: reports pass the text processor, as questions do."""
-    if example.task != "caption":
-        return example.answer
-    if text.max_words is None:
-        return prompts.collapse(example.answer)
-    return prompts.cut_words(example.answer, text.max_words)
 
 
 def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, reduction: str) -> Batch:

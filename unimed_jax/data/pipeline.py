@@ -13,8 +13,9 @@ import grain.python as grain
 import numpy as np
 
 from unimed_jax.config import VISUAL_TASKS, Config, SourceConfig
-from unimed_jax.data import images, layout, packing, prompts
+from unimed_jax.data import images, layout, packing
 from unimed_jax.data.example import Dataset, Example
+from unimed_jax.data.forms import form_of
 from unimed_jax.data.layout import Batch, Encoded, Group
 from unimed_jax.errors import UserError
 
@@ -52,6 +53,7 @@ class Pipeline:
             tokens_per_image=config.model.tokens_per_image,
             image_size=config.model.vision.image_size,
         )
+        self._form = form_of(config.text)
         self._encoder = layout.Encoder(tokenizer, config.text, self.shape.tokens_per_image)
         self._encode = functools.lru_cache(maxsize=CACHED)(self._encode_question)
         self._order = _order(bounds, config)
@@ -124,7 +126,7 @@ class Pipeline:
         first = self._examples[source][group[0]]
         rng = random.Random(self._seed << 64 | draw)
         chosen = rng.sample(group, min(self._config.data.sources[source].questions, len(group)))
-        pool = len(prompts.INSTRUCTIONS[first.task])
+        pool = self._form.variants(first.task)
         questions: list[Encoded] = []
         tokens = answers = 0
         for example in chosen:

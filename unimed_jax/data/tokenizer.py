@@ -11,9 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from unimed_jax.config import TextConfig
-from unimed_jax.data import chat
 from unimed_jax.data.example import Example
-from unimed_jax.data.prompts import TAGS, build
+from unimed_jax.data.forms import TAGS, form_of, runs_of
 from unimed_jax.errors import UserError
 
 # Said of every folder whose config.json is of a model that transformers does not know, though only a tokenizer is read.
@@ -79,15 +78,9 @@ def _parts(texts: Iterable[str], marker: re.Pattern[str]) -> Iterator[str]:
 
 def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
     """The texts of examples as training shows them; their instructions in turn, so that each of the pool occurs."""
+    form = form_of(text)
     for i, example in enumerate(examples):
-        if text.form != "unimed":
-            yield chat.text_of(chat.example_pieces(example, text, example.answer))
-            continue
-        prompt = build(example, i, text, evaluation=False)
-        yield prompt.left
-        if prompt.right is not None:
-            yield prompt.right
-        yield example.answer
+        yield from (run.text for run in runs_of(form.training(example, i)) if run.text)
 
 
 class Tokenizer:

@@ -5,6 +5,7 @@ and process 0 collects the scores and writes.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, cast
 from unimed_jax import processes
 from unimed_jax.config import Config, to_dict
 from unimed_jax.data.example import Example
-from unimed_jax.data.prompts import text_to_box
+from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines
@@ -46,9 +47,8 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
     units, notes = units_of(config, sets)
     blind = _shared(lambda: _blind_answers(units, Training(config, sets)))  # first: wrong records show before the wait
     journal = Journal(run.folder, _fingerprint(run, config, sets))
-    found = answer_units(
-        units, lambda unit: _model_answers(run.model, config, run.tokenizer, unit), config.seed, journal
-    )
+    answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
+    found = answer_units(units, answer_of, config.seed, journal)
     scored = _scored(units, found, blind, config)
     routing = _routing(run, config, sets, scored)
     if not processes.leads():
@@ -111,9 +111,9 @@ def quick_scores(model: UniMed, config: Config, tokenizer: Tokenizer, units: Seq
 
     Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
     """
-    out = {}
+    out: dict[str, float] = {}
     for unit in units:
-        found = answer_units([unit], lambda unit: _model_answers(model, config, tokenizer, unit), config.seed)
+        found = answer_units([unit], functools.partial(_model_answers, model, config, tokenizer), config.seed)
         records = _records(unit, found, {})
         out |= {f"{metric.name}/{unit.name}": metric(records).value for metric in unit.metrics}
     return out

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from unimed_jax.config import VISUAL_TASKS, Config, TextConfig, config_hash, to_dict
-from unimed_jax.data.prompts import cut_words
+from unimed_jax.data.forms import cut_words, form_of
 from unimed_jax.evaluate.metrics import Metric, Record, of_task
 from unimed_jax.evaluate.metrics.captions import report_scores
 from unimed_jax.evaluate.metrics.published import (
@@ -183,7 +183,7 @@ def _published(task: str, records: Sequence[Record], text: TextConfig) -> Mappin
         sizes = [cast(tuple[int, int], record["image_size"]) for record in records]
         return refer_report(predictions, boxes, sizes)
     references = [record["reference"] for record in records]
-    if task == "vqa" and text.form != "unimed":
+    if task == "vqa" and form_of(text).published == "Med-MoE":
         kinds = [record["meta"].get("answer_type", "") for record in records]
         return medmoe_report(list(zip(predictions, references, strict=True)), kinds)
     if text.max_words is not None:

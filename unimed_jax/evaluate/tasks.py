@@ -6,6 +6,7 @@ Also the choice of a unit's examples and the permutation of their images.
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -93,10 +94,10 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
                 notes.append(f"{source.id}: it has no example in split {split!r}")
                 continue
             groups = by_task(source, split)
-            notes += [
-                f"{source.id}/{split}: no example of task {task!r}" for task in source.tasks if task not in groups
-            ]
-            units += [_unit(EntryConfig(source.id, task, split), config, source, groups[task]) for task in groups]
+            lacking = [task for task in source.tasks if task not in groups]
+            notes += [f"{source.id}/{split}: no example of task {task!r}" for task in lacking]
+            for task, examples in groups.items():
+                units.append(_unit(EntryConfig(source.id, cast(Any, task), split), config, source, examples))
     return units, notes
 
 

@@ -1,10 +1,8 @@
 """Where weights come from outside: the kinds of `config.init`, and what each can give."""
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
-
-from jax.sharding import NamedSharding
 
 from unimed_jax.config import ModelConfig
 from unimed_jax.interop.families.gguf import load_gguf
@@ -13,16 +11,15 @@ from unimed_jax.interop.families.med_moe import load_med_moe, load_router
 from unimed_jax.interop.families.peft import load_peft
 from unimed_jax.interop.families.towers import load_tower
 from unimed_jax.interop.families.unimed_pth import load_unimed
+from unimed_jax.interop.tensors.load import Destination
 
-Loader = Callable[
-    [str, ModelConfig, Mapping[str, Any], Mapping[str, NamedSharding] | None, Mapping[str, Any] | None], dict[str, Any]
-]
+Loader = Callable[[str, ModelConfig, Destination], dict[str, Any]]
 
 
 class Source(NamedTuple):
     what: str  # what its path names, for messages
     gives: tuple[str, ...]  # patterns of the leaves that it may give
-    load: Loader  # (path, config.model, leaves, shardings, dtypes) -> leaves by path; see interop/load.py
+    load: Loader  # (path, config.model, destination) -> leaves by path
 
     def among(self, paths: Iterable[str]) -> bool:
         """Whether it may give one of these leaves."""
@@ -30,11 +27,11 @@ class Source(NamedTuple):
 
 
 def _tower(kind: str) -> Loader:
-    return lambda path, model, *where: load_tower(kind, path, model.vision, *where)
+    return lambda path, model, to: load_tower(kind, path, model.vision, to)
 
 
 def _decoder(load: Callable) -> Loader:
-    return lambda path, model, *where: load(path, model.decoder, *where, model.moe)
+    return lambda path, model, to: load(path, model.decoder, to, model.moe)
 
 
 SOURCES: dict[str, Source] = {

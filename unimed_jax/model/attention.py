@@ -1,12 +1,13 @@
-"""Attention: one function, its plain form as the reference, and a fused kernel where the devices have one.
+"""Scaled dot-product attention: one function, with a plain form as the reference and fused kernels for some devices.
 
-The mask of `decoder.visible` is data: packed segments, prefixes shared by several questions and padding differ from
-row to row. A pair of segment ids, which fused kernels know best, cannot say that a token sees two segments, so both
-kernels take the mask itself: 1 byte (splash) or 2 (cuDNN) for each pair of tokens and row, where the plain form writes
-several float32 of them for each head. Splash also skips the blocks of a row in which no query sees a key.
+The mask that `decoder.visible` makes is data: packed segments, prefixes that several questions share and padding
+differ from row to row. Fused kernels know pairs of segment ids best, but these cannot say that a token sees two
+segments. So both kernels take the mask itself: 1 byte (splash) or 2 bytes (cuDNN) for each pair of tokens and row,
+while the plain form writes several float32 per pair and head. Splash also skips blocks in which no query sees a key.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,13 @@ def attend(
     softcap: float | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "B S heads head"]:
-    """Scaled dot-product attention, softmax in float32; heads share keys in groups (GQA).
+    """Attends with a float32 softmax; groups of heads share keys and values (GQA).
 
-    Scores are q k times `scale` (None: head ** -0.5), then softcap * tanh(scores / softcap) where there is one.
-    A query that may see nothing (padding) gets something finite that is never read. `implementation`: a name from
-    `config.model.attention`; "auto" is the fused kernel of the devices where it can take these arrays, else "xla".
-    Raises UserError where a named one cannot.
+    Scores are q k times `scale` (None: head ** -0.5); with `softcap` they become softcap * tanh(scores / softcap).
+    A query that sees nothing (padding) gets finite values that nothing reads.
+
+    `implementation` is a name from `config.model.attention`. "auto" takes the devices' fused kernel if it can take
+    these arrays, else "xla". Raises UserError if a kernel that was asked for by name cannot take them.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if implementation == "auto":
@@ -44,19 +46,20 @@ def attend(
     if reason is not None:
         raise UserError(f"config.model.attention={implementation!r} cannot run here: {reason}; set 'auto'.")
     if mask is not None:
-        # Every real token sees itself already. Padding must too: in these kernels a softmax over nothing is NaN, or
-        # its gradient.
+        # Real tokens see themselves already. Padding must too: in these kernels a softmax over nothing, or its
+        # gradient, is NaN.
         mask = mask | jnp.eye(q.shape[1], dtype=bool)[None]
-    return _on_each_device(functools.partial(_FUSED[implementation], scale=scale, softcap=softcap), q, k, v, mask)
+    kernel = functools.partial(_FUSED[implementation], scale=scale, softcap=softcap)
+    return _on_each_device(kernel, q, k, v, mask)
 
 
 def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | None) -> str | None:
-    """Why the fused implementation `name` cannot take these arrays on the devices of the trace; None: it can."""
+    """Says why the fused kernel `name` cannot take these arrays on the devices of the trace; None if it can."""
     length, head = q.shape[1], q.shape[3]
     here = hardware()
     if name == "splash":
         if here != "tpu":
-            return f"splash is a TPU's kernel, and this is a {here}"
+            return f"splash is a TPU kernel, and this is a {here}"
     else:
         if here != "nvidia":
             return f"cuDNN's kernel needs an NVIDIA GPU of Ampere or later, and this is a {here}"
@@ -68,17 +71,19 @@ def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | 
             return "cuDNN's kernel has no soft cap, and config.model.decoder.attention_softcap is set"
     if length != k.shape[2]:
         return f"{length} queries meet {k.shape[2]} keys, and only rows that attend to themselves are fused"
-    # cuDNN's gradients take even lengths alone, and under a mask turned NaN at some of those (pytorch issue 196678).
+    # cuDNN's gradients take only even lengths, and under a mask they turned NaN at some of those (pytorch issue
+    # 196678).
     multiple = 2 if name == "cudnn" and mask is None else 128
     if length % multiple:
-        return f"rows of {length} tokens are no multiple of {multiple}"
+        return f"rows of {length} tokens are not a multiple of {multiple}"
     return None
 
 
 def hardware() -> str:
-    """What the trace is for: "tpu", "nvidia" (Ampere or later), or the name of another platform.
+    """Names what the program is traced for: "tpu", "nvidia" (Ampere or later), or another platform.
 
-    The mesh in context knows, also when it is compiled for from another machine; else the default device does.
+    The mesh in context decides, because a program may be compiled for devices that this machine lacks; without a
+    mesh, the default device decides.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if described.platform == "gpu":
@@ -88,8 +93,14 @@ def hardware() -> str:
     return described.platform
 
 
-def _on_each_device(run, q, k, v, mask):
-    """`run` on each device's own rows and heads: the compiler cannot split these kernels over a mesh."""
+def _on_each_device(
+    run: Callable[..., Array],
+    q: Float[Array, "B S heads head"],
+    k: Float[Array, "B kv_heads K head"],
+    v: Float[Array, "B kv_heads K head"],
+    mask: Bool[Array, "B S K"] | None,
+) -> Float[Array, "B S heads head"]:
+    """Runs a kernel on each device's own rows and heads, because the compiler cannot split it over a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(q, k, v, mask)
@@ -103,7 +114,15 @@ def _on_each_device(run, q, k, v, mask):
     )(q, k, v, mask)
 
 
-def _plain(q, k, v, mask, scale, softcap):
+def _plain(
+    q: Float[Array, "B S heads head"],
+    k: Float[Array, "B kv_heads K head"],
+    v: Float[Array, "B kv_heads K head"],
+    mask: Bool[Array, "B S K"] | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B S heads head"]:
+    """Attends by two batched products; G groups of R heads each share their keys."""
     batch, length, heads, head = q.shape
     groups, keys = k.shape[1], k.shape[2]
     repeats = heads // groups
@@ -114,8 +133,9 @@ def _plain(q, k, v, mask, scale, softcap):
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.reshape(batch, groups * repeats, length, keys)  # [B, heads, S, K]
-        scores = jnp.where(mask[:, None], scores, -1e30).reshape(batch, groups, -1, keys)  # [B, G, R * S, K]
+        scores = scores.reshape(batch, heads, length, keys)  # [B, heads, S, K]
+        scores = jnp.where(mask[:, None], scores, -1e30)
+        scores = scores.reshape(batch, groups, repeats * length, keys)  # [B, G, R * S, K]
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum("bgsk,bgkd->bgsd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
@@ -123,34 +143,57 @@ def _plain(q, k, v, mask, scale, softcap):
     return out.reshape(batch, length, heads, head)  # [B, S, heads, d]
 
 
-def _cudnn(q, k, v, mask, scale, softcap):
-    assert softcap is None
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, kv_heads, d]
-    mask = None if mask is None else mask[:, None]  # [B, 1, S, K]
+def _cudnn(
+    q: Float[Array, "B S heads head"],
+    k: Float[Array, "B kv_heads S head"],
+    v: Float[Array, "B kv_heads S head"],
+    mask: Bool[Array, "B S S"] | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B S heads head"]:
+    """Runs cuDNN's kernel, through jax.nn."""
+    assert softcap is None  # `refusal` says so before
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, S, kv_heads, d]
+    mask = None if mask is None else mask[:, None]  # [B, 1, S, S]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
 
 
-def _splash(q, k, v, mask, scale, softcap, interpret=False):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: it loads a compiler
+def _splash(
+    q: Float[Array, "B S heads head"],
+    k: Float[Array, "B kv_heads S head"],
+    v: Float[Array, "B kv_heads S head"],
+    mask: Bool[Array, "B S S"] | None,
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> Float[Array, "B S heads head"]:
+    """Runs the Pallas kernel for TPUs, row by row; `interpret` runs it on a CPU, for tests."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # imported here: it loads a compiler
 
     length, heads = q.shape[1:3]
-    # Every block costs a step of the grid even when it is skipped, so the largest that divides the row.
+    # Every block costs a step of the grid even when it is skipped, so the largest size that divides the row.
     block = next(size for size in (512, 256, 128) if length % size == 0)
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
 
     def row(q, k, v, mask):
-        every = splash.MultiHeadMask([splash.FullMask((length, length))] * heads)
-        seen = every if mask is None else mask[None]  # [1, S, S]: one for all heads
+        """q [S, heads, d], k and v [kv_heads, S, d], mask [S, S] -> [S, heads, d]."""
+        everything = splash.MultiHeadMask([splash.FullMask((length, length))] * heads)
+        seen = everything if mask is None else mask[None]  # [1, S, S]: one for all heads
         kernel = splash.make_splash_mha_single_device(
             seen, block_sizes=sizes, attn_logits_soft_cap=softcap, interpret=interpret
         )
-        # Under jit, make_splash_mha turns this flag into an array, which its caller then cannot branch on.
+        # Under jit, make_splash_mha turns this flag into an array, on which its caller then cannot branch.
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
         return kernel(q.transpose(1, 0, 2), k, v).transpose(1, 0, 2)  # [S, heads, d]
 
     return jax.vmap(row)(q * scale, k, v, mask)
 
 
-_FUSED = {"cudnn": _cudnn, "splash": _splash}
+_FUSED: dict[str, Callable[..., Array]] = {"cudnn": _cudnn, "splash": _splash}

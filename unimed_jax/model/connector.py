@@ -1,9 +1,12 @@
-"""The connector mixture of experts, CMoE (Uni-Med section 3.2): aggregation, router, projection experts.
+"""The connector mixture of experts, CMoE (Uni-Med section 3.2): aggregation, router and projection experts.
 
-Experts are stored concatenated, so that all of them are two matrix products and any number of them
-shards over any number of chips. The router's first layer is stored as two kernels, one for the task
-token and one for the visual token; its task half is computed once per task. `form="literal"` runs the
-same parameters as the original's loop over experts; it is the reference the fast form is tested against.
+The experts are stored concatenated, so that two matrix products run all of them and any number of experts shards
+over any number of chips. The router's first layer is stored as two kernels, one for the task token and one for the
+visual token, so its task half is computed once per task. `form="literal"` runs the same parameters as the original
+does, in a loop over experts; it is the reference that the fast form is tested against.
+
+Shapes: N images, T visual tokens per image, D channels of a visual token, E experts of H hidden units, O channels of
+the decoder, R hidden units of the router, C channels of a task token.
 """
 
 from typing import NamedTuple
@@ -14,20 +17,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, ModelConfig
-from unimed_jax.model.layers import ACTIVATIONS, Linear, normal, spread
+from unimed_jax.model.layers import ACTIVATIONS, Linear, broadcast_channels, normal
 from unimed_jax.model.sharding import constrain
 
 
 class ConnectorOutput(NamedTuple):
+    """Names what a connector returns."""
+
     tokens: Array  # [N, T, decoder width]
     routing: Array | None  # [N, T, experts], float32; None for a dense connector
 
 
 def aggregate(x: Float[Array, "N patches width"], kind: str, rate: int) -> Float[Array, "N T features"]:
-    """Patch features -> T = patches / rate visual tokens.
+    """Joins `rate` patches into each of T = patches / rate visual tokens.
 
-    projection: `rate` consecutive raster patches side by side (the published strip); block: a square of
-    them; avgpool, maxpool: over 2x2 patches.
+    kind: "projection" concatenates consecutive patches in raster order (the published strip), "block" concatenates a
+    square of patches, "avgpool" and "maxpool" pool the patches of a square.
     """
     images, patches, width = x.shape
     if kind == "projection":
@@ -41,13 +46,13 @@ def aggregate(x: Float[Array, "N patches width"], kind: str, rate: int) -> Float
 
 
 def visual_features(config: ModelConfig) -> int:
-    """Channels of an aggregated visual token: the connector's input width, also a task token's."""
+    """Computes the channels of an aggregated visual token, the connector's input; a task token has as many."""
     joined = config.connector.aggregation in ("projection", "block")
     return config.vision.width * (config.connector.rate if joined else 1)
 
 
 class Experts(nnx.Module):
-    """Projection experts, concatenated over E.
+    """Runs all projection experts at once, because their weights are concatenated over E.
 
     moe_mlp: up [D, E*H], up_bias [E*H], down [E*H, O], bias [E, O]; moe_linear: up [D, E*O], bias [E, O].
     """
@@ -63,23 +68,27 @@ class Experts(nnx.Module):
         self.down = None if down is None else nnx.Param(down)
 
     def __call__(self, x: Float[Array, "N T D"], routing: Float[Array, "N #T E"]) -> Float[Array, "N T O"]:
-        """sum_e routing_e * expert_e(x): the weights scale each expert's hidden part before one product."""
+        """Computes sum over e of routing_e * expert_e(x).
+
+        The routing scales each expert's hidden units before the second product, whose sum over all hidden units is
+        then also the sum over experts.
+        """
         images, tokens, width = x.shape
-        routing = jnp.broadcast_to(routing, (images, tokens, self.count)).reshape(-1, self.count, 1)  # [N * T, E, 1]
-        routing = routing.astype(x.dtype)
+        routing = jnp.broadcast_to(routing, (images, tokens, self.count))
+        routing = routing.reshape(-1, self.count, 1).astype(x.dtype)  # [N * T, E, 1]
         x = x.reshape(-1, width)  # [N * T, D]
         h = constrain(x @ self.up[...].astype(x.dtype), None, "expert_hidden")
         bias = jnp.einsum("ne,eo->no", routing[..., 0], self.bias[...].astype(x.dtype))
         if self.up_bias is not None:
             h = ACTIVATIONS[self.activation](h + self.up_bias[...].astype(x.dtype)[None])
-        scale = jnp.broadcast_to(routing, (len(x), self.count, h.shape[1] // self.count)).reshape(h.shape)
-        h = h * constrain(scale, None, "expert_hidden")  # [N * T, E * H] (moe_linear: E * O)
+        scale = jnp.broadcast_to(routing, (len(x), self.count, h.shape[1] // self.count))
+        h = h * constrain(scale.reshape(h.shape), None, "expert_hidden")  # [N * T, E * H] (moe_linear: E * O)
         down = self.down
         y = h.reshape(len(x), self.count, -1).sum(axis=1) if down is None else h @ down[...].astype(x.dtype)
         return (y + bias).reshape(images, tokens, -1)  # [N, T, O]
 
     def literal(self, x: Float[Array, "N T D"], routing: Float[Array, "N #T E"]) -> Float[Array, "N T O"]:
-        """The original's loop: run every expert, weight its output, add up."""
+        """Computes the same as the original does: runs one expert after another and adds up the weighted outputs."""
         ups = jnp.split(self.up[...].astype(x.dtype), self.count, axis=1)
         total = jnp.zeros((), x.dtype)
         for e in range(self.count):
@@ -88,15 +97,16 @@ class Experts(nnx.Module):
                 assert self.up_bias is not None
                 up_bias = jnp.split(self.up_bias[...].astype(x.dtype), self.count)[e]
                 down = jnp.split(self.down[...].astype(x.dtype), self.count, axis=0)[e]
-                y = ACTIVATIONS[self.activation](y + spread(up_bias, y)) @ down
-            total += routing[..., e : e + 1].astype(x.dtype) * (y + spread(self.bias[...][e].astype(x.dtype), y))
+                y = ACTIVATIONS[self.activation](y + broadcast_channels(up_bias, y)) @ down
+            bias = self.bias[...][e].astype(x.dtype)
+            total += routing[..., e : e + 1].astype(x.dtype) * (y + broadcast_channels(bias, y))
         return total
 
 
 class Router(nnx.Module):
-    """MLP over concat(task token, visual token) -> expert logits (Uni-Med eq. of the router; exact GELU).
+    """Computes expert logits by an MLP over concat(task token, visual token) (Uni-Med section 3.2; exact GELU).
 
-    task_kernel [C, R] for a task token of width C, token_kernel [D, R], bias [R], out_kernel [R, E], out_bias [E].
+    task_kernel [C, R], token_kernel [D, R], bias [R], out_kernel [R, E], out_bias [E].
     """
 
     def __init__(self, config: ConnectorConfig, width: int, rngs: nnx.Rngs):
@@ -115,7 +125,7 @@ class Router(nnx.Module):
     def __call__(
         self, x: Float[Array, "N T D"], tasks: Int[Array, "N"], task_tokens: Float[Array, "tasks C"] | None
     ) -> Float[Array, "N #T E"]:
-        """Logits in float32; T is 1 where only the task token is read."""
+        """Computes the logits in float32; T is 1 if only the task token is read."""
         hidden = self.bias[...].astype(x.dtype)[None, None]
         if self.task_kernel is not None:
             assert task_tokens is not None
@@ -128,7 +138,7 @@ class Router(nnx.Module):
     def literal(
         self, x: Float[Array, "N T D"], tasks: Int[Array, "N"], task_tokens: Float[Array, "tasks C"] | None
     ) -> Float[Array, "N #T E"]:
-        """The original's form: the task token repeated beside every visual token, one product."""
+        """Computes the same as the original does: repeats the task token next to every visual token, one product."""
         kernels = [k[...] for k in (self.task_kernel, self.token_kernel) if k is not None]
         parts = []
         if self.task_kernel is not None:
@@ -138,48 +148,55 @@ class Router(nnx.Module):
         if self.token_kernel is not None:
             parts.append(x)
         hidden = jnp.concatenate(parts, axis=-1) @ jnp.concatenate(kernels).astype(x.dtype)
-        return self._out(hidden + spread(self.bias[...].astype(x.dtype), hidden))
+        return self._out(hidden + broadcast_channels(self.bias[...].astype(x.dtype), hidden))
 
     def _out(self, hidden: Float[Array, "N T R"]) -> Float[Array, "N T E"]:
+        """Applies the activation and the second layer."""
         hidden = ACTIVATIONS[self.activation](hidden)
         logits = (hidden @ self.out_kernel[...].astype(hidden.dtype)).astype(jnp.float32)
-        return logits + spread(self.out_bias[...], logits)
+        return logits + broadcast_channels(self.out_bias[...], logits)
 
 
-def route(
+def expert_weights(
     logits: Float[Array, "N T E"] | None, kind: str, top_k: int, tasks: Int[Array, "N"], experts: int
 ) -> Float[Array, "N #T E"]:
-    """Expert weights. soft: sigmoid over its sum (not softmax); sparse: softmax over the top k, others 0;
-    hard: one-hot of the task's index; constant: 1/E (Uni-Med section 3.2)."""
+    """Turns the router's logits into the weights of the experts (Uni-Med section 3.2).
+
+    kind: "soft" divides the sigmoids by their sum (it is not a softmax over logits), "sparse" takes the softmax over
+    the `top_k` largest logits and 0 for the others, "hard" gives weight 1 to the expert with the task's number, and
+    "constant" gives 1 / E to every expert. The last two need no logits.
+    """
     if kind == "hard":
         return jax.nn.one_hot(tasks, experts)[:, None]  # [N, 1, E]
     if kind == "constant":
         return jnp.full((len(tasks), 1, experts), 1 / experts)
     assert logits is not None
     if kind == "soft":
-        # In logarithms: nothing holds the logits' common level, and far below 0 the plain quotient's gradient is NaN.
+        # Computed in log space: a shared offset of the logits is unconstrained, and when they drift far below 0 the
+        # gradient of the plain quotient is NaN.
         return jax.nn.softmax(jax.nn.log_sigmoid(logits), axis=-1)
     kept = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], experts, dtype=bool).any(axis=-2)
     return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
 
 
 class Connector(nnx.Module):
-    """Patch features of N images, each with its task -> visual tokens in the decoder's width."""
+    """Turns the patch features of N images, each with its task, into visual tokens of the decoder's width."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = c = config.connector
         width, out = visual_features(config), config.decoder.width
-        tokens = (
-            normal(rngs.params(), (len(VISUAL_TASKS), c.task_token_width or width), 0.02) if c.task_tokens else None
-        )
+        shape = (len(VISUAL_TASKS), c.task_token_width or width)
+        self.task_tokens = nnx.Param(normal(rngs.params(), shape, 0.02)) if c.task_tokens else None
         routed = c.is_moe and c.router in ("soft", "sparse")
-        self.task_tokens = None if tokens is None else nnx.Param(tokens)
         self.router = Router(c, width, rngs) if routed else None
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
         self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(c.layers)])
 
     def __call__(self, patches: Float[Array, "N patches width"], tasks: Int[Array, "N"]) -> ConnectorOutput:
-        """`tasks`: ids in VISUAL_TASKS; an unused slot (-1) is routed like task 0 and read by nobody."""
+        """Runs the experts, or for a dense connector its layers.
+
+        `tasks`: numbers in VISUAL_TASKS. An unused image slot has task -1; it is computed like task 0 and never read.
+        """
         c = self.config
         x = aggregate(patches, c.aggregation, c.rate)
         if self.experts is None:
@@ -187,15 +204,15 @@ class Connector(nnx.Module):
                 x = layer(ACTIVATIONS[c.activation](x) if i else x)
             return ConnectorOutput(x, None)
         tasks = jnp.maximum(tasks, 0)
-        x = constrain(x, None, None, None)  # every chip holds a part of each expert and of the router: they see all
+        # Every chip holds a part of each expert and of the router, so every chip needs all tokens.
+        x = constrain(x, None, None, None)
         literal = c.form == "literal"
         logits = None
         if self.router is not None:
             task_tokens = None if self.task_tokens is None else self.task_tokens[...]
             run_router = self.router.literal if literal else self.router
             logits = run_router(x, tasks, task_tokens)
-        routing = route(logits, c.router, c.top_k, tasks, c.experts)
-        tokens = (self.experts.literal if literal else self.experts)(x, routing)
-        return ConnectorOutput(
-            constrain(tokens, "batch", None, None), jnp.broadcast_to(routing, (*x.shape[:2], c.experts))
-        )
+        routing = expert_weights(logits, c.router, c.top_k, tasks, c.experts)
+        run_experts = self.experts.literal if literal else self.experts
+        tokens = constrain(run_experts(x, routing), "batch", None, None)
+        return ConnectorOutput(tokens, jnp.broadcast_to(routing, (*x.shape[:2], c.experts)))

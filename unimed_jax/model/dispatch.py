@@ -1,13 +1,19 @@
-"""The decoder's mixture of experts (Med-MoE, arXiv 2404.10237): a router, experts, and the meta expert.
+"""The decoder's mixture of experts (Med-MoE, arXiv 2404.10237) and three ways to run its experts.
 
-`route` decides, `Moe` runs the experts, in one of three ways that mean the same: `dense` runs every expert on every
-token and is the reference; `grouped` sorts the tokens by expert and drops none that was routed; `capacity` gives each
-expert a buffer of fixed size. Gating as in GShard (arXiv 2006.16668) and DeepSpeed-MoE (arXiv 2201.05596).
+`routing.route` decides where tokens go; this file takes them there and back:
+
+- `run_dense` runs every expert on every token. It is the reference for the other two.
+- `run_grouped` sorts the tokens by expert and drops none that was routed.
+- `run_capacity` gives each expert a buffer of fixed size, as GShard (arXiv 2006.16668) does.
+
+For the same routing they give the same numbers up to rounding, values and gradients.
+Shapes: B rows, S tokens per row, N = B * S tokens, D channels, E experts, F hidden units, K choices per token.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unimed_jax.config import DecoderConfig, MoeConfig
 from unimed_jax.model.attention import hardware
-from unimed_jax.model.layers import ACTIVATIONS, Linear, Mlp, spread, stack
-from unimed_jax.model.routing import Noise, Routing, capacity, route, slots
-from unimed_jax.model.sharding import AXES, constrain, shared
+from unimed_jax.model.layers import ACTIVATIONS, Linear, Mlp, broadcast_channels, stack
+from unimed_jax.model.routing import Noise, Routing, expert_capacity, positions_in_expert, route
+from unimed_jax.model.sharding import AXES, axes_by_dimension, constrain
 
 # --------------------------------------------------------------------------------------------------
 # The layer
@@ -27,10 +33,13 @@ from unimed_jax.model.sharding import AXES, constrain, shared
 
 
 class Moe(nnx.Module):
-    """sum of weight * expert(x) over a token's choices, plus meta(x).
+    """Computes sum of weight * expert(x) over a token's choices, plus meta(x), in place of a layer's MLP.
 
-    With `residual`: c0 * that sum + c1 * residual(x) + meta(x), c = softmax of a linear of x. Experts are stacked:
-    up kernel [E, D, F], down kernel [E, F, D], biases [E, F] and [E, D].
+    With `config.residual` it is c0 * that sum + c1 * residual(x) + meta(x), where c = softmax of a linear of x.
+    The experts' leaves are stacked: up kernel [E, D, F], down kernel [E, F, D], biases [E, F] and [E, D].
+
+    `config.path` names the dispatch. "capacity" needs a capacity, which training and evaluation set separately: when
+    `eval_capacity_factor` is None, evaluation has no limit, nothing may be dropped, and it runs grouped.
     """
 
     def __init__(self, config: MoeConfig, decoder: DecoderConfig, rngs: nnx.Rngs):
@@ -48,129 +57,238 @@ class Moe(nnx.Module):
         noise: Noise = Noise(),
         training: bool = False,
     ) -> tuple[Float[Array, "B S D"], Routing]:
-        """`used`: the tokens that are routed (None: all); the others get meta(x) alone."""
+        """Routes the `used` tokens (None: all) and runs their experts; the other tokens only get meta(x)."""
         batch, length, width = x.shape
-        room = capacity(batch * length, self.config, training)
+        capacity = expert_capacity(batch * length, self.config, training)
         routing = route(
             self.logits(x.reshape(-1, width), noise.jitter),  # [N, D] in
             self.config.top_k,
-            room,
+            capacity,
             None if used is None else used.reshape(-1),  # [N]
             noise,
         )
-        if self.config.path == "dense":
-            y = run_dense(self.experts, x.reshape(-1, width), routing).reshape(x.shape)  # [B, S, D]
-        elif self.config.path == "capacity" and room is not None:
-            y = run_capacity(self.experts, x.reshape(-1, width), routing, room).reshape(x.shape)  # [B, S, D]
-        else:
-            y = run_grouped(self.experts, x, routing)
+        y = self._run_experts(x, routing, capacity)
         if self.residual is not None and self.coefficient is not None:
             share = jax.nn.softmax(self.coefficient(x).astype(jnp.float32), axis=-1).astype(x.dtype)
             y = y * share[..., :1] + self.residual(x) * share[..., 1:]
         return y if self.meta is None else y + self.meta(x), routing
 
+    def _run_experts(self, x: Float[Array, "B S D"], routing: Routing, capacity: int | None) -> Float[Array, "B S D"]:
+        """Runs the experts by the dispatch of the settings; see the class for "capacity" without a capacity."""
+        width = x.shape[-1]
+        if self.config.path == "dense":
+            return run_dense(self.experts, x.reshape(-1, width), routing).reshape(x.shape)  # [B, S, D]
+        if self.config.path == "capacity" and capacity is not None:
+            y = run_capacity(self.experts, x.reshape(-1, width), routing, capacity)  # [N, D]
+            return y.reshape(x.shape)  # [B, S, D]
+        return run_grouped(self.experts, x, routing)
+
     def logits(self, x: Float[Array, "N D"], jitter: Float[Array, "N D"] | None = None) -> Float[Array, "N E"]:
-        """In float32 whatever the compute dtype: a rounded logit changes the expert."""
+        """Computes the router's logits in float32, because a logit rounded to bfloat16 changes the expert."""
         x = x.astype(jnp.float32)
         x = x if jitter is None else x * jitter
         assert self.router.bias is not None
-        kernel, bias = (leaf[...].astype(jnp.float32) for leaf in (self.router.kernel, self.router.bias))
+        kernel = self.router.kernel[...].astype(jnp.float32)
+        bias = self.router.bias[...].astype(jnp.float32)
         logits = jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
-        return logits + spread(bias, logits)
+        return logits + broadcast_channels(bias, logits)
+
+
+def upcycled(mlp: dict[str, Array], config: MoeConfig, depth: int) -> dict[str, Array]:
+    """Turns the MLP leaves of a dense decoder into the leaves of `layers/mlp` and `layers/moe`.
+
+    `mlp`: leaf by name ("gate/kernel", ...), stacked over all `depth` layers. Every expert, the meta expert and the
+    residual MLP of a layer start as copies of the layer's MLP (sparse upcycling, arXiv 2212.05055). Routers and
+    coefficients have no counterpart in a dense decoder and are left out.
+    """
+    with_experts = list(config.numbers(depth))
+    plain = [i for i in range(depth) if i not in with_experts]
+    copies = [part for part, there in (("meta", config.meta), ("residual", config.residual)) if there]
+    out = {}
+    for name, leaf in mlp.items():
+        of_experts = leaf[jnp.array(with_experts)]  # [layers with experts, ...]
+        experts = jnp.repeat(of_experts[:, None], config.experts, axis=1)  # [layers with experts, E, ...]
+        out[f"moe/experts/{name}"] = experts
+        if plain:
+            out[f"mlp/{name}"] = leaf[jnp.array(plain)]
+        for part in copies:
+            out[f"moe/{part}/{name}"] = experts[:, 0]
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense: the reference
+# --------------------------------------------------------------------------------------------------
 
 
 def run_dense(experts: Mlp, x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
-    """Every expert on every token; the reference."""
+    """Runs every expert on every token and adds the outputs up with the routing's weights."""
     every = jax.vmap(lambda expert: expert(x))(experts)  # [E, N, D]
     chosen = jax.nn.one_hot(routing.experts, every.shape[0])  # [N, K, E]
     weights = jnp.einsum("nk,nke->ne", routing.weights, chosen)
     return jnp.einsum("ne,end->nd", weights.astype(x.dtype), every)
 
 
-def run_capacity(experts: Mlp, x: Float[Array, "N D"], routing: Routing, room: int) -> Float[Array, "N D"]:
-    """Each expert on a buffer of `room` tokens, zeros where no token is."""
-    experts = _divisible(experts)
+# --------------------------------------------------------------------------------------------------
+# Capacity: a buffer per expert
+# --------------------------------------------------------------------------------------------------
+
+
+def run_capacity(experts: Mlp, x: Float[Array, "N D"], routing: Routing, capacity: int) -> Float[Array, "N D"]:
+    """Runs each expert on a buffer of `capacity` tokens; places that no token fills hold zeros."""
+    experts = _pad_experts(experts)
     count = experts.up.kernel[...].shape[0]
 
-    def run(rows):
-        buffer = constrain(rows.reshape(count, room, -1), "expert", "capacity", None)  # [E, C, D]
-        out = jax.vmap(lambda expert, tokens: expert(tokens))(experts, buffer)
+    def run(rows: Array) -> Array:
+        buffers = constrain(rows.reshape(count, capacity, -1), "expert", "capacity", None)  # [E, C, D]
+        out = jax.vmap(lambda expert, tokens: expert(tokens))(experts, buffers)
         return constrain(out, "expert", "capacity", None).reshape(rows.shape)  # [E * C, D]
 
-    places = routing.experts * room + slots(routing.experts, routing.kept, count)
-    return _through(run, x, places, count * room, routing.weights, routing.kept)
+    positions = positions_in_expert(routing.experts, routing.kept, count)
+    places = routing.experts * capacity + positions  # [N, K]
+    return _scatter_run_gather(run, x, places, count * capacity, routing.weights, routing.kept)
 
 
-def _through(
-    run, x: Float[Array, "N D"], places: Int[Array, "N K"], rows: int, weights: Float[Array, "N K"], kept
+def _scatter_run_gather(
+    run: Callable[[Array], Array],
+    x: Float[Array, "N D"],
+    places: Int[Array, "N K"],
+    rows: int,
+    weights: Float[Array, "N K"],
+    kept: Bool[Array, "N K"],
 ) -> Float[Array, "N D"]:
-    """Tokens into `rows` rows at their kept `places` (one each), through `run`, and back with their weights."""
-    places = jnp.where(kept, places, rows)  # behind the end
+    """Writes tokens into `rows` rows, runs `run` on them and gathers the weighted outputs of each token.
+
+    Every kept choice has a place of its own; a choice that is not kept writes nothing and reads zeros.
+    """
+    places = jnp.where(kept, places, rows)  # `rows` is past the end, so dropped below
     tokens = jnp.broadcast_to(jnp.arange(len(x))[:, None], places.shape)
-    held = jnp.full(rows, len(x)).at[places].set(tokens, mode="drop")
-    out = run(x.at[held].get(mode="fill", fill_value=0))  # [rows, D]
+    token_of_row = jnp.full(rows, len(x)).at[places].set(tokens, mode="drop")
+    out = run(x.at[token_of_row].get(mode="fill", fill_value=0))  # [rows, D]
     chosen = out.at[places].get(mode="fill", fill_value=0)  # [N, K, D]
     return jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), chosen)
 
 
-def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Float[Array, "B S D"]:
-    """Each expert on its own tokens, whatever their number; over a mesh each device runs its own experts.
+# --------------------------------------------------------------------------------------------------
+# Grouped: tokens sorted by expert
+# --------------------------------------------------------------------------------------------------
 
-    Devices that share experts out exchange tokens: they gather those of their group of rows, run what is theirs
-    and add up the parts of every token.
+
+def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Float[Array, "B S D"]:
+    """Runs each expert on exactly its own tokens, however many these are.
+
+    On a mesh each device runs the experts that it holds. Devices that hold different experts exchange tokens: they
+    gather the tokens of their group of rows, run their experts and add up the parts of every token.
     """
-    batch, length, _ = x.shape
+    batch, length, width = x.shape
     choices = (routing.experts, routing.weights, routing.kept)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _grouped(experts, x.reshape(-1, x.shape[-1]), *choices).reshape(x.shape)  # [B, S, D]
-    experts = _divisible(experts)
+        return _sort_and_run(experts, x.reshape(-1, width), *choices).reshape(x.shape)  # [B, S, D]
+
+    experts = _pad_experts(experts)
     count, _, hidden = experts.up.kernel[...].shape
-    rows, holders, units = shared((batch, count, hidden), ("batch", "expert", "mlp"), dict(mesh.shape))
-    spread_rows = bool(set(holders) & set(rows))  # the rows too, over the devices that hold different experts
-    assert not spread_rows or set(holders) <= set(rows)
-
-    def on_device(experts, x, *choices):
-        shape = x.shape
-        gathered = list(choices)
-        if spread_rows:
-            x, *gathered = (jax.lax.all_gather(a, holders, tiled=True) for a in (x, *choices))  # [more B, S, ...]
-        chosen, weights, kept = (a.reshape(-1, a.shape[-1]) for a in gathered)  # [N, K] each
-        own = experts.up.kernel[...].shape[0]
-        chosen = chosen - own * (jax.lax.axis_index(holders) if holders else 0)
-        kept = kept & (chosen >= 0) & (chosen < own)
-        if units and experts.down.bias is not None:  # each device of a unit's group adds its share of the bias
-            experts.down.bias = nnx.Param(experts.down.bias[...] / jax.lax.axis_size(units))
-        x = varying(x, [axis for axis in (*holders, *units) if axis not in rows])
-        others = [axis for axis in rows if axis not in holders]
-        for part in (experts.gate, experts.up, experts.down):
-            if part is not None:
-                part.kernel = nnx.Param(varying(part.kernel[...], others))
-        axes = tuple(dict.fromkeys((*rows, *holders, *units)))
-        y = _grouped(experts, x.reshape(-1, x.shape[-1]), chosen, weights, kept, axes).reshape(x.shape)
-        y = jax.lax.psum(y, units) if units else y
-        if spread_rows:
-            return jax.lax.psum_scatter(y, holders, tiled=True).reshape(shape)
-        return jax.lax.psum(y, holders) if holders else y
-
-    def place(keys, leaf) -> PartitionSpec:
-        down = any(getattr(key, "name", None) == "down" for key in keys)
-        if leaf.ndim == 3:
-            return PartitionSpec(holders, units, None) if down else PartitionSpec(holders, None, units)
-        return PartitionSpec(holders, None) if down else PartitionSpec(holders, units)
-
+    sizes = (batch, count, hidden)
+    layout = ExpertLayout(*axes_by_dimension(sizes, ("batch", "expert", "mlp"), dict(mesh.shape)))
     shaped = [a.reshape(batch, length, -1) for a in choices]  # [B, S, K] each
-    return jax.shard_map(
-        on_device,
-        in_specs=(jax.tree_util.tree_map_with_path(place, experts), *(PartitionSpec(rows),) * 4),
-        out_specs=PartitionSpec(rows),
-    )(experts, x, *shaped)
+    in_rows = PartitionSpec(layout.rows)
+    run = jax.shard_map(
+        functools.partial(_run_own_experts, layout),
+        in_specs=(layout.specs(experts), in_rows, in_rows, in_rows, in_rows),
+        out_specs=in_rows,
+    )
+    return run(experts, x, *shaped)
 
 
-def _divisible(experts: Mlp) -> Mlp:
-    """The experts, with phantom ones behind them where the mesh cannot share them out evenly.
+class ExpertLayout(NamedTuple):
+    """Names the mesh axes over which the work of the experts is split."""
 
-    These are zeros that no token is sent to, so their gradient is zero and is cut off again.
+    rows: tuple[str, ...]  # split the rows of the batch
+    holders: tuple[str, ...]  # split the experts
+    units: tuple[str, ...]  # split the hidden units of every expert
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        """Whether devices that hold different experts also hold different rows."""
+        exchanges = bool(set(self.holders) & set(self.rows))
+        assert not exchanges or set(self.holders) <= set(self.rows)
+        return exchanges
+
+    def specs(self, experts: Mlp) -> Mlp:
+        """Gives the partition of every leaf of stacked experts."""
+
+        def spec_of(path: tuple, leaf: Array) -> PartitionSpec:
+            down, kernel = _in_down(path), leaf.ndim == 3
+            if kernel and down:  # [E, F, D]
+                return PartitionSpec(self.holders, self.units, None)
+            if kernel:  # [E, D, F]
+                return PartitionSpec(self.holders, None, self.units)
+            return PartitionSpec(self.holders, None if down else self.units)  # [E, D] or [E, F]
+
+        return jax.tree_util.tree_map_with_path(spec_of, experts)
+
+
+def _in_down(path: tuple) -> bool:
+    """Whether a leaf's path in an Mlp leads through its `down` linear."""
+    return any(getattr(key, "name", None) == "down" for key in path)
+
+
+def _run_own_experts(
+    layout: ExpertLayout,
+    experts: Mlp,
+    x: Float[Array, "b S D"],
+    chosen: Int[Array, "b S K"],
+    weights: Float[Array, "b S K"],
+    kept: Bool[Array, "b S K"],
+) -> Float[Array, "b S D"]:
+    """Runs on one device the experts that it holds, inside `shard_map`; b rows are the device's own."""
+    rows, holders, units = layout
+    shape = x.shape
+    if layout.exchanges_tokens:
+        gather = functools.partial(jax.lax.all_gather, axis_name=holders, tiled=True)
+        x, chosen, weights, kept = gather(x), gather(chosen), gather(weights), gather(kept)  # [more b, S, ...]
+    chosen, weights, kept = (a.reshape(-1, a.shape[-1]) for a in (chosen, weights, kept))  # [N, K] each
+
+    held = experts.up.kernel[...].shape[0]
+    chosen = chosen - held * (jax.lax.axis_index(holders) if holders else 0)  # numbers among those held here
+    kept = kept & (chosen >= 0) & (chosen < held)
+
+    gathered = x.shape
+    x = varying(x, [axis for axis in (*holders, *units) if axis not in rows])
+    axes = tuple(dict.fromkeys((*rows, *holders, *units)))
+    own = _of_this_device(experts, layout)
+    y = _sort_and_run(own, x.reshape(-1, x.shape[-1]), chosen, weights, kept, axes)  # [N, D]
+    y = y.reshape(gathered)  # [more b, S, D]
+
+    if units:
+        y = jax.lax.psum(y, units)
+    if layout.exchanges_tokens:
+        return jax.lax.psum_scatter(y, holders, tiled=True).reshape(shape)  # [b, S, D]
+    return jax.lax.psum(y, holders) if holders else y
+
+
+def _of_this_device(experts: Mlp, layout: ExpertLayout) -> Mlp:
+    """Prepares a device's experts for products whose results are summed over the devices.
+
+    Kernels become varying over the axes of the rows, as `block_product` needs. Devices that split the hidden units
+    each add the bias of `down`, so each adds its share of it.
+    """
+    others = [axis for axis in layout.rows if axis not in layout.holders]
+
+    def prepare(path: tuple, leaf: Array) -> Array:
+        if leaf.ndim == 3:
+            return varying(leaf, others)
+        if layout.units and _in_down(path):
+            return leaf / jax.lax.axis_size(layout.units)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(prepare, experts)
+
+
+def _pad_experts(experts: Mlp) -> Mlp:
+    """Appends phantom experts when the mesh cannot split the experts evenly.
+
+    Phantoms are zeros that no token is sent to: their gradient is zero, and the padding's own gradient cuts it off.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shares = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXES["expert"])
@@ -178,7 +296,29 @@ def _divisible(experts: Mlp) -> Mlp:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1)), experts)
 
 
-def _grouped(
+class Blocks(NamedTuple):
+    """Divides the rows of a grouped product into M blocks of equal size, each owned by one expert."""
+
+    size: int  # rows of a block
+    owners: Array  # [M] int32: the expert of each block, E for blocks that stay empty
+    starts: Array  # [E] int32: the first row of each expert
+
+
+def _blocks(chosen: Int[Array, "N K"], kept: Bool[Array, "N K"], count: int) -> Blocks:
+    """Gives each of `count` experts whole blocks for its kept choices, so that no block has two owners."""
+    choices = chosen.size
+    # Large enough for a product to be fast, small enough to leave few rows empty.
+    largest = 64 if hardware() == "cpu" else 256
+    size = min(largest, max(8, 1 << (choices // count).bit_length()))
+    tokens = (jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]).sum(axis=(0, 1))  # [E]
+    ends = jnp.cumsum(-(-tokens // size))  # [E], in blocks
+    blocks = choices // size + min(count, choices)  # enough whatever the routing is
+    owners = jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)
+    starts = (ends - -(-tokens // size)) * size
+    return Blocks(size, owners, starts)
+
+
+def _sort_and_run(
     experts: Mlp,
     x: Float[Array, "N D"],
     chosen: Int[Array, "N K"],
@@ -186,45 +326,44 @@ def _grouped(
     kept: Bool[Array, "N K"],
     axes: tuple[str, ...] = (),
 ) -> Float[Array, "N D"]:
-    """Tokens sorted by expert, one grouped product a linear.
+    """Sorts the kept choices by expert and runs each linear of all experts as one grouped product.
 
-    Each expert's rows begin a new block, so that no block has rows of two. What is not kept has no row.
-    `axes`: see block_product.
+    `chosen` counts among these experts and may lie outside of them where `kept` is false. `axes`: see block_product.
     """
-    count, choices = experts.up.kernel[...].shape[0], chosen.size
-    # Large enough for a product to be fast, small enough to leave few rows empty.
-    block = min(64 if hardware() == "cpu" else 256, max(8, 1 << (choices // count).bit_length()))
-    sizes = (jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]).sum(axis=(0, 1))  # [E]
-    ends = jnp.cumsum(-(-sizes // block))  # in blocks
-    blocks = choices // block + min(count, choices)  # whatever the routing
-    owners = jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)  # E behind all
+    count = experts.up.kernel[...].shape[0]
+    blocks = _blocks(chosen, kept, count)
+    last = count - 1
 
     def linear(layer: Linear, x: Float[Array, "M b D"]) -> Float[Array, "M b F"]:
-        y = block_product(x, layer.kernel[...].astype(x.dtype), owners, axes)
-        return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[owners.clip(max=count - 1), None]
+        y = block_product(x, layer.kernel[...].astype(x.dtype), blocks.owners, axes)
+        if layer.bias is None:
+            return y
+        return y + layer.bias[...].astype(x.dtype)[blocks.owners.clip(max=last), None]
 
-    def run(rows):
-        x = rows.reshape(blocks, block, -1)  # [M, b, D]
+    def run(rows: Array) -> Array:
+        x = rows.reshape(len(blocks.owners), blocks.size, -1)  # [M, b, D]
         hidden = linear(experts.up, x)
         act = ACTIVATIONS[experts.activation]
         hidden = act(hidden) if experts.gate is None else act(linear(experts.gate, x)) * hidden
         return linear(experts.down, hidden).reshape(rows.shape)  # [M * b, D]
 
-    chosen = jnp.clip(chosen, 0, count - 1)
-    starts = (ends - -(-sizes // block)) * block
-    places = starts[chosen] + slots(chosen, kept, count)
-    return _through(run, x, places, blocks * block, weights, kept)
+    chosen = jnp.clip(chosen, 0, last)
+    places = blocks.starts[chosen] + positions_in_expert(chosen, kept, count)
+    return _scatter_run_gather(run, x, places, len(blocks.owners) * blocks.size, weights, kept)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def block_product(
-    x: Float[Array, "M b D"], kernels: Float[Array, "E D F"], owners: Int[Array, "M"], axes: tuple[str, ...] = ()
+    x: Float[Array, "M b D"],
+    kernels: Float[Array, "E D F"],
+    owners: Int[Array, "M"],
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, "M b F"]:
-    """Each block times the kernel of its owner; zeros, at no cost, where there is no such kernel.
+    """Multiplies each block with the kernel of its owner; a block whose owner is E costs nothing and gives zeros.
 
-    In place of jax.lax.ragged_dot, which on CPU multiplies all rows with every kernel, and at the size of
-    StableLM-2 does not compile for a TPU v5e (scoped VMEM). Under shard_map both arrays differ between devices
-    over all of `axes`.
+    It stands in for jax.lax.ragged_dot, which on CPU multiplies all rows with every kernel, and at the size of
+    StableLM-2 does not compile for a TPU v5e (scoped VMEM). Inside shard_map, `axes` are the mesh axes over which x
+    and kernels differ between devices.
     """
 
     def one(inputs):
@@ -239,9 +378,9 @@ def _block_product_forward(x, kernels, owners, axes):
     return block_product(x, kernels, owners, axes), (x, kernels, owners)
 
 
-def _block_product_backward(axes, kept, dy):
-    """One pass over the blocks: automatic gradients would add up a whole [E, D, F] for each."""
-    x, kernels, owners = kept
+def _block_product_backward(axes, saved, dy):
+    """Accumulates in one pass over the blocks; automatic gradients would add a whole [E, D, F] for each block."""
+    x, kernels, owners = saved
 
     def one(total, inputs):
         block, dy, owner = inputs
@@ -262,24 +401,5 @@ block_product.defvjp(_block_product_forward, _block_product_backward)
 
 
 def varying(x: Array, axes: Sequence[str]) -> Array:
-    """x as an array that may differ between the devices along `axes`, where it is the same by its type (shard_map)."""
+    """Marks x as an array that may differ between devices along `axes`, which shard_map's types keep track of."""
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
-def upcycled(mlp: dict[str, Array], config: MoeConfig, depth: int) -> dict[str, Array]:
-    """A dense decoder's MLP leaves by name ("gate/kernel" ...; stacked over all layers) as those of `mlp` and `moe`.
-
-    Every expert, the meta expert and the residual MLP of a layer start as copies of its MLP; routers and
-    coefficients are not among what comes back.
-    """
-    numbers = list(config.numbers(depth))
-    plain = [i for i in range(depth) if i not in numbers]
-    out = {}
-    for name, leaf in mlp.items():
-        experts = jnp.repeat(leaf[jnp.array(numbers)][:, None], config.experts, axis=1)  # [layers, E, ...]
-        out[f"moe/experts/{name}"] = experts
-        if plain:
-            out[f"mlp/{name}"] = leaf[jnp.array(plain)]
-        for part in (["meta"] if config.meta else []) + (["residual"] if config.residual else []):
-            out[f"moe/{part}/{name}"] = experts[:, 0]
-    return out

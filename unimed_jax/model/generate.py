@@ -1,4 +1,7 @@
-"""Generation: prefill and decode in one jitted loop over a key-value cache."""
+"""Text generation: the prompt and then one token after another, in one jitted loop over a key-value cache.
+
+Shapes: B rows, P tokens of a prompt, `new` tokens of an answer.
+"""
 
 import functools
 from typing import NamedTuple
@@ -8,20 +11,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from unimed_jax.model.decoder import Span
+from unimed_jax.model.decoder import Cache, Span
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
 
 
 class Sampling(NamedTuple):
-    """How the next token is picked; temperature 0 is greedy."""
+    """Says how the next token is picked; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
 
 
 def pick(logits: Float[Array, "B vocab"], sampling: Sampling, key: Key[Array, ""] | None) -> Int[Array, "B"]:
-    """Greedy, or a draw from the smallest set of tokens whose probabilities reach `top_p`."""
+    """Picks the most likely token, or draws from the smallest set whose probabilities reach `top_p`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert key is not None
@@ -29,13 +32,14 @@ def pick(logits: Float[Array, "B vocab"], sampling: Sampling, key: Key[Array, ""
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1)[:, ::-1]
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        in_set = before < sampling.top_p  # the tokens before it do not reach top_p yet
+        least = jnp.min(jnp.where(in_set, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
 def extended_span(batch: Batch, new: int) -> Span:
-    """The span of left-padded prompts [B, P] and of `new` places behind them, [B, P + new]."""
+    """Describes left-padded prompts [B, P] followed by `new` places for the answer: [B, P + new]."""
     span = span_of(batch)
     last = span.positions[:, -1:]
     positions = jnp.concatenate([span.positions, last + 1 + jnp.arange(new)[None]], axis=1)
@@ -55,17 +59,28 @@ def generate(
     sampling: Sampling = Sampling(),
     key: Key[Array, ""] | None = None,
 ) -> Int[Array, "B new"]:
-    """Answers to left-padded prompts (data/layout.py); places after the end-of-text token hold `pad`.
+    """Answers left-padded prompts (data/layout.py); places after the end-of-text token hold `pad`.
 
-    Stops as soon as every row has ended. Compiles once per (rows, prompt length, max_new_tokens): callers
-    keep prompt lengths in buckets.
+    Stops as soon as every row has ended. Compiles once per (rows, prompt length, max_new_tokens), so callers round
+    prompt lengths up to a few sizes. `eos`, `pad`: token ids. `key`: needed if the temperature is not 0.
     """
     graph, state = nnx.split(model)
     return _generate(graph, state, batch, max_new_tokens, eos, pad, sampling, key)
 
 
+class Decoding(NamedTuple):
+    """Holds what one step of the loop hands to the next."""
+
+    done: Array  # [] int32: tokens picked so far
+    token: Array  # [B] int32: the newest
+    ended: Array  # [B] bool: rows that have reached the end of text
+    out: Array  # [B, new] int32
+    cache: Cache | None
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos", "pad", "sampling"))
 def _generate(graph, state, batch: Batch, max_new_tokens: int, eos: int, pad: int, sampling: Sampling, key):
+    """Runs `generate` on the split model: the prompt at once, then a loop of one token for each row."""
     model: UniMed = nnx.merge(graph, state)
     decoder, dtype = model.decoder, model.config.compute_dtype
     rows, prompt = batch["tokens"].shape
@@ -76,25 +91,26 @@ def _generate(graph, state, batch: Batch, max_new_tokens: int, eos: int, pad: in
     hidden, cache, *_ = decoder(x, here, decoder.empty_cache(span, dtype), 0, noise=noise)
     keys = None if key is None else jax.random.split(key, max_new_tokens)
 
-    def next_token(hidden, n, ended):
-        token = pick(decoder.logits(hidden[:, -1]), sampling, None if keys is None else keys[n])
+    def next_token(hidden: Array, number: Array | int, ended: Array) -> tuple[Array, Array]:
+        """Picks the token of that number from the last hidden state; rows that have ended get `pad`."""
+        token_key = None if keys is None else keys[number]
+        token = pick(decoder.logits(hidden[:, -1]), sampling, token_key)
         return jnp.where(ended, pad, token), ended | (token == eos)
+
+    def unfinished(step: Decoding) -> Array:
+        return (step.done < max_new_tokens) & ~jnp.all(step.ended)
+
+    def decode(step: Decoding) -> Decoding:
+        place = prompt + step.done - 1
+        here = Span(*(jax.lax.dynamic_slice_in_dim(s, place, 1, axis=1) for s in span))
+        drawn = None if noise is None else jax.random.fold_in(noise, step.done)
+        x = decoder.embed(step.token[:, None], dtype)
+        hidden, cache, *_ = decoder(x, here, step.cache, place, noise=drawn)
+        token, ended = next_token(hidden, step.done, step.ended)
+        return Decoding(step.done + 1, token, ended, step.out.at[:, step.done].set(token), cache)
 
     token, ended = next_token(hidden, 0, jnp.zeros(rows, bool))
     out = jnp.full((rows, max_new_tokens), pad, jnp.int32).at[:, 0].set(token)
-
-    def unfinished(carry):
-        n, _, ended, _, _ = carry
-        return (n < max_new_tokens) & ~jnp.all(ended)
-
-    def decode(carry):
-        n, token, ended, out, cache = carry
-        place = prompt + n - 1
-        here = Span(*(jax.lax.dynamic_slice_in_dim(s, place, 1, axis=1) for s in span))
-        step = None if noise is None else jax.random.fold_in(noise, n)
-        hidden, cache, *_ = decoder(decoder.embed(token[:, None], dtype), here, cache, place, noise=step)
-        token, ended = next_token(hidden, n, ended)
-        return n + 1, token, ended, out.at[:, n].set(token), cache
-
-    out = jax.lax.while_loop(unfinished, decode, (jnp.int32(1), token, ended, out, cache))[3]
+    first = Decoding(jnp.int32(1), token, ended, out, cache)
+    out = jax.lax.while_loop(unfinished, decode, first).out
     return constrain(out, None, None)  # every process reads all answers

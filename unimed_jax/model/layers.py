@@ -1,11 +1,11 @@
-"""Building blocks shared by the vision encoder, the connector and the decoder.
+"""Building blocks that the vision encoder, the connector and the decoder share.
 
-Every module is a pytree of `nnx.Param` leaves. Stacked layers are modules whose leaves carry a leading
-[layers] axis (`stack`), consumed by `jax.lax.scan`.
+Every module is a pytree of `nnx.Param` leaves. Stacked layers are one module whose leaves have a leading [layers]
+axis (`stack`), which `scan_layers` runs over. No forward pass changes a module.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,26 +22,58 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 
-
 Stacked = TypeVar("Stacked", bound=nnx.Module)
+Carry = TypeVar("Carry")
+
+# --------------------------------------------------------------------------------------------------
+# Helpers
+# --------------------------------------------------------------------------------------------------
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Array:
+    """Draws float32 values from a normal distribution of mean 0."""
     return std * jax.random.normal(key, shape, jnp.float32)
 
 
-def spread(vector: Float[Array, "width"], like: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    """A per-channel vector over all leading axes (ranks are never promoted silently here)."""
+def broadcast_channels(
+    vector: Float[Array, "width"], like: Float[Array, "*batch width"]
+) -> Float[Array, "*batch width"]:
+    """Repeats a per-channel vector over all leading axes of `like`.
+
+    It is written out because the tests raise on implicit rank promotion.
+    """
     return jnp.broadcast_to(vector, like.shape)
 
 
 def stack(make: Callable[[nnx.Rngs], Stacked], count: int, rngs: nnx.Rngs) -> Stacked:
-    """`count` modules of one kind as one module whose leaves have a leading [count] axis."""
+    """Makes `count` modules of one kind as one module whose leaves have a leading [count] axis."""
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
+# --------------------------------------------------------------------------------------------------
+# Linears and MLPs
+# --------------------------------------------------------------------------------------------------
+
+
+class Dropout(NamedTuple):
+    """Holds the random keys of one layer's adapter dropout, one per linear; None switches dropout off there."""
+
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    o: Array | None = None
+    gate: Array | None = None
+    up: Array | None = None
+    down: Array | None = None
+
+    @classmethod
+    def split(cls, key: Key[Array, ""] | None) -> "Dropout":
+        """Splits one key into a key per linear; without a key nothing is dropped (evaluation)."""
+        return cls() if key is None else cls(*jax.random.split(key, len(cls._fields)))
+
+
 class Linear(nnx.Module):
-    """y = x W + b, and with an adapter + (alpha / rank) dropout(x) A B (LoRA, arXiv 2106.09685).
+    """Computes y = x W + b, and with an adapter adds (alpha / rank) dropout(x) A B (LoRA, arXiv 2106.09685).
 
     kernel [in, out], bias [out], lora_a [in, rank], lora_b [rank, out].
     """
@@ -67,7 +99,7 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch in"], dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "*batch out"]:
-        """Computes in x's dtype; `dropout_key` None: no dropout (evaluation)."""
+        """Computes in x's dtype; without a `dropout_key` nothing is dropped (evaluation)."""
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])  # [batch, in]: one plain product, twice as fast on CPU
         y = x @ self.kernel[...].astype(x.dtype)
@@ -78,33 +110,41 @@ class Linear(nnx.Module):
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            y += (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.lora_scale
+            low_rank = x @ self.lora_a[...].astype(x.dtype)  # [batch, rank]
+            y += low_rank @ self.lora_b[...].astype(x.dtype) * self.lora_scale
         return y.reshape(*shape, -1)  # [*batch, out]
 
 
 class Mlp(nnx.Module):
-    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+    """Computes down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.activation = config.activation
+        width, hidden = config.width, config.mlp_width
 
         def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
             adapter = lora if lora and name in lora.targets else None
             return Linear(width_in, width_out, bias=config.mlp_bias, std=std, lora=adapter, rngs=rngs)
 
-        self.gate = linear("gate", config.width, config.mlp_width) if config.gated_mlp else None
-        self.up = linear("up", config.width, config.mlp_width)
-        self.down = linear("down", config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5)
+        self.gate = linear("gate", width, hidden) if config.gated_mlp else None
+        self.up = linear("up", width, hidden)
+        self.down = linear("down", hidden, width, std=(2 * config.depth * hidden) ** -0.5)
 
-    def __call__(self, x: Float[Array, "*batch D"], dropout=(None, None, None)) -> Float[Array, "*batch D"]:
+    def __call__(self, x: Float[Array, "*batch D"], dropout: Dropout = Dropout()) -> Float[Array, "*batch D"]:
         act = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return self.down(act(self.up(x, dropout[1])), dropout[2])
-        return self.down(act(self.gate(x, dropout[0])) * self.up(x, dropout[1]), dropout[2])
+            return self.down(act(self.up(x, dropout.up)), dropout.down)
+        hidden = act(self.gate(x, dropout.gate)) * self.up(x, dropout.up)
+        return self.down(hidden, dropout.down)
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms
+# --------------------------------------------------------------------------------------------------
 
 
 class Norm(nnx.Module):
-    """LayerNorm ("layer": scale and bias) or RMSNorm ("rms": scale; "rms_zero": 1 + scale), computed in float32."""
+    """Normalises in float32: LayerNorm ("layer": scale and bias) or RMSNorm ("rms": scale; "rms_zero": 1 + scale)."""
 
     def __init__(self, width: int, kind: str, eps: float):
         self.kind, self.eps = kind, eps
@@ -114,24 +154,33 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         y = x.astype(jnp.float32)
         if self.bias is not None:
-            y = layer_norm(y, self.eps) * spread(self.scale[...], y) + spread(self.bias[...], y)
+            scale, bias = self.scale[...], self.bias[...]
+            y = layer_norm(y, self.eps) * broadcast_channels(scale, y) + broadcast_channels(bias, y)
             return y.astype(x.dtype)
         y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        # The sum in float32 too: stored in bfloat16, 1 + scale would lose what the scale says.
-        scale = 1 + self.scale[...].astype(jnp.float32) if self.kind == "rms_zero" else self.scale[...]
-        return (y * spread(scale, y)).astype(x.dtype)
+        scale = self.scale[...]
+        if self.kind == "rms_zero":
+            # The addition is in float32 too: in bfloat16, 1 + scale would round a small scale away.
+            scale = 1 + scale.astype(jnp.float32)
+        return (y * broadcast_channels(scale, y)).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*batch width"], eps: float) -> Float[Array, "*batch width"]:
-    """LayerNorm with weight 1 and bias 0."""
+    """Computes LayerNorm with weight 1 and bias 0."""
     x = x - jnp.mean(x, -1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
 
 
-def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians per position of the `rotary` / 2 rotated pairs: float32 [half], known when a program is traced.
+# --------------------------------------------------------------------------------------------------
+# Rotary embedding
+# --------------------------------------------------------------------------------------------------
 
-    Rounded where torch rounds, by whose numbers published models were trained: at far positions the last bit counts.
+
+def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Computes the radians per position of the rotary / 2 rotated pairs: float32 [half].
+
+    They are numpy values, constants of the traced program. Rounds to float32 at the same points as torch, because
+    published models were trained with those values: at far positions the last bit counts.
     """
     exponent = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
     frequency = np.float32(1) / (theta ** exponent.astype(np.float64)).astype(np.float32)
@@ -140,20 +189,24 @@ def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> 
     factor = np.float32(scaling.factor)
     if scaling.kind == "linear":
         return frequency / factor
+    # Llama-3: long wavelengths are scaled, short ones are kept, those between are mixed smoothly.
     wavelength = np.float32(2 * np.pi) / frequency
-    low = scaling.original_positions / scaling.low_freq_factor
-    high = scaling.original_positions / scaling.high_freq_factor
-    smooth = (np.float32(scaling.original_positions) / wavelength - np.float32(scaling.low_freq_factor)) / np.float32(
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
+    longest = scaling.original_positions / scaling.low_freq_factor
+    shortest = scaling.original_positions / scaling.high_freq_factor
+    span = np.float32(scaling.high_freq_factor - scaling.low_freq_factor)
+    turns = np.float32(scaling.original_positions) / wavelength
+    smooth = (turns - np.float32(scaling.low_freq_factor)) / span
     between = (1 - smooth) * frequency / factor + smooth * frequency
-    return np.where(wavelength > low, frequency / factor, np.where(wavelength < high, frequency, between))
+    kept_or_between = np.where(wavelength < shortest, frequency, between)
+    return np.where(wavelength > longest, frequency / factor, kept_or_between)
 
 
 def rotate(
-    x: Float[Array, "B S heads head"], positions: Int[Array, "B S"], frequencies: Float[Array | np.ndarray, "half"]
+    x: Float[Array, "B S heads head"],
+    positions: Int[Array, "B S"],
+    frequencies: Float[Array | np.ndarray, "half"],
 ) -> Float[Array, "B S heads head"]:
-    """Rotary embedding of the first 2 * half channels, pairs split in halves (Hugging Face's order)."""
+    """Rotates the first 2 * half channels by position; channel i is paired with i + half, as in Hugging Face."""
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]  # [B, S, 1, half]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     half = frequencies.shape[0]
@@ -161,23 +214,25 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-# What the backward pass finds stored: every layer's input alone, or the outputs of plain matrix products too.
+# --------------------------------------------------------------------------------------------------
+# Scanning over stacked layers
+# --------------------------------------------------------------------------------------------------
+
+# What the forward pass stores for the backward pass: only every layer's input, or also the outputs of plain matrix
+# products. Everything else is computed again.
 REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-
-
-Carry = TypeVar("Carry")
 
 
 def scan_layers(
     body: Callable[[Carry, Any], tuple[Carry, Any]], init: Carry, inputs: Any, depth: int, remat: str
 ) -> tuple[Carry, Any]:
-    """What `body` makes of `init` through `depth` stacked layers, and its outputs stacked in their turn.
+    """Scans `body` over `depth` stacked layers; returns the final carry and the stacked outputs.
 
-    `remat` "none" stores all that is to be read back.
+    `remat`: a key of `REMAT`, or "none", which stores everything that the backward pass reads.
     """
-    # All of a few layers are written out (faster on CPU), else one (compile time).
+    # A few layers are unrolled completely (faster on CPU), many not at all (compile time).
     unroll = depth if depth <= 4 else 1
     if remat != "none":
-        # A loop, else the compiler would merge each layer with its recomputation.
+        # With unrolled layers the compiler would merge each layer with its recomputation.
         body, unroll = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), 1
     return jax.lax.scan(body, init, inputs, unroll=unroll)

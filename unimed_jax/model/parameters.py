@@ -1,4 +1,9 @@
-"""The leaves of a model by path: listing them, replacing them, and a model without arrays."""
+"""Lists and replaces the leaves of a model by path, and describes a model without allocating it.
+
+A leaf's path joins the names of the modules that lead to it, as in "decoder/layers/attention/q/kernel". Weight
+tables, training rules and the sharding table all speak of leaves by these paths. This file knows nothing of files on
+disk: `runs` and `interop` read leaves and hand them in.
+"""
 
 from typing import Any
 
@@ -10,20 +15,22 @@ from unimed_jax.model.unimed import UniMed
 
 
 def abstract(config: ModelConfig) -> UniMed:
-    """The model with shapes and dtypes in place of arrays: nothing is allocated."""
+    """Makes the model with shapes and dtypes (jax.ShapeDtypeStruct) in place of arrays, which allocates nothing."""
     return jax.eval_shape(lambda: UniMed(config, nnx.Rngs(0)))
 
 
 def parameters(model: nnx.Module) -> dict[str, Any]:
-    """Every leaf by its path, e.g. "decoder/layers/attention/q/kernel"."""
-    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    """Lists every leaf of a model by its path; of an abstract model these are shapes."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {_path(keys): leaf.get_value() for keys, leaf in flat}
 
 
 def with_parameters(model: UniMed, leaves: dict[str, Any]) -> UniMed:
-    """The model with the named leaves in place of its own; a new object, the rest shared."""
+    """Returns a new model in which the named leaves replace the model's own; all other leaves are shared."""
     graph, state = nnx.split(model)
-    flat = [
-        (path, leaf.replace(leaves.get("/".join(map(str, path)), leaf.get_value())))
-        for path, leaf in nnx.to_flat_state(state)
-    ]
+    flat = [(keys, leaf.replace(leaves.get(_path(keys), leaf.get_value()))) for keys, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(map(str, keys))

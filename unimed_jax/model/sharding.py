@@ -1,8 +1,8 @@
-"""Where arrays live on a mesh of devices: the one table, and the only file that names a mesh axis.
+"""Places arrays on a mesh of devices: the one sharding table, and the only file that names a mesh axis.
 
-Every dimension of every parameter has a logical name (`PARAMETERS`), and each logical name is laid over mesh axes
-(`AXES`). Activations are pinned at the few places where the compiler would choose badly (`constrain`). Outside a
-mesh all of this does nothing, so that the same code runs on one device.
+Every dimension of a parameter has a logical name (`PARAMETERS`), and each logical name may be split over some mesh
+axes (`AXES`). Activations are constrained only where the compiler would choose badly (`constrain`). Outside a mesh
+all of this does nothing, so the same code runs on one device.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from unimed_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
-# Logical name -> mesh axes that may share it. Names that are missing here are never split.
+# Logical name -> mesh axes over which it may be split. A name that is missing here is never split.
 AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "embed": ("fsdp",),
@@ -30,13 +30,13 @@ AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "expert": ("expert",),
     "capacity": ("data", "fsdp"),  # places in the buffers of the decoder's experts
-    # The connector's own widths go over all chips: 5 experts divide no axis, their joined hidden units do, and a
-    # router of half a billion weights must never be gathered (its inputs are, which are small).
+    # The connector's own widths are split over all chips. 5 experts divide no axis, but their concatenated hidden
+    # units do; and a router of half a billion weights must never be gathered (its inputs are gathered: they are small).
     "expert_hidden": MESH_AXES,
     "router_hidden": MESH_AXES,
 }
 
-# Path pattern -> logical names of the last dimensions (stacked layers come before them and are never split).
+# Path pattern -> logical names of the last dimensions (the axis of stacked layers comes before them, never split).
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("connector/experts/up", (None, "expert_hidden")),
     ("connector/experts/up_bias", ("expert_hidden",)),
@@ -67,11 +67,12 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | None:
-    """The mesh over all devices of all processes, or None for a single device.
+    """Makes the mesh over all devices of all processes, or None for a single device.
 
-    With `auto` the rows of a batch go over as many devices as divide them; the rest split heads and hidden units.
-    The frozen weights (`frozen_bytes`) are kept whole on every device where they take less than half its memory,
-    else they are split too ("fsdp"). Raises UserError where the named axes do not multiply to the devices.
+    With `config.auto` the `rows` of a batch are split over as many devices as divide them, and the remaining factor
+    splits heads and hidden units. Frozen weights (`frozen_bytes`) stay replicated if they take less than half of a
+    device's memory, else they are split too ("fsdp").
+    Raises UserError if the sizes in `config` do not multiply to the number of devices, or do not divide the rows.
     """
     devices = jax.devices()
     count = len(devices)
@@ -88,29 +89,35 @@ def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | No
         if math.prod(sizes.values()) != count:
             named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
             raise UserError(f"config.mesh: {named} makes {math.prod(sizes.values())} devices, but there are {count}.")
-    shared = math.prod(sizes[axis] for axis in AXES["batch"])
-    if rows % shared:
-        raise UserError(f"config.data.rows={rows} cannot be shared by {shared} devices; choose a multiple of {shared}.")
+    shares = math.prod(sizes[axis] for axis in AXES["batch"])
+    if rows % shares:
+        raise UserError(f"config.data.rows={rows} cannot be shared by {shares} devices; choose a multiple of {shares}.")
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """The context in which the model is traced, so that `constrain` finds the mesh."""
+    """Gives the context in which the model is to be traced, so that `constrain` finds the mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def parameter_names(path: str) -> tuple[str | None, ...]:
-    """Logical names of a parameter's last dimensions; none for one that every device keeps whole."""
+    """Looks up the logical names of a parameter's last dimensions; () for a parameter that is replicated."""
     return next((names for pattern, names in PARAMETERS if fnmatch.fnmatchcase(path, pattern)), ())
 
 
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Mesh axes per dimension, see `shared`."""
-    return PartitionSpec(*(axes or None for axes in shared(shape, names, sizes)))
+    """Turns logical names into the partition of an array, see `axes_by_dimension`."""
+    return PartitionSpec(*(axes or None for axes in axes_by_dimension(shape, names, sizes)))
 
 
-def shared(shape: tuple[int, ...], names: tuple[str | None, ...], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """The mesh axes that share each dimension. One that does not divide what is left of it is dropped: whole there."""
+def axes_by_dimension(
+    shape: tuple[int, ...], names: tuple[str | None, ...], sizes: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Finds the mesh axes that split each dimension, given the mesh's `sizes` by axis.
+
+    An axis that does not divide the remaining dimension is skipped, so the dimension stays replicated over it.
+    Example: with sizes {"data": 2, "fsdp": 1, "expert": 4}, a batch of 6 rows is split over ("data",) only.
+    """
     entries: list[tuple[str, ...]] = []
     for dim, name in zip(shape, names, strict=True):
         axes: tuple[str, ...] = ()
@@ -122,12 +129,12 @@ def shared(shape: tuple[int, ...], names: tuple[str | None, ...], sizes: Mapping
 
 
 def parameter_shardings(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Path -> sharding, for leaves or anything with their shapes."""
+    """Gives the sharding of every leaf by path; anything with a shape will do as a leaf."""
     return {path: _place(path, leaf.shape, mesh) for path, leaf in leaves.items()}
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Shardings of a train state: what belongs to a parameter (moments) lies where it does, the rest everywhere."""
+    """Gives the shardings of a train state: a parameter's moments lie where it does, everything else is replicated."""
 
     def of(keys, leaf) -> NamedSharding:
         path = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), "")
@@ -137,19 +144,21 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Gives the sharding of an array that every device holds whole (replicated)."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def _place(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Gives the sharding of a parameter, or of an optimizer's array that belongs to it."""
     names = parameter_names(path)
-    # A count of a leaf's steps, say, has fewer dimensions than the leaf.
-    names = (None,) * (len(shape) - len(names)) + names if len(shape) >= len(names) else (None,) * len(shape)
+    # An optimizer's array may have fewer dimensions than its leaf, as a count of steps has.
+    leading = len(shape) - len(names)
+    names = (None,) * leading + names if leading >= 0 else (None,) * len(shape)
     return NamedSharding(mesh, spec(shape, names, dict(mesh.shape)))
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """x with its dimensions laid over the mesh in whose context it is traced; x itself outside of one."""
+    """Splits x over the mesh in context by the logical names of its dimensions; without a mesh, returns x itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -162,14 +171,14 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of a batch, whose first dimension are its rows."""
+    """Gives the sharding of an array of a batch, whose first dimension is its rows."""
     return NamedSharding(mesh, spec(shape, ("batch", *(None,) * (len(shape) - 1)), dict(mesh.shape)))
 
 
 def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:
-    """(share, shares): this process's devices read share number `share` of the batch's rows, cut into `shares`.
+    """Says which rows of a batch this process reads: part number `share` of `shares` equal parts, as (share, shares).
 
-    Processes whose devices split the model, not the batch, read the same rows.
+    Processes whose devices split the model instead of the batch read the same rows.
     """
     if mesh is None:
         return 0, 1
@@ -180,7 +189,10 @@ def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:
 
 
 def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh | None, shares: int) -> dict[str, Any]:
-    """A process's rows of a batch as arrays over all rows, spread over the mesh, while the step before still runs."""
+    """Puts this process's rows of a batch on its devices, as arrays over the rows of all processes.
+
+    The copies are started, not awaited, so they overlap with the step that still runs.
+    """
     if mesh is None:
         return dict(batch)
     out = {}

@@ -1,4 +1,7 @@
-"""Uni-Med: vision encoder -> connector -> decoder, and the loss on answer positions."""
+"""The whole model: vision encoder -> connector -> decoder.
+
+Shapes: B rows of S tokens with M image slots each, T visual tokens per image, A answer tokens per row, D channels.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,29 +10,34 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from unimed_jax.config import ModelConfig
-from unimed_jax.model.connector import Connector
+from unimed_jax.model.connector import Connector, ConnectorOutput
 from unimed_jax.model.decoder import Decoder, Span
 from unimed_jax.model.routing import Noise, Routing
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.vision import VisionEncoder, normalise
 
-# Arrays of a batch of B rows (data/layout.py makes them): images [B, M, H, W, 3] with image_tasks [B, M];
+# The arrays of a batch by name, as data/layout.py makes them: images [B, M, H, W, 3] with image_tasks [B, M];
 # tokens, visual, segments, prefixes, positions [B, S]; target_index, targets, weights, target_tasks [B, A].
 Batch = dict[str, Any]
 
-COORDINATES = 101  # box coordinates 0..100
+COORDINATES = 101  # tokens of box coordinates: 0..100
 
 
 class Output(NamedTuple):
+    """Names what the model returns; `decoder.logits` turns `hidden` into logits."""
+
     hidden: Array  # [B, S, D]
     routing: Array | None  # [B * M, T, E] of the connector
     experts: Routing | None  # of the decoder's layers with experts
 
 
 class UniMed(nnx.Module):
+    """Reads images through a vision encoder and a connector, and answers with a decoder."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        # A kernel is asked for by name for the decoder's rows; an image's patches seldom have the length it needs.
+        # A fused kernel that the settings name is meant for the decoder's rows; the patches of an image seldom have
+        # the length that it needs.
         attention = "xla" if config.attention == "xla" else "auto"
         self.vision = VisionEncoder(config.vision, rngs, attention=attention, remat=config.remat)
         self.connector = Connector(config, rngs)
@@ -37,20 +45,29 @@ class UniMed(nnx.Module):
             config.decoder, config.lora, rngs, moe=config.moe, attention=config.attention, remat=config.remat
         )
 
-    def encode_images(self, images: Array, tasks: Int[Array, "N"]):
-        """Pixels [N, H, W, 3] (uint8, or float already normalised) -> ConnectorOutput."""
+    def encode_images(self, images: Array, tasks: Int[Array, "N"]) -> ConnectorOutput:
+        """Turns pixels [N, H, W, 3] (uint8, or float if normalised already) into visual tokens."""
         pixels = normalise(images, self.config.vision, self.config.compute_dtype)
         pixels = constrain(pixels, "batch", None, None, None)
         return self.connector(self.vision(pixels), tasks)
 
-    def __call__(self, batch: Batch, dropout_key: Key[Array, ""] | None = None, noise: Noise | None = None) -> Output:
-        """`dropout_key` and `noise` as in Decoder."""
+    def __call__(
+        self,
+        batch: Batch,
+        dropout_key: Key[Array, ""] | None = None,
+        noise: Noise | None = None,
+    ) -> Output:
+        """Runs a batch through all parts; `dropout_key` and `noise` are those of Decoder."""
         x, routing = self.embed(batch)
         out = self.decoder(x, span_of(batch), dropout_key=dropout_key, noise=noise)
         return Output(out.hidden, routing, out.routing)
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "B S D"], Array | None]:
-        """Token embeddings with the visual tokens of each row's image slots gathered into their places."""
+        """Embeds the tokens and puts the visual tokens of each row's images into their places.
+
+        `batch["visual"]` says for each place which of the row's M * T visual tokens stands there, -1 for text. Also
+        returns the connector's routing, see Output.
+        """
         x = constrain(self.decoder.embed(batch["tokens"], self.config.compute_dtype), "batch", None, None)
         rows, slots = batch["image_tasks"].shape
         if slots == 0:
@@ -65,13 +82,15 @@ class UniMed(nnx.Module):
 
 
 def span_of(batch: Batch) -> Span:
+    """Picks out of a batch what the decoder's mask and rotation need."""
     return Span(batch["positions"], batch["segments"], batch["prefixes"])
 
 
 def order_coordinates(model: UniMed, start: int) -> None:
-    """Gives the 101 coordinate tokens ordered sine-cosine embeddings and head columns, of the random ones' size.
+    """Replaces the embeddings and head columns of the 101 coordinate tokens by ordered sine-cosine values, in place.
 
-    From scratch, random rows never learn that 41 lies beside 42 within a short run.
+    `start` is the id of coordinate 0. The values get the standard deviation of the random ones. Without this, a short
+    run from scratch never learns that 41 is next to 42.
     """
     decoder = model.decoder
     half = model.config.decoder.width // 2
@@ -79,6 +98,8 @@ def order_coordinates(model: UniMed, start: int) -> None:
     angle = jnp.arange(COORDINATES)[:, None] * frequency[None]  # [101, half]
     ordered = 2**0.5 * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)  # [101, D]
     rows = slice(start, start + COORDINATES)
-    decoder.embedding[...] = decoder.embedding[...].at[rows, : 2 * half].set(ordered * decoder.embedding[...].std())
+    table = decoder.embedding[...]
+    decoder.embedding[...] = table.at[rows, : 2 * half].set(ordered * table.std())
     if decoder.head is not None:
-        decoder.head[...] = decoder.head[...].at[: 2 * half, rows].set(ordered.T * decoder.head[...].std())
+        head = decoder.head[...]
+        decoder.head[...] = head.at[: 2 * half, rows].set(ordered.T * head.std())

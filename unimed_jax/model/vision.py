@@ -1,4 +1,7 @@
-"""The vision encoder: a pre-norm ViT, EVA-CLIP-g by configuration (Uni-Med section 3.1)."""
+"""The vision encoder: a pre-norm ViT; with the right settings EVA-CLIP-g (Uni-Med section 3.1) or CLIP.
+
+Shapes: N images, P tokens of an image (its patches, and the class token if there is one).
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,23 @@ from jaxtyping import Array, Float
 
 from unimed_jax.config import VisionConfig
 from unimed_jax.model.attention import attend
-from unimed_jax.model.layers import ACTIVATIONS, Linear, Norm, normal, scan_layers, spread, stack
+from unimed_jax.model.layers import (
+    ACTIVATIONS,
+    Linear,
+    Norm,
+    broadcast_channels,
+    normal,
+    scan_layers,
+    stack,
+)
+
+# --------------------------------------------------------------------------------------------------
+# The encoder
+# --------------------------------------------------------------------------------------------------
 
 
-class Attention(nnx.Module):
-    """Self-attention with one stored product for q, k, v; EVA biases q and v only."""
+class VisionAttention(nnx.Module):
+    """Self-attention with one stored kernel for q, k and v; EVA has biases for q and v only."""
 
     def __init__(self, config: VisionConfig, implementation: str, rngs: nnx.Rngs):
         width = config.width
@@ -26,23 +41,29 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "N P width"]) -> Float[Array, "N P width"]:
         images, patches, width = x.shape
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        q, k, v = (
-            (y if bias is None else y + spread(bias[...].astype(y.dtype), y)).reshape(images, patches, self.heads, -1)
-            for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
-        )  # [N, P, heads, d]
+
+        def heads(y: Array, bias: nnx.Param | None) -> Array:
+            if bias is not None:
+                y = y + broadcast_channels(bias[...].astype(y.dtype), y)
+            return y.reshape(images, patches, self.heads, -1)  # [N, P, heads, d]
+
+        q, k, v = heads(q, self.q_bias), heads(k, self.k_bias), heads(v, self.v_bias)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [N, heads, P, d]
         out = attend(q, k, v, None, implementation=self.implementation)
         return self.out(out.reshape(images, patches, width))  # [N, P, width]
 
 
-class Block(nnx.Module):
+class VisionBlock(nnx.Module):
+    """Adds attention and an MLP to the residual stream, each after a LayerNorm."""
+
     def __init__(self, config: VisionConfig, implementation: str, rngs: nnx.Rngs):
         self.activation = config.activation
+        hidden = config.mlp_width
         self.norm1 = Norm(config.width, "layer", config.norm_eps)
-        self.attention = Attention(config, implementation, rngs)
+        self.attention = VisionAttention(config, implementation, rngs)
         self.norm2 = Norm(config.width, "layer", config.norm_eps)
-        self.up = Linear(config.width, config.mlp_width, rngs=rngs)
-        self.down = Linear(config.mlp_width, config.width, std=(2 * config.depth * config.mlp_width) ** -0.5, rngs=rngs)
+        self.up = Linear(config.width, hidden, rngs=rngs)
+        self.down = Linear(hidden, config.width, std=(2 * config.depth * hidden) ** -0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N P width"]) -> Float[Array, "N P width"]:
         x = x + self.attention(self.norm1(x))
@@ -50,14 +71,14 @@ class Block(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """Images -> patch features [N, patches, width]; a class token is used inside and dropped at the end."""
+    """Turns images into patch features [N, patches, width]; a class token is dropped at the end."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs, *, attention: str = "auto", remat: str = "none"):
-        """`attention` and `remat` as in ModelConfig."""
+        """`attention` and `remat` are those of ModelConfig."""
         self.config, self.remat = config, remat
         width = config.width
         extra = int(config.cls_token)
-        # [patch * patch * 3, width], pixels of a patch in (row, column, channel) order
+        # kernel [patch * patch * 3, width]; the pixels of a patch are in (row, column, channel) order
         self.patch = Linear(3 * config.patch_size**2, width, bias=config.patch_bias, rngs=rngs)
         self.cls = nnx.Param(normal(rngs.params(), (width,), 0.02)) if config.cls_token else None
         positions = normal(rngs.params(), (extra + config.patches, width), 0.02)
@@ -65,18 +86,19 @@ class VisionEncoder(nnx.Module):
             positions = positions.at[extra:].set(sincos_positions(config.grid, width))
         self.positions = nnx.Param(positions)
         self.pre_norm = Norm(width, "layer", config.norm_eps) if config.pre_norm else None
-        # Blocks behind the feature layer are never run, so they are not built.
-        self.blocks = stack(lambda r: Block(config, attention, r), config.depth + 1 + config.feature_layer, rngs)
+        # Blocks after the feature layer are never run, so they are not built.
+        used = config.depth + 1 + config.feature_layer
+        self.blocks = stack(lambda r: VisionBlock(config, attention, r), used, rngs)
         self.output_norm = Norm(width, "layer", config.output_norm_eps) if config.output_norm else None
 
     def __call__(self, images: Float[Array, "N height width_px 3"]) -> Float[Array, "N patches width"]:
-        """Normalised images (see `normalise`), square with side `image_size`, in the compute dtype."""
+        """Encodes normalised images (see `normalise`), square with side `image_size`, in the compute dtype."""
         x = self.encode(images)
         x = x[:, int(self.config.cls_token) :]
         return x if self.output_norm is None else self.output_norm(x)
 
     def encode(self, images: Float[Array, "N height width_px 3"]) -> Float[Array, "N tokens width"]:
-        """The last used block's output, class token (if any) first, before any output norm."""
+        """Returns the output of the last used block, class token (if any) first, before any output norm."""
         x = self.patch(patchify(images, self.config.patch_size))
         if self.cls is not None:
             cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
@@ -87,18 +109,23 @@ class VisionEncoder(nnx.Module):
         return scan_layers(lambda x, block: (block(x), None), x, self.blocks, self.config.depth, self.remat)[0]
 
 
+# --------------------------------------------------------------------------------------------------
+# Pixels and positions
+# --------------------------------------------------------------------------------------------------
+
+
 def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
-    """uint8 pixels -> (x / 255 - mean) / std in `dtype`; floats are taken as normalised already."""
+    """Turns uint8 pixels into (x / 255 - mean) / std in `dtype`; floats count as normalised already."""
     if images.dtype == jnp.uint8:
         mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
         scale, offset = jnp.asarray(1 / (255 * std)), jnp.asarray(mean / std)
         images = images.astype(jnp.float32)
-        images = images * spread(scale, images) - spread(offset, images)
+        images = images * broadcast_channels(scale, images) - broadcast_channels(offset, images)
     return images.astype(dtype)
 
 
 def patchify(images: Float[Array, "N height width_px 3"], patch: int) -> Float[Array, "N patches pixels"]:
-    """Raster-ordered patches, each flattened in (row, column, channel) order."""
+    """Cuts images into patches in raster order, each flattened in (row, column, channel) order."""
     count, height, width, channels = images.shape
     x = images.reshape(count, height // patch, patch, width // patch, patch, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # [N, rows, columns, p, p, 3]
@@ -106,7 +133,7 @@ def patchify(images: Float[Array, "N height width_px 3"], patch: int) -> Float[A
 
 
 def sincos_positions(grid: int, width: int) -> Float[np.ndarray, "patches width"]:
-    """Fixed 2-D sine-cosine positions, rows in the first half of the channels (arXiv 2104.02057)."""
+    """Makes fixed 2-D sine-cosine positions, rows in the first half of the channels (arXiv 2104.02057)."""
     frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     angle = np.arange(grid)[:, None] * frequency  # [grid, width / 4]
     axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [grid, width / 2]
@@ -118,7 +145,7 @@ def sincos_positions(grid: int, width: int) -> Float[np.ndarray, "patches width"
 def resize_positions(
     positions: Float[np.ndarray, "tokens width"], grid: int, extra: int
 ) -> Float[np.ndarray, "new_tokens width"]:
-    """Position table for another image size: the grid resized bicubically, class position kept.
+    """Resizes a position table to another grid, bicubically; the first `extra` positions (class token) are kept.
 
     Cubic convolution with a = -0.75 and half-pixel centres without antialiasing (torch's
     `interpolate(mode="bicubic", align_corners=False)`), as EVA-CLIP's checkpoints are resized.
@@ -135,6 +162,7 @@ def resize_positions(
 
 
 def _cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Computes the matrix that resizes a line of `old` values to `new` values, edge values repeated outside."""
     a = -0.75
     centre = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(centre).astype(int)
@@ -143,5 +171,6 @@ def _cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
         x = np.abs(centre - (first + tap))
         near = ((a + 2) * x - (a + 3)) * x * x + 1
         far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+        columns = np.clip(first + tap, 0, old - 1)
+        np.add.at(weights, (np.arange(new), columns), np.where(x <= 1, near, far))
     return weights

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from unimed_jax.config import Config
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.interop.families.unimed_hf import is_exported, load_exported
+from unimed_jax.interop.families.unimed_hf import exported_config, is_exported, load_exported
 from unimed_jax.interop.sources import SOURCES
+from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import folded
 from unimed_jax.model.dispatch import upcycled
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -84,7 +85,7 @@ def initial_leaves(
         elif not SOURCES[kind].among(still):
             continue
         else:
-            found = SOURCES[kind].load(path, config.model, shapes, places, dtypes)
+            found = SOURCES[kind].load(path, config.model, Destination(shapes, places, dtypes))
         taken = still & set(found)
         leaves |= {p: found[p] for p in taken}
         sources |= dict.fromkeys(taken, f"{kind} {path}".strip())
@@ -146,9 +147,10 @@ def open_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     if is_exported(folder):
-        exported = load_exported(folder)
-        model = with_parameters(abstract(exported.config.model), exported.leaves)
-        return Run(folder, exported.config, Tokenizer.load(exported.tokenizer), model, step=0)
+        config = exported_config(folder)
+        leaves = load_exported(folder, config.model, Destination(parameters(abstract(config.model))))
+        model = with_parameters(abstract(config.model), leaves)
+        return Run(folder, config, Tokenizer.load(folder), model, step=0)
     config = read_config(folder)
     tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)

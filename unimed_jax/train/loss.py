@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from unimed_jax.config import TASKS, LossConfig
+from unimed_jax.config import TASKS, VISUAL_TASKS, LossConfig
 from unimed_jax.model.routing import Noise
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import COORDINATES, Batch, UniMed
@@ -60,14 +60,14 @@ def loss_sums(
     weights = batch["weights"] * factor
     weighted = nll * weights
     by_task = jax.nn.one_hot(batch["target_tasks"], len(TASKS))  # [B, A, tasks], zeros where unused
+    slots = jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(VISUAL_TASKS))  # [B * M, visual tasks]
     aux = {
         "weight": weights.sum(),
         "task_loss": jnp.einsum("ba,bat->t", weighted, by_task),
         "task_weight": jnp.einsum("ba,bat->t", weights, by_task),
-        "slots": jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(TASKS) - 1).sum(axis=0),  # [visual tasks]
+        "slots": slots.sum(axis=0),  # [visual tasks]
     }
     if out.routing is not None:
-        slots = jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(TASKS) - 1)  # [B * M, visual tasks]
         aux["routing"] = jnp.einsum("nte,nv->ve", jax.lax.stop_gradient(out.routing), slots) / out.routing.shape[1]
     total = weighted.sum()
     if out.experts is not None:

@@ -20,6 +20,7 @@ def run(arguments: list[str]) -> None:
     )
     known = options.parse_args(arguments)
 
+    from unimed_jax.data.forms import form_of
     from unimed_jax.interop.families import med_moe
     from unimed_jax.interop.families.hf import export_decoder
     from unimed_jax.interop.families.peft import export_peft
@@ -35,7 +36,7 @@ def run(arguments: list[str]) -> None:
     ids = {"bos": run.tokenizer.bos, "eos": run.tokenizer.eos, "pad": run.tokenizer.pad}
     if config.model.moe.experts and known.format in ("model", "decoder", "unimed"):
         raise UserError(f"--format={known.format} has no place for the decoder's experts; choose med_moe.")
-    if known.format == "model" and (config.text.form, config.data.fit) != ("unimed", "stretch"):
+    if known.format == "model" and not (form_of(config.text).exported and config.data.fit == "stretch"):
         raise UserError(
             f"--format=model asks in Uni-Med's form alone, and this run has config.text.form={config.text.form!r} and "
             f"config.data.fit={config.data.fit!r}; choose another format."

@@ -33,8 +33,8 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"task {known.task!r} needs --text.")
 
     from unimed_jax.data.example import Example
+    from unimed_jax.data.forms import text_to_box
     from unimed_jax.data.images import read_image
-    from unimed_jax.data.prompts import text_to_box
     from unimed_jax.evaluate.report.pictures import draw_box
     from unimed_jax.predict.predictor import answerer
     from unimed_jax.runs.open import open_config, open_run

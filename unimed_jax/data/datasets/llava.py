@@ -18,8 +18,8 @@ import numpy as np
 
 from unimed_jax import processes
 from unimed_jax.config import DataConfig, SourceConfig
-from unimed_jax.data import chat
 from unimed_jax.data.example import Example
+from unimed_jax.data.forms import IMAGE, turns_of
 from unimed_jax.data.images import read_image
 from unimed_jax.errors import UserError
 
@@ -94,14 +94,14 @@ def _example(record: dict[str, Any], where: str, name: str) -> tuple[Example, li
         isinstance(m, dict) and isinstance(m.get("from"), str) and isinstance(m.get("value"), str) for m in messages
     ):
         raise UserError(f"{where}: 'conversations' must be a list of {{'from': ..., 'value': ...}}; mend the record.")
-    turns = chat.turns_of(messages, where)
-    marks = [question.count(chat.IMAGE) for question, _ in turns]
-    if any(chat.IMAGE in answer for _, answer in turns) or sum(marks) != len(images) or sum(marks) != marks[0]:
+    turns = turns_of(messages, where)
+    marks = [question.count(IMAGE) for question, _ in turns]
+    if any(IMAGE in answer for _, answer in turns) or sum(marks) != len(images) or sum(marks) != marks[0]:
         raise UserError(
-            f"{where}: {len(images)} images, and {chat.IMAGE} {sum(marks)} times in its questions; write it once for "
+            f"{where}: {len(images)} images, and {IMAGE} {sum(marks)} times in its questions; write it once for "
             "each image, in the first question."
         )
-    asked = [(question.replace(chat.IMAGE, "").strip(), answer) for question, answer in turns]
+    asked = [(question.replace(IMAGE, "").strip(), answer) for question, answer in turns]
     *history, (question, answer) = asked
     kind = str(record.get("answer_type", "")).strip()
     facts = {"template": kind.lower(), "answer_type": kind, "modality": _modality(record)}

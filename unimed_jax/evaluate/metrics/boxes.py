@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unimed_jax.data.prompts import text_to_box
+from unimed_jax.data.forms import text_to_box
 from unimed_jax.evaluate.metrics.registry import Record, metric
 from unimed_jax.evaluate.statistics import Measure
 

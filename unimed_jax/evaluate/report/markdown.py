@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from unimed_jax.config import Config
+from unimed_jax.data.forms import form_of
 
 POOLED = "all sets"
 # (set, task, scores) of one split, pooled ones last.
@@ -177,7 +178,8 @@ def _leading(config: Config, rows: Rows, split: str) -> list[str]:
         "The margin is the model minus the best blind baseline, a paired bootstrap over clusters of test items "
         f"({config.evaluate.bootstrap} resamples); *above blind* means that its lower end is above 0."
     )
-    system = "Uni-Med's" if config.text.form == "unimed" else "Uni-Med's (vqa: Med-MoE's)"
+    of_vqa = form_of(config.text).published
+    system = "Uni-Med's" + (f" (vqa: {of_vqa}'s)" if of_vqa != "Uni-Med" else "")
     published = (
         f"## Scores as published on {split}\n\n"
         f"{_table(('n', 'scores by the published rules'), rows, _published)}\n\n"

@@ -4,13 +4,11 @@ The format is read by the package `gguf` (extra `gguf`), which maps the file: a 
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import tokenizers
-from jax.sharding import NamedSharding
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from unimed_jax.config import AttentionLinear, DecoderConfig, MoeConfig, RopeScaling
@@ -18,7 +16,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf import copies_of_linear, refuse_other_decoder
 from unimed_jax.interop.tensors.gguf import GgufFile
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Entry, Table, folded
 from unimed_jax.model.layers import rope_frequencies
 
@@ -131,12 +129,10 @@ def gguf_decoder_table(d: DecoderConfig, moe: MoeConfig = MoeConfig()) -> Table:
 def load_gguf(
     path: str | Path,
     d: DecoderConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
     moe: MoeConfig = MoeConfig(),
 ) -> dict[str, Any]:
-    """The decoder's leaves (but for adapters and routers) from a GGUF file; arguments as in `load_leaves`.
+    """The decoder's leaves (but for adapters and routers) from a GGUF file; `to` as in `load_leaves`.
 
     Experts start as copies of their layer's MLP.
 
@@ -152,7 +148,7 @@ def load_gguf(
             f"{file.origin}: {', '.join(folded(opaque))} {verb} stored as {kinds}, which the package "
             "gguf does not dequantise; give a file of another type (F16, Q8_0, Q4_K, ...)."
         )
-    return load_leaves(gguf_decoder_table(d, moe), file, leaves, shardings, dtypes)
+    return load_leaves(gguf_decoder_table(d, moe), file, to)
 
 
 # --------------------------------------------------------------------------------------------------

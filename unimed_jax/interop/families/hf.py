@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import NamedSharding
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from unimed_jax.config import DecoderConfig, MoeConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Entry, Table, each_published, published_shapes
 
 # --------------------------------------------------------------------------------------------------
@@ -359,12 +358,10 @@ TOKENIZER_FILES = (
 def load_decoder(
     folder: str | Path,
     d: DecoderConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
     moe: MoeConfig = MoeConfig(),
 ) -> dict[str, Any]:
-    """The decoder's leaves (but for adapters and routers) from a Hugging Face folder; arguments as in `load_leaves`.
+    """The decoder's leaves (but for adapters and routers) from a Hugging Face folder; `to` as in `load_leaves`.
 
     Experts start as copies of their layer's MLP. A head's bias is left out, and it is said so, where `d` has none
     (Med-MoE's Phi-2). Raises UserError where its settings are not `d` or its weights do not fit.
@@ -375,7 +372,7 @@ def load_decoder(
         theirs = dataclasses.replace(theirs, head_bias=False)
         table = Table(table.entries, (*table.ignored, "lm_head.bias"))
     refuse_other_decoder(theirs, d, folder)
-    return load_leaves(table, open_weights(folder), leaves, shardings, dtypes)
+    return load_leaves(table, open_weights(folder), to)
 
 
 def refuse_other_decoder(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import NamedSharding
 
 from unimed_jax.config import (
     AttentionLinear,
@@ -23,7 +22,7 @@ from unimed_jax.files import new_folder
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Entry, Table, each_published, published_shapes
 from unimed_jax.settings import check_model
 
@@ -262,11 +261,9 @@ def router_table(config: ModelConfig, layers: int | None = None) -> Table:
 def load_med_moe(
     folder: str | Path,
     config: ModelConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
 ) -> dict[str, Any]:
-    """All leaves from a checkpoint's folder; arguments as in `load_leaves`.
+    """All leaves from a checkpoint's folder; `to` as in `load_leaves`.
 
     Raises UserError where its settings are not `config` or its weights do not fit.
     """
@@ -281,7 +278,7 @@ def load_med_moe(
     if differ:
         text = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in differ)
         raise UserError(f"config.model is not the model of {folder}: {text}; set what the folder says.")
-    return load_leaves(med_moe_table(config), open_weights(folder), leaves, shardings, dtypes)
+    return load_leaves(med_moe_table(config), open_weights(folder), to)
 
 
 def read_med_moe_config(folder: str | Path) -> dict[str, Any]:
@@ -296,12 +293,10 @@ def read_med_moe_config(folder: str | Path) -> dict[str, Any]:
 def load_router(
     path: str | Path,
     config: ModelConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
 ) -> dict[str, Any]:
     """The routers of all layers with experts from one router file ({"fc1.weight" [E, D], "fc1.bias" [E]})."""
-    return load_leaves(router_table(config), open_weights(path), leaves, shardings, dtypes)
+    return load_leaves(router_table(config), open_weights(path), to)
 
 
 def export_med_moe(

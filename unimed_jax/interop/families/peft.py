@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import NamedSharding
-
 from unimed_jax.config import ModelConfig
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_published, published_shapes
 
 PREFIX = "base_model.model.model.layers"
@@ -52,11 +50,9 @@ def peft_table(config: ModelConfig, prefix: str = PREFIX, adapter: str = "") -> 
 def load_peft(
     folder: str | Path,
     config: ModelConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
 ) -> dict[str, Any]:
-    """The adapters' leaves from a folder that PEFT wrote; other arguments as in `load_leaves`.
+    """The adapters' leaves from a folder that PEFT wrote; `to` as in `load_leaves`.
 
     Raises UserError for an adapter that is no plain LoRA, and one for all in which it differs from `config.lora`.
     """
@@ -75,8 +71,8 @@ def load_peft(
         differences.append(f"its alpha is {alpha:g}, not {lora.alpha:g}")
     if lora.rank and set(targets) != set(lora.targets):
         differences.append(f"its targets are {', '.join(targets) or 'none'}, not {', '.join(lora.targets)}")
-    check(table, tensors, leaves, differences)
-    return load_leaves(table, tensors, leaves, shardings, dtypes)
+    check(table, tensors, to.leaves, differences)
+    return load_leaves(table, tensors, to)
 
 
 def _carries(tensors: Tensors, linear: str) -> bool:

@@ -1,19 +1,17 @@
 """Vision encoders from outside: EVA-CLIP-g as LAVIS names it, Hugging Face's CLIP and SigLIP."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import NamedSharding
 from transformers import PretrainedConfig
 
 from unimed_jax.config import VisionConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families.hf import ACTIVATIONS, read_hf_config
 from unimed_jax.interop.tensors.files import open_weights
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Arrays, Entry, Table, Tensors
 from unimed_jax.model.vision import resize_positions
 
@@ -133,18 +131,16 @@ def load_tower(
     kind: str,
     path: str | Path,
     v: VisionConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
 ) -> dict[str, Any]:
     """The vision leaves from an EVA file ("eva") or a Hugging Face folder ("clip", "siglip").
 
-    A grid of positions of another image size is resized. Other arguments as in `load_leaves`. Raises UserError where
+    A grid of positions of another image size is resized. `to` as in `load_leaves`. Raises UserError where
     the settings of a folder are not `v` (but for the image size) or the weights do not fit.
     """
     tensors = open_weights(path)
     if kind == "eva":
-        return load_leaves(eva_table(v), with_resized_positions(tensors, "pos_embed", v), leaves, shardings, dtypes)
+        return load_leaves(eva_table(v), with_resized_positions(tensors, "pos_embed", v), to)
     theirs = tower_from_hf(read_hf_config(path), f"{path}/config.json")
     free = {"image_size", "feature_layer", "output_norm", "output_norm_eps", "position_init"}
     differ = [
@@ -156,7 +152,7 @@ def load_tower(
         raise UserError(f"config.model.vision is not the tower of {path}: {', '.join(differ)}; set what it says.")
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors.stored) else ""
     tensors = with_resized_positions(tensors, f"{prefix}embeddings.position_embedding.weight", v)
-    return load_leaves(hf_tower_table(v, prefix), tensors, leaves, shardings, dtypes)
+    return load_leaves(hf_tower_table(v, prefix), tensors, to)
 
 
 def with_resized_positions(tensors: Tensors, name: str, v: VisionConfig) -> Tensors:

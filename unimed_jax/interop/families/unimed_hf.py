@@ -11,16 +11,15 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, to_dict
 from unimed_jax.data.example import Example
+from unimed_jax.data.forms import INSTRUCTIONS, TAGS, form_of
 from unimed_jax.data.layout import VISUAL
-from unimed_jax.data.prompts import INSTRUCTIONS, TAGS, build
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
@@ -29,10 +28,10 @@ from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.families.unimed_pth import connector_table
 from unimed_jax.interop.model_card import model_card
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Stored, Table, each_published, published_shapes
 from unimed_jax.model.decoder import merge_lora
-from unimed_jax.model.parameters import abstract, parameters
+from unimed_jax.model.parameters import parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.settings import from_config_dict
 
@@ -147,24 +146,15 @@ def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
     """The evaluation prompt's constant parts: before the image (None: there is none), around the body, the body."""
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
     example = Example("", task, "{question}", "", image="" if task in VISUAL_TASKS else None)
-    prompt = build(example, 0, dataclasses.replace(config.text, max_words=None), evaluation=True)
-    before, found, after = (prompt.left if prompt.right is None else prompt.right).partition(body)
+    *image, asked = form_of(dataclasses.replace(config.text, max_words=None)).prompt(example)
+    before, found, after = asked.text.partition(body)
     assert found, f"the prompt of {task!r} does not hold its body as it stands"
-    return {"image": None if prompt.right is None else prompt.left, "before": before, "body": body, "after": after}
+    return {"image": image[0].text if image else None, "before": before, "body": body, "after": after}
 
 
 # --------------------------------------------------------------------------------------------------
 # Back again
 # --------------------------------------------------------------------------------------------------
-
-
-class Exported(NamedTuple):
-    """What `run.Run` needs of an exported folder: Run(folder, config, Tokenizer.load(tokenizer),
-    with_parameters(abstract(config.model), leaves), step=0)."""
-
-    config: Config
-    tokenizer: Path  # a folder for `Tokenizer.load`
-    leaves: dict[str, jax.Array]
 
 
 def is_exported(folder: str | Path) -> bool:
@@ -175,18 +165,12 @@ def is_exported(folder: str | Path) -> bool:
         return False
 
 
-def load_exported(
-    folder: str | Path,
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
-) -> Exported:
-    """Reads a folder that `export_model` wrote; nothing of its code is run.
+def exported_config(folder: str | Path) -> Config:
+    """Reads the settings of a folder that `export_unimed_hf` wrote; they name the folder as their tokenizer.
 
-    `shardings` as in `load_leaves`; `dtypes` (by path) in place of those of the file. The settings name the folder as
-    their tokenizer. Raises UserError where a file is missing, damaged or does not fit the others.
+    Raises UserError if the folder's config.json is missing, damaged or that of another kind of model.
     """
-    folder = Path(folder)
-    file = folder / "config.json"
+    file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no config.json; give a folder that `export --format=model` wrote.")
     try:
@@ -196,8 +180,15 @@ def load_exported(
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is of another kind of model; give what `export --format=model` wrote.") from error
     config = from_config_dict(settings)
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer=str(folder)))
-    table, tensors = exported_table(config.model), open_weights(folder)
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer=str(folder)))
+
+
+def load_exported(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, jax.Array]:
+    """Reads all leaves of such a folder; nothing of its code is run.
+
+    `to` as in `load_leaves`; a leaf that it gives no dtype keeps the file's. Raises UserError if a file is missing,
+    damaged or does not fit the others.
+    """
+    table, tensors = exported_table(config), open_weights(folder)
     as_stored = {e.path: tensors.stored[e.name].dtype for e in table if e.name in tensors.stored}
-    leaves = load_leaves(table, tensors, parameters(abstract(config.model)), shardings, {**as_stored, **(dtypes or {})})
-    return Exported(config, folder, leaves)
+    return load_leaves(table, tensors, dataclasses.replace(to, dtypes={**as_stored, **to.dtypes}))

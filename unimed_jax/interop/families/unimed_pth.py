@@ -5,6 +5,7 @@ stacked, experts concatenated and linears [in, out]. Its file is a dict: `model`
 experts twice), `optimizer`, `config`, `scaler`, `epoch`.
 """
 
+import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import NamedSharding
 
 from unimed_jax.config import VISUAL_TASKS, Config, ModelConfig
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_file
 from unimed_jax.interop.families import hf, peft
 from unimed_jax.interop.families.towers import eva_table
-from unimed_jax.interop.tensors.load import load_leaves
+from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Arrays, Entry, Stored, Table, assembled, check, folded, published_shapes
 from unimed_jax.interop.tensors.torch_file import Later, TorchFile, TorchTensor, TorchTensors, write_torch
 from unimed_jax.model.connector import visual_features
@@ -173,16 +173,14 @@ class Moments(NamedTuple):
 def load_unimed(
     path: str | Path,
     config: ModelConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    to: Destination,
 ) -> dict[str, Any]:
-    """Adapters and connector from the original's checkpoint; other arguments as in `load_leaves`.
+    """Adapters and connector from the original's checkpoint; `to` as in `load_leaves`.
 
     Raises one UserError for all tensors and settings of the file that are not those of `config`.
     """
-    tensors = _checked(TorchFile(path), config, leaves)
-    return load_leaves(trainable_table(config), tensors, leaves, shardings, dtypes)
+    tensors = _checked(TorchFile(path), config, to.leaves)
+    return load_leaves(trainable_table(config), tensors, to)
 
 
 def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) -> TorchTensors:
@@ -200,8 +198,7 @@ def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) ->
 def load_moments(
     path: str | Path,
     config: ModelConfig,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
+    to: Destination,
 ) -> Moments:
     """AdamW's state from the original's checkpoint, float32, by the paths of `load_unimed`.
 
@@ -210,7 +207,7 @@ def load_moments(
     """
     file, table = TorchFile(path), trainable_table(config)
     names, state = _optimizer(file, config)
-    expected = published_shapes(table, leaves)
+    expected = published_shapes(table, to.leaves)
     found = {name: state[index] for index, name in names.items() if index in state and name in expected}
     for name, entry in found.items():
         if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
@@ -218,14 +215,14 @@ def load_moments(
                 f"{file.path}: the optimizer's state of {name} is not AdamW's; give an original checkpoint."
             )
     steps = {name: _step(file, name, found[name]["step"]) if name in found else 0 for name in expected}
+    single = dataclasses.replace(to, dtypes=dict.fromkeys(table.paths(), np.float32))
     moments = []
     for kind in ("exp_avg", "exp_avg_sq"):
         # Never touched, the zeros take no memory until they are read.
         nothing = {name: np.zeros(expected[name].shape, np.float32) for name in expected if name not in found}
         there = {name: entry[kind] for name, entry in found.items() if isinstance(entry[kind], TorchTensor)}
         tensors = Arrays(nothing, TorchTensors(file, there, f"{kind} of the optimizer in {file.path}"))
-        dtypes = dict.fromkeys(table.paths(), np.float32)
-        moments.append(load_leaves(table, tensors, leaves, shardings, dtypes))
+        moments.append(load_leaves(table, tensors, single))
     return Moments(_counts(file, table, steps), *moments)
 
 

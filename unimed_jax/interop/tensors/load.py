@@ -1,5 +1,6 @@
 """Weights from files straight into sharded device arrays: each device's part is read by slices, in strips."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,27 +15,38 @@ from unimed_jax.interop.tensors.table import Region, Table, Tensors, check, read
 STRIP = 128 << 20  # bytes of a device's part of a leaf that are in host memory at a time
 
 
-def load_leaves(
-    table: Table,
-    tensors: Tensors,
-    leaves: Mapping[str, Any],
-    shardings: Mapping[str, NamedSharding] | None = None,
-    dtypes: Mapping[str, Any] | None = None,
-) -> dict[str, jax.Array]:
-    """The leaves that the table names, with the file's numbers, laid out as `shardings` say (None: on one device).
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """Says where loaded weights go, by the path of the leaf.
 
-    leaves: anything with shape and dtype, by path; `dtypes` (by path) replaces the dtype. A process reads what its
-    own devices hold and nothing else; host memory holds one strip per device at a time. Raises UserError, before
-    anything is read, for all that does not fit (`check`), and for the first tensor met that is not finite.
+    leaves: anything with shape and dtype; shardings: where each lies (None: on the first device); dtypes: replace
+    those of `leaves`, for the paths that are named.
     """
-    check(table, tensors, leaves)
-    alone = SingleDeviceSharding(jax.devices()[0])
+
+    leaves: Mapping[str, Any]
+    shardings: Mapping[str, Sharding] | None = None
+    dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def dtype(self, path: str) -> np.dtype:
+        return np.dtype(self.dtypes.get(path, self.leaves[path].dtype))
+
+    def sharding(self, path: str) -> Sharding:
+        return SingleDeviceSharding(jax.local_devices()[0]) if self.shardings is None else self.shardings[path]
+
+
+def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, jax.Array]:
+    """Reads the leaves that the table names from the file's tensors, in the layout and dtypes of `to`.
+
+    A process reads what its own devices hold and nothing else; host memory holds one strip per device at a time.
+    Raises UserError, before anything is read, for all that does not fit (`check`), and for the first tensor met
+    that is not finite.
+    """
+    check(table, tensors, to.leaves)
     out = {}
     for path in table.paths():
-        shape = tuple(leaves[path].shape)
-        dtype = np.dtype((dtypes or {}).get(path, leaves[path].dtype))
+        shape, dtype = tuple(to.leaves[path].shape), to.dtype(path)
         read_part = functools.partial(read_region, table, tensors, path, shape, dtype=dtype)
-        out[path] = filled(shape, dtype, alone if shardings is None else shardings[path], read_part)
+        out[path] = filled(shape, dtype, to.sharding(path), read_part)
     return out
 
 

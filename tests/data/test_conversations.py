@@ -1,4 +1,4 @@
-"""Conversations in rows: every answer a target, whatever stands between; `data/chat.py`'s own numbers are goldens."""
+"""Conversations in rows: every answer a target, whatever stands between; the ids of Med-MoE's forms are goldens."""
 
 from types import SimpleNamespace
 
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from unimed_jax.config import TextConfig
-from unimed_jax.data import chat, layout
+from unimed_jax.data import forms, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.layout import Encoder, Group, RowShape
 from unimed_jax.data.tokenizer import corpus
 from unimed_jax.errors import UserError
+from unimed_jax.settings import from_config_dict
 
 T, EOS, PAD = 3, 1, 0
 SHAPE = RowShape(tokens=400, images=2, answers=80, tokens_per_image=T, image_size=2)
@@ -75,18 +76,18 @@ def test_refusals():
         encoder().training(Example("r", "qa", "what?", "<image>"), 0)
     with pytest.raises(UserError, match="one image with one caption"):
         encoder("plain").training(LUNG, 0)
-    with pytest.raises(UserError, match="evaluation alone"):
-        chat.training_pieces(chat.template("simple"), [("a", "b")])
-    with pytest.raises(UserError, match="'vicuna' is unknown"):
-        chat.template("vicuna")
+    with pytest.raises(UserError, match="config.text.form='simple' only asks"):
+        encoder("simple").training(LUNG, 0)
+    with pytest.raises(UserError, match="config.text.form: 'vicuna' is unknown"):
+        from_config_dict({"text": {"form": "vicuna"}})
     with pytest.raises(UserError, match="record 7: messages come from"):
-        chat.turns_of([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "record 7")
+        forms.turns_of([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "record 7")
     turns = [{"from": who, "value": who} for who in ("gpt", "human", "gpt")]
-    assert chat.turns_of(turns) == [("human", "gpt")]
+    assert forms.turns_of(turns) == [("human", "gpt")]
 
 
 def test_corpus_is_what_training_shows():
-    (text,) = corpus([LUNG], TextConfig(form="stablelm"))
+    texts = list(corpus([LUNG], TextConfig(form="stablelm")))
     trained = encoder("stablelm").training(LUNG, 0)
-    shown = read([*trained.prefix, *trained.suffix]).replace("$", "").replace("###", chat.IMAGE)
-    assert text == shown
+    shown = read([*trained.prefix, *trained.suffix]).replace("$", "")
+    assert "###".join(["".join(texts[:1]), "".join(texts[1:])]) == shown and len(texts) == 7

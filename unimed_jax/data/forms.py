@@ -1,0 +1,379 @@
+"""Prompt forms: how an example's question, images and answer become text.
+
+A `Form` turns an example into `Piece`s, either for training (with its answer) or as a generation prompt (without);
+`layout` turns the pieces into ids. Uni-Med's tags are one form, Med-MoE's chat templates the others; a new form is a
+subclass of `Form`, a line in `FORMS` and its name in `config.TextConfig.form`. Boxes as text are here too.
+"""
+
+import abc
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from unimed_jax.config import VISUAL_TASKS, TextConfig
+from unimed_jax.data.example import Example
+from unimed_jax.errors import UserError
+
+IMAGE = "<image>"  # marks an image in the text of a conversation, as in LLaVA's files
+
+# ---------------------------------------------------------------------------------------------
+# Parts that forms share
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of an example: text that is either all target or none of it, or (without text) one image."""
+
+    text: str = ""
+    target: bool = False
+    ends: bool = False  # the end-of-text token follows
+    image: bool = False
+
+
+TAGS = {task: f"[{task}]" for task in (*VISUAL_TASKS, "qa")}
+
+# task -> templates. Index 0 is the fixed one of evaluation; training draws among all. Where an example brings
+# no question of its own (caption, most of cls), what is left of the template says it all.
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "vqa": (
+        "{question}",
+        "Look at the image and answer: {question}",
+        "{question} Answer in a few words.",
+        "Judging by this image alone, {question}",
+    ),
+    "refer": (
+        "Where is the {question}?",
+        "Give the box of the {question}.",
+        "Find the {question} and box it in.",
+        "Point out the {question}.",
+    ),
+    "identify": (
+        "What lies in {question}?",
+        "Name what is shown inside {question}.",
+        "Which structure does the box {question} hold?",
+        "{question} marks what?",
+    ),
+    "caption": (
+        "Report what this image shows. {question}",
+        "Write the findings. {question}",
+        "Tell what can be seen here. {question}",
+        "Give a report of this image. {question}",
+    ),
+    "cls": (
+        "Classify this image. {question}",
+        "Put this image in its class. {question}",
+        "Choose the class that fits. {question}",
+        "To which class does the image belong? {question}",
+    ),
+    "qa": (
+        "{question}",
+        "Answer this: {question}",
+        "{question} Answer in a few words.",
+    ),
+}
+
+
+def collapse(text: str) -> str:
+    """Runs of two or more whitespace characters become one blank; none at the end, no blank in front.
+
+    A single tab or line break inside stays, as published.
+    """
+    return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+
+
+def cut_words(text: str, n: int = 50) -> str:
+    """The published text processor: `collapse`, then the first `n` blank-separated words."""
+    return " ".join(collapse(text).split(" ")[:n])
+
+
+def shorten(words: str, text: TextConfig) -> str:
+    """`collapse`, and the cut of `text.max_words` where there is one."""
+    return collapse(words) if text.max_words is None else cut_words(words, text.max_words)
+
+
+def answer_text(example: Example, text: TextConfig) -> str:
+    """Returns the answer as it is trained on and scored against: reports pass the text processor, as questions do."""
+    return shorten(example.answer, text) if example.task == "caption" else example.answer
+
+
+def asked(example: Example, variant: int, text: TextConfig) -> str:
+    """Fills the task's instruction number `variant` (modulo their number) with the example's question.
+
+    `text.max_words` cuts the question of an image example. Raises UserError if a visual task has no image, or the
+    text-only task `qa` has one.
+    """
+    task = example.task
+    if task not in TAGS:
+        raise UserError(f"record {example.id}: task {task!r} is unknown; choose from {', '.join(TAGS)}.")
+    visual = task in VISUAL_TASKS
+    if visual != (example.image is not None):
+        raise UserError(
+            f"record {example.id}: task {task!r} "
+            + ("needs an image; give one or use task 'qa'." if visual else "is text only; use 'vqa' for its image.")
+        )
+    question = shorten(example.question, text) if visual else example.question
+    pool = INSTRUCTIONS[task]
+    return collapse(pool[variant % len(pool)].replace("{question}", question))
+
+
+def text_of(pieces: Sequence[Piece], end: str = "") -> str:
+    """Joins the pieces to one text, with `<image>` for each image and `end` for the end-of-text token."""
+    return "".join((IMAGE if p.image else p.text) + (end if p.ends else "") for p in pieces)
+
+
+def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
+    """Joins neighbouring texts that are alike (target or not) and not ended: each is one text for the tokenizer.
+
+    Pieces meet where tokenizers cut anyway (before a blank, after the end of text), so the ids of the runs are those
+    of the whole text.
+    """
+    runs: list[Piece] = []
+    for piece in pieces:
+        last = runs[-1] if runs else None
+        if last and not (last.image or piece.image or last.ends) and last.target == piece.target:
+            runs[-1] = dataclasses.replace(piece, text=last.text + piece.text)
+        else:
+            runs.append(piece)
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------
+# The forms
+# ---------------------------------------------------------------------------------------------
+
+
+class Form(abc.ABC):
+    """How examples become pieces under one set of text settings."""
+
+    published = ""  # the system whose published rules score vqa answers in this form
+    exported = False  # whether the torch model of `export --format=model` can ask in this form
+    cut = False  # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
+
+    def __init__(self, text: TextConfig):
+        self.text = text
+
+    def variants(self, task: str) -> int:
+        """Returns how many instructions training draws from."""
+        return 1
+
+    def beginnings(self, training: bool) -> int:
+        """Returns how many beginning-of-text tokens come first."""
+        return 0
+
+    @abc.abstractmethod
+    def training(self, example: Example, variant: int) -> list[Piece]:
+        """Returns the example with its answer, under instruction number `variant`."""
+
+    @abc.abstractmethod
+    def prompt(self, example: Example) -> list[Piece]:
+        """Returns the generation prompt: the instruction of evaluation and no answer."""
+
+
+class UniMed(Form):
+    """Uni-Med's form: a task tag, an instruction in our own words and the image between `<Img>` and `</Img>`.
+
+    With an image: `[INST] <Img>` + visual tokens + `</Img> [tag] instruction [/INST]`; text alone:
+    `[INST] [qa] question [/INST]`.
+    """
+
+    published, exported, cut = "Uni-Med", True, True
+
+    def variants(self, task: str) -> int:
+        return len(INSTRUCTIONS[task])
+
+    def beginnings(self, training: bool) -> int:
+        return 2 if self.text.double_bos and not training else 1
+
+    def training(self, example: Example, variant: int) -> list[Piece]:
+        answer = Piece(answer_text(example, self.text), target=True, ends=True)
+        return [*self._asked(example, variant, " " if self.text.training_blank else ""), answer]
+
+    def prompt(self, example: Example) -> list[Piece]:
+        return self._asked(example, 0, "")
+
+    def _asked(self, example: Example, variant: int, blank: str) -> list[Piece]:
+        """Tag and instruction around the image; text alone is cut as a whole, tag and instruction too (published)."""
+        opens, closes = ("[INST] ", " [/INST]") if self.text.chat_template else ("", "")
+        body = collapse(f"{TAGS.get(example.task)} {asked(example, variant, self.text)}")
+        if example.image is None:
+            return [Piece(f"{opens}{shorten(body, self.text)}{closes}")]
+        return [Piece(f"{opens}<Img>"), Piece(image=True), Piece(f"</Img> {body}{blank}{closes}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How turns become text: the system's words, then for each turn `role: message` and what closes it."""
+
+    system: str
+    roles: tuple[str, str]  # who asks and who answers
+    after_system: str
+    after_question: str
+    after_answer: str = ""  # where `ends` is not set
+    ends: bool = False  # the end of text closes each answer
+    history: str = ""  # turns that always come first, as text
+
+
+_CHAT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_LLAVA_MED = (
+    "You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at Microsoft, based on "
+    "the general domain LLaVA architecture.You are designed to assist human with a variety of medical and clinical "
+    "research tasks using natural language.Follow the instructions carefully."
+)
+_TURNS = Template(_CHAT, ("USER", "ASSISTANT"), " ", " ", ends=True)
+_GREETED = Template(
+    _LLAVA_MED,
+    ("Human", "Assistant"),
+    *("###", "###", "###"),
+    history="Human: Hi!###Assistant: Hi there!  How can I help you today?\n###",
+)
+
+
+class Conversation(Form):
+    """What the forms of Med-MoE share: turns of questions and answers, with `<image>` where an image stands.
+
+    Every answer is a target. The image comes before the first question; the task's first instruction asks, untagged.
+    """
+
+    published = "Med-MoE"
+
+    def training(self, example: Example, variant: int) -> list[Piece]:
+        return self.training_turns(self._turns(example, answer_text(example, self.text)))
+
+    def prompt(self, example: Example) -> list[Piece]:
+        *before, (question, _) = self._turns(example, "")
+        return self.prompt_turns(before, question)
+
+    def _turns(self, example: Example, answer: str) -> list[tuple[str, str]]:
+        turns = [*example.history, (asked(example, 0, self.text), answer)]
+        if any(IMAGE in text for turn in turns for text in turn):
+            raise UserError(f"record {example.id}: {IMAGE!r} stands in its text; only its image is marked so.")
+        if example.image is not None:
+            turns[0] = (f"{IMAGE}\n{turns[0][0]}", turns[0][1])
+        return turns
+
+    @abc.abstractmethod
+    def training_turns(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
+        """Returns (question, answer) turns as published training shows them."""
+
+    @abc.abstractmethod
+    def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
+        """Returns earlier turns and a question to be answered."""
+
+
+class Chat(Conversation):
+    """Med-MoE's chat templates, and LLaVA-Med's (`simple`), which only asks."""
+
+    def __init__(self, text: TextConfig, template: Template):
+        super().__init__(text)
+        self.template = template
+
+    def training_turns(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
+        if not self.template.ends:
+            raise UserError(
+                f"config.text.form={self.text.form!r} only asks; train with unimed, stablelm, phi or plain."
+            )
+        return self._answered(turns)
+
+    def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
+        before = [dataclasses.replace(piece, target=False) for piece in self._answered(turns)]
+        head = "" if turns else self._head()
+        return [*before, *_marked(head + self._question(question))]
+
+    def _head(self) -> str:
+        t = self.template
+        return t.system + t.after_system + t.history
+
+    def _question(self, question: str) -> str:
+        user, assistant = self.template.roles
+        return f"{user}: {question}{self.template.after_question}{assistant}:"
+
+    def _answered(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
+        pieces, t = [], self.template
+        for i, (question, answer) in enumerate(turns):
+            pieces += _marked(("" if i else self._head()) + self._question(question))
+            pieces.append(Piece(f" {answer}" + ("" if t.ends else t.after_answer), target=True, ends=t.ends))
+        return pieces
+
+
+class Plain(Conversation):
+    """Med-MoE's form of stage 1: an image and its caption; what was asked is left out."""
+
+    def training_turns(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
+        if len(turns) != 1 or IMAGE not in turns[0][0]:
+            raise UserError("config.text.form='plain' takes one image with one caption; use another for conversations.")
+        return [Piece(image=True), Piece(turns[0][1] + "\n", target=True)]
+
+    def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
+        return _marked(f"{question}\n")
+
+
+def _marked(text: str) -> list[Piece]:
+    """Splits a text at each `<image>`, which becomes a piece of its own."""
+    first, *rest = text.split(IMAGE)
+    pieces = [Piece(first)]
+    for part in rest:
+        pieces += [Piece(image=True), Piece(part)]
+    return [piece for piece in pieces if piece.image or piece.text]
+
+
+# The published names.
+FORMS: dict[str, Callable[[TextConfig], Form]] = {
+    "unimed": UniMed,
+    "stablelm": lambda text: Chat(text, _TURNS),
+    "phi": lambda text: Chat(text, _TURNS),
+    "plain": Plain,
+    "simple": lambda text: Chat(text, _GREETED),
+}
+
+
+def form_of(text: TextConfig) -> Form:
+    """Returns the form that `text.form` names."""
+    return FORMS[text.form](text)
+
+
+def turns_of(messages: Sequence[Mapping[str, str]], where: str = "conversation") -> list[tuple[str, str]]:
+    """LLaVA's messages ({"from": "human" or "gpt", "value": text}) -> (question, answer) turns.
+
+    An answer in front of the first question is left out, as published. Raises UserError where they do not alternate.
+    """
+    messages = messages[1:] if messages and messages[0]["from"] == "gpt" else messages
+    speakers = [message["from"] for message in messages]
+    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        raise UserError(f"{where}: messages come from {speakers}; questions ('human') and answers ('gpt') take turns.")
+    texts = [message["value"] for message in messages]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Boxes as text
+# ---------------------------------------------------------------------------------------------
+
+
+def box_to_text(box: Sequence[float], width: int, height: int) -> str:
+    """x1, y1, x2, y2 in pixels of a `width` x `height` image -> `{<x1><y1><x2><y2>}`, integers 0..100 (floor).
+
+    Raises UserError where the box is empty or leaves the image.
+    """
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise UserError(
+            f"box {tuple(box)} is empty or leaves its image of {width} x {height} pixels; "
+            "give x1 < x2 <= width and y1 < y2 <= height."
+        )
+    # In this order of operations, as published: 29 of 100 pixels is 28.
+    values = [int(v / size * 100) for v, size in zip(box, (width, height, width, height), strict=True)]
+    return "{" + "".join(f"<{v}>" for v in values) + "}"
+
+
+def text_to_box(text: str) -> tuple[int, int, int, int] | None:
+    """The box in hundredths that `text` begins with (blanks and `<unk>` dropped), else None (as published)."""
+    number = r"<(\d{1,3})>"
+    match = re.match(r"\{" + number * 4 + r"\}", text.replace("<unk>", "").replace(" ", ""))
+    if not match:
+        return None
+    x1, y1, x2, y2 = (int(g) for g in match.groups())
+    return x1, y1, x2, y2
