@@ -17,7 +17,7 @@ import numpy as np
 
 from unimed_jax import processes
 from unimed_jax.data.example import Example
-from unimed_jax.evaluate.tasks import Unit, images_of, permute_images
+from unimed_jax.evaluate.tasks import Unit, permute_images
 
 # Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one answer each.
 Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]], int], list[str]]
@@ -121,7 +121,7 @@ def _answer_batch(
     unit: Unit, places: Sequence[int], permuted: Sequence[tuple[str, ...]] | None, answer: Answer, seed: int
 ) -> list[Answered]:
     examples = [unit.examples[i] for i in places]
-    pixels = [[unit.source.data.image(key) for key in images_of(example)] for example in examples]
+    pixels = [[unit.source.data.image(key) for key in example.images] for example in examples]
     texts = answer(examples, pixels, seed)
     sizes = [[images[0].shape[1], images[0].shape[0]] if images else None for images in pixels]
     if permuted is None:

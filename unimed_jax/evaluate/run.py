@@ -26,7 +26,7 @@ from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
-from unimed_jax.evaluate.tasks import Source, Training, Unit, images_of, open_sets, units_of
+from unimed_jax.evaluate.tasks import Source, Training, Unit, open_sets, units_of
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import answerer
@@ -45,11 +45,9 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
         return {}
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
-    blind = _shared(lambda: _blind_answers(units, Training(config, sets)))  # first: wrong records show before the wait
     journal = Journal(run.folder, _fingerprint(run, config, sets))
     answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
-    found = answer_units(units, answer_of, config.seed, journal)
-    scored = _scored(units, found, blind, config)
+    scored = answer_and_score(units, Training(config, sets), answer_of, journal, config)
     routing = _routing(run, config, sets, scored)
     if not processes.leads():
         return {}
@@ -58,6 +56,20 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
     journal.remove()
     _say(metrics, run.folder)
     return metrics
+
+
+def answer_and_score(
+    units: Sequence[Unit],
+    training: Training,
+    answer_of: Callable[[Unit], Answer],
+    journal: Journal,
+    config: Config,
+) -> list[Scored]:
+    """Fits the baselines, answers what the journal lacks, and scores every unit; on all processes together."""
+    # Baselines come before the long wait for answers, since wrong records show there.
+    blind = _shared(lambda: _blind_answers(units, training))
+    found = answer_units(units, answer_of, config.seed, journal)
+    return _scored(units, found, blind, config)
 
 
 def evaluate_predictions(config: Config, file: Path, folder: Path) -> dict[str, Any]:
@@ -88,7 +100,7 @@ def evaluate_predictions(config: Config, file: Path, folder: Path) -> dict[str, 
             name = unit.id_of(example)
             size = None
             if unit.task == "refer":  # the other metrics need no image
-                height, width = unit.source.data.image(images_of(example)[0]).shape[:2]
+                height, width = unit.source.data.image(example.images[0]).shape[:2]
                 size = [width, height]
             found[name] = Answered(given.get(name, ""), size)
     scored = _scored(units, found, blind, config, form="external")
@@ -134,7 +146,7 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
         ask = greedy
         if settings.temperature:  # by the batch's own seed, so that a continued evaluation draws the same
             ask = answerer(model, dataclasses.replace(config, seed=seed), tokenizer)
-        return ask(examples, [pixels[0] if pixels else None for pixels in images])
+        return ask(examples, images)
 
     return answer
 
@@ -246,7 +258,7 @@ def _records(unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapp
             "template": example.meta.get("template", ""),
             "cluster": example.cluster or example.id,
             "question": example.question,
-            "images": list(images_of(example)),
+            "images": list(example.images),
             "reference": example.answer,
             "prediction": answered.prediction,
             "box": _box(example, answered.image_size),
@@ -282,7 +294,7 @@ def _protocol(unit: Unit, config: Config, metric: Metric, form: str) -> str:
         normaliser=metric.normaliser,
         form=form or config.text.form,
         max_words=config.text.max_words,
-        fit=config.data.fit if not form and any(map(images_of, unit.examples)) else "",
+        fit=config.data.fit if not form and any(example.images for example in unit.examples) else "",
         metric=metric.name,
     )
 

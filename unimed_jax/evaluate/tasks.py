@@ -213,11 +213,6 @@ def select(examples: Sequence[Example], limit: int) -> list[Example]:
     return [examples[i] for i in sorted(i for *_, i in turns[:limit])]
 
 
-def images_of(example: Example) -> tuple[str, ...]:
-    """The keys of an example's images."""
-    return (example.image,) if example.image else ()
-
-
 def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
     """For each example the images of another one with as many; None if that cannot be.
 
@@ -227,7 +222,7 @@ def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ..
     out: list[tuple[str, ...]] = [()] * len(examples)
     groups = defaultdict(list)
     for i, example in enumerate(examples):
-        groups[len(images_of(example))].append(i)
+        groups[len(example.images)].append(i)
     for count, places in groups.items():
         permuted = _permuted([examples[i] for i in places], seed) if count else None
         if permuted is None:
@@ -243,7 +238,7 @@ def _permuted(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] |
     Sorted by cluster and turned by the size of the largest cluster, each example lands outside its own.
     """
     rng = np.random.default_rng(seed)
-    for key in (lambda e: e.cluster or e.id, images_of):
+    for key in (lambda e: e.cluster or e.id, lambda e: e.images):
         groups = defaultdict(list)
         for i in rng.permutation(len(examples)):
             groups[key(examples[i])].append(int(i))
@@ -253,7 +248,7 @@ def _permuted(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] |
         order = [i for group in groups.values() for i in group]
         images: list[tuple[str, ...]] = [()] * len(examples)
         for place, i in enumerate(order):
-            images[i] = images_of(examples[order[(place + turn) % len(order)]])
-        if all(found != images_of(example) for found, example in zip(images, examples, strict=True)):
+            images[i] = examples[order[(place + turn) % len(order)]].images
+        if all(found != example.images for found, example in zip(images, examples, strict=True)):
             return images
     return None
