@@ -11,7 +11,7 @@ from support import hf_peers, tiny
 
 from unimed_jax.config import ConnectorConfig, LoraConfig, ModelConfig, MoeConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import hf, med_moe
+from unimed_jax.interop.families import hf, hf_config, med_moe
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Span
@@ -119,7 +119,7 @@ def test_refusals(tmp_path):
         other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
         with pytest.raises(UserError, match=match):
             med_moe.model_to_med_moe(other)
-    with pytest.raises(UserError, match="missing or no JSON"):
+    with pytest.raises(UserError, match="missing or is not JSON"):
         med_moe.read_med_moe_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(words))
     other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=5))
@@ -151,7 +151,7 @@ def test_router_files(tmp_path):
 def test_experts_start_as_copies(family, tmp_path):
     """From a dense decoder's folder: with top-2 and no meta expert the sum is the dense decoder."""
     peer, folder = hf_peers.peer(family, tmp_path)
-    decoder = hf.decoder_from_hf(hf.read_hf_config(folder))
+    decoder = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     dense = ModelConfig(decoder=decoder, lora=LoraConfig(rank=0))
     mixed = dataclasses.replace(dense, moe=MoeConfig(experts=3, layers=(1,), top_k=2, meta=False))
     tokens, mask, positions = hf_peers.padded("right", (9, 4))
@@ -167,7 +167,7 @@ def test_experts_start_as_copies(family, tmp_path):
         hidden.append(np.asarray(run(decoder))[mask == 1])
     np.testing.assert_allclose(hidden[1], hidden[0], atol=1e-5)
     with_meta = dataclasses.replace(mixed, moe=dataclasses.replace(mixed.moe, meta=True, residual=True))
-    loaded = hf.load_decoder(folder, with_meta.decoder, Destination(parameters(abstract(with_meta))), moe=with_meta.moe)
+    loaded = hf.load_decoder(folder, with_meta, Destination(parameters(abstract(with_meta))))
     for part in ("meta", "residual"):
         up = loaded[f"decoder/layers/moe/{part}/up/kernel"]
         np.testing.assert_array_equal(up[0], loaded["decoder/layers/moe/experts/up/kernel"][0, 2])
