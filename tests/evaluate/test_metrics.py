@@ -33,6 +33,7 @@ def corrected_measures(task, predictions, references, boxes=None, sizes=None, cl
     found = {metric.name: metric(rows) for metric in metrics.of_task(task)}
     return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
 
+
 # ------------------------------------------------------------------------------ as published
 
 

@@ -96,7 +96,7 @@ def answer_units(
         for unit in units:
             answer: Answer | None = None
             permuted = None if journal is None else permute_images(unit.examples, seed)
-            bar.set_description(unit.name)
+            bar.set_description(unit.name, refresh=False)
             for number, places in enumerate(batches(unit)):
                 names = [unit.id_of(unit.examples[i]) for i in places]
                 if not all(name in answers for name in names):

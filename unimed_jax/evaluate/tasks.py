@@ -4,7 +4,7 @@ Also the choice of a unit's examples and the permutation of their images.
 """
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -74,11 +74,7 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
     split or task that a set lacks is left out with a note, unless no set has the split.
     """
     if config.evaluate.entries:
-        named = [_named(entry, config, sets) for entry in config.evaluate.entries]
-        doubled = [name for name, n in Counter(unit.name for unit in named).items() if n > 1]
-        if doubled:
-            raise UserError(f"config.evaluate.entries: {doubled[0]} stands there twice; keep one of them.")
-        return named, []
+        return [_named(entry, config, sets) for entry in config.evaluate.entries], []
     units, notes = [], []
     for split in config.evaluate.splits:
         having = [source for source in sets.values() if _has(source, split)]
