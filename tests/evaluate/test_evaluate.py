@@ -351,7 +351,7 @@ def test_a_template_that_was_not_learned_shows_below_a_good_pool(config, tmp_pat
 
     model.answer = half
     (vqa,) = (part.scores for part in evaluated(model, toy, config, tmp_path) if part.task == "vqa")
-    assert verdict(vqa["margin"]) == "above blind" and vqa["templates"]["what"]["value"] == 0.0
+    assert vqa["margin"]["value"] > 0 and vqa["templates"]["what"]["value"] == 0.0
     assert vqa["templates"]["what"]["margin"]["value"] < 0 < vqa["templates"]["seen"]["margin"]["value"]
 
 

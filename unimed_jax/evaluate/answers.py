@@ -44,7 +44,8 @@ class Journal:
         self._file, self._fingerprint = folder / JOURNAL, fingerprint
         self.found: dict[str, Answered] = {}  # id in predictions -> answer
         for line in processes.from_leader(self._read() if processes.leads() else None):
-            self.found[line.pop("id")] = Answered(**line)
+            name = line.pop("id")
+            self.found[name] = Answered(**line)
 
     def _read(self) -> list[dict[str, Any]]:
         kept = []
