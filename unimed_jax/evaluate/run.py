@@ -47,10 +47,12 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
     units, notes = units_of(config, sets)
     journal = Journal(run.folder, _fingerprint(run, config, sets))
     answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
-    scored = answer_and_score(units, Training(config, sets), answer_of, journal, config)
+    training = Training(config, sets)
+    scored = answer_and_score(units, training, answer_of, journal, config)
     routing = _routing(run, config, sets, scored)
     if not processes.leads():
         return {}
+    notes += training.notes
     metrics = summarise(config, scored, _about(sets, units), notes, run.step, routing)
     write_report(run.folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
     journal.remove()
@@ -93,7 +95,9 @@ def evaluate_predictions(config: Config, file: Path, folder: Path) -> dict[str, 
     for what, names in (("unknown", unknown), ("missing, counted as wrong", missing), ("doubled", doubled)):
         if names:
             notes.append(f"{file.name}: {len(names)} ids {what}: {', '.join(names[:5])}")
-    blind = _shared(lambda: _blind_answers(units, Training(config, sets)))
+    training = Training(config, sets)
+    notes += training.notes
+    blind = _shared(lambda: _blind_answers(units, training))
     found = {}
     for unit in units:
         for example in unit.examples:

@@ -156,10 +156,22 @@ def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example
 
 
 class Training:
-    """Training examples for the baselines: those of the scored set if it is trained on, else of all training sets."""
+    """Training examples for the baselines: those of the scored set if it is trained on, else of all training sets.
+
+    If the training sources do not open (a run was moved to a machine without them), `notes` says so, and baselines
+    are fitted on the training splits of the scored sets.
+    """
 
     def __init__(self, config: Config, sets: Mapping[str, Source]):
-        self._sets = sets if config.held_out == config.data else open_sets(config.data)
+        self.notes: list[str] = []
+        self._sets = sets
+        if config.held_out != config.data:
+            try:
+                self._sets = open_sets(config.data)
+            except UserError as error:
+                self.notes.append(
+                    f"the training data did not open, so baselines are fitted on the scored sets: {error}"
+                )
         self._read: dict[str, dict[str, list[Example]]] = {}
 
     def of(self, unit: Unit) -> list[Example]:
