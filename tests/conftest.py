@@ -1,4 +1,6 @@
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +11,12 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
+
+# What one test compiled, the others load: in this process, in the workers of pytest-xdist, in processes that tests start.
+_COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="unimed_jax_tests_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
@@ -21,6 +29,11 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
+
+
+def pytest_unconfigure(config):
+    if _COMPILED:  # None in the workers, which use the folder of the process that started them
+        shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 def golden_folder(config, module) -> Path:
