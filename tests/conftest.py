@@ -12,12 +12,6 @@ os.environ.setdefault(
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
 
-# What one test compiled, the others load: in this process, in the workers of pytest-xdist, in processes that tests start.
-_COMPILED = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="unimed_jax_tests_compiled_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-
 import jax
 import pytest
 
@@ -31,9 +25,23 @@ def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
 
 
+_compiled = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
+    """Lets all tests share what they compile: here, in pytest-xdist's workers, in processes that tests start."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker's, which uses its starter's
+        folder = config.stash[_compiled] = tempfile.mkdtemp(prefix="unimed_jax_compiled_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def pytest_unconfigure(config):
-    if _COMPILED:  # None in the workers, which use the folder of the process that started them
-        shutil.rmtree(_COMPILED, ignore_errors=True)
+    if _compiled in config.stash:
+        shutil.rmtree(config.stash[_compiled], ignore_errors=True)
+        del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
 
 
 def golden_folder(config, module) -> Path:
