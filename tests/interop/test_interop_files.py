@@ -36,7 +36,7 @@ def write(folder, values, **options):
 
 def test_safetensors(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
-    assert_reads(tmp_path / "model.safetensors", {**read_back(tmp_path / "model.safetensors")})
+    assert_reads(tmp_path / "model.safetensors", read_back(tmp_path / "model.safetensors"))
     assert_reads(tmp_path, read_back(tmp_path / "model.safetensors"))
 
 
@@ -64,7 +64,7 @@ def test_shards(tmp_path):
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in values.values())
-    assert {name: index["weight_map"][name] for file in files for name in read_back(file)} == index["weight_map"]
+    assert {name: file.name for file in files for name in read_back(file)} == index["weight_map"]
     assert_reads(tmp_path, values)
     assert_reads(tmp_path / "model.safetensors.index.json", values)
 
