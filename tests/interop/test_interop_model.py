@@ -156,9 +156,9 @@ def asked():
     examples, pixels = [], []
     for i, (task, question) in enumerate(QUESTIONS.items()):
         visual = task in VISUAL_TASKS
-        examples.append(Example(task, task, question, "", image=task if visual else None))
+        examples.append(Example(task, task, question, "", images=(task,) if visual else ()))
         size = (16, 16) if i == 2 else (20 + i, 40 - 3 * i)
-        pixels.append(rng.integers(0, 256, (*size, 3)).astype(np.uint8) if visual else None)
+        pixels.append([rng.integers(0, 256, (*size, 3)).astype(np.uint8)] if visual else [])
     return examples, pixels
 
 
@@ -178,7 +178,7 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
     assert len({tuple(row) for row in together}) > 1
     for i in (0, 5):
         assert theirs.tokens(examples[i : i + 1], pixels[i : i + 1]) == together[i : i + 1]
-        shown = None if pixels[i] is None else Image.fromarray(pixels[i])
+        shown = Image.fromarray(pixels[i][0]) if pixels[i] else None
         assert theirs.model.answer(theirs.tokenizer, shown, examples[i].task, examples[i].question) == texts[i]
 
 
@@ -239,7 +239,7 @@ def test_prompts_are_those_of_evaluation(rules, exported, torch, tokenizer_folde
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
     for task in TASKS:
         for text in ODD:
-            encoded = encoder.prompt(Example("", task, text, "", image="" if task in VISUAL_TASKS else None))
+            encoded = encoder.prompt(Example("", task, text, "", images=("",) if task in VISUAL_TASKS else ()))
             expected = [*encoded.prefix.tolist(), *encoded.suffix.tolist()]
             assert peer.model.prompt_ids(peer.tokenizer, task in VISUAL_TASKS, task, text) == expected, (task, text)
 
@@ -439,7 +439,7 @@ def test_the_snippet_of_the_card_in_a_fresh_process(exported, tokenizer_folder, 
     """No network, nobody to answer questions, and neither jax nor this package loaded."""
     config, model, folder = exported("as published")
     examples, pixels = asked
-    Image.fromarray(pixels[0]).save(tmp_path / "image.png")
+    Image.fromarray(pixels[0][0]).save(tmp_path / "image.png")
     card = (folder / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     snippet = snippet.replace("path/of/this/folder", str(folder))

@@ -28,7 +28,7 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
             print(f"evaluating {split} ...", flush=True)
         results[split], lines = evaluate(answer, dataset, dataset.examples("train"), config, split)
         records += lines
-    shown = {line["image"]: line["cluster"] for line in records if line["image"] and line["split"] == "test"}
+    shown = {key: line["cluster"] for line in records if line["split"] == "test" for key in line["images"]}
     routing = None
     if shown:
         pixels = [dataset.image(key) for key in shown]

@@ -17,8 +17,8 @@ BUCKET = 32  # prompt lengths are rounded up to multiples, so that few shapes ar
 
 def answerer(
     model: UniMed, config: Config, tokenizer: Tokenizer
-) -> Callable[[Sequence[Example], Sequence[np.ndarray | None]], list[str]]:
-    """-> answer(examples, their images (uint8 [H, W, 3], None for text alone)) -> texts, in order.
+) -> Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]]], list[str]]:
+    """-> answer(examples, the images of each (uint8 [H, W, 3])) -> texts, in order.
 
     Greedy, or sampled by `config.evaluate.temperature` and `top_p` with keys from `config.seed`. Raises
     UserError for a prompt that is too long (`text.max_prompt`).
@@ -28,7 +28,7 @@ def answerer(
     sampling = Sampling(settings.temperature, settings.top_p)
     calls = 0
 
-    def answer(examples: Sequence[Example], pixels: Sequence[np.ndarray | None]) -> list[str]:
+    def answer(examples: Sequence[Example], pixels: Sequence[Sequence[np.ndarray]]) -> list[str]:
         nonlocal calls
         texts: list[str] = []
         for start in range(0, len(examples), settings.batch):
@@ -58,13 +58,13 @@ def prompt_batch(
     config: Config,
     pad: int,
     examples: Sequence[Example],
-    pixels: Sequence[np.ndarray | None],
+    pixels: Sequence[Sequence[np.ndarray]],
 ) -> layout.Batch:
     """Left-padded prompts, one a row; the rows are filled up to a power of two with copies of the first."""
     vision = config.model.vision
     groups = [
-        layout.Group((encoder.prompt(example),), () if image is None else (images.fit(image, config.data.fit, vision),))
-        for example, image in zip(examples, pixels, strict=True)
+        layout.Group((encoder.prompt(example),), tuple(images.fit(image, config.data.fit, vision) for image in shown))
+        for example, shown in zip(examples, pixels, strict=True)
     ]
     rows = min(config.evaluate.batch, 1 << (len(groups) - 1).bit_length())
     groups += groups[:1] * (rows - len(groups))

@@ -43,9 +43,9 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
     image = read_image(known.image) if known.image else None
     run = open_run(known.run) if known.run else open_config(read_config(known.config, overrides))
-    example = Example("--text", known.task, known.text, "", image=known.image)
+    example = Example("--text", known.task, known.text, "", images=(known.image,) if known.image else ())
     with run.inside():
-        (text,) = answerer(run.model, run.config, run.tokenizer)([example], [image])
+        (text,) = answerer(run.model, run.config, run.tokenizer)([example], [[] if image is None else [image]])
     print(text)
     box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
     if box and image is not None:

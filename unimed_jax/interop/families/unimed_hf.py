@@ -146,7 +146,7 @@ def hub_config(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored
 def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
     """The evaluation prompt's constant parts: before the image (None: there is none), around the body, the body."""
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
-    example = Example("", task, "{question}", "", image="" if task in VISUAL_TASKS else None)
+    example = Example("", task, "{question}", "", images=("",) if task in VISUAL_TASKS else ())
     *image, asked = form_of(dataclasses.replace(config.text, max_words=None)).prompt(example)
     before, found, after = asked.text.partition(body)
     assert found, f"the prompt of {task!r} does not hold its body as it stands"
