@@ -157,9 +157,7 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     # ---- reading -----------------------------------------------------------------------------------
-    def restore(
-        self, weights: Leaves, optimizer: Any = None, only: int | None = None
-    ) -> tuple[Leaves, Any, dict]:
+    def restore(self, weights: Leaves, optimizer: Any = None, only: int | None = None) -> tuple[Leaves, Any, dict]:
         """-> (weights, optimizer, note) of the newest checkpoint that is whole; `latest()` then names it.
 
         `only`: of that checkpoint, and of no other if it is damaged.

@@ -10,6 +10,7 @@ from unimed_jax.data.datasets import SELF_CONTAINED, joined, path_of
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.files import new_file
 from unimed_jax.interop.families.gguf import write_tokenizer
 from unimed_jax.interop.families.unimed_hf import is_exported
 from unimed_jax.interop.sources import SOURCES

@@ -62,7 +62,7 @@ class Validation:
             losses, _ = task_losses(model, batch, config.loss, tokenizer.coordinate_start, None)
             return losses.tasks.sum(), losses.weight
 
-        self._sums = jax.jit(sums) if mesh is None else jax.jit(sums, out_shardings=sharding.everywhere(mesh))
+        self._sums: Any = jax.jit(sums) if mesh is None else jax.jit(sums, out_shardings=sharding.everywhere(mesh))
 
     def due(self, done: int) -> bool:
         """Whether some entry is measured after `done` steps."""
@@ -92,7 +92,7 @@ class Validation:
         sizes = []
         for example in self._examples[entry]:
             question = self._encoded(example)
-            size = (question.tokens, len(_images(example)), question.answer)
+            size = (question.tokens, len(example.images), question.answer)
             if (np.array(size) > capacity).any():
                 raise UserError(
                     f"{entry.source}/{example.id} needs rows of {size} tokens, images and answer tokens, more than "
@@ -124,7 +124,7 @@ class Validation:
 
     def _loaded(self, entry: EntryConfig, example: Example) -> layout.Group:
         fit, vision = self._config.data.fit, self._config.model.vision
-        stored = (self._sets[entry.source].image(key) for key in _images(example))
+        stored = (self._sets[entry.source].image(key) for key in example.images)
         return layout.Group((self._encoded(example),), tuple(images.fit(image, fit, vision) for image in stored))
 
     def _check_best(self) -> None:
@@ -150,13 +150,12 @@ def _examples(entry: EntryConfig, sets: dict[str, Dataset], config: Config) -> l
     where = f"config.evaluate.entries: {entry.source}/{entry.split}/{entry.task}"
     if entry.source not in sets:
         raise UserError(f"{where} names no data set{nearest(entry.source, sets)} Choose from {', '.join(sets)}.")
-    found = [example for example in sets[entry.source].examples(entry.split) if example.task == entry.task]
+    try:
+        found = [example for example in sets[entry.source].examples(entry.split) if example.task == entry.task]
+    except KeyError:  # no such split
+        found = []
     if not found:
         raise UserError(f"{where} has no example; check its split and task.")
     limit = config.evaluate.limit if entry.limit is None else entry.limit
     count = min(limit or len(found), len(found))
     return [found[i * len(found) // count] for i in range(count)]
-
-
-def _images(example: Example) -> tuple[str, ...]:
-    return () if example.image is None else (example.image,)
