@@ -9,7 +9,7 @@ import pytest
 from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.analyze.chain import Stage, trained
-from unimed_jax.config import LossConfig
+from unimed_jax.config import LossConfig, MeshConfig
 from unimed_jax.data import datasets, images, layout
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
@@ -20,10 +20,14 @@ from unimed_jax.train import loop
 from unimed_jax.train.log import Log
 from unimed_jax.train.loss import loss_sums
 from unimed_jax.train.optimizer import learning_rate
+from unimed_jax.train.program import build
 from unimed_jax.train.start import Progress
+from unimed_jax.train.step import first_state
+from unimed_jax.train.validate import Validation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
+MAKE_MESH = sharding.make_mesh  # which other tests replace
 BEST = "loss/squares/val/vqa"
 
 
@@ -223,3 +227,25 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
         with pytest.raises(UserError, match=sentence):
             run(config, tmp_path / str(number))
         assert not (tmp_path / str(number) / "checkpoints").exists()
+
+
+def test_eight_devices_measure_what_one_does(constant):
+    """Rows go over the devices; the last batch of an entry has empty ones."""
+    config, ended = constant
+    config = from_config_dict(settings((("vqa", "val", 2), ("caption", "val", 2))))
+    found = []
+    for axes in (None, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = None if axes is None else MAKE_MESH(MeshConfig(auto=False, **axes), config.data.rows)
+        program = build(config, mesh)
+        validation = Validation(config, [Squares()], ended.tokenizer, program)
+        leaves = {path: np.asarray(leaf) for path, leaf in parameters(ended.model).items()}
+        if mesh is not None:
+            leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))
+        with sharding.inside(mesh):
+            state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer, mesh)
+            measured = validation.measure(2, state, {path: leaves[path] for path in program.frozen})
+        assert validation.compiled() == 1
+        found.append({each.name: each.value for each in measured})
+    assert set(found[0]) == {"loss/squares/val/vqa", "loss/squares/val/caption"}
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-5), name
