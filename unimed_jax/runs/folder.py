@@ -10,7 +10,6 @@ from unimed_jax.data.datasets import SELF_CONTAINED, joined, path_of
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_file
 from unimed_jax.interop.families.gguf import write_tokenizer
 from unimed_jax.interop.families.unimed_hf import is_exported
 from unimed_jax.interop.sources import SOURCES
@@ -40,8 +39,10 @@ def write_config(folder: Path, config: Config) -> None:
             difference = _difference(to_dict(old), to_dict(config))
             raise UserError(f"{folder} holds a run with other settings ({difference}); {way_out}.")
         (folder / "metrics.json").unlink(missing_ok=True)
-    with new_file(file) as unfinished:
-        unfinished.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "config.tmp"  # a kill must not leave half of it under its name
+    unfinished.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    unfinished.rename(file)
 
 
 def read_config(folder: Path) -> Config:
