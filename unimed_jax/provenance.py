@@ -31,14 +31,51 @@ def code_version() -> str:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy may lie inside an unrelated checkout, so the commit counts only if it tracks this file.
+    # An installed copy may lie inside an unrelated checkout, so the commit counts only if it tracks
+    # this file.
     if git("ls-files", "--error-unmatch", __file__) is None:
         return version
     commit = git("rev-parse", "--short=7", "HEAD")
     modified = git("status", "--porcelain", "--untracked-files=no", "--", str(folder))
     return f"{version}+g{commit}" + (" (modified)" if modified else "")
+
+
+def protocol_id(
+    *,
+    set_id: str,
+    checksum: str,
+    split: str,
+    rule: str = "",
+    closed: bool,
+    normaliser: str,
+    form: str,
+    max_words: int | None,
+    fit: str,
+    metric: str,
+) -> str:
+    """Names all that a score depends on besides the model, so that equal ids can be compared and others cannot.
+
+    Set and revision, split (and the rule that made it), rule for closed questions, normaliser, prompt form, image
+    fit, metric: "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower/form=unimed/fit=stretch/exact_match".
+    """
+    parts = [
+        f"{set_id}@{checksum[:8]}",
+        f"{split}={rule.replace(' ', '_')}" if rule else split,
+        "closed=answer_type" if closed else "",
+        f"norm={normaliser}" if normaliser else "",
+        f"form={form}",
+        f"words={max_words}" if max_words is not None else "",
+        f"fit={fit}" if fit else "",
+        metric,
+    ]
+    return "/".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""Text generation: the prompt and then one token after another, in one jitted loop over a key-value cache.
+"""Generates text, one token after another, in one jitted loop over a key-value cache.
 
 Shapes: B rows, P tokens of a prompt, `new` tokens of an answer.
 """
@@ -23,15 +23,22 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
 
-def pick(logits: Float[Array, "B vocab"], sampling: Sampling, key: Key[Array, ""] | None) -> Int[Array, "B"]:
-    """Picks the most likely token, or draws from the smallest set whose probabilities reach `top_p`."""
+def pick(
+    logits: Float[Array, "B vocab"],
+    sampling: Sampling,
+    key: Key[Array, ""] | None,
+) -> Int[Array, "B"]:
+    """Picks the likeliest token, or draws from the smallest set whose probabilities reach `top_p`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert key is not None
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
+            ordered,
+            axis=-1,
+        )
         in_set = before < sampling.top_p  # the tokens before it do not reach top_p yet
         least = jnp.min(jnp.where(in_set, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -39,7 +46,7 @@ def pick(logits: Float[Array, "B vocab"], sampling: Sampling, key: Key[Array, ""
 
 
 def extended_span(batch: Batch, new: int) -> Span:
-    """Describes left-padded prompts [B, P] followed by `new` places for the answer: [B, P + new]."""
+    """Describes left-padded prompts and `new` places after them for the answer: [B, P + new]."""
     span = span_of(batch)
     last = span.positions[:, -1:]
     positions = jnp.concatenate([span.positions, last + 1 + jnp.arange(new)[None]], axis=1)
@@ -61,8 +68,9 @@ def generate(
 ) -> Int[Array, "B new"]:
     """Answers left-padded prompts (data/layout.py); places after the end-of-text token hold `pad`.
 
-    Stops as soon as every row has ended. Compiles once per (rows, prompt length, max_new_tokens), so callers round
-    prompt lengths up to a few sizes. `eos`, `pad`: token ids. `key`: needed if the temperature is not 0.
+    Stops as soon as every row has ended. Compiles once per (rows, prompt length, max_new_tokens),
+    so callers round prompt lengths up to a few sizes. `eos`, `pad`: token ids. `key`: needed if the
+    temperature is not 0.
     """
     graph, state = nnx.split(model)
     return _generate(graph, state, batch, max_new_tokens, eos, pad, sampling, key)
@@ -79,8 +87,17 @@ class Decoding(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos", "pad", "sampling"))
-def _generate(graph, state, batch: Batch, max_new_tokens: int, eos: int, pad: int, sampling: Sampling, key):
-    """Runs `generate` on the split model: the prompt at once, then a loop of one token for each row."""
+def _generate(
+    graph,
+    state,
+    batch: Batch,
+    max_new_tokens: int,
+    eos: int,
+    pad: int,
+    sampling: Sampling,
+    key,
+):
+    """Runs `generate` on the split model: the whole prompt, then one token after another."""
     model: UniMed = nnx.merge(graph, state)
     decoder, dtype = model.decoder, model.config.compute_dtype
     rows, prompt = batch["tokens"].shape
@@ -92,7 +109,7 @@ def _generate(graph, state, batch: Batch, max_new_tokens: int, eos: int, pad: in
     keys = None if key is None else jax.random.split(key, max_new_tokens)
 
     def next_token(hidden: Array, number: Array | int, ended: Array) -> tuple[Array, Array]:
-        """Picks the token of that number from the last hidden state; rows that have ended get `pad`."""
+        """Picks the next token from the last hidden state; rows that have ended get `pad`."""
         token_key = None if keys is None else keys[number]
         token = pick(decoder.logits(hidden[:, -1]), sampling, token_key)
         return jnp.where(ended, pad, token), ended | (token == eos)
