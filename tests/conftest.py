@@ -25,6 +25,21 @@ def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    """Runs a whole lane in two processes if pytest-xdist is installed: half the time on two cores.
+
+    Not the slow tests, which start and kill processes of their own, and not what was asked for by file. `-n 0` turns
+    it off.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of the two, which must not start two of its own
+        return
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS or len(config.args) > 5
+    options = config.option
+    if whole and options.markexpr == "not slow" and getattr(options, "numprocesses", 0) is None and not options.usepdb:
+        options.numprocesses, options.dist = 2, "worksteal"
+
+
 _compiled = pytest.StashKey[str]()
 
 
