@@ -15,6 +15,7 @@ from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.data.datasets import joined, load_datasets
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate.tasks import check_evaluation
 from unimed_jax.interruption import Interruption, claim
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -40,6 +41,7 @@ def train(config: Config, folder: Path) -> Run:
         write_config(folder, config)
         datasets = load_datasets(config.data)
         tokenizer = load_text(folder, config, datasets)
+    check_evaluation(config, tokenizer)
     pipeline = Pipeline(datasets, config, tokenizer)
     program = build(config, make_mesh(config), tokenizer.coordinate_start)
     with sharding.inside(program.mesh):
