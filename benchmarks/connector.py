@@ -85,7 +85,7 @@ class Ours:
     def __init__(self, config: ModelConfig, form: str):
         import jax
 
-        from unimed_jax.interop.families.unimed_pth import connector_table
+        from unimed_jax.interop.families.unimed_names import connector_table
         from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
         connector = dataclasses.replace(config.connector, form=form)
@@ -128,7 +128,7 @@ class Torch:
         import torch
         import torch_unimed
 
-        from unimed_jax.interop.families.unimed_pth import connector_table
+        from unimed_jax.interop.families.unimed_names import connector_table
         from unimed_jax.model.parameters import abstract, parameters
 
         self.torch, self.device, self.half = torch, device, config.compute_dtype == "bfloat16"

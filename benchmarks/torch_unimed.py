@@ -2,8 +2,8 @@
 (every expert in a loop, the router on task token and visual token side by side for every token), a plain ViT,
 Hugging Face's LLaMA wrapped by PEFT.
 
-Modules are named so that a state dict holds the names of `unimed_jax/interop/unimed_pth.py`: our weights cross by
-that table, and `load_state_dict` is strict.
+Modules are named so that a state dict holds the names of `unimed_jax/interop/families/unimed_names.py`: our weights
+cross by that table, and `load_state_dict` is strict.
 """
 
 import torch

@@ -207,8 +207,10 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     """The same random weights under our names and under the published ones; no leaf at 0 or 1 hides a mistake."""
     from safetensors.numpy import save_file
 
-    from unimed_jax.interop.families import unimed_pth
-    from unimed_jax.interop.tensors.table import to_published
+    from unimed_jax.interop.families.hf import hf_decoder_table
+    from unimed_jax.interop.families.towers import eva_table
+    from unimed_jax.interop.families.unimed_names import trainable_table
+    from unimed_jax.interop.tensors.table import Entry, Table, to_published
     from unimed_jax.model.parameters import abstract, parameters
 
     rng = np.random.default_rng(0)
@@ -221,8 +223,9 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
         values = std * rng.standard_normal(leaf.shape, np.float32) + np.float32(name.endswith("scale"))
         leaves[path] = values.astype(np.float32)
     save_file(leaves, folder / "ours.safetensors")
-    table = unimed_pth.trainable_table(model) + unimed_pth.decoder_table(model)
-    table += unimed_pth.vision_table(model) + unimed_pth.ln_vision_table()
+    norm = (Entry("ln_vision.weight", "vision/output_norm/scale"), Entry("ln_vision.bias", "vision/output_norm/bias"))
+    table = trainable_table(model) + eva_table(model.vision, "visual_encoder.") + Table(norm)
+    table += hf_decoder_table(model.decoder, "llm_model.base_model.model.", model.lora.targets)
     save_file(to_published(table, leaves), folder / "published.safetensors")
 
 

@@ -35,7 +35,7 @@ from unimed_jax.data.pipeline import source_order
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics import captions, published
 from unimed_jax.evaluate.metrics import text as text_scores
-from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.families import unimed_names
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.decoder import Cache, Span
 from unimed_jax.model.generate import extended_span, generate
@@ -190,7 +190,7 @@ def train_setup(golden, model, optimizer: OptimizerConfig):
 
 def check_gradients(golden, model, batch):
     case, arrays = golden.case, golden.arrays
-    table = unimed_pth.trainable_table(golden.config)
+    table = unimed_names.trainable_table(golden.config)
     settings = case["optimizer"]
     optimizer = OptimizerConfig(
         betas=tuple(settings["betas"]), eps=settings["eps"], weight_decay=settings["weight_decay"], skip_unused=True
@@ -242,7 +242,7 @@ def check_train_sequence(golden):
         for path, mean in state.moments.mean.items():
             first = np.asarray(state.moments.count[path]) == 1
             tiny[path] |= first & (mean != 0) & (np.abs(mean) < 1e-6 * (1 - optimizer.betas[0]))
-    table = unimed_pth.trainable_table(golden.config)
+    table = unimed_names.trainable_table(golden.config)
     final = to_published(table, state.leaves)
     counts = {path: np.broadcast_to(state.moments.count[path], leaf.shape) for path, leaf in state.leaves.items()}
     counted = {name: set(np.unique(n)) for name, n in to_published(table, counts).items()}

@@ -168,7 +168,9 @@ def test_damaged_files(plain, tmp_path):
     _, path, *_ = plain
     whole, bad = path.read_bytes(), tmp_path / "bad.gguf"
 
-    def refused(content, match=r"bad.gguf is damaged or no such file as its name says \(.*\); get it again\.$"):
+    damaged = r"bad.gguf is damaged or is not the kind of file that its name says \(.*\); get it again\.$"
+
+    def refused(content, match=damaged):
         bad.write_bytes(content)
         with pytest.raises(UserError, match=match) as error:
             GgufFile(bad)
@@ -273,10 +275,10 @@ def test_tokenizers_that_are_refused(tmp_path):
     refused("says nothing under tokenizer.ggml.pre", pre=None)
     refused("says nothing under tokenizer.ggml.tokens", tokens=None)
     refused("holds a token twice", tokens=["a", "a"])
-    refused("tokenizer.ggml.tokens is no list of any number of str", tokens=[1, 2])
+    refused("tokenizer.ggml.tokens is not a list of any number of str", tokens=[1, 2])
     refused("its merges do not fit its tokens", merges=["a c"])
-    refused("tokenizer.ggml.token_type is no list of 4 int", token_type=[1, 1])
-    refused("tokenizer.ggml.scores is no list of 4 float", model="llama", scores=[0.5])
+    refused("tokenizer.ggml.token_type is not a list of 4 int", token_type=[1, 1])
+    refused("tokenizer.ggml.scores is not a list of 4 float", model="llama", scores=[0.5])
     write(tmp_path / "it.gguf", tokenizer=said)
     write_tokenizer(tmp_path / "it.gguf", tmp_path / "out")
     assert Tokenizer.load(tmp_path / "out").encode("aab") == [0, 2]

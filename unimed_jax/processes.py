@@ -42,6 +42,12 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Prints a line, flushed, from the leading process only."""
+    if leads():
+        print(text, flush=True)
+
+
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
     """Process 0 runs the block before the others do, so that these find the files that it wrote."""

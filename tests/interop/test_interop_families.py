@@ -12,7 +12,7 @@ from support.hf_peers import HF, LLAMA3, NEEDS, OURS, PEERS, padded
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import hf
+from unimed_jax.interop.families import hf, hf_config
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Decoder, Span
 from unimed_jax.model.layers import Norm, rope_frequencies
@@ -49,7 +49,7 @@ def test_same_logits(name, peers):
     """Rows of 160, 97 and 5 tokens, padded on either side, from position 0 or 3000 on; windows are crossed."""
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
-    config = hf.decoder_from_hf(hf.read_hf_config(folder))
+    config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     assert config == dataclasses.replace(OURS, **PEERS[name][2])
     decoder = imported(folder, config)
     for side, first in (("right", 0), ("left", 3000)):
@@ -93,7 +93,7 @@ def test_export_reloads_to_the_bit(name, peers, tmp_path):
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
-    config = hf.decoder_from_hf(hf.read_hf_config(folder))
+    config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     leaves = {f"decoder/{path}": leaf for path, leaf in parameters(imported(folder, config)).items()}
     hf.export_decoder(tmp_path / "out", config, leaves, folder, IDS)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
@@ -113,7 +113,7 @@ def test_bfloat16_is_exported_as_such(name, peers, tmp_path):
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
     peer, folder = peers(name)
-    config = hf.decoder_from_hf(hf.read_hf_config(folder))
+    config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     leaves = {f"decoder/{p}": x.astype(jnp.bfloat16) for p, x in parameters(imported(folder, config)).items()}
     hf.export_decoder(tmp_path / "out", config, leaves, folder, IDS)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -157,7 +157,7 @@ PHI_2 = {
 )
 def test_published_sizes(kind, theirs, ours, count):
     transformers = pytest.importorskip("transformers")
-    decoder = hf.decoder_from_hf(getattr(transformers, f"{kind}Config")(**theirs))
+    decoder = hf_config.decoder_from_hf(getattr(transformers, f"{kind}Config")(**theirs))
     config = dataclasses.replace(tiny.CONFIG, decoder=dataclasses.replace(decoder, **ours), lora=LoraConfig(rank=0))
     leaves = {path: leaf for path, leaf in parameters(abstract(config)).items() if path.startswith("decoder/")}
     assert sum(leaf.size for leaf in leaves.values()) == count
@@ -181,8 +181,8 @@ def test_every_setting_is_exported_or_refused():
     """What a family says of our settings, read back, are our settings; what none can say is refused."""
     for name, (kind, _, ours) in PEERS.items():
         config = dataclasses.replace(OURS, **ours)
-        settings = hf.decoder_to_hf(config)
-        assert hf.decoder_differences(hf.decoder_from_hf(settings), config) == []
+        settings = hf_config.decoder_to_hf(config)
+        assert hf_config.decoder_differences(hf_config.decoder_from_hf(settings), config) == []
         # A Mistral without windows is a LLaMA.
         assert type(settings).__name__ == ("Llama" if name == "mistral without window" else kind) + "Config"
     for ours in (
@@ -197,7 +197,7 @@ def test_every_setting_is_exported_or_refused():
         {**PEERS["gemma2"][2], "local_rope_theta": 100.0},
     ):
         with pytest.raises(UserError, match="no Hugging Face decoder"):
-            hf.decoder_to_hf(dataclasses.replace(OURS, **ours))
+            hf_config.decoder_to_hf(dataclasses.replace(OURS, **ours))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "qwen3", "stablelm", "phi"])

@@ -12,7 +12,7 @@ from support.hf_peers import OURS, PEERS
 
 from unimed_jax.config import DecoderConfig, LoraConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import hf
+from unimed_jax.interop.families import hf, hf_config
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.parameters import abstract, parameters
 
@@ -72,13 +72,13 @@ def test_settings_that_are_not_supported(name, fields, match, tmp_path):
     (tmp_path / "plain").mkdir()
     hf_peers.settings(name).save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match=match) as error:
-        hf.decoder_from_hf(hf.read_hf_config(change(tmp_path / "plain", tmp_path, **fields)))
+        hf_config.decoder_from_hf(hf_config.read_hf_config(change(tmp_path / "plain", tmp_path, **fields)))
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
 def test_no_settings(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
-        hf.read_hf_config(tmp_path)
+        hf_config.read_hf_config(tmp_path)
 
 
 def test_code_in_a_folder_is_not_run(peers, tmp_path):
@@ -86,7 +86,7 @@ def test_code_in_a_folder_is_not_run(peers, tmp_path):
     out = change(folder, tmp_path, model_type="mine", auto_map={"AutoConfig": "configuration_mine.Mine"})
     (out / "configuration_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="cannot be read"):
-        hf.read_hf_config(out)
+        hf_config.read_hf_config(out)
     assert not (tmp_path / "ran").exists()
 
 
@@ -99,10 +99,10 @@ def test_old_spelling_of_settings(peers, tmp_path):
     settings["rope_theta"] = rope.pop("rope_theta")
     settings["rope_scaling"] = rope
     (out / "config.json").write_text(json.dumps(settings))
-    assert hf.decoder_from_hf(hf.read_hf_config(out)) == dataclasses.replace(OURS, **PEERS["llama3"][2])
+    assert hf_config.decoder_from_hf(hf_config.read_hf_config(out)) == dataclasses.replace(OURS, **PEERS["llama3"][2])
     del settings["rope_theta"], settings["rope_scaling"], settings["num_key_value_heads"], settings["head_dim"]
     (out / "config.json").write_text(json.dumps(settings))
-    assert hf.decoder_from_hf(hf.read_hf_config(out)) == dataclasses.replace(OURS, kv_heads=4)
+    assert hf_config.decoder_from_hf(hf_config.read_hf_config(out)) == dataclasses.replace(OURS, kv_heads=4)
 
 
 def test_old_spelling_of_gemma3(tmp_path):
@@ -114,13 +114,13 @@ def test_old_spelling_of_gemma3(tmp_path):
     scaling = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     (tmp_path / "config.json").write_text(json.dumps(settings | old | scaling))
     expected = dataclasses.replace(OURS, **PEERS["gemma3_text"][2])
-    assert hf.decoder_differences(hf.decoder_from_hf(hf.read_hf_config(tmp_path)), expected) == []
+    assert hf_config.decoder_differences(hf_config.decoder_from_hf(hf_config.read_hf_config(tmp_path)), expected) == []
 
 
 def test_other_settings_than_the_folder(peers):
     """Weights that would fit, under settings that would make other numbers of them."""
     _, folder = peers("mistral")
-    config = hf.decoder_from_hf(hf.read_hf_config(folder))
+    config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     wrong = dataclasses.replace(config, windows=(), rope_theta=1e4)
     with pytest.raises(
         UserError, match=r"rope_theta is 1000000.0 there and 10000.0 here, windows is \(5, 5, 5\) there"
@@ -130,7 +130,7 @@ def test_other_settings_than_the_folder(peers):
 
 def test_weights_that_do_not_fit(peers, tmp_path):
     _, folder = peers("llama2")
-    config = hf.decoder_from_hf(hf.read_hf_config(folder))
+    config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     out = change(folder, tmp_path)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     tensors = {name: value for file in set(index.values()) for name, value in load_file(out / file).items()}
@@ -159,7 +159,7 @@ def test_tokenizer_files_go_along(peers, tmp_path):
     source.mkdir()
     for name in ("tokenizer.json", "merges.txt", "secret.txt"):
         (source / name).write_text(name)
-    config = hf.decoder_from_hf(hf.read_hf_config(folder))
+    config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     leaves = imported(folder, config)
     hf.export_decoder(tmp_path / "out", config, leaves, source, IDS)
     names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -11,7 +11,7 @@ from support import hf_peers, tiny
 
 from unimed_jax.config import ConnectorConfig, LoraConfig, ModelConfig, MoeConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import hf, med_moe
+from unimed_jax.interop.families import hf, hf_config, med_moe
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Span
@@ -151,7 +151,7 @@ def test_router_files(tmp_path):
 def test_experts_start_as_copies(family, tmp_path):
     """From a dense decoder's folder: with top-2 and no meta expert the sum is the dense decoder."""
     peer, folder = hf_peers.peer(family, tmp_path)
-    decoder = hf.decoder_from_hf(hf.read_hf_config(folder))
+    decoder = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     dense = ModelConfig(decoder=decoder, lora=LoraConfig(rank=0))
     mixed = dataclasses.replace(dense, moe=MoeConfig(experts=3, layers=(1,), top_k=2, meta=False))
     tokens, mask, positions = hf_peers.padded("right", (9, 4))

@@ -15,7 +15,7 @@ from test_interop_torch_file import Touch, archive
 
 from unimed_jax.config import LoraConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import hf, peft
+from unimed_jax.interop.families import hf, hf_config, peft
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -100,7 +100,9 @@ def adapters(base, tmp_path_factory):
 
 
 def settings_of(base, lora: LoraConfig):
-    return dataclasses.replace(tiny.CONFIG, decoder=hf.decoder_from_hf(hf.read_hf_config(base)), lora=lora)
+    return dataclasses.replace(
+        tiny.CONFIG, decoder=hf_config.decoder_from_hf(hf_config.read_hf_config(base)), lora=lora
+    )
 
 
 def ours(base, lora: LoraConfig, folder=None):

@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support import tiny
+from support.unimed_frozen import frozen_table
 
 from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.families import unimed_names
 from unimed_jax.interop.tensors import load
 from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import (
@@ -187,12 +188,7 @@ class Spy(Tensors):
 
 
 def whole_table(config):
-    return (
-        unimed_pth.trainable_table(config)
-        + unimed_pth.decoder_table(config)
-        + unimed_pth.vision_table(config)
-        + unimed_pth.ln_vision_table()
-    )
+    return unimed_names.trainable_table(config) + frozen_table(config)
 
 
 def tiny_files():

@@ -10,7 +10,7 @@ from support import tiny
 
 from unimed_jax.config import VisionConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import hf, towers
+from unimed_jax.interop.families import hf_config, towers
 from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import Stored, Tensors, check, to_published
@@ -90,7 +90,7 @@ def imported(kind, path, config: VisionConfig):
 def test_same_features(name, peers):
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
-    config = towers.tower_from_hf(hf.read_hf_config(folder))
+    config = towers.tower_from_hf(hf_config.read_hf_config(folder))
     assert config == dataclasses.replace(OURS, **PEERS[name][2])
     vision = imported(name.split()[0], folder, config)
     pixels = pictures(peer.config.image_size)
@@ -105,7 +105,7 @@ def test_same_features(name, peers):
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_back_to_the_bit(name, peers):
     peer, folder = peers(name)
-    vision = imported(name, folder, towers.tower_from_hf(hf.read_hf_config(folder)))
+    vision = imported(name, folder, towers.tower_from_hf(hf_config.read_hf_config(folder)))
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in open_weights(folder).stored) else ""
     leaves = {f"vision/{path}": leaf for path, leaf in parameters(vision).items()}
     there, theirs = to_published(towers.hf_tower_table(vision.config, prefix), leaves), open_weights(folder)
@@ -119,7 +119,7 @@ def test_another_image_size(name, peers):
     """24 pixels in place of 16: the table of positions is resized as transformers does."""
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
-    config = dataclasses.replace(towers.tower_from_hf(hf.read_hf_config(folder)), image_size=24)
+    config = dataclasses.replace(towers.tower_from_hf(hf_config.read_hf_config(folder)), image_size=24)
     vision = imported(name, folder, config)
     pixels = pictures(24)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_another_image_size(name, peers):
 
 def test_what_does_not_fit(peers, tmp_path):
     _, folder = peers("clip")
-    config = towers.tower_from_hf(hf.read_hf_config(folder))
+    config = towers.tower_from_hf(hf_config.read_hf_config(folder))
     for changed, match in (
         ({"activation": "gelu"}, "activation is 'quick_gelu' there and 'gelu' here"),
         ({"depth": 2, "mean": (0.5, 0.5, 0.5)}, "depth is 3 there and 2 here, mean is"),
@@ -143,7 +143,7 @@ def test_what_does_not_fit(peers, tmp_path):
         imported("siglip", other, config)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="'llama' is no vision tower"):
-        towers.tower_from_hf(hf.read_hf_config(tmp_path))
+        towers.tower_from_hf(hf_config.read_hf_config(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from support.unimed_pth_reference import reference_of
 
 from unimed_jax.config import VISUAL_TASKS, Config, MeshConfig, OptimizerConfig, TrainConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.families import unimed_names, unimed_pth
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_leaves, to_published
 from unimed_jax.model.parameters import abstract, parameters
@@ -131,12 +131,12 @@ def test_load_on_a_mesh(reference):
 
 
 def test_order_of_the_optimizer(goldens, reference):
-    decayed, others = unimed_pth.optimizer_order(reference.config.model)
+    decayed, others = unimed_names.optimizer_order(reference.config.model)
     assert decayed + others == reference.names
     assert [len(decayed), len(others)] == reference.entry["optimizer_group_sizes"]
     for case in golden_files.manifest(goldens)["cases"]:
         config = golden_files.load(goldens, case["name"]).config
-        decayed, others = unimed_pth.optimizer_order(config)
+        decayed, others = unimed_names.optimizer_order(config)
         if "optimizer" in case:
             assert others == case["optimizer"]["no_decay"] and len(decayed) == case["optimizer"]["n_decay"]
         if "adam_step_counts" in case:  # in the order of the modules
@@ -316,8 +316,8 @@ def test_variant(goldens, variant, tmp_path):
     golden = golden_files.load(goldens, variant)
     path, leaves = tmp_path / "checkpoint_3.pth", parameters(abstract(golden.config))
     saved = saved_by_torch(goldens, golden, path)
-    assert list(unimed_pth.optimizer_order(golden.config)) == saved["groups"]
-    table = unimed_pth.trainable_table(golden.config)
+    assert list(unimed_names.optimizer_order(golden.config)) == saved["groups"]
+    table = unimed_names.trainable_table(golden.config)
     held = table.by_name()
     rest = {name for name in saved["weights"] if name not in held}
     assert all(name.startswith("router.") for name in rest)
@@ -356,7 +356,7 @@ def test_a_run_of_ours(tmp_path):
     """Adam's state with one count for all, as it is kept by default; settings of the run in the original's words."""
     model = tiny.config(connector={"hidden": None, "router_hidden": None})
     config = Config(model=model, optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.1), train=TrainConfig(steps=700))
-    table = unimed_pth.trainable_table(model)
+    table = unimed_names.trainable_table(model)
     rng, shapes = np.random.default_rng(0), parameters(abstract(model))
     leaves = {path: rng.standard_normal(shapes[path].shape).astype(np.float32) for path in table.paths()}
     optimizer = adam((0.9, 0.999), 1e-8, skip_unused=False)

@@ -129,11 +129,11 @@ def test_optimizers_that_are_not_this_models(damage):
     refused("holds no optimizer's state", lambda tree: tree.update(optimizer={"state": {}}))
     refused("holds no optimizer's state", lambda tree: tree["optimizer"].update(state=[]))
     refused("holds no optimizer's state", lambda tree: [1, tree])
-    refused("parameters, where this model's has", lambda tree: tree["optimizer"]["param_groups"].pop() and None)
+    refused("parameters, but this model's has", lambda tree: tree["optimizer"]["param_groups"].pop() and None)
     refused(
-        "parameters, where this model's has", lambda tree: tree["optimizer"]["param_groups"][0]["params"].pop() and None
+        "parameters, but this model's has", lambda tree: tree["optimizer"]["param_groups"][0]["params"].pop() and None
     )
-    refused("parameters, where this model's has", state(lambda s, i: s.update({999: s[i]})))
+    refused("parameters, but this model's has", state(lambda s, i: s.update({999: s[i]})))
     refused("is not AdamW's", state(lambda s, i: s[i].update(max_exp_avg_sq=torch.zeros(1))))
     refused("is not AdamW's", state(lambda s, i: s[i].pop("step") and None))
     refused(
@@ -142,7 +142,7 @@ def test_optimizers_that_are_not_this_models(damage):
     )
     refused(r"exp_avg of the optimizer in .* is missing", state(lambda s, i: s[i].update(exp_avg=3)))
     for step in (-1.0, 0.5, float("nan"), "two"):
-        refused("is no number of steps", state(lambda s, i, step=step: s[i].update(step=step)))
+        refused("is not a number of steps", state(lambda s, i, step=step: s[i].update(step=step)))
     refused("differ .*but are one count", state(lambda s, i: s[i].update(step=torch.tensor(5.0))))
 
 

@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
-from unimed_jax.interop.families import hf
+from unimed_jax.interop.families import hf, hf_config
 from unimed_jax.interop.families.peft import peft_table
 from unimed_jax.interop.tensors.table import to_leaves
 from unimed_jax.model.decoder import Decoder, Span, merge_lora, visible
@@ -104,7 +104,7 @@ def test_equals_peft(kind, theirs, targets):
     peft = pytest.importorskip("peft", reason=NEEDS)
     settings = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
     base = hf_model(kind, **theirs)
-    config = hf.decoder_from_hf(base.config)
+    config = hf_config.decoder_from_hf(base.config)
     peer = peft.get_peft_model(base, settings).eval()
     randomise(torch, peer)
     assert [name.split(".")[1] for name in hf.linear_names(config).values()] == targets

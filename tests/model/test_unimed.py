@@ -11,7 +11,7 @@ from support import tiny
 from transformers import GemmaConfig
 
 from unimed_jax.data import layout
-from unimed_jax.interop.families import hf
+from unimed_jax.interop.families import hf_config
 from unimed_jax.model.decoder import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import COORDINATES, UniMed, order_coordinates, span_of
@@ -167,7 +167,7 @@ def test_published_size():
 def test_gemma_twin():
     """configs/cmoe_gemma.py: transformers' own Gemma-7B, and else the published configuration."""
     config, published = (from_config_dict(load_config_file(f"configs/{n}.py")) for n in ("cmoe_gemma", "cmoe"))
-    assert not hf.decoder_differences(hf.decoder_from_hf(GemmaConfig()), config.model.decoder)
+    assert not hf_config.decoder_differences(hf_config.decoder_from_hf(GemmaConfig()), config.model.decoder)
     leaves = parameters(abstract(config.model))
     base = sum(leaf.size for path, leaf in leaves.items() if path.startswith("decoder/") and "lora" not in path)
     assert base == 8_537_680_896

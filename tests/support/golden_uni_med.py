@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+from support.unimed_frozen import frozen_table
 
 from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from unimed_jax.interop.families import unimed_pth
@@ -40,7 +41,7 @@ class Golden:
         model = abstract(self.config)
         # A leaf that no table names would stay NaN and spoil every number.
         empty = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()}
-        frozen = self.frozen_table()
+        frozen = frozen_table(self.config)
         weights = {name: value for name, value in self.weights.items() if name not in self.trainable()}
         leaves = empty | to_leaves(frozen, weights, empty)
         with tempfile.TemporaryDirectory() as folder:
@@ -48,10 +49,6 @@ class Golden:
             tree = {"model": self.trainable(), "config": {"model": self.case["config"], "run": {}, "datasets": {}}}
             write_torch(path, tree)
             return with_parameters(model, leaves | unimed_pth.load_unimed(path, self.config, Destination(empty)))
-
-    def frozen_table(self):
-        c = self.config
-        return unimed_pth.decoder_table(c) + unimed_pth.vision_table(c) + unimed_pth.ln_vision_table()
 
     def trainable(self) -> dict[str, np.ndarray]:
         """The weights that the original trains, a router that the routing does not read among them."""

@@ -9,7 +9,7 @@ from support import golden_uni_med as golden_files
 from support import tiny
 
 from unimed_jax.config import Config
-from unimed_jax.interop.families import unimed_pth
+from unimed_jax.interop.families import unimed_names
 from unimed_jax.model.parameters import abstract, parameters
 
 
@@ -28,7 +28,7 @@ class Reference:
 
     @property
     def table(self):
-        return unimed_pth.trainable_table(self.config.model)
+        return unimed_names.trainable_table(self.config.model)
 
     @property
     def names(self) -> list[str]:

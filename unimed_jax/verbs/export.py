@@ -25,7 +25,8 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.interop.families.hf import export_decoder
     from unimed_jax.interop.families.peft import export_peft
     from unimed_jax.interop.families.unimed_hf import export_unimed_hf, merged_leaves
-    from unimed_jax.interop.families.unimed_pth import export_unimed, trainable_table
+    from unimed_jax.interop.families.unimed_names import trainable_table
+    from unimed_jax.interop.families.unimed_pth import export_unimed
     from unimed_jax.model.parameters import parameters
     from unimed_jax.runs.folder import tokenizer_folder
     from unimed_jax.runs.open import open_run

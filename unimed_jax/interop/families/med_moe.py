@@ -19,7 +19,7 @@ from unimed_jax.config import (
 )
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
-from unimed_jax.interop.families import hf
+from unimed_jax.interop.families import hf, hf_config
 from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
@@ -80,7 +80,7 @@ def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_
 
 def _decoder(s: Mapping[str, Any], where: str) -> DecoderConfig:
     heads = s["num_attention_heads"]
-    if s["hidden_act"] not in hf.ACTIVATIONS:
+    if s["hidden_act"] not in hf_config.ACTIVATIONS:
         raise UserError(f"{where}: hidden_act {s['hidden_act']!r} is not supported.")
     common: dict[str, Any] = {
         "vocab": s["vocab_size"],
@@ -91,7 +91,7 @@ def _decoder(s: Mapping[str, Any], where: str) -> DecoderConfig:
         "head_dim": s["hidden_size"] // heads,
         "mlp_width": s["intermediate_size"],
         "norm": "layer",
-        "activation": hf.ACTIVATIONS[s["hidden_act"]],
+        "activation": hf_config.ACTIVATIONS[s["hidden_act"]],
         "rope_theta": float(s["rope_theta"]),
         "tied_head": bool(s.get("tie_word_embeddings", False)),
     }
@@ -173,7 +173,7 @@ def model_to_med_moe(config: ModelConfig) -> dict[str, Any]:
             "train_modules": None,
         }
     back = model_from_med_moe(words, config.vision)
-    differ = hf.decoder_differences(back.decoder, d)
+    differ = hf_config.decoder_differences(back.decoder, d)
     if not m.meta and m.experts:
         differ.append(("moe.meta", True, False))
     if config.connector.rate != 1 or config.connector.is_moe:
@@ -268,7 +268,7 @@ def load_med_moe(
     Raises UserError where its settings are not `config` or its weights do not fit.
     """
     theirs = model_from_med_moe(read_med_moe_config(folder), config.vision, f"{folder}/config.json")
-    differ = hf.decoder_differences(theirs.decoder, config.decoder)
+    differ = hf_config.decoder_differences(theirs.decoder, config.decoder)
     names = ("experts", "top_k", "meta", "residual")
     differ += [(f"moe.{n}", getattr(theirs.moe, n), getattr(config.moe, n)) for n in names]
     depth = config.decoder.depth

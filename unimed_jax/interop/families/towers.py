@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from unimed_jax.config import VisionConfig
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families.hf import ACTIVATIONS, read_hf_config
+from unimed_jax.interop.families.hf_config import ACTIVATIONS, read_hf_config
 from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Arrays, Entry, Table, Tensors

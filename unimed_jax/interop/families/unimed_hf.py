@@ -23,9 +23,10 @@ from unimed_jax.data.layout import VISUAL
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
-from unimed_jax.interop.families.hf import POSITIONS, copy_tokenizer, decoder_to_hf, hf_decoder_table
+from unimed_jax.interop.families.hf import copy_tokenizer, hf_decoder_table
+from unimed_jax.interop.families.hf_config import POSITIONS, decoder_to_hf
 from unimed_jax.interop.families.towers import hf_tower_table
-from unimed_jax.interop.families.unimed_pth import connector_table
+from unimed_jax.interop.families.unimed_names import connector_table
 from unimed_jax.interop.model_card import model_card
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
