@@ -50,7 +50,8 @@ class Ours:
         self.whole_pass = jax.jit(lambda model, batch: answer_logits(model, model(batch).hidden, batch))
 
     def tokens(self, examples: Sequence[Example], pixels: Pixels) -> list[list[int]]:
-        batch = prompt_batch(self.encoder, self.config, self.tokenizer.pad, examples, pixels)
+        shown = [() if image is None else (image,) for image in pixels]
+        batch = prompt_batch(self.encoder, self.config, self.tokenizer.pad, examples, shown)
         new, eos, pad = self.config.evaluate.max_new_tokens, self.tokenizer.eos, self.tokenizer.pad
         rows = generate(self.model, batch, max_new_tokens=new, eos=eos, pad=pad)
         return [ended(row, eos) for row in np.asarray(rows)[: len(examples)]]

@@ -37,7 +37,7 @@ from unimed_jax.interop.families.unimed_hf import (
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.vision import normalise
-from unimed_jax.predict.predictor import answerer
+from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -162,6 +162,12 @@ def asked():
     return examples, pixels
 
 
+def answers(model, config, tokenizer, examples, pixels) -> list[str]:
+    shown = [() if image is None else (image,) for image in pixels]
+    requests = [Request(e.task, e.question, image) for e, image in zip(examples, shown, strict=True)]
+    return Predictor(model, config, tokenizer).answers(requests)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
     """Six tasks in one left-padded batch: tokens, and logits along them; tokens and texts of two alone."""
@@ -174,7 +180,7 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
         assert record["largest"] > 0.5  # of a size at which the tolerance says something
     assert [r["task"] for r in records] == list(TASKS)
     examples, pixels = asked
-    together, texts = theirs.tokens(examples, pixels), answerer(model, config, tokenizer)(examples, pixels)
+    together, texts = theirs.tokens(examples, pixels), answers(model, config, tokenizer, examples, pixels)
     assert len({tuple(row) for row in together}) > 1
     for i in (0, 5):
         assert theirs.tokens(examples[i : i + 1], pixels[i : i + 1]) == together[i : i + 1]
@@ -327,8 +333,8 @@ def test_what_is_read_back_answers_the_same(exported, asked, tokenizer_folder):
     config, model, folder = exported("as published")
     again = exported_config(folder)
     opened = with_parameters(abstract(again.model), leaves_of(folder))
-    texts = answerer(opened, again, Tokenizer.load(folder))(*asked)
-    assert texts == answerer(model, config, Tokenizer.load(tokenizer_folder))(*asked)
+    texts = answers(opened, again, Tokenizer.load(folder), *asked)
+    assert texts == answers(model, config, Tokenizer.load(tokenizer_folder), *asked)
 
 
 def test_saved_again_by_transformers(exported, torch, tmp_path):
@@ -456,7 +462,7 @@ def test_the_snippet_of_the_card_in_a_fresh_process(exported, tokenizer_folder, 
     assert done.returncode == 0, done.stderr[-2000:]
     example = dataclasses.replace(examples[0], question="Which plane is this?")
     tokenizer = Tokenizer.load(tokenizer_folder)
-    assert done.stdout == answerer(model, config, tokenizer)([example], pixels[:1])[0] + "\n"
+    assert done.stdout == answers(model, config, tokenizer, [example], pixels[:1])[0] + "\n"
 
 
 def test_the_card(exported, tokenizer_folder, tmp_path):

@@ -1,15 +1,19 @@
 """The evaluation of one run: answers, scores, routing and the report in the run's folder."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from unimed_jax import processes
 from unimed_jax.config import Config
 from unimed_jax.data.datasets import joined, load_datasets
+from unimed_jax.data.example import Example
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.tasks import evaluate
 from unimed_jax.model.parameters import with_parameters
-from unimed_jax.predict.predictor import answerer
+from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.runs.open import Run, initial_leaves
 
 
@@ -21,7 +25,14 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
     """
     leads = processes.leads()
     dataset = joined(load_datasets(config.held_out))
-    answer = answerer(run.model, config, run.tokenizer)
+    predictor = Predictor(run.model, config, run.tokenizer)
+
+    def answer(examples: Sequence[Example], pixels: Sequence[np.ndarray | None]) -> list[str]:
+        shown = [() if image is None else (image,) for image in pixels]
+        return predictor.answers(
+            [Request(e.task, e.question, image, id=e.id) for e, image in zip(examples, shown, strict=True)]
+        )
+
     results, records = {}, []
     for split in config.evaluate.splits:
         if leads:

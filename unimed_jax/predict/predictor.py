@@ -135,9 +135,9 @@ class Predictor:
 
     def _text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decodes the tokens before the first end of text."""
-        row = np.asarray(tokens, int)
-        (ends,) = np.nonzero(row == self._tokenizer.eos)
-        return self._tokenizer.decode(row[: ends[0]] if len(ends) else row).strip()
+        row = [int(token) for token in tokens]
+        end = row.index(self._tokenizer.eos) if self._tokenizer.eos in row else len(row)
+        return self._tokenizer.decode(row[:end]).strip()
 
     def _inside(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else inside(self._mesh)
@@ -153,7 +153,7 @@ def as_example(request: Request) -> Example:
     if len(request.images) > 1:
         raise UserError(f"request {request.id or request.question!r} has several images; give one.")
     image = "image" if request.images else None
-    return Example(request.id or "--text", request.task, request.question, "", image=image)
+    return Example(request.id or "request", request.task, request.question, "", image=image)
 
 
 def _pixels(image: str | Path | bytes | np.ndarray) -> np.ndarray:

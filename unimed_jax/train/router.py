@@ -179,7 +179,7 @@ def embedder(
         out = []
         for start in range(0, len(examples), config.evaluate.batch):
             part = examples[start : start + config.evaluate.batch]
-            pixels = [dataset.image(example.image) for example in part if example.image is not None]
+            pixels = [(dataset.image(example.image),) for example in part if example.image is not None]
             batch = prompt_batch(encoder, config, tokenizer.pad, part, pixels)
             out.append(np.asarray(means(model, batch))[: len(part)])
         return np.concatenate(out)
