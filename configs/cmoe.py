@@ -3,6 +3,8 @@
 Needs the weights and data named in `init`, `text.tokenizer` and `data.root`; without them the run says so.
 """
 
+import common
+
 from unimed_jax.config import default_config
 
 
@@ -10,61 +12,83 @@ def get_config():
     config = default_config()
     config.fidelity = "paper"
 
-    # Vision encoder: EVA-CLIP ViT-g/14 at 224 pixels, frozen; ln_vision behind it, frozen at 1 and 0.
+    # Vision encoder: EVA-CLIP ViT-g/14 at 224 pixels, frozen; after it ln_vision, frozen at 1 and 0.
     vision = config.model.vision
-    vision.image_size, vision.patch_size = 224, 14
-    vision.width, vision.depth, vision.heads, vision.mlp_width = 1408, 39, 16, 6144
-    vision.activation, vision.qkv_bias, vision.cls_token = "gelu", "qv", True
-    vision.norm_eps, vision.output_norm, vision.output_norm_eps = 1e-6, True, 1e-5
+    vision.image_size = 224
+    vision.patch_size = 14
+    vision.width = 1408
+    vision.depth = 39
+    vision.heads = 16
+    vision.mlp_width = 6144
+    vision.activation = "gelu"
+    vision.qkv_bias = "qv"
+    vision.cls_token = True
+    vision.norm_eps = 1e-6
+    vision.output_norm = True
+    vision.output_norm_eps = 1e-5
 
     # Connector: strips of 4 patches -> 64 visual tokens of 5632; 5 experts 5632 -> 4096 -> 4096;
     # router 11264 -> 45056 -> 5 on concat(task token, visual token), soft.
     connector = config.model.connector
-    connector.aggregation, connector.rate = "projection", 4
-    connector.kind, connector.experts = "moe_mlp", 5
-    connector.router, connector.router_input, connector.task_tokens = "soft", "task_token", 1
+    connector.aggregation = "projection"
+    connector.rate = 4
+    connector.kind = "moe_mlp"
+    connector.experts = 5
+    connector.router = "soft"
+    connector.router_input = "task_token"
+    connector.task_tokens = 1
 
-    # Decoder: LLaMA-2-7B-chat, frozen, LoRA on all seven linears.
+    # Decoder: LLaMA-2-7B-chat, frozen, LoRA on all seven linear layers.
     decoder = config.model.decoder
-    decoder.vocab, decoder.width, decoder.depth = 32000, 4096, 32
-    decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.mlp_width = 32, 32, 128, 11008
-    decoder.norm_eps, decoder.rope_theta = 1e-5, 10000.0
-    lora = config.model.lora
-    lora.rank, lora.alpha, lora.dropout = 8, 16.0, 0.05
-    lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-    config.model.compute_dtype, config.model.frozen_dtype = "bfloat16", "bfloat16"
+    decoder.vocab = 32000
+    decoder.width = 4096
+    decoder.depth = 32
+    decoder.heads = 32
+    decoder.kv_heads = 32
+    decoder.head_dim = 128
+    decoder.mlp_width = 11008
+    decoder.norm_eps = 1e-5
+    decoder.rope_theta = 10000.0
+    common.adapters(config, dropout=0.05)
+    config.model.compute_dtype = "bfloat16"
+    config.model.frozen_dtype = "bfloat16"
 
     # Weights: later ones overlay earlier ones.
     config.init = (("seed", ""), ("hf", ""), ("eva", ""))
 
     # Twelve data sets (MedMNIST's two share a source), one per batch, drawn by these weights.
-    config.data.sources = tuple(
-        dict(name=name, tasks=(task,), weight=float(weight))
-        for name, task, weight in [
-            ("medqa", "qa", 2),
-            ("pubmedqa", "qa", 2),
-            ("slake", "vqa", 5),
-            ("path_vqa", "vqa", 5),
-            ("slake", "refer", 4),
-            ("slake", "identify", 4),
-            ("samed", "refer", 4),
-            ("samed", "identify", 4),
-            ("medpix", "caption", 8),
-            ("mimic_cxr", "caption", 8),
-            ("medmnist", "cls", 4),
-        ]
+    data = config.data
+    data.sources = (
+        dict(name="medqa", tasks=("qa",), weight=2.0),
+        dict(name="pubmedqa", tasks=("qa",), weight=2.0),
+        dict(name="slake", tasks=("vqa",), weight=5.0),
+        dict(name="path_vqa", tasks=("vqa",), weight=5.0),
+        dict(name="slake", tasks=("refer",), weight=4.0),
+        dict(name="slake", tasks=("identify",), weight=4.0),
+        dict(name="samed", tasks=("refer",), weight=4.0),
+        dict(name="samed", tasks=("identify",), weight=4.0),
+        dict(name="medpix", tasks=("caption",), weight=8.0),
+        dict(name="mimic_cxr", tasks=("caption",), weight=8.0),
+        dict(name="medmnist", tasks=("cls",), weight=4.0),
     )
-    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 4, 2048, 1, 1024
-    config.text.max_answer, config.text.max_prompt, config.text.coordinate_tokens = 1024, 1024, False
+    data.rows = 4
+    data.row_tokens = 2048
+    data.row_images = 1
+    data.row_answers = 1024
+    config.text.max_answer = 1024
+    config.text.max_prompt = 1024
+    config.text.coordinate_tokens = False
 
     # AdamW, linear warm-up, cosine over all steps (the repository's values).
     optimizer = config.optimizer
-    optimizer.lr, optimizer.min_lr, optimizer.warmup_lr, optimizer.warmup_steps = 1e-5, 1e-7, 1e-6, 5000
-    optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip = (0.9, 0.999), 1e-8, 0.05, 0.0
+    optimizer.lr = 1e-5
+    optimizer.min_lr = 1e-7
+    optimizer.warmup_lr = 1e-6
+    optimizer.warmup_steps = 5000
+    optimizer.betas = (0.9, 0.999)
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.05
+    optimizer.clip = 0.0
+    config.train.rules = common.ADAPTERS_AND_CONNECTOR
     config.train.steps = 50000
-    config.train.rules = (
-        dict(match="decoder/*/lora_?", train=True),
-        dict(match="connector/*", train=True),
-        dict(match="*", train=False),
-    )
     return config

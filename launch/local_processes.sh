@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the program as N processes on this machine's CPU, each with K simulated devices (default 1): the rehearsal of
-# a run on several machines. (GPUs of one machine need no such thing: one process drives them all.)
+# Rehearses a run on several machines: runs the program as N processes on this machine's CPU, each with K simulated
+# devices (default 1). The GPUs of one machine do not need it, because one process drives them all.
 #   launch/local_processes.sh 2 --devices=4 -- --config=configs/brain_tiny.py --workdir=runs/two
-# Process 0 writes to the terminal, process I to process-I.log in the workdir (without one: in a temporary folder).
-# SIGTERM and SIGINT reach every process, which saves and stops. A process that dies ends the others, and its status
-# becomes this script's. Either way the same command continues.
+# Process 0 writes to the terminal, process I to process-I.log in the workdir (or in a temporary folder if there is no
+# --workdir). SIGTERM and SIGINT are sent on to every process, which saves and stops. If a process dies, the others are
+# ended, and the script exits with its status. In both cases the same command continues the run.
 set -euo pipefail
 
 refuse() {
@@ -14,15 +14,15 @@ refuse() {
 
 processes=${1:-}
 [[ $processes =~ ^[1-9][0-9]*$ ]] ||
-    refuse "${processes:-nothing} is no number of processes; write N [--devices=K] -- and the program's arguments."
+    refuse "${processes:-nothing} is not a number of processes; write N [--devices=K] -- and the program's arguments."
 shift
 devices=1
 if [[ ${1:-} == --devices=* ]]; then
     devices=${1#*=}
-    [[ $devices =~ ^[1-9][0-9]*$ ]] || refuse "--devices=$devices is no number of devices; give 1 or more."
+    [[ $devices =~ ^[1-9][0-9]*$ ]] || refuse "--devices=$devices is not a number of devices; give 1 or more."
     shift
 fi
-[[ ${1:-} == -- ]] || refuse "${1:-nothing} stands where -- should; the program's arguments follow --."
+[[ ${1:-} == -- ]] || refuse "${1:-nothing} stands in the place of --; the program's arguments follow --."
 shift
 
 logs=
@@ -49,7 +49,9 @@ forward() {
 trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 
-set -m # a process group each: Ctrl-C arrives here alone and once, and without it children would ignore SIGINT
+# Gives each process a group of its own. Then Ctrl-C reaches only this script, which sends it on once; without a group,
+# background processes would ignore SIGINT.
+set -m
 for ((i = 0; i < processes; i++)); do
     if ((i == 0)); then
         JAX_PROCESS_ID=$i python -m unimed_jax.main "$@" </dev/null &
@@ -58,10 +60,10 @@ for ((i = 0; i < processes; i++)); do
     fi
     pids[i]=$!
 done
-exec 3>&2 2>/dev/null # else bash writes a line of its own about a killed child
-if [[ $stopped ]]; then forward "$stopped"; fi # it came before all had started
+exec 3>&2 2>/dev/null # so that bash does not report a killed process in its own words
+if [[ $stopped ]]; then forward "$stopped"; fi # the signal came before all processes had started
 
-# Gives the others time to notice or to finish a save, then ends them with all that they started.
+# Gives the other processes 15 seconds to notice or to finish a save, then kills them and all that they started.
 end_others() {
     forward TERM
     for ((tenths = 0; tenths < 150; tenths++)); do
@@ -80,8 +82,9 @@ while ((${#pids[@]})); do
         unset "pids[i]"
         if ((status == 0)); then continue; fi
         result=$status
-        if [[ $stopped && ($status == 143 || $status == 130) ]]; then continue; fi # stopped as it was told
-        for j in "${!pids[@]}"; do # others may have ended because of one that was killed: then that one is to be named
+        if [[ $stopped && ($status == 143 || $status == 130) ]]; then continue; fi # stopped as asked
+        # Others may have failed because one was killed; then the killed one is named as the cause.
+        for j in "${!pids[@]}"; do
             if kill -0 "${pids[j]}"; then continue; fi
             other=0
             wait "${pids[j]}" || other=$?
@@ -92,9 +95,9 @@ while ((${#pids[@]})); do
         output="its output is above"
         if ((i > 0)); then
             output="its output is in $logs/process-$i.log"
-            if ((status < 128)); then tail -n 1 "$logs/process-$i.log" >&3; fi # its last word, if it had one
+            if ((status < 128)); then tail -n 1 "$logs/process-$i.log" >&3; fi # its last line
         fi
-        if ((status != 2)); then # at 2 the program has said what to mend
+        if ((status != 2)); then # with status 2 the program itself has said what to correct
             echo "local_processes.sh: process $i of $processes died with status $status and the others were ended;" \
                 "$output, and the same command continues from the last checkpoint." >&3
         fi

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a Cloud TPU slice, from a machine with gcloud (for TPU7x and later see k8s_jobset.yaml):
+# Trains on all hosts of a Cloud TPU slice, started from a machine with gcloud (for TPU7x and later: k8s_jobset.yaml):
 #   launch/tpu_pod.sh NAME ZONE --config=configs/cmoe.py --workdir=/shared/runs/cmoe
 #   launch/tpu_pod.sh NAME ZONE stop
-# The first installs this repository's commit on the hosts if they lack it, starts the run there, detached from this
-# terminal, and shows the output of host 0. Ctrl-C leaves the run alone; the same command shows it again or, once it
-# has stopped, continues it. The second saves and stops.
-# The workdir must be one folder for all hosts: Filestore, or a bucket mounted with gcsfuse (with a hierarchical
-# namespace, so that a finished checkpoint is renamed at once). To mount: the ssh command below, with --worker=all.
+# The first command installs this repository's commit on the hosts if it is missing there, starts the run detached from
+# this terminal, and shows the output of host 0. Ctrl-C ends only the display; the same command shows the output again
+# or, if the run has stopped, continues it. The second command saves and stops.
+# The workdir must be one folder that all hosts share: Filestore, or a bucket mounted with gcsfuse (with a hierarchical
+# namespace, so that renaming a finished checkpoint is one operation). To mount it, use the ssh command below with
+# --worker=all.
 set -euo pipefail
 
 refuse() {
@@ -22,8 +23,8 @@ on() { # HOSTS COMMAND
     gcloud compute tpus tpu-vm ssh "$slice" --zone="$zone" --worker="$1" --command="$2"
 }
 
-# On a host: ~/unimed/COMMIT/{src,venv,installed}, and of the run ~/unimed/{pid,log}.
-# shellcheck disable=SC2016 # these are the hosts' variables
+# Files on a host: ~/unimed/COMMIT/{src,venv,installed}, and ~/unimed/{pid,log} of the run.
+# shellcheck disable=SC2016 # the hosts expand these variables
 alive='grep -qs unimed_jax.main /proc/$(cat ~/unimed/pid)/cmdline'
 if [[ $* == stop ]]; then
     # shellcheck disable=SC2016

@@ -7,12 +7,11 @@ import math
 import operator
 import pickle
 
-import ml_collections
 import pytest
 
 from unimed_jax.config import Config, RuleConfig, config_hash, default_config, to_dict
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.settings import FIDELITY, from_config_dict, load_config_file
+from unimed_jax.settings import FIDELITY, from_config_dict
 
 
 def with_settings(**settings):
@@ -360,60 +359,3 @@ def test_runs_that_cannot_be(name):
 
 def test_nearest():
     assert nearest("grte", ["gate", "up"]) == "; did you mean 'gate'?" and nearest("xyz", ["gate"]) == "."
-
-
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
-
-
-def write(tmp_path, body: str) -> str:
-    path = tmp_path / "mine.py"
-    lines = "".join(f"    {line}\n" for line in body.splitlines())
-    path.write_text(
-        f"from unimed_jax.config import default_config\n\n\ndef get_config(size='s'):\n"
-        f"    config = default_config()\n{lines}    return config\n"
-    )
-    return str(path)
-
-
-def test_config_file(tmp_path):
-    path = write(tmp_path, "config.seed = 4\nconfig.model.decoder.depth = {'s': 2, 'l': 8}[size]")
-    settings = load_config_file(path)
-    assert isinstance(settings, ml_collections.ConfigDict) and settings.name == "mine"
-    assert from_config_dict(settings).model.decoder.depth == 2
-    assert from_config_dict(load_config_file(f"{path}:l")).model.decoder.depth == 8
-
-
-@pytest.mark.parametrize("name", ["brain_tiny", "brain_smollm2", "cmoe"])
-def test_configs_of_the_house(name):
-    settings = load_config_file(f"configs/{name}.py")
-    config = from_config_dict(settings)
-    assert config.name == name
-    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
-
-
-def test_missing_file(tmp_path):
-    path = write(tmp_path, "pass")
-    with pytest.raises(UserError, match=r"--config=.*mina.py does not exist; did you mean '.*mine.py'\?$"):
-        load_config_file(path.replace("mine", "mina"))
-    with pytest.raises(UserError, match="does not exist"):
-        load_config_file("nowhere/at_all.py")
-
-
-@pytest.mark.parametrize(
-    "body, words",
-    [
-        ("config.model.vison.width = 3", ["vison", "vision"]),
-        ("config.model.vision.widht = 3", ["config.model.vision.widht is not a setting; did you mean 'width'?"]),
-        ("config.model.vision.width = 'wide'", ["config.model.vision.width must be int, not 'wide'."]),
-        ("config.optimizer.betas = [0.9, 0.98]\nconfig.seed = 1.5", ["config.seed must be int, not 1.5."]),
-    ],
-    ids=["a group misspelt", "a key misspelt", "a word for a number", "a fraction for a whole number"],
-)
-def test_mistakes_in_a_file(tmp_path, body, words):
-    """A sentence, whether ml_collections or our own check finds it."""
-    with pytest.raises(UserError) as error:
-        from_config_dict(load_config_file(write(tmp_path, body)))
-    sentence = str(error.value)
-    assert all(word in sentence for word in words) and "\n" not in sentence, sentence

@@ -20,9 +20,10 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import interruption
 from unimed_jax import main as door
+from unimed_jax.analyze import chain
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
-from unimed_jax.interruption import Interruption, Stopped, claim, full_disk_told
+from unimed_jax.interruption import Interruption, Stopped, claim, explain_full_disk
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.folder import load_text, write_config
 from unimed_jax.runs.open import open_run
@@ -52,7 +53,7 @@ def compiled_once(quick_compiles, tmp_path_factory):
 def patched(compiled_once, monkeypatch):
     """The door trains on squares and leaves out the evaluation."""
     monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
-    monkeypatch.setattr(door, "_evaluate", lambda run, config: None)
+    monkeypatch.setattr(chain, "evaluate_run", lambda run, config: None)
 
 
 @pytest.fixture(scope="module")
@@ -235,15 +236,15 @@ def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, ca
 # ---- full disks ------------------------------------------------------------------------------------
 def test_errors_of_a_full_disk_become_one_sentence():
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        with pytest.raises(UserError, match=rf"{os.strerror(number)} \(/there\); free some space"), full_disk_told():
+        with pytest.raises(UserError, match=rf"{os.strerror(number)} \(/there\); free some space"), explain_full_disk():
             raise OSError(number, "words", "/there")
-    with pytest.raises(UserError, match=r"No space left on device \(/a/b\)"), full_disk_told():
+    with pytest.raises(UserError, match=r"No space left on device \(/a/b\)"), explain_full_disk():
         try:
             raise ValueError("Failed writing: \"/a/b\": No space left on device [os_error_code='28']")
         finally:
             raise RuntimeError("while closing")
     for error in (OSError(errno.ENOENT, "words", "/there"), ValueError("os_error_code='2'"), KeyError("x")):
-        with pytest.raises(type(error)), full_disk_told():
+        with pytest.raises(type(error)), explain_full_disk():
             raise error
 
 
@@ -293,12 +294,12 @@ sys.path.insert(0, "tests")
 from support.fake_brain import tiny_config
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
-from unimed_jax.interruption import full_disk_told
+from unimed_jax.interruption import explain_full_disk
 from unimed_jax.train.log import Log
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 log = Log(Path(sys.argv[1]), from_config_dict(tiny_config()), 0)
 try:
-    with full_disk_told():
+    with explain_full_disk():
         for step in range(10_000):
             log.write(step, {"train/loss": 1.0})
 except UserError as error:
@@ -315,6 +316,7 @@ FORKS = """
 import os, sys
 from support.fake_brain import Squares
 from unimed_jax import main as door
+from unimed_jax.analyze import chain
 from unimed_jax.analyze import chain
 from unimed_jax.data import datasets
 from unimed_jax.train import loop

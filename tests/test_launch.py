@@ -122,7 +122,7 @@ def test_memory_of_a_card_is_the_users_to_set(place, monkeypatch):
 def test_an_unknown_platform_is_refused():
     done = run(LAUNCH / "xla_flags.sh", "gpus")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "xla_flags.sh: gpus is no platform; give cpu, gpu, gpu-exact or tpu.\n"
+    assert done.stderr == "xla_flags.sh: gpus is not a platform; give cpu, gpu, gpu-exact or tpu.\n"
 
 
 # --- local_processes.sh
@@ -147,7 +147,7 @@ def test_a_dead_process_ends_the_others(what, status, last_word, place):
     begin = time.monotonic()
     done = run(LAUNCH / "local_processes.sh", "3", "--", "--workdir", "run", what)
     assert done.returncode == status
-    assert Path("saved-2").exists()  # it was told, and waited for
+    assert Path("saved-2").exists()  # it was asked to stop, and waited for
     assert time.monotonic() - begin < 10
     assert done.stderr == (
         f"{last_word}local_processes.sh: process 1 of 3 died with status {status} and the others were ended; its "
@@ -176,10 +176,10 @@ def test_a_signal_reaches_all_processes(sent, place):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "nothing is no number of processes; write N [--devices=K] -- and the program's arguments."),
-        (["0", "--"], "0 is no number of processes; write N [--devices=K] -- and the program's arguments."),
-        (["2", "--devices=x", "--"], "--devices=x is no number of devices; give 1 or more."),
-        (["2", "--config=a.py"], "--config=a.py stands where -- should; the program's arguments follow --."),
+        ([], "nothing is not a number of processes; write N [--devices=K] -- and the program's arguments."),
+        (["0", "--"], "0 is not a number of processes; write N [--devices=K] -- and the program's arguments."),
+        (["2", "--devices=x", "--"], "--devices=x is not a number of devices; give 1 or more."),
+        (["2", "--config=a.py"], "--config=a.py stands in the place of --; the program's arguments follow --."),
     ],
 )
 def test_wrong_words_are_one_sentence(words, sentence, place):
@@ -297,7 +297,7 @@ def test_tpu_hosts_are_installed_once(hosts, home):
     assert uv[1].endswith(f"./unimed/{home.name}/src[tpu,demo]")
 
 
-def test_tpu_hosts_run_the_same_command_until_told_to_stop(hosts, home, monkeypatch):
+def test_tpu_hosts_run_the_same_command_until_asked_to_stop(hosts, home, monkeypatch):
     (home / "venv/bin").mkdir(parents=True)
     (home / "venv/bin/python").symlink_to(sys.executable)
     (home / "src").mkdir()

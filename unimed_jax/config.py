@@ -89,7 +89,8 @@ class ConnectorConfig:
     ] = "moe_mlp"
     experts: Count = 5  # of a mixture
     hidden: Count | None = None  # hidden units of a moe_mlp expert; None: the decoder's width
-    # soft: all experts by softmax; sparse: the `top_k` best; hard: one expert per task; constant: all alike.
+    # soft: all experts, by sigmoids divided by their sum; sparse: the `top_k` best, by a softmax over these; hard: one
+    # expert per task; constant: all alike.
     router: Literal["soft", "sparse", "hard", "constant"] = "soft"
     # What the router reads: task token and visual token, the visual token, or the task token.
     router_input: Literal["task_token", "token", "task"] = "task_token"

@@ -1,13 +1,13 @@
-"""`UserError`, the one exception whose text a person reads, and the suggestion of a nearest word."""
+"""Defines `UserError`, the one exception whose text is written for the user, and suggests similar words for it."""
 
 import difflib
 
 
 class UserError(Exception):
-    """A mistake that a person can mend: one sentence of what, where and what to do."""
+    """Reports a mistake that the user can mend, in one sentence: what is wrong, where, and what to do."""
 
 
 def nearest(word: str, choices) -> str:
-    """The end of a sentence: `; did you mean 'X'?` when something close is among `choices`, else a full stop."""
+    """Ends a sentence with `; did you mean 'X'?` if one of `choices` is similar to `word`, else with a full stop."""
     match = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else "."

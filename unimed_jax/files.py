@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Writes files and folders completely or not at all, so that a crash leaves no half of one."""
 
 import contextlib
 import os
@@ -11,48 +11,53 @@ from unimed_jax.errors import UserError
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when all went well and vanishes when not.
+    """Gives a temporary folder to write into; it becomes `path` on success and is removed on an error.
 
-    Raises UserError where `path` holds something already.
+    Raises UserError if `path` exists and is not an empty folder, or if it cannot be written.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; choose another folder, or remove it.")
-    beside = path.parent / f".{path.name}.{os.getpid()}"
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        for file in beside.rglob("*"):
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
             if file.is_file():
                 _flush(file)
-        beside.replace(path)
+        temporary.replace(path)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise _unwritable(path, error) from error
 
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when all went well and vanishes when not."""
+    """Gives a temporary path to write; the file replaces `path` on success and is removed on an error.
+
+    Raises UserError if the file cannot be written.
+    """
     path = Path(path)
-    beside = path.parent / f".{path.name}.{os.getpid()}"
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        _flush(beside)
-        beside.replace(path)
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 
 def _unwritable(path: Path, error: BaseException) -> BaseException:
+    """Turns an error of the operating system into a UserError about `path`; other errors stay as they are."""
     if isinstance(error, OSError):
         return UserError(f"{path} could not be written ({error.strerror or error}) and nothing of it was kept.")
     return error
 
 
 def _flush(file: Path) -> None:
+    """Waits until a file's content is on the disk, because a rename may get there before the content does."""
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

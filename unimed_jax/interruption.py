@@ -1,4 +1,4 @@
-"""What ends a run early, and how: a signal, a full disk, another run in the same folder."""
+"""Ends a run early in an orderly way: after a signal, on a full disk, or if another run uses the same folder."""
 
 import contextlib
 import errno
@@ -8,15 +8,18 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from unimed_jax.errors import UserError
 
 
 class Stopped(BaseException):
-    """A signal asked for the end. Says where the run stands; `status` is the exit status that goes with it."""
+    """Ends the program because a signal asked for it; `status` is the exit status to end with.
+
+    `where` continues the sentence after the signal's name, as in ", saved after step 6".
+    """
 
     def __init__(self, number: int, where: str = ""):
         super().__init__(f"stopped by {_name(number)}{where}; the same command continues.")
@@ -24,12 +27,13 @@ class Stopped(BaseException):
 
 
 def _name(number: int) -> str:
+    """Names a signal as a user knows it."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it, SIGTERM and Ctrl-C raise `Stopped` at once, except where `Interruption` makes them wait."""
+    """Makes SIGTERM and Ctrl-C raise `Stopped` at once inside the block, except while `Interruption` delays them."""
 
     def stop(number, frame):
         raise Stopped(number)
@@ -39,7 +43,8 @@ def stoppable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handling(handler, *numbers: int) -> Iterator[None]:
+def _handling(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Handles the signals of these numbers inside the block, and restores the old handlers after it."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -49,7 +54,7 @@ def _handling(handler, *numbers: int) -> Iterator[None]:
 
 
 class Interruption:
-    """Lets SIGTERM and the first Ctrl-C wait until the step under way is done; a second Ctrl-C ends the process.
+    """Delays SIGTERM and the first Ctrl-C until the current step is done; a second Ctrl-C ends the process.
 
     with Interruption() as interruption:
         for ...:
@@ -58,42 +63,44 @@ class Interruption:
                 ...  # save
                 raise interruption.stopped(steps_done)
 
-    Several processes must stop after the same step, whichever of them got the signal: then SIGTERM is left to
-    jax's preemption service, which lets them agree, and which a handler in Python would put out of work.
+    Several processes must stop after the same step, whichever of them got the signal. They agree on it through jax's
+    preemption service, which listens for SIGTERM itself and stops working if Python installs its own handler.
     """
 
     def __init__(self) -> None:
-        import jax  # this file is read by the door, which answers --help without it
+        import jax  # imported here, so that --help does not wait for it
 
-        self._alone = jax.process_count() == 1
+        self._single = jax.process_count() == 1
         self._number: int | None = None  # of the signal
-        self._steps = 0  # the service knows no other steps than those of this process's life
+        self._steps = 0  # the service counts from the start of the process, not of the run
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> "Interruption":
-        numbers = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
+        numbers = (signal.SIGINT, signal.SIGTERM) if self._single else (signal.SIGINT,)
         self._context.enter_context(_handling(self._ask, *numbers))
         return self
 
     def __exit__(self, *error) -> None:
         self._context.close()
-        if not self._alone:  # from here on nobody asks the service
+        if not self._single:
+            # Nothing asks the service any more, so SIGTERM goes back to Python's handler.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
-    def _ask(self, number, frame) -> None:
+    def _ask(self, number: int, frame: Any) -> None:
+        """Notes a signal; the second Ctrl-C ends the process."""
         again = number == self._number == signal.SIGINT
-        # Not print: a handler may run in the middle of one.
+        # os.write, because the signal may come in the middle of a print.
         if again:
             os.write(2, b"\nunimed_jax: stopped at once; the same command continues from the last checkpoint.\n")
             os._exit(128 + number)
         os.write(2, f"\n{_name(number)}: finishing this step and saving (Ctrl-C twice stops at once)\n".encode())
         self._number = number
-        if number == signal.SIGINT and not self._alone:
+        if number == signal.SIGINT and not self._single:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self) -> bool:
-        """Whether to stop after this step; to be asked once after every step, by every process."""
-        if self._alone:
+        """Says whether to stop after this step. Every process must ask exactly once after every step."""
+        if self._single:
             return self._number is not None
         from jax.experimental import multihost_utils
 
@@ -101,18 +108,19 @@ class Interruption:
         return multihost_utils.reached_preemption_sync_point(self._steps)
 
     def stopped(self, step: int) -> Stopped:
+        """Makes the exception to raise once step number `step` has been saved."""
         return Stopped(self._number or signal.SIGTERM, f", saved after step {step}")
 
 
 # ---- one run, one folder ---------------------------------------------------------------------------
-_claims: dict[Path, TextIO] = {}
+_claims: dict[Path, TextIO] = {}  # lock file -> the open file that holds the lock until the process ends
 
 
 def claim(folder: Path) -> None:
-    """Keeps other processes from training in `folder` until this one ends, however it ends.
+    """Locks `folder` against other runs until this process ends, however it ends.
 
-    Not only until training ends: the evaluation writes there too. Of several processes the first one claims for
-    all. Raises UserError where another run has it.
+    The lock outlives training, because the evaluation writes there, too. If a run has several processes, the first
+    one locks for all. Raises UserError if another run has the lock.
     """
     import jax
 
@@ -130,7 +138,7 @@ def claim(folder: Path) -> None:
         raise UserError(
             f"{folder} is in use by the run of {owner}; wait until that has ended, or choose another --workdir."
         ) from error
-    except OSError as error:  # some network file systems know no locks
+    except OSError as error:  # some network file systems do not support locks
         print(f"unimed_jax: {folder} cannot be locked ({error.strerror}); start no second run in it.", file=sys.stderr)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
@@ -143,14 +151,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def full_disk_told() -> Iterator[None]:
-    """Turns the many errors that a full disk causes, and those that they cause in turn, into a UserError."""
+def explain_full_disk() -> Iterator[None]:
+    """Turns any error that a full disk caused, directly or through other errors, into one UserError."""
     try:
         yield
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            # What writes arrays raises ValueErrors that quote the system's number.
+            # The library that writes arrays raises ValueErrors that quote the system's error number.
             quoted = re.search(r"os_error_code='(\d+)'", str(cause))
             number = int(quoted[1]) if quoted else getattr(cause, "errno", None)
             if number in FULL:
@@ -163,5 +171,6 @@ def full_disk_told() -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
+    """Names the file that an error is about, in parentheses; empty if it names none."""
     file = getattr(error, "filename", None) or next(iter(re.findall(r'"(/[^"]+)"', str(error))), None)
     return f" ({file})" if file else ""

@@ -10,7 +10,7 @@ import sys
 
 from unimed_jax import processes, verbs
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.interruption import Stopped, full_disk_told, stoppable
+from unimed_jax.interruption import Stopped, explain_full_disk, stoppable
 
 VERBS = sorted(name for _, name, _ in pkgutil.iter_modules(verbs.__path__) if name != "options")
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         verb = argv[0] if argv and not argv[0].startswith("-") else "train"
         if verb not in VERBS:
             raise UserError(f"{verb!r} is not a verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}.")
-        with stoppable(), full_disk_told(), processes.lost_processes_told():
+        with stoppable(), explain_full_disk(), processes.explain_lost_process():
             processes.join()
             _module(verb).run(argv[1:] if argv[:1] == [verb] else argv)
     except UserError as error:

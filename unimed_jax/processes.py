@@ -1,9 +1,9 @@
-"""Several processes as one run: joining, and who may write.
+"""Lets several processes work as one run: how they connect, and which one writes.
 
-A process belongs to a run of several where the environment says so (the scripts in launch/ set it):
-JAX_NUM_PROCESSES=auto (the machine knows, as a TPU pod does), or a number beside JAX_PROCESS_ID and
-JAX_COORDINATOR_ADDRESS. All processes run the same program; process 0 alone logs and writes what is not sharded.
-(jax is imported where it is needed: the door answers --help without it.)
+The environment says whether a process belongs to a run of several (the scripts in launch/ set it):
+JAX_NUM_PROCESSES=auto if the machine knows the others, as a TPU pod does, else a number together with JAX_PROCESS_ID
+and JAX_COORDINATOR_ADDRESS. All processes run the same program; only process 0 logs and writes what is not sharded.
+The functions import jax themselves, so that --help does not wait for it.
 """
 
 import contextlib
@@ -14,11 +14,14 @@ from collections.abc import Iterator
 
 from unimed_jax.errors import UserError
 
-DEAD_AFTER = 30  # seconds without a sign of life until a process counts as dead
+DEAD_AFTER = 30  # seconds without a heartbeat until a process counts as dead
 
 
 def join() -> None:
-    """Connects to the other processes; returns at once where there are none. To be called before any device is used."""
+    """Connects to the other processes of the run, if there are any; must be called before any device is used.
+
+    Raises UserError if the environment is incomplete.
+    """
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     if not count or count == "1":
         return
@@ -37,6 +40,7 @@ def join() -> None:
 
 
 def leads() -> bool:
+    """Says whether this is process 0, which logs and writes for all."""
     import jax
 
     return jax.process_index() == 0
@@ -50,7 +54,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
-    """Process 0 runs the block before the others do, so that these find the files that it wrote."""
+    """Lets process 0 run the block before the other processes do, so that they find the files that it wrote."""
     import jax
 
     if jax.process_count() == 1:
@@ -66,8 +70,8 @@ def leader_first(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lost_processes_told() -> Iterator[None]:
-    """Ends this process with one sentence where another one of the run has died: no step can be finished without it."""
+def explain_lost_process() -> Iterator[None]:
+    """Ends this process with one sentence if another process of the run has died, because no step can finish then."""
     try:
         yield
     except RuntimeError as error:
@@ -83,4 +87,4 @@ def lost_processes_told() -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # an ordinary exit would wait for the dead one
+        os._exit(1)  # an ordinary exit would wait for the dead process

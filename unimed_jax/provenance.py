@@ -1,4 +1,4 @@
-"""Which code and settings produced a result, and values as JSON holds them."""
+"""Names the code that produced a result, and turns values into plain JSON."""
 
 import importlib.metadata
 import subprocess
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def plain(value):
-    """Nested numpy values as JSON's own; a number that is not finite becomes None."""
+    """Converts nested numpy values to JSON's own types; a number that is not finite becomes None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -22,7 +22,7 @@ def plain(value):
 
 
 def code_version() -> str:
-    """Package version and, where the code lies in a git checkout, the commit: "0.1.0+g1a2b3c4 (modified)"."""
+    """Names the package version and, in a git checkout, the commit: "0.1.0+g1a2b3c4 (modified)"."""
     folder = Path(__file__).resolve().parent
     try:
         version = importlib.metadata.version("unimed_jax")
@@ -36,7 +36,7 @@ def code_version() -> str:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy may lie inside somebody else's checkout: only a tracked file speaks for the code.
+    # An installed copy may lie inside an unrelated checkout, so the commit counts only if it tracks this file.
     if git("ls-files", "--error-unmatch", __file__) is None:
         return version
     commit = git("rev-parse", "--short=7", "HEAD")

@@ -1,4 +1,4 @@
-"""What trains, and how: `train.rules` applied to parameter paths."""
+"""Decides which leaves train, and how: `train.rules` applied to parameter paths."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,18 @@ from unimed_jax.errors import UserError, nearest
 
 
 class LeafRule(NamedTuple):
+    """Says how one leaf is treated."""
+
     train: bool
-    lr_scale: float
+    lr_scale: float  # factor of the learning rate
     weight_decay: float
 
 
 def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerConfig) -> dict[str, LeafRule]:
-    """What `train.rules` says of every leaf: the first pattern that matches its path.
+    """Finds the rule of every leaf, by path: the first of `train.rules` whose pattern matches.
 
-    Without a weight decay of its own a rule follows the published grouping: biases and norm scales are
-    not decayed, all else is (task tokens and LoRA too). Raises UserError where no pattern matches a leaf,
-    or a pattern no leaf.
+    A rule without a weight decay follows the published grouping: biases and norm scales are not decayed, everything
+    else is (task tokens and LoRA, too). Raises UserError if a leaf matches no pattern, or a pattern no leaf.
     """
     rules: dict[str, LeafRule] = {}
     used = set()
@@ -41,7 +42,7 @@ def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerCon
 
 
 def leaf_dtypes(rules: Mapping[str, LeafRule], frozen_dtype: str) -> dict[str, str]:
-    """How every leaf is stored: float32 if it trains, else `frozen_dtype`.
+    """Chooses how every leaf is stored, by path: float32 if it trains, else `frozen_dtype`.
 
     Routers of experts stay float32 as well, because rounding their weights would change which expert is chosen.
     """

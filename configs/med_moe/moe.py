@@ -1,12 +1,10 @@
-"""Med-MoE, stage 3: experts in every second layer, each a copy of the MLP that stage 2 left, beside the meta expert."""
+"""Med-MoE, stage 3: experts in every second layer, each a copy of the MLP of stage 2, next to the meta expert."""
 
-from pathlib import Path
-
-from unimed_jax.settings import load_config_file
+import common
 
 
 def get_config(size=""):
-    config = load_config_file(f"{Path(__file__).with_name('base.py')}:{size}")
+    config = common.med_moe(size)
     config.name = f"med_moe_{size}/moe"
     config.init = (
         ("seed", ""),
@@ -16,13 +14,20 @@ def get_config(size=""):
 
     # Four experts, one of them and the meta expert for every token; nothing is dropped, and nothing balances them.
     moe = config.model.moe
-    moe.experts, moe.placement, moe.top_k, moe.meta, moe.aux_coef = 4, "sparse", 1, True, 0.0
+    moe.experts = 4
+    moe.placement = "sparse"
+    moe.top_k = 1
+    moe.meta = True
+    moe.aux_coef = 0.0
 
     # Questions about images padded to a square.
-    config.data.fit, config.data.sources = "pad", config.evaluate.sources
+    config.data.fit = "pad"
+    config.data.sources = config.evaluate.sources
 
     # Nine epochs of 44,000 in batches of 64. All MLPs train, with experts or not, and the projector.
-    config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 2e-5, 6192, 186
+    config.optimizer.lr = 2e-5
+    config.optimizer.warmup_steps = 186
+    config.train.steps = 6192
     config.train.rules = (
         dict(match="decoder/layers/moe/router/*", train=False),
         dict(match="decoder/layers/m*", train=True),  # mlp, moe
@@ -32,5 +37,7 @@ def get_config(size=""):
 
     if size == "tiny":
         config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=3),)
-        config.optimizer.lr, config.train.steps, config.optimizer.warmup_steps = 1e-3, 400, 12
+        config.optimizer.lr = 1e-3
+        config.optimizer.warmup_steps = 12
+        config.train.steps = 400
     return config

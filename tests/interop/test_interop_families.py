@@ -39,7 +39,7 @@ def imported(folder, config: DecoderConfig) -> Decoder:
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
     model = abstract(settings)
     leaves = {path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/")}
-    loaded = hf.load_decoder(folder, config, Destination(leaves))
+    loaded = hf.load_decoder(folder, settings, Destination(leaves))
     assert loaded.keys() == leaves.keys()
     return with_parameters(model, loaded).decoder
 

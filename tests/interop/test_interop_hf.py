@@ -28,7 +28,7 @@ def peers(tmp_path_factory):
 def imported(folder, config: DecoderConfig) -> dict:
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
     leaves = {path: leaf for path, leaf in parameters(abstract(settings)).items() if path.startswith("decoder/")}
-    return hf.load_decoder(folder, config, Destination(leaves))
+    return hf.load_decoder(folder, settings, Destination(leaves))
 
 
 def change(folder, tmp_path, **fields):

@@ -119,7 +119,7 @@ def test_refusals(tmp_path):
         other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
         with pytest.raises(UserError, match=match):
             med_moe.model_to_med_moe(other)
-    with pytest.raises(UserError, match="missing or no JSON"):
+    with pytest.raises(UserError, match="missing or is not JSON"):
         med_moe.read_med_moe_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(words))
     other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=5))
@@ -167,7 +167,7 @@ def test_experts_start_as_copies(family, tmp_path):
         hidden.append(np.asarray(run(decoder))[mask == 1])
     np.testing.assert_allclose(hidden[1], hidden[0], atol=1e-5)
     with_meta = dataclasses.replace(mixed, moe=dataclasses.replace(mixed.moe, meta=True, residual=True))
-    loaded = hf.load_decoder(folder, with_meta.decoder, Destination(parameters(abstract(with_meta))), moe=with_meta.moe)
+    loaded = hf.load_decoder(folder, with_meta, Destination(parameters(abstract(with_meta))))
     for part in ("meta", "residual"):
         up = loaded[f"decoder/layers/moe/{part}/up/kernel"]
         np.testing.assert_array_equal(up[0], loaded["decoder/layers/moe/experts/up/kernel"][0, 2])

@@ -110,7 +110,7 @@ def ours(base, lora: LoraConfig, folder=None):
     config = settings_of(base, lora)
     model = abstract(config)
     leaves = {path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/")}
-    loaded = hf.load_decoder(base, config.decoder, Destination(leaves))
+    loaded = hf.load_decoder(base, config, Destination(leaves))
     adapted = peft.load_peft(folder, config, Destination(leaves)) if folder else {}
     assert (loaded | adapted).keys() == leaves.keys()
     return config, with_parameters(model, loaded | adapted).decoder, adapted

@@ -11,6 +11,7 @@ from support import tiny
 from unimed_jax.config import VisionConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf_config, towers
+from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import Stored, Tensors, check, to_published
@@ -79,9 +80,10 @@ def peers(tmp_path_factory):
 
 
 def imported(kind, path, config: VisionConfig):
-    model = abstract(dataclasses.replace(tiny.CONFIG, vision=config))
+    settings = dataclasses.replace(tiny.CONFIG, vision=config)
+    model = abstract(settings)
     leaves = {p: leaf for p, leaf in parameters(model).items() if p.startswith("vision/")}
-    loaded = towers.load_tower(kind, path, config, Destination(leaves))
+    loaded = SOURCES[kind].load(path, settings, Destination(leaves))
     assert loaded.keys() == leaves.keys()
     return with_parameters(model, loaded).vision
 
@@ -142,7 +144,7 @@ def test_what_does_not_fit(peers, tmp_path):
     with pytest.raises(UserError, match="is not the tower"):
         imported("siglip", other, config)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="'llama' is no vision tower"):
+    with pytest.raises(UserError, match="'llama' is not a vision tower"):
         towers.tower_from_hf(hf_config.read_hf_config(tmp_path))
 
 
@@ -167,9 +169,9 @@ def test_eva_file(tmp_path, size):
     torch = pytest.importorskip("torch", reason=NEEDS)
     tensors = eva_tensors(np.random.default_rng(0), depth=3)
     torch.save({name: torch.tensor(x) for name, x in tensors.items()}, tmp_path / "eva.pth")
-    config = tiny.config(vision={"depth": 2, "image_size": size}).vision
-    model = abstract(dataclasses.replace(tiny.CONFIG, vision=config))
-    loaded = towers.load_tower("eva", tmp_path / "eva.pth", config, Destination(parameters(model)))
+    config = tiny.config(vision={"depth": 2, "image_size": size})
+    model = abstract(config)
+    loaded = towers.load_eva(tmp_path / "eva.pth", config, Destination(parameters(model)))
     assert {p for p in parameters(model) if p.startswith("vision/")} - loaded.keys() == {
         "vision/output_norm/scale",
         "vision/output_norm/bias",
@@ -185,9 +187,9 @@ def test_eva_file_of_another_model(tmp_path):
     tensors = eva_tensors(np.random.default_rng(0), depth=4)
     tensors["pos_embed"] = tensors["pos_embed"][:, :13]  # 12 patches are no square
     torch.save({name: torch.tensor(x) for name, x in tensors.items()}, tmp_path / "eva.pth")
-    config = tiny.config(vision={"depth": 2}).vision
+    config = tiny.config(vision={"depth": 2})
     with pytest.raises(UserError) as error:
-        towers.load_tower("eva", tmp_path / "eva.pth", config, Destination(parameters(abstract(tiny.CONFIG))))
+        towers.load_eva(tmp_path / "eva.pth", config, Destination(parameters(abstract(tiny.CONFIG))))
     assert "blocks.3.norm1.weight" in str(error.value) and "blocks.2." not in str(error.value)
     assert "pos_embed is of shape [1, 13, 12] in place of [1, 17, 12]" in str(error.value)
 

@@ -122,9 +122,10 @@ def random_llama(**differ):
 
 
 def imported(path, config: DecoderConfig) -> Decoder:
-    model = abstract(dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0)))
+    settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
+    model = abstract(settings)
     leaves = {name: leaf for name, leaf in parameters(model).items() if name.startswith("decoder/")}
-    loaded = load_gguf(path, config, Destination(leaves))
+    loaded = load_gguf(path, settings, Destination(leaves))
     assert loaded.keys() == leaves.keys()
     return with_parameters(model, loaded).decoder
 

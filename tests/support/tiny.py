@@ -5,7 +5,20 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from unimed_jax.config import (
+    TASKS,
+    VISUAL_TASKS,
+    Config,
+    ConnectorConfig,
+    DataConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RuleConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from unimed_jax.data import layout
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import UniMed
@@ -79,3 +92,17 @@ def mixed_batch(rng, rows: int = 4, reduction: str = "token") -> dict[str, np.nd
         task = (*VISUAL_TASKS, TASKS[-1])[row % len(TASKS)]
         groups.append([group(rng, task, images=int(task in VISUAL_TASKS), answer=2 + row)])
     return layout.training_batch(groups, shape(), PAD, reduction)
+
+
+ADAPT = (RuleConfig("connector/*", True), RuleConfig("*/lora_?", True), RuleConfig("*", False))
+
+
+def training(model: ModelConfig | None = None, rows: int = 8, **train) -> Config:
+    """Settings that train connector and adapters of a model of one layer on the rows of `mixed_batch`."""
+    row = shape()
+    return Config(
+        model=model or config(vision={"depth": 1}, decoder={"depth": 1}),
+        data=DataConfig(rows=rows, row_tokens=row.tokens, row_images=row.images, row_answers=row.answers),
+        optimizer=OptimizerConfig(skip_unused=True),
+        train=TrainConfig(rules=ADAPT, **train),
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from unimed_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RuleConfig, TrainConfig
+from unimed_jax.config import MeshConfig
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.train.program import build
@@ -19,7 +19,6 @@ from unimed_jax.train.step import first_state
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROWS = 8
-ADAPT = (RuleConfig("connector/*", True), RuleConfig("*/lora_?", True), RuleConfig("*", False))
 
 HEAVY = ("grain", "ml_collections", "tensorflow_datasets", "transformers", "tokenizers", "PIL", "matplotlib", "orbax")
 
@@ -40,23 +39,12 @@ print(*sorted({{name.split(".")[0] for name in sys.modules}} & set({HEAVY!r})))
     assert set(out.stdout.split()) >= {module} if module else out.stdout.split() == []
 
 
-def settings(model=None, **data) -> Config:
-    shape = tiny.shape()
-    rows = {"rows": ROWS, "row_tokens": shape.tokens, "row_images": shape.images, "row_answers": shape.answers}
-    return Config(
-        model=model or tiny.config(vision={"depth": 1}, decoder={"depth": 1}),
-        data=DataConfig(**{**rows, **data}),
-        optimizer=OptimizerConfig(skip_unused=True),
-        train=TrainConfig(rules=ADAPT),
-    )
-
-
 def described(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
 def test_shapes_are_those_of_weights_and_batches_and_compile_ahead_of_time():
-    config = settings()
+    config = tiny.training(rows=ROWS)
     program = build(config, None)
     batch = tiny.mixed_batch(np.random.default_rng(0), ROWS)
     leaves = parameters(tiny.model(config.model))
@@ -73,7 +61,7 @@ def test_shapes_are_those_of_weights_and_batches_and_compile_ahead_of_time():
 
 def test_on_a_mesh_every_shape_says_where_it_lies():
     """As `first_state` and `on_devices` put the arrays: the compiled program takes them as they are."""
-    config = settings()
+    config = tiny.training(rows=ROWS)
     mesh = sharding.make_mesh(MeshConfig(auto=False, data=2, fsdp=2, tensor=2), ROWS)
     program = build(config, mesh)
     leaves = parameters(tiny.model(config.model))
@@ -96,7 +84,7 @@ def test_on_a_mesh_every_shape_says_where_it_lies():
 
 def test_leaves_that_do_not_train_are_stored_small_except_the_routers_of_experts():
     model = tiny.config(decoder={"depth": 2}, moe={"experts": 2}, lora={"targets": ("q",)})
-    program = build(settings(dataclasses.replace(model, frozen_dtype="bfloat16")), None)
+    program = build(tiny.training(dataclasses.replace(model, frozen_dtype="bfloat16")), None)
     exact = {path for path, leaf in program.frozen.items() if leaf.dtype == jnp.float32}
     assert exact == {path for path in program.frozen if "/moe/router/" in path} != set()
     assert all(leaf.dtype == jnp.float32 for leaf in program.state.leaves.values())

@@ -80,7 +80,7 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
     meter = Meter(shares)
     pending = None  # the step before, still running while the next batch is made
     # Innermost: closing would wait for a save that a lost process never finishes.
-    lost = processes.lost_processes_told()
+    lost = processes.explain_lost_process()
     with Interruption() as interruption, closing(checkpoints), closing(log), lost:
         for i, batch in zip(range(first, config.train.steps), pipeline.batches(first, share, shares), strict=False):
             lr = learning_rate(i, config.train.steps, config.optimizer)

@@ -1,4 +1,6 @@
-"""The training loss: cross entropy on answer positions, summed over a batch."""
+"""Computes the training loss: cross entropy on answer positions, summed over a batch for each task."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,37 +42,69 @@ def cross_entropy(
     return jnp.where(is_coordinate, -(soft * log_c).sum(axis=-1), nll), factor
 
 
-def loss_sums(
+class Losses(NamedTuple):
+    """Sums over a batch, so that batches can be added: the loss of any set of them is `total` / `weight`.
+
+    It stays the same however a batch is divided over micro-steps and devices.
+    """
+
+    tasks: Array  # [tasks]: weighted cross entropies of each task's answer tokens
+    weights: Array  # [tasks]: their weights
+    balance: Array  # []: loss that balances the decoder's experts, times the weight; 0 without experts
+
+    @property
+    def total(self) -> Array:
+        """What is minimised, times the weight: the tasks' sums and the balancing loss."""
+        return self.tasks.sum() + self.balance
+
+    @property
+    def weight(self) -> Array:
+        return self.weights.sum()
+
+
+def task_losses(
     model: UniMed,
     batch: Batch,
     loss: LossConfig,
     coordinate_start: int | None,
     dropout_key: Key[Array, ""] | None,
     noise: Noise | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Sum of weighted cross entropies, and sums to divide by and to log.
+) -> tuple[Losses, dict[str, Array]]:
+    """Computes the losses of a batch by task, and sums to log.
 
-    The loss of any set of batches is sum(first) / sum(aux["weight"]), so it stays the same however a batch
-    is split over micro-steps and devices. aux: weight [], task_loss [tasks], task_weight [tasks],
-    routing [visual tasks, E], slots [visual tasks]; of the decoder's layers with experts balance [layers] times the
-    weight, and tokens [layers, E]. Their balancing loss, of all the tokens given here, is in the sum times the weight.
+    The dict, all float32: slots [visual tasks] (images of each task) and routing [visual tasks, E] (the connector's
+    weights, summed over those images); of the decoder's layers with experts balance [layers] times the weight, and
+    tokens [layers, E]. `dropout_key` and `noise` as in Decoder.
     """
     out = model(batch, dropout_key, noise)
     nll, factor = cross_entropy(answer_logits(model, out.hidden, batch), batch["targets"], loss, coordinate_start)
     weights = batch["weights"] * factor
-    weighted = nll * weights
+    # Multiplied and added, not as a product of matrices, which accelerators round to fewer bits.
     by_task = jax.nn.one_hot(batch["target_tasks"], len(TASKS))  # [B, A, tasks], zeros where unused
-    slots = jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(VISUAL_TASKS))  # [B * M, visual tasks]
-    aux = {
-        "weight": weights.sum(),
-        "task_loss": jnp.einsum("ba,bat->t", weighted, by_task),
-        "task_weight": jnp.einsum("ba,bat->t", weights, by_task),
-        "slots": slots.sum(axis=0),  # [visual tasks]
-    }
+    weights_by_task = (weights[..., None] * by_task).sum(axis=(0, 1))  # [tasks]
+    tasks = ((nll * weights)[..., None] * by_task).sum(axis=(0, 1))  # [tasks]
+    of_task = jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(VISUAL_TASKS))  # [B * M, visual tasks]
+    logged = {"slots": of_task.sum(axis=0)}
     if out.routing is not None:
-        aux["routing"] = jnp.einsum("nte,nv->ve", jax.lax.stop_gradient(out.routing), slots) / out.routing.shape[1]
-    total = weighted.sum()
+        routing = jax.lax.stop_gradient(out.routing)
+        logged["routing"] = jnp.einsum("nte,nv->ve", routing, of_task) / routing.shape[1]
+    balance = jnp.zeros(())
     if out.experts is not None:
-        aux["balance"], aux["tokens"] = out.experts.aux * aux["weight"], out.experts.counts.astype(jnp.float32)
-        total += model.config.moe.aux_coef * aux["balance"].sum()
-    return total, aux
+        logged["balance"] = out.experts.aux * weights_by_task.sum()
+        logged["tokens"] = out.experts.counts.astype(jnp.float32)
+        balance = model.config.moe.aux_coef * logged["balance"].sum()
+    return Losses(tasks, weights_by_task, balance), logged
+
+
+def loss_sums(model: UniMed, *arguments, **keywords) -> tuple[Array, dict[str, Array]]:
+    """The total of `task_losses` as a number that `jax.grad` takes; the dict also holds weight, task_loss, task_weight.
+
+    For tests and analyses of a model without a training program.
+    """
+    losses, logged = task_losses(model, *arguments, **keywords)
+    return losses.total, {
+        "weight": losses.weight,
+        "task_loss": losses.tasks,
+        "task_weight": losses.weights,
+        **logged,
+    }

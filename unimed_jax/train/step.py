@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from unimed_jax.config import Config
+from unimed_jax.config import TASKS, Config
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.unimed import Batch, UniMed
-from unimed_jax.train.loss import loss_sums
+from unimed_jax.train.gradients import STRATEGIES, along
+from unimed_jax.train.loss import task_losses
 from unimed_jax.train.optimizer import Leaves, Optimizer, participation
 
 
@@ -39,37 +40,45 @@ def make_step(
     # A key also says that this is training, which experts of limited room must know.
     random = config.model.lora.rank > 0 and config.model.lora.dropout > 0 or config.model.moe.trains_otherwise
 
-    def sums(leaves: Leaves, frozen: Leaves, batch: Batch, key):
-        return loss_sums(with_parameters(model, {**frozen, **leaves}), batch, config.loss, coordinate_start, key)
+    combination = STRATEGIES[config.train.gradients]()
+    directions = combination.directions(len(TASKS) + 1)
 
     def gradients(leaves: Leaves, frozen: Leaves, batch: Batch, key):
-        """Sums over the batch, in `accumulation` micro-batches one after another."""
-        grad = jax.value_and_grad(sums, has_aux=True)
+        """(gradients [k, *shape] along the strategy's directions, losses, sums to log) of some rows."""
+
+        def run(leaves: Leaves):
+            full = with_parameters(model, {**frozen, **leaves})
+            return task_losses(full, batch, config.loss, coordinate_start, key)
+
+        return along(directions, run, leaves)
+
+    def accumulated(leaves: Leaves, frozen: Leaves, batch: Batch, key):
+        """The same of the whole batch, in `accumulation` micro-batches one after another."""
         micro = config.train.accumulation
         if micro == 1:
-            return grad(leaves, frozen, batch, key)
+            return gradients(leaves, frozen, batch, key)
         split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)  # [micro, rows, ...]
-        first = jax.eval_shape(grad, leaves, frozen, jax.tree.map(lambda x: x[0], split), key)
+        first = jax.eval_shape(gradients, leaves, frozen, jax.tree.map(lambda x: x[0], split), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
         def body(total, inputs):
             batch, index = inputs
-            part = grad(leaves, frozen, batch, None if key is None else jax.random.fold_in(key, index))
+            part = gradients(leaves, frozen, batch, None if key is None else jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, part), None
 
         return jax.lax.scan(body, zeros, (split, jnp.arange(micro)))[0]
 
     def step(state: TrainState, frozen: Leaves, batch: Batch, lr: Array):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if random else None
-        (total, aux), grads = gradients(state.leaves, frozen, batch, key)
-        weight = aux["weight"]
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        grads, losses, aux = accumulated(state.leaves, frozen, batch, key)
+        weight = losses.weight
+        grads = combination.combine(jax.tree.map(lambda g: g / weight, grads))
         used = participation(state.leaves, batch["image_tasks"], reads_task_token)
         leaves, moments, norm = optimizer.update(grads, state.moments, state.leaves, lr, used)
-        loss = total / weight
+        loss = losses.total / weight
         metrics = {
             "loss": loss,
-            "task_loss": aux["task_loss"] / aux["task_weight"],
+            "task_loss": losses.tasks / losses.weights,
             "grad_norm": norm,
             "finite": jnp.isfinite(loss) & jnp.isfinite(norm),
             "slots": aux["slots"],

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from unimed_jax.config import AttentionLinear, DecoderConfig, MoeConfig, RopeScaling
+from unimed_jax.config import AttentionLinear, DecoderConfig, ModelConfig, MoeConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf import copies_of_linear, has_bias
@@ -173,21 +173,16 @@ def _linear_entries(name: str, d: DecoderConfig, moe: MoeConfig, linear: str, la
     return entries
 
 
-def load_gguf(
-    path: str | Path,
-    d: DecoderConfig,
-    to: Destination,
-    moe: MoeConfig = MoeConfig(),
-) -> dict[str, Any]:
-    """Loads the decoder's leaves, except adapters and routers, from a GGUF file.
+def load_gguf(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
+    """Loads the decoder's leaves, except adapters and routers, from a GGUF file; `to` as in `load_leaves`.
 
-    path: as in `find_gguf`; `to` as in `load_leaves`. Experts start as copies of their layer's MLP. Raises
-    UserError if the file's settings are not `d` or its weights do not fit.
+    path: as in `find_gguf`. Experts start as copies of their layer's MLP. Raises UserError if the file's settings are
+    not those of `config` or its weights do not fit.
     """
     file = GgufFile(path)
-    refuse_other_decoder(decoder_from_gguf(file), d, file.origin)
+    refuse_other_decoder(decoder_from_gguf(file), config.decoder, file.origin)
     _refuse_unknown_quantisations(file)
-    return load_leaves(gguf_decoder_table(d, moe), file, to)
+    return load_leaves(gguf_decoder_table(config.decoder, config.moe), file, to)
 
 
 def _refuse_unknown_quantisations(file: GgufFile) -> None:

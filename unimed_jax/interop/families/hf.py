@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from unimed_jax.config import DecoderConfig, MoeConfig
+from unimed_jax.config import DecoderConfig, ModelConfig, MoeConfig
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf_config import (
     POSITIONS,
@@ -147,20 +147,16 @@ TOKENIZER_FILES = (
 )
 
 
-def load_decoder(
-    folder: str | Path,
-    d: DecoderConfig,
-    to: Destination,
-    moe: MoeConfig = MoeConfig(),
-) -> dict[str, Any]:
-    """Loads the decoder's leaves, except adapters and routers, from a Hugging Face folder.
+def load_decoder(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
+    """Loads the decoder's leaves, except adapters and routers, from a Hugging Face folder; `to` as in `load_leaves`.
 
-    `to` as in `load_leaves`. Experts start as copies of their layer's MLP. If the folder has a bias of the head
-    and `d` has none (Med-MoE's Phi-2), the bias is left out and a line says so. Raises UserError if the folder's
-    settings are not `d` or its weights do not fit.
+    Experts start as copies of their layer's MLP. If the folder has a bias of the head and `config` has none
+    (Med-MoE's Phi-2), the bias is left out and a line says so. Raises UserError if the folder's settings are not
+    those of `config` or its weights do not fit.
     """
+    d = config.decoder
     theirs = decoder_from_hf(read_hf_config(folder), f"{folder}/config.json")
-    table = hf_decoder_table(d, moe=moe)
+    table = hf_decoder_table(d, moe=config.moe)
     if theirs.head_bias and not d.head_bias:
         say(f"{folder}: the bias of its head is left out, as config.model.decoder.head_bias=False says")
         theirs = dataclasses.replace(theirs, head_bias=False)

@@ -1,7 +1,7 @@
 """Translates the settings of Hugging Face's decoders into ours and back, one family of decoders at a time."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -358,10 +358,14 @@ def decoder_differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, A
 
 def refuse_other_decoder(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:
     """Raises UserError if the decoder found at `where` is not `d`."""
-    differ = decoder_differences(theirs, d)
-    if differ:
-        text = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in differ)
+    text = differences_text(decoder_differences(theirs, d))
+    if text:
         raise UserError(f"config.model.decoder is not the decoder of {where}: {text}; set what is said there.")
+
+
+def differences_text(values: Iterable[tuple[str, Any, Any]]) -> str:
+    """Puts into words which settings differ; takes (setting, its value there, ours), and gives "" if none does."""
+    return ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in values if there != here)
 
 
 def _explicit(d: DecoderConfig) -> DecoderConfig:

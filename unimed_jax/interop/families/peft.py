@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT stores them: a folder of `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes LoRA adapters as PEFT does: folders of `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 import math
@@ -16,54 +16,71 @@ from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_
 
 PREFIX = "base_model.model.model.layers"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# The linears in the order in which they stand in Hugging Face's modules.
+# The linears in the order of Hugging Face's modules.
 ORDER = ("q", "k", "v", "o", "gate", "down", "up")
-# Settings that are read here, and those that say nothing of what the adapter computes; of the others only those
-# that are off can be represented.
-READ = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "bias", "init_lora_weights")
-HARMLESS = (
-    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
-    *("lora_dropout", "megatron_core", "qalora_group_size", "eva_config"),
+# Settings that are read here.
+READ = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "bias",
+    "init_lora_weights",
 )
-# Starts that leave the base model's weights as they are; of the others PEFT changes them.
+# Settings that do not change what the adapter computes. All others must be off: we cannot represent what they do.
+HARMLESS = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+)
+# Values of init_lora_weights with which PEFT leaves the base model's weights as they are.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def adaptable_linears(config: ModelConfig) -> dict[str, str]:
-    """The decoder's linears that can carry an adapter: our name -> Hugging Face's within a layer."""
+    """Maps each linear of the decoder that can carry an adapter to its name within a layer of Hugging Face's."""
     names = hf.linear_names(config.decoder)
     return {name: names[name] for name in ORDER if name in names}
 
 
 def peft_table(config: ModelConfig, prefix: str = PREFIX, adapter: str = "") -> Table:
-    """Adapters of the decoder; `adapter` is "." and its name, which stands in a model in memory but not in a folder."""
+    """Lists the adapters' tensors.
+
+    adapter: "." and the adapter's name, which PEFT inserts in a model in memory but not in a folder.
+    """
+    targets = config.lora.targets if config.lora.rank else ()
+    linears = {ours: theirs for ours, theirs in adaptable_linears(config).items() if ours in targets}
     table = []
     for i in range(config.decoder.depth):
-        for ours, theirs in adaptable_linears(config).items():
-            if config.lora.rank and ours in config.lora.targets:
-                for letter in "ab":
-                    name = f"{prefix}.{i}.{theirs}.lora_{letter.upper()}{adapter}.weight"
-                    table.append(Entry(name, f"{hf.linear_path(ours)}/lora_{letter}", (i,), "transpose"))
+        for ours, theirs in linears.items():
+            for letter in "ab":
+                name = f"{prefix}.{i}.{theirs}.lora_{letter.upper()}{adapter}.weight"
+                table.append(Entry(name, f"{hf.linear_path(ours)}/lora_{letter}", (i,), "transpose"))
     return Table(tuple(table))
 
 
-def load_peft(
-    folder: str | Path,
-    config: ModelConfig,
-    to: Destination,
-) -> dict[str, Any]:
-    """The adapters' leaves from a folder that PEFT wrote; `to` as in `load_leaves`.
+def load_peft(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
+    """Loads the adapters' leaves from a folder that PEFT wrote; `to` as in `load_leaves`.
 
-    Raises UserError for an adapter that is no plain LoRA, and one for all in which it differs from `config.lora`.
+    Raises UserError for an adapter that is more than plain LoRA, and one for everything in which it differs from
+    `config.lora`.
     """
     folder = Path(folder)
-    rank, alpha = _scale(folder)
+    rank, alpha = _rank_and_alpha(folder)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"folder {folder} holds no {' or '.join(WEIGHTS)}; give the folder of a PEFT adapter.")
     tensors = open_weights(path)
     table, lora = peft_table(config), config.lora
-    targets = [name for name in adaptable_linears(config) if _carries(tensors, adaptable_linears(config)[name])]
+    targets = [ours for ours, theirs in adaptable_linears(config).items() if _has_adapter(tensors, theirs)]
     differences = []
     if rank != lora.rank:
         differences.append(f"its rank is {rank}, not {lora.rank}")
@@ -75,12 +92,12 @@ def load_peft(
     return load_leaves(table, tensors, to)
 
 
-def _carries(tensors: Tensors, linear: str) -> bool:
+def _has_adapter(tensors: Tensors, linear: str) -> bool:
     return any(f".{linear}.lora_" in name for name in tensors.stored)
 
 
-def _scale(folder: Path) -> tuple[int, float]:
-    """(rank, alpha) of a folder's adapter_config.json, which must say plain LoRA."""
+def _rank_and_alpha(folder: Path) -> tuple[int, float]:
+    """Reads rank and alpha from a folder's adapter_config.json, which must describe plain LoRA."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist; give the folder of a PEFT adapter.")
@@ -91,27 +108,32 @@ def _scale(folder: Path) -> tuple[int, float]:
             raise ValueError(f"r is {rank!r} and lora_alpha {alpha!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} does not describe a LoRA adapter ({error!r}); get it again.") from error
-    wrong = [
-        f"{key}={value!r}"
-        for key, value in settings.items()
-        if (key == "peft_type" and value != "LORA")
-        or (key == "bias" and value != "none")
-        or (key == "init_lora_weights" and value not in STARTS)
-        or (key not in READ + HARMLESS and value)
-    ]
-    if wrong:
+    unsupported = [f"{key}={value!r}" for key, value in settings.items() if not _is_plain(key, value)]
+    if unsupported:
         raise UserError(
-            f"{file} describes more than plain LoRA on linears ({', '.join(wrong)}), which cannot be represented here; "
-            "merge it into its model with PEFT and give that."
+            f"{file} describes more than plain LoRA on linears ({', '.join(unsupported)}), which cannot be represented "
+            "here; merge it into its model with PEFT and give that."
         )
+    # Rank-stabilised LoRA divides alpha by the root of the rank where LoRA divides it by the rank.
     return rank, alpha * rank**0.5 if settings.get("use_rslora") else alpha
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Says whether a setting is one of plain LoRA on linears."""
+    if key == "peft_type":
+        return value == "LORA"
+    if key == "bias":
+        return value == "none"
+    if key == "init_lora_weights":
+        return value in STARTS
+    return key in READ + HARMLESS or not value
 
 
 def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any], base_model: str) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads onto the decoder.
 
-    leaves: the adapters' at least, by path; base_model: name or folder of the decoder, for the adapter's settings.
-    Raises UserError where there are no adapters, or where `out` holds something already.
+    leaves: at least the adapters', by path. base_model: name or folder of the decoder, for the adapter's settings.
+    Raises UserError if there are no adapters, or if `out` exists already.
     """
     lora = config.lora
     if not lora.rank:
@@ -138,5 +160,5 @@ def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any],
 
 
 def whole_number(x: float) -> float | int:
-    """An integer where it is one: torch's programs say 16, not 16.0."""
+    """Turns 16.0 into 16, as torch's programs write it, and leaves 16.5 as it is."""
     return int(x) if x == int(x) else x

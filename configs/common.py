@@ -1,0 +1,220 @@
+"""Parts that several config files share; each function fills in a part of `config`."""
+
+from unimed_jax.config import default_config
+from unimed_jax.errors import UserError
+
+# What trains when the decoder has adapters and all else but the connector is frozen.
+ADAPTERS_AND_CONNECTOR = (
+    dict(match="decoder/*/lora_?", train=True),
+    dict(match="connector/*", train=True),
+    dict(match="*", train=False),
+)
+
+
+# ---- Uni-Med -----------------------------------------------------------------------------------
+def brain_mixture():
+    """The six tasks of the brain set: share of the draws, and how many questions share an image."""
+    return (
+        dict(name="brain", tasks=("refer",), weight=9.0, questions=6),
+        dict(name="brain", tasks=("identify",), weight=5.0, questions=6),
+        dict(name="brain", tasks=("vqa",), weight=6.0, questions=3),
+        dict(name="brain", tasks=("caption",), weight=4.0, questions=1),
+        dict(name="brain", tasks=("cls",), weight=4.0, questions=2),
+        dict(name="brain", tasks=("qa",), weight=9.0, questions=1),
+    )
+
+
+def tiny_vision(config):
+    """A ViT for 64 pixels in patches of 8, that is 64 patches; trained without weights from outside."""
+    vision = config.model.vision
+    vision.image_size = 64
+    vision.patch_size = 8
+    vision.width = 128
+    vision.depth = 2
+    vision.heads = 4
+    vision.mlp_width = 512
+    vision.activation = "silu"
+    vision.position_init = "sincos"
+    vision.cls_token = False
+    vision.mean = (0.25, 0.25, 0.25)
+    vision.std = (0.25, 0.25, 0.25)
+
+
+def tiny_connector(config):
+    """4x4 patches -> 4 visual tokens; five experts, a soft router on task token and visual token.
+
+    Wide tokens: the experts see where each patch lies, and the encoder learns in a third of the steps that 16 take.
+    """
+    connector = config.model.connector
+    connector.aggregation = "block"
+    connector.rate = 16
+    connector.kind = "moe_mlp"
+    connector.experts = 5
+    connector.router = "soft"
+    connector.router_hidden = 64
+    connector.activation = "silu"
+
+
+def tiny_decoder(config):
+    """A LLaMA in small, with a vocabulary of 1024 trained on the data."""
+    decoder = config.model.decoder
+    decoder.vocab = 1024
+    decoder.width = 128
+    decoder.depth = 4
+    decoder.heads = 4
+    decoder.kv_heads = 4
+    decoder.head_dim = 32
+    decoder.mlp_width = 344
+    config.text.vocab = 1024
+
+
+def adapters(config, dropout):
+    """LoRA of rank 8 on all seven linear layers of the decoder."""
+    lora = config.model.lora
+    lora.rank = 8
+    lora.alpha = 16.0
+    lora.dropout = dropout
+    lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+# ---- Med-MoE (arXiv 2404.10237) ----------------------------------------------------------------
+SIZES = ("stablelm", "phi2", "tiny")
+
+
+def med_moe(size):
+    """What the four stages share: align -> instruct -> router -> moe.
+
+    Sizes are :stablelm and :phi2 (published), and :tiny, on CPU from the vision encoder and decoder of a finished run
+    of configs/brain_tiny.py. A stage starts from the run that its `init` names.
+    """
+    if size not in SIZES:
+        known = ", ".join(f":{name}" for name in SIZES)
+        raise UserError(f"Med-MoE's configs come in sizes, not {size!r}; add one of {known} after the file's name.")
+    config = default_config()
+    {"stablelm": stablelm, "phi2": phi2, "tiny": tiny}[size](config)
+
+    # The projector: a two-layer MLP on each visual token.
+    config.model.connector.kind = "mlp2x_gelu"
+    config.model.connector.task_tokens = 0
+    config.model.lora.rank = 0
+
+    # The mean over all answer tokens of a batch, in which data sets are mixed. With fidelity="paper" padding is routed
+    # too, and published scores lead; but nothing is ever cut to Uni-Med's 50 words.
+    config.loss.reduction = "token"
+    config.data.mixing = "per_example"
+    config.text.form = "phi" if size == "phi2" else "stablelm"
+    config.text.max_words = 4096
+
+    # AdamW, cosine, no decay; gradients are clipped to norm 1. Warm-up is 3 % of each stage's steps.
+    optimizer = config.optimizer
+    optimizer.min_lr = 0.0
+    optimizer.warmup_lr = 0.0
+    optimizer.betas = (0.9, 0.999)
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.0
+    optimizer.clip = 1.0
+    return config
+
+
+def clip(config):
+    """CLIP ViT-L/14 at 336 pixels, features of layer -2, 576 visual tokens; an example a row of 2048."""
+    vision = config.model.vision
+    vision.image_size = 336
+    vision.patch_size = 14
+    vision.width = 1024
+    vision.depth = 24
+    vision.heads = 16
+    vision.mlp_width = 4096
+    vision.activation = "quick_gelu"
+    vision.qkv_bias = "qkv"
+    vision.patch_bias = False
+    vision.pre_norm = True
+    vision.norm_eps = 1e-5
+    vision.feature_layer = -2
+    vision.output_norm = False
+    config.model.connector.rate = 1
+    config.model.compute_dtype = "bfloat16"
+    config.model.frozen_dtype = "bfloat16"
+    config.model.remat = "full"
+
+    text = config.text
+    text.max_answer = 2048
+    text.max_prompt = 2048
+    text.coordinate_tokens = False
+
+    data = config.data
+    data.packing = False
+    data.rows = 64
+    data.row_tokens = 2048
+    data.row_images = 1
+    data.row_answers = 1024
+    config.train.accumulation = 8  # 8 rows at a time: logits of 1024 answers over 100,352 words are large
+
+    # Every stage is scored on what stage 3 learns from: Med-MoE's own files, mixed by their numbers of questions.
+    evaluate = config.evaluate
+    evaluate.sources = (
+        dict(name="llava", path="vqa_rad", weight=1797.0),
+        dict(name="llava", path="slake", weight=4919.0),
+        dict(name="llava", path="path_vqa", weight=19654.0),
+    )
+    evaluate.splits = ("test",)
+    evaluate.batch = 16
+    evaluate.max_new_tokens = 256
+
+
+def stablelm(config):
+    """StableLM-2-1.6B."""
+    clip(config)
+    decoder = config.model.decoder
+    decoder.vocab = 100352
+    decoder.width = 2048
+    decoder.depth = 24
+    decoder.heads = 32
+    decoder.kv_heads = 32
+    decoder.head_dim = 64
+    decoder.mlp_width = 5632
+    decoder.norm = "layer"
+    decoder.norm_eps = 1e-5
+    decoder.rotary_fraction = 0.25
+    decoder.attention_bias = ("q", "k", "v")
+
+
+def phi2(config):
+    """Phi-2, without the bias of its head, which Med-MoE leaves out."""
+    clip(config)
+    decoder = config.model.decoder
+    decoder.vocab = 51200
+    decoder.width = 2560
+    decoder.depth = 32
+    decoder.heads = 32
+    decoder.kv_heads = 32
+    decoder.head_dim = 80
+    decoder.mlp_width = 10240
+    decoder.norm = "layer"
+    decoder.norm_eps = 1e-5
+    decoder.rotary_fraction = 0.4
+    decoder.attention_bias = ("q", "k", "v", "o")
+    decoder.mlp_bias = True
+    decoder.parallel_block = True
+    decoder.gated_mlp = False
+    decoder.activation = "gelu_tanh"
+
+
+def tiny(config):
+    """The shapes and the vocabulary of configs/brain_tiny.py; 2x2 patches -> 16 visual tokens an image."""
+    tiny_vision(config)
+    tiny_decoder(config)
+    config.model.connector.aggregation = "block"
+    config.model.connector.rate = 4
+    config.text.max_answer = 96
+    config.text.max_prompt = 192
+
+    # A row for one image with some of its questions (align: two images with their captions).
+    data = config.data
+    data.rows = 16
+    data.row_tokens = 208
+    data.row_images = 1
+    data.row_answers = 32
+    config.evaluate.splits = ("test",)
+    config.evaluate.batch = 128
+    config.evaluate.max_new_tokens = 16
