@@ -34,7 +34,7 @@ from unimed_jax.predict.predictor import prompt_batch
 from unimed_jax.train.loss import answer_logits
 
 TOLERANCE = 1e-3  # of any logit
-Pixels = Sequence[np.ndarray | None]  # uint8 [H, W, 3] each, None for text alone
+Pixels = Sequence[Sequence[np.ndarray]]  # the images of each example, uint8 [H, W, 3]
 
 
 def ended(row: Sequence[int], eos: int) -> list[int]:
@@ -50,8 +50,7 @@ class Ours:
         self.whole_pass = jax.jit(lambda model, batch: answer_logits(model, model(batch).hidden, batch))
 
     def tokens(self, examples: Sequence[Example], pixels: Pixels) -> list[list[int]]:
-        shown = [() if image is None else (image,) for image in pixels]
-        batch = prompt_batch(self.encoder, self.config, self.tokenizer.pad, examples, shown)
+        batch = prompt_batch(self.encoder, self.config, self.tokenizer.pad, examples, pixels)
         new, eos, pad = self.config.evaluate.max_new_tokens, self.tokenizer.eos, self.tokenizer.pad
         rows = generate(self.model, batch, max_new_tokens=new, eos=eos, pad=pad)
         return [ended(row, eos) for row in np.asarray(rows)[: len(examples)]]
@@ -59,11 +58,11 @@ class Ours:
     def logits(self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]) -> list[np.ndarray]:
         """Of each example [answer tokens, vocab]: what predicts each token of the given answer."""
         size, groups = self.config.model.vision.image_size, []
-        for example, image, answer in zip(examples, pixels, answers, strict=True):
+        for example, shown, answer in zip(examples, pixels, answers, strict=True):
             prompt = self.encoder.prompt(example)
             suffix = np.concatenate([prompt.suffix, np.array(answer, np.int32)])
             told = dataclasses.replace(prompt, suffix=suffix, targets=np.arange(len(suffix) - len(answer), len(suffix)))
-            groups.append(layout.Group((told,), () if image is None else (images.resize(image, size),)))
+            groups.append(layout.Group((told,), tuple(images.resize(image, size) for image in shown)))
         shape = layout.RowShape(
             tokens=self.config.text.max_prompt + self.config.evaluate.max_new_tokens,  # one shape for all batches
             images=1,
@@ -86,7 +85,8 @@ class Torch:
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
 
     def _questions(self, examples: Sequence[Example], pixels: Pixels):
-        return [(image, example.task, example.question) for example, image in zip(examples, pixels, strict=True)]
+        shown = (own[0] if own else None for own in pixels)
+        return [(image, e.task, e.question) for e, image in zip(examples, shown, strict=True)]
 
     def tokens(self, examples: Sequence[Example], pixels: Pixels) -> list[list[int]]:
         rows = self.model.generate(**self.model.prepare(self.tokenizer, self._questions(examples, pixels)))
@@ -169,10 +169,12 @@ def main() -> None:
         if not folder.exists():
             scores = run.folder / "metrics.json"
             metrics = json.loads(scores.read_text()) if scores.is_file() else None
-            export_unimed_hf(folder, run.config, run.model, tokenizer_folder(run.folder, run.config), metrics)
+            export_unimed_hf(
+                folder, run.config, parameters(run.model), tokenizer_folder(run.folder, run.config), metrics
+            )
         dataset = joined(load_datasets(run.config.data))
         examples = chosen(dataset.examples("test"), known.examples)
-        pixels = [None if e.image is None else dataset.image(e.image) for e in examples]
+        pixels = [[dataset.image(key) for key in e.images] for e in examples]
         sides, records = (Ours(run.model, run.config, run.tokenizer), Torch(folder)), []
         for start in range(0, len(examples), known.batch):
             part = slice(start, start + known.batch)

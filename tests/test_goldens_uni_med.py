@@ -426,7 +426,7 @@ def test_broken(goldens, broken):
     label = broken["label"]
     if label == "task qa with image":
         with pytest.raises(UserError, match="text only"):
-            forms.form_of(Config().text).training(Example("r1", "qa", "why?", "so", image="i"), 0)
+            forms.form_of(Config().text).training(Example("r1", "qa", "why?", "so", images=("i",)), 0)
     elif label.startswith("hard with 3 experts"):
         task = next(t for t in VISUAL_TASKS if t in label)
         config = Config(

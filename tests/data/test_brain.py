@@ -56,13 +56,13 @@ def test_a_slab_and_a_category_belong_to_one_split(data):
         homes = collections.defaultdict(set)
         for split in brain.SPLITS:
             for e in data.examples(split):
-                if (e.image is None) == (kind == "text"):
+                if (not e.images) == (kind == "text"):
                     homes[e.cluster].add(split)
         assert len(homes) > 20 and all(len(splits) == 1 for splits in homes.values())
     names = {s.name: s for s in volume.SLABS}
     for e in every(data):
-        if e.image is not None:
-            plane, position, _, _ = e.image.split("_")
+        if e.images:
+            plane, position, _, _ = e.images[0].split("_")
             assert int(position) in names[e.cluster].positions and plane == names[e.cluster].plane
 
 
@@ -78,7 +78,7 @@ def test_no_held_out_slice_is_a_train_slice_mirrored_or_not(plain):
 def test_no_stored_image_is_in_two_splits(data):
     homes = collections.defaultdict(set)
     for split in brain.SPLITS:
-        for key in {e.image for e in data.examples(split) if e.image is not None}:
+        for key in {key for e in data.examples(split) for key in e.images}:
             homes[data.image(key).tobytes()].add(split)
     assert all(len(splits) == 1 for splits in homes.values())
 
@@ -188,7 +188,7 @@ def test_examples_are_whole(data):
     for e in every(data):
         assert e.answer and e.cluster and e.meta["template"] and (e.question or e.task == "caption")
         assert e.answer == e.answer.strip() and e.question == e.question.strip()
-        if e.image is not None:
+        if e.images:
             assert e.meta["plane"] in volume.PLANES and e.meta["map"] in volume.MAPS
         assert (e.task == "vqa") == (e.meta.get("answer_type") in ("OPEN", "CLOSED"))
         if e.meta.get("answer_type") == "CLOSED":
@@ -197,7 +197,7 @@ def test_examples_are_whole(data):
 
 
 def test_several_questions_share_an_image(data):
-    counts = collections.Counter((e.image, e.task) for e in data.examples("train") if e.image)
+    counts = collections.Counter((e.images, e.task) for e in data.examples("train") if e.images)
     assert sum(n > 1 for n in counts.values()) > 500
 
 
@@ -206,13 +206,13 @@ def test_refer_and_identify_say_the_same(data):
     for e in every(data, "refer"):
         assert e.question == e.meta["prompt"] == e.meta["structure"]
         assert text_to_box(e.answer) == tuple(int(v / 64 * 100) for v in e.box)
-        boxes[e.image, e.question] = e.box
+        boxes[e.images, e.question] = e.box
     shared = 0
     for e in every(data, "identify"):
         assert e.answer == e.meta["structure"]
         assert text_to_box(e.question) == tuple(int(v / 64 * 100) for v in e.box)
-        if (e.image, e.answer) in boxes:
-            assert boxes[e.image, e.answer] == e.box
+        if (e.images, e.answer) in boxes:
+            assert boxes[e.images, e.answer] == e.box
             shared += 1
     assert shared > 300
 
@@ -224,7 +224,7 @@ def test_answers_are_true_of_their_slices(data):
     for e in data.examples("test"):
         if e.task not in ("vqa", "cls"):
             continue
-        piece, template = slices[e.image], e.meta["template"]
+        piece, template = slices[e.images[0]], e.meta["template"]
         seen[template] += 1
         if template == "visible":
             assert (e.meta["structure"] in piece.boxes) == (e.answer == "yes")
@@ -314,13 +314,13 @@ def test_same_seed_same_checksum_another_seed_another(data, cache, tmp_path):
         for seed in (0, 0, 1)
     )
     assert one == two != three
-    stored = [e for e in data.examples("val") if e.image]
+    stored = [e for e in data.examples("val") if e.images]
     fresh = [e for _, record in sorted(one) for e in brain._unpack(record["questions"])]
     assert stored == fresh
 
 
 def test_images_come_as_rgb_and_unknown_keys_are_named(data):
-    image = data.image(data.examples("train")[0].image)
+    image = data.image(data.examples("train")[0].images[0])
     assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and image.std() > 5
     assert np.array_equal(image[..., 0], image[..., 2])
     with pytest.raises(UserError, match="no image 'axial_x'"):

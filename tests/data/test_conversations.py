@@ -32,7 +32,8 @@ def read(ids):
     return "".join({EOS: "$", layout.VISUAL: "#"}.get(i) or chr(i) for i in ids)
 
 
-LUNG = Example("r1", "vqa", "Which side?", "left", image="i", history=(("Is it clear?", "no"), ("What is it?", "mass")))
+HISTORY = (("Is it clear?", "no"), ("What is it?", "mass"))
+LUNG = Example("r1", "vqa", "Which side?", "left", images=("i",), history=HISTORY)
 
 
 def test_every_answer_is_a_target():
@@ -62,7 +63,7 @@ def test_prompt_ends_where_the_answer_begins():
 
 def test_caption_follows_its_image():
     """Of `plain` the first target is predicted by the last visual token, also behind another question."""
-    encoded = encoder("plain").training(Example("r", "caption", "", "two lungs", image="i"), 0)
+    encoded = encoder("plain").training(Example("r", "caption", "", "two lungs", images=("i",)), 0)
     assert read(encoded.prefix) == "###" and read(encoded.suffix) == "two lungs\n"
     assert encoded.targets.tolist() == list(range(10))
     batch = layout.training_batch([[Group((encoded, encoded))]], SHAPE, PAD, "token")
@@ -71,7 +72,7 @@ def test_caption_follows_its_image():
 
 def test_refusals():
     with pytest.raises(UserError, match="record r: '<image>' stands in its text"):
-        encoder().training(Example("r", "vqa", "what is <image>?", "a", image="i"), 0)
+        encoder().training(Example("r", "vqa", "what is <image>?", "a", images=("i",)), 0)
     with pytest.raises(UserError, match="record r: '<image>' stands in its text"):
         encoder().training(Example("r", "qa", "what?", "<image>"), 0)
     with pytest.raises(UserError, match="one image with one caption"):

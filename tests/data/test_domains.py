@@ -33,8 +33,8 @@ def test_a_source_belongs_to_one_split(data):
     for split in SPLITS:
         for e in data.examples(split):
             homes[e.cluster].add(split)
-            if e.image in data._views:
-                assert e.image.rsplit("_", 1)[0] == e.cluster
+            if e.images[0] in data._views:
+                assert e.images[0].rsplit("_", 1)[0] == e.cluster
     assert all(len(splits) == 1 for splits in homes.values())
     pictures = [s.name for s in domains_images.SOURCES]
     assert len(set(pictures)) == len(pictures) == 27 and set(pictures) <= set(homes)
@@ -54,11 +54,11 @@ def test_no_two_sources_are_the_same_picture():
 
 def test_domains_have_as_many_images(data):
     for split in ("val", "test"):  # train has fewer slices with one jitter
-        images = {e.image: e.meta["modality"] for e in data.examples(split)}
+        images = {e.images: e.meta["modality"] for e in data.examples(split)}
         assert collections.Counter(images.values()) == dict.fromkeys(domains.MODALITIES, domains.IMAGES[split])
     for split in SPLITS:
         for e in data.examples(split):
-            assert data.image(e.image).shape == (64, 64, 3) and data.image(e.image).dtype == np.uint8
+            assert data.image(e.images[0]).shape == (64, 64, 3) and data.image(e.images[0]).dtype == np.uint8
 
 
 def test_closed_questions_about_kinds_do_not_give_themselves_away(data):
@@ -84,10 +84,10 @@ def test_brain_questions_are_the_brain_sets_own(data, slices):
     assert len(kept) > 1000
     for e in kept:
         old = own[e.id]
-        assert (e.question, e.answer, e.image, e.cluster) == (old.question, old.answer, old.image, old.cluster)
+        assert (e.question, e.answer, e.images, e.cluster) == (old.question, old.answer, old.images, old.cluster)
         assert e.meta["modality"] == (domains.T1 if old.meta["map"] == "t1" else domains.TISSUE)
-    asked = {e.image for e in every(data, "test", "cls") if e.meta["template"] == "domain"}
-    assert asked == {e.image for e in data.examples("test")}
+    asked = {e.images for e in every(data, "test", "cls") if e.meta["template"] == "domain"}
+    assert asked == {e.images for e in data.examples("test")}
     assert not every(data, "test", "caption") and every(data, "train", "caption")
 
 

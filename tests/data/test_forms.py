@@ -51,7 +51,7 @@ def test_runs_are_what_a_tokenizer_sees():
 
 
 def example(task="vqa", question="what organ ?", image="i0"):
-    return Example("r1", task, question, "a", image=image if task != "qa" else None)
+    return Example("r1", task, question, "a", images=(image,) if image and task != "qa" else ())
 
 
 def test_image_prompt_has_the_published_form():
@@ -123,7 +123,7 @@ def test_wrong_records_are_named():
     with pytest.raises(UserError, match="r1.*needs an image"):
         asked(example(image=None), 0, TEXT, evaluation=False)
     with pytest.raises(UserError, match="r1.*text only"):
-        asked(Example("r1", "qa", "q", "a", image="i"), 0, TEXT, evaluation=False)
+        asked(Example("r1", "qa", "q", "a", images=("i",)), 0, TEXT, evaluation=False)
     with pytest.raises(UserError, match="r1.*'segment' is unknown"):
         asked(example("segment"), 0, TEXT, evaluation=False)
 

@@ -163,7 +163,7 @@ class Words:
 def test_encoder_training_and_prompt():
     words = Words()
     encoder = Encoder(words, TextConfig(max_answer=3, double_bos=False), T)
-    example = Example("r1", "vqa", "is it CT ?", "a b c d", image="x")
+    example = Example("r1", "vqa", "is it CT ?", "a b c d", images=("x",))
     encoded = encoder.training(example, 0)
     names = {v: k for k, v in words.ids.items()} | {1: "BOS", layout.VISUAL: "IMG"}
     right = ["</Img>", "[vqa]", "is", "it", "CT", "?", "[/INST]"]
@@ -179,16 +179,16 @@ def test_encoder_training_and_prompt():
 
 
 def test_reports_pass_the_text_processor():
-    example = Example("r1", "caption", "", "a  b\n\n" + "c " * 60, image="x")
+    example = Example("r1", "caption", "", "a  b\n\n" + "c " * 60, images=("x",))
     assert answer_text(example, TextConfig()).startswith("a b c c")
     assert len(answer_text(example, TextConfig(max_words=50)).split()) == 50
-    plain = dataclasses.replace(example, task="qa", image=None)
+    plain = dataclasses.replace(example, task="qa", images=())
     assert answer_text(plain, TextConfig(max_words=50)) == example.answer
 
 
 def test_too_long_a_prompt_names_its_record():
     with pytest.raises(UserError, match=r"record r9.*config\.text\.max_prompt=10"):
-        Encoder(Words(), TextConfig(max_prompt=10), T).prompt(Example("r9", "vqa", "w " * 20, "", image="x"))
+        Encoder(Words(), TextConfig(max_prompt=10), T).prompt(Example("r9", "vqa", "w " * 20, "", images=("x",)))
 
 
 def cases():

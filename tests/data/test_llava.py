@@ -46,8 +46,8 @@ def test_conversations_become_examples(tmp_path):
     first, text = data.examples("train")
     assert (first.task, first.question, first.answer) == ("vqa", "Which side?", "left")
     assert first.history == (("Which organ?", "lung"),) and first.meta == {"modality": "ct_scan"}
-    assert data.image(first.image).shape == (8, 6, 3) and abs(int(data.image(first.image).mean()) - 77) < 2
-    assert (text.task, text.image, text.question) == ("qa", None, "What is a lung?")
+    assert data.image(first.images[0]).shape == (8, 6, 3) and abs(int(data.image(first.images[0]).mean()) - 77) < 2
+    assert (text.task, text.images, text.question) == ("qa", (), "What is a lung?")
     opened, closed = data.examples("test")
     assert dict(opened.meta) == {"template": "open", "answer_type": "OPEN", "modality": "MRI"}
     assert is_closed(closed.meta) and not is_closed(opened.meta)

@@ -43,10 +43,10 @@ class Fake:
             self._images[f"im{i}"] = rng.integers(1, 256, (8 if i % 2 else 11, 8, 3), dtype=np.uint8)
             for j in range(5):
                 question, words = f"is w{i} x{j} ?", " ".join(["yes"] * rng.integers(1, 5))
-                self._examples.append(Example(f"vqa{i}.{j}", "vqa", question, words, image=f"im{i}"))
-            self._examples.append(Example(f"ref{i}", "refer", f"thing{i}", "{ a b c d }", image=f"im{i}"))
+                self._examples.append(Example(f"vqa{i}.{j}", "vqa", question, words, images=(f"im{i}",)))
+            self._examples.append(Example(f"ref{i}", "refer", f"thing{i}", "{ a b c d }", images=(f"im{i}",)))
             report = f"report{i} " + "word " * int(rng.integers(5, 20))
-            self._examples.append(Example(f"cap{i}", "caption", "", report, image=f"im{i}"))
+            self._examples.append(Example(f"cap{i}", "caption", "", report, images=(f"im{i}",)))
         for i in range(texts):
             question = "what " + "is " * int(rng.integers(1, 8)) + f"t{i} ?"
             self._examples.append(Example(f"qa{i}", "qa", question, f"answer{i}"))
@@ -159,7 +159,7 @@ def test_questions_of_a_draw_share_image_and_task():
         source, image, questions = pipe._draw(k)
         assert len(questions) == (3 if source == 0 else 1) and len({q.record for q in questions}) == len(questions)
         assert {q.task for q in questions} == {("vqa", "refer")[source]}
-        assert all(q.record.startswith(("vqa" if source == 0 else "ref") + image[2:]) for q in questions)
+        assert all(q.record.startswith(("vqa" if source == 0 else "ref") + image[0][2:]) for q in questions)
         asked.update(q.record for q in questions)
     assert len(asked) > 200  # of 240: chosen at random, not always the first
     variants = {tuple(pipe._draw(k)[2][0].suffix[:4]) for k in range(200)}
@@ -330,7 +330,7 @@ def test_empty_data():
         pipeline(sources(((), 1.0, 1)), dataset=Fake(split="test"))
 
 
-@pytest.mark.parametrize("change, message", [({"task": "qa"}, "takes no image"), ({"image": None}, "needs an image")])
+@pytest.mark.parametrize("change, message", [({"task": "qa"}, "takes no image"), ({"images": ()}, "needs an image")])
 def test_task_and_image_go_together(change, message):
     dataset = Fake()
     dataset._examples[3] = dataclasses.replace(dataset._examples[3], **change)

@@ -131,7 +131,7 @@ def test_a_folder_that_is_none(tmp_path):
 
 
 def test_corpus_shows_every_instruction():
-    examples = [Example(str(i), "vqa", "Q?", "yes", image="x") for i in range(8)]
+    examples = [Example(str(i), "vqa", "Q?", "yes", images=("x",)) for i in range(8)]
     texts = list(corpus(examples, TextConfig()))
     assert len(texts) == 24 and texts.count("yes") == 8 and texts.count("[INST] <Img>") == 8
     assert len(set(texts)) > 4

@@ -55,7 +55,7 @@ class Toy:
             task,
             question,
             answer,
-            None if task == "qa" else f"{s}-{i % 12}",
+            () if task == "qa" else (f"{s}-{i % 12}",),
             box if task in ("refer", "identify") else None,
             f"slab{i % 6}" if task != "qa" else "",
             meta,
@@ -79,9 +79,9 @@ class Model:
         assert len(examples) == len(images) <= 16
         self.calls.append(len(examples))
         out = []
-        for example, image in zip(examples, images, strict=True):
-            assert (image is None) == (example.image is None)
-            right = image is None or np.array_equal(image, self.toy.image(example.image))
+        for example, shown in zip(examples, images, strict=True):
+            assert len(shown) == len(example.images)
+            right = all(np.array_equal(a, self.toy.image(key)) for a, key in zip(shown, example.images, strict=True))
             out.append(example.answer if right else "")
         return out
 
@@ -179,17 +179,17 @@ def test_permuted_images_leave_image_and_slab(seed):
         Example(str(i), "cls", "", "", f"{slab}-{rng.integers(3)}", cluster=f"s{slab}") for i, slab in enumerate(slabs)
     ]
     images = tasks.permute_images(examples, seed)
-    assert Counter(images) == Counter(e.image for e in examples)
-    assert all(image.split("-")[0] != e.image.split("-")[0] for image, e in zip(images, examples, strict=True))
+    assert Counter(images) == Counter(e.images for e in examples)
+    assert all(image[0].split("-")[0] != e.images[0].split("-")[0] for image, e in zip(images, examples, strict=True))
     assert images == tasks.permute_images(examples, seed) != tasks.permute_images(examples, seed + 1)
 
 
 def test_permutation_where_one_slab_holds_most():
     examples = [Example(str(i), "cls", "", "", f"image{i % 5}", cluster="s" if i < 8 else "t") for i in range(10)]
     images = tasks.permute_images(examples, 0)
-    assert all(image != e.image for image, e in zip(images, examples, strict=True))
+    assert all(image != e.images for image, e in zip(images, examples, strict=True))
     assert tasks.permute_images(examples[:1], 0) is None
-    assert tasks.permute_images([dataclasses.replace(e, image="one") for e in examples], 0) is None
+    assert tasks.permute_images([dataclasses.replace(e, images=("one",)) for e in examples], 0) is None
 
 
 def test_limit_spreads_over_clusters_whatever_the_seed():
@@ -249,7 +249,7 @@ def test_predictions_keep_their_example(config):
     toy = Toy()
     _, records = tasks.evaluate(lambda e, i: [x.id for x in e], toy, toy.examples("train"), config, "val")
     assert all(record["prediction"] == record["id"] and record["split"] == "val" for record in records)
-    assert {tuple(r["image_size"]) for r in records if r["image"]} == {SIZE}
+    assert {tuple(r["image_size"]) for r in records if r["images"]} == {SIZE}
     assert [r["box"] for r in records if r["id"] == "val-refer-1"] == [[5, 3, 15, 15]]
 
 
@@ -338,7 +338,7 @@ def test_report_writes_every_file(config, tmp_path, routed):
         assert metrics["routing"]["tv_trained"]["ci95"][0] == pytest.approx(0.2) and "maps" not in metrics["routing"]
     lines = [strict(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == len(records) == 2 * 5 * 24
-    keys = "id task split template cluster question image reference prediction box image_size meta"
+    keys = "id task split template cluster question images reference prediction box image_size meta"
     assert set(keys.split()) <= set(lines[0])
     assert (folder / "predictions.png").stat().st_size > 10_000
     text = (folder / "report.md").read_text()

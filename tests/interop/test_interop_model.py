@@ -143,7 +143,7 @@ def exported(tokenizer_folder, tmp_path_factory):
         config = settings_of(tiny.config(**parts))
         model = random_model(config.model)
         folder = tmp_path_factory.mktemp("exported") / re.sub(r"\W+", "_", name)
-        export_unimed_hf(folder, config, model, tokenizer_folder)
+        export_unimed_hf(folder, config, parameters(model), tokenizer_folder)
         return config, model, folder
 
     return make
@@ -156,15 +156,14 @@ def asked():
     examples, pixels = [], []
     for i, (task, question) in enumerate(QUESTIONS.items()):
         visual = task in VISUAL_TASKS
-        examples.append(Example(task, task, question, "", image=task if visual else None))
+        examples.append(Example(task, task, question, "", images=(task,) if visual else ()))
         size = (16, 16) if i == 2 else (20 + i, 40 - 3 * i)
-        pixels.append(rng.integers(0, 256, (*size, 3)).astype(np.uint8) if visual else None)
+        pixels.append([rng.integers(0, 256, (*size, 3)).astype(np.uint8)] if visual else [])
     return examples, pixels
 
 
 def answers(model, config, tokenizer, examples, pixels) -> list[str]:
-    shown = [() if image is None else (image,) for image in pixels]
-    requests = [Request(e.task, e.question, image) for e, image in zip(examples, shown, strict=True)]
+    requests = [Request(e.task, e.question, tuple(own)) for e, own in zip(examples, pixels, strict=True)]
     return Predictor(model, config, tokenizer).answers(requests)
 
 
@@ -184,7 +183,7 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
     assert len({tuple(row) for row in together}) > 1
     for i in (0, 5):
         assert theirs.tokens(examples[i : i + 1], pixels[i : i + 1]) == together[i : i + 1]
-        shown = None if pixels[i] is None else Image.fromarray(pixels[i])
+        shown = Image.fromarray(pixels[i][0]) if pixels[i] else None
         assert theirs.model.answer(theirs.tokenizer, shown, examples[i].task, examples[i].question) == texts[i]
 
 
@@ -203,10 +202,10 @@ def test_adapters_and_tasks_matter(exported, asked, torch):
     with torch.no_grad():
         tokens = [peer.model.image_tokens(image, task) for task in VISUAL_TASKS]
     assert all((tokens[0] - other).abs().max() > 100 * TOLERANCE for other in tokens[1:])
-    merged, plain = merged_leaves(model), parameters(model)
-    assert not any("lora" in path for path in merged)
+    folded, plain = merged(model), parameters(model)
+    assert not any("lora" in path for path in folded)
     path = "decoder/layers/attention/q/kernel"
-    assert np.abs(merged[path] - plain[path]).max() > 100 * TOLERANCE
+    assert np.abs(folded[path] - plain[path]).max() > 100 * TOLERANCE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,13 +238,13 @@ def test_prompts_are_those_of_evaluation(rules, exported, torch, tokenizer_folde
     config = settings_of(config.model, **RULES[rules])
     peer, tokenizer = torch_answers.Torch(folder), Tokenizer.load(tokenizer_folder)
     stored = unimed_hf.published_shapes(
-        unimed_hf.exported_table(portable(config).model), merged_leaves(exported("as published")[1])
+        unimed_hf.exported_table(portable(config).model), merged(exported("as published")[1])
     )
     peer.model.config = type(peer.model.config)(**unimed_hf.hub_config(config, tokenizer, stored))
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
     for task in TASKS:
         for text in ODD:
-            encoded = encoder.prompt(Example("", task, text, "", image="" if task in VISUAL_TASKS else None))
+            encoded = encoder.prompt(Example("", task, text, "", images=("",) if task in VISUAL_TASKS else ()))
             expected = [*encoded.prefix.tolist(), *encoded.suffix.tolist()]
             assert peer.model.prompt_ids(peer.tokenizer, task in VISUAL_TASKS, task, text) == expected, (task, text)
 
@@ -309,6 +308,11 @@ def same_bits(a, b) -> None:
         assert a[path].dtype == b[path].dtype and bool((a[path] == b[path]).all()), path
 
 
+def merged(model):
+    """The leaves of a model, adapters folded in."""
+    return {path: np.asarray(leaf) for path, leaf in merged_leaves(model.config, parameters(model)).items()}
+
+
 def leaves_of(folder):
     """All leaves of an exported folder."""
     model = exported_config(folder).model
@@ -321,7 +325,7 @@ def test_read_back_to_the_bit(name, exported):
     assert is_exported(folder)
     again = exported_config(folder)
     leaves = leaves_of(folder)
-    same_bits(leaves, merged_leaves(model))
+    same_bits(leaves, merged(model))
     assert leaves.keys() == parameters(abstract(again.model)).keys()
     assert again.text.tokenizer == str(folder)
     assert again.model == from_config_dict(to_dict(portable(config))).model
@@ -342,7 +346,7 @@ def test_saved_again_by_transformers(exported, torch, tmp_path):
     _, model, folder = exported("block, sparse on the visual token, as CLIP, tied")
     peer = torch_answers.Torch(folder)
     peer.model.save_pretrained(tmp_path / "again")
-    same_bits(leaves_of(tmp_path / "again"), merged_leaves(model))
+    same_bits(leaves_of(tmp_path / "again"), merged(model))
 
 
 def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
@@ -350,7 +354,7 @@ def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
     config, model, _ = exported("constant")
     halved = {k: v.astype(jnp.bfloat16) for k, v in parameters(model).items() if not k.startswith("connector")}
     model = with_parameters(model, halved)
-    export_unimed_hf(tmp_path / "out", config, model, tokenizer_folder)
+    export_unimed_hf(tmp_path / "out", config, parameters(model), tokenizer_folder)
     same_bits(leaves_of(tmp_path / "out"), parameters(model))
     assert torch_answers.Torch(tmp_path / "out").model.dtype == torch.float32
 
@@ -359,11 +363,11 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
     config, model, _ = exported("as published")
     monkeypatch.setattr(unimed_hf, "write_safetensors", functools.partial(unimed_hf.write_safetensors, limit=20_000))
     out = tmp_path / "out"
-    export_unimed_hf(out, config, model, tokenizer_folder)
+    export_unimed_hf(out, config, parameters(model), tokenizer_folder)
     index = out / "model.safetensors.index.json"
     files = sorted({*json.loads(index.read_text())["weight_map"].values()})
     assert len(files) > 2
-    same_bits(leaves_of(out), merged_leaves(model))
+    same_bits(leaves_of(out), merged(model))
 
     def refused(match):
         with pytest.raises(UserError, match=match) as error:
@@ -371,7 +375,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
         assert "\n" not in str(error.value) and str(error.value)[-1] in ".?"
 
     with pytest.raises(UserError, match="exists already"):
-        export_unimed_hf(out, config, model, tokenizer_folder)
+        export_unimed_hf(out, config, parameters(model), tokenizer_folder)
     whole = (out / files[1]).read_bytes()
     (out / files[1]).unlink()
     refused(f"names the file '{files[1]}', which is not next to it")
@@ -420,7 +424,7 @@ def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path
         export_unimed_hf(
             tmp_path / "out",
             dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=odd)),
-            model,
+            parameters(model),
             tokenizer_folder,
         )
     assert list(tmp_path.iterdir()) == []
@@ -429,7 +433,7 @@ def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path
 def test_code_in_the_folder_is_not_run_by_us(exported, tokenizer_folder, tmp_path):
     config, model, _ = exported("linear")
     out = tmp_path / "out"
-    export_unimed_hf(out, config, model, tokenizer_folder)
+    export_unimed_hf(out, config, parameters(model), tokenizer_folder)
     (out / "modeling_unimed.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     leaves_of(out)
     Tokenizer.load(out)
@@ -445,7 +449,7 @@ def test_the_snippet_of_the_card_in_a_fresh_process(exported, tokenizer_folder, 
     """No network, nobody to answer questions, and neither jax nor this package loaded."""
     config, model, folder = exported("as published")
     examples, pixels = asked
-    Image.fromarray(pixels[0]).save(tmp_path / "image.png")
+    Image.fromarray(pixels[0][0]).save(tmp_path / "image.png")
     card = (folder / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     snippet = snippet.replace("path/of/this/folder", str(folder))
@@ -493,7 +497,7 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
         },
     }
     scratch = dataclasses.replace(config, init=(("seed", ""),))
-    export_unimed_hf(tmp_path / "out", scratch, model, tokenizer_folder, metrics)
+    export_unimed_hf(tmp_path / "out", scratch, parameters(model), tokenizer_folder, metrics)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |" in card
     assert "| cls | 3 | exact | 0.500 | - |" in card and "| qa | 0" not in card and "config_hash `abc`" in card

@@ -27,9 +27,9 @@ class Squares:
                 place = box_to_text(box, 32, 32)
 
                 def add(task, question, answer, key=key, box=None, name=name, i=i, examples=examples):
-                    image = None if task == "qa" else key
+                    images = () if task == "qa" else (key,)
                     meta = {"template": task, "prompt": name, "plane": "axial", "answer_type": "OPEN"}
-                    examples.append(Example(f"{key}/{task}", task, question, answer, image, box, f"c{i % 6}", meta))
+                    examples.append(Example(f"{key}/{task}", task, question, answer, images, box, f"c{i % 6}", meta))
 
                 add("vqa", "What colour is the square?", name)
                 add("refer", f"{name} square", place, box=box)

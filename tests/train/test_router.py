@@ -166,7 +166,7 @@ def test_every_layer_with_experts_gets_the_router(routed, dense):
 def test_an_embedding_is_the_mean_over_states_and_tokens(dense):
     """Of each prompt alone and without padding, whatever stands beside it."""
     config, dataset = from_config_dict(settings(dense)), Squares()
-    examples = [e for e in dataset.examples("test") if e.image is not None][:3]  # prompts of different lengths
+    examples = [e for e in dataset.examples("test") if e.images][:3]  # prompts of different lengths
     ours = router.embedder(dense.model, config, dense.tokenizer)(examples, dataset)
     encoder = layout.Encoder(dense.tokenizer, config.text, config.model.tokens_per_image)
     lengths = set()
@@ -174,7 +174,7 @@ def test_an_embedding_is_the_mean_over_states_and_tokens(dense):
         prompt = encoder.prompt(example)
         lengths.add(prompt.tokens)
         shape = layout.RowShape(prompt.tokens, 1, 0, config.model.tokens_per_image, 32)
-        pixels = images.fit(dataset.image(example.image), config.data.fit, config.model.vision)
+        pixels = images.fit(dataset.image(example.images[0]), config.data.fit, config.model.vision)
         batch = layout.prompt_batch([layout.Group((prompt,), (pixels,))], shape, dense.tokenizer.pad)
         x, _ = dense.model.embed(batch)
         states = dense.model.decoder(x, span_of(batch), states=True).states
@@ -218,10 +218,10 @@ def test_one_prompt_of_each_labelled_image(dense):
     for example in dataset.examples("train")[:12]:
         example.meta.pop("prompt")
     some = router.labelled(dataset, "train", config, sorted(COLOURS))
-    keys = [example.image for example in some.examples]
+    keys = [example.images for example in some.examples]
     assert len(set(keys)) == len(keys) == 22 and some.left_out == 2
     assert len({example.task for example in some.examples}) > 2
-    assert keys != sorted(keys, key=lambda key: int(key.removeprefix("train")))
+    assert keys != sorted(keys, key=lambda key: int(key[0].removeprefix("train")))
     assert [sorted(COLOURS)[c] for c in some.classes] == [example.meta["prompt"] for example in some.examples]
     assert router.labelled(dataset, "train", config, sorted(COLOURS)).examples == some.examples
 

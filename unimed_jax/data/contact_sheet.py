@@ -23,8 +23,8 @@ def contact_sheet(dataset: Dataset, path: str | Path, split: str = "train", rows
     """
     by_image: dict[str, list[Example]] = defaultdict(list)
     for example in dataset.examples(split):
-        if example.image is not None:
-            by_image[example.image].append(example)
+        for key in example.images:
+            by_image[key].append(example)
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     drawn = np.random.default_rng(seed).permutation(sorted(by_image)).tolist()
     # Images with three boxes and more come first, they show most.

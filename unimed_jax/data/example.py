@@ -12,7 +12,7 @@ from unimed_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record, one image or none, one task, question and answer.
+    """One record: its images (0..n), one task, question and answer.
 
     `question` is what the prompt's instruction is filled with: the question (vqa, qa), the words for
     the object (refer), the box in text form (identify), or empty where the task says all (caption, cls).
@@ -22,7 +22,7 @@ class Example:
     task: str  # one of config.TASKS
     question: str
     answer: str
-    image: str | None = None  # key for `Dataset.image`
+    images: tuple[str, ...] = ()  # keys for `Dataset.image`, in the order in which the prompt shows them
     box: tuple[int, int, int, int] | None = None  # x1, y1, x2, y2 in pixels, the ends outside the box
     cluster: str = ""  # what resampling keeps together (a slab, a patient); empty: the example itself
     meta: Mapping[str, str] = dataclasses.field(default_factory=dict)  # template, answer_type, plane, ...
@@ -60,7 +60,7 @@ class Joined:
             dataclasses.replace(
                 example,
                 id=f"{name}/{example.id}",
-                image=example.image and f"{name}/{example.image}",
+                images=tuple(f"{name}/{key}" for key in example.images),
                 cluster=f"{name}/{example.cluster or example.id}",
             )
             for name, dataset in self._datasets.items()

@@ -107,7 +107,7 @@ def asked(example: Example, variant: int, text: TextConfig) -> str:
     if task not in TAGS:
         raise UserError(f"record {example.id}: task {task!r} is unknown; choose from {', '.join(TAGS)}.")
     visual = task in VISUAL_TASKS
-    if visual != (example.image is not None):
+    if visual != bool(example.images):
         raise UserError(
             f"record {example.id}: task {task!r} "
             + ("needs an image; give one or use task 'qa'." if visual else "is text only; use 'vqa' for its image.")
@@ -196,9 +196,11 @@ class UniMed(Form):
         """Tag and instruction around the image; text alone is cut as a whole, tag and instruction too (published)."""
         opens, closes = ("[INST] ", " [/INST]") if self.text.chat_template else ("", "")
         body = collapse(f"{TAGS.get(example.task)} {asked(example, variant, self.text)}")
-        if example.image is None:
+        if not example.images:
             return [Piece(f"{opens}{shorten(body, self.text)}{closes}")]
-        return [Piece(f"{opens}<Img>"), Piece(image=True), Piece(f"</Img> {body}{blank}{closes}")]
+        between = [Piece("</Img> <Img>"), Piece(image=True)] * (len(example.images) - 1)
+        after = Piece(f"</Img> {body}{blank}{closes}")
+        return [Piece(f"{opens}<Img>"), Piece(image=True), *between, after]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,7 @@ _GREETED = Template(
 class Conversation(Form):
     """What the forms of Med-MoE share: turns of questions and answers, with `<image>` where an image stands.
 
-    Every answer is a target. The image comes before the first question; the task's first instruction asks, untagged.
+    Every answer is a target. All images come before the first question; the task's first instruction asks, untagged.
     """
 
     published = "Med-MoE"
@@ -251,8 +253,8 @@ class Conversation(Form):
         turns = [*example.history, (asked(example, 0, self.text), answer)]
         if any(IMAGE in text for turn in turns for text in turn):
             raise UserError(f"record {example.id}: {IMAGE!r} stands in its text; only its image is marked so.")
-        if example.image is not None:
-            turns[0] = (f"{IMAGE}\n{turns[0][0]}", turns[0][1])
+        marks = f"{IMAGE}\n" * len(example.images)
+        turns[0] = (marks + turns[0][0], turns[0][1])
         return turns
 
     @abc.abstractmethod

@@ -120,8 +120,8 @@ class Pipeline:
                 )
         return encoded
 
-    def _draw(self, draw: int) -> tuple[int, str | None, list[Encoded]]:
-        """Draw number `draw` of the global order: its source, image key and questions, each under an instruction."""
+    def _draw(self, draw: int) -> tuple[int, tuple[str, ...], list[Encoded]]:
+        """Draw number `draw` of the global order: its source, image keys and questions, each under an instruction."""
         source, group = self._groups[self._order[draw]]
         first = self._examples[source][group[0]]
         rng = random.Random(self._seed << 64 | draw)
@@ -136,25 +136,23 @@ class Pipeline:
             if tokens + more <= self.shape.tokens and answers + question.answer <= self.shape.answers:
                 questions.append(question)
                 tokens, answers = tokens + more, answers + question.answer
-        return source, first.image, questions
+        return source, first.images, questions
 
     def _size(self, draw: int) -> tuple[int, int, int]:
         """Tokens, image slots and answer tokens of a draw."""
-        _, image, questions = self._draw(draw)
+        _, keys, questions = self._draw(draw)
         suffixes = sum(len(q.suffix) for q in questions)
-        return len(questions[0].prefix) + suffixes, int(image is not None), sum(q.answer for q in questions)
+        return len(questions[0].prefix) + suffixes, len(keys), sum(q.answer for q in questions)
 
     def _assemble(self, rows: Sequence[list[int]]) -> Batch:
         """Rows of draws -> arrays."""
         groups = [[self._load(*self._draw(draw)) for draw in row] for row in rows]
         return layout.training_batch(groups, self.shape, self._pad, str(self._config.loss.reduction))
 
-    def _load(self, source: int, image: str | None, questions: list[Encoded]) -> Group:
-        if image is None:
-            return Group(tuple(questions))
-        stored = self._datasets[source].image(image)
-        pixels = images.fit(stored, self._config.data.fit, self._config.model.vision)
-        return Group(tuple(questions), (pixels,))
+    def _load(self, source: int, keys: tuple[str, ...], questions: list[Encoded]) -> Group:
+        fit, vision = self._config.data.fit, self._config.model.vision
+        pixels = (images.fit(self._datasets[source].image(key), fit, vision) for key in keys)
+        return Group(tuple(questions), tuple(pixels))
 
 
 def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
@@ -210,7 +208,7 @@ def _select(dataset: Dataset, source: SourceConfig, split: str, row_images: int)
         )
     for example in chosen:
         visual = example.task in VISUAL_TASKS
-        if visual != (example.image is not None):
+        if visual != bool(example.images):
             raise UserError(
                 f"record {dataset.name}/{example.id}: task {example.task!r} "
                 + ("needs an image." if visual else "is text alone and takes no image; use 'vqa' for it.")
@@ -221,9 +219,9 @@ def _select(dataset: Dataset, source: SourceConfig, split: str, row_images: int)
 
 
 def _group(examples: Sequence[Example]) -> list[tuple[int, ...]]:
-    """Example indices by (image, task), in the order of their first; text alone stays single."""
+    """Example indices by (images, task), in the order of their first; text alone stays single."""
     groups: dict[tuple, list[int]] = {}
     for i, example in enumerate(examples):
-        key = (example.task, example.image) if example.image is not None else (i,)
+        key = (example.task, example.images) if example.images else (i,)
         groups.setdefault(key, []).append(i)
     return [tuple(group) for group in groups.values()]

@@ -27,10 +27,9 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
     dataset = joined(load_datasets(config.held_out))
     predictor = Predictor(run.model, config, run.tokenizer)
 
-    def answer(examples: Sequence[Example], pixels: Sequence[np.ndarray | None]) -> list[str]:
-        shown = [() if image is None else (image,) for image in pixels]
+    def answer(examples: Sequence[Example], pixels: Sequence[Sequence[np.ndarray]]) -> list[str]:
         return predictor.answers(
-            [Request(e.task, e.question, image, id=e.id) for e, image in zip(examples, shown, strict=True)]
+            [Request(e.task, e.question, tuple(own), id=e.id) for e, own in zip(examples, pixels, strict=True)]
         )
 
     results, records = {}, []
@@ -39,7 +38,7 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
             print(f"evaluating {split} ...", flush=True)
         results[split], lines = evaluate(answer, dataset, dataset.examples("train"), config, split)
         records += lines
-    shown = {line["image"]: line["cluster"] for line in records if line["image"] and line["split"] == "test"}
+    shown = {key: line["cluster"] for line in records if line["split"] == "test" for key in line["images"]}
     routing = None
     if shown:
         pixels = [dataset.image(key) for key in shown]

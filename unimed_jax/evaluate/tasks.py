@@ -27,8 +27,8 @@ from unimed_jax.evaluate.statistics import Measure, interval, resample
 from unimed_jax.provenance import code_version, plain
 from unimed_jax.settings import FIDELITY
 
-# Examples and their images (uint8 [H, W, 3]; None for text alone) -> one answer each.
-Answer = Callable[[Sequence[Example], Sequence[np.ndarray | None]], list[str]]
+# Examples and the images of each (uint8 [H, W, 3]) -> one answer each.
+Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]]], list[str]]
 PERMUTED = "permuted_images"
 
 
@@ -68,15 +68,15 @@ def select(examples: Sequence[Example], limit: int) -> list[Example]:
     return [examples[i] for i in sorted(i for *_, i in turns[:limit])]
 
 
-def permute_images(examples: Sequence[Example], seed: int) -> list[str] | None:
-    """For each example the image of another one; None where that cannot be.
+def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
+    """For each example the images of another one; None where that cannot be.
 
     The images are permuted, none keeps its place, and none stays within its cluster (slab, patient)
     unless one cluster holds more than half of the examples. Sorted by cluster and turned by the size of
     the largest, each example lands outside its own.
     """
     rng = np.random.default_rng(seed)
-    for key in (lambda e: e.cluster or e.id, lambda e: e.image):
+    for key in (lambda e: e.cluster or e.id, lambda e: e.images):
         groups = defaultdict(list)
         for i in rng.permutation(len(examples)):
             groups[key(examples[i])].append(int(i))
@@ -84,10 +84,10 @@ def permute_images(examples: Sequence[Example], seed: int) -> list[str] | None:
         if 2 * turn > len(examples):
             continue
         order = [i for group in groups.values() for i in group]
-        images = [""] * len(examples)
+        images: list[tuple[str, ...]] = [()] * len(examples)
         for place, i in enumerate(order):
-            images[i] = examples[order[(place + turn) % len(order)]].image or ""
-        if all(image != example.image for image, example in zip(images, examples, strict=True)):
+            images[i] = examples[order[(place + turn) % len(order)]].images
+        if all(given != example.images for given, example in zip(images, examples, strict=True)):
             return images
     return None
 
@@ -104,8 +104,8 @@ def _answer_task(
     batch = config.evaluate.batch
     fitted = baselines.fit(examples[0].task, train)  # first: what is wrong with the records shows before the wait
     blind = {name: [baseline(example) for example in examples] for name, baseline in fitted.items()}
-    predictions, sizes = _answers(answer, dataset, examples, [example.image for example in examples], batch)
-    permuted = permute_images(examples, config.seed) if all(example.image for example in examples) else None
+    predictions, sizes = _answers(answer, dataset, examples, [example.images for example in examples], batch)
+    permuted = permute_images(examples, config.seed) if all(example.images for example in examples) else None
     if permuted:
         blind[PERMUTED] = _answers(answer, dataset, examples, permuted, batch)[0]
     return [
@@ -116,35 +116,35 @@ def _answer_task(
             "template": example.meta.get("template", ""),
             "cluster": example.cluster or example.id,
             "question": example.question,
-            "image": example.image,
+            "images": list(example.images),
             "reference": example.answer,
             "prediction": predictions[i],
             "box": list(_true_box(example, sizes[i])) if example.task == "refer" else _listed(example.box),
             "image_size": _listed(sizes[i]),
             "meta": dict(example.meta),
             "blind": {name: answers[i] for name, answers in blind.items()},
-            "permuted_image": permuted[i] if permuted else None,
+            "permuted_images": list(permuted[i]) if permuted else None,
         }
         for i, example in enumerate(examples)
     ]
 
 
 def _answers(
-    answer: Answer, dataset: Dataset, examples: Sequence[Example], images: Sequence[str | None], batch: int
+    answer: Answer, dataset: Dataset, examples: Sequence[Example], images: Sequence[Sequence[str]], batch: int
 ) -> tuple[list[str], list[tuple[int, int] | None]]:
-    """Answers in the order given, and (width, height) of each image in pixels."""
+    """Answers in the order given, and (width, height) in pixels of each example's first image."""
     predictions = [""] * len(examples)
     sizes: list[tuple[int, int] | None] = [None] * len(examples)
     # Like lengths together: a batch of generation is as long as its longest prompt.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].question))
     for start in range(0, len(order), batch):
         places = order[start : start + batch]
-        arrays = [dataset.image(image) if (image := images[i]) else None for i in places]
+        arrays = [[dataset.image(key) for key in images[i]] for i in places]
         found = answer([examples[i] for i in places], arrays)
-        for i, array, text in zip(places, arrays, found, strict=True):
+        for i, shown, text in zip(places, arrays, found, strict=True):
             predictions[i] = text
-            if array is not None:
-                sizes[i] = (array.shape[1], array.shape[0])
+            if shown:
+                sizes[i] = (shown[0].shape[1], shown[0].shape[0])
     return predictions, sizes
 
 

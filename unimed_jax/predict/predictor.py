@@ -150,10 +150,8 @@ def as_example(request: Request) -> Example:
             f"request {request.id or request.question!r} has earlier turns, which no prompt form holds yet; ask it "
             "without history."
         )
-    if len(request.images) > 1:
-        raise UserError(f"request {request.id or request.question!r} has several images; give one.")
-    image = "image" if request.images else None
-    return Example(request.id or "request", request.task, request.question, "", image=image)
+    keys = tuple(f"image {i}" for i in range(len(request.images)))
+    return Example(request.id or "request", request.task, request.question, "", images=keys)
 
 
 def _pixels(image: str | Path | bytes | np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     dataset = joined(datasets)
     held_out = joined(load_datasets(config.held_out)) if config.evaluate.sources else dataset
     key = config.router_fit.key
-    found = {e.meta[key] for e in dataset.examples("train") if e.image is not None and key in e.meta}
+    found = {e.meta[key] for e in dataset.examples("train") if e.images and key in e.meta}
     classes = config.router_fit.classes or tuple(sorted(found))
     train = labelled(dataset, "train", config, classes)
     held = {split: labelled(held_out, split, config, classes) for split in config.evaluate.splits}
@@ -122,10 +122,10 @@ def summary(report: dict[str, Any]) -> str:
 def labelled(dataset: Dataset, split: str, config: Config, classes: Sequence[str]) -> Labelled:
     """One prompt of each image whose examples carry the label, drawn and ordered by `config.seed`."""
     key, rng = config.router_fit.key, np.random.default_rng([config.seed % 2**32, 3])
-    prompts: dict[str, list[Example]] = {}
+    prompts: dict[tuple[str, ...], list[Example]] = {}
     for example in dataset.examples(split):
-        if example.image is not None:
-            prompts.setdefault(example.image, []).append(example)
+        if example.images:
+            prompts.setdefault(example.images, []).append(example)
     chosen, classes_of = [], []
     for some in prompts.values():
         example = some[rng.integers(len(some))]
@@ -179,7 +179,7 @@ def embedder(
         out = []
         for start in range(0, len(examples), config.evaluate.batch):
             part = examples[start : start + config.evaluate.batch]
-            pixels = [(dataset.image(example.image),) for example in part if example.image is not None]
+            pixels = [[dataset.image(key) for key in example.images] for example in part]
             batch = prompt_batch(encoder, config, tokenizer.pad, part, pixels)
             out.append(np.asarray(means(model, batch))[: len(part)])
         return np.concatenate(out)

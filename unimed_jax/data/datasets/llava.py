@@ -107,8 +107,8 @@ def _example(record: dict[str, Any], where: str, name: str) -> tuple[Example, li
     facts = {"template": kind.lower(), "answer_type": kind, "modality": _modality(record)}
     meta = {key: value for key, value in facts.items() if value}
     task = "vqa" if images else "qa"
-    key = images[0] if images else None
-    return Example(name, task, question, answer, key, None, key or name, meta, tuple(history)), images
+    key = images[0] if images else ""
+    return Example(name, task, question, answer, tuple(images), None, key or name, meta, tuple(history)), images
 
 
 def _modality(record: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[st
     side, gap, line, head = 2.6, 0.35, 0.155, 0.75  # inches
     captions = [[_caption(record) for record in row] for row in rows]
     heights = [
-        (side if row[0]["image"] else 0.0) + line * (1.5 + max(text.count("\n") for text in texts)) + gap
+        (side if row[0]["images"] else 0.0) + line * (1.5 + max(text.count("\n") for text in texts)) + gap
         for row, texts in zip(rows, captions, strict=True)
     ]
     width, height = _COLUMNS * (side + gap) + gap, sum(heights) + head
@@ -52,10 +52,10 @@ def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[st
         figure.text(gap / width, (top + 0.08) / height, row[0]["task"], fontsize=12, weight="bold", va="bottom")
         for column, (record, text) in enumerate(zip(row, texts, strict=True)):
             x, below = gap + column * (side + gap), top
-            if record["image"]:
+            if record["images"]:
                 below -= side
                 axes = figure.add_axes((x / width, below / height, side / width, side / height))
-                _draw_image(axes, record, image(record["image"]))
+                _draw_image(axes, record, image(record["images"][0]))
             figure.text(
                 x / width, (below - 0.06) / height, text, fontsize=8.5, va="top", linespacing=1.25, parse_math=False
             )

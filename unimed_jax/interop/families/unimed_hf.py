@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, to_dict
@@ -31,9 +32,6 @@ from unimed_jax.interop.model_card import model_card
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Stored, Table, each_published, published_shapes
-from unimed_jax.model.decoder import merge_lora
-from unimed_jax.model.parameters import parameters
-from unimed_jax.model.unimed import UniMed
 from unimed_jax.settings import from_config_dict
 
 MODEL_TYPE = "unimed"
@@ -51,14 +49,19 @@ def exported_table(config: ModelConfig) -> Table:
 
 
 def export_unimed_hf(
-    out: str | Path, config: Config, model: UniMed, tokenizer: str | Path, metrics: Mapping[str, Any] | None = None
+    out: str | Path,
+    config: Config,
+    leaves: Mapping[str, Any],
+    tokenizer: str | Path,
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the folder, adapters merged into the decoder, every leaf in the dtype that it has.
 
-    tokenizer: its folder; metrics: what the run's metrics.json holds, for the model card. Raises UserError where no
+    leaves: all by path, adapters not merged. tokenizer: its folder.
+    metrics: what the run's metrics.json holds, for the model card. Raises UserError where no
     Hugging Face decoder has these settings, or where `out` holds something already.
     """
-    leaves = merged_leaves(model)
+    leaves = merged_leaves(config.model, leaves)
     settings = portable(config)
     table = exported_table(settings.model)
     stored = published_shapes(table, leaves)
@@ -94,13 +97,33 @@ def export_unimed_hf(
         write_safetensors(folder, stored, each_published(table, leaves))
 
 
-def merged_leaves(model: UniMed) -> dict[str, Any]:
-    """The model's leaves by path, with adapters folded into the decoder's kernels."""
-    leaves = parameters(model)
-    if not model.config.lora.rank:
-        return leaves
-    others = {path: leaf for path, leaf in leaves.items() if not path.startswith("decoder/")}
-    return others | {f"decoder/{path}": leaf for path, leaf in parameters(merge_lora(model.decoder)).items()}
+def merged_leaves(config: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the leaves by path without adapters; kernels that had some are `Merged`."""
+    merged = {path: leaf for path, leaf in leaves.items() if not path.endswith(("/lora_a", "/lora_b"))}
+    for path in leaves:
+        if path.endswith("/lora_a"):
+            linear = path.removesuffix("/lora_a")
+            kernel, a, b = (leaves[f"{linear}/{name}"] for name in ("kernel", "lora_a", "lora_b"))
+            merged[f"{linear}/kernel"] = Merged(kernel, a, b, config.lora.alpha / config.lora.rank)
+    return merged
+
+
+class Merged:
+    """A stack of kernels [layers, in, out] with their adapters folded in: W + scale A B, each layer when it is read.
+
+    So the devices never hold a second copy of the decoder.
+    """
+
+    def __init__(self, kernel: Any, a: Any, b: Any, scale: float):
+        self.shape, self.dtype = kernel.shape, kernel.dtype
+        self._kernel, self._a, self._b, self._scale = kernel, a, b, scale
+
+    def __getitem__(self, layer: int) -> jax.Array:
+        update = jnp.einsum("ir,ro->io", self._a[layer], self._b[layer]) * self._scale
+        return (self._kernel[layer] + update).astype(self.dtype)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.stack([np.asarray(self[layer], dtype) for layer in range(self.shape[0])])
 
 
 def portable(config: Config) -> Config:
@@ -146,7 +169,7 @@ def hub_config(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored
 def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
     """The evaluation prompt's constant parts: before the image (None: there is none), around the body, the body."""
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
-    example = Example("", task, "{question}", "", image="" if task in VISUAL_TASKS else None)
+    example = Example("", task, "{question}", "", images=("",) if task in VISUAL_TASKS else ())
     *image, asked = form_of(dataclasses.replace(config.text, max_words=None)).prompt(example)
     before, found, after = asked.text.partition(body)
     assert found, f"the prompt of {task!r} does not hold its body as it stands"

@@ -24,7 +24,7 @@ from unimed_jax.data.datasets.brain.volume import MAPS, SIZE, SLABS, Jitter, Sla
 from unimed_jax.data.example import Example
 from unimed_jax.errors import UserError
 
-VERSION = "1.0.0"  # raise it with every change to what is generated, or old caches are taken for new
+VERSION = "1.1.0"  # raise it with every change to what is generated, or old caches are taken for new
 SPLITS = ("train", "val", "test")
 JITTERS = 8  # of a train slice and map
 _HELD_OUT_JITTERS = 2
@@ -85,7 +85,7 @@ def generator(*words: object) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
-_FIELDS = ("id", "task", "question", "answer", "image", "box", "cluster", "meta")
+_FIELDS = ("id", "task", "question", "answer", "images", "box", "cluster", "meta")
 
 
 def pack(examples: Sequence[Example]) -> str:
@@ -95,7 +95,10 @@ def pack(examples: Sequence[Example]) -> str:
 
 def _unpack(text: str) -> list[Example]:
     rows = json.loads(text)
-    return [Example(**row | {"box": tuple(row["box"]) if row["box"] else None}) for row in rows]
+    return [
+        Example(**row | {"images": tuple(row["images"]), "box": tuple(row["box"]) if row["box"] else None})
+        for row in rows
+    ]
 
 
 # --------------------------------------------------------------------------------------------------

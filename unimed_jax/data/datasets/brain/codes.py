@@ -68,7 +68,7 @@ def ask(seed: int) -> dict[str, dict[str, list[Example]]]:
     for category, items in rows.items():
         kept = [r for r in items if r[0] != "term" or len(owners[r[3].lower()]) == 1]  # a shared term would leak
         asked[split_of(category, seed)][category] = [
-            Example(f"icd/{category}/{number}", "qa", question, answer, None, None, category, {"template": template})
+            Example(f"icd/{category}/{number}", "qa", question, answer, (), None, category, {"template": template})
             for number, (template, question, answer, _) in enumerate(kept)
         ]
     for split, total in TOTAL.items():

@@ -108,7 +108,7 @@ def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[l
             name = f"{piece.key}/{task}/{numbers[at, task]}"
             numbers[at, task] += 1
             facts = {"template": template, "plane": piece.plane, "map": piece.map} | more
-            asked[at].append(Example(name, task, question, answer, piece.key, place, piece.slab.name, facts))
+            asked[at].append(Example(name, task, question, answer, (piece.key,), place, piece.slab.name, facts))
     return asked
 
 

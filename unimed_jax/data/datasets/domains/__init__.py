@@ -64,7 +64,7 @@ class Domains:
                 parts = "slabs of the one brain" if modality in (T1, TISSUE) else "source images"
                 lines.append(
                     f"domains, {split}, {modality}: {len({e.cluster for e in own})} {parts}, "
-                    f"{len({e.image for e in own})} images; {tasks}"
+                    f"{len({e.images for e in own})} images; {tasks}"
                 )
         return "\n".join(lines)
 
@@ -107,7 +107,7 @@ class Domains:
                 if task == "vqa":
                     meta["answer_type"] = "CLOSED" if template == "is_kind" else "OPEN"
                 name = f"{key}/{task}/{number}"
-                examples.append(Example(name, task, question, answer, key, None, source.name, meta))
+                examples.append(Example(name, task, question, answer, (key,), None, source.name, meta))
         return examples
 
 
@@ -117,21 +117,21 @@ def _capital(words: str) -> str:
 
 def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) -> list[Example]:
     """The vqa, cls and caption of `each` T1 slices and as many tissue maps (slabs take turns), and their domain."""
-    clusters = {e.image: e.cluster for e in examples if e.image is not None}
-    modality = {e.image: T1 if e.meta["map"] == "t1" else TISSUE for e in examples if e.image is not None}
+    clusters = {key: e.cluster for e in examples for key in e.images}
+    modality = {key: T1 if e.meta["map"] == "t1" else TISSUE for e in examples for key in e.images}
     chosen: set[str] = set()
     for domain in (T1, TISSUE):
         keys = sorted(key for key in clusters if modality[key] == domain)
         chosen |= {keys[i] for i in take_turns([clusters[key] for key in keys], each, rng)}
     out = []
     for e in examples:
-        if e.image is not None and e.image in chosen and e.task in ("vqa", "cls", "caption"):
-            meta = {**e.meta, "modality": modality[e.image]}
-            out.append(Example(e.id, e.task, e.question, e.answer, e.image, None, e.cluster, meta))
-    for first in {e.image: e for e in reversed(out)}.values():
+        if chosen.issuperset(e.images) and e.task in ("vqa", "cls", "caption"):
+            meta = {**e.meta, "modality": modality[e.images[0]]}
+            out.append(Example(e.id, e.task, e.question, e.answer, e.images, None, e.cluster, meta))
+    for first in {e.images: e for e in reversed(out)}.values():
         meta = {**{k: first.meta[k] for k in ("plane", "map", "modality")}, "template": "domain"}
-        name, domain = f"{first.image}/cls/domain", meta["modality"]
-        out.append(Example(name, "cls", _DOMAIN_QUESTION, domain, first.image, None, first.cluster, meta))
+        name, domain = f"{first.images[0]}/cls/domain", meta["modality"]
+        out.append(Example(name, "cls", _DOMAIN_QUESTION, domain, first.images, None, first.cluster, meta))
     return out
 
 
