@@ -29,6 +29,7 @@ from unimed_jax.data import images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.model.generate import generate
+from unimed_jax.model.parameters import parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import prompt_batch
 from unimed_jax.train.loss import answer_logits
