@@ -253,7 +253,7 @@ def test_what_cannot_be_asked(exported, torch):
     peer = torch_answers.Torch(exported("as published")[2])
     image = Image.new("RGB", (9, 9))
     for arguments, match in (
-        ((image, "vqqa", "x"), "no task"),
+        ((image, "vqqa", "x"), "is not a task"),
         ((None, "vqa", "x"), "needs an image"),
         ((image, "qa", "x"), "text only"),
         ((image, "vqa", "x " * 200), "shorten the text"),
@@ -265,7 +265,7 @@ def test_what_cannot_be_asked(exported, torch):
     for words, match in (
         ({}, "no pixel_values"),
         ({"pixel_values": pixels, "task": "vqa"}, "3 places of visual tokens, but 1 images make 4"),
-        ({"pixel_values": pixels, "task": "qa"}, "no task with an image"),
+        ({"pixel_values": pixels, "task": "qa"}, "not a task with an image"),
         ({"pixel_values": pixels, "task": ["vqa", "cls"]}, "as many tasks"),
     ):
         with pytest.raises(ValueError, match=match):

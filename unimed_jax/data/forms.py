@@ -33,8 +33,8 @@ class Piece:
 
 TAGS = {task: f"[{task}]" for task in (*VISUAL_TASKS, "qa")}
 
-# task -> templates. Index 0 is the fixed one of evaluation; training draws among all. Where an example brings
-# no question of its own (caption, most of cls), what is left of the template says it all.
+# task -> templates. Index 0 is the fixed one of evaluation; training draws among all. Where an example
+# brings no question of its own (caption, most of cls), what is left of the template says it all.
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "vqa": (
         "{question}",

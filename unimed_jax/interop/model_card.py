@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, where it comes from, how well it does, and what it is not for."""
+"""Writes the README.md of an exported model: what it is, where it comes from, how well it does, its limits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from unimed_jax.config import Config
 from unimed_jax.interop.sources import SOURCES
 
+# task -> (the text that it takes, what it answers)
 ASKED = {
     "vqa": ("a question about the image", "words"),
     "refer": ("what to find", "a box `{<x1><y1><x2><y2>}` in hundredths of the image"),
@@ -26,10 +27,13 @@ print(model.answer(tokenizer, Image.open("image.png"), task="vqa", text="Which p
 
 
 def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> str:
-    """Markdown with the header that the Hub reads; `size`: number of parameters; metrics as in metrics.json."""
+    """Writes the card as Markdown, with the header that the Hugging Face Hub reads.
+
+    size: number of parameters. metrics: the content of metrics.json.
+    """
     what = {kind: source.what for kind, source in SOURCES.items()} | {"run": "the folder of a run of unimed_jax"}
     bases = [f"- {what[kind]}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
-    reason = "the terms of the base weights named below apply" if bases else "no weights from outside are in it"
+    reason = "the terms of the base weights named below apply" if bases else "no outside weights are in it"
     header = (
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n"
         "tags:\n- medical-imaging\n- vision-language-model\n- mixture-of-experts\n- unimed_jax\n"
@@ -48,11 +52,11 @@ def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> 
         f"a vision transformer ({m.vision.image_size} pixels, {m.vision.depth} blocks of width {m.vision.width}), a "
         f"connector ({connector}; Uni-Med, arXiv 2409.17508) that makes {m.tokens_per_image} visual tokens of an "
         f"image, and a language decoder ({m.decoder.depth} layers of width {m.decoder.width}). Trained and exported "
-        "with unimed_jax; adapters, where there were any, are merged.",
+        "with unimed_jax; adapters, if there were any, are merged.",
         f"## How to ask\n\n{USAGE}\n\n"
-        "`modeling_unimed.py` in this folder is all the code there is: plain torch. The image is read as RGB; of "
-        "DICOM hand over the windowed pixels as a uint8 array [H, W, 3]. Prompts are those of the evaluation and "
-        "decoding is greedy; `model.answers` takes several questions at once.\n\n"
+        "All code is in `modeling_unimed.py` in this folder, in plain torch. The image is read as RGB; for DICOM, "
+        "pass the windowed pixels as a uint8 array [H, W, 3]. Prompts are those of the evaluation and decoding is "
+        "greedy; `model.answers` takes several questions at once.\n\n"
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),

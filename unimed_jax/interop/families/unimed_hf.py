@@ -1,4 +1,4 @@
-"""The complete model as a Hugging Face folder, which `AutoModelForCausalLM` loads in torch and which is read back here.
+"""Writes the complete model as a Hugging Face folder, which `AutoModelForCausalLM` loads in torch, and reads it back.
 
 config.json             the decoder's own settings (`text_config`), all of ours (`unimed`), prompts, special ids
 model*.safetensors      decoder as its family names it, vision as CLIP's tower, connector as the original names it
@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, to_dict
+from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, VisionConfig, to_dict
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import INSTRUCTIONS, TAGS, form_of
 from unimed_jax.data.layout import VISUAL
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
-from unimed_jax.interop.families.hf import copy_tokenizer, hf_decoder_table
+from unimed_jax.interop.families.hf import copy_tokenizer, hf_decoder_table, widest_dtype
 from unimed_jax.interop.families.hf_config import POSITIONS, decoder_to_hf
 from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.families.unimed_names import connector_table
@@ -40,7 +40,7 @@ BICUBIC = 3  # PIL's number
 
 
 def exported_table(config: ModelConfig) -> Table:
-    """Every tensor of the torch model; the decoder without adapters."""
+    """Lists every tensor of the torch model, whose decoder has no adapters."""
     return (
         hf_decoder_table(config.decoder, "language_model.")
         + hf_tower_table(config.vision, "vision_model.")
@@ -55,37 +55,24 @@ def export_unimed_hf(
     tokenizer: str | Path,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the folder, adapters merged into the decoder, every leaf in the dtype that it has.
+    """Writes the folder; adapters are merged into the decoder, and every leaf keeps its dtype.
 
-    leaves: all by path, adapters not merged. tokenizer: its folder.
-    metrics: what the run's metrics.json holds, for the model card. Raises UserError where no
-    Hugging Face decoder has these settings, or where `out` holds something already.
+    leaves: all by path, adapters not merged. tokenizer: its folder. metrics: the content of the run's metrics.json,
+    for the model card. Raises UserError if no Hugging Face decoder has these settings, or if `out` exists already.
     """
     leaves = merged_leaves(config.model, leaves)
     settings = portable(config)
     table = exported_table(settings.model)
     stored = published_shapes(table, leaves)
-    description = hub_config(settings, Tokenizer.load(tokenizer), stored)
-    vision = config.model.vision
+    words = Tokenizer.load(tokenizer)
     parts = {
-        "config.json": description,
+        "config.json": hub_config(settings, words, stored),
         "generation_config.json": {
-            **{key: description[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            **_special_ids(words),
             "do_sample": False,
             "max_new_tokens": config.evaluate.max_new_tokens,
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "ViTImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"height": vision.image_size, "width": vision.image_size},
-            "resample": BICUBIC,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": vision.mean,
-            "image_std": vision.std,
-        },
+        "preprocessor_config.json": _preprocessor_config(config.model.vision),
     }
     with new_folder(out) as folder:
         for name, content in parts.items():
@@ -127,34 +114,32 @@ class Merged:
 
 
 def portable(config: Config) -> Config:
-    """The settings without adapters and without this machine's folders: of a path its last part is kept."""
+    """Removes adapters and this machine's folders from the settings; of a path only the last part is kept."""
+    sources = tuple(dataclasses.replace(source, path=Path(source.path).name) for source in config.data.sources)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, lora=LoraConfig()),
         text=dataclasses.replace(config.text, tokenizer=""),
-        data=dataclasses.replace(
-            config.data,
-            root="",
-            cache="",
-            sources=tuple(dataclasses.replace(s, path=Path(s.path).name) for s in config.data.sources),
-        ),
+        data=dataclasses.replace(config.data, root="", cache="", sources=sources),
         init=tuple((kind, Path(path).name) for kind, path in config.init),
     )
 
 
 def hub_config(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored]) -> dict[str, Any]:
-    """What config.json holds."""
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    dtype = str(max((s.dtype for s in stored.values()), key=lambda dtype: np.dtype(dtype).itemsize))
+    """Makes the content of config.json."""
+    ids, dtype = _special_ids(tokenizer), widest_dtype(stored)
     longest = config.text.max_prompt + config.evaluate.max_new_tokens
     decoder = decoder_to_hf(config.model.decoder, max(POSITIONS, longest))
     for key, value in {**ids, "dtype": dtype}.items():
         setattr(decoder, key, value)
-    name = "UniMedForCausalLM"
+    model_class = "UniMedForCausalLM"
     return {
         "model_type": MODEL_TYPE,
-        "architectures": [name],
-        "auto_map": {"AutoConfig": f"{CODE.stem}.UniMedConfig", "AutoModelForCausalLM": f"{CODE.stem}.{name}"},
+        "architectures": [model_class],
+        "auto_map": {
+            "AutoConfig": f"{CODE.stem}.UniMedConfig",
+            "AutoModelForCausalLM": f"{CODE.stem}.{model_class}",
+        },
         "dtype": dtype,
         **ids,
         "image_token_id": VISUAL,
@@ -166,8 +151,32 @@ def hub_config(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored
     }
 
 
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+
+
+def _preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
+    """Makes the content of preprocessor_config.json: how an image becomes pixels."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": vision.mean,
+        "image_std": vision.std,
+    }
+
+
 def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
-    """The evaluation prompt's constant parts: before the image (None: there is none), around the body, the body."""
+    """Cuts the evaluation prompt of a task into its constant parts.
+
+    image: the text before the image (None if the task has no image); body: the instruction with "{question}";
+    before, after: the text around the body.
+    """
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
     example = Example("", task, "{question}", "", images=("",) if task in VISUAL_TASKS else ())
     *image, asked = form_of(dataclasses.replace(config.text, max_words=None)).prompt(example)
@@ -177,12 +186,12 @@ def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Back again
+# Reading it back
 # --------------------------------------------------------------------------------------------------
 
 
 def is_exported(folder: str | Path) -> bool:
-    """Whether the folder's config.json is one that `export_model` wrote (a run's own holds no model_type)."""
+    """Says whether `export_unimed_hf` wrote the folder (a run's own config.json has no model_type)."""
     try:
         return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == MODEL_TYPE
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,8 @@
-"""Weights from files straight into sharded device arrays: each device's part is read by slices, in strips."""
+"""Loads weights from files straight into sharded device arrays.
+
+Each device's shard is read in slices, one strip of rows after the other, so that a large model never sits whole in
+host memory.
+"""
 
 import dataclasses
 import functools
@@ -12,15 +16,15 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from unimed_jax.interop.tensors.table import Region, Table, Tensors, check, read_region
 
-STRIP = 128 << 20  # bytes of a device's part of a leaf that are in host memory at a time
+STRIP = 128 << 20  # bytes of a shard that are in host memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """Says where loaded weights go, by the path of the leaf.
+    """Says which leaves are wanted, on which devices and in which dtypes; all by the path of the leaf.
 
-    leaves: anything with shape and dtype; shardings: where each lies (None: on the first device); dtypes: replace
-    those of `leaves`, for the paths that are named.
+    leaves: anything with a shape and a dtype. shardings: None puts all on the first device. dtypes: replace those of
+    `leaves`, for the paths that are named.
     """
 
     leaves: Mapping[str, Any]
@@ -38,8 +42,8 @@ def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, ja
     """Reads the leaves that the table names from the file's tensors, in the layout and dtypes of `to`.
 
     A process reads what its own devices hold and nothing else; host memory holds one strip per device at a time.
-    Raises UserError, before anything is read, for all that does not fit (`check`), and for the first tensor met
-    that is not finite.
+    Raises UserError before anything is read for everything that does not fit (`check`), and later for the first
+    tensor that is not finite.
     """
     check(table, tensors, to.leaves)
     out = {}
@@ -51,47 +55,60 @@ def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, ja
 
 
 def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, read_part: Callable) -> jax.Array:
-    """An array of which every device's part is made of strips of `read_part(region)`, copies of a part from one."""
-    own = sharding.shard_shape(shape)
-    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}  # region -> devices that hold a copy of it
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        region = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
-        holders.setdefault(region, []).append(device)
+    """Builds a sharded array; each device's shard is read in strips, and replicas share one read.
+
+    read_part: region of the whole array -> its values.
+    """
+    shard = sharding.shard_shape(shape)
+    devices_of = _devices_by_region(shape, sharding)
 
     def strip(start: int, rows: int) -> jax.Array:
-        """Rows start .. start + rows of every device's own part, side by side as one array."""
+        """Reads `rows` rows from row `start` on of every shard, as one array that is sharded in the same way."""
         parts = []
-        for region, devices in holders.items():
+        for region, devices in devices_of.items():
             (first, _), *rest = region
             part: Region = (slice(first + start, first + start + rows), *(slice(*r) for r in rest))
             values = read_part(part)
             parts += [jax.device_put(values, device) for device in devices]
-        whole = (shape[0] // own[0] * rows, *shape[1:])
+        whole = (shape[0] // shard[0] * rows, *shape[1:])
         return jax.make_array_from_single_device_arrays(whole, sharding, parts)
 
-    row_bytes = max(1, int(np.prod(own[1:], dtype=np.int64)) * dtype.itemsize)
-    count = -(-own[0] // max(1, STRIP // row_bytes))
+    row_bytes = max(1, int(np.prod(shard[1:], dtype=np.int64)) * dtype.itemsize)
+    count = -(-shard[0] // max(1, STRIP // row_bytes))
     if count <= 1:
-        return strip(0, own[0])
-    rows = -(-own[0] // count)
+        return strip(0, shard[0])
+    rows = -(-shard[0] // count)
     out = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
     for i in range(count):
-        start = min(i * rows, own[0] - rows)  # the last one overlaps, so that one program writes all
+        start = min(i * rows, shard[0] - rows)  # the last strip may overlap, so that all are written by one program
         out = _write(out, strip(start, rows), start, sharding)
-        out.block_until_ready()  # else strips pile up in host memory
+        out.block_until_ready()  # otherwise strips pile up in host memory
     return out
+
+
+def _devices_by_region(shape: tuple[int, ...], sharding: Sharding) -> dict[tuple[tuple[int, int], ...], list[Any]]:
+    """Lists, for every region that a shard of this process covers, the devices that hold a copy of it."""
+    devices_of: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        region = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
+        devices_of.setdefault(region, []).append(device)
+    return devices_of
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnums=0)
 def _write(out, strip, start, sharding: Sharding):
-    """`out`, in place, with the strip from row `start` on of every device's own part."""
+    """Writes the strip into every shard of `out`, from row `start` of the shard on, in place."""
 
-    def put(part, values, start):
-        return jax.lax.dynamic_update_slice_in_dim(part, values, start, 0)
+    def put(shard, values, start):
+        return jax.lax.dynamic_update_slice_in_dim(shard, values, start, 0)
 
     if not isinstance(sharding, NamedSharding):
         return put(out, strip, start)
-    specs = (sharding.spec, sharding.spec, jax.sharding.PartitionSpec())
-    return jax.shard_map(put, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)(
-        out, strip, start
+    write = jax.shard_map(
+        put,
+        mesh=sharding.mesh,
+        in_specs=(sharding.spec, sharding.spec, jax.sharding.PartitionSpec()),
+        out_specs=sharding.spec,
+        check_vma=False,
     )
+    return write(out, strip, start)

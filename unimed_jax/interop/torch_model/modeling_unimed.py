@@ -1,6 +1,6 @@
-"""A UniMed model in plain torch, for transformers: vision encoder, connector mixture of experts, decoder.
+"""Runs a UniMed model in plain torch, for transformers: vision encoder, connector mixture of experts, decoder.
 
-This file lies beside the weights that unimed_jax exported and needs torch, transformers, numpy and Pillow alone:
+This file lies next to weights that unimed_jax exported. It needs only torch, transformers, numpy and Pillow:
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
@@ -21,11 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 
 
 class UniMedConfig(PretrainedConfig):
-    """`text_config`: the decoder, as its own family has it; `unimed`: all settings of the run in unimed_jax's words.
+    """Holds the content of config.json.
 
-    prompts: task -> {image: text before the image (None: the task takes none), before, body, after}, where the body
-    holds "{question}"; visual_tasks: their order is that of the task tokens; image_token_id stands in `input_ids`
-    where a visual token goes and is no id of the tokenizer; dropped_token_ids are left out of an answer's text.
+    text_config: the decoder's settings, in the words of its own family.
+    unimed: all settings of the run, in unimed_jax's words.
+    prompts: task -> {image: text before the image (None: the task takes no image), before, body, after}; the body
+        holds "{question}".
+    visual_tasks: the tasks with an image, in the order of the task tokens.
+    image_token_id: stands in `input_ids` for each visual token; it is not an id of the tokenizer.
+    dropped_token_ids: are left out of an answer's text.
     """
 
     model_type = "unimed"
@@ -126,7 +130,7 @@ class VisionBlock(nn.Module):
 class VisionLayers(nn.Module):
     def __init__(self, v):
         super().__init__()
-        # Blocks behind the feature layer would not be used.
+        # Blocks after the feature layer would not be used.
         self.layers = nn.ModuleList([VisionBlock(v) for _ in range(v["depth"] + 1 + v["feature_layer"])])
 
     def forward(self, x):
@@ -136,7 +140,7 @@ class VisionLayers(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Normalised pixels [N, 3, size, size] -> patch features [N, patches, width], without the class token."""
+    """Turns normalised pixels [N, 3, size, size] into patch features [N, patches, width], without the class token."""
 
     def __init__(self, v):
         super().__init__()
@@ -159,7 +163,7 @@ class VisionModel(nn.Module):
 
 
 def aggregate(x, kind, rate):
-    """Patch features [N, patches, width] -> visual tokens [N, patches / rate, features]."""
+    """Groups patch features [N, patches, width] into visual tokens [N, patches / rate, features]."""
     count, patches, width = x.shape
     if kind == "projection":
         return x.reshape(count, patches // rate, rate * width)  # [N, T, rate * width]
@@ -172,7 +176,7 @@ def aggregate(x, kind, rate):
 
 
 class Router(nn.Module):
-    """concat(task token, visual token), or one of them -> expert logits, float32."""
+    """Turns concat(task token, visual token), or one of the two, into expert logits in float32."""
 
     def __init__(self, width, hidden, experts, act):
         super().__init__()
@@ -183,7 +187,7 @@ class Router(nn.Module):
 
 
 class Connector(nn.Module):
-    """Patch features [N, patches, width] and the task of each image -> visual tokens [N, T, decoder width]."""
+    """Turns patch features [N, patches, width] and the task of each image into visual tokens [N, T, decoder width]."""
 
     def __init__(self, c, vision_width, out, tasks):
         super().__init__()
@@ -223,9 +227,9 @@ class Connector(nn.Module):
         return sum(routing[..., e, None] * expert(x) for e, expert in enumerate(self.moe_layers))
 
     def route(self, x, tasks):
-        """Weights of the experts [N, T, E], or [N, 1, E] where they depend on the task alone."""
+        """Gives the experts' weights [N, T, E], or [N, 1, E] if they depend only on the task."""
         experts = self.c["experts"]
-        if self.c["router"] == "hard":  # a task without an expert of its own gets none
+        if self.c["router"] == "hard":  # a task without its own expert gets none
             return (torch.arange(experts, device=x.device) == tasks[:, None])[:, None].float()
         if self.c["router"] == "constant":
             return x.new_full((len(x), 1, experts), 1 / experts)
@@ -236,7 +240,7 @@ class Connector(nn.Module):
         if "token" in self.c["router_input"]:
             parts.append(x)
         logits = self.router(torch.cat(parts, dim=-1))  # [N, T, E]
-        if self.c["router"] == "soft":  # sigmoid over its sum, in logarithms
+        if self.c["router"] == "soft":  # sigmoid over its sum, in log space
             return F.logsigmoid(logits).softmax(dim=-1)
         values, kept = logits.topk(self.c["top_k"], dim=-1)
         return torch.zeros_like(logits).scatter(-1, kept, values.softmax(dim=-1))
@@ -280,21 +284,25 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     # ---- arrays in, logits or ids out --------------------------------------------------------------------
 
     def image_tokens(self, pixel_values, task):
-        """Normalised pixels [N, 3, size, size] and the task of each image (or one for all) -> [N, T, width]."""
+        """Turns normalised pixels [N, 3, size, size] into visual tokens [N, T, width].
+
+        task: the name of each image's task, or one for all.
+        """
         names = [task] * len(pixel_values) if isinstance(task, str) else list(task or ())
         if len(names) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images need as many tasks (or one for all), not {task!r}.")
         for name in names:
             if name not in self.config.visual_tasks:
-                raise ValueError(f"{name!r} is no task with an image; choose from {self.config.visual_tasks}.")
+                raise ValueError(f"{name!r} is not a task with an image; choose from {self.config.visual_tasks}.")
         ids = torch.tensor([self.config.visual_tasks.index(name) for name in names], device=self.device)
         features = self.vision_model(pixel_values.to(self.device, self.dtype))
         return self.connector(features, ids)
 
     def embed(self, input_ids, pixel_values=None, task=None):
-        """Token embeddings with the visual tokens, in their order, wherever `input_ids` is `image_token_id`."""
+        """Embeds tokens, and puts the visual tokens, in order, wherever `input_ids` is `image_token_id`."""
         places = input_ids == self.config.image_token_id
-        embedding = self.get_input_embeddings()  # of Gemma, it scales; visual tokens stay as the connector makes them
+        # Gemma's embedding scales its output; visual tokens stay as the connector makes them.
+        embedding = self.get_input_embeddings()
         x = embedding(input_ids.masked_fill(places, self.config.pad_token_id))
         if pixel_values is None:
             if places.any():
@@ -321,10 +329,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """The decoder's output (logits, cache, loss where `labels` are given).
+        """Runs the model; returns the decoder's output (logits, cache, and the loss if `labels` are given).
 
-        input_ids [B, S], left padded where `attention_mask` is 0; pixel_values [N, 3, size, size] of all rows' images
-        in their order; task: a name for all of them, or one for each. What else there is goes to the decoder.
+        input_ids: [B, S], left padded where `attention_mask` is 0. pixel_values: [N, 3, size, size], the images of
+        all rows in order. task: a name for all of them, or one for each. All other arguments go to the decoder.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, task)
@@ -340,7 +348,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, task=None, **kwargs):
-        """Ids of the answers [B, new], without the prompts; arguments as in `forward`, and transformers' own."""
+        """Generates the ids of the answers [B, new], without prompts; arguments as in `forward`, or transformers'."""
         if input_ids is not None:
             kwargs["inputs_embeds"] = self.embed(input_ids, pixel_values, task)
             if kwargs.get("attention_mask") is None:
@@ -350,15 +358,16 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     # ---- questions in, answers out -----------------------------------------------------------------------
 
     def answer(self, tokenizer, image=None, task="vqa", text="", **kwargs):
-        """The answer's text, greedy, under the prompt of unimed_jax's evaluation.
+        """Answers one question, greedily, under the prompt of unimed_jax's evaluation.
 
-        image: PIL image or uint8 array [H, W, 3], None where the task takes none; text: the question (vqa, qa), what
-        to find (refer), a box as {<x1><y1><x2><y2>} in hundredths of the image (identify); caption and cls need none.
+        image: PIL image or uint8 array [H, W, 3]; None if the task takes none.
+        text: the question (vqa, qa), what to find (refer), or a box as {<x1><y1><x2><y2>} in hundredths of the image
+            (identify); caption and cls need none.
         """
         return self.answers(tokenizer, [(image, task, text)], **kwargs)[0]
 
     def answers(self, tokenizer, questions, **kwargs):
-        """Texts of the answers to several (image, task, text), as one batch."""
+        """Answers several (image, task, text) as one batch."""
         ids = self.generate(**self.prepare(tokenizer, questions), do_sample=False, **kwargs)
         out = []
         for new in ids.tolist():
@@ -369,7 +378,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         return out
 
     def prepare(self, tokenizer, questions):
-        """Arguments of `generate` for several (image, task, text): rows padded on the left, pixels, tasks."""
+        """Makes the arguments of `generate` for several (image, task, text): rows padded on the left, pixels, tasks."""
         rows = [self.prompt_ids(tokenizer, image is not None, task, text) for image, task, text in questions]
         longest = max(len(row) for row in rows)
         ids = torch.tensor([[self.config.pad_token_id] * (longest - len(row)) + row for row in rows])
@@ -382,10 +391,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         return batch
 
     def prompt_ids(self, tokenizer, has_image, task, text):
-        """Ids of a prompt; the text is looked up in `config.prompts` and tidied as in training."""
+        """Makes the ids of a prompt from `config.prompts`; whitespace is tidied as in training."""
         config, rules = self.config, self.config.unimed["text"]
         if task not in config.prompts:
-            raise ValueError(f"{task!r} is no task; choose from {', '.join(config.prompts)}.")
+            raise ValueError(f"{task!r} is not a task; choose from {', '.join(config.prompts)}.")
         form = config.prompts[task]
         visual = form["image"] is not None
         if visual != has_image:
@@ -411,7 +420,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         return ids
 
     def pixels(self, image):
-        """PIL image (or uint8 array [H, W, 3]) -> normalised float32 [3, size, size], bicubic with antialiasing."""
+        """Turns an image into normalised float32 pixels [3, size, size]; bicubic with antialiasing.
+
+        image: PIL image or uint8 array [H, W, 3].
+        """
         vision = self.config.unimed["model"]["vision"]
         size = vision["image_size"]
         if not isinstance(image, Image.Image):
