@@ -52,7 +52,7 @@ def test_a_run_leaves_scores_in_the_agreed_schema(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"config_hash", "data_checksum", "code_version", "fidelity"} <= set(metrics)
     for task in TASKS:
-        entry = metrics["tasks"][task]
+        entry = metrics["sets"]["squares"]["test"][task]
         assert entry["n"] == 24
         for value in entry["corrected"].values():
             assert {"value", "ci95"} <= set(value)
@@ -70,7 +70,7 @@ def test_evaluate_scores_a_finished_run_again_to_the_same_numbers(run):
     before = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").unlink()
     assert door.main(["evaluate", f"--run={run}"]) == 0
-    assert json.loads((run / "metrics.json").read_text())["tasks"] == before["tasks"]
+    assert json.loads((run / "metrics.json").read_text()) == before
 
 
 def test_overrides_reach_the_run(run):
@@ -117,7 +117,7 @@ def test_a_run_answers_in_torch_as_here(run, tmp_path, capsys, monkeypatch):
     assert [line.split()[1] for line in lines[2:]] == [*TASKS, "all"] and "13 of 13" in lines[-1]
     records = json.loads((tmp_path / "records.json").read_text())["records"]
     assert len({record["id"] for record in records}) == 13
-    assert "| vqa | 24 |" in (tmp_path / "exported" / "README.md").read_text()  # the run's scores
+    assert "| squares | vqa | 24 |" in (tmp_path / "exported" / "README.md").read_text()  # the run's scores
 
 
 PREDICT = ["predict", "--run={run}"]

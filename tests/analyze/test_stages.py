@@ -10,6 +10,7 @@ from support.fake_brain import Squares
 
 from unimed_jax import main as door
 from unimed_jax.data import datasets
+from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.settings import load_config_file
 
@@ -83,7 +84,7 @@ def test_the_table_has_a_row_a_stage(chain):
     _, folder = chain
     kept = json.loads((folder / "stages.json").read_text())["stages"]
     assert list(kept) == ["first", "second"] and kept["second"]["steps"] == 2
-    metrics = json.loads((folder / "second" / "metrics.json").read_text())["tasks"]
+    metrics = json.loads((folder / "second" / "metrics.json").read_text())["pooled"]["test"]
     scores = kept["second"]["scores"]
     assert scores["open: recall"] == metrics["vqa"]["corrected"]["open_recall"]
     assert scores["open: recall, %, published"] == metrics["vqa"]["published"]["open_recall"]
@@ -111,11 +112,11 @@ def test_an_interrupted_chain_goes_on_where_it_was(copied, capsys, monkeypatch):
     """Scores cut off by a kill: that stage alone is scored again, and nothing trains."""
     config, folder = copied
     file = folder / "second" / "metrics.json"
-    before = json.loads(file.read_text())["tasks"]
+    before = json.loads(file.read_text())
     file.write_text(file.read_text()[:100])
     assert door.main([config, f"--workdir={folder}"]) == 0
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first"]
-    assert json.loads(file.read_text())["tasks"] == before
+    assert {**json.loads(file.read_text()), "config_hash": before["config_hash"]} == before  # copied: other paths
 
 
 MISTAKES = {
@@ -187,7 +188,20 @@ def test_a_run_is_scored_on_the_data_that_it_names(copied):
     others.name, others.checksum = "others", "1" * 64
     named = "--config.evaluate.sources=({'name': 'others', 'path': '.'},)"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: {"others": others}[source.name])
+        known = {"others": others, "squares": Squares(images=8)}
+        patch.setattr(datasets, "load_dataset", lambda source, data: known[source.name])
         words = ["evaluate", f"--run={folder / 'first'}", named, "--config.evaluate.limit=2"]
         assert door.main(words) == 0
-    assert json.loads((folder / "first" / "metrics.json").read_text())["data_checksum"] == "1" * 64
+        metrics = json.loads((folder / "first" / "metrics.json").read_text())
+        assert metrics["data_checksum"] == "1" * 64 and list(metrics["sets"]) == ["others"]
+        assert metrics["sets"]["others"]["test"]["vqa"]["margin"] and not metrics["notes"]
+
+        def moved(source, data):
+            if source.name == "squares":
+                raise UserError("squares: no such folder.")
+            return others
+
+        patch.setattr(datasets, "load_dataset", moved)
+        assert door.main(words) == 0
+    (note,) = json.loads((folder / "first" / "metrics.json").read_text())["notes"]
+    assert "the training data did not open" in note and "squares: no such folder" in note

@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from unimed_jax.config import VISUAL_TASKS, TextConfig
 from unimed_jax.data.example import Example
@@ -21,8 +22,7 @@ IMAGE = "<image>"  # marks an image in the text of a conversation, as in LLaVA's
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of an example: text that is either all target or none of it, or (without text) one image."""
 
     text: str = ""
@@ -132,7 +132,7 @@ def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
     for piece in pieces:
         last = runs[-1] if runs else None
         if last and not (last.image or piece.image or last.ends) and last.target == piece.target:
-            runs[-1] = dataclasses.replace(piece, text=last.text + piece.text)
+            runs[-1] = piece._replace(text=last.text + piece.text)
         else:
             runs.append(piece)
     return runs
@@ -281,7 +281,7 @@ class Chat(Conversation):
         return self._answered(turns)
 
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
-        before = [dataclasses.replace(piece, target=False) for piece in self._answered(turns)]
+        before = [piece._replace(target=False) for piece in self._answered(turns)]
         head = "" if turns else self._head()
         return [*before, *_marked(head + self._question(question))]
 
