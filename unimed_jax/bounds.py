@@ -1,4 +1,4 @@
-"""Bounds of settings, written beside a field's type as `Annotated[int, AtLeast(1)]`, and a dict that can be hashed.
+"""Bounds that settings carry in their type, as `Annotated[int, AtLeast(1)]`, and a dict that can be hashed.
 
 `settings.py` asks every bound of a field for its `refusal` of a value: None if the value is allowed, else the end of
 the sentence that begins with the setting's name.

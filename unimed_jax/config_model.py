@@ -120,7 +120,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A pre-norm decoder. The defaults are LLaMA's; `interop/families/hf.py` has those of other published families."""
+    """A pre-norm decoder. The defaults are LLaMA's; `interop/families/hf_config.py` has those of other families."""
 
     vocab: Count = 1024  # rows of the embedding table; at least as many as the tokenizer has tokens
     width: Count = 128  # of the hidden states

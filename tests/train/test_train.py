@@ -13,6 +13,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.folder import write_config
 from unimed_jax.runs.open import initial_leaves, initial_model, open_run
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
@@ -123,7 +124,7 @@ def test_a_folder_belongs_to_one_set_of_settings(straight):
 def test_a_checkpoint_of_another_model_is_refused(straight, tmp_path):
     settings = tiny_config()
     settings.model.decoder.mlp_width = 64
-    loop.write_config(tmp_path, from_config_dict(settings))
+    write_config(tmp_path, from_config_dict(settings))
     (tmp_path / "checkpoints").symlink_to(straight.folder / "checkpoints")
     (tmp_path / "tokenizer").symlink_to(straight.folder / "tokenizer")
     with pytest.raises(UserError, match=r"another model: decoder/layers/mlp/down/kernel is \(1, 48, 32\) there"):

@@ -104,9 +104,9 @@ def trained(stage: Stage) -> bool:
     if not (stage.folder / "checkpoints").is_dir():
         return False
     checkpoints = Checkpoints(stage.folder / "checkpoints", read_only=True)
-    latest = checkpoints.latest()
+    latest, note = checkpoints.latest(), checkpoints.newest_note()
     checkpoints.close()
-    return latest == stage.config.train.steps
+    return latest == stage.config.train.steps or bool(note) and note["progress"]["finished"]
 
 
 def finished(stage: Stage) -> bool:

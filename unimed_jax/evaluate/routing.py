@@ -55,7 +55,7 @@ def routing_report(
     if connector.router in ("soft", "sparse") and connector.router_input != "task":
         models["token_router"] = without_task_half(trained)
     apart: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    total = 0.0
+    total: np.ndarray = np.zeros(())
     for start in range(0, len(keys), batch):
         fitted = [images.fit(read(key), config.data.fit, config.model.vision) for key in keys[start : start + batch]]
         pixels = np.stack(fitted)  # [N, H, W, 3]
@@ -64,7 +64,7 @@ def routing_report(
             apart[name].append(total_variation(weights))
             if name == "trained":
                 total = total + weights.sum(axis=0, dtype=np.float64)  # [tasks, T, E]
-    maps = np.asarray(total) / len(keys)  # [tasks, T, E]
+    maps = total / len(keys)  # [tasks, T, E]
     measured = {name: _measured(np.concatenate(values), clusters, config) for name, values in apart.items()}
     report = {
         "images": len(keys),
