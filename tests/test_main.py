@@ -143,8 +143,16 @@ def test_predict_answers_from_an_image_file(run, tmp_path, capsys, kind):
     else:
         file = tmp_path / f"image.{kind}"
         Image.fromarray(Squares().image("test0")).save(file)
-    assert door.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is it?"]) == 0
-    capsys.readouterr()
+    assert (
+        door.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is the square?"])
+        == 0
+    )
+    said = capsys.readouterr().out.strip()
+    assert said
+    if kind == "png":  # the evaluation asked the same of the same pixels
+        lines = map(json.loads, (run / "predictions.jsonl").read_text().splitlines())
+        (asked,) = (x for x in lines if x["task"] == "vqa" and x["images"] == ["test0"] and x["split"] == "test")
+        assert said == asked["prediction"]
 
 
 def test_predict_draws_the_box(run, tmp_path, capsys):
