@@ -12,9 +12,12 @@ from unimed_jax.analyze.chain import Stage, trained
 from unimed_jax.config import LossConfig, MeshConfig
 from unimed_jax.data import datasets, images, layout
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate.run import quick_scores
+from unimed_jax.evaluate.tasks import open_sets, select, units_of
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.open import open_run
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
 from unimed_jax.train.log import Log
@@ -105,7 +108,7 @@ def test_the_losses_are_those_of_the_examples_and_training_stays_the_same(tmp_pa
     shape = layout.RowShape(160, 1, 96, config.model.tokens_per_image, 32)
     for task, split in (("vqa", "val"), ("qa", "test"), ("refer", "val")):
         every = [example for example in data.examples(split) if example.task == task]
-        chosen = [every[i * len(every) // 10] for i in range(10)]
+        chosen = select(every, 10)
         groups = []
         for example in chosen:
             pixels = tuple(images.fit(data.image(k), config.data.fit, config.model.vision) for k in example.images)
@@ -153,6 +156,7 @@ def test_patience_ends_a_run_and_the_best_checkpoint_stays(constant):
     assert ended.step == 8  # measured after 2 (the best), 4, 6 and 8 steps
     assert saved(ended.folder) == {2, 8}
     assert Checkpoints(ended.folder / "checkpoints", read_only=True).best() == 2
+    assert (open_run(ended.folder).step, open_run(ended.folder, which="best").step) == (8, 2)
     progress = note(ended.folder)
     assert progress["finished"] and progress["waited"] == 3 and progress["best_step"] == 2
 
@@ -165,6 +169,26 @@ def test_a_run_that_patience_ended_is_finished(constant):
     assert again.step == 8 and lines(ended.folder) == before
     stage = Stage("constant", from_config_dict(config), ended.folder)
     assert trained(stage)
+
+
+def test_metrics_that_an_entry_names_are_scored_and_may_pick_the_best(tmp_path):
+    """The same as scoring the finished model; the train step is not compiled again (the loop counts)."""
+    config = settings(best="token_f1/squares/val/cls", steps=6)
+    entry = dict(source="squares", task="cls", split="val", every=3, limit=10, metrics=("exact_match", "token_f1"))
+    config.evaluate.entries = (entry, dict(entry, task="qa", metrics=()))
+    ended = run(config, tmp_path)
+    names = {name for line in lines(tmp_path) for name in line if name.startswith("val/")}
+    own = {"val/squares/cls/loss", "val/squares/cls/exact_match", "val/squares/cls/token_f1"}
+    assert names == {*own, "val/squares/qa/loss"}
+    units = [unit for unit in units_of(ended.config, open_sets(ended.config.held_out))[0] if unit.task == "cls"]
+    for name, value in quick_scores(ended.model, ended.config, ended.tokenizer, units).items():
+        metric, source, split, task = name.split("/")
+        assert measured(tmp_path, f"{split}/{source}/{task}/{metric}")[6] == value
+    best = open_run(tmp_path, which="best")
+    at_best = quick_scores(best.model, ended.config, ended.tokenizer, units)
+    assert at_best["token_f1/squares/val/cls"] == note(tmp_path)["best"] and best.step == note(tmp_path)["best_step"]
+    values = measured(tmp_path, "val/squares/cls/token_f1")
+    assert list(values) == [3, 6] and note(tmp_path)["best"] == max(values.values())
 
 
 def test_a_new_best_value_starts_the_count_again():
@@ -203,6 +227,8 @@ def test_more_steps_restart_or_stretch_the_schedule(longer, tmp_path, monkeypatc
 
 def test_more_steps_are_refused_unless_it_is_said_what_they_do(tmp_path):
     run(tiny_config(steps=1), tmp_path)
+    with pytest.raises(UserError, match="holds no best checkpoint; set config.train.best"):
+        open_run(tmp_path, which="best")
     with pytest.raises(UserError, match=r"config.train.steps is 1 there and 2 now.*or set config.train.longer to"):
         run(tiny_config(steps=2), tmp_path)
     changed = tiny_config(steps=2, longer="stretch")
@@ -216,12 +242,12 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
     unknown = settings()
     unknown.evaluate.entries = (dict(source="squars", task="vqa", split="val", every=1),)
     missing = settings((("vqa", "nowhere", 1),))
-    best = settings(best="loss/squares/val/cls", best_mode="min")
+    best = settings(best="recal/squares/val/vqa")
     for number, (config, sentence) in enumerate(
         [
-            (unknown, r"squars/val/vqa names no data set; did you mean 'squares'"),
-            (missing, r"squares/nowhere/vqa has no example; check its split and task"),
-            (best, r"config.train.best='loss/squares/val/cls' is not measured during training.*loss/squares/val/vqa"),
+            (unknown, r"config.evaluate.entries: 'squars' is not the id of a data set; did you mean 'squares'"),
+            (missing, r"config.evaluate.entries: data set 'squares' has no example in split 'nowhere'"),
+            (best, r"config.train.best='recal/squares/val/vqa' is not measured during training.*loss/squares/val/vqa"),
         ]
     ):
         with pytest.raises(UserError, match=sentence):
@@ -237,7 +263,7 @@ def test_eight_devices_measure_what_one_does(constant):
     for axes in (None, {"data": 2, "fsdp": 2, "tensor": 2}):
         mesh = None if axes is None else MAKE_MESH(MeshConfig(auto=False, **axes), config.data.rows)
         program = build(config, mesh)
-        validation = Validation(config, [Squares()], ended.tokenizer, program)
+        validation = Validation(config, ended.tokenizer, program)
         leaves = {path: np.asarray(leaf) for path, leaf in parameters(ended.model).items()}
         if mesh is not None:
             leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))

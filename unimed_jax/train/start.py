@@ -14,6 +14,7 @@ from unimed_jax.data.example import Dataset
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate.tasks import check_evaluation
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import with_parameters
@@ -111,11 +112,12 @@ def prepare(config: Config, folder: Path) -> Start:
         write_config(folder, config)
         datasets = load_datasets(config.data)
         tokenizer = load_text(folder, config, datasets)
+    check_evaluation(config, tokenizer)
     pipeline = Pipeline(datasets, config, tokenizer)
 
     # ---- program -----------------------------------------------------------------------------------
     program = build(config, make_mesh(config), tokenizer.coordinate_start)
-    validation = Validation(config, datasets, tokenizer, program)
+    validation = Validation(config, tokenizer, program)
 
     # ---- weights -----------------------------------------------------------------------------------
     with sharding.inside(program.mesh):
