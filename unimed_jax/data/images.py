@@ -1,6 +1,8 @@
 """Image files to arrays: PNG, JPEG and DICOM; resizing as published."""
 
+import io
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -9,22 +11,29 @@ from unimed_jax.config import VisionConfig
 from unimed_jax.errors import UserError
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """File -> uint8 [H, W, 3].
+def read_image(path: str | Path | bytes) -> np.ndarray:
+    """Reads a file, or the bytes of one, to uint8 [H, W, 3].
 
     Grey images are repeated over the three channels. Sixteen-bit grey keeps its zero; white is the smallest
     2^n - 1 that holds the brightest pixel, so that twelve-bit data in a sixteen-bit file is not black.
     DICOM: see `read_dicom`. Raises UserError for a file that is missing or cannot be read.
     """
-    path = Path(path)
-    if not path.is_file():
+    if isinstance(path, bytes):
+        return _decoded(io.BytesIO(path), f"of {len(path)} bytes")
+    if not Path(path).is_file():
         raise UserError(f"image {path} does not exist; check the path.")
-    with path.open("rb") as file:
-        dicom = file.read(132)[128:] == b"DICM"
-    if dicom or path.suffix.lower() in (".dcm", ".dicom"):
-        return read_dicom(path)
+    with Path(path).open("rb") as file:
+        return _decoded(file, str(path))
+
+
+def _decoded(file: BinaryIO, path: str) -> np.ndarray:
+    """Decodes an open file; `path` names it in messages and may say what it is."""
+    dicom = file.read(132)[128:] == b"DICM" or path.lower().endswith((".dcm", ".dicom"))
+    file.seek(0)
+    if dicom:
+        return read_dicom(file, path)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.mode.startswith("I"):
                 return _grey(_deep(np.asarray(image)))
             return np.array(image.convert("RGB"))  # [H, W, 3]
@@ -32,19 +41,21 @@ def read_image(path: str | Path) -> np.ndarray:
         raise UserError(f"image {path} cannot be read ({error}); give a whole PNG, JPEG or DICOM file.") from error
 
 
-def read_dicom(path: str | Path) -> np.ndarray:
-    """DICOM file -> uint8 [H, W, 3]: first frame, modality rescale, then the file's first VOI table or window.
+def read_dicom(file: str | Path | BinaryIO, path: str = "") -> np.ndarray:
+    """Reads a DICOM file (called `path` in messages) to uint8 [H, W, 3].
 
+    First frame, modality rescale, then the file's first VOI table or window.
     Without one, data of at most eight bits stays as it is and deeper data spans its range (padding apart).
     MONOCHROME1 is inverted, palettes and YBR become RGB. PS3.3 C.11.1, C.11.2.
     """
+    path = path or str(file)
     try:
         import pydicom
         from pydicom import pixels
     except ImportError as error:
         raise UserError(f"image {path} is DICOM; install pydicom to read it.") from error
     try:
-        data = pydicom.dcmread(path, force=True)
+        data = pydicom.dcmread(file, force=True)
         # `pixel_array` of colour images is RGB already where the file holds YBR.
         array = data.pixel_array
         colours = int(data.get("SamplesPerPixel", 1))

@@ -4,7 +4,8 @@ from typing import Any
 
 from unimed_jax import processes
 from unimed_jax.config import Config
-from unimed_jax.data.datasets import joined, load_datasets
+from unimed_jax.data.datasets import open_sources
+from unimed_jax.data.joined import joined
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.tasks import evaluate
@@ -20,7 +21,7 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
     generate together; the first one scores, writes and gets the content of metrics.json, the others get {}.
     """
     leads = processes.leads()
-    dataset = joined(load_datasets(config.held_out))
+    dataset = joined(open_sources(config.held_out))
     answer = answerer(run.model, config, run.tokenizer)
     results, records = {}, []
     for split in config.evaluate.splits:

@@ -44,7 +44,7 @@ def evaluate(
     examples = dataset.examples(split)
     if not examples:
         raise UserError(
-            f"data set {dataset.name!r} has no example in split {split!r}; choose another in "
+            f"data set {dataset.id!r} has no example in split {split!r}; choose another in "
             "config.evaluate.splits or check the data."
         )
     scores, records = {}, []

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from unimed_jax import processes
 from unimed_jax.config import Config, config_hash
 from unimed_jax.data.contact_sheet import contact_sheet
-from unimed_jax.data.datasets import joined, load_datasets
+from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.interruption import Interruption, claim
@@ -38,7 +38,7 @@ def train(config: Config, folder: Path) -> Run:
     claim(folder)
     with processes.leader_first("inputs"):
         write_config(folder, config)
-        datasets = load_datasets(config.data)
+        datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
     pipeline = Pipeline(datasets, config, tokenizer)
     program = build(config, make_mesh(config), tokenizer.coordinate_start)
@@ -69,7 +69,7 @@ def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline
         state, frozen = jax.device_put((state, frozen), jax.local_devices()[0])
     first = int(state.step)
     if first == 0 and processes.leads():
-        contact_sheet(joined(datasets), folder / "contact_sheet.png")
+        contact_sheet(datasets, folder / "contact_sheet.png")
 
     def save(done: int) -> None:
         note = {"config_hash": config_hash(config), "rows_read": done * config.data.rows, "base": base}
