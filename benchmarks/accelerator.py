@@ -40,14 +40,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from unimed_jax.config import (
-    TASKS,
-    VISUAL_TASKS,
     Config,
     ConnectorConfig,
     DataConfig,
@@ -71,7 +70,7 @@ PEAKS = {
     **{"H100": 989e12, "H200": 989e12, "A100": 312e12},  # SXM, without sparsity (NVIDIA's data sheets)
     **{"v5 lite": 197e12, "v5p": 459e12, "v6 lite": 918e12},  # cloud.google.com/tpu/docs
 }
-BOS, PAD = 1, 0
+PAD = 0
 PROMPT = 32  # tokens before decoding begins
 
 FULL = ModelConfig(
@@ -143,43 +142,6 @@ def random_leaves(shapes: dict[str, Any], seed: int = 0) -> dict[str, jax.Array]
     """Arrays of those shapes and dtypes, made on the device, of sizes at which a model neither dies nor explodes."""
     like = tuple((path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in shapes.items())
     return _random(np.uint32(seed), like)
-
-
-def full_rows(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch without padding: a row holds one question for each of its image slots, all of the same length.
-
-    The arrays are those of `data.layout.training_batch`: BOS, visual tokens, words, answer.
-    """
-    rng, data, model = np.random.default_rng(seed), config.data, config.model
-    rows, images, visual = data.rows, data.row_images, model.tokens_per_image
-    length, answer = data.row_tokens // images, data.row_answers // images
-    side = model.vision.image_size
-    tokens = rng.integers(3, model.decoder.vocab, (rows, images, length))
-    place = np.tile(np.arange(length), (rows, images, 1))  # [B, M, L]
-    seen = (place >= 1) & (place <= visual)
-    slot = np.arange(images)[None, :, None]
-    ids = np.where(seen, PAD, np.where(place == 0, BOS, tokens))
-    number = np.broadcast_to(slot + 1, ids.shape)
-    asked = rng.integers(0, len(VISUAL_TASKS), (rows, images))
-    target = length - answer + np.arange(answer)  # within its example
-    index = np.broadcast_to(slot * length + target - 1, (rows, images, answer))
-    arrays = {
-        "image_tasks": asked,
-        "tokens": ids,
-        "visual": np.where(seen, slot * visual + place - 1, -1),
-        "segments": number,
-        "prefixes": number,
-        "positions": place,
-        "target_index": index,
-        "targets": tokens[:, :, target],
-        "target_tasks": np.broadcast_to(asked[..., None], index.shape),
-    }
-    assert TASKS[: len(VISUAL_TASKS)] == VISUAL_TASKS  # one numbering serves images and answers
-    return {
-        "images": rng.integers(0, 256, (rows, images, side, side, 3), np.uint8),
-        **{name: x.reshape(rows, -1).astype(np.int32) for name, x in arrays.items()},
-        "weights": np.ones((rows, images * answer), np.float32),
-    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,7 +233,7 @@ def train(scale: Scale, earlier: dict[str, Values], rows: int, tokens: int, vari
     compiled = time.perf_counter() - start
     frozen = random_leaves(program.frozen)
     state = first_state(random_leaves(program.state.leaves, seed=1), program.optimizer)
-    batch, lr = jax.device_put((full_rows(config), np.float32(1e-5)))
+    batch, lr = jax.device_put((harness.full_rows(config), np.float32(1e-5)))
     losses = []
 
     def run():

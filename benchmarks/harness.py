@@ -62,6 +62,50 @@ class Side:
         self._process.wait()
 
 
+BOS, PAD = 1, 0  # ids in random batches
+
+
+def full_rows(config: Any, seed: int = 0) -> dict[str, Any]:
+    """A batch without padding: a row holds one question for each of its image slots, all of the same length.
+
+    The arrays are those of `data.layout.training_batch`: BOS, visual tokens, words, answer.
+    """
+    import numpy as np
+
+    from unimed_jax.config import TASKS, VISUAL_TASKS
+
+    rng, data, model = np.random.default_rng(seed), config.data, config.model
+    rows, images, visual = data.rows, data.row_images, model.tokens_per_image
+    length, answer = data.row_tokens // images, data.row_answers // images
+    side = model.vision.image_size
+    tokens = rng.integers(3, model.decoder.vocab, (rows, images, length))
+    place = np.tile(np.arange(length), (rows, images, 1))  # [B, M, L]
+    seen = (place >= 1) & (place <= visual)
+    slot = np.arange(images)[None, :, None]
+    ids = np.where(seen, PAD, np.where(place == 0, BOS, tokens))
+    number = np.broadcast_to(slot + 1, ids.shape)
+    asked = rng.integers(0, len(VISUAL_TASKS), (rows, images))
+    target = length - answer + np.arange(answer)  # within its example
+    index = np.broadcast_to(slot * length + target - 1, (rows, images, answer))
+    arrays = {
+        "image_tasks": asked,
+        "tokens": ids,
+        "visual": np.where(seen, slot * visual + place - 1, -1),
+        "segments": number,
+        "prefixes": number,
+        "positions": place,
+        "target_index": index,
+        "targets": tokens[:, :, target],
+        "target_tasks": np.broadcast_to(asked[..., None], index.shape),
+    }
+    assert TASKS[: len(VISUAL_TASKS)] == VISUAL_TASKS  # one numbering serves images and answers
+    return {
+        "images": rng.integers(0, 256, (rows, images, side, side, 3), np.uint8),
+        **{name: x.reshape(rows, -1).astype(np.int32) for name, x in arrays.items()},
+        "weights": np.ones((rows, images * answer), np.float32),
+    }
+
+
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 

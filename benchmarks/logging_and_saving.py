@@ -30,7 +30,7 @@ import jax
 from unimed_jax.config import Config
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.settings import load_config_file
-from unimed_jax.train import loop
+from unimed_jax.train import loop, start
 from unimed_jax.verbs.options import with_overrides
 
 SIDES = ("neither", "logging", "saving")
@@ -58,17 +58,17 @@ class Watch:
         return asked
 
     def timed(self, call):
-        def timing(*arguments):
+        def timing(*arguments, **keywords):
             start = time.perf_counter()
             try:
-                return call(*arguments)
+                return call(*arguments, **keywords)
             finally:
                 self.inside += time.perf_counter() - start
 
         return timing
 
 
-CALLS = {"logging": (loop.Log, ("write", "progress")), "saving": (loop.Checkpoints, ("save", "check"))}
+CALLS = {"logging": (loop.Log, ("write", "progress")), "saving": (start.Checkpoints, ("save", "check"))}
 
 
 def run(side: str, settings: Any, steps: int) -> tuple[float, float]:
@@ -133,7 +133,7 @@ def main() -> None:
     settings = load_config_file(arguments.config)
     config = with_overrides(settings, [])
     datasets = open_sources(config.data)
-    loop.open_sources = lambda data: datasets  # built once
+    start.open_sources = lambda data: datasets  # built once
     with tempfile.TemporaryDirectory() as compiled:
         jax.config.update("jax_compilation_cache_dir", compiled)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -217,6 +217,7 @@ def draw(result: Mapping, path: Path) -> None:
 def test_records(stage: Stage) -> list[dict]:
     lines = (stage.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
+    records = [{**record, "cluster": f"{record['set']}/{record['cluster']}"} for record in records]
     return sorted((r for r in records if r["split"] == "test" and r["task"] in ("vqa", "cls")), key=lambda r: r["id"])
 
 

@@ -35,7 +35,6 @@ import harness
 import numpy as np
 
 from unimed_jax.config import Config
-from unimed_jax.data import layout
 from unimed_jax.settings import from_config_dict, load_config_file
 
 EXPERTS = (2, 4, 8, 16)
@@ -70,23 +69,6 @@ def settings(size: str, path: str, experts: int) -> Config:
     return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, rules=rules))
 
 
-def batch_of(config: Config) -> layout.Batch:
-    """Full rows, each one question about an image; random tokens."""
-    rng, data, per_image = np.random.default_rng(0), config.data, config.model.tokens_per_image
-    shape = layout.RowShape(
-        data.row_tokens, data.row_images, data.row_answers, per_image, config.model.vision.image_size
-    )
-    rows = []
-    for _ in range(data.rows):
-        ids = rng.integers(3, config.model.decoder.vocab, data.row_tokens - per_image - 1).tolist()
-        asked, answer = ids[: -data.row_answers], ids[-data.row_answers :]
-        around = [asked[: len(asked) // 2], asked[len(asked) // 2 :]]
-        image = rng.integers(0, 256, (shape.image_size, shape.image_size, 3), np.uint8)
-        encoded = layout.encode_ids(around, answer, per_image, 1, task="vqa")
-        rows.append([layout.Group((encoded,), (image,))])
-    return layout.training_batch(rows, shape, 0, config.loss.reduction)
-
-
 # ---- a side: one path, one number of experts -----------------------------------------------------------
 
 
@@ -98,20 +80,17 @@ class Step:
         import jax.numpy as jnp
         from flax import nnx
 
-        from unimed_jax.model.parameters import abstract, parameters
+        from unimed_jax.model.parameters import parameters
         from unimed_jax.model.unimed import UniMed
-        from unimed_jax.rules import leaf_rules
-        from unimed_jax.train.optimizer import Optimizer
-        from unimed_jax.train.step import first_state, make_step
+        from unimed_jax.train.program import build
+        from unimed_jax.train.step import first_state
 
-        rules = leaf_rules(parameters(abstract(config.model)), config.train, config.optimizer)
+        program = build(config, None)
         leaves = jax.jit(lambda: parameters(UniMed(config.model, nnx.Rngs(0))))()
-        optimizer = Optimizer(config.optimizer, rules)
-        self.state = first_state({p: leaf for p, leaf in leaves.items() if rules[p].train}, optimizer)
-        self.frozen = {p: leaf for p, leaf in leaves.items() if not rules[p].train}
-        self.batch, self.rate = jax.device_put((batch_of(config), jnp.float32(RATE)))
-        step = make_step(abstract(config.model), config, optimizer, None)
-        self.step = step.lower(self.state, self.frozen, self.batch, self.rate).compile()
+        self.state = first_state({p: leaves[p] for p in program.state.leaves}, program.optimizer)
+        self.frozen = {p: leaves[p].astype(leaf.dtype) for p, leaf in program.frozen.items()}
+        self.batch, self.rate = jax.device_put((harness.full_rows(config), jnp.float32(RATE)))
+        self.step = program.lower().compile()
 
     def run(self) -> dict[str, Any]:
         self.state, metrics = self.step(self.state, self.frozen, self.batch, self.rate)
@@ -125,16 +104,11 @@ class Step:
 
 def compiled_for(topology: str, config: Config) -> dict[str, Any]:
     """What the step needs of a chip of that slice, GiB, and the seconds that compiling took."""
-    import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import Mesh
 
     from unimed_jax.model import sharding
-    from unimed_jax.model.parameters import abstract, parameters
-    from unimed_jax.rules import leaf_rules
-    from unimed_jax.train.optimizer import Optimizer
-    from unimed_jax.train.step import first_state, make_step
+    from unimed_jax.train.program import build
 
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     shares = math.gcd(config.model.moe.experts, 4, devices.size)
@@ -143,30 +117,8 @@ def compiled_for(topology: str, config: Config) -> dict[str, Any]:
     # As many rows at a time as chips, or as the config asks for.
     micro = min(config.train.accumulation, max(1, rows // devices.size))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=micro))
-    shapes = parameters(abstract(config.model))
-    rules = leaf_rules(shapes, config.train, config.optimizer)
-    optimizer = Optimizer(config.optimizer, rules)
-
-    def placed(tree, places):
-        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
-
-    with sharding.inside(mesh):
-        trainable = {p: leaf for p, leaf in shapes.items() if rules[p].train}
-        frozen = {
-            p: jax.ShapeDtypeStruct(leaf.shape, config.model.frozen_dtype)
-            for p, leaf in shapes.items()
-            if not rules[p].train
-        }
-        state = jax.eval_shape(lambda leaves: first_state(leaves, optimizer), trainable)
-        state = placed(state, sharding.state_shardings(state, mesh))
-        frozen = placed(frozen, sharding.parameter_shardings(frozen, mesh))
-        by_row = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.row_sharding(x.shape, mesh))
-            for name, x in batch_of(config).items()
-        }
-        step = make_step(abstract(config.model), config, optimizer, None, mesh)
-        start = time.perf_counter()
-        compiled = step.lower(state, frozen, by_row, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    start = time.perf_counter()
+    compiled = build(config, mesh).lower().compile()
     memory = compiled.memory_analysis()
     return {
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},

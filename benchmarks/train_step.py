@@ -240,10 +240,8 @@ class Ours:
         import jax.numpy as jnp
         from safetensors.numpy import load_file
 
-        from unimed_jax.model.parameters import abstract, parameters
-        from unimed_jax.rules import leaf_rules
-        from unimed_jax.train.optimizer import Optimizer
-        from unimed_jax.train.step import TrainState, make_step
+        from unimed_jax.train.program import build
+        from unimed_jax.train.step import first_state
 
         config = Config(
             model=chosen.model,
@@ -257,15 +255,12 @@ class Ours:
                 )
             ),
         )
-        model = abstract(config.model)
-        rules = leaf_rules(parameters(model), config.train, config.optimizer)
+        # Its step also takes batches of other shapes than those that it describes.
+        program = build(config, None)
         leaves = {path: jnp.asarray(leaf) for path, leaf in load_file(folder / "ours.safetensors").items()}
-        trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
-        frozen = config.model.frozen_dtype
-        self.frozen = {path: leaf.astype(frozen) for path, leaf in leaves.items() if not rules[path].train}
-        optimizer = Optimizer(config.optimizer, rules)
-        self.state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
-        self.step = make_step(model, config, optimizer, None)
+        self.frozen = {path: leaves[path].astype(leaf.dtype) for path, leaf in program.frozen.items()}
+        self.state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer)
+        self.step = program.step
         self.batches = batches(chosen, case, side)
 
     def losses(self, lr: float) -> Pass:

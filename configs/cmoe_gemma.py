@@ -9,7 +9,8 @@ import cmoe
 def get_config():
     config = cmoe.get_config()
 
-    # Decoder: Gemma-7B-it, frozen, LoRA on all seven linear layers. Experts end in its width: 5632 -> 3072 -> 3072.
+    # Decoder: Gemma-7B-it, frozen, LoRA on all seven linear layers. Experts end in its width: 5632 ->
+    # 3072 -> 3072.
     decoder = config.model.decoder
     decoder.vocab = 256000
     decoder.width = 3072

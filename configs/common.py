@@ -98,8 +98,8 @@ def med_moe(size):
     config.model.connector.task_tokens = 0
     config.model.lora.rank = 0
 
-    # The mean over all answer tokens of a batch, in which data sets are mixed. With fidelity="paper" padding is routed
-    # too, and published scores lead; but nothing is ever cut to Uni-Med's 50 words.
+    # The mean over all answer tokens of a batch, in which data sets are mixed. With fidelity="paper"
+    # padding is routed too, and published scores lead; but nothing is ever cut to Uni-Med's 50 words.
     config.loss.reduction = "token"
     config.data.mixing = "per_example"
     config.text.form = "phi" if size == "phi2" else "stablelm"
@@ -150,7 +150,8 @@ def clip(config):
     data.row_answers = 1024
     config.train.accumulation = 8  # 8 rows at a time: logits of 1024 answers over 100,352 words are large
 
-    # Every stage is scored on what stage 3 learns from: Med-MoE's own files, mixed by their numbers of questions.
+    # Every stage is scored on what stage 3 learns from: Med-MoE's own files, mixed by their numbers of
+    # questions.
     evaluate = config.evaluate
     evaluate.sources = (
         dict(name="llava", path="vqa_rad", weight=1797.0),

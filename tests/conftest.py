@@ -1,4 +1,6 @@
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +23,25 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
+
+
+_compiled = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
+    """Lets all tests share what they compile: here, in pytest-xdist's workers, in processes that tests start."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker's, which uses its starter's
+        folder = config.stash[_compiled] = tempfile.mkdtemp(prefix="unimed_jax_compiled_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure(config):
+    if _compiled in config.stash:
+        shutil.rmtree(config.stash[_compiled], ignore_errors=True)
+        del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
 
 
 def golden_folder(config, module) -> Path:

@@ -123,7 +123,7 @@ def test_dispatch_paths_that_differ_give_no_figure():
 def test_dispatch_sides_differ_in_their_path_alone():
     stage = moe_dispatch.settings("stablelm", "grouped", 4)
     assert stage.model.decoder.width == 2048 and stage.model.moe.experts == 4
-    tokens = moe_dispatch.batch_of(moe_dispatch.settings("tiny", "dense", 2))
+    tokens = harness.full_rows(moe_dispatch.settings("tiny", "dense", 2))
     assert (tokens["segments"] > 0).all() and (tokens["weights"] > 0).all()
     for path, fields in moe_dispatch.PATHS.items():
         config = moe_dispatch.settings("small", path, 8)

@@ -18,7 +18,7 @@ def test_the_default_config_goes_from_mri_to_a_scored_answer(tmp_path):
     done = subprocess.run([*train, "--config.train.steps=20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert all(metrics["tasks"][task]["n"] == 24 for task in TASKS)
+    assert all(metrics["sets"]["brain"]["test"][task]["n"] == 24 for task in TASKS)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert log[-1]["waste/padding"] < 0.1 and log[-1]["waste/vision"] < 0.1
     assert {"contact_sheet.png", "predictions.png", "routing.png", "report.md"} <= {

@@ -279,12 +279,17 @@ RUNS = {
 
 BOUNDS = [
     ("seed", -1, "config.seed=-1: set 0 to 4294967295."),
-    ("seed", 2**32, "config.seed=4294967296: set 0 to 4294967295."),
-    ("optimizer__lr", math.nan, "config.optimizer.lr=nan: set a finite number."),
+    ("seed", 2**32, "config.seed=4294967296: set a number of at most 32 bits."),
+    ("optimizer__lr", math.nan, "config.optimizer.lr=nan: set a number that float32 can hold."),
     ("optimizer__lr", -1e-3, "config.optimizer.lr=-0.001: set at least 0."),
-    ("optimizer__clip", math.inf, "config.optimizer.clip=inf: set a finite number."),
+    ("optimizer__clip", math.inf, "config.optimizer.clip=inf: set a number that float32 can hold."),
     ("optimizer__betas", (0.9, 1.0), "config.optimizer.betas[1]=1.0: set a number below 1."),
     ("optimizer__eps", 0, "config.optimizer.eps=0.0: set a number above 0."),
+    ("optimizer__eps", 1e-50, "config.optimizer.eps=1e-50: set a number that float32 can hold."),
+    ("train__steps", 10**12, "config.train.steps=1000000000000: set a number of at most 32 bits."),
+    ("train__rules", (), "config.train.rules is empty (()); name at least one."),
+    ("init", (), "config.init is empty (()); name at least one."),
+    ("data__threads", 10**6, "config.data.threads=1000000: set 0 to 1024."),
     ("model__lora__dropout", 1.0, "config.model.lora.dropout=1.0: set a number below 1."),
     ("model__lora__targets", ("q", "q"), "config.model.lora.targets names 'q' twice; name it once."),
     ("model__vision__std", (0.2, 0.0, 0.2), "config.model.vision.std[1]=0.0: set a number above 0."),
@@ -301,7 +306,7 @@ BOUNDS = [
         ("data__sources", ({"name": "brain", **wrong},), f"config.data.sources[0].{sentence}")
         for wrong, sentence in [
             ({"weight": 0}, "weight=0.0: set a number above 0."),
-            ({"weight": math.inf}, "weight=inf: set a finite number."),
+            ({"weight": math.inf}, "weight=inf: set a number that float32 can hold."),
             ({"questions": 0}, "questions=0: set at least 1."),
             ({"name": ""}, "name is empty (''); name at least one."),
             ({"only": {"template": ()}}, "only['template'] is empty (()); name at least one."),
@@ -312,7 +317,7 @@ BOUNDS = [
                 {"info": {"license": "CC0"}},
                 "info, key 'license': 'license' is unknown; choose from licence, citation, note, cluster_word.",
             ),
-            ({"options": {"jitters": math.nan}}, "options['jitters']=nan: set a finite number."),
+            ({"options": {"jitters": math.nan}}, "options['jitters']=nan: set a number that float32 can hold."),
             (
                 {"options": {"part": [print]}},
                 f"options['part'][0] must be text, a number, a list or a dict, not {print!r}.",
@@ -333,7 +338,19 @@ RUNS |= {
     "patience for nothing": ({"train__patience": 3}, ["config.train.patience=3", "config.train.best"]),
     "the best of what is not measured": (
         {"train__best": "accuracy/brain/val/vqa", "evaluate__entries": (ENTRY,)},
-        ["config.train.best='accuracy/brain/val/vqa'", "`every`"],
+        ["config.train.best='accuracy/brain/val/vqa'", "`every`; it has none."],
+    ),
+    "the best of another split": (
+        {"train__best": "accuracy/brain/test/vqa", "evaluate__entries": (ENTRY | {"every": 10},)},
+        ["config.train.best='accuracy/brain/test/vqa'", "it has brain/val/vqa."],
+    ),
+    "nothing that trains": (
+        {"train__rules": ({"match": "*", "train": False},)},
+        ["config.train.rules freezes every parameter", "job='router'"],
+    ),
+    "adapters of nothing": (
+        {"model__lora__rank": 2, "model__lora__targets": ()},
+        ["config.model.lora.targets is empty", "rank=2"],
     ),
     "the highest loss": (
         {"train__best": "loss/brain/val/vqa", "evaluate__entries": (ENTRY | {"every": 10},)},

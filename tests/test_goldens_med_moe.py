@@ -407,9 +407,9 @@ def check_prompts(folder, entry):
         turns = forms.turns_of(case["conversations"])
         pieces = form.prompt_turns([], turns[0][0])
         assert forms.text_of(pieces, data["eos_token"]) == case["eval_prompt"], what
-        assert layout.piece_ids(pieces, tokenise, eos, image)[0] == case["eval_input_ids"], what
+        assert layout.piece_ids(pieces, tokenise, eos, [image])[0] == case["eval_input_ids"], what
         if "train_input_ids" in case:
-            ids, targets = layout.piece_ids(form.training_turns(turns), tokenise, eos, image)
+            ids, targets = layout.piece_ids(form.training_turns(turns), tokenise, eos, [image])
             assert ids == case["train_input_ids"], what
             labels = [i if target else data["ignore_index"] for i, target in zip(ids, targets, strict=True)]
             assert labels == case["train_labels"], what

@@ -11,7 +11,6 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import main as door
 from unimed_jax.config import TASKS, to_dict
-from unimed_jax.data import datasets
 from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
 from unimed_jax.verbs.options import read_config
@@ -28,7 +27,6 @@ def get_config(argument=""):
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         patch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
         yield
 
@@ -52,7 +50,7 @@ def test_a_run_leaves_scores_in_the_agreed_schema(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"config_hash", "data_checksum", "code_version", "fidelity"} <= set(metrics)
     for task in TASKS:
-        entry = metrics["tasks"][task]
+        entry = metrics["sets"]["squares"]["test"][task]
         assert entry["n"] == 24
         for value in entry["corrected"].values():
             assert {"value", "ci95"} <= set(value)
@@ -70,7 +68,7 @@ def test_evaluate_scores_a_finished_run_again_to_the_same_numbers(run):
     before = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").unlink()
     assert door.main(["evaluate", f"--run={run}"]) == 0
-    assert json.loads((run / "metrics.json").read_text())["tasks"] == before["tasks"]
+    assert json.loads((run / "metrics.json").read_text()) == before
 
 
 def test_overrides_reach_the_run(run):
@@ -117,7 +115,7 @@ def test_a_run_answers_in_torch_as_here(run, tmp_path, capsys, monkeypatch):
     assert [line.split()[1] for line in lines[2:]] == [*TASKS, "all"] and "13 of 13" in lines[-1]
     records = json.loads((tmp_path / "records.json").read_text())["records"]
     assert len({record["id"] for record in records}) == 13
-    assert "| vqa | 24 |" in (tmp_path / "exported" / "README.md").read_text()  # the run's scores
+    assert "| squares | vqa | 24 |" in (tmp_path / "exported" / "README.md").read_text()  # the run's scores
 
 
 PREDICT = ["predict", "--run={run}"]
@@ -175,10 +173,10 @@ def test_the_full_size_config_says_what_it_needs(capsys):
     assert len(said.strip().splitlines()) == 1
 
 
-def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares(images=0))
-    assert door.main([f"--config={config_file}", f"--workdir={tmp_path}"]) == 2
-    assert "squares" in capsys.readouterr().err
+def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys):
+    none = "--config.data.sources=({'name': 'support.squares', 'options': {'images': 0}},)"
+    assert door.main([f"--config={config_file}", f"--workdir={tmp_path}", none]) == 2
+    assert "data set squares has no example" in capsys.readouterr().err
 
 
 def test_configs_of_the_repository_build():

@@ -26,10 +26,7 @@ from unimed_jax.settings import from_config_dict
 STEPS, ROWS = 12, 8
 DOOR = """
 import sys
-from support.fake_brain import Squares
-from unimed_jax.data import datasets
 from unimed_jax import main
-datasets.load_dataset = lambda source, data: Squares()
 if "--killed" in sys.argv:
     sys.argv.remove("--killed")
     import os, signal
@@ -138,7 +135,7 @@ def test_processes_train_to_the_losses_of_one(place, alone, count, devices):
         assert "step/s" not in said(place, run, number) and "wrote" not in said(place, run, number)
     if (count, devices) != (2, 1):
         return
-    here, there = (json.loads((place / r / "metrics.json").read_text())["tasks"] for r in (run, "alone"))
+    here, there = (json.loads((place / r / "metrics.json").read_text())["sets"] for r in (run, "alone"))
     for task, entry in there.items():
         assert here[task]["n"] == entry["n"] > 0
         assert here[task]["blind"] == entry["blind"]

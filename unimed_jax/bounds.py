@@ -1,4 +1,4 @@
-"""Bounds of settings, written beside a field's type as `Annotated[int, AtLeast(1)]`, and a dict that can be hashed.
+"""Bounds that settings carry in their type, as `Annotated[int, AtLeast(1)]`, and a dict that can be hashed.
 
 `settings.py` asks every bound of a field for its `refusal` of a value: None if the value is allowed, else the end of
 the sentence that begins with the setting's name.
@@ -6,7 +6,7 @@ the sentence that begins with the setting's name.
 
 import dataclasses
 import re
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +115,14 @@ class FrozenDict(dict):
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = _refuse
     pop = popitem = clear = _refuse
+
+
+# Types that many settings share.
+Count = Annotated[int, AtLeast(1)]
+Whole = Annotated[int, AtLeast(0)]
+Positive = Annotated[float, Above(0)]
+NotNegative = Annotated[float, AtLeast(0)]
+Share = Annotated[float, Between(0, 1)]
+Decay = Annotated[float, AtLeast(0), Below(1)]
+Name = Annotated[str, Filled()]
+Names = Annotated[tuple[Name, ...], Distinct()]

@@ -7,10 +7,12 @@ The functions import jax themselves, so that --help does not wait for it.
 """
 
 import contextlib
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from unimed_jax.errors import UserError
 
@@ -67,6 +69,27 @@ def leader_first(name: str) -> Iterator[None]:
     yield
     if leads():
         multihost_utils.sync_global_devices(name)
+
+
+def from_leader(value: Any) -> Any:
+    """Returns process 0's `value` (anything JSON holds) on every process; to be called by all of them."""
+    return gathered(value if leads() else None)[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns every process's `value` (anything JSON holds), in the order of processes, on all of them."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).ravel()  # [processes]
+    padded = np.pad(text, (0, int(lengths.max()) - len(text)))
+    rows = multihost_utils.process_allgather(padded)  # [processes, longest]
+    return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
 
 
 @contextlib.contextmanager

@@ -42,3 +42,34 @@ def code_version() -> str:
     commit = git("rev-parse", "--short=7", "HEAD")
     modified = git("status", "--porcelain", "--untracked-files=no", "--", str(folder))
     return f"{version}+g{commit}" + (" (modified)" if modified else "")
+
+
+def protocol_id(
+    *,
+    set_id: str,
+    checksum: str,
+    split: str,
+    rule: str = "",
+    closed: bool,
+    normaliser: str,
+    form: str,
+    max_words: int | None,
+    fit: str,
+    metric: str,
+) -> str:
+    """Names all that a score depends on besides the model, so that equal ids can be compared and others cannot.
+
+    Set and revision, split (and the rule that made it), rule for closed questions, normaliser, prompt form, image
+    fit, metric: "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower/form=unimed/fit=stretch/exact_match".
+    """
+    parts = [
+        f"{set_id}@{checksum[:8]}",
+        f"{split}={rule.replace(' ', '_')}" if rule else split,
+        "closed=answer_type" if closed else "",
+        f"norm={normaliser}" if normaliser else "",
+        f"form={form}",
+        f"words={max_words}" if max_words is not None else "",
+        f"fit={fit}" if fit else "",
+        metric,
+    ]
+    return "/".join(part for part in parts if part)

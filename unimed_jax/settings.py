@@ -231,8 +231,10 @@ def _scalar(kind: type, value: typing.Any, where: str) -> typing.Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where} must be {kind.__name__}, not {value!r}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}={value}: set a finite number.")
+    if isinstance(value, float) and not (value == 0 or 1e-37 < abs(value) < 1e38):
+        raise UserError(f"{where}={value}: set a number that float32 can hold.")
+    if isinstance(value, int) and abs(value) >= 2**32:
+        raise UserError(f"{where}={value}: set a number of at most 32 bits.")
     return value
 
 
@@ -269,16 +271,20 @@ def _check_training(config: Config) -> None:
         raise UserError(
             f"config.train.accumulation={train.accumulation} does not divide data.rows={data.rows}; choose a divisor."
         )
+    if config.job == "model" and not any(rule.train for rule in train.rules):
+        raise UserError("config.train.rules freezes every parameter; let one train, or set config.job='router'.")
     if config.job == "router" and not config.router_fit.key:
         raise UserError("config.job='router' needs classes; set config.router_fit.key to a key of the examples' meta.")
     if list(labels) != sorted(set(labels)):
         raise UserError(f"config.router_fit.labels={labels}: name numbers of images in rising order, or none.")
     if train.patience and not train.best:
         raise UserError(f"config.train.patience={train.patience} watches a metric; name it in config.train.best.")
-    if train.best and not any(entry.every for entry in config.evaluate.entries):
+    measured = [f"{e.source}/{e.split}/{e.task}" for e in config.evaluate.entries if e.every]
+    if train.best and train.best.partition("/")[2] not in measured:
+        have = f"it has {', '.join(measured)}" if measured else "it has none"
         raise UserError(
-            f"config.train.best={train.best!r} is measured during training; add an entry with `every` to "
-            "config.evaluate.entries."
+            f"config.train.best={train.best!r} needs its <set>/<split>/<task> among config.evaluate.entries, "
+            f"with `every`; {have}."
         )
     if train.best.startswith("loss/") and train.best_mode == "max":
         raise UserError(f"config.train.best={train.best!r}: a loss is best when it is low; set best_mode='min'.")
@@ -304,6 +310,10 @@ def _check_parts(model: ModelConfig) -> None:
     _check_aggregation(model)
     _check_router(model)
     _check_decoder(model.decoder)
+    if model.lora.rank and not model.lora.targets:
+        raise UserError(
+            f"config.model.lora.targets is empty, but rank={model.lora.rank}; name at least one, or rank=0."
+        )
     if model.lora.rank and "gate" in model.lora.targets and not model.decoder.gated_mlp:
         raise UserError(
             "config.model.lora.targets: a decoder with gated_mlp=False has no linear layer 'gate'; leave it out."

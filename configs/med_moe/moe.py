@@ -12,7 +12,8 @@ def get_config(size=""):
         ("router", f"runs/med_moe_{size}/router/router"),
     )
 
-    # Four experts, one of them and the meta expert for every token; nothing is dropped, and nothing balances them.
+    # Four experts, one of them and the meta expert for every token; nothing is dropped, and nothing
+    # balances them.
     moe = config.model.moe
     moe.experts = 4
     moe.placement = "sparse"

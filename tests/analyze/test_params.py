@@ -5,7 +5,7 @@ import math
 
 import jax
 import pytest
-import test_interop_med_moe as published
+from support import med_moe_published as published
 from support.fake_brain import tiny_config
 
 from unimed_jax import main as door

@@ -6,20 +6,30 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.fake_brain import Squares
+from support.fake_brain import tiny_config
 
 from unimed_jax import main as door
+from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data import datasets
+from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.settings import load_config_file
 
+OTHERS = """
+import dataclasses
+from support import squares
+INFO = dataclasses.replace(squares.INFO, name="others")
+def read(folder, split, options, skipped):
+    return squares.read(folder, split, {"images": 9}, skipped)
+"""
 STAGE = """
 from support.fake_brain import tiny_config
+EIGHT = dict(name="support.squares", id="squares", tasks=("vqa", "cls"), options=dict(images=8))
 def get_config(argument=""):
     config = tiny_config(steps=2)
     config.name = "chain/{name}"
     config.text.form, config.text.max_prompt = "stablelm", 150
-    config.data.row_tokens, config.data.sources = 220, (dict(name="squares", path=".", tasks=("vqa", "cls")),)
+    config.data.row_tokens, config.data.sources = 220, (EIGHT,)
     config.init = {init}
     config.model.connector.kind, config.model.connector.task_tokens = "linear", 0
     config.evaluate.splits, config.evaluate.max_new_tokens = ("test",), 4
@@ -47,7 +57,6 @@ def write_chain(folder, more=None, files=("first.py", "second.py"), chain_more="
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares(images=8))
         patch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
         yield
 
@@ -83,7 +92,7 @@ def test_the_table_has_a_row_a_stage(chain):
     _, folder = chain
     kept = json.loads((folder / "stages.json").read_text())["stages"]
     assert list(kept) == ["first", "second"] and kept["second"]["steps"] == 2
-    metrics = json.loads((folder / "second" / "metrics.json").read_text())["tasks"]
+    metrics = json.loads((folder / "second" / "metrics.json").read_text())["pooled"]["test"]
     scores = kept["second"]["scores"]
     assert scores["open: recall"] == metrics["vqa"]["corrected"]["open_recall"]
     assert scores["open: recall, %, published"] == metrics["vqa"]["published"]["open_recall"]
@@ -111,11 +120,11 @@ def test_an_interrupted_chain_goes_on_where_it_was(copied, capsys, monkeypatch):
     """Scores cut off by a kill: that stage alone is scored again, and nothing trains."""
     config, folder = copied
     file = folder / "second" / "metrics.json"
-    before = json.loads(file.read_text())["tasks"]
+    before = json.loads(file.read_text())
     file.write_text(file.read_text()[:100])
     assert door.main([config, f"--workdir={folder}"]) == 0
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first"]
-    assert json.loads(file.read_text())["tasks"] == before
+    assert {**json.loads(file.read_text()), "config_hash": before["config_hash"]} == before  # copied: other paths
 
 
 MISTAKES = {
@@ -183,11 +192,26 @@ def test_chains_of_the_repository_read():
 def test_a_run_is_scored_on_the_data_that_it_names(copied):
     """Not on what it learned from, which may have no held-out part."""
     _, folder = copied
-    others = Squares(images=8)
-    others.name, others.checksum = "others", "1" * 64
-    named = "--config.evaluate.sources=({'name': 'others', 'path': '.'},)"
+    others = folder / "others" / "squares.py"
+    others.parent.mkdir()
+    others.write_text(OTHERS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: {"others": others}[source.name])
+        patch.syspath_prepend(str(folder))
+        named = "--config.evaluate.sources=({'name': 'others.squares', 'id': 'others'},)"
         words = ["evaluate", f"--run={folder / 'first'}", named, "--config.evaluate.limit=2"]
         assert door.main(words) == 0
-    assert json.loads((folder / "first" / "metrics.json").read_text())["data_checksum"] == "1" * 64
+        metrics = json.loads((folder / "first" / "metrics.json").read_text())
+        cache = tiny_config().data.cache
+        (opened,) = datasets.open_sources(DataConfig((SourceConfig("others.squares"),), cache=cache))
+        assert metrics["data_checksum"] == opened.checksum and list(metrics["sets"]) == ["others"]
+        assert metrics["sets"]["others"]["test"]["vqa"]["margin"] and not metrics["notes"]
+
+        def moved(name, found=datasets.reader_of):
+            if name == "support.squares":
+                raise UserError("squares: no such folder.")
+            return found(name)
+
+        patch.setattr(datasets, "reader_of", moved)
+        assert door.main(words) == 0
+    (note,) = json.loads((folder / "first" / "metrics.json").read_text())["notes"]
+    assert "the training data did not open" in note and "squares: no such folder" in note

@@ -7,9 +7,32 @@ import subprocess
 import numpy as np
 import pytest
 
+from unimed_jax.config import TASKS
+from unimed_jax.errors import UserError
 from unimed_jax.evaluate import metrics
-from unimed_jax.evaluate.metrics import boxes, captions, corrected_measures, published, text
-from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.evaluate.metrics import boxes, captions, published, registry, text
+from unimed_jax.evaluate.statistics import Measure, interval, resample, with_interval
+
+
+def record(prediction, reference="", closed=False, box=None, size=None):
+    kind = "CLOSED" if closed else "OPEN"
+    return {
+        "prediction": prediction,
+        "reference": reference,
+        "box": box,
+        "image_size": size,
+        "meta": {"answer_type": kind},
+    }
+
+
+def corrected_measures(task, predictions, references, boxes=None, sizes=None, closed=None):
+    """All registered metrics of a task, for parallel lists."""
+    n = len(predictions)
+    columns = zip(predictions, references, closed or [False] * n, boxes or [None] * n, sizes or [None] * n, strict=True)
+    rows = [record(said, wanted, *rest) for said, wanted, *rest in columns]
+    found = {metric.name: metric(rows) for metric in metrics.of_task(task)}
+    return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
+
 
 # ------------------------------------------------------------------------------ as published
 
@@ -124,9 +147,66 @@ def test_corpus_bleu_by_hand():
 
 def test_the_primary_metric_exists_and_needs_no_java(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
-    for task, primary in metrics.PRIMARY.items():
-        context = {"boxes": [(0, 0, 5, 5)], "sizes": [(9, 9)], "closed": [False]}
-        assert next(iter(corrected_measures(task, ["a"], ["a"], **context))) == primary
+    primary = {"refer": "miou", "caption": "bleu4_regex_tokens"}
+    for task in TASKS:
+        first, *others = metrics.of_task(task)
+        assert first.name == primary.get(task, "exact_match") and first.primary_for and others
+        assert not any(task in metric.primary_for for metric in others)
+        assert np.isfinite(first([record("a", "a", box=(0, 0, 5, 5), size=(9, 9))]).value)
+
+
+# ------------------------------------------------------------------------------ registry
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A registry of its own, so that a test's metrics are gone afterwards."""
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+
+
+def short(records):
+    return Measure.mean([len(record["prediction"].split()) <= 3 for record in records])
+
+
+def test_a_registered_metric_is_found_and_scores(registered):
+    metrics.metric("short", tasks=("vqa",))(short)
+    assert metrics.find("short")([record("one two"), record("1 2 3 4")]).value == 0.5
+    assert metrics.of_task("vqa")[-1].name == "short" and "short" not in {m.name for m in metrics.of_task("qa")}
+    assert [m.name for m in metrics.of_task("qa", ("short", "token_f1", "short"))] == ["short", "token_f1"]
+
+
+def test_an_unknown_metric_is_one_sentence_with_the_nearest():
+    with pytest.raises(UserError, match=r"'exact_mach' is not a metric; did you mean 'exact_match'\?"):
+        metrics.find("exact_mach")
+    with pytest.raises(UserError, match="module 'no_such_lab.metrics' does not import"):
+        metrics.find("no_such_lab.metrics:mine")
+
+
+def test_a_metric_of_a_dotted_module_is_registered_on_import(registered, tmp_path, monkeypatch):
+    lines = (
+        "from unimed_jax.evaluate.metrics import Measure, metric",
+        "@metric('polite')",
+        "def polite(records):",
+        "    return Measure.mean(['please' in record['prediction'] for record in records])",
+    )
+    (tmp_path / "toy_lab_metrics.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = metrics.of_task("vqa", ("toy_lab_metrics:polite",))
+    assert found.name == "polite" and found([record("yes please"), record("no")]).value == 0.5
+    with pytest.raises(UserError, match="'toy_lab_metrics:rude' is not a metric"):
+        metrics.find("toy_lab_metrics:rude")
+
+
+def test_a_metric_that_does_not_fit_is_refused(registered):
+    with pytest.raises(UserError, match="'vqqa' is not a task; did you mean 'vqa'"):
+        metrics.metric("x", tasks=("vqqa",))
+    with pytest.raises(UserError, match="'exact_match' is registered already by unimed_jax.evaluate.metrics.text"):
+        metrics.metric("exact_match")(short)
+    with pytest.raises(UserError, match="task 'refer' has the primary metric 'miou' already"):
+        metrics.metric("mine", primary_for=("refer",))(short)
+    metrics.metric("half")(lambda records: Measure.mean([1.0]))
+    with pytest.raises(UserError, match=r"metric 'half' must return a Measure with one row per record \(2\)"):
+        metrics.find("half")([record("a"), record("b")])
 
 
 # ------------------------------------------------------------------------------ bootstrap
@@ -173,6 +253,14 @@ def test_bootstrap_of_corpus_bleu_recomputes_from_summed_counts():
                 again = corrected_measures("caption", [predictions[c] for c in chosen], [references[c] for c in chosen])
                 possible.add(round(again["bleu4_regex_tokens"].value, 12))
     assert set(np.round(draws, 12)) <= possible and len(set(np.round(draws, 9))) > 5
+
+
+def test_one_interval_function_serves_all():
+    values = np.random.default_rng(0).random(40)
+    entry = with_interval(Measure.mean(values), [str(i % 8) for i in range(40)], 300, 1)
+    draws = resample([Measure.mean(values)], [str(i % 8) for i in range(40)], 300, 1)[0]
+    assert entry == {"value": pytest.approx(values.mean()), "ci95": interval(draws)}
+    assert with_interval(Measure.mean(values), ["one"] * 40, 300, 1)["ci95"] is None
 
 
 def test_interval_leaves_out_draws_without_items():

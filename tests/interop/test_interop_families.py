@@ -10,10 +10,10 @@ from flax import nnx
 from support import hf_peers, tiny
 from support.hf_peers import HF, LLAMA3, NEEDS, OURS, PEERS, padded
 
+from unimed_jax import processes
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, hf_config
-from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.decoder import Decoder, Span
 from unimed_jax.model.layers import Norm, rope_frequencies
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -37,11 +37,7 @@ def peers(tmp_path_factory):
 
 def imported(folder, config: DecoderConfig) -> Decoder:
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
-    model = abstract(settings)
-    leaves = {path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/")}
-    loaded = hf.load_decoder(folder, settings, Destination(leaves))
-    assert loaded.keys() == leaves.keys()
-    return with_parameters(model, loaded).decoder
+    return with_parameters(abstract(settings), hf_peers.load_leaves(folder, config)).decoder
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -163,7 +159,7 @@ def test_published_sizes(kind, theirs, ours, count):
     assert sum(leaf.size for leaf in leaves.values()) == count
 
 
-def test_the_bias_of_a_head_may_be_left_out_and_is_told(peers, capsys):
+def test_the_bias_of_a_head_may_be_left_out_and_is_reported(peers, capsys, monkeypatch):
     """As in Med-MoE's Phi-2: logits are the peer's less its bias."""
     torch = pytest.importorskip("torch", reason=NEEDS)
     peer, folder = peers("phi")
@@ -175,6 +171,9 @@ def test_the_bias_of_a_head_may_be_left_out_and_is_told(peers, capsys):
         theirs = peer.lm_head(torch.tensor(hidden)) - peer.lm_head.bias
     assert float(peer.lm_head.bias.detach().abs().max()) > 0.1
     np.testing.assert_allclose(ours.logits(hidden), theirs.numpy(), atol=1e-5)
+    monkeypatch.setattr(processes, "leads", lambda: False)
+    imported(folder, config)
+    assert capsys.readouterr().out == ""  # once for all processes
 
 
 def test_every_setting_is_exported_or_refused():
@@ -198,6 +197,15 @@ def test_every_setting_is_exported_or_refused():
     ):
         with pytest.raises(UserError, match="no Hugging Face decoder"):
             hf_config.decoder_to_hf(dataclasses.replace(OURS, **ours))
+
+
+def test_a_defect_in_a_family_is_not_taken_for_a_refusal(monkeypatch):
+    def broken(settings):
+        raise AttributeError("a setting that transformers has renamed")
+
+    monkeypatch.setitem(hf_config.FAMILIES, "llama", hf_config.Family(broken))
+    with pytest.raises(AttributeError, match="renamed"):
+        hf_config.decoder_to_hf(OURS)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "qwen3", "stablelm", "phi"])

@@ -7,14 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import hf_peers, tiny
+from support import hf_peers
 from support.hf_peers import OURS, PEERS
 
-from unimed_jax.config import DecoderConfig, LoraConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, hf_config
-from unimed_jax.interop.tensors.load import Destination
-from unimed_jax.model.parameters import abstract, parameters
 
 IDS = {"bos": 1, "eos": 2, "pad": 0}
 
@@ -23,12 +20,6 @@ IDS = {"bos": 1, "eos": 2, "pad": 0}
 def peers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     return lambda name: hf_peers.peer(name, folder)
-
-
-def imported(folder, config: DecoderConfig) -> dict:
-    settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
-    leaves = {path: leaf for path, leaf in parameters(abstract(settings)).items() if path.startswith("decoder/")}
-    return hf.load_decoder(folder, settings, Destination(leaves))
 
 
 def change(folder, tmp_path, **fields):
@@ -125,7 +116,7 @@ def test_other_settings_than_the_folder(peers):
     with pytest.raises(
         UserError, match=r"rope_theta is 1000000.0 there and 10000.0 here, windows is \(5, 5, 5\) there"
     ):
-        imported(folder, wrong)
+        hf_peers.load_leaves(folder, wrong)
 
 
 def test_weights_that_do_not_fit(peers, tmp_path):
@@ -141,7 +132,7 @@ def test_weights_that_do_not_fit(peers, tmp_path):
         values = {k: v for k, v in {**tensors, **changes}.items() if v is not None}
         save_file({k: np.ascontiguousarray(v) for k, v in values.items()}, out / "model.safetensors")
         with pytest.raises(UserError, match=match) as error:
-            imported(out, config)
+            hf_peers.load_leaves(out, config)
         assert "\n" not in str(error.value)
 
     name = "model.layers.1.mlp.up_proj.weight"
@@ -160,7 +151,7 @@ def test_tokenizer_files_go_along(peers, tmp_path):
     for name in ("tokenizer.json", "merges.txt", "secret.txt"):
         (source / name).write_text(name)
     config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
-    leaves = imported(folder, config)
+    leaves = hf_peers.load_leaves(folder, config)
     hf.export_decoder(tmp_path / "out", config, leaves, source, IDS)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "merges.txt"}

@@ -477,20 +477,30 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
     metrics = {
         "split": "test",
         "config_hash": "abc",
-        "tasks": {
-            "vqa": {
-                **{"n": 24, "primary": "exact", "corrected": {"exact": {"value": 0.5, "ci95": [0.25, 0.75]}}},
-                "margin": {"value": 0.125, "ci95": [-0.25, 0.5], "baseline": "majority"},
-            },
-            "cls": {"n": 3, "primary": "exact", "corrected": {"exact": {"value": 0.5, "ci95": None}}, "margin": None},
-            "qa": {"n": 0, "primary": "exact", "corrected": {}, "margin": None},
+        "data": {"slake": {"note": "Slices of 642 patients.", "licence": ""}},
+        "sets": {
+            "slake": {
+                "test": {
+                    "vqa": {
+                        **{"n": 24, "primary": "exact", "corrected": {"exact": {"value": 0.5, "ci95": [0.25, 0.75]}}},
+                        "margin": {"value": 0.125, "ci95": [-0.25, 0.5], "baseline": "majority"},
+                    },
+                    "cls": {
+                        "n": 3,
+                        "primary": "exact",
+                        "corrected": {"exact": {"value": 0.5, "ci95": None}},
+                        "margin": None,
+                    },
+                }
+            }
         },
     }
     scratch = dataclasses.replace(config, init=(("seed", ""),))
     export_unimed_hf(tmp_path / "out", scratch, model, tokenizer_folder, metrics)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |" in card
-    assert "| cls | 3 | exact | 0.500 | - |" in card and "| qa | 0" not in card and "config_hash `abc`" in card
+    assert "| slake | vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |" in card
+    assert "| slake | cls | 3 | exact | 0.500 | - |" in card and "config_hash `abc`" in card
+    assert "Slices of 642 patients." in card
     assert "trained from random numbers" in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["unimed"] == json.loads(
         json.dumps(to_dict(portable(scratch)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import tiny
-from test_interop_torch_file import Touch, archive
+from support.weight_files import NEEDS, Touch, archive
 
 from unimed_jax.config import LoraConfig
 from unimed_jax.errors import UserError
@@ -22,7 +22,6 @@ from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 LORA = LoraConfig(3, 12.0, 0.0, ALL)
 # What PEFT is told, and what our settings say of the same adapter.

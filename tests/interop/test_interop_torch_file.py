@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support import golden_uni_med
-from test_interop_files import NEEDS, assert_reads, refused
+from support.weight_files import NEEDS, Touch, archive, assert_reads, refused
 
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors import torch_file
@@ -46,23 +46,6 @@ def test_torch_file(tmp_path):
         assert_reads(tmp_path / f"{key}.pth", expected)
     tree = TorchFile(tmp_path / "model.pth").tree
     assert tree["epoch"] == 3 and tree["args"] == {"lr": 0.1, "betas": (0.9, None)}
-
-
-def archive(path, pickled: bytes, records=(), compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as out:
-        out.writestr("archive/data.pkl", pickled)
-        for name, data in records:
-            out.writestr(f"archive/data/{name}", data)
-
-
-class Touch:
-    """Pickles as a call, as a malicious file does."""
-
-    def __init__(self, call, *args):
-        self.call = (call, args)
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("where", ["alone", "besides tensors"])

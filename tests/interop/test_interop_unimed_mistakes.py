@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import tiny
 from support.unimed_pth_reference import reference_of
-from test_interop_torch_file import Touch
+from support.weight_files import Touch
 
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import unimed_pth

@@ -1,12 +1,17 @@
 """Hugging Face decoders of every family, tiny and with every leaf random, as peers of ours."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import tiny
 
-from unimed_jax.config import DecoderConfig, RopeScaling
+from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
+from unimed_jax.interop.families import hf
+from unimed_jax.interop.tensors.load import Destination
+from unimed_jax.model.parameters import abstract, parameters
 
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
 HF = {
@@ -153,6 +158,15 @@ def randomise(torch, model) -> None:
             fan_in = weight.shape[-1] if weight.ndim == 2 and "embed" not in name else 4
             centre = one if "norm" in name and "bias" not in name else 0
             weight.copy_(torch.randn_like(weight) * fan_in**-0.5 + centre)
+
+
+def load_leaves(folder, config: DecoderConfig) -> dict:
+    """Reads the decoder's leaves from a folder, and checks that none is missing."""
+    settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
+    leaves = {path: leaf for path, leaf in parameters(abstract(settings)).items() if path.startswith("decoder/")}
+    loaded = hf.load_decoder(folder, settings, Destination(leaves))
+    assert loaded.keys() == leaves.keys()
+    return loaded
 
 
 def padded(side: str, lengths=(160, 97, 5), first: int = 0):

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import accelerator
+import harness
 
 from unimed_jax.config import VISUAL_TASKS, Config, DataConfig, LossConfig, RuleConfig, TrainConfig
 from unimed_jax.data import layout
@@ -78,7 +79,7 @@ def test_its_model_is_that_of_the_published_config():
 @pytest.mark.parametrize("rows, tokens", [(2, 16), (3, 64)])
 def test_full_rows_are_what_the_layout_makes(rows, tokens):
     config = accelerator.training(SCALE, rows, tokens)
-    batch = accelerator.full_rows(config)
+    batch = harness.full_rows(config)
     data, per_image, images = config.data, config.model.tokens_per_image, config.data.row_images
     length, answer = tokens // images, data.row_answers // images
     groups: list[list[layout.Group]] = []
@@ -88,10 +89,10 @@ def test_full_rows_are_what_the_layout_makes(rows, tokens):
             here = slice(m * length + 1 + per_image, (m + 1) * length)
             words = batch["tokens"][b, here].tolist()
             task = VISUAL_TASKS[batch["image_tasks"][b, m]]
-            encoded = layout.encode_ids([[], words[:-answer]], words[-answer:], per_image, accelerator.BOS, task=task)
+            encoded = layout.encode_ids([[], words[:-answer]], words[-answer:], per_image, harness.BOS, task=task)
             groups[-1].append(layout.Group((encoded,), (batch["images"][b, m],)))
     shape = layout.RowShape(tokens, images, data.row_answers, per_image, config.model.vision.image_size)
-    expected = layout.training_batch(groups, shape, accelerator.PAD, "token")
+    expected = layout.training_batch(groups, shape, harness.PAD, "token")
     assert expected.keys() == batch.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(batch[name], value, err_msg=name)

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from support.fake_brain import Squares, tiny_config
+from support.fake_brain import tiny_config
 
-from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.folder import write_config
 from unimed_jax.runs.open import initial_leaves, initial_model, open_run
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
@@ -27,7 +27,6 @@ def one_device(*settings):
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
     monkeypatch.setattr(sharding, "make_mesh", one_device)
 
 
@@ -36,7 +35,6 @@ def straight(quick_compiles, tmp_path_factory):
     """A run that is never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         patch.setattr(sharding, "make_mesh", one_device)
         return loop.train(from_config_dict(tiny_config()), folder)
 
@@ -123,7 +121,7 @@ def test_a_folder_belongs_to_one_set_of_settings(straight):
 def test_a_checkpoint_of_another_model_is_refused(straight, tmp_path):
     settings = tiny_config()
     settings.model.decoder.mlp_width = 64
-    loop.write_config(tmp_path, from_config_dict(settings))
+    write_config(tmp_path, from_config_dict(settings))
     (tmp_path / "checkpoints").symlink_to(straight.folder / "checkpoints")
     (tmp_path / "tokenizer").symlink_to(straight.folder / "tokenizer")
     with pytest.raises(UserError, match=r"another model: decoder/layers/mlp/down/kernel is \(1, 48, 32\) there"):

@@ -104,9 +104,9 @@ def trained(stage: Stage) -> bool:
     if not (stage.folder / "checkpoints").is_dir():
         return False
     checkpoints = Checkpoints(stage.folder / "checkpoints", read_only=True)
-    latest = checkpoints.latest()
+    latest, note = checkpoints.latest(), checkpoints.newest_note()
     checkpoints.close()
-    return latest == stage.config.train.steps
+    return latest == stage.config.train.steps or bool(note) and note["progress"]["finished"]
 
 
 def finished(stage: Stage) -> bool:
@@ -158,7 +158,7 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
             "folder": str(stage.folder),
             "steps": stage.config.train.steps,
             "config_hash": result["config_hash"],
-            "n": {task: result["tasks"][task]["n"] for task in ("vqa", "cls")},
+            "n": {task: _entry(result, task).get("n", 0) for task in ("vqa", "cls")},
             "scores": found,
             "blind": blind,
         }
@@ -183,13 +183,19 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
     return table
 
 
+def _entry(result: Mapping, task: str) -> Mapping:
+    """A task's scores over all sets on the leading split of metrics.json; {} if it was not scored."""
+    return result["pooled"].get(result["split"], {}).get(task, {})
+
+
 def _score(result: Mapping, task: str, where: tuple[str, str]) -> Mapping | float | None:
-    return result["tasks"][task].get(where[0], {}).get(where[1])
+    return _entry(result, task).get(where[0], {}).get(where[1])
 
 
 def _blind(result: Mapping, task: str, metric: str) -> float | None:
     """The best of the baselines that see no image of their own."""
-    return max((scores[metric] for scores in result["tasks"][task]["blind"].values() if metric in scores), default=None)
+    baselines = _entry(result, task).get("blind", {}).values()
+    return max((scores[metric] for scores in baselines if metric in scores), default=None)
 
 
 def _shown(score: Mapping | float | None) -> str:

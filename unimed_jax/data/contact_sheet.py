@@ -17,16 +17,19 @@ _NAMES = 3  # lines of two names under an image
 _COLOURS = ((255, 90, 90), (90, 220, 90), (110, 160, 255), (255, 220, 60), (240, 120, 255), (80, 230, 230))
 
 
-def contact_sheet(datasets: Sequence[Dataset], path: str | Path, split: str = "train", rows: int = 6, seed: int = 0):
-    """Writes a PNG of `rows` x 6 images of `split`; data sets, planes and maps take turns. Without images: no file.
+def contact_sheet(
+    datasets: Sequence[Dataset], path: str | Path, split: str = "train", rows: int = 6, seed: int = 0
+) -> Path | None:
+    """Writes a PNG of `rows` x 6 images of `split`; data sets, planes and maps take turns.
 
+    Returns its path, or None if there is no image.
     Boxes are those of the examples that have one (refer, identify), labelled with the structure; the heading of
     each image is its key. At most EXAMINED examples of a set are looked at, evenly spaced.
     """
     queues = [queue for d in {d.id: d for d in datasets}.values() for queue in _queues(d, split, seed)]
     turns = [queue[n] for n in range(max(map(len, queues), default=0)) for queue in queues if n < len(queue)]
     if not turns:
-        return
+        return None
     tiles = [_tile(d.image(key), key, examples) for d, key, examples in turns[: rows * _COLUMNS]]
     width, height = (max(t.size[i] for t in tiles) for i in (0, 1))
     sheet = Image.new("RGB", (width * _COLUMNS, height * -(-len(tiles) // _COLUMNS)))
@@ -35,6 +38,7 @@ def contact_sheet(datasets: Sequence[Dataset], path: str | Path, split: str = "t
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+    return path
 
 
 def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset, str, list[Example]]]]:

@@ -1,4 +1,4 @@
-"""Prompt forms: how an example's question, images and answer become text.
+"""Prompt forms turn an example's question, images and answer into text.
 
 A `Form` turns an example into `Piece`s, either for training (with its answer) or as a generation prompt (without);
 `layout` turns the pieces into ids. Uni-Med's tags are one form, Med-MoE's chat templates the others; a new form is a
@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from unimed_jax.config import VISUAL_TASKS, TextConfig
 from unimed_jax.data.example import Example
@@ -21,8 +22,7 @@ IMAGE = "<image>"  # marks an image in the text of a conversation, as in LLaVA's
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of an example: text that is either all target or none of it, or (without text) one image."""
 
     text: str = ""
@@ -33,8 +33,8 @@ class Piece:
 
 TAGS = {task: f"[{task}]" for task in (*VISUAL_TASKS, "qa")}
 
-# task -> templates. Index 0 is the fixed one of evaluation; training draws among all. Where an example brings
-# no question of its own (caption, most of cls), what is left of the template says it all.
+# task -> templates. Index 0 is the fixed one of evaluation; training draws among all. Where an example
+# brings no question of its own (caption, most of cls), what is left of the template says it all.
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "vqa": (
         "{question}",
@@ -75,7 +75,7 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def collapse(text: str) -> str:
-    """Runs of two or more whitespace characters become one blank; none at the end, no blank in front.
+    """Replaces two or more whitespace characters by one blank; drops line breaks at the end, blanks at both ends.
 
     A single tab or line break inside stays, as published.
     """
@@ -83,17 +83,17 @@ def collapse(text: str) -> str:
 
 
 def cut_words(text: str, n: int = 50) -> str:
-    """The published text processor: `collapse`, then the first `n` blank-separated words."""
+    """Tidies the text and keeps its first `n` words (the published text processor)."""
     return " ".join(collapse(text).split(" ")[:n])
 
 
 def shorten(words: str, text: TextConfig) -> str:
-    """`collapse`, and the cut of `text.max_words` where there is one."""
+    """Tidies the text, and cuts it to `text.max_words` words if that is set."""
     return collapse(words) if text.max_words is None else cut_words(words, text.max_words)
 
 
 def answer_text(example: Example, text: TextConfig) -> str:
-    """Returns the answer as it is trained on and scored against: reports pass the text processor, as questions do."""
+    """Returns the answer as it is trained on and scored against: a report passes the text processor."""
     return shorten(example.answer, text) if example.task == "caption" else example.answer
 
 
@@ -132,7 +132,7 @@ def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
     for piece in pieces:
         last = runs[-1] if runs else None
         if last and not (last.image or piece.image or last.ends) and last.target == piece.target:
-            runs[-1] = dataclasses.replace(piece, text=last.text + piece.text)
+            runs[-1] = piece._replace(text=last.text + piece.text)
         else:
             runs.append(piece)
     return runs
@@ -144,7 +144,7 @@ def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 class Form(abc.ABC):
-    """How examples become pieces under one set of text settings."""
+    """Turns examples into pieces under one set of text settings."""
 
     published = ""  # the system whose published rules score vqa answers in this form
     exported = False  # whether the torch model of `export --format=model` can ask in this form
@@ -171,7 +171,7 @@ class Form(abc.ABC):
 
 
 class UniMed(Form):
-    """Uni-Med's form: a task tag, an instruction in our own words and the image between `<Img>` and `</Img>`.
+    """Puts a task tag and an instruction after the image, as Uni-Med does (the instructions are our own words).
 
     With an image: `[INST] <Img>` + visual tokens + `</Img> [tag] instruction [/INST]`; text alone:
     `[INST] [qa] question [/INST]`.
@@ -193,7 +193,7 @@ class UniMed(Form):
         return self._asked(example, 0, "")
 
     def _asked(self, example: Example, variant: int, blank: str) -> list[Piece]:
-        """Tag and instruction around the image; text alone is cut as a whole, tag and instruction too (published)."""
+        """Puts tag and instruction after the images; text without one is cut as a whole, tag included (published)."""
         opens, closes = ("[INST] ", " [/INST]") if self.text.chat_template else ("", "")
         body = collapse(f"{TAGS.get(example.task)} {asked(example, variant, self.text)}")
         if not example.images:
@@ -205,7 +205,7 @@ class UniMed(Form):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns become text: the system's words, then for each turn `role: message` and what closes it."""
+    """Says how turns become text: the system's words, then for each turn `role: message` and what closes it."""
 
     system: str
     roles: tuple[str, str]  # who asks and who answers
@@ -235,7 +235,7 @@ _GREETED = Template(
 
 
 class Conversation(Form):
-    """What the forms of Med-MoE share: turns of questions and answers, with `<image>` where an image stands.
+    """Holds what Med-MoE's forms share: turns of questions and answers, with `<image>` for an image.
 
     Every answer is a target. All images come before the first question; the task's first instruction asks, untagged.
     """
@@ -267,7 +267,7 @@ class Conversation(Form):
 
 
 class Chat(Conversation):
-    """Med-MoE's chat templates, and LLaVA-Med's (`simple`), which only asks."""
+    """Asks and answers by Med-MoE's chat templates; LLaVA-Med's (`simple`) only asks."""
 
     def __init__(self, text: TextConfig, template: Template):
         super().__init__(text)
@@ -281,7 +281,7 @@ class Chat(Conversation):
         return self._answered(turns)
 
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
-        before = [dataclasses.replace(piece, target=False) for piece in self._answered(turns)]
+        before = [piece._replace(target=False) for piece in self._answered(turns)]
         head = "" if turns else self._head()
         return [*before, *_marked(head + self._question(question))]
 
@@ -302,7 +302,7 @@ class Chat(Conversation):
 
 
 class Plain(Conversation):
-    """Med-MoE's form of stage 1: an image and its caption; what was asked is left out."""
+    """Shows an image and its caption and leaves out what was asked (Med-MoE's stage 1)."""
 
     def training_turns(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
         if len(turns) != 1 or IMAGE not in turns[0][0]:
@@ -338,9 +338,9 @@ def form_of(text: TextConfig) -> Form:
 
 
 def turns_of(messages: Sequence[Mapping[str, str]], where: str = "conversation") -> list[tuple[str, str]]:
-    """LLaVA's messages ({"from": "human" or "gpt", "value": text}) -> (question, answer) turns.
+    """Pairs LLaVA's messages ({"from": "human" or "gpt", "value": text}) into (question, answer) turns.
 
-    An answer in front of the first question is left out, as published. Raises UserError where they do not alternate.
+    An answer before the first question is left out, as published. Raises UserError if they do not alternate.
     """
     messages = messages[1:] if messages and messages[0]["from"] == "gpt" else messages
     speakers = [message["from"] for message in messages]
@@ -356,9 +356,9 @@ def turns_of(messages: Sequence[Mapping[str, str]], where: str = "conversation")
 
 
 def box_to_text(box: Sequence[float], width: int, height: int) -> str:
-    """x1, y1, x2, y2 in pixels of a `width` x `height` image -> `{<x1><y1><x2><y2>}`, integers 0..100 (floor).
+    """Writes a box as `{<x1><y1><x2><y2>}` in whole hundredths 0..100 of the image's sides (rounded down).
 
-    Raises UserError where the box is empty or leaves the image.
+    `box`: x1, y1, x2, y2 in pixels of a `width` x `height` image. Raises UserError if it is empty or leaves the image.
     """
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -372,7 +372,7 @@ def box_to_text(box: Sequence[float], width: int, height: int) -> str:
 
 
 def text_to_box(text: str) -> tuple[int, int, int, int] | None:
-    """The box in hundredths that `text` begins with (blanks and `<unk>` dropped), else None (as published)."""
+    """Reads the box in hundredths that `text` begins with, or None; blanks and `<unk>` are dropped (published)."""
     number = r"<(\d{1,3})>"
     match = re.match(r"\{" + number * 4 + r"\}", text.replace("<unk>", "").replace(" ", ""))
     if not match:

@@ -105,15 +105,17 @@ def _prefix(ids: tuple[int, ...]) -> np.ndarray:
 
 
 def piece_ids(
-    pieces: Sequence[Piece], tokenise: Callable[[str], Sequence[int]], eos: int, image: int = VISUAL
+    pieces: Sequence[Piece], tokenise: Callable[[str], Sequence[int]], eos: int, image: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """Turns pieces into ids, with `image` once for each image, and says which of them are targets."""
+    """Turns pieces into ids, with those of `image` for each image, and says which of them are targets."""
     ids: list[int] = []
     targets: list[bool] = []
     for run in runs_of(pieces):
-        new = [image] if run.image else [*(tokenise(run.text) if run.text else ()), *([eos] if run.ends else ())]
-        ids += new
-        targets += [run.target] * len(new)
+        before = len(ids)
+        ids += image if run.image else tokenise(run.text) if run.text else ()
+        if run.ends:
+            ids.append(eos)
+        targets += [run.target] * (len(ids) - before)
     return ids, targets
 
 
@@ -136,19 +138,22 @@ class Encoder:
         return self._encode(example, self._form.prompt(example), training=False)
 
     def _encode(self, example: Example, pieces: Sequence[Piece], training: bool) -> Encoded:
-        marked, is_target = piece_ids(pieces, self._ids, self._tokenizer.eos)
+        ids, targets = piece_ids(pieces, self._ids, self._tokenizer.eos, [VISUAL] * self._tokens_per_image)
         first = self._form.beginnings(training)
-        ids, targets = np.array([self._tokenizer.bos] * first + marked, np.int32), np.array([False] * first + is_target)
-        if self._form.cut:  # a cut answer loses its end of text, as published
-            kept = ~targets | (np.cumsum(targets) <= self._text.max_answer)
-            ids, targets = ids[kept], targets[kept]
-        counts = np.where(ids == VISUAL, self._tokens_per_image, 1)
-        ids, targets = np.repeat(ids, counts), np.repeat(targets, counts)
-        (seen,) = np.nonzero(ids == VISUAL)
-        start = int(seen[-1]) + 1 if len(seen) else 0
-        (where,) = np.nonzero(targets[start:])
-        prefix = _prefix(tuple(ids[:start].tolist()))
-        return self._checked(Encoded(example.id, example.task, prefix, ids[start:], where.astype(np.int32)))
+        ids, targets = [self._tokenizer.bos] * first + ids, [False] * first + targets
+        start = len(ids) - ids[::-1].index(VISUAL) if VISUAL in ids else 0
+        suffix, where = ids[start:], [i for i, target in enumerate(targets[start:]) if target]
+        if self._form.cut and len(where) > self._text.max_answer:  # it loses its end of text, as published
+            where = where[: self._text.max_answer]
+            suffix = suffix[: where[-1] + 1]
+        encoded = Encoded(
+            example.id,
+            example.task,
+            _prefix(tuple(ids[:start])),
+            np.array(suffix, np.int32),
+            np.array(where, np.int32),
+        )
+        return self._checked(encoded)
 
     def _checked(self, encoded: Encoded) -> Encoded:
         length = encoded.tokens - encoded.answer

@@ -280,8 +280,8 @@ def _groups(columns: Columns, weights: np.ndarray) -> tuple[Groups, list[tuple[f
     alone = columns.image_set == NONE
     keys[alone] = -1 - np.arange(count)[alone]
     _, first, group = np.unique(keys, return_index=True, return_inverse=True)  # groups in the order of their keys
-    rank = np.empty(len(first), np.int32)
-    rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
     group = rank[group]  # [N], in the order of their first
     members = np.argsort(group, kind="stable").astype(np.int32)
     starts = np.zeros(len(first) + 1, np.int64)

@@ -51,8 +51,8 @@ def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[s
     The folder's name follows from the set (name, place, options) and its version (reader, form, the state of the raw
     files), so a changed set is prepared again next to the old one. Of two processes the second waits for the first.
     """
-    which = _digest(info.name, str(folder and folder.resolve()), dict(options), dataclasses.asdict(info))
-    version = _digest(SCHEMA, info.version, fingerprint(info, folder))
+    which = _digest(info.name, str(folder and folder.resolve()), dict(options))
+    version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
     target = cache / f"{info.name}-{which}-{version}"
     if not target.exists():
         try:

@@ -1,9 +1,11 @@
-"""Blind baselines: answers without looking at the image, fitted on training examples alone.
+"""Blind baselines: answers without looking at the image, fitted on training examples only.
 
-A model that reads images must beat the best of them. The one more that needs the model, its answers to
-permuted images, is made in `tasks.py`.
+A model that reads images must beat the best of them. One more needs the model, its answers to other examples' images
+(`permuted_images`), and is made in answers.py. Text is the whole input of `qa`: there the learned baselines read what
+the model reads, and are its peers.
 """
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -12,27 +14,40 @@ import numpy as np
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate import text_only
 from unimed_jax.evaluate.metrics.text import bleu, ngrams, tokens
 
-Baseline = Callable[[Example], str]
+Baseline = Callable[[Sequence[Example]], list[str]]
 NEIGHBOURS = 25
 MEDOID_SAMPLE = 256  # training reports; the medoid is sought among and against them
 
 
-def fit(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
-    """Name -> baseline of `task`, each answering one example; {} without a training example of the task.
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The baselines of a task by name."""
 
-    Raises UserError where a training box cannot be read (refer's answers, identify's questions).
+    blind: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # never read the image
+    peers: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # read all that the model reads
+
+
+def fit(task: str, train: Sequence[Example]) -> Fitted:
+    """Fits the baselines of `task`; none without a training example of the task.
+
+    Raises UserError if a training box cannot be read (refer's answers, identify's questions).
     """
     train = [example for example in train if example.task == task]
     if not train:
-        return {}
+        return Fitted()
+    simple, learned = _simple(task, train), _learned(task, train)
+    return Fitted(simple, learned) if task == "qa" else Fitted({**simple, **learned})
+
+
+def _simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
+    """Majorities, medians and medoids."""
     if task in ("vqa", "qa", "cls"):
-        fitted = {"majority_per_template": _majority(train, lambda e: e.meta.get("template", ""))}
-        if task == "vqa":  # stronger where one template asks about several structures
-            fitted["majority_per_question"] = _majority(
-                train, lambda e: e.meta.get("template", ""), lambda e: e.question
-            )
+        fitted = {"majority_per_template": _majority(train, _template)}
+        if task == "vqa":  # stronger if one template asks about several structures
+            fitted["majority_per_question"] = _majority(train, _template, lambda e: e.question)
         return fitted
     if task == "refer":
         fitted = {"median_box_per_prompt": _median_box(train, lambda e: e.question)}
@@ -44,11 +59,25 @@ def fit(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
     if task == "identify":
         return {f"nearest_{NEIGHBOURS}_boxes": _nearest_boxes(train)}
     report = medoid([example.answer for example in train])
-    return {"medoid_report": lambda example: report}
+    return {"medoid_report": lambda examples: [report] * len(examples)}
+
+
+def _learned(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
+    """TF-IDF with logistic regression where answers repeat, and the nearest question."""
+    merges: dict[str, Callable[[Sequence[str]], str]] = {"refer": _median_text, "caption": medoid}
+    merge = merges.get(task, most_frequent)
+    found: dict[str, Baseline | None] = {"nearest_question": text_only.nearest_question(train, merge)}
+    if task not in ("refer", "caption"):
+        found = {"tfidf_logistic": text_only.logistic(train)} | found
+    return {name: baseline for name, baseline in found.items() if baseline is not None}
+
+
+def _template(example: Example) -> str:
+    return example.meta.get("template", "")
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """The commonest answer; the first in the alphabet among equals."""
+    """Returns the commonest answer; the first in the alphabet among equals."""
     return min(Counter(answers).items(), key=lambda item: (-item[1], item[0]))[0]
 
 
@@ -88,7 +117,7 @@ def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) ->
             found = table.get(key(example), found)
         return found
 
-    return answer
+    return lambda examples: [answer(example) for example in examples]
 
 
 def _median_box(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
@@ -98,9 +127,7 @@ def _median_box(train: Sequence[Example], *keys: Callable[[Example], Hashable]) 
         box = _box_of(example, example.answer)
         for level, key in enumerate((lambda example: None, *keys)):
             groups[level, key(example)].append(box)
-    medians = {
-        name: "{" + "".join(f"<{round(v)}>" for v in np.median(boxes, axis=0)) + "}" for name, boxes in groups.items()
-    }
+    medians = {name: _median(boxes) for name, boxes in groups.items()}
 
     def answer(example: Example) -> str:
         found = medians[0, None]
@@ -108,7 +135,16 @@ def _median_box(train: Sequence[Example], *keys: Callable[[Example], Hashable]) 
             found = medians.get((level, key(example)), found)
         return found
 
-    return answer
+    return lambda examples: [answer(example) for example in examples]
+
+
+def _median(boxes: Sequence[Sequence[int]]) -> str:
+    return "{" + "".join(f"<{round(v)}>" for v in np.median(boxes, axis=0)) + "}"
+
+
+def _median_text(texts: Sequence[str]) -> str:
+    """The median of boxes in text form (all readable: `_median_box` has read them before)."""
+    return _median([box for text in texts if (box := text_to_box(text[max(text.find("{"), 0) :]))])
 
 
 def _nearest_boxes(train: Sequence[Example]) -> Baseline:
@@ -122,7 +158,7 @@ def _nearest_boxes(train: Sequence[Example]) -> Baseline:
         # Counter keeps the order of first meeting, which is the order of distance.
         return Counter(train[i].answer for i in nearest).most_common(1)[0][0]
 
-    return answer
+    return lambda examples: [answer(example) for example in examples]
 
 
 def _box_of(example: Example, text: str) -> tuple[int, int, int, int]:

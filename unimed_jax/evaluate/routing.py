@@ -1,7 +1,8 @@
 """How the connector routes by task: the same images under each task's token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +10,21 @@ import numpy as np
 
 from unimed_jax.config import VISUAL_TASKS, Config
 from unimed_jax.data import images
+from unimed_jax.evaluate.statistics import Measure, with_interval
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import UniMed
 
 
-def task_weights(model: UniMed, config: Config, pixels: Sequence[np.ndarray], batch: int = 64) -> np.ndarray:
-    """Expert weights [images, visual tasks, T, E] of every image (uint8 [H, W, 3]) under every task's token."""
-    stacked = np.stack([images.fit(p, config.data.fit, config.model.vision) for p in pixels])  # [N, H, W, 3]
+@jax.jit
+def _weights(model: UniMed, pixels: jax.Array) -> jax.Array:
+    """Expert weights [images, visual tasks, T, E] of images [N, H, W, 3] under every task's token."""
     tasks = jnp.arange(len(VISUAL_TASKS), dtype=jnp.int32)
-
-    @jax.jit
-    def weights(model: UniMed, pixels):
-        each = jnp.tile(tasks, len(pixels))
-        repeated = pixels.repeat(len(tasks), axis=0)  # [N * tasks, H, W, 3]
-        routing = model.encode_images(repeated, each).routing
-        assert routing is not None
-        routing = constrain(routing, None, None, None)  # every process reads all of it
-        return routing.reshape(len(pixels), len(tasks), *routing.shape[1:])  # [N, tasks, T, E]
-
-    return np.concatenate([np.asarray(weights(model, stacked[i : i + batch])) for i in range(0, len(stacked), batch)])
+    each = jnp.tile(tasks, len(pixels))
+    repeated = pixels.repeat(len(tasks), axis=0)  # [N * tasks, H, W, 3]
+    routing = model.encode_images(repeated, each).routing
+    assert routing is not None
+    routing = constrain(routing, None, None, None)  # every process reads all of it
+    return routing.reshape(len(pixels), len(tasks), *routing.shape[1:])  # [N, tasks, T, E]
 
 
 def total_variation(weights: np.ndarray) -> np.ndarray:
@@ -37,42 +34,58 @@ def total_variation(weights: np.ndarray) -> np.ndarray:
     return np.mean([0.5 * np.abs(weights[:, a] - weights[:, b]).sum(-1).mean(-1) for a, b in pairs], axis=0)
 
 
-def with_interval(values: np.ndarray, clusters: Sequence[str], resamples: int, seed: int) -> dict:
-    """Mean of `values` [N] and its bootstrap 95 % interval, whole clusters resampled."""
-    names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return {"value": float(values.mean()), "ci95": [float(v) for v in np.percentile(means, [2.5, 97.5])]}
-
-
 def routing_report(
-    trained: UniMed, initial: UniMed, config: Config, pixels: Sequence[np.ndarray], clusters: Sequence[str]
+    trained: UniMed,
+    initial: UniMed,
+    config: Config,
+    keys: Sequence[Any],
+    read: Callable[[Any], np.ndarray],
+    clusters: Sequence[str],
+    batch: int = 64,
 ) -> dict | None:
-    """What evaluate/report.py shows of the routing; None for a connector without experts.
+    """What evaluate/report shows of the routing; None for a connector without experts.
 
-    `tv_token_router` is measured too: the trained weights without the router's task half, where it has one.
+    `read(key)` gives an image, uint8 [H, W, 3]; only `batch` of them are held at once, at the model's size.
+    `tv_token_router` is measured too: the trained weights without the router's task half, if it has one.
     """
     connector = config.model.connector
     if not connector.is_moe:
         return None
-    weights = task_weights(trained, config, pixels)
-    report = {
-        "images": len(pixels),
-        "tv_trained": _measured(weights, clusters, config),
-        "tv_step0": _measured(task_weights(initial, config, pixels), clusters, config),
-        "mean_weights": weights.mean(axis=(0, 2)).tolist(),
-        "maps": weights.mean(axis=0),
-    }
+    models = {"trained": trained, "step0": initial}
     if connector.router in ("soft", "sparse") and connector.router_input != "task":
-        router = trained.connector.router
-        assert router is not None
-        task_kernel, router.task_kernel = router.task_kernel, None
-        blind = total_variation(task_weights(trained, config, pixels))
-        router.task_kernel = task_kernel
-        report["tv_token_router"] = float(blind.mean())
+        models["token_router"] = without_task_half(trained)
+    apart: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    total: np.ndarray = np.zeros(())
+    for start in range(0, len(keys), batch):
+        fitted = [images.fit(read(key), config.data.fit, config.model.vision) for key in keys[start : start + batch]]
+        pixels = np.stack(fitted)  # [N, H, W, 3]
+        for name, model in models.items():
+            weights = np.asarray(_weights(model, pixels))
+            apart[name].append(total_variation(weights))
+            if name == "trained":
+                total = total + weights.sum(axis=0, dtype=np.float64)  # [tasks, T, E]
+    maps = total / len(keys)  # [tasks, T, E]
+    measured = {name: _measured(np.concatenate(values), clusters, config) for name, values in apart.items()}
+    report = {
+        "images": len(keys),
+        "tv_trained": measured["trained"],
+        "tv_step0": measured["step0"],
+        "mean_weights": maps.mean(axis=1).tolist(),
+        "maps": maps,
+    }
+    if "token_router" in measured:
+        report["tv_token_router"] = measured["token_router"]["value"]
     return report
 
 
-def _measured(weights: np.ndarray, clusters: Sequence[str], config: Config) -> dict:
-    return with_interval(total_variation(weights), clusters, config.evaluate.bootstrap, config.seed)
+def without_task_half(model: UniMed) -> UniMed:
+    """A copy of the model whose router reads only visual tokens; leaves are shared, the model stays as it is."""
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    router = copy.connector.router
+    assert router is not None
+    router.task_kernel = None
+    return copy
+
+
+def _measured(values: np.ndarray, clusters: Sequence[str], config: Config) -> dict:
+    return with_interval(Measure.mean(values.tolist()), clusters, config.evaluate.bootstrap, config.seed)

@@ -1,50 +1,352 @@
-"""The evaluation of one run: answers, scores, routing and the report in the run's folder."""
+"""The evaluation of a run, or of predictions that another tool made: answers, scores, routing and the report.
 
-from typing import Any
+Processes share the work: they generate every batch together over the mesh, then each scores its part of the units,
+and process 0 collects the scores and writes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 from unimed_jax import processes
-from unimed_jax.config import Config
-from unimed_jax.data.datasets import open_sources
-from unimed_jax.data.joined import joined
+from unimed_jax.config import Config, to_dict
+from unimed_jax.data.example import Example
+from unimed_jax.data.forms import text_to_box
+from unimed_jax.data.tokenizer import Tokenizer
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate import baselines
+from unimed_jax.evaluate.answers import Answer, Answered, Journal, answer_units
+from unimed_jax.evaluate.metrics import Record
+from unimed_jax.evaluate.metrics.registry import Metric
 from unimed_jax.evaluate.report import write_report
+from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
-from unimed_jax.evaluate.tasks import evaluate
+from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
+from unimed_jax.evaluate.tasks import Source, Training, Unit, open_sets, units_of
 from unimed_jax.model.parameters import with_parameters
+from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import answerer
+from unimed_jax.provenance import code_version, plain, protocol_id
 from unimed_jax.runs.open import Run, initial_leaves
 
 
 def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
-    """Scores the run on the splits of `config.evaluate.splits` and writes the report into its folder.
+    """Answers and scores the units of `config.evaluate` and writes the report into the run's folder.
 
-    `config` is the run's own, except for `config.evaluate`. To be called inside `run.inside()`. All processes
-    generate together; the first one scores, writes and gets the content of metrics.json, the others get {}.
+    `config` is the run's own, except for `config.evaluate` and `config.text.max_prompt`. To be called inside
+    `run.inside()`, on all processes. Returns the content of metrics.json, {} on processes other than 0 and if
+    nothing is to be scored. A killed evaluation continues where it stood.
     """
-    leads = processes.leads()
-    dataset = joined(open_sources(config.held_out))
-    answer = answerer(run.model, config, run.tokenizer)
-    results, records = {}, []
-    for split in config.evaluate.splits:
-        if leads:
-            print(f"evaluating {split} ...", flush=True)
-        results[split], lines = evaluate(answer, dataset, dataset.examples("train"), config, split)
-        records += lines
-    shown = {key: line["cluster"] for line in records if line["split"] == "test" for key in line["images"]}
-    routing = None
-    if shown:
-        pixels = [dataset.image(key) for key in shown]
-        first, _ = initial_leaves(config, run.tokenizer, run.mesh, ("vision/*", "connector/*"))
-        initial = with_parameters(run.model, first)
-        routing = routing_report(run.model, initial, config, pixels, list(shown.values()))
-    if not leads:
+    if not config.evaluate.entries and not config.evaluate.splits:
         return {}
-    metrics = write_report(run.folder, config, dataset.checksum, results, records, dataset.image, routing)
-    for task, entry in metrics["tasks"].items():
-        if entry["n"]:
-            margin = entry["margin"]
-            score = entry["corrected"][entry["primary"]]
-            print(
-                f"{task:9s} {entry['primary']:12s} {score['value']:.3f}  {margin['value']:+.3f} on {margin['baseline']}"
-            )
-    print(f"wrote {run.folder / 'report.md'}")
+    sets = open_sets(config.held_out)
+    units, notes = units_of(config, sets)
+    journal = Journal(run.folder, _fingerprint(run, config, sets))
+    answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
+    training = Training(config, sets)
+    scored = answer_and_score(units, training, answer_of, journal, config)
+    routing = _routing(run, config, sets, scored)
+    if not processes.leads():
+        return {}
+    notes += training.notes
+    metrics = summarise(config, scored, _about(sets, units), notes, run.step, routing)
+    write_report(run.folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
+    journal.remove()
+    _say(metrics, run.folder)
     return metrics
+
+
+def answer_and_score(
+    units: Sequence[Unit],
+    training: Training,
+    answer_of: Callable[[Unit], Answer],
+    journal: Journal,
+    config: Config,
+) -> list[Scored]:
+    """Fits the baselines, answers what the journal lacks, and scores every unit; on all processes together."""
+    # Baselines come before the long wait for answers, since wrong records show there.
+    blind = _shared(lambda: _blind_answers(units, training))
+    found = answer_units(units, answer_of, config.seed, journal)
+    return _scored(units, found, blind, config)
+
+
+def evaluate_predictions(config: Config, file: Path, folder: Path) -> dict[str, Any]:
+    """Scores the predictions of any tool, as JSON lines {"id": "<set>/<split>/<id within the set>", "prediction": ...}.
+
+    Missing answers count as empty ones; ids that are unknown or doubled (the first line counts) are counted and the
+    first five named, in the report too. Returns the content of metrics.json. Raises UserError for a file that cannot
+    be read and if no id is known.
+    """
+    sets = open_sets(config.held_out)
+    units, notes = units_of(config, sets)
+    given, doubled = _read_predictions(file)
+    wanted = {unit.id_of(example): example for unit in units for example in unit.examples}
+    unknown = [name for name in given if name not in wanted]
+    missing = [name for name in wanted if name not in given]
+    if len(missing) == len(wanted):
+        raise UserError(
+            f"{file}: none of its {len(given)} ids is among those asked, such as {next(iter(wanted))!r}; "
+            "ids are <set>/<split>/<id within the set> (see `data export`)."
+        )
+    for what, names in (("unknown", unknown), ("missing, counted as wrong", missing), ("doubled", doubled)):
+        if names:
+            notes.append(f"{file.name}: {len(names)} ids {what}: {', '.join(names[:5])}")
+    training = Training(config, sets)
+    notes += training.notes
+    blind = _shared(lambda: _blind_answers(units, training))
+    found = {}
+    for unit in units:
+        for example in unit.examples:
+            name = unit.id_of(example)
+            size = None
+            if unit.task == "refer":  # the other metrics need no image
+                height, width = unit.source.data.image(example.images[0]).shape[:2]
+                size = [width, height]
+            found[name] = Answered(given.get(name, ""), size)
+    scored = _scored(units, found, blind, config, form="external")
+    metrics = summarise(config, scored, _about(sets, units), notes)
+    metrics["predictions"] = {
+        "file": file.name,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "unknown": len(unknown),
+        "missing": len(missing),
+        "doubled": len(doubled),
+    }
+    if processes.leads():
+        write_report(folder, config, metrics, scored, _reader(sets), None, f"--predictions={file}")
+        _say(metrics, folder)
+    return metrics
+
+
+def quick_scores(model: UniMed, config: Config, tokenizer: Tokenizer, units: Sequence[Unit]) -> dict[str, float]:
+    """Scores units while training, without baselines, intervals or files.
+
+    Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
+    """
+    out: dict[str, float] = {}
+    for unit in units:
+        found = answer_units([unit], functools.partial(_model_answers, model, config, tokenizer), config.seed)
+        records = _records(unit, found, {})
+        out |= {f"{metric.name}/{unit.name}": metric(records).value for metric in unit.metrics}
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------
+
+
+def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Unit) -> Answer:
+    """The model as a function from examples, images and a seed to answers, with the unit's own settings."""
+    settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
+    config = dataclasses.replace(config, evaluate=settings)
+    greedy = answerer(model, config, tokenizer)
+
+    def answer(examples, images, seed):
+        ask = greedy
+        if settings.temperature:  # by the batch's own seed, so that a continued evaluation draws the same
+            ask = answerer(model, dataclasses.replace(config, seed=seed), tokenizer)
+        return ask(examples, images)
+
+    return answer
+
+
+def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
+    """What answers depend on: settings (not devices), weights, data and code."""
+    settings = {key: value for key, value in to_dict(config).items() if key != "mesh"}
+    checksums = {name: source.data.checksum for name, source in sets.items()}
+    text = json.dumps([settings, run.step, checksums, code_version()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
+    """(id -> prediction, ids that stand there more than once)."""
+    found: dict[str, str] = {}
+    doubled: dict[str, None] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--predictions={file} cannot be read ({error}); give a file of JSON lines.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, prediction = entry["id"], entry["prediction"]
+            assert isinstance(name, str) and isinstance(prediction, str)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError(
+                f'{file}, line {number}: not of the form {{"id": "...", "prediction": "..."}}; mend the line.'
+            ) from None
+        if name in found:
+            doubled[name] = None
+        found.setdefault(name, prediction)
+    return found, list(doubled)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores, divided over processes
+# ---------------------------------------------------------------------------------------------
+
+Blind = dict[str, dict[str, dict[str, list[str]]]]  # unit -> "blind" | "peers" -> baseline -> answers
+
+
+def _mine(units: Sequence[Unit]) -> list[Unit]:
+    import jax
+
+    return list(units[jax.process_index() :: jax.process_count()])
+
+
+def _shared(work: Callable[[], Any]) -> Any:
+    """Runs `work` on each process; a UserError of one is raised on all, so that none waits for another."""
+    result, said = None, ""
+    try:
+        result = work()
+    except UserError as error:
+        said = str(error)
+    for sentence in processes.gathered(said):
+        if sentence:
+            raise UserError(sentence)
+    return result
+
+
+def _blind_answers(units: Sequence[Unit], training: Training) -> Blind:
+    """The baselines' answers to this process's units."""
+    out: Blind = {}
+    for unit in _mine(units):
+        fitted = baselines.fit(unit.task, training.of(unit))
+        parts = {"blind": fitted.blind, "peers": fitted.peers}
+        out[unit.name] = {
+            kind: {name: baseline(unit.examples) for name, baseline in some.items()} for kind, some in parts.items()
+        }
+    return out
+
+
+def _scored(
+    units: Sequence[Unit], found: Mapping[str, Answered], blind: Blind, config: Config, form: str = ""
+) -> list[Scored]:
+    """Every unit's records and scores, in the order of the units, on all processes."""
+
+    def work() -> dict[str, Any]:
+        out = {}
+        for unit in _mine(units):
+            records = _records(unit, found, blind[unit.name])
+            protocol = _protocol(unit, config, unit.metrics[0], form)
+            out[unit.name] = [records, plain(score(unit.task, records, config, unit.metrics, protocol))]
+        return out
+
+    every: dict[str, Any] = {}
+    for part in processes.gathered(_shared(work)):
+        every |= part
+    return [Scored(unit.source.id, unit.split, unit.task, unit.metrics, *every[unit.name]) for unit in units]
+
+
+def _records(unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapping[str, list[str]]]) -> list[Record]:
+    """The lines of predictions.jsonl of one unit."""
+    out = []
+    for i, example in enumerate(unit.examples):
+        name = unit.id_of(example)
+        answered = found[name]
+        guesses = {kind: {key: texts[i] for key, texts in some.items()} for kind, some in blind.items()}
+        if answered.permuted is not None:
+            guesses.setdefault("blind", {})[PERMUTED] = answered.permuted
+        record = {
+            "id": name,
+            "set": unit.source.id,
+            "split": unit.split,
+            "task": unit.task,
+            "template": example.meta.get("template", ""),
+            "cluster": example.cluster or example.id,
+            "question": example.question,
+            "images": list(example.images),
+            "reference": example.answer,
+            "prediction": answered.prediction,
+            "box": _box(example, answered.image_size),
+            "image_size": answered.image_size,
+            "meta": dict(example.meta),
+            "blind": guesses.get("blind", {}),
+            "peers": guesses.get("peers", {}),
+            "permuted_images": answered.permuted_images,
+        }
+        out.append(cast(Record, record))
+    return out
+
+
+def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
+    """The box of a record in pixels: its own, else (refer) its answer's."""
+    if example.box is not None:
+        return [int(value) for value in example.box]
+    if example.task != "refer" or size is None:
+        return None
+    percent = text_to_box(example.answer)
+    if percent is None:
+        raise UserError(f"record {example.id}: task 'refer' needs a box or an answer {{<x1><y1><x2><y2>}}; mend it.")
+    return [value / 100 * size[i % 2] for i, value in enumerate(percent)]
+
+
+def _protocol(unit: Unit, config: Config, metric: Metric, form: str) -> str:
+    return protocol_id(
+        set_id=unit.source.id,
+        checksum=unit.source.data.checksum,
+        split=unit.split,
+        rule=unit.source.rules.get(unit.split, ""),
+        closed=unit.task == "vqa",
+        normaliser=metric.normaliser,
+        form=form or config.text.form,
+        max_words=config.text.max_words,
+        fit=config.data.fit if not form and any(example.images for example in unit.examples) else "",
+        metric=metric.name,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------
+
+
+def _about(sets: Mapping[str, Source], units: Sequence[Unit]) -> dict[str, dict[str, str]]:
+    """Checksum and passport of each set that was scored."""
+    scored = {unit.source.id for unit in units}
+    fields = ("licence", "citation", "note", "cluster_word")
+    return {
+        name: {"checksum": source.data.checksum}
+        | {field: getattr(getattr(source.data, "info", None), field, "") for field in fields}
+        for name, source in sets.items()
+        if name in scored
+    }
+
+
+def _reader(sets: Mapping[str, Source]) -> Callable:
+    """-> image(set id, key): uint8 [H, W, 3]."""
+    return lambda name, key: sets[name].data.image(key)
+
+
+def _routing(run: Run, config: Config, sets: Mapping[str, Source], scored: Sequence[Scored]) -> dict | None:
+    """How the connector routes the images of the leading split (routing.py); None without images or experts."""
+    leading = leading_split([part.split for part in scored])
+    shown = {
+        (part.set, key): f"{part.set}/{record['cluster']}"
+        for part in scored
+        if part.split == leading
+        for record in part.records
+        for key in record["images"]
+    }
+    if not shown or not config.model.connector.is_moe:
+        return None
+    first, _ = initial_leaves(config, run.tokenizer, run.mesh, ("vision/*", "connector/*"))
+    initial = with_parameters(run.model, first)
+    read = _reader(sets)
+    return routing_report(run.model, initial, config, list(shown), lambda key: read(*key), list(shown.values()))
+
+
+def _say(metrics: Mapping[str, Any], folder: Path) -> None:
+    for name, splits in metrics["sets"].items():
+        for task, entry in splits.get(metrics["split"], {}).items():
+            print(score_line(name, task, entry))
+    for note in metrics["notes"]:
+        print(f"note: {note}")
+    print(f"wrote {folder / 'report.md'}")

@@ -1,4 +1,4 @@
-"""Measures of many items, and their bootstrap intervals over clusters."""
+"""Scores of many items as sums, and their bootstrap intervals over clusters of items."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,18 +13,18 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A score of many items that depends on sums over them alone."""
+    """A score of n items that depends only on sums over them, so that a bootstrap is one matrix product."""
 
     items: np.ndarray  # float64 [n, K]
-    score: Callable[[np.ndarray], np.ndarray] = _ratio  # sums [..., K] -> [...]; NaN where no item counts
+    score: Callable[[np.ndarray], np.ndarray] = _ratio  # sums [..., K] -> [...]; NaN if no item counts
 
     @classmethod
     def mean(cls, values: Sequence[float]) -> "Measure":
-        """Mean of one value an item."""
+        """The mean of one value per item."""
         return cls(np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1))
 
     def where(self, chosen: Sequence[bool] | np.ndarray) -> "Measure":
-        """The same score of the chosen items."""
+        """The same score of the chosen items; the others stay in the rows, with weight 0."""
         return Measure(self.items * np.asarray(chosen, np.float64)[:, None], self.score)
 
     @property
@@ -33,7 +33,7 @@ class Measure:
 
 
 def resample(measures: Sequence[Measure], clusters: Sequence[str], resamples: int, seed: int) -> list[np.ndarray]:
-    """Bootstrap over clusters: float64 [resamples] per measure, the r-th draw the same for all of them.
+    """Bootstraps over clusters: float64 [resamples] per measure, the r-th draw the same for all of them.
 
     Every draw takes as many clusters as there are, with replacement, each with all its items.
     """
@@ -50,10 +50,20 @@ def resample(measures: Sequence[Measure], clusters: Sequence[str], resamples: in
     ]
     drawn = np.concatenate([np.zeros((0, sums.shape[1])), *blocks])  # [resamples, sum K]
     ends = np.cumsum([measure.items.shape[1] for measure in measures])
-    return [measure.score(part) for measure, part in zip(measures, np.split(drawn, ends[:-1], axis=1), strict=True)]
+    parts = np.split(drawn, ends[:-1], axis=1)
+    return [measure.score(part) for measure, part in zip(measures, parts, strict=True)]
 
 
 def interval(draws: np.ndarray) -> list[float] | None:
-    """95 % percentile interval [lo, hi]; draws in which no item counts (NaN) are left out; None if all are."""
+    """The 95 % percentile interval [low, high] of draws.
+
+    Draws in which no item counts (NaN) are left out; None if none is left.
+    """
     draws = draws[np.isfinite(draws)]
     return [float(q) for q in np.percentile(draws, [2.5, 97.5])] if len(draws) else None
+
+
+def with_interval(measure: Measure, clusters: Sequence[str], resamples: int, seed: int) -> dict:
+    """{"value": ..., "ci95": [low, high]} of one measure; ci95 is None for fewer than two clusters."""
+    (draws,) = resample([measure], clusters, resamples, seed)
+    return {"value": measure.value, "ci95": interval(draws) if len(set(clusters)) > 1 else None}

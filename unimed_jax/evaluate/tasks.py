@@ -1,59 +1,212 @@
-"""The six tasks: answers of a model on true and on permuted images, scored beside blind baselines."""
+"""What is scored: units of (data set, split, task), resolved from the settings and checked before training.
 
-import operator
+Also the choice of a unit's examples and the permutation of their images.
+"""
+
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
-from unimed_jax.config import TASKS, Config, TextConfig, config_hash, to_dict
+from unimed_jax.config import TASKS, Config, DataConfig, EntryConfig
+from unimed_jax.data import layout
+from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset, Example
-from unimed_jax.data.forms import cut_words, form_of, text_to_box
-from unimed_jax.errors import UserError
-from unimed_jax.evaluate import baselines
-from unimed_jax.evaluate.metrics import PRIMARY, corrected_measures
-from unimed_jax.evaluate.metrics.captions import report_scores
-from unimed_jax.evaluate.metrics.published import (
-    answer_report,
-    clean_prediction,
-    identify_report,
-    medmoe_report,
-    published_equal,
-    refer_report,
-    vqa_report,
-)
-from unimed_jax.evaluate.metrics.text import is_closed
-from unimed_jax.evaluate.statistics import Measure, interval, resample
-from unimed_jax.provenance import code_version, plain
-from unimed_jax.settings import FIDELITY
+from unimed_jax.data.tokenizer import Tokenizer
+from unimed_jax.errors import UserError, nearest
+from unimed_jax.evaluate.metrics import Metric, of_task
 
-# Examples and the images of each (uint8 [H, W, 3]) -> one answer each.
-Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]]], list[str]]
-PERMUTED = "permuted_images"
+# Training examples of one set that baselines are fitted on: all, or so many evenly spaced ones.
+TRAIN_SAMPLE = 100_000
 
 
-def evaluate(
-    answer: Answer, dataset: Dataset, train_examples: Sequence[Example], config: Config, split: str
-) -> tuple[dict[str, dict], list[dict]]:
-    """Answers and scores every task of one split.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set with the tasks that its sources in the settings let through."""
 
-    Returns ({task: scores}, records): scores as `score` gives them for all of config.TASKS, also those
-    without an example (n 0); records are the lines of predictions.jsonl. Baselines are fitted on
-    `train_examples` alone. Raises UserError where there is no example at all.
+    id: str
+    data: Dataset
+    tasks: tuple[str, ...]
+    rules: Mapping[str, str]  # made split -> its rule; those of the set itself are not in it
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One evaluation: examples of one task on one split of one set, and how they are answered and scored."""
+
+    source: Source
+    split: str
+    task: str
+    metrics: tuple[Metric, ...]  # the primary one first
+    examples: Sequence[Example]
+    batch: int
+    max_new_tokens: int
+    every: int = 0  # training steps between its runs while training; 0: only after training
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.id}/{self.split}/{self.task}"
+
+    def id_of(self, example: Example) -> str:
+        """The example's id in predictions, the same for every tool: <set>/<split>/<id within the set>."""
+        return f"{self.source.id}/{self.split}/{example.id}"
+
+
+def open_sets(data: DataConfig) -> dict[str, Source]:
+    """Opens the data sets of `data.sources`: one entry per set, with the tasks of all sources that name it."""
+    found: dict[str, Source] = {}
+    for source, dataset in zip(data.sources, open_sources(data), strict=True):
+        name = dataset.id
+        old = found.get(name)
+        tasks = {*(source.tasks or TASKS), *(old.tasks if old else ())}
+        rules = {**(old.rules if old else {}), **source.splits}
+        found[name] = Source(name, dataset, tuple(task for task in TASKS if task in tasks), rules)
+    return found
+
+
+def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], list[str]]:
+    """Resolves the settings into (units, notes on what was left out).
+
+    Named entries (config.evaluate.entries) are exact: an unknown set, task, split or metric, and an entry without an
+    example, raise UserError. By default every task of every set is scored on each of config.evaluate.splits; there a
+    split or task that a set lacks is left out with a note, unless no set has the split.
     """
-    examples = dataset.examples(split)
-    if not examples:
+    if config.evaluate.entries:
+        return [_named(entry, config, sets) for entry in config.evaluate.entries], []
+    units, notes = [], []
+    for split in config.evaluate.splits:
+        having = [source for source in sets.values() if _has(source, split)]
+        if not having:
+            known = sorted({name for source in sets.values() for name in splits_of(source.data)})
+            names = ", ".join(map(repr, sets))
+            raise UserError(
+                f"config.evaluate.splits: data set {names} has no example in split {split!r}{nearest(split, known)} "
+                "Choose another split or check the data."
+            )
+        for source in sets.values():
+            if source not in having:
+                notes.append(f"{source.id}: it has no example in split {split!r}")
+                continue
+            groups = by_task(source, split)
+            lacking = [task for task in source.tasks if task not in groups]
+            notes += [f"{source.id}/{split}: no example of task {task!r}" for task in lacking]
+            for task, examples in groups.items():
+                units.append(_unit(EntryConfig(source.id, cast(Any, task), split), config, source, examples))
+    return units, notes
+
+
+def _named(entry: EntryConfig, config: Config, sets: Mapping[str, Source]) -> Unit:
+    where = "config.evaluate.entries"
+    if entry.source not in sets:
         raise UserError(
-            f"data set {dataset.id!r} has no example in split {split!r}; choose another in "
-            "config.evaluate.splits or check the data."
+            f"{where}: {entry.source!r} is not the id of a data set{nearest(entry.source, sets)} "
+            f"Choose from {', '.join(sets)}."
         )
-    scores, records = {}, []
-    for task in TASKS:
-        chosen = select([example for example in examples if example.task == task], config.evaluate.limit)
-        lines = _answer_task(answer, dataset, chosen, train_examples, config, split) if chosen else []
-        scores[task] = score(task, lines, config)
-        records += lines
-    return scores, records
+    source = sets[entry.source]
+    if not _has(source, entry.split):
+        known = splits_of(source.data)
+        raise UserError(
+            f"{where}: data set {source.id!r} has no example in split {entry.split!r}{nearest(entry.split, known)}"
+        )
+    found = by_task(source, entry.split)
+    if entry.task not in found:
+        raise UserError(
+            f"{where}: data set {source.id!r} has no example of task {entry.task!r} in split {entry.split!r}; it has "
+            f"{', '.join(found) or 'none of the tasks that its source lets through'}."
+        )
+    return _unit(entry, config, source, found[entry.task])
+
+
+def _unit(entry: EntryConfig, config: Config, source: Source, examples: Sequence[Example]) -> Unit:
+    defaults = config.evaluate
+    return Unit(
+        source=source,
+        split=entry.split,
+        task=entry.task,
+        metrics=of_task(entry.task, entry.metrics),
+        examples=select(examples, defaults.limit if entry.limit is None else entry.limit),
+        batch=entry.batch or defaults.batch,
+        max_new_tokens=entry.max_new_tokens or defaults.max_new_tokens,
+        every=entry.every,
+    )
+
+
+def splits_of(data: Dataset) -> Sequence[str]:
+    """The names of a data set's splits."""
+    return data.splits
+
+
+def _has(source: Source, split: str) -> bool:
+    return split in splits_of(source.data) and len(source.data.examples(split)) > 0
+
+
+def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example]]:
+    """The examples of each task that the source lets through; of more than `most` (0: all) evenly spaced ones."""
+    examples = source.data.examples(split)
+    count = min(len(examples), most) if most else len(examples)
+    step = max(1.0, len(examples) / max(count, 1))
+    groups: dict[str, list[Example]] = {task: [] for task in source.tasks}
+    for i in range(count):
+        example = examples[int(i * step)]
+        if example.task in groups:
+            groups[example.task].append(example)
+    return {task: found for task, found in groups.items() if found}
+
+
+class Training:
+    """Training examples for the baselines: those of the scored set if it is trained on, else of all training sets.
+
+    If the training sources do not open (a run was moved to a machine without them), `notes` says so, and baselines
+    are fitted on the training splits of the scored sets.
+    """
+
+    def __init__(self, config: Config, sets: Mapping[str, Source]):
+        self.notes: list[str] = []
+        self._sets = sets
+        if config.held_out != config.data:
+            try:
+                self._sets = open_sets(config.data)
+            except UserError as error:
+                self.notes.append(
+                    f"the training data did not open, so baselines are fitted on the scored sets: {error}"
+                )
+        self._read: dict[str, dict[str, list[Example]]] = {}
+
+    def of(self, unit: Unit) -> list[Example]:
+        """The training examples of the unit's task."""
+        own = self._of_set(unit.source.id).get(unit.task, []) if unit.source.id in self._sets else []
+        return own or [example for name in self._sets for example in self._of_set(name).get(unit.task, [])]
+
+    def _of_set(self, name: str) -> dict[str, list[Example]]:
+        if name not in self._read:
+            source = self._sets[name]
+            self._read[name] = by_task(source, "train", TRAIN_SAMPLE) if _has(source, "train") else {}
+        return self._read[name]
+
+
+def check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises UserError for whatever would end the evaluation after training.
+
+    That is an unknown set, split, task or metric, a split without examples, and a test prompt of more than
+    config.text.max_prompt tokens.
+    """
+    if not config.evaluate.entries and not config.evaluate.splits:
+        return
+    units, _ = units_of(config, open_sets(config.held_out))
+    encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
+    for unit in units:
+        for example in unit.examples:
+            try:
+                encoder.prompt(example)
+            except UserError as error:
+                raise UserError(f"{unit.name} cannot be evaluated: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Examples of a unit
+# ---------------------------------------------------------------------------------------------
 
 
 def select(examples: Sequence[Example], limit: int) -> list[Example]:
@@ -69,11 +222,28 @@ def select(examples: Sequence[Example], limit: int) -> list[Example]:
 
 
 def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
-    """For each example the images of another one; None where that cannot be.
+    """For each example the images of another one with as many; None if that cannot be.
 
-    The images are permuted, none keeps its place, and none stays within its cluster (slab, patient)
-    unless one cluster holds more than half of the examples. Sorted by cluster and turned by the size of
-    the largest, each example lands outside its own.
+    The images are permuted, none keeps its place, and none stays within its cluster (slab, patient) unless one
+    cluster holds more than half of the examples.
+    """
+    out: list[tuple[str, ...]] = [()] * len(examples)
+    groups = defaultdict(list)
+    for i, example in enumerate(examples):
+        groups[len(example.images)].append(i)
+    for count, places in groups.items():
+        permuted = _permuted([examples[i] for i in places], seed) if count else None
+        if permuted is None:
+            return None
+        for i, images in zip(places, permuted, strict=True):
+            out[i] = images
+    return out
+
+
+def _permuted(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
+    """As `permute_images`, for examples with equally many images.
+
+    Sorted by cluster and turned by the size of the largest cluster, each example lands outside its own.
     """
     rng = np.random.default_rng(seed)
     for key in (lambda e: e.cluster or e.id, lambda e: e.images):
@@ -87,231 +257,6 @@ def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ..
         images: list[tuple[str, ...]] = [()] * len(examples)
         for place, i in enumerate(order):
             images[i] = examples[order[(place + turn) % len(order)]].images
-        if all(given != example.images for given, example in zip(images, examples, strict=True)):
+        if all(found != example.images for found, example in zip(images, examples, strict=True)):
             return images
     return None
-
-
-def _answer_task(
-    answer: Answer,
-    dataset: Dataset,
-    examples: Sequence[Example],
-    train: Sequence[Example],
-    config: Config,
-    split: str,
-) -> list[dict]:
-    """Records of one task: true answers, the model's, the blind ones."""
-    batch = config.evaluate.batch
-    fitted = baselines.fit(examples[0].task, train)  # first: what is wrong with the records shows before the wait
-    blind = {name: [baseline(example) for example in examples] for name, baseline in fitted.items()}
-    predictions, sizes = _answers(answer, dataset, examples, [example.images for example in examples], batch)
-    permuted = permute_images(examples, config.seed) if all(example.images for example in examples) else None
-    if permuted:
-        blind[PERMUTED] = _answers(answer, dataset, examples, permuted, batch)[0]
-    return [
-        {
-            "id": example.id,
-            "task": example.task,
-            "split": split,
-            "template": example.meta.get("template", ""),
-            "cluster": example.cluster or example.id,
-            "question": example.question,
-            "images": list(example.images),
-            "reference": example.answer,
-            "prediction": predictions[i],
-            "box": list(_true_box(example, sizes[i])) if example.task == "refer" else _listed(example.box),
-            "image_size": _listed(sizes[i]),
-            "meta": dict(example.meta),
-            "blind": {name: answers[i] for name, answers in blind.items()},
-            "permuted_images": list(permuted[i]) if permuted else None,
-        }
-        for i, example in enumerate(examples)
-    ]
-
-
-def _answers(
-    answer: Answer, dataset: Dataset, examples: Sequence[Example], images: Sequence[Sequence[str]], batch: int
-) -> tuple[list[str], list[tuple[int, int] | None]]:
-    """Answers in the order given, and (width, height) in pixels of each example's first image."""
-    predictions = [""] * len(examples)
-    sizes: list[tuple[int, int] | None] = [None] * len(examples)
-    # Like lengths together: a batch of generation is as long as its longest prompt.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].question))
-    for start in range(0, len(order), batch):
-        places = order[start : start + batch]
-        arrays = [[dataset.image(key) for key in images[i]] for i in places]
-        found = answer([examples[i] for i in places], arrays)
-        for i, shown, text in zip(places, arrays, found, strict=True):
-            predictions[i] = text
-            if shown:
-                sizes[i] = (shown[0].shape[1], shown[0].shape[0])
-    return predictions, sizes
-
-
-def _listed(values) -> list[int] | None:
-    return None if values is None else [int(v) for v in values]
-
-
-def _true_box(example: Example, size) -> tuple[float, float, float, float]:
-    """The box of a REC record in pixels: its own, else its answer's."""
-    if example.box is not None:
-        x1, y1, x2, y2 = (int(v) for v in example.box)
-        return x1, y1, x2, y2
-    percent = text_to_box(example.answer)
-    if percent is None:
-        raise UserError(f"record {example.id}: task 'refer' needs a box or an answer {{<x1><y1><x2><y2>}}; mend it.")
-    x1, y1, x2, y2 = (v / 100 * size[i % 2] for i, v in enumerate(percent))
-    return x1, y1, x2, y2
-
-
-# ---------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------
-
-
-def score(task: str, records: Sequence[Mapping], config: Config) -> dict:
-    """Scores of one task's records (also read back from predictions.jsonl).
-
-    {n, clusters, primary, corrected: {metric: {value, ci95}}, published: {metric: value}, blind: {baseline:
-    {metric: value}}, margin: {baseline, value, ci95}, notes: [str]}; vqa, qa and cls also per_template:
-    {template: {n, value, ci95, blind: {baseline: value}}} on the primary metric. ci95 is None for fewer than
-    two clusters; margin is None without a baseline.
-    """
-    primary, settings = PRIMARY[task], config.evaluate
-    if not records:
-        return {
-            "n": 0,
-            "clusters": 0,
-            "primary": primary,
-            "corrected": {},
-            "published": {},
-            "blind": {},
-            "margin": None,
-            "notes": ["this split has no example of the task"],
-        }
-    clusters = [record["cluster"] for record in records]
-    enough = len(set(clusters)) > 1
-    names = list(records[0]["blind"])
-    measures = _measures(task, records, [record["prediction"] for record in records])
-    blind = {name: _measures(task, records, [record["blind"][name] for record in records]) for name in names}
-
-    templates = sorted({record["template"] for record in records}) if task in ("vqa", "qa", "cls") else []
-    masks = {template: [record["template"] == template for record in records] for template in templates}
-    parts = [measures[primary].where(mask) for mask in masks.values()]
-    best = max(names, key=lambda name: blind[name][primary].value, default=None)
-    rivals = [blind[best][primary]] if best else []
-    draws = resample([*measures.values(), *parts, *rivals], clusters, settings.bootstrap, config.seed)
-    intervals = [interval(draw) if enough else None for draw in draws]
-
-    notes = [] if enough else ["all examples stand in one cluster, so there are no intervals"]
-    if not set(names) - {PERMUTED}:
-        notes.append("no training example of the task, so no blind baseline is fitted")
-    if PERMUTED not in names and task != "qa":
-        notes.append("the images could not be permuted: one of them belongs to over half of the examples")
-    result = {
-        "n": len(records),
-        "clusters": len(set(clusters)),
-        "primary": primary,
-        "corrected": {
-            name: {"value": measure.value, "ci95": ci95}
-            for (name, measure), ci95 in zip(measures.items(), intervals, strict=False)
-        },
-        "published": _published(task, records, config.text),
-        "blind": {name: {metric: m.value for metric, m in scores.items()} for name, scores in blind.items()},
-        "margin": None,
-        "notes": notes,
-    }
-    if best:
-        difference = draws[list(measures).index(primary)] - draws[-1]
-        result["margin"] = {
-            "baseline": best,
-            "value": measures[primary].value - blind[best][primary].value,
-            "ci95": interval(difference) if enough else None,
-        }
-    if templates:
-        result["per_template"] = {
-            template: {
-                "n": int(np.sum(masks[template])),
-                "value": part.value,
-                "ci95": ci95,
-                "blind": {name: blind[name][primary].where(masks[template]).value for name in names},
-            }
-            for template, part, ci95 in zip(templates, parts, intervals[len(measures) :], strict=False)
-        }
-    if task == "vqa":
-        closed = sum(is_closed(record["meta"]) for record in records)
-        result |= {"n_open": len(records) - closed, "n_closed": closed}
-    return result
-
-
-def _measures(task: str, records: Sequence[Mapping], predictions: Sequence[str]) -> dict[str, Measure]:
-    return corrected_measures(
-        task,
-        predictions,
-        [record["reference"] for record in records],
-        boxes=[record["box"] for record in records],
-        sizes=[record["image_size"] for record in records],
-        closed=[is_closed(record["meta"]) for record in records],
-    )
-
-
-def _published(task: str, records: Sequence[Mapping], text: TextConfig) -> Mapping[str, float | str]:
-    """Scores by the published rules; {} for qa, which Uni-Med's code does not evaluate.
-
-    Those of vqa are Med-MoE's, in per cent, where its chat form asks, and Uni-Med's else.
-    """
-    predictions = [record["prediction"] for record in records]
-    if task == "refer":
-        boxes, sizes = [record["box"] for record in records], [record["image_size"] for record in records]
-        return refer_report(predictions, boxes, sizes)
-    references = [record["reference"] for record in records]
-    if task == "vqa" and form_of(text).published == "Med-MoE":
-        kinds = [record["meta"].get("answer_type", "") for record in records]
-        return medmoe_report(list(zip(predictions, references, strict=True)), kinds)
-    if text.max_words is not None:
-        references = [cut_words(reference, text.max_words) for reference in references]
-    pairs = list(zip(map(clean_prediction, predictions), references, strict=True))
-    if task == "vqa":
-        parts = vqa_report(pairs, [is_closed(record["meta"]) for record in records])
-        return {
-            name if part == "all" else f"{part}_{name}": value
-            for part in ("all", "open", "closed")
-            for name, value in parts.get(part, {}).items()
-        }
-    if task == "identify":
-        return identify_report(pairs)
-    if task == "cls":
-        return {"accuracy": answer_report(pairs, published_equal)["accuracy"]}
-    return report_scores(pairs) if task == "caption" else {}
-
-
-# ---------------------------------------------------------------------------------------------
-# metrics.json
-# ---------------------------------------------------------------------------------------------
-
-
-def summarise(
-    config: Config, data_checksum: str, results: Mapping[str, Mapping], routing: Mapping | None = None
-) -> dict:
-    """What metrics.json holds: the test tasks at the top, validation beside, and what made them.
-
-    `results` maps "test" and "val" to the scores of `evaluate`; a split that was not evaluated has no
-    tasks. Of `routing` (see report.py) everything but the arrays is kept.
-    """
-    knobs = {key: operator.attrgetter(key)(config) for key in FIDELITY["default"]}
-    summary = {
-        "name": config.name,
-        "config_hash": config_hash(config),
-        "data_checksum": data_checksum,
-        "code_version": code_version(),
-        "fidelity": config.fidelity,
-        "knobs": knobs,
-        "seed": config.seed,
-        "evaluate": to_dict(config.evaluate),
-        "split": "test",
-        "tasks": results.get("test", {}),
-        "validation": {"tasks": results.get("val", {})},
-    }
-    if routing is not None:
-        summary["routing"] = {key: value for key, value in routing.items() if key != "maps"}
-    return plain(summary)

@@ -60,7 +60,7 @@ def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> 
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
-        f"## Data\n\n{_data(config)}",
+        f"## Data\n\n{_data(config, metrics)}",
         f"## Scores\n\n{_scores(metrics)}",
         "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, ablation, teaching.",
         "## Limitations\n\n"
@@ -74,35 +74,39 @@ def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def _data(config: Config) -> str:
+def _data(config: Config, metrics: Mapping[str, Any] | None) -> str:
+    """The training sources, and what the passports of the scored sets say about them."""
     tasks: dict[str, list[str]] = {}
     for source in config.data.sources:
         tasks.setdefault(source.name, []).extend(source.tasks or ("all its tasks",))
     lines = [f"- `{name}`: {', '.join(dict.fromkeys(listed))}" for name, listed in tasks.items()]
-    if "brain" in tasks:
-        lines.append(
-            "\nThe `brain` images are slices of ONE average brain (ICBM152): scores hold across slices of that brain "
-            "and say nothing about patients."
-        )
+    notes = [entry["note"] for entry in (metrics or {}).get("data", {}).values() if entry.get("note")]
+    lines += [f"\n{note}" for note in notes]
     return "\n".join(lines) if lines else "Not named in the settings."
 
 
 def _scores(metrics: Mapping[str, Any] | None) -> str:
-    scored = {task: entry for task, entry in ((metrics or {}).get("tasks") or {}).items() if entry.get("n")}
+    split = (metrics or {}).get("split", "test")
+    scored = [
+        (name, task, entry)
+        for name, splits in (metrics or {}).get("sets", {}).items()
+        for task, entry in splits.get(split, {}).items()
+    ]
     if not metrics or not scored:
         return "Not evaluated."
-    lines = ["| task | n | metric | value [95 % interval] | margin over the best blind baseline |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for task, entry in scored.items():
+    lines = ["| set | task | n | metric | value [95 % interval] | margin over the best blind baseline |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name, task, entry in scored:
         margin = entry.get("margin")
         over = f"{_interval(margin, '+')} ({margin['baseline']})" if margin else "-"
         primary = entry["primary"]
-        lines.append(f"| {task} | {entry['n']} | {primary} | {_interval(entry['corrected'].get(primary))} | {over} |")
+        value = _interval(entry["corrected"].get(primary))
+        lines.append(f"| {name} | {task} | {entry['n']} | {primary} | {value} | {over} |")
     made = ", ".join(
         f"{key} `{metrics[key]}`" for key in ("config_hash", "data_checksum", "code_version") if key in metrics
     )
     return (
-        f"On the {metrics.get('split', 'test')} split, corrected scores; a blind baseline answers without seeing the "
+        f"On the {split} split, corrected scores; a blind baseline answers without seeing the "
         "image.\n\n" + "\n".join(lines) + (f"\n\nMade with {made}." if made else "")
     )
 

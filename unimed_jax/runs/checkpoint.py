@@ -53,7 +53,7 @@ sys.unraisablehook = _without_stragglers(sys.unraisablehook)
 
 
 class Checkpoints:
-    """The numbered checkpoints in `folder`; the `keep` newest stay.
+    """The numbered checkpoints in `folder`; the `keep` newest stay, and the best one if `save` names it.
 
     With several processes all of them make the same calls; the arrays may be global, and each process writes and
     reads its own shards.
@@ -66,6 +66,7 @@ class Checkpoints:
         self._keep = keep
         self._writes = not read_only and jax.process_index() == 0
         self._saving: int | None = None
+        self._best: int | None = None
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
@@ -82,12 +83,28 @@ class Checkpoints:
         """Steps done at the newest checkpoint, None where there is none."""
         return self._steps[-1] if self._steps else None
 
+    def best(self) -> int | None:
+        """Returns the steps done at the best checkpoint, as the newest readable note names it; None without one."""
+        content = self._newest_note()
+        best = None if content is None else content["best"]
+        return best if best in self._steps else None
+
+    def newest_note(self) -> dict:
+        """Returns what the caller noted in the newest checkpoint whose note is readable; empty without one."""
+        content = self._newest_note()
+        return {} if content is None else content["note"]
+
     # ---- writing -----------------------------------------------------------------------------------
-    def save(self, step: int, weights: Leaves, optimizer: Any, note: dict) -> None:
-        """Copies the arrays and writes them in the background. `note`: whatever JSON can hold."""
+    def save(self, step: int, weights: Leaves, optimizer: Any, note: dict, best: int | None = None) -> None:
+        """Copies the arrays and writes them in the background.
+
+        `note`: whatever JSON can hold. `best`: the checkpoint (this one or an earlier one) that stays however old it
+        is; one that was the best before goes when this one is on disk.
+        """
         self.wait()
+        self._best = best
         items = {"weights": weights, "optimizer": optimizer}
-        content = {"note": note, "arrays": {item: _describe(tree) for item, tree in items.items()}}
+        content = {"note": note, "best": best, "arrays": {item: _describe(tree) for item, tree in items.items()}}
         arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         arguments["note"] = ocp.args.JsonSave({**content, "checksum": _checksum(content)})
         self._saving = step
@@ -103,8 +120,10 @@ class Checkpoints:
         if self._saving is not None:
             self._steps.append(self._saving)
             self._saving = None
-        while len(self._steps) > self._keep:  # only now is the newer one there
-            self._move(self._steps.pop(0), DELETED)
+        for step in self._steps[: -self._keep]:  # only now is the newer one there
+            if step != self._best:
+                self._steps.remove(step)
+                self._move(step, DELETED)
         self._remove_leftovers()
 
     def close(self) -> None:
@@ -138,8 +157,10 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     # ---- reading -----------------------------------------------------------------------------------
-    def restore(self, weights: Leaves, optimizer: Any = None) -> tuple[Leaves, Any, dict]:
+    def restore(self, weights: Leaves, optimizer: Any = None, only: int | None = None) -> tuple[Leaves, Any, dict]:
         """-> (weights, optimizer, note) of the newest checkpoint that is whole; `latest()` then names it.
+
+        `only`: of that checkpoint, and of no other if it is damaged.
 
         The arguments are trees of arrays or jax.ShapeDtypeStruct: what comes back has their shapes, dtypes and,
         where they have one, sharding (else it lies on this process's first device), whatever it was saved with.
@@ -149,7 +170,7 @@ class Checkpoints:
         """
         wanted = {"weights": weights} if optimizer is None else {"weights": weights, "optimizer": optimizer}
         reasons: dict[int, str] = {}
-        for step in reversed(self._steps):
+        for step in reversed(self._steps if only is None else [only]):
             reason, note, found = "", {}, {}
             try:
                 note = self._note(step)
@@ -164,6 +185,7 @@ class Checkpoints:
                 changed = _changed(found, note["arrays"])
                 if not changed:
                     self._give_up(reasons, step)
+                    self._best = note["best"]
                     found = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, wanted)
                     return found["weights"], found.get("optimizer"), note["note"]
                 reason = f"{changed[0]} is not as it was saved"
@@ -175,12 +197,16 @@ class Checkpoints:
 
     def saved_weights(self) -> set[str]:
         """Paths of the leaves that the newest checkpoint with a readable note holds."""
+        content = self._newest_note()
+        return set() if content is None else set(content["arrays"]["weights"])
+
+    def _newest_note(self) -> dict | None:
         for step in reversed(self._steps):
             try:
-                return set(self._note(step)["arrays"]["weights"])
+                return self._note(step)
             except (OSError, ValueError):
                 continue
-        return set()
+        return None
 
     def _note(self, step: int) -> dict:
         """Raises OSError or ValueError where it is not what was saved."""

@@ -19,16 +19,27 @@ from unimed_jax.settings import from_config_dict
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Notes the settings in a new folder; in an old one they must be the same."""
+    """Writes the settings into a new folder; in an old one they must be the same, except for the mesh.
+
+    `train.steps` may also be raised if `train.longer` says what becomes of the schedule; then the folder gets the new
+    settings, and loses the scores of the shorter run.
+    """
     file = folder / "config.json"
     if file.exists():
         old = read_config(folder)
-        if dataclasses.replace(old, mesh=config.mesh) != config:  # a run may go on upon other devices
-            raise UserError(
-                f"{folder} holds a run with other settings ({_difference(to_dict(old), to_dict(config))}); choose "
-                "another --workdir, or remove the folder."
-            )
-        return
+        old = dataclasses.replace(old, mesh=config.mesh)  # a run may continue on other devices
+        if old == config:
+            return
+        now = config.train
+        longer = dataclasses.replace(old, train=dataclasses.replace(old.train, steps=now.steps, longer=now.longer))
+        raised = longer == config and now.steps > old.train.steps
+        if not raised or now.longer == "refuse":
+            way_out = "choose another --workdir, or remove the folder"
+            if raised:
+                way_out += ", or set config.train.longer to 'restart' or 'stretch'"
+            difference = _difference(to_dict(old), to_dict(config))
+            raise UserError(f"{folder} holds a run with other settings ({difference}); {way_out}.")
+        (folder / "metrics.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "config.tmp"  # a kill must not leave half of it under its name
     unfinished.write_text(json.dumps(to_dict(config), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Training: from settings and a folder to a trained run, however often it is stopped in between."""
+"""Trains a model: from settings and a folder to a finished run, however often it is stopped in between."""
 
 import time
 from contextlib import closing
@@ -7,100 +7,94 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from unimed_jax import processes
-from unimed_jax.config import Config, config_hash
+from unimed_jax.config import Config
 from unimed_jax.data.contact_sheet import contact_sheet
-from unimed_jax.data.datasets import open_sources
-from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
-from unimed_jax.interruption import Interruption, claim
+from unimed_jax.interruption import Interruption
 from unimed_jax.model import sharding
-from unimed_jax.model.parameters import parameters, with_parameters
+from unimed_jax.model.parameters import parameters
 from unimed_jax.rules import leaf_rules
 from unimed_jax.runs.checkpoint import Checkpoints
-from unimed_jax.runs.folder import load_text, write_config
-from unimed_jax.runs.open import Run, base_note, check_base, initial_leaves
+from unimed_jax.runs.open import Run
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
-from unimed_jax.train.optimizer import AdamState, Optimizer, learning_rate, per_leaf
-from unimed_jax.train.program import Program, build, make_mesh
-from unimed_jax.train.step import TrainState, first_state
+from unimed_jax.train.optimizer import AdamState, Optimizer, per_leaf
+from unimed_jax.train.start import Start, prepare
+from unimed_jax.train.step import first_state
 
 
 def train(config: Config, folder: Path) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint in `folder` if there is one.
 
-    Raises UserError where the loss or a gradient is not finite, naming the records of that batch; nothing
-    of such a step is saved. Raises `Stopped`, when all is saved, after a signal (see interruption.py).
+    Raises UserError if the loss or a gradient is not finite, naming the records of that batch; nothing of such a step
+    is saved. Raises `Stopped`, when all is saved, after a signal (see interruption.py).
     """
-    # ---- data, text side, model --------------------------------------------------------------------
-    claim(folder)
-    with processes.leader_first("inputs"):
-        write_config(folder, config)
-        datasets = open_sources(config.data)
-        tokenizer = load_text(folder, config, datasets)
-    pipeline = Pipeline(datasets, config, tokenizer)
-    program = build(config, make_mesh(config), tokenizer.coordinate_start)
-    with sharding.inside(program.mesh):
-        return _train(config, folder, datasets, tokenizer, pipeline, program)
+    start = prepare(config, folder)
+    describe(start)
+    if start.done == 0 and processes.leads():
+        contact_sheet(start.datasets, folder / "contact_sheet.png")
+    with sharding.inside(start.program.mesh):
+        run_steps(start)
+    return Run(folder, config, start.tokenizer, start.model, start.done, start.program.mesh)
 
 
-def _train(config: Config, folder: Path, datasets, tokenizer, pipeline: Pipeline, program: Program) -> Run:
-    rules, mesh, step = program.rules, program.mesh, program.step
-    leaves, sources = initial_leaves(config, tokenizer, mesh)
-    trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
-    frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
-    random_frozen = {path: leaf for path, leaf in frozen.items() if sources[path] == "seed"}
-    base = base_note({path: leaf for path, leaf in frozen.items() if path not in random_frozen}, sources)
-    state = first_state(trainable, program.optimizer, mesh)
+def run_steps(start: Start) -> None:
+    """Takes the steps that are left; logs, measures and saves on the way.
+
+    One step is always under way while the next batch is made, so a step is reported one turn late.
+    """
+    config, program, pipeline, mesh = start.config, start.program, start.pipeline, start.program.mesh
+    first = start.done
     share, shares = sharding.rows_of_process(mesh, config.data.rows)
-    if processes.leads():
-        describe(leaves, sources, rules, mesh)
-
-    # ---- where it stopped --------------------------------------------------------------------------
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
-    if checkpoints.latest() is not None:
-        weights, rest, note = checkpoints.restore({**random_frozen, **state.leaves}, (state.step, state.moments))
-        frozen |= {path: weights[path] for path in random_frozen}
-        state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
-        check_base(folder, note["base"], base)
-    if mesh is None:  # arrays that were read belong to a device, made ones to none: two programs, if left so
-        state, frozen = jax.device_put((state, frozen), jax.local_devices()[0])
-    first = int(state.step)
-    if first == 0 and processes.leads():
-        contact_sheet(datasets, folder / "contact_sheet.png")
-
-    def save(done: int) -> None:
-        note = {"config_hash": config_hash(config), "rows_read": done * config.data.rows, "base": base}
-        checkpoints.save(done, {**random_frozen, **state.leaves}, (state.step, state.moments), note)
-
-    # ---- steps -------------------------------------------------------------------------------------
-    log = Log(folder, config, first) if processes.leads() else Silence()
-    meter = Meter(shares)
-    pending = None  # the step before, still running while the next batch is made
-    # Innermost: closing would wait for a save that a lost process never finishes.
+    log = Log(start.folder, config, first) if processes.leads() else Silence()
+    report = Reporter(log, start, Meter(shares))
+    # The innermost context: closing the checkpoints would wait for a save that a lost process never finishes.
     lost = processes.explain_lost_process()
-    with Interruption() as interruption, closing(checkpoints), closing(log), lost:
-        for i, batch in zip(range(first, config.train.steps), pipeline.batches(first, share, shares), strict=False):
-            lr = learning_rate(i, config.train.steps, config.optimizer)
-            state, metrics = step(state, frozen, sharding.on_devices(batch, mesh, shares), np.float32(lr))
-            if pending is not None:
-                report(log, meter, config, pipeline, *pending)
-            pending = (i, lr, metrics, pipeline.stats(batch))
+    with Interruption() as interruption, closing(start.checkpoints), closing(log), lost:
+        left = range(first, first if start.finished else config.train.steps)
+        for i, batch in zip(left, pipeline.batches(first, share, shares), strict=False):
+            # ---- step ------------------------------------------------------------------------------
+            lr = start.progress.learning_rate(i, config)
+            arrays = sharding.on_devices(batch, mesh, shares)
+            start.state, metrics = program.step(start.state, start.frozen, arrays, np.float32(lr))
+            report.later(i, lr, metrics, pipeline.stats(batch))
+
+            # ---- held-out data ---------------------------------------------------------------------
+            done = i + 1
+            better = False
+            if start.validation.due(done):
+                report.now()  # first, because a loss that is not finite ends the run
+                better = measure(start, log, report.meter, done)
+
+            # ---- checkpoint ------------------------------------------------------------------------
             stop = interruption.reached()
-            if stop or (i + 1) % config.train.save_every == 0 or i + 1 == config.train.steps:
-                report(log, meter, config, pipeline, *pending)
-                pending = None
-                log.flush()
-                save(i + 1)
+            last = start.progress.finished or done == config.train.steps
+            if stop or better or last or done % config.train.save_every == 0:
+                report.now()
+                log.flush()  # a run that continues from the checkpoint must find the steps before it
+                start.save(done)
             if stop:
-                raise interruption.stopped(i + 1)  # behind the closing, which waits until all is on disk
-            checkpoints.check()
-    if step._cache_size() > 1:
-        raise RuntimeError(f"the train step was compiled {step._cache_size()} times; its inputs changed shape")
-    model = with_parameters(program.model, {**frozen, **state.leaves})
-    return Run(folder, config, tokenizer, model, config.train.steps, mesh)
+                raise interruption.stopped(done)  # leaving the contexts waits until all is on disk
+            if last:
+                break
+            start.checkpoints.check()
+    for what, programs in (("train step", program.step._cache_size()), ("losses", start.validation.compiled())):
+        if programs > 1:
+            raise RuntimeError(f"the {what} was compiled {programs} times; its inputs changed shape")
+
+
+def measure(start: Start, log: "Log | Silence", meter: "Meter", done: int) -> bool:
+    """Logs the entries that are due after `done` steps; returns whether config.train.best has a new best value."""
+    begun = time.perf_counter()
+    found = start.validation.measure(done, start.state, start.frozen)
+    # A NaN is not JSON; None stands for what a step did not have.
+    log.write(done - 1, {each.logged: each.value if np.isfinite(each.value) else None for each in found})
+    for each in found:
+        if each.name == start.config.train.best:
+            start.progress = start.progress.measured(each.value, done, start.config)
+    meter.leave_out(time.perf_counter() - begun)
+    return start.progress.best_step == done
 
 
 def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
@@ -127,6 +121,10 @@ class Meter:
         self.start, self.steps, self.examples, self.tokens = time.perf_counter(), 0, 0, 0
         self.padding = self.vision = 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Does not count time in which no step was taken."""
+        self.start += seconds
+
     def add(self, stats: dict[str, float]) -> None:
         self.steps += 1
         self.examples += int(stats["examples"]) * self.shares
@@ -145,36 +143,49 @@ class Meter:
         }
 
 
-def report(
-    log: Log | Silence, meter: Meter, config: Config, pipeline: Pipeline, i: int, lr: float, metrics, stats
-) -> None:
-    """Waits for step `i`, checks that it is finite, and logs it where its turn has come."""
-    metrics = jax.device_get(metrics)
-    if not metrics["finite"]:
-        records = pipeline.record_ids(i)
-        shown = ", ".join(records[:20]) + (f" and {len(records) - 20} more" if len(records) > 20 else "")
-        raise UserError(
-            f"step {i}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}: not finite, so the "
-            f"run stops and nothing of this step is saved; look at its records ({shown}) or lower config.optimizer.lr."
-        )
-    meter.add(stats)
-    done = i + 1
-    if done % config.train.log_every == 0 or done == config.train.steps:
-        rates = meter.rates()
-        log.write(i, {**step_values(metrics), "train/lr": lr, **rates, "memory/peak_gib": peak_memory()})
-        log.progress(done, float(metrics["loss"]), rates["speed/examples_per_second"])
-        meter.reset()
+class Reporter:
+    """Waits for a step's metrics, checks that they are finite, and logs them if the step's turn has come."""
+
+    def __init__(self, log: Log | Silence, start: Start, meter: Meter):
+        self.log, self.start, self.meter = log, start, meter
+        self._pending: tuple[int, float, Any, dict[str, float]] | None = None
+
+    def later(self, i: int, lr: float, metrics: Any, stats: dict[str, float]) -> None:
+        """Reports the step before, and keeps this one, which is still under way."""
+        self.now()
+        self._pending = (i, lr, metrics, stats)
+
+    def now(self) -> None:
+        """Reports the step that is kept, if there is one."""
+        if self._pending is None:
+            return
+        (i, lr, metrics, stats), self._pending = self._pending, None
+        metrics, train = jax.device_get(metrics), self.start.config.train
+        if not metrics["finite"]:
+            records = self.start.pipeline.record_ids(i)
+            shown = ", ".join(records[:20]) + (f" and {len(records) - 20} more" if len(records) > 20 else "")
+            raise UserError(
+                f"step {i}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}: not finite, "
+                f"so the run stops and nothing of this step is saved; look at its records ({shown}) or lower "
+                "config.optimizer.lr."
+            )
+        self.meter.add(stats)
+        if (i + 1) % train.log_every == 0 or i + 1 == train.steps:
+            rates = self.meter.rates()
+            self.log.write(i, {**step_values(metrics), "train/lr": lr, **rates, "memory/peak_gib": peak_memory()})
+            self.log.progress(i + 1, float(metrics["loss"]), rates["speed/examples_per_second"])
+            self.meter.reset()
 
 
-def describe(leaves, sources, rules, mesh: Mesh | None) -> None:
-    """Prints the devices, what trains and where every leaf came from, a line per room, source and rule."""
+def describe(start: Start) -> None:
+    """Says the devices, what trains and where every leaf came from: a line for each module, source and rule."""
+    mesh, rules = start.program.mesh, start.program.rules
     if mesh is not None:
-        sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        print(f"{mesh.size} devices ({sizes}) of {jax.process_count()} processes")
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for path in leaves:
+        axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+        processes.say(f"{mesh.size} devices ({axes}) of {jax.process_count()} processes")
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for path, leaf in start.program.leaves.items():
         action = "trains" if rules[path].train else "frozen"
-        groups.setdefault((path.split("/")[0], sources[path], action), []).append(path)
-    for (room, source, action), paths in groups.items():
-        count = sum(leaves[p].size for p in paths)
-        print(f"{room}: {count:,} parameters in {len(paths)} leaves, {action}, from {source}")
+        groups.setdefault((path.split("/")[0], start.sources[path], action), []).append(leaf.size)
+    for (module, source, action), sizes in groups.items():
+        processes.say(f"{module}: {sum(sizes):,} parameters in {len(sizes)} leaves, {action}, from {source}")

@@ -47,7 +47,8 @@ def path_of(source: SourceConfig, data: DataConfig) -> str:
 
 def missing(source: SourceConfig, data: DataConfig) -> bool:
     """Whether the files that the source's set is read from are not there."""
-    if reader_of(source.name).INFO.self_contained:
+    known = source.name in _names() or "." in source.name
+    if known and reader_of(source.name).INFO.self_contained:
         return False
     path = path_of(source, data)
     return not (path and Path(path).exists())
@@ -55,7 +56,7 @@ def missing(source: SourceConfig, data: DataConfig) -> bool:
 
 def reader_of(name: str) -> Reader:
     """The module that `name` names. Raises UserError if there is none, or it lacks INFO or read."""
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    known = _names()
     if name not in known and "." not in name:
         raise UserError(
             f"config.data.sources: {name!r} is not a data set{nearest(name, known)} "
@@ -74,6 +75,10 @@ def reader_of(name: str) -> Reader:
             "split, options, skipped); see docs/adding_a_dataset.md."
         )
     return cast(Reader, found)
+
+
+def _names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__)]
 
 
 def _identity(source: SourceConfig, data: DataConfig) -> str:

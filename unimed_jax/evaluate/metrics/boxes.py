@@ -1,8 +1,12 @@
-"""Boxes in answers and their overlap."""
+"""Boxes in answers, their overlap with the true ones, and the metrics of task `refer` (REC)."""
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from unimed_jax.data.forms import text_to_box
+from unimed_jax.evaluate.metrics.registry import Record, metric
+from unimed_jax.evaluate.statistics import Measure
 
 Box = tuple[float, float, float, float]
 
@@ -28,3 +32,33 @@ def overlap(a: Sequence[float], b: Sequence[float], extra: float) -> float:
     areas = [(box[2] - box[0] + extra) * (box[3] - box[1] + extra) for box in (a, b)]
     union = sum(areas) - width * height
     return width * height / union if width * height else 0.0
+
+
+def _found(record: Record) -> Box | None:
+    assert record["image_size"] is not None  # a record of refer has an image
+    width, height = record["image_size"]
+    return predicted_box(record["prediction"], (width, height))
+
+
+def _overlaps(records: Sequence[Record]) -> np.ndarray:
+    """IoU of each predicted box with the true one, 0 without a predicted box: float64 [n]."""
+    found = [(_found(record), record["box"]) for record in records]
+    return np.array([iou(box, truth) if box and truth else 0.0 for box, truth in found])
+
+
+@metric("miou", primary_for=("refer",))
+def miou(records: Sequence[Record]) -> Measure:
+    """The mean intersection over union; an answer without a box counts 0."""
+    return Measure.mean(_overlaps(records).tolist())
+
+
+@metric("accuracy_iou50", tasks=("refer",))
+def accuracy_iou50(records: Sequence[Record]) -> Measure:
+    """The share of boxes with an IoU above 0.5."""
+    return Measure.mean((_overlaps(records) > 0.5).tolist())
+
+
+@metric("parsed", tasks=("refer",))
+def parsed(records: Sequence[Record]) -> Measure:
+    """The share of answers that begin with a box."""
+    return Measure.mean([_found(record) is not None for record in records])

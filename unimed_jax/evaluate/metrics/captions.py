@@ -1,4 +1,4 @@
-"""Published scores of reports: corpus BLEU after PTB tokenisation, METEOR, ROUGE.
+"""Scores of reports: corpus BLEU of our tokens (corrected); BLEU on PTB tokens, METEOR, ROUGE (published).
 
 PTB tokenisation and METEOR are Java programs inside the package pycocoevalcap. They are started here
 rather than through its wrappers, which write into the installed package, depend on the machine's
@@ -18,12 +18,32 @@ from pathlib import Path
 import numpy as np
 
 from unimed_jax.evaluate.metrics.published import normalise_answer, published_f1
+from unimed_jax.evaluate.metrics.registry import Record, metric, pairs
+from unimed_jax.evaluate.metrics.text import WORDS, bleu, bleu_sums, tokens
+from unimed_jax.evaluate.statistics import Measure
 
 NEEDS_JAVA = "not computed: needs Java"
 _JAVA_SECONDS = 900  # no corpus of reports takes longer
 _JAVA_FLAGS = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 # What pycocoevalcap drops after tokenising; brackets become lower case before, and so stay.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+
+
+def _corpus_bleu(records: Sequence[Record], order: int) -> Measure:
+    sums = np.stack([bleu_sums(tokens(said), tokens(wanted)) for said, wanted in pairs(records)])  # [n, 10]
+    return Measure(sums, functools.partial(bleu, order=order))
+
+
+@metric("bleu4_regex_tokens", primary_for=("caption",), normaliser=WORDS)
+def bleu4_regex_tokens(records: Sequence[Record]) -> Measure:
+    """Corpus BLEU-4 of `tokens`, one reference each; empty answers count."""
+    return _corpus_bleu(records, 4)
+
+
+@metric("bleu1_regex_tokens", tasks=("caption",), normaliser=WORDS)
+def bleu1_regex_tokens(records: Sequence[Record]) -> Measure:
+    """Corpus BLEU-1 of `tokens`."""
+    return _corpus_bleu(records, 1)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Corrected scores of one text answer."""
+"""Corrected scores of text answers: exact match, word F1 and recall, closed questions; BLEU's sums."""
 
 import re
 import unicodedata
@@ -6,6 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from unimed_jax.evaluate.metrics.registry import Record, metric, per_record
+from unimed_jax.evaluate.statistics import Measure
+
+WORDS = "nfkc-lower-words"  # what `tokens` does, in protocol ids
+
+
+# ---------------------------------------------------------------------------------------------
+# One answer
+# ---------------------------------------------------------------------------------------------
 
 
 def is_closed(meta: Mapping[str, str]) -> bool:
@@ -77,3 +87,60 @@ def bleu(sums: np.ndarray, order: int = 4, floor: float = 0.0) -> np.ndarray:
     length, target = sums[..., 8], sums[..., 9]
     brevity = np.exp(np.minimum(0.0, 1 - target / np.maximum(length, 1e-9)))
     return np.where(sums[..., 0] > 0, brevity * np.exp(logs.mean(-1)), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics. The order of the functions is the order in tables.
+# ---------------------------------------------------------------------------------------------
+
+
+_TEXT_TASKS = ("vqa", "identify", "cls", "qa")
+
+
+@metric("exact_match", primary_for=_TEXT_TASKS, normaliser="nfkc-lower")
+def exact_matches(records: Sequence[Record]) -> Measure:
+    """The share of answers that equal the reference but for case, blanks and closing punctuation.
+
+    A recipe for the next metric: one value per record, their mean as a `Measure`, the decorator above.
+    """
+    return per_record(records, exact_match)
+
+
+@metric("token_f1", tasks=(*_TEXT_TASKS, "caption"), normaliser=WORDS)
+def token_f1s(records: Sequence[Record]) -> Measure:
+    """The mean F1 of word multisets."""
+    return per_record(records, token_f1)
+
+
+def _closed(records: Sequence[Record]) -> np.ndarray:
+    return np.array([is_closed(record["meta"]) for record in records], bool)  # [n]
+
+
+@metric("open_exact_match", tasks=("vqa",), normaliser="nfkc-lower")
+def open_exact_match(records: Sequence[Record]) -> Measure:
+    """Exact match of open questions; closed ones do not count."""
+    return exact_matches(records).where(~_closed(records))
+
+
+@metric("open_token_f1", tasks=("vqa",), normaliser=WORDS)
+def open_token_f1(records: Sequence[Record]) -> Measure:
+    """Word F1 of open questions."""
+    return token_f1s(records).where(~_closed(records))
+
+
+@metric("open_recall", tasks=("vqa",), normaliser=WORDS)
+def open_recall(records: Sequence[Record]) -> Measure:
+    """The share of the reference's words that was said, over open questions."""
+    return per_record(records, token_recall).where(~_closed(records))
+
+
+@metric("closed_exact_match", tasks=("vqa",), normaliser="nfkc-lower")
+def closed_exact_match(records: Sequence[Record]) -> Measure:
+    """Exact match of closed questions."""
+    return exact_matches(records).where(_closed(records))
+
+
+@metric("closed_accuracy", tasks=("vqa",), normaliser=WORDS)
+def closed_accuracies(records: Sequence[Record]) -> Measure:
+    """The share of closed questions whose reference stands in the answer as whole words."""
+    return per_record(records, closed_accuracy).where(_closed(records))

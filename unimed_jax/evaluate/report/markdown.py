@@ -1,10 +1,19 @@
 """The tables and the text of report.md."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from unimed_jax.config import Config
 from unimed_jax.data.forms import form_of
+
+POOLED = "all sets"
+# (set, task, scores) of one split, pooled ones last.
+Rows = Sequence[tuple[str, str, Mapping[str, Any]]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Cells
+# ---------------------------------------------------------------------------------------------
 
 
 def verdict(margin: Mapping | None) -> str:
@@ -15,109 +24,129 @@ def verdict(margin: Mapping | None) -> str:
     return "above blind" if low > 0 else "below blind" if high < 0 else "undecided"
 
 
-def _number(value, sign: str = "") -> str:
+def number(value, sign: str = "") -> str:
+    """Three decimals, or what stands in place of a number."""
     return f"{value:{sign}.3f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def with_interval(entry: Mapping | None, sign: str = "") -> str:
+    """ "0.512 [0.401, 0.623]"; a dash without an entry."""
     if entry is None:
         return "-"
-    ends = "no interval" if entry["ci95"] is None else ", ".join(_number(end, sign) for end in entry["ci95"])
-    return f"{_number(entry['value'], sign)} [{ends}]"
+    ends = "no interval" if entry["ci95"] is None else ", ".join(number(end, sign) for end in entry["ci95"])
+    return f"{number(entry['value'], sign)} [{ends}]"
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown; bars inside cells are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
 
 
+def score_line(name: str, task: str, entry: Mapping[str, Any]) -> str:
+    """One line for the terminal: "brain vqa       exact_match  0.912  +0.401 over majority_per_question"."""
+    value, margin = entry["corrected"][entry["primary"]]["value"], entry["margin"]
+    over = f"{number(margin['value'], '+')} over {margin['baseline']}" if margin else "no blind baseline"
+    return f"{name} {task:9s} {entry['primary']:12s} {number(value)}  {over}"
+
+
 def routing_line(routing: Mapping) -> str:
+    """How far the tasks route apart: trained, at step 0, and without the router's task half."""
     parts = [
         f"{name} {with_interval(routing[key])}"
         for key, name in (("tv_trained", "trained"), ("tv_step0", "at step 0"))
         if routing.get(key)
     ]
     if routing.get("tv_token_router") is not None:
-        parts.append(f"router on tokens alone {routing['tv_token_router']:.3f}")
+        parts.append(f"router that reads only tokens {routing['tv_token_router']:.3f}")
     return "Mean total variation between tasks: " + "; ".join(parts)
 
 
-def _corrected_table(tasks: Mapping[str, Mapping]) -> str:
-    rows = []
-    for task, scores in tasks.items():
-        margin, primary = scores["margin"], scores["primary"]
-        best = f"{_number(scores['blind'][margin['baseline']][primary])} ({margin['baseline']})" if margin else "-"
-        rows.append(
-            [
-                task,
-                scores["n"],
-                primary,
-                with_interval(scores["corrected"].get(primary)),
-                best,
-                with_interval(margin, "+"),
-                verdict(margin) if scores["n"] else "no example",
-            ]
-        )
-    head = ("task", "n", "primary metric", "value [95 % interval]", "best blind", "margin [95 %]", "verdict")
-    return markdown_table(head, rows)
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
 
 
-def _published_table(tasks: Mapping[str, Mapping]) -> str:
-    rows = []
-    for task, scores in tasks.items():
-        listed = ", ".join(f"{name} {_number(value)}" for name, value in scores["published"].items())
-        rows.append([task, scores["n"], listed or ("no published rule" if task == "qa" else "-")])
-    return markdown_table(("task", "n", "scores by the published rules"), rows)
+def rows_of(metrics: Mapping[str, Any], split: str) -> Rows:
+    """(set, task, scores) of one split; with several sets also the pooled ones."""
+    rows = [
+        (name, task, entry) for name, splits in metrics["sets"].items() for task, entry in splits.get(split, {}).items()
+    ]
+    if len({name for name, *_ in rows}) > 1:
+        pooled = metrics["pooled"].get(split, {}).items()
+        rows += [(POOLED, task, entry) for task, entry in pooled if "primary" in entry]
+    return rows
 
 
-def _templates_table(tasks: Mapping[str, Mapping]) -> str:
-    rows = []
-    for task, scores in tasks.items():
-        for template, part in scores.get("per_template", {}).items():
-            best = _number(max(part["blind"].values(), default=None))
-            rows.append([task, template or "(none)", part["n"], with_interval(part), best])
-    return markdown_table(("task", "template", "n", "value [95 %]", "best blind"), rows)
+def _table(head: Sequence[str], rows: Rows, cells: Callable[[Mapping], Iterator[Sequence[Any]]]) -> str:
+    lines = [[name, task, *line] for name, task, entry in rows for line in cells(entry)]
+    return markdown_table(("set", "task", *head), lines)
 
 
-def markdown(folder: Path, config: Config, metrics: Mapping, pictures: Sequence[str], note: str) -> str:
-    tasks, validation = metrics["tasks"], metrics["validation"]["tasks"]
-    corrected = (
-        "## Corrected scores on test\n\n"
-        f"{_corrected_table(tasks)}\n\n"
-        "The margin is the model minus the best blind baseline, a paired bootstrap over clusters of test items "
-        f"({config.evaluate.bootstrap} resamples); *above blind* means that its lower end is above 0."
-    )
-    of_vqa = form_of(config.text).published
-    system = "Uni-Med's" + (f" (vqa: {of_vqa}'s)" if of_vqa != "Uni-Med" else "")
-    published = (
-        "## Scores as published on test\n\n"
-        f"{_published_table(tasks)}\n\n"
-        f"By the rules of {system} evaluation, flaws included, to compare with the papers."
-    )
-    leading = [published, corrected] if config.evaluate.scoring == "published" else [corrected, published]
-    blind = markdown_table(
-        ("task", "baseline", "metric", "value"),
-        [
-            [task, name, scores["primary"], _number(values[scores["primary"]])]
-            for task, scores in tasks.items()
-            for name, values in scores["blind"].items()
-        ],
-    )
-    notes = [f"- {task}: {text}." for task, scores in tasks.items() for text in scores["notes"]]
-    data = (
-        "The brain images are slices of ONE average brain (ICBM152), so these numbers hold across slices and jitter "
-        "of that brain and say nothing about patients. "
-        if any(source.name in ("brain", "domains") for source in config.data.sources)
-        else ""
-    )
+def _corrected(entry: Mapping) -> Iterator[Sequence[Any]]:
+    margin, primary = entry["margin"], entry["primary"]
+    best = f"{number(entry['blind'][margin['baseline']][primary])} ({margin['baseline']})" if margin else "-"
+    value = with_interval(entry["corrected"].get(primary))
+    yield entry["n"], primary, value, best, with_interval(margin, "+"), verdict(margin)
+
+
+def _published(entry: Mapping) -> Iterator[Sequence[Any]]:
+    listed = ", ".join(f"{name} {number(value)}" for name, value in entry["published"].items())
+    yield entry["n"], listed or "no published rule"
+
+
+def _baselines(entry: Mapping) -> Iterator[Sequence[Any]]:
+    for kind, word in (("blind", "blind"), ("peers", "peer")):
+        for name, values in entry[kind].items():
+            yield name, word, entry["primary"], number(values[entry["primary"]])
+
+
+def _peers(entry: Mapping) -> Iterator[Sequence[Any]]:
+    margin, primary = entry["peer_margin"], entry["primary"]
+    if not margin:
+        return
+    wins = {"above blind": "the model", "below blind": margin["baseline"]}.get(verdict(margin), "undecided")
+    best = f"{number(entry['peers'][margin['baseline']][primary])} ({margin['baseline']})"
+    yield number(entry["corrected"][primary]["value"]), best, with_interval(margin, "+"), wins
+
+
+def _templates(entry: Mapping) -> Iterator[Sequence[Any]]:
+    for template, part in entry["templates"].items():
+        margin = part["margin"]
+        best = f"{number(part['blind'][margin['baseline']])} ({margin['baseline']})" if margin else "-"
+        yield template, part["n"], with_interval(part), best, with_interval(margin, "+"), verdict(margin)
+
+
+def _protocols(entry: Mapping) -> Iterator[Sequence[Any]]:
+    yield (f"`{entry['protocol']}`",)
+
+
+_CORRECTED_HEAD = ("n", "primary metric", "value [95 % interval]", "best blind", "margin [95 %]", "verdict")
+_TEMPLATES_HEAD = ("template", "n", "value [95 %]", "best blind", "margin [95 %]", "verdict")
+
+
+# ---------------------------------------------------------------------------------------------
+# report.md
+# ---------------------------------------------------------------------------------------------
+
+
+def markdown(again: str, config: Config, metrics: Mapping[str, Any], pictures: Sequence[str], note: str) -> str:
+    """The text of report.md; `again`: the argument of `evaluate` that makes the same scores."""
+    leading = metrics["split"]
+    rows = rows_of(metrics, leading)
     parts = [
         f"# {metrics['name'] or 'Run'}: evaluation",
-        f"{data}Research software, not a medical device: not for diagnosis or treatment.",
-        *leading,
-        *(["Notes:\n\n" + "\n".join(notes)] if notes else []),
-        f"## Blind baselines on test\n\n{blind}",
-        f"## By question template on test\n\n{_templates_table(tasks)}",
-        *([f"## Validation\n\n{_corrected_table(validation)}"] if validation else []),
+        *data_notes(metrics),
+        "Research software, not a medical device: not for diagnosis or treatment.",
+        *_leading(config, rows, leading),
+        *_notes(metrics, rows),
+        f"## Baselines on {leading}\n\n"
+        f"{_table(('baseline', 'kind', 'metric', 'value'), rows, _baselines)}\n\n"
+        "A blind baseline never looks at the image. A peer reads all that the model reads (qa, whose text is all).",
+        *_peer_section(rows),
+        f"## By question template on {leading}\n\n{_table(_TEMPLATES_HEAD, rows, _templates)}",
+        *_other_splits(metrics),
+        f"## Protocols\n\nEqual ids can be compared.\n\n{_table(('protocol',), rows, _protocols)}",
     ]
     if metrics.get("routing"):
         parts.append(f"## Routing\n\n{routing_line(metrics['routing'])}.")
@@ -125,10 +154,62 @@ def markdown(folder: Path, config: Config, metrics: Mapping, pictures: Sequence[
         parts.append("## Pictures\n\n" + "\n\n".join(f"![{name[:-4]}]({name})" for name in pictures))
     if note:
         parts.append(note)
-    made = [f"{key} `{metrics[key]}`" for key in ("config_hash", "data_checksum", "code_version", "fidelity", "seed")]
-    parts.append(
-        f"## How this was made\n\n{', '.join(made)}.\n\n"
-        "The full scores are in `metrics.json`, each answer in `predictions.jsonl`. To score this run again:\n\n"
-        f"```\npython -m unimed_jax.main evaluate --run={folder}\n```"
+    return "\n\n".join([*parts, _made(again, metrics)]) + "\n"
+
+
+def data_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """Each set's own caveat and licence, from its passport."""
+    return [
+        f"Data `{name}`: {' '.join(part for part in (entry['note'], _sentence(entry['licence'])) if part)}"
+        for name, entry in metrics.get("data", {}).items()
+        if entry.get("note") or entry.get("licence")
+    ]
+
+
+def _sentence(licence: str) -> str:
+    return f"Licence: {licence}." if licence and "not stated" not in licence else licence and f"{licence}.".capitalize()
+
+
+def _leading(config: Config, rows: Rows, split: str) -> list[str]:
+    """Corrected and published scores, in the order of config.evaluate.scoring."""
+    corrected = (
+        f"## Corrected scores on {split}\n\n"
+        f"{_table(_CORRECTED_HEAD, rows, _corrected)}\n\n"
+        "The margin is the model minus the best blind baseline, a paired bootstrap over clusters of test items "
+        f"({config.evaluate.bootstrap} resamples); *above blind* means that its lower end is above 0."
     )
-    return "\n\n".join(parts) + "\n"
+    of_vqa = form_of(config.text).published
+    system = "Uni-Med's" + (f" (vqa: {of_vqa}'s)" if of_vqa != "Uni-Med" else "")
+    published = (
+        f"## Scores as published on {split}\n\n"
+        f"{_table(('n', 'scores by the published rules'), rows, _published)}\n\n"
+        f"By the rules of {system} evaluation, flaws included, to compare with the papers."
+    )
+    return [published, corrected] if config.evaluate.scoring == "published" else [corrected, published]
+
+
+def _notes(metrics: Mapping[str, Any], rows: Rows) -> list[str]:
+    lines = [f"- {text}." for text in metrics["notes"]]
+    lines += [f"- {name}, {task}: {text}." for name, task, entry in rows for text in entry["notes"]]
+    return ["Notes:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _peer_section(rows: Rows) -> list[str]:
+    if not any(entry["peer_margin"] for *_, entry in rows):
+        return []
+    head = ("model", "best peer", "model - peer [95 %]", "ahead")
+    return [f"## Next to learned baselines that read the same text\n\n{_table(head, rows, _peers)}"]
+
+
+def _other_splits(metrics: Mapping[str, Any]) -> list[str]:
+    others = [split for split in metrics["pooled"] if split != metrics["split"]]
+    return [f"## Split {split}\n\n{_table(_CORRECTED_HEAD, rows_of(metrics, split), _corrected)}" for split in others]
+
+
+def _made(again: str, metrics: Mapping[str, Any]) -> str:
+    made = [f"{key} `{metrics[key]}`" for key in ("config_hash", "data_checksum", "code_version", "fidelity", "seed")]
+    return (
+        f"## How this was made\n\n{', '.join(made)}.\n\n"
+        "The full scores are in `metrics.json`, each answer in `predictions.jsonl`. To score again:\n\n"
+        f"```\npython -m unimed_jax.main evaluate {again}\n```"
+    )

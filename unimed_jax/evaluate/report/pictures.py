@@ -17,50 +17,66 @@ TRUE_COLOUR, PREDICTED_COLOUR = "#E69F00", "#56B4E9"
 
 
 _COLUMNS = 4  # examples of a task on the picture sheet
+_MOST_ROWS = 24
+_SIDE, _GAP, _LINE, _HEAD = 2.6, 0.35, 0.155, 0.75  # inches
 
 
-def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[str], np.ndarray]) -> None:
-    """The picture sheet: a row per task, evenly spaced examples (not chosen by success), boxes and texts."""
+def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[str, str], np.ndarray]) -> None:
+    """Draws the picture sheet: a row per set and task, evenly spaced examples (not chosen by success)."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    rows = []
-    for t, task in enumerate(TASKS):
-        lines = [record for record in records if record["task"] == task]
-        # Shifted from task to task, so that the rows show different images.
-        places = (np.arange(_COLUMNS) + (t + 0.5) / len(TASKS)) * len(lines) / _COLUMNS
-        if lines:
-            rows.append([lines[place] for place in np.unique(places.astype(int))])
-    side, gap, line, head = 2.6, 0.35, 0.155, 0.75  # inches
+    rows = _rows(records)
     captions = [[_caption(record) for record in row] for row in rows]
     heights = [
-        (side if row[0]["images"] else 0.0) + line * (1.5 + max(text.count("\n") for text in texts)) + gap
+        (_SIDE if any(record["images"] for record in row) else 0.0)
+        + _LINE * (1.5 + max(text.count("\n") for text in texts))
+        + _GAP
         for row, texts in zip(rows, captions, strict=True)
     ]
-    width, height = _COLUMNS * (side + gap) + gap, sum(heights) + head
+    width, height = _COLUMNS * (_SIDE + _GAP) + _GAP, sum(heights) + _HEAD
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    _draw_legend(figure, width, height)
+    several = len({record["set"] for record in records}) > 1
+    top = height - _HEAD
+    for row, texts, row_height in zip(rows, captions, heights, strict=True):
+        title = f"{row[0]['set']}: {row[0]['task']}" if several else row[0]["task"]
+        figure.text(_GAP / width, (top + 0.08) / height, title, fontsize=12, weight="bold", va="bottom")
+        for column, (record, text) in enumerate(zip(row, texts, strict=True)):
+            x, below = _GAP + column * (_SIDE + _GAP), top
+            if record["images"]:
+                below -= _SIDE
+                axes = figure.add_axes((x / width, below / height, _SIDE / width, _SIDE / height))
+                _draw_image(axes, record, image(record["set"], record["images"][0]))
+            style: dict[str, Any] = {"fontsize": 8.5, "va": "top", "linespacing": 1.25, "parse_math": False}
+            figure.text(x / width, (below - 0.06) / height, text, **style)
+        top -= row_height
+    figure.savefig(path)
+
+
+def _rows(records: Sequence[Mapping]) -> list[list[Mapping]]:
+    """The examples that are drawn: a row per task and set."""
+    rows = []
+    for t, task in enumerate(TASKS):
+        for name in dict.fromkeys(record["set"] for record in records):
+            lines = [record for record in records if (record["set"], record["task"]) == (name, task)]
+            # Shifted from task to task, so that the rows show different images.
+            places = (np.arange(_COLUMNS) + (t + 0.5) / len(TASKS)) * len(lines) / _COLUMNS
+            if lines:
+                rows.append([lines[place] for place in np.unique(places.astype(int))])
+    return rows[:_MOST_ROWS]
+
+
+def _draw_legend(figure, width: float, height: float) -> None:
+    from matplotlib.lines import Line2D
+
     legend: list[tuple[float, str, Any, str]] = [
-        (gap, TRUE_COLOUR, "-", "true box (identify: the box asked about)"),
-        (gap + 4.2, PREDICTED_COLOUR, "--", "predicted box"),
+        (_GAP, TRUE_COLOUR, "-", "true box (identify: the box asked about)"),
+        (_GAP + 4.2, PREDICTED_COLOUR, "--", "predicted box"),
     ]
     for x, colour, style, name in legend:
         ends, y = [x / width, (x + 0.45) / width], 1 - 0.25 / height
         figure.add_artist(Line2D(ends, [y, y], color=colour, linestyle=style, linewidth=3))
         figure.text((x + 0.55) / width, y, name, fontsize=10, va="center")
-    top = height - head
-    for row, texts, row_height in zip(rows, captions, heights, strict=True):
-        figure.text(gap / width, (top + 0.08) / height, row[0]["task"], fontsize=12, weight="bold", va="bottom")
-        for column, (record, text) in enumerate(zip(row, texts, strict=True)):
-            x, below = gap + column * (side + gap), top
-            if record["images"]:
-                below -= side
-                axes = figure.add_axes((x / width, below / height, side / width, side / height))
-                _draw_image(axes, record, image(record["images"][0]))
-            figure.text(
-                x / width, (below - 0.06) / height, text, fontsize=8.5, va="top", linespacing=1.25, parse_math=False
-            )
-        top -= row_height
-    figure.savefig(path)
 
 
 def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:

@@ -120,7 +120,8 @@ def _refuse_unknown_keys(file: GgufFile) -> None:
 def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | None:
     """Reads how the rotary frequencies are scaled: linearly, as in Llama 3, or not at all.
 
-    GGUF stores Llama 3's scaling as one divisor per frequency (`rope_freqs.weight`), from which its factor is taken.
+    GGUF stores Llama 3's scaling as one divisor per frequency (`rope_freqs.weight`), from which its
+    factor is taken.
     """
     kind = file.value("llama.rope.scaling.type", str, "none")
     if kind == "linear":
@@ -176,8 +177,8 @@ def _linear_entries(name: str, d: DecoderConfig, moe: MoeConfig, linear: str, la
 def load_gguf(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
     """Loads the decoder's leaves, except adapters and routers, from a GGUF file; `to` as in `load_leaves`.
 
-    path: as in `find_gguf`. Experts start as copies of their layer's MLP. Raises UserError if the file's settings are
-    not those of `config` or its weights do not fit.
+    path: as in `find_gguf`. Experts start as copies of their layer's MLP. Raises UserError if the
+    file's settings are not those of `config` or its weights do not fit.
     """
     file = GgufFile(path)
     refuse_other_decoder(decoder_from_gguf(file), config.decoder, file.origin)
@@ -186,6 +187,7 @@ def load_gguf(path: str | Path, config: ModelConfig, to: Destination) -> dict[st
 
 
 def _refuse_unknown_quantisations(file: GgufFile) -> None:
+    """Raises UserError for tensors that the package cannot dequantise."""
     opaque = [name for name, stored in file.stored.items() if isinstance(stored.dtype, str)]
     if not opaque:
         return
@@ -206,7 +208,8 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> (a pattern that cuts text first, or None; whether GPT-2's rule then cuts the pieces).
+# tokenizer.ggml.pre -> (a pattern that cuts text first, or None; whether GPT-2's rule then cuts the
+# pieces).
 WORD_RULES: dict[str, tuple[str | None, bool]] = {
     "gpt-2": (None, True),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", True)),  # every digit by itself
@@ -225,9 +228,9 @@ SPECIAL_TOKENS = {
 def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     """Writes the file's tokenizer as a Hugging Face folder, chat template included.
 
-    Byte-level BPE ("gpt2") and SentencePiece's BPE ("llama") are supported; UserError for others. As in the original,
-    a byte-level vocabulary that lacks a byte drops it from text (SmolLM2 lacks 21: control characters, and bytes
-    that no character has).
+    Byte-level BPE ("gpt2") and SentencePiece's BPE ("llama") are supported; UserError for others. As in
+    the original, a byte-level vocabulary that lacks a byte drops it from text (SmolLM2 lacks 21:
+    control characters, and bytes that no character has).
     """
     file = GgufFile(path)
     tokens = _list(file, "tokens", str)
@@ -249,6 +252,7 @@ def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
 
 
 def _tokenizer(file: GgufFile, vocabulary: dict[str, int], special: dict[str, str]) -> tokenizers.Tokenizer:
+    """Builds the tokenizer of the file's kind, with its special tokens and the start token if it adds one."""
     kind = file.value("tokenizer.ggml.model", str)
     if kind == "gpt2":
         made = _byte_level(file, vocabulary)
@@ -294,6 +298,7 @@ def _list(file: GgufFile, key: str, kind: type, length: int | None = None, defau
 
 
 def _types(file: GgufFile, count: int) -> list[int]:
+    """Reads the kind of each token; without a list all are normal."""
     return _list(file, "token_type", int, count, [NORMAL] * count)
 
 
@@ -323,9 +328,10 @@ def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokeni
 
 
 def _sentencepiece(file: GgufFile, vocabulary: dict[str, int], unknown: str | None) -> tokenizers.Tokenizer:
-    """Builds SentencePiece's BPE, which always merges the two neighbours whose joint token scores highest.
+    """Builds SentencePiece's BPE, which merges the two neighbours whose joint token scores highest.
 
-    The file holds scores instead of merges, so every split of every token becomes a merge, highest score first.
+    The file holds scores instead of merges, so every split of every token becomes a merge, highest
+    score first.
     """
     scores, types = _list(file, "scores", float, len(vocabulary)), _types(file, len(vocabulary))
     splits = [

@@ -33,7 +33,7 @@ from unimed_jax.processes import say
 
 
 def linear_names(d: DecoderConfig) -> dict[str, str]:
-    """Maps each of our linears to its name within a layer of Hugging Face's; only Phi has no gate in its MLP."""
+    """Maps each of our linears to its name in a layer of Hugging Face's; only Phi's MLP has no gate."""
     names = {linear: f"self_attn.{linear}_proj" for linear in "qkv"}
     if not d.gated_mlp:
         return names | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}
@@ -44,7 +44,8 @@ def linear_names(d: DecoderConfig) -> dict[str, str]:
 def norm_names(d: DecoderConfig) -> dict[str, str]:
     """Maps each of our norms to its name within a layer of Hugging Face's.
 
-    "post_attention_layernorm" is the norm before the MLP in most families, and the one after attention in Gemma 2.
+    "post_attention_layernorm" is the norm before the MLP in most families, and the one after attention
+    in Gemma 2.
     """
     if d.post_norms:
         names = {
@@ -76,7 +77,8 @@ def linear_path(linear: str) -> str:
 def copies_of_linear(d: DecoderConfig, moe: MoeConfig, linear: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
     """Lists (path, index) of all our linears that are initialised from this linear of a dense decoder.
 
-    There are several if the layer has experts: each expert, the meta expert and the residual MLP start as copies.
+    There are several if the layer has experts: each expert, the meta expert and the residual MLP start
+    as copies.
     """
     expert_layers = moe.numbers(d.depth)
     if linear in "qkvo":
@@ -97,9 +99,9 @@ def hf_decoder_table(
 ) -> Table:
     """Lists a decoder's tensors under Hugging Face's names.
 
-    prefix: stands before every name. wrapped: linears around which PEFT has put adapters; their own weights are then
-    called ".base_layer". moe: with experts, every MLP of such a layer is read from the one MLP there (such a table
-    can only read).
+    prefix: stands before every name. wrapped: linears around which PEFT has put adapters; their own
+    weights are then called ".base_layer". moe: with experts, every MLP of such a layer is read from the
+    one MLP there (such a table can only read).
     """
     table = [Entry(f"{prefix}model.embed_tokens.weight", "decoder/embedding")]
     for i in range(d.depth):
@@ -148,11 +150,11 @@ TOKENIZER_FILES = (
 
 
 def load_decoder(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
-    """Loads the decoder's leaves, except adapters and routers, from a Hugging Face folder; `to` as in `load_leaves`.
+    """Loads the decoder's leaves, except adapters and routers, from a Hugging Face folder.
 
-    Experts start as copies of their layer's MLP. If the folder has a bias of the head and `config` has none
-    (Med-MoE's Phi-2), the bias is left out and a line says so. Raises UserError if the folder's settings are not
-    those of `config` or its weights do not fit.
+    `to` as in `load_leaves`. Experts start as copies of their layer's MLP. If the folder has a bias of
+    the head and `config` has none (Med-MoE's Phi-2), the bias is left out and a line says so. Raises
+    UserError if the folder's settings are not those of `config` or its weights do not fit.
     """
     d = config.decoder
     theirs = decoder_from_hf(read_hf_config(folder), f"{folder}/config.json")
@@ -175,8 +177,9 @@ def export_decoder(
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM` loads: config.json, safetensors, the tokenizer's files.
 
-    leaves: the decoder's, by path, with adapters merged (`merge_lora`). tokenizer: its folder. ids: of bos, eos, pad.
-    Raises UserError if no Hugging Face family has these settings, or if `out` exists already.
+    leaves: the decoder's, by path, with adapters merged (`merge_lora`). tokenizer: its folder. ids: of
+    bos, eos, pad. Raises UserError if no Hugging Face family has these settings, or if `out` exists
+    already.
     """
     settings = decoder_to_hf(d, positions)
     for name, number in ids.items():

@@ -1,4 +1,4 @@
-"""Translates the settings of Hugging Face's decoders into ours and back, one family of decoders at a time."""
+"""Translates the settings of Hugging Face's decoders into ours and back."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -78,6 +78,7 @@ def _gemma(s: Any) -> dict[str, Any]:
 
 
 def _gemma2_and_3(s: Any) -> dict[str, Any]:
+    """Gives what the two later Gemmas have in common."""
     return {
         **_gemma(s),
         "post_norms": True,
@@ -232,6 +233,7 @@ def _rope_from_hf(settings: Any, family: Family, windowed: bool, where: str) -> 
 
 
 def _scaling_from_hf(parameters: Mapping[str, Any], where: str) -> RopeScaling | None:
+    """Translates how the rotary frequencies are scaled (None: not at all)."""
     kind = parameters.get("rope_type", "default")
     if kind == "default":
         return None
@@ -255,7 +257,8 @@ def _scaling_from_hf(parameters: Mapping[str, Any], where: str) -> RopeScaling |
 def decoder_to_hf(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfig:
     """Translates our settings into Hugging Face's, of the first family that can hold all of them.
 
-    Each family is tried and read back: it fits if what comes back computes the same. Raises UserError if none does.
+    Each family is tried and read back: it fits if what comes back computes the same. Raises UserError
+    if none does.
     """
     for name, family in FAMILIES.items():
         try:
@@ -320,6 +323,7 @@ def _activation_to_hf(d: DecoderConfig) -> str:
 
 
 def _rope_to_hf(d: DecoderConfig, family: Family) -> dict[str, Any]:
+    """Makes the field rope_parameters."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": d.rope_theta}
     scaling = d.rope_scaling
     if _is_llama3(scaling):
@@ -364,7 +368,7 @@ def refuse_other_decoder(theirs: DecoderConfig, d: DecoderConfig, where: str | P
 
 
 def differences_text(values: Iterable[tuple[str, Any, Any]]) -> str:
-    """Puts into words which settings differ; takes (setting, its value there, ours), and gives "" if none does."""
+    """Puts into words which settings differ ("" if none); takes (setting, value there, value here)."""
     return ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in values if there != here)
 
 

@@ -62,8 +62,8 @@ def read_med_moe_config(folder: str | Path) -> dict[str, Any]:
 def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE, where: str = "") -> ModelConfig:
     """Translates a checkpoint's config.json into our settings, with everything as published.
 
-    A checkpoint without a `moe` group, or with moe_enable off, is a dense model (stage 1 or 2). Raises UserError,
-    naming the field, for what is not supported.
+    A checkpoint without a `moe` group, or with moe_enable off, is a dense model (stage 1 or 2). Raises
+    UserError, naming the field, for what is not supported.
     """
     s, where = settings, where or "config.json"
     kind = s.get("model_type")
@@ -88,6 +88,7 @@ def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_
 
 
 def _decoder_from_med_moe(s: Mapping[str, Any], where: str) -> DecoderConfig:
+    """Translates the decoder's settings, in the words of StableLM or of Phi."""
     heads = s["num_attention_heads"]
     if s["hidden_act"] not in ACTIVATIONS:
         raise UserError(f"{where}: hidden_act {s['hidden_act']!r} is not supported.")
@@ -124,9 +125,10 @@ def _decoder_from_med_moe(s: Mapping[str, Any], where: str) -> DecoderConfig:
 
 
 def _experts_from_med_moe(moe: Mapping[str, Any], where: str) -> MoeConfig:
-    """Translates the group `moe` as the original's code uses it, which is not what its capacity factors say.
+    """Translates the group `moe` into what the original's code makes of it.
 
-    Top-1 drops no token, and top-2 has a capacity of four times the even share, whatever the file holds.
+    Top-1 drops no token, and top-2 has a capacity of four times the even share, whatever capacity
+    factors the file holds.
     """
     if not moe.get("moe_enable", bool(moe)):
         return MoeConfig()
@@ -153,7 +155,8 @@ def _experts_from_med_moe(moe: Mapping[str, Any], where: str) -> MoeConfig:
 def model_to_med_moe(config: ModelConfig) -> dict[str, Any]:
     """Translates our settings into a checkpoint's config.json; the inverse of `model_from_med_moe`.
 
-    The result is read back and compared. Raises UserError if Med-MoE has no word for one of our settings.
+    The result is read back and compared. Raises UserError if Med-MoE has no word for one of our
+    settings.
     """
     words = _decoder_to_med_moe(config.decoder) | {
         "max_position_embeddings": 4096,
@@ -169,6 +172,7 @@ def model_to_med_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def _decoder_to_med_moe(d: DecoderConfig) -> dict[str, Any]:
+    """Translates the decoder's settings back; only Phi's MLP has no gate."""
     common = {
         "vocab_size": d.vocab,
         "hidden_size": d.width,
@@ -196,6 +200,7 @@ def _decoder_to_med_moe(d: DecoderConfig) -> dict[str, Any]:
 
 
 def _experts_to_med_moe(config: ModelConfig) -> dict[str, Any]:
+    """Makes the group `moe`."""
     m, layers = config.moe, list(config.moe.numbers(config.decoder.depth))
     return {
         "moe_enable": True,
@@ -214,7 +219,7 @@ def _experts_to_med_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def _refuse_inexpressible(config: ModelConfig, back: ModelConfig) -> None:
-    """Raises UserError for settings of `config` that are lost in `back`, which was read from its translation."""
+    """Raises UserError for settings of `config` that `back`, its translation read back, has lost."""
     differ = decoder_differences(back.decoder, config.decoder)
     if config.moe.experts and not config.moe.meta:
         differ.append(("moe.meta", True, False))
@@ -340,8 +345,8 @@ def export_med_moe(
 ) -> None:
     """Writes a checkpoint's folder: config.json, safetensors, the tokenizer's files.
 
-    leaves: by path. tokenizer: its folder. ids: of bos, eos, pad. Raises UserError if Med-MoE's code cannot build
-    such a model, or if `out` exists already.
+    leaves: by path. tokenizer: its folder. ids: of bos, eos, pad. Raises UserError if Med-MoE's code
+    cannot build such a model, or if `out` exists already.
     """
     settings = model_to_med_moe(config) | {f"{name}_token_id": number for name, number in ids.items()}
     table = med_moe_table(config)

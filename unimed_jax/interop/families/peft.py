@@ -1,4 +1,4 @@
-"""Reads and writes LoRA adapters as PEFT does: folders of `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes LoRA adapters as folders of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 import math
@@ -28,7 +28,8 @@ READ = (
     "bias",
     "init_lora_weights",
 )
-# Settings that do not change what the adapter computes. All others must be off: we cannot represent what they do.
+# Settings that do not change what the adapter computes. All others must be off: we cannot represent
+# what they do.
 HARMLESS = (
     "base_model_name_or_path",
     "revision",
@@ -46,7 +47,7 @@ STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def adaptable_linears(config: ModelConfig) -> dict[str, str]:
-    """Maps each linear of the decoder that can carry an adapter to its name within a layer of Hugging Face's."""
+    """Maps each linear that can carry an adapter to its name within a layer of Hugging Face's decoder."""
     names = hf.linear_names(config.decoder)
     return {name: names[name] for name in ORDER if name in names}
 
@@ -70,8 +71,8 @@ def peft_table(config: ModelConfig, prefix: str = PREFIX, adapter: str = "") -> 
 def load_peft(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
     """Loads the adapters' leaves from a folder that PEFT wrote; `to` as in `load_leaves`.
 
-    Raises UserError for an adapter that is more than plain LoRA, and one for everything in which it differs from
-    `config.lora`.
+    Raises UserError for an adapter that is more than plain LoRA, and one for everything in which it
+    differs from `config.lora`.
     """
     folder = Path(folder)
     rank, alpha = _rank_and_alpha(folder)
@@ -114,7 +115,7 @@ def _rank_and_alpha(folder: Path) -> tuple[int, float]:
             f"{file} describes more than plain LoRA on linears ({', '.join(unsupported)}), which cannot be represented "
             "here; merge it into its model with PEFT and give that."
         )
-    # Rank-stabilised LoRA divides alpha by the root of the rank where LoRA divides it by the rank.
+    # Rank-stabilised LoRA divides alpha by the root of the rank, LoRA by the rank.
     return rank, alpha * rank**0.5 if settings.get("use_rslora") else alpha
 
 
@@ -132,8 +133,8 @@ def _is_plain(key: str, value: Any) -> bool:
 def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any], base_model: str) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads onto the decoder.
 
-    leaves: at least the adapters', by path. base_model: name or folder of the decoder, for the adapter's settings.
-    Raises UserError if there are no adapters, or if `out` exists already.
+    leaves: at least the adapters', by path. base_model: name or folder of the decoder, for the
+    adapter's settings. Raises UserError if there are no adapters, or if `out` exists already.
     """
     lora = config.lora
     if not lora.rank:

@@ -23,9 +23,9 @@ from unimed_jax.model.vision import resize_positions
 def tower_from_hf(settings: PretrainedConfig, where: str = "config.json") -> VisionConfig:
     """Translates Hugging Face's settings of CLIP or SigLIP (the whole model, or only its tower) into ours.
 
-    Of CLIP we take the features of the last block but one, as LLaVA does; of SigLIP those of the last block, after
-    its norm. The image size is what the patches cover: 378 of the 384 pixels of SigLIP so400m, whose last 6 are in
-    no patch.
+    Of CLIP we take the features of the last block but one, as LLaVA does; of SigLIP those of the last
+    block, after its norm. The image size is what the patches cover: 378 of the 384 pixels of SigLIP
+    so400m, whose last 6 are in no patch.
     """
     kind = settings.model_type.split("_")[0]
     if kind not in ("clip", "siglip"):
@@ -127,8 +127,8 @@ def _norm_entries(theirs: str, ours: str, index: tuple[int, ...] = ()) -> list[E
 def load_tower(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
     """Loads the vision leaves from a Hugging Face folder of CLIP or SigLIP; `to` as in `load_leaves`.
 
-    Positions of another image size are resized. Raises UserError if the folder's settings are not those of `config`
-    (except the image size), or if its weights do not fit.
+    Positions of another image size are resized. Raises UserError if the folder's settings are not those
+    of `config` (except the image size), or if its weights do not fit.
     """
     v, tensors = config.vision, open_weights(path)
     theirs = tower_from_hf(read_hf_config(path), f"{path}/config.json")
@@ -204,8 +204,8 @@ def _blocks(v: VisionConfig) -> int:
 def with_resized_positions(tensors: Tensors, name: str, v: VisionConfig) -> Tensors:
     """Resizes the position embeddings `name` ([tokens, width] or [1, tokens, width]) to our image size.
 
-    Positions that are not a square grid of our width stay as they are; `load_leaves` then refuses them together with
-    everything else that does not fit.
+    Positions that are not a square grid of our width stay as they are; `load_leaves` then refuses them
+    together with everything else that does not fit.
     """
     extra = int(v.cls_token)  # the class token's position is not part of the grid
     stored = tensors.stored.get(name)

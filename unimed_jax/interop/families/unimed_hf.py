@@ -1,4 +1,4 @@
-"""Writes the complete model as a Hugging Face folder, which `AutoModelForCausalLM` loads in torch, and reads it back.
+"""Writes the complete model as a folder that `AutoModelForCausalLM` loads in torch, and reads it back.
 
 config.json             the decoder's own settings (`text_config`), all of ours (`unimed`), prompts, special ids
 model*.safetensors      decoder as its family names it, vision as CLIP's tower, connector as the original names it
@@ -55,8 +55,8 @@ def export_unimed_hf(
 ) -> None:
     """Writes the folder; adapters are merged into the decoder, and every leaf keeps its dtype.
 
-    tokenizer: its folder. metrics: the content of the run's metrics.json, for the model card. Raises UserError if no
-    Hugging Face decoder has these settings, or if `out` exists already.
+    tokenizer: its folder. metrics: the content of the run's metrics.json, for the model card. Raises
+    UserError if no Hugging Face decoder has these settings, or if `out` exists already.
     """
     leaves = merged_leaves(model)
     settings = portable(config)
@@ -198,8 +198,8 @@ def exported_config(folder: str | Path) -> Config:
 def load_exported(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, jax.Array]:
     """Reads all leaves of such a folder; nothing of its code is run.
 
-    `to` as in `load_leaves`; a leaf that it gives no dtype keeps the file's. Raises UserError if a file is missing,
-    damaged or does not fit the others.
+    `to` as in `load_leaves`; a leaf that it gives no dtype keeps the file's. Raises UserError if a file
+    is missing, damaged or does not fit the others.
     """
     table, tensors = exported_table(config), open_weights(folder)
     as_stored = {e.path: tensors.stored[e.name].dtype for e in table if e.name in tensors.stored}

@@ -98,9 +98,9 @@ def duplicate_name(name: str) -> str | None:
 def optimizer_order(config: ModelConfig) -> tuple[list[str], list[str]]:
     """Lists the published parameters in the order of the original's AdamW: with weight decay, and without.
 
-    Within each the order is that of its modules: adapters layer by layer (q, k, v, o, gate, down, up; A, B), task
-    tokens, experts, router. A parameter that never got a gradient has a number there but no state. The router has
-    numbers even if the routing reads none.
+    Within each the order is that of its modules: adapters layer by layer (q, k, v, o, gate, down, up;
+    A, B), task tokens, experts, router. A parameter that never got a gradient has a number there but no
+    state. The router has numbers even if the routing reads none.
     """
     names = list(trainable_table(config).by_name())
     if config.connector.is_moe and config.connector.router in ("hard", "constant"):

@@ -1,8 +1,9 @@
 """Reads and writes checkpoints of the original Uni-Med: adapters, connector and AdamW's state.
 
-The file is a dict: `model` (every tensor that trains; each expert's twice), `optimizer`, `config`, `scaler`, `epoch`.
-Its tensors are torch's ([out, in] linears, one module per layer and expert), while ours are [in, out], stacked over
-layers, experts concatenated; one table translates the names and layouts in both directions.
+The file is a dict: `model` (every tensor that trains; each expert's twice), `optimizer`, `config`,
+`scaler`, `epoch`. Its tensors are torch's ([out, in] linears, one module per layer and expert), while
+ours are [in, out], stacked over layers, experts concatenated; one table translates the names and
+layouts in both directions.
 """
 
 import dataclasses

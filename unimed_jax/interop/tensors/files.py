@@ -64,7 +64,7 @@ def open_weights(path: str | Path) -> Tensors:
 
 
 class Safetensors(Tensors):
-    """An open safetensors file."""
+    """Reads one safetensors file."""
 
     def __init__(self, path: Path):
         self.path, self.origin = path, str(path)
@@ -89,7 +89,7 @@ class Safetensors(Tensors):
 
 
 class Shards(Tensors):
-    """Several weight files that an index names ("weight_map": tensor -> file in the same folder)."""
+    """Reads several weight files that an index names ("weight_map": tensor -> file in the same folder)."""
 
     def __init__(self, index: Path):
         self.origin = str(index.parent)
@@ -127,8 +127,8 @@ def write_safetensors(
 ) -> None:
     """Writes tensors, which come one at a time in the order of `stored`, as `<stem>.safetensors`.
 
-    More than `limit` bytes become several files with an index, named as Hugging Face names them. Use it within
-    `new_folder`.
+    More than `limit` bytes become several files with an index, named as Hugging Face names them. Use it
+    within `new_folder`.
     """
     shards = _shards(stored, limit)
     count = len(shards)

@@ -1,7 +1,7 @@
-"""Reads GGUF files (the format of llama.cpp): tensors, dequantised, and the values that stand beside them.
+"""Reads GGUF files (the format of llama.cpp): dequantised tensors, and the settings next to them.
 
-The package `gguf` (extra `gguf`) parses the format. It maps the file into memory: a tensor takes memory only
-while it is read.
+The package `gguf` (extra `gguf`) parses the format. It maps the file into memory: a tensor takes memory
+only while it is read.
 """
 
 import importlib.metadata
@@ -45,9 +45,10 @@ def find_gguf(path: str | Path) -> Path:
 
 
 class GgufFile(Tensors):
-    """An open GGUF file.
+    """Reads one GGUF file.
 
-    path: as in `find_gguf`. Raises UserError if there is no such file, or if it is damaged or big-endian.
+    path: as in `find_gguf`. Raises UserError if there is no such file, or if it is damaged or
+    big-endian.
     """
 
     def __init__(self, path: str | Path):
@@ -60,7 +61,8 @@ class GgufFile(Tensors):
 
         class Reader(gguf.GGUFReader):
             def _get(self, offset, dtype, count=1, override_order=None):
-                # The package believes a length that reaches past the end, and then builds endless empty lists.
+                # The package believes a length that reaches past the end, and then builds endless empty
+                # lists.
                 if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
                     raise ValueError("it is cut short, or a length in it is wrong")
                 return super()._get(offset, dtype, count, override_order)
@@ -92,7 +94,8 @@ class GgufFile(Tensors):
         tensor = self.tensors[name]
         if tensor.data.dtype.kind == "f":
             return np.array(tensor.data[index])
-        # Quantised blocks run along the last dimension: rows can be cut before dequantising, columns only after.
+        # Quantised blocks run along the last dimension: rows can be cut before dequantising, columns
+        # only after.
         rows = index[:1] if tensor.data.ndim > 1 else ()
         values = self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
         return values[(ALL, *index[1:]) if rows else index]
@@ -100,8 +103,8 @@ class GgufFile(Tensors):
     def value(self, key: str, kind: type, default: Any = None) -> Any:
         """Returns what the file says under `key`, or `default` if it says nothing.
 
-        A float32 comes back as the decimal that was written: 1e-06, not 9.999999974752427e-07. Raises UserError
-        if the key is missing and there is no default, or if the value is not of type `kind`.
+        A float32 comes back as the decimal that was written: 1e-06, not 9.999999974752427e-07. Raises
+        UserError if the key is missing and there is no default, or if the value is not of type `kind`.
         """
         if key not in self.fields:
             if default is None:

@@ -1,7 +1,7 @@
 """Loads weights from files straight into sharded device arrays.
 
-Each device's shard is read in slices, one strip of rows after the other, so that a large model never sits whole in
-host memory.
+Each device's shard is read in slices, one strip of rows after the other, so that a large model never
+sits whole in host memory.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ STRIP = 128 << 20  # bytes of a shard that are in host memory at a time
 class Destination:
     """Says which leaves are wanted, on which devices and in which dtypes; all by the path of the leaf.
 
-    leaves: anything with a shape and a dtype. shardings: None puts all on the first device. dtypes: replace those of
-    `leaves`, for the paths that are named.
+    leaves: anything with a shape and a dtype. shardings: None puts all on the first device. dtypes:
+    replace those of `leaves`, for the paths that are named.
     """
 
     leaves: Mapping[str, Any]
@@ -41,9 +41,9 @@ class Destination:
 def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, jax.Array]:
     """Reads the leaves that the table names from the file's tensors, in the layout and dtypes of `to`.
 
-    A process reads what its own devices hold and nothing else; host memory holds one strip per device at a time.
-    Raises UserError before anything is read for everything that does not fit (`check`), and later for the first
-    tensor that is not finite.
+    A process reads what its own devices hold and nothing else; host memory holds one strip per device
+    at a time. Raises UserError before anything is read for everything that does not fit (`check`), and
+    later for the first tensor that is not finite.
     """
     check(table, tensors, to.leaves)
     out = {}

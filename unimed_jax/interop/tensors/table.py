@@ -1,8 +1,8 @@
 """Maps published tensors to our leaves: one declarative table per family of weights, read in both directions.
 
-Published linears are torch's: [out, in], one module per layer. Ours are [in, out], stacked over the layers,
-experts concatenated. A table says for each published tensor which block of which leaf holds the same numbers,
-and in which layout:
+Published linears are torch's: [out, in], one module per layer. Ours are [in, out], stacked over the
+layers, experts concatenated. A table says for each published tensor which block of which leaf holds the
+same numbers, and in which layout:
 
     # Our kernel is [24, 960, 320]; the file holds one [320, 960] tensor per layer.
     Entry("model.layers.7.self_attn.k_proj.weight", "decoder/layers/attention/k/kernel", (7,), "transpose")
@@ -76,8 +76,8 @@ class Layout(NamedTuple):
     """Converts between a block of one of our leaves and the tensor that a file publishes for it."""
 
     published_shape: Callable[[Shape], Shape]  # of our block's shape
-    # A region of our block -> the region of the published tensor to read, and the part to keep after `to_ours`
-    # (() keeps all): a layout that cannot be cut exactly reads more than it needs.
+    # A region of our block -> the region of the published tensor to read, and the part to keep after
+    # `to_ours` (() keeps all): a layout that cannot be cut exactly reads more than it needs.
     to_read: Callable[[Region], tuple[Region, Region]]
     to_ours: Callable[[np.ndarray, int], np.ndarray]  # the second argument is Entry.heads
     to_published: Callable[[np.ndarray, int], np.ndarray]
@@ -143,9 +143,9 @@ LAYOUTS: dict[str, Layout] = {
         to_ours=_patch_to_ours,
         to_published=_patch_to_published,
     ),
-    # GGUF's queries and keys, [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)]: a file holds the two channels
-    # of a rotary pair next to each other, we hold the first channels of all pairs, then the second. Of a bias the
-    # dimension `in` is absent.
+    # GGUF's queries and keys, [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)]: a file holds the
+    # two channels of a rotary pair next to each other, we hold the first channels of all pairs, then
+    # the second. Of a bias the dimension `in` is absent.
     "pairs": Layout(
         published_shape=lambda block: block[::-1],
         to_read=lambda region: ((ALL, *region[:-1]), (*(ALL for _ in region[:-1]), region[-1])),
@@ -168,7 +168,8 @@ class Entry:
     path: str  # of our leaf
     index: tuple[int | slice, ...] = ()  # the block in our leaf; the dimensions that it does not name are whole
     layout: str = "same"  # a key of LAYOUTS
-    # The range of the tensor's columns that the block holds, if several leaves share the tensor (the router's halves).
+    # The range of the tensor's columns that the block holds, if several leaves share the tensor (the
+    # router's halves).
     columns: tuple[int, int] | None = None
     heads: int = 0  # only of the layout "pairs"
 
@@ -233,6 +234,7 @@ def whole(shape: Shape) -> Region:
 
 
 def _overlap(a: Region, b: Region) -> Region | None:
+    """Gives the region that two regions share, or None if they share nothing."""
     both = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return both if all(part.start < part.stop for part in both) else None
 
@@ -294,6 +296,7 @@ def check(table: Table, tensors: Tensors, leaves: Mapping[str, Any], differences
 
 
 def _wrong_names(table: Table, tensors: Tensors, expected: Mapping[str, Shape]) -> list[str]:
+    """Describes the tensors that the file lacks, and those that the model does not know."""
     missing = [name for name in expected if name not in tensors.stored]
     unexpected = [
         name
@@ -309,6 +312,7 @@ def _wrong_names(table: Table, tensors: Tensors, expected: Mapping[str, Shape]) 
 
 
 def _wrong_tensors(tensors: Tensors, expected: Mapping[str, Shape]) -> list[str]:
+    """Describes the tensors of another shape, and those of a type that is not a float."""
     wrong: dict[str, list[str]] = {}  # what is wrong -> names
     for name, shape in expected.items():
         if name not in tensors.stored:
@@ -392,8 +396,8 @@ def to_leaves(
 ) -> dict[str, np.ndarray]:
     """Makes whole float32 leaves, of the shapes of `leaves`, for every path of the table.
 
-    Raises one UserError for everything that does not fit (`check`), and one for the first tensor that is not
-    finite.
+    Raises one UserError for everything that does not fit (`check`), and one for the first tensor that
+    is not finite.
     """
     tensors = tensors if isinstance(tensors, Tensors) else Arrays(tensors)
     check(table, tensors, leaves)

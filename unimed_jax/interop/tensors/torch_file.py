@@ -1,8 +1,8 @@
 """Reads torch's zip files (`.bin`, `.pth`, `.pt`) without executing anything, and writes them without torch.
 
-Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), and the numbers of each tensor's storage as a
-record of their own. Of the pickle only containers and the rebuilding of tensors are interpreted; anything else is
-refused.
+Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), and the numbers of each tensor's
+storage as a record of their own. Of the pickle only containers and the rebuilding of tensors are
+interpreted; anything else is refused.
 """
 
 import collections
@@ -67,7 +67,7 @@ class TorchTensor(NamedTuple):
 
 
 class _OrderedDict(collections.OrderedDict):
-    """Takes the place of OrderedDict and ignores what a pickle sets besides entries (a module's `_metadata`)."""
+    """Takes the place of OrderedDict and ignores what a pickle sets besides entries (a `_metadata`)."""
 
     def __setstate__(self, state):
         pass
@@ -90,6 +90,8 @@ class _RebuildTensor(tuple):
 
 
 class _RebuildParameter(tuple):
+    """Takes the place of torch's function for parameters, which are tensors with a flag."""
+
     __slots__ = ()
 
     def __call__(self, tensor, *_):
@@ -111,6 +113,8 @@ class _Refused(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
+    """Interprets a pickle, and refuses every name that is not in ALLOWED."""
+
     def __init__(self, file, root: str):
         super().__init__(file)
         self.root = root
@@ -133,10 +137,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class TorchFile:
-    """An open file that `torch.save` wrote.
+    """Reads a file that `torch.save` wrote.
 
-    `tree` is its nest of dicts, lists and scalars, with a TorchTensor for each tensor. Raises UserError if the file
-    is damaged, holds code, or is in torch's format from before version 1.6.
+    `tree` is its nest of dicts, lists and scalars, with a TorchTensor for each tensor. Raises UserError
+    if the file is damaged, holds code, or is in torch's format from before version 1.6.
     """
 
     def __init__(self, path: str | Path):
@@ -167,6 +171,7 @@ class TorchFile:
             raise damaged(path, error) from error
 
     def _unpickled(self, archive: zipfile.ZipFile) -> Any:
+        """Reads the tree of the archive, whose tensors name their records."""
         pickled = next((name for name in self.records if name.endswith("data.pkl")), None)
         if pickled is None or self.records[pickled].file_size > PICKLE_LIMIT:
             raise UserError(f"{self.path} is a zip file, but none that torch.save wrote of tensors; check it.")
@@ -219,7 +224,7 @@ class TorchFile:
     def tensors(self, *keys: str) -> "TorchTensors":
         """Gives the dict of tensors under these keys of the tree.
 
-        Without keys it is the model's, under any of the keys where training programs put it.
+        Without keys it is the model's, which training programs put under different keys.
         """
         tree = self.tree
         for key in keys:
@@ -235,7 +240,7 @@ class TorchFile:
 
 
 class TorchTensors(Tensors):
-    """Named tensors of an open torch file."""
+    """Gives named tensors of a torch file."""
 
     def __init__(self, file: TorchFile, tensors: dict[str, TorchTensor], origin: str = ""):
         self.file, self.tensors = file, tensors
@@ -265,8 +270,9 @@ class Later:
 def write_torch(path: Path, tree: Any) -> None:
     """Writes a file that `torch.load` reads, also with `weights_only`. Use it within `new_file`.
 
-    tree: dicts, lists, tuples, strings, numbers, None and tensors (arrays, or `Later`). A tensor that appears in
-    several places is written once and is one storage when it is read again. Host memory holds one tensor at a time.
+    tree: dicts, lists, tuples, strings, numbers, None and tensors (arrays, or `Later`). A tensor that
+    appears in several places is written once and is one storage when it is read again. Host memory
+    holds one tensor at a time.
     """
     pickled = _Pickled(tree)
     with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
@@ -340,6 +346,7 @@ class _Pickled:
 
 
 def _scalar(x: Any) -> bytes:
+    """Pickles None, a number or a string."""
     if x is None:
         return pickle.NONE
     if isinstance(x, bool):

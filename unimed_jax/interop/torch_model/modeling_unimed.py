@@ -1,6 +1,7 @@
-"""Runs a UniMed model in plain torch, for transformers: vision encoder, connector mixture of experts, decoder.
+"""Runs a UniMed model in torch and transformers: vision encoder, connector mixture of experts, decoder.
 
-This file lies next to weights that unimed_jax exported. It needs only torch, transformers, numpy and Pillow:
+This file lies next to weights that unimed_jax exported. It needs only torch, transformers, numpy and
+Pillow:
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
@@ -140,7 +141,7 @@ class VisionLayers(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Turns normalised pixels [N, 3, size, size] into patch features [N, patches, width], without the class token."""
+    """Turns normalised pixels [N, 3, size, size] into patch features [N, patches, width]."""
 
     def __init__(self, v):
         super().__init__()
@@ -187,7 +188,7 @@ class Router(nn.Module):
 
 
 class Connector(nn.Module):
-    """Turns patch features [N, patches, width] and the task of each image into visual tokens [N, T, decoder width]."""
+    """Turns patch features [N, patches, width] and each image's task into visual tokens [N, T, out]."""
 
     def __init__(self, c, vision_width, out, tasks):
         super().__init__()
@@ -254,6 +255,8 @@ def collapse(text):
 
 
 class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
+    """Answers questions about images; see `answer`."""
+
     config_class = UniMedConfig
     base_model_prefix = "language_model"
     _supports_sdpa = True
@@ -331,8 +334,9 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """Runs the model; returns the decoder's output (logits, cache, and the loss if `labels` are given).
 
-        input_ids: [B, S], left padded where `attention_mask` is 0. pixel_values: [N, 3, size, size], the images of
-        all rows in order. task: a name for all of them, or one for each. All other arguments go to the decoder.
+        input_ids: [B, S], left padded where `attention_mask` is 0. pixel_values: [N, 3, size, size],
+        the images of all rows in order. task: a name for all of them, or one for each. All other
+        arguments go to the decoder.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, task)

@@ -1,0 +1,143 @@
+"""Answers of a model to the examples of all units, written as they come, so that a killed evaluation continues.
+
+Batches are fixed by the examples: like lengths together, so that a batch of generation is not longer than it must
+be. A batch that was answered before a kill is read from the journal, any other is answered whole; so the answers do
+not depend on where the kill fell.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax import processes
+from unimed_jax.data.example import Example
+from unimed_jax.evaluate.tasks import Unit, permute_images
+
+# Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one answer each.
+Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]], int], list[str]]
+JOURNAL = "predictions.partial.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What a model said about one example."""
+
+    prediction: str
+    image_size: list[int] | None = None  # width, height of its first image
+    permuted: str | None = None  # the answer to another example's images
+    permuted_images: list[str] | None = None  # which
+
+
+class Journal:
+    """The answers so far, one line each, in the run's folder; process 0 writes, all processes know its content.
+
+    Lines of another fingerprint (other weights, settings or data) and a last line that a kill cut short are dropped.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self._file, self._fingerprint = folder / JOURNAL, fingerprint
+        self.found: dict[str, Answered] = {}  # id in predictions -> answer
+        for line in processes.from_leader(self._read() if processes.leads() else None):
+            name = line.pop("id")
+            self.found[name] = Answered(**line)
+
+    def _read(self) -> list[dict[str, Any]]:
+        kept = []
+        try:
+            lines = self._file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        for line in lines[:-1]:  # whole lines end with a line break; what stands after the last is torn
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry.pop("fingerprint", None) == self._fingerprint:
+                kept.append(entry)
+        whole = b"".join(self._line(entry) for entry in kept)
+        self._file.write_bytes(whole)  # so that the next line begins at a line's beginning
+        return kept
+
+    def _line(self, entry: Mapping[str, Any]) -> bytes:
+        return json.dumps({"fingerprint": self._fingerprint, **entry}, separators=(",", ":")).encode() + b"\n"
+
+    def add(self, answered: Mapping[str, Answered]) -> None:
+        """Notes the answers of one batch; they survive a kill of this process."""
+        if not processes.leads():
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [self._line({"id": name, **dataclasses.asdict(answer)}) for name, answer in answered.items()]
+        with self._file.open("ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Deletes the file, after the answers have been written elsewhere."""
+        if processes.leads():
+            self._file.unlink(missing_ok=True)
+
+
+def answer_units(
+    units: Sequence[Unit], answerer: Callable[[Unit], Answer], seed: int, journal: Journal | None = None
+) -> dict[str, Answered]:
+    """Answers every example of the units that the journal lacks. Returns id in predictions -> answer.
+
+    With a journal, an example with images is asked twice, the second time about another example's images
+    (`permute_images`); without one, once, and nothing is written or shown.
+    """
+    answers = {} if journal is None else dict(journal.found)
+    with _progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
+        for unit in units:
+            answer: Answer | None = None
+            permuted = None if journal is None else permute_images(unit.examples, seed)
+            bar.set_description(unit.name, refresh=False)
+            for number, places in enumerate(batches(unit)):
+                names = [unit.id_of(unit.examples[i]) for i in places]
+                if not all(name in answers for name in names):
+                    answer = answer or answerer(unit)
+                    found = _answer_batch(unit, places, permuted, answer, number + seed)
+                    batch = dict(zip(names, found, strict=True))
+                    answers |= batch
+                    if journal is not None:
+                        journal.add(batch)
+                bar.update(len(places))
+    return answers
+
+
+def batches(unit: Unit) -> Iterator[list[int]]:
+    """Places of the unit's examples, batch by batch, the shortest questions first."""
+    order = sorted(range(len(unit.examples)), key=lambda i: len(unit.examples[i].question))
+    for start in range(0, len(order), unit.batch):
+        yield order[start : start + unit.batch]
+
+
+def _answer_batch(
+    unit: Unit, places: Sequence[int], permuted: Sequence[tuple[str, ...]] | None, answer: Answer, seed: int
+) -> list[Answered]:
+    examples = [unit.examples[i] for i in places]
+    pixels = [[unit.source.data.image(key) for key in example.images] for example in examples]
+    texts = answer(examples, pixels, seed)
+    sizes = [[images[0].shape[1], images[0].shape[0]] if images else None for images in pixels]
+    if permuted is None:
+        return [Answered(text, size) for text, size in zip(texts, sizes, strict=True)]
+    others = [permuted[i] for i in places]
+    misled = answer(examples, [[unit.source.data.image(key) for key in keys] for keys in others], seed)
+    return [
+        Answered(text, size, other, list(keys))
+        for text, size, other, keys in zip(texts, sizes, misled, others, strict=True)
+    ]
+
+
+def _progress(total: int, shown: bool):
+    """A progress bar with examples/s and the time left, on process 0; in a log file a line every half minute."""
+    from tqdm import tqdm
+
+    seconds = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, unit=" examples", disable=not (shown and processes.leads()), mininterval=seconds)

@@ -1,0 +1,302 @@
+"""Scores of records: one unit's, several sets' pooled, and the content of metrics.json.
+
+Records are the lines of predictions.jsonl (metrics.Record), so that kept predictions can be scored again.
+"""
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from unimed_jax.config import VISUAL_TASKS, Config, TextConfig, config_hash, to_dict
+from unimed_jax.data.forms import cut_words, form_of
+from unimed_jax.evaluate.metrics import Metric, Record, of_task
+from unimed_jax.evaluate.metrics.captions import report_scores
+from unimed_jax.evaluate.metrics.published import (
+    answer_report,
+    clean_prediction,
+    identify_report,
+    medmoe_report,
+    published_equal,
+    refer_report,
+    vqa_report,
+)
+from unimed_jax.evaluate.metrics.text import is_closed
+from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.provenance import code_version, plain
+from unimed_jax.settings import FIDELITY
+
+SCHEMA = 1  # of metrics.json
+PERMUTED = "permuted_images"
+
+Measures = dict[str, Measure]  # metric -> measure
+
+
+def score(
+    task: str, records: Sequence[Record], config: Config, metrics: Sequence[Metric] = (), protocol: str = ""
+) -> dict[str, Any]:
+    """Scores of one task's records.
+
+    {n, clusters, primary, corrected: {metric: {value, ci95}}, published: {metric: value}, blind and peers:
+    {baseline: {metric: value}}, margin and peer_margin: {baseline, value, ci95}, protocol, notes: [str],
+    templates: {template: {n, value, ci95, blind: {baseline: value}, margin}}}, the last on the primary metric.
+    ci95 is None for fewer than two clusters, a margin without a baseline. vqa also counts n_open and n_closed.
+    """
+    metrics = metrics or of_task(task)
+    primary = metrics[0].name
+    table = _Table(records, metrics, config)
+    blind, peers = table.of_baselines("blind"), table.of_baselines("peers")
+    templates = sorted({record["template"] for record in records} - {""})
+    masks = {name: np.array([record["template"] == name for record in records]) for name in templates}
+    for name, measure in table.model.items():
+        table.add(("model", name), measure)
+    for kind, baselines in (("blind", blind), ("peers", peers)):
+        for name, measures in baselines.items():
+            table.add((kind, name), measures[primary])
+            for template, mask in masks.items():
+                table.add((kind, name, template), measures[primary].where(mask), mask)
+    for template, mask in masks.items():
+        table.add(("model", primary, template), table.model[primary].where(mask), mask)
+    table.draw()
+    out = {
+        "n": len(records),
+        "clusters": table.clusters,
+        "primary": primary,
+        "corrected": {name: table.estimate(("model", name)) for name in table.model},
+        "published": _published(task, records, config.text),
+        "blind": {name: _values(measures) for name, measures in blind.items()},
+        "peers": {name: _values(measures) for name, measures in peers.items()},
+        "margin": table.margin(primary, "blind", list(blind)),
+        "peer_margin": table.margin(primary, "peers", list(peers)),
+        "protocol": protocol,
+        "notes": _notes(task, blind, table.clusters),
+        "templates": {
+            template: {
+                "n": int(mask.sum()),
+                **table.estimate(("model", primary, template)),
+                "blind": {name: table.value(("blind", name, template)) for name in blind},
+                "margin": table.margin(primary, "blind", list(blind), template),
+            }
+            for template, mask in masks.items()
+        },
+    }
+    if task == "vqa":
+        closed = sum(is_closed(record["meta"]) for record in records)
+        out |= {"n_open": len(records) - closed, "n_closed": closed}
+    return out
+
+
+class _Table:
+    """Named measures of the same records, drawn together so that differences are paired."""
+
+    def __init__(self, records: Sequence[Record], metrics: Sequence[Metric], config: Config):
+        self._records, self._metrics = records, metrics
+        self._resamples, self._seed = config.evaluate.bootstrap, config.seed
+        self._names = np.array([record["cluster"] for record in records])
+        self.clusters = len(set(self._names.tolist()))
+        every = self._measured([record["prediction"] for record in records])
+        # A metric that no record counts for (open questions, where all are closed) is left out.
+        self.model = {
+            name: measure for name, measure in every.items() if name == metrics[0].name or np.isfinite(measure.value)
+        }
+        self._measures: dict[tuple[str, ...], Measure] = {}
+        self._several: dict[tuple[str, ...], bool] = {}  # whether more than one cluster counts
+        self._draws: dict[tuple[str, ...], np.ndarray] = {}
+
+    def _measured(self, predictions: Sequence[str]) -> Measures:
+        given = [cast(Record, {**r, "prediction": p}) for r, p in zip(self._records, predictions, strict=True)]
+        return {metric.name: metric(given) for metric in self._metrics}
+
+    def of_baselines(self, kind: str) -> dict[str, Measures]:
+        """Baseline -> measures, of the baselines that answered every record."""
+        answers = [cast(Mapping[str, Mapping[str, str]], record).get(kind) or {} for record in self._records]
+        names = [name for name in answers[0] if all(name in given for given in answers)]
+        found = {name: self._measured([given[name] for given in answers]) for name in names}
+        return {name: {key: m for key, m in every.items() if key in self.model} for name, every in found.items()}
+
+    def add(self, key: tuple[str, ...], measure: Measure, mask: np.ndarray | None = None) -> None:
+        self._measures[key] = measure
+        counted = self._names if mask is None else self._names[mask]
+        self._several[key] = len(set(counted.tolist())) > 1
+
+    def draw(self) -> None:
+        draws = resample(list(self._measures.values()), self._names.tolist(), self._resamples, self._seed)
+        self._draws = dict(zip(self._measures, draws, strict=True))
+
+    def value(self, key: tuple[str, ...]) -> float:
+        return self._measures[key].value
+
+    def estimate(self, key: tuple[str, ...]) -> dict[str, Any]:
+        return {"value": self.value(key), "ci95": interval(self._draws[key]) if self._several[key] else None}
+
+    def margin(self, primary: str, kind: str, names: Sequence[str], *template: str) -> dict[str, Any] | None:
+        """The model minus the best of the baselines on the primary metric, paired; None without a baseline."""
+        ours = ("model", primary, *template)
+
+        def rank(name: str) -> float:
+            value = self.value((kind, name, *template))
+            return value if np.isfinite(value) else -np.inf
+
+        best = max(names, key=rank, default=None)
+        if best is None:
+            return None
+        theirs = (kind, best, *template)
+        return {
+            "baseline": best,
+            "value": self.value(ours) - self.value(theirs),
+            "ci95": interval(self._draws[ours] - self._draws[theirs]) if self._several[ours] else None,
+        }
+
+
+def _values(measures: Measures) -> dict[str, float]:
+    return {name: measure.value for name, measure in measures.items()}
+
+
+def _notes(task: str, blind: Mapping[str, Any], clusters: int) -> list[str]:
+    notes = [] if clusters > 1 else ["all examples stand in one cluster, so there are no intervals"]
+    if not set(blind) - {PERMUTED}:
+        notes.append("no training example of the task, so no blind baseline is fitted")
+    if PERMUTED not in blind and task in VISUAL_TASKS:
+        notes.append(
+            "no answers to permuted images: one image belongs to over half of the examples, or the answers "
+            "are another tool's"
+        )
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------
+# As published
+# ---------------------------------------------------------------------------------------------
+
+
+def _published(task: str, records: Sequence[Record], text: TextConfig) -> Mapping[str, float | str]:
+    """Scores by the published rules; {} for qa, which Uni-Med's code does not evaluate.
+
+    Those of vqa are Med-MoE's, in per cent, if a chat form asks, else Uni-Med's.
+    """
+    predictions = [record["prediction"] for record in records]
+    if task == "refer":
+        boxes = [cast(tuple[float, float, float, float], record["box"]) for record in records]
+        sizes = [cast(tuple[int, int], record["image_size"]) for record in records]
+        return refer_report(predictions, boxes, sizes)
+    references = [record["reference"] for record in records]
+    if task == "vqa" and form_of(text).published == "Med-MoE":
+        kinds = [record["meta"].get("answer_type", "") for record in records]
+        return medmoe_report(list(zip(predictions, references, strict=True)), kinds)
+    if text.max_words is not None:
+        references = [cut_words(reference, text.max_words) for reference in references]
+    pairs = list(zip(map(clean_prediction, predictions), references, strict=True))
+    if task == "vqa":
+        return _flat(vqa_report(pairs, [is_closed(record["meta"]) for record in records]))
+    if task == "identify":
+        return identify_report(pairs)
+    if task == "cls":
+        return {"accuracy": answer_report(pairs, published_equal)["accuracy"]}
+    return report_scores(pairs) if task == "caption" else {}
+
+
+def _flat(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{"all": {"f1": 1}, "open": {"f1": 0}} -> {"f1": 1, "open_f1": 0}."""
+    return {
+        name if part == "all" else f"{part}_{name}": value
+        for part in ("all", "open", "closed")
+        for name, value in parts.get(part, {}).items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Several sets
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What one unit gave: its place in metrics.json, its metrics, its records and their scores."""
+
+    set: str
+    split: str
+    task: str
+    metrics: tuple[Metric, ...]
+    records: Sequence[Record]
+    scores: Mapping[str, Any]
+
+
+def pooled(parts: Sequence[Scored], config: Config) -> dict[str, Any]:
+    """The scores of one split and task over several sets, as if they were one.
+
+    Templates and clusters carry the set's id, so that equal names stay apart. Baselines and metrics are those that
+    all sets have.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        templates = {f"{first.set}/{name}": part for name, part in first.scores["templates"].items()}
+        return {**first.scores, "templates": templates}
+    records = [_prefixed(record, part.set) for part in parts for record in part.records]
+    shared = [metric for metric in first.metrics if all(metric in part.metrics for part in parts)]
+    if not shared:
+        names = ", ".join(part.set for part in parts)
+        return {"n": len(records), "notes": [f"{names} have no metric in common, so they are not pooled"]}
+    protocol = "+".join(part.scores["protocol"] for part in parts)
+    return score(first.task, records, config, shared, protocol)
+
+
+def _prefixed(record: Record, name: str) -> Record:
+    changed = {key: f"{name}/{value}" if (value := record[key]) else value for key in ("cluster", "template")}
+    return cast(Record, {**record, **changed})
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics.json
+# ---------------------------------------------------------------------------------------------
+
+
+def leading_split(splits: Sequence[str]) -> str:
+    """The split that reports show first: test if it was scored, else the first one."""
+    return "test" if "test" in splits or not splits else splits[0]
+
+
+def summarise(
+    config: Config,
+    scored: Sequence[Scored],
+    data: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str] = (),
+    step: int | None = None,
+    routing: Mapping | None = None,
+) -> dict[str, Any]:
+    """The content of metrics.json.
+
+    `data`: set id -> {checksum, licence, citation, note, cluster_word}. Of `routing` (see report/) everything but the
+    arrays is kept.
+    """
+    sets: dict[str, dict] = {}
+    groups: dict[str, dict[str, list[Scored]]] = {}
+    for part in scored:
+        sets.setdefault(part.set, {}).setdefault(part.split, {})[part.task] = part.scores
+        groups.setdefault(part.split, {}).setdefault(part.task, []).append(part)
+    checksums = [entry["checksum"] for entry in data.values()]
+    together = hashlib.sha256("".join(checksums).encode()).hexdigest()
+    summary = {
+        "schema": SCHEMA,
+        "name": config.name,
+        "config_hash": config_hash(config),
+        "step": step,
+        "data_checksum": checksums[0] if len(checksums) == 1 else together,
+        "code_version": code_version(),
+        "fidelity": config.fidelity,
+        "knobs": {key: operator.attrgetter(key)(config) for key in FIDELITY["default"]},
+        "seed": config.seed,
+        "evaluate": to_dict(config.evaluate),
+        "data": data,
+        "notes": list(notes),
+        "split": leading_split(list(groups)),
+        "sets": sets,
+        "pooled": {
+            split: {task: pooled(parts, config) for task, parts in tasks.items()} for split, tasks in groups.items()
+        },
+    }
+    if routing is not None:
+        summary["routing"] = {key: value for key, value in routing.items() if key != "maps"}
+    return plain(summary)

@@ -1,0 +1,154 @@
+"""Prepares a training run: everything that the loop needs, as one object."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unimed_jax import processes
+from unimed_jax.config import Config, config_hash
+from unimed_jax.data.datasets import open_sources
+from unimed_jax.data.example import Dataset
+from unimed_jax.data.pipeline import Pipeline
+from unimed_jax.data.tokenizer import Tokenizer
+from unimed_jax.errors import UserError
+from unimed_jax.interruption import claim
+from unimed_jax.model import sharding
+from unimed_jax.model.parameters import with_parameters
+from unimed_jax.model.unimed import UniMed
+from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.runs.open import base_note, check_base, initial_leaves
+from unimed_jax.train.optimizer import learning_rate
+from unimed_jax.train.program import Program, build, make_mesh
+from unimed_jax.train.step import TrainState, first_state
+from unimed_jax.train.validate import Validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run has found out on its way, besides weights and moments: it goes into every checkpoint's note."""
+
+    best: float | None = None  # value of config.train.best
+    best_step: int | None = None  # steps done when it was measured
+    waited: int = 0  # measurements since then
+    finished: bool = False  # stopped early, after config.train.patience of them
+    steps: int = 0  # config.train.steps, when the note was written
+    schedule_start: int = 0  # step at which the learning rate's schedule began
+
+    def measured(self, value: float, done: int, config: Config) -> "Progress":
+        """The progress after one more measurement of config.train.best; a NaN is never better."""
+        sign = 1 if config.train.best_mode == "max" else -1
+        if value == value and (self.best is None or sign * value > sign * self.best):
+            return dataclasses.replace(self, best=value, best_step=done, waited=0)
+        waited = self.waited + 1
+        return dataclasses.replace(self, waited=waited, finished=0 < config.train.patience <= waited)
+
+    def learning_rate(self, step: int, config: Config) -> float:
+        """The rate of step `step`: the schedule spans the steps since its start."""
+        first = self.schedule_start
+        return learning_rate(step - first, config.train.steps - first, config.optimizer)
+
+
+@dataclasses.dataclass
+class Start:
+    """A run that is ready for its next step. `state` and `progress` change as it trains, the rest stays."""
+
+    config: Config
+    folder: Path
+    datasets: Sequence[Dataset]
+    tokenizer: Tokenizer
+    pipeline: Pipeline
+    validation: Validation
+    program: Program
+    state: TrainState
+    frozen: dict[str, Any]  # path -> leaf that does not train
+    sources: Mapping[str, str]  # path -> where the leaf came from
+    base: Mapping[str, dict]  # leaves that checkpoints do not hold: source and fingerprint of each
+    checkpoints: Checkpoints
+    progress: Progress
+
+    @property
+    def done(self) -> int:
+        """Steps done."""
+        return int(self.state.step)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.finished or self.done >= self.config.train.steps
+
+    @property
+    def model(self) -> UniMed:
+        return with_parameters(self.program.model, {**self.frozen, **self.state.leaves})
+
+    def saved_leaves(self) -> dict[str, Any]:
+        """What a checkpoint holds of the model: leaves that train, and those that no file could give back."""
+        random = {path: leaf for path, leaf in self.frozen.items() if path not in self.base}
+        return {**random, **self.state.leaves}
+
+    def save(self, done: int) -> None:
+        """Writes a checkpoint in the background."""
+        note = {
+            "config_hash": config_hash(self.config),
+            "rows_read": done * self.config.data.rows,
+            "base": self.base,
+            "progress": dataclasses.asdict(self.progress),
+        }
+        moments = (self.state.step, self.state.moments)
+        self.checkpoints.save(done, self.saved_leaves(), moments, note, best=self.progress.best_step)
+
+
+def prepare(config: Config, folder: Path) -> Start:
+    """Opens data, weights and the newest checkpoint in `folder`, and builds the training program.
+
+    Of several processes each calls it. Raises UserError for what is missing or does not fit.
+    """
+    # ---- files, data, text -------------------------------------------------------------------------
+    claim(folder)
+    with processes.leader_first("inputs"):
+        write_config(folder, config)
+        datasets = open_sources(config.data)
+        tokenizer = load_text(folder, config, datasets)
+    pipeline = Pipeline(datasets, config, tokenizer)
+
+    # ---- program -----------------------------------------------------------------------------------
+    program = build(config, make_mesh(config), tokenizer.coordinate_start)
+    validation = Validation(config, datasets, tokenizer, program)
+
+    # ---- weights -----------------------------------------------------------------------------------
+    with sharding.inside(program.mesh):
+        leaves, sources = initial_leaves(config, tokenizer, program.mesh)
+        frozen = {path: leaves[path] for path in program.frozen}
+        base = base_note({path: leaf for path, leaf in frozen.items() if sources[path] != "seed"}, sources)
+        state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer, program.mesh)
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
+    start = Start(
+        config, folder, datasets, tokenizer, pipeline, validation, program, state, frozen, sources, base, checkpoints,
+        Progress(steps=config.train.steps),
+    )  # fmt: skip
+
+    # ---- where it stopped --------------------------------------------------------------------------
+    if checkpoints.latest() is not None:
+        _continue(start)
+    if program.mesh is None:
+        # Restored arrays belong to a device, fresh ones do not: without this the step would compile twice.
+        start.state, start.frozen = jax.device_put((start.state, start.frozen), jax.local_devices()[0])
+    return start
+
+
+def _continue(start: Start) -> None:
+    """Replaces weights, moments and progress by those of the newest checkpoint."""
+    state, config = start.state, start.config
+    weights, rest, note = start.checkpoints.restore(start.saved_leaves(), (state.step, state.moments))
+    check_base(start.folder, note["base"], start.base)
+    start.frozen |= {path: leaf for path, leaf in weights.items() if path not in state.leaves}
+    start.state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
+    progress = Progress(**note["progress"])
+    if progress.steps != config.train.steps:  # raised: `write_config` allowed it
+        begin = start.done if config.train.longer == "restart" else progress.schedule_start
+        progress = dataclasses.replace(progress, steps=config.train.steps, schedule_start=begin)
+    start.progress = progress
+    if progress.steps < start.done:
+        raise UserError(f"{start.folder} has done {start.done} steps, more than config.train.steps={progress.steps}.")
