@@ -29,6 +29,7 @@ from unimed_jax.data import images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.model.generate import generate
+from unimed_jax.model.parameters import parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import prompt_batch
 from unimed_jax.train.loss import answer_logits
@@ -170,7 +171,9 @@ def main() -> None:
         if not folder.exists():
             scores = run.folder / "metrics.json"
             metrics = json.loads(scores.read_text()) if scores.is_file() else None
-            export_unimed_hf(folder, run.config, run.model, tokenizer_folder(run.folder, run.config), metrics)
+            export_unimed_hf(
+                folder, run.config, parameters(run.model), tokenizer_folder(run.folder, run.config), metrics
+            )
         dataset = joined(open_sources(run.config.data))
         examples = chosen(dataset.examples("test"), known.examples)
         pixels = [[dataset.image(key) for key in e.images] for e in examples]

@@ -1,13 +1,13 @@
-"""Defines `UserError`, the one exception whose text is written for the user, and suggests similar words for it."""
+"""Defines `UserError`, the one exception whose text is written for the user."""
 
 import difflib
 
 
 class UserError(Exception):
-    """Reports a mistake that the user can mend, in one sentence: what is wrong, where, and what to do."""
+    """Reports a mistake that the user can mend: one sentence of what is wrong, where, what to do."""
 
 
 def nearest(word: str, choices) -> str:
-    """Ends a sentence with `; did you mean 'X'?` if one of `choices` is similar to `word`, else with a full stop."""
+    """Ends a sentence with `; did you mean 'X'?` if a choice is similar, else with a full stop."""
     match = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else "."

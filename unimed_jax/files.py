@@ -11,7 +11,7 @@ from unimed_jax.errors import UserError
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary folder to write into; it becomes `path` on success and is removed on an error.
+    """Gives a temporary folder; it becomes `path` on success and is removed on an error.
 
     Raises UserError if `path` exists and is not an empty folder, or if it cannot be written.
     """
@@ -33,7 +33,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path to write; the file replaces `path` on success and is removed on an error.
+    """Gives a temporary path; its file replaces `path` on success and is removed on an error.
 
     Raises UserError if the file cannot be written.
     """
@@ -50,14 +50,16 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, error: BaseException) -> BaseException:
-    """Turns an error of the operating system into a UserError about `path`; other errors stay as they are."""
+    """Turns an error of the operating system into a UserError about `path`; keeps other errors."""
     if isinstance(error, OSError):
-        return UserError(f"{path} could not be written ({error.strerror or error}) and nothing of it was kept.")
+        return UserError(
+            f"{path} could not be written ({error.strerror or error}) and nothing of it was kept.",
+        )
     return error
 
 
 def _flush(file: Path) -> None:
-    """Waits until a file's content is on the disk, because a rename may get there before the content does."""
+    """Waits until a file's content is on the disk; a rename could get there before it."""
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

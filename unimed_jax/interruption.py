@@ -1,4 +1,4 @@
-"""Ends a run early in an orderly way: after a signal, on a full disk, or if another run uses the same folder."""
+"""Ends a run in an orderly way: after a signal, on a full disk, or if its folder is in use."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ def _name(number: int) -> str:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Makes SIGTERM and Ctrl-C raise `Stopped` at once inside the block, except while `Interruption` delays them."""
+    """Makes SIGTERM and Ctrl-C raise `Stopped` inside the block, unless `Interruption` delays them."""
 
     def stop(number, frame):
         raise Stopped(number)
@@ -44,7 +44,7 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """Handles the signals of these numbers inside the block, and restores the old handlers after it."""
+    """Handles these signals inside the block, and restores the old handlers after it."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -54,7 +54,7 @@ def _handling(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[No
 
 
 class Interruption:
-    """Delays SIGTERM and the first Ctrl-C until the current step is done; a second Ctrl-C ends the process.
+    """Delays SIGTERM and the first Ctrl-C until the step is done; a second Ctrl-C ends the process.
 
     with Interruption() as interruption:
         for ...:
@@ -63,8 +63,9 @@ class Interruption:
                 ...  # save
                 raise interruption.stopped(steps_done)
 
-    Several processes must stop after the same step, whichever of them got the signal. They agree on it through jax's
-    preemption service, which listens for SIGTERM itself and stops working if Python installs its own handler.
+    Several processes must stop after the same step, whichever of them got the signal. They agree on
+    it through jax's preemption service, which listens for SIGTERM itself and stops working if
+    Python installs its own handler.
     """
 
     def __init__(self) -> None:
@@ -91,15 +92,21 @@ class Interruption:
         again = number == self._number == signal.SIGINT
         # os.write, because the signal may come in the middle of a print.
         if again:
-            os.write(2, b"\nunimed_jax: stopped at once; the same command continues from the last checkpoint.\n")
+            os.write(
+                2,
+                b"\nunimed_jax: stopped at once; the same command continues from the last checkpoint.\n",
+            )
             os._exit(128 + number)
-        os.write(2, f"\n{_name(number)}: finishing this step and saving (Ctrl-C twice stops at once)\n".encode())
+        os.write(
+            2,
+            f"\n{_name(number)}: finishing this step and saving (Ctrl-C twice stops at once)\n".encode(),
+        )
         self._number = number
         if number == signal.SIGINT and not self._single:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self) -> bool:
-        """Says whether to stop after this step. Every process must ask exactly once after every step."""
+        """Says whether to stop now; every process must ask exactly once after every step."""
         if self._single:
             return self._number is not None
         from jax.experimental import multihost_utils
@@ -119,8 +126,8 @@ _claims: dict[Path, TextIO] = {}  # lock file -> the open file that holds the lo
 def claim(folder: Path) -> None:
     """Locks `folder` against other runs until this process ends, however it ends.
 
-    The lock outlives training, because the evaluation writes there, too. If a run has several processes, the first
-    one locks for all. Raises UserError if another run has the lock.
+    The lock outlives training, because the evaluation writes there, too. If a run has several
+    processes, the first one locks for all. Raises UserError if another run has the lock.
     """
     import jax
 
@@ -139,7 +146,10 @@ def claim(folder: Path) -> None:
             f"{folder} is in use by the run of {owner}; wait until that has ended, or choose another --workdir."
         ) from error
     except OSError as error:  # some network file systems do not support locks
-        print(f"unimed_jax: {folder} cannot be locked ({error.strerror}); start no second run in it.", file=sys.stderr)
+        print(
+            f"unimed_jax: {folder} cannot be locked ({error.strerror}); start no second run in it.",
+            file=sys.stderr,
+        )
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
     lock.flush()
@@ -152,13 +162,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def explain_full_disk() -> Iterator[None]:
-    """Turns any error that a full disk caused, directly or through other errors, into one UserError."""
+    """Turns an error that a full disk caused, directly or through other errors, into a UserError."""
     try:
         yield
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            # The library that writes arrays raises ValueErrors that quote the system's error number.
+            # The library that writes arrays raises ValueErrors that quote the system's error
+            # number.
             quoted = re.search(r"os_error_code='(\d+)'", str(cause))
             number = int(quoted[1]) if quoted else getattr(cause, "errno", None)
             if number in FULL:
@@ -172,5 +183,8 @@ def explain_full_disk() -> Iterator[None]:
 
 def _place(error: BaseException) -> str:
     """Names the file that an error is about, in parentheses; empty if it names none."""
-    file = getattr(error, "filename", None) or next(iter(re.findall(r'"(/[^"]+)"', str(error))), None)
+    file = getattr(error, "filename", None) or next(
+        iter(re.findall(r'"(/[^"]+)"', str(error))),
+        None,
+    )
     return f" ({file})" if file else ""

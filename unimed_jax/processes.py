@@ -1,9 +1,10 @@
 """Lets several processes work as one run: how they connect, and which one writes.
 
 The environment says whether a process belongs to a run of several (the scripts in launch/ set it):
-JAX_NUM_PROCESSES=auto if the machine knows the others, as a TPU pod does, else a number together with JAX_PROCESS_ID
-and JAX_COORDINATOR_ADDRESS. All processes run the same program; only process 0 logs and writes what is not sharded.
-The functions import jax themselves, so that --help does not wait for it.
+JAX_NUM_PROCESSES=auto if the machine knows the others, as a TPU pod does, else a number together
+with JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS. All processes run the same program; only process 0
+logs and writes what is not sharded. The functions import jax themselves, so that --help does not
+wait for it.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ DEAD_AFTER = 30  # seconds without a heartbeat until a process counts as dead
 
 
 def join() -> None:
-    """Connects to the other processes of the run, if there are any; must be called before any device is used.
+    """Connects to the other processes of the run, if any, before any device is used.
 
     Raises UserError if the environment is incomplete.
     """
@@ -32,13 +33,21 @@ def join() -> None:
     if count == "auto":
         jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_AFTER)
         return
-    number, address = os.environ.get("JAX_PROCESS_ID", ""), os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    number, address = (
+        os.environ.get("JAX_PROCESS_ID", ""),
+        os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
+    )
     if not (count.isdigit() and number.isdigit() and int(number) < int(count) and ":" in address):
         raise UserError(
             f"JAX_NUM_PROCESSES={count!r} needs JAX_PROCESS_ID below it (not {number!r}) and JAX_COORDINATOR_ADDRESS="
             f"host:port (not {address!r}); set all three, or none for a single process."
         )
-    jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=DEAD_AFTER)
+    jax.distributed.initialize(
+        address,
+        int(count),
+        int(number),
+        heartbeat_timeout_seconds=DEAD_AFTER,
+    )
 
 
 def leads() -> bool:
@@ -56,7 +65,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
-    """Lets process 0 run the block before the other processes do, so that they find the files that it wrote."""
+    """Lets process 0 run the block before the others, so that they find the files that it wrote."""
     import jax
 
     if jax.process_count() == 1:
@@ -94,7 +103,7 @@ def gathered(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """Ends this process with one sentence if another process of the run has died, because no step can finish then."""
+    """Ends this process with one sentence if another one has died: no step can finish then."""
     try:
         yield
     except RuntimeError as error:
@@ -102,7 +111,10 @@ def explain_lost_process() -> Iterator[None]:
 
         if not isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        if jax.process_count() == 1 or not re.search("Gloo|NCCL|UNAVAILABLE|ABORTED|[Cc]oordination|peer", str(error)):
+        if jax.process_count() == 1 or not re.search(
+            "Gloo|NCCL|UNAVAILABLE|ABORTED|[Cc]oordination|peer",
+            str(error),
+        ):
             raise
         print(
             f"unimed_jax: process {jax.process_index()} of {jax.process_count()} has lost another one "

@@ -31,12 +31,18 @@ def code_version() -> str:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy may lie inside an unrelated checkout, so the commit counts only if it tracks this file.
+    # An installed copy may lie inside an unrelated checkout, so the commit counts only if it tracks
+    # this file.
     if git("ls-files", "--error-unmatch", __file__) is None:
         return version
     commit = git("rev-parse", "--short=7", "HEAD")

@@ -16,11 +16,16 @@ class LeafRule(NamedTuple):
     weight_decay: float
 
 
-def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerConfig) -> dict[str, LeafRule]:
+def leaf_rules(
+    paths: Iterable[str],
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+) -> dict[str, LeafRule]:
     """Finds the rule of every leaf, by path: the first of `train.rules` whose pattern matches.
 
-    A rule without a weight decay follows the published grouping: biases and norm scales are not decayed, everything
-    else is (task tokens and LoRA, too). Raises UserError if a leaf matches no pattern, or a pattern no leaf.
+    A rule without a weight decay follows the published grouping: biases and norm scales are not
+    decayed, everything else is (task tokens and LoRA, too). Raises UserError if a leaf matches no
+    pattern, or a pattern no leaf.
     """
     rules: dict[str, LeafRule] = {}
     used = set()
@@ -34,17 +39,27 @@ def leaf_rules(paths: Iterable[str], train: TrainConfig, optimizer: OptimizerCon
                 used.add(rule.match)
                 break
         else:
-            raise UserError(f"config.train.rules: no pattern matches the parameter {path!r}; add one, last match='*'.")
+            raise UserError(
+                f"config.train.rules: no pattern matches the parameter {path!r}; add one, last match='*'.",
+            )
     for pattern in (rule.match for rule in train.rules):
-        if pattern not in used and pattern != "*" and not any(fnmatch.fnmatchcase(p, pattern) for p in paths):
-            raise UserError(f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}")
+        if pattern in used or pattern == "*":
+            continue
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            raise UserError(
+                f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}",
+            )
     return rules
 
 
 def leaf_dtypes(rules: Mapping[str, LeafRule], frozen_dtype: str) -> dict[str, str]:
     """Chooses how every leaf is stored, by path: float32 if it trains, else `frozen_dtype`.
 
-    Routers of experts stay float32 as well, because rounding their weights would change which expert is chosen.
+    Routers of experts stay float32 as well, because rounding their weights would change which
+    expert is chosen.
     """
     exact = "decoder/layers/moe/router/"
-    return {path: "float32" if rule.train or path.startswith(exact) else frozen_dtype for path, rule in rules.items()}
+    dtypes = {}
+    for path, rule in rules.items():
+        dtypes[path] = "float32" if rule.train or path.startswith(exact) else frozen_dtype
+    return dtypes

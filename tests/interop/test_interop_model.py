@@ -37,7 +37,7 @@ from unimed_jax.interop.families.unimed_hf import (
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.vision import normalise
-from unimed_jax.predict.predictor import answerer
+from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -143,7 +143,7 @@ def exported(tokenizer_folder, tmp_path_factory):
         config = settings_of(tiny.config(**parts))
         model = random_model(config.model)
         folder = tmp_path_factory.mktemp("exported") / re.sub(r"\W+", "_", name)
-        export_unimed_hf(folder, config, model, tokenizer_folder)
+        export_unimed_hf(folder, config, parameters(model), tokenizer_folder)
         return config, model, folder
 
     return make
@@ -162,6 +162,11 @@ def asked():
     return examples, pixels
 
 
+def answers(model, config, tokenizer, examples, pixels) -> list[str]:
+    requests = [Request(e.task, e.question, tuple(own)) for e, own in zip(examples, pixels, strict=True)]
+    return Predictor(model, config, tokenizer).answers(requests)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
     """Six tasks in one left-padded batch: tokens, and logits along them; tokens and texts of two alone."""
@@ -174,7 +179,7 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
         assert record["largest"] > 0.5  # of a size at which the tolerance says something
     assert [r["task"] for r in records] == list(TASKS)
     examples, pixels = asked
-    together, texts = theirs.tokens(examples, pixels), answerer(model, config, tokenizer)(examples, pixels)
+    together, texts = theirs.tokens(examples, pixels), answers(model, config, tokenizer, examples, pixels)
     assert len({tuple(row) for row in together}) > 1
     for i in (0, 5):
         assert theirs.tokens(examples[i : i + 1], pixels[i : i + 1]) == together[i : i + 1]
@@ -197,10 +202,10 @@ def test_adapters_and_tasks_matter(exported, asked, torch):
     with torch.no_grad():
         tokens = [peer.model.image_tokens(image, task) for task in VISUAL_TASKS]
     assert all((tokens[0] - other).abs().max() > 100 * TOLERANCE for other in tokens[1:])
-    merged, plain = merged_leaves(model), parameters(model)
-    assert not any("lora" in path for path in merged)
+    folded, plain = merged(model), parameters(model)
+    assert not any("lora" in path for path in folded)
     path = "decoder/layers/attention/q/kernel"
-    assert np.abs(merged[path] - plain[path]).max() > 100 * TOLERANCE
+    assert np.abs(folded[path] - plain[path]).max() > 100 * TOLERANCE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ def test_prompts_are_those_of_evaluation(rules, exported, torch, tokenizer_folde
     config = settings_of(config.model, **RULES[rules])
     peer, tokenizer = torch_answers.Torch(folder), Tokenizer.load(tokenizer_folder)
     stored = unimed_hf.published_shapes(
-        unimed_hf.exported_table(portable(config).model), merged_leaves(exported("as published")[1])
+        unimed_hf.exported_table(portable(config).model), merged(exported("as published")[1])
     )
     peer.model.config = type(peer.model.config)(**unimed_hf.hub_config(config, tokenizer, stored))
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
@@ -303,6 +308,11 @@ def same_bits(a, b) -> None:
         assert a[path].dtype == b[path].dtype and bool((a[path] == b[path]).all()), path
 
 
+def merged(model):
+    """The leaves of a model, adapters folded in."""
+    return {path: np.asarray(leaf) for path, leaf in merged_leaves(model.config, parameters(model)).items()}
+
+
 def leaves_of(folder):
     """All leaves of an exported folder."""
     model = exported_config(folder).model
@@ -315,7 +325,7 @@ def test_read_back_to_the_bit(name, exported):
     assert is_exported(folder)
     again = exported_config(folder)
     leaves = leaves_of(folder)
-    same_bits(leaves, merged_leaves(model))
+    same_bits(leaves, merged(model))
     assert leaves.keys() == parameters(abstract(again.model)).keys()
     assert again.text.tokenizer == str(folder)
     assert again.model == from_config_dict(to_dict(portable(config))).model
@@ -327,8 +337,8 @@ def test_what_is_read_back_answers_the_same(exported, asked, tokenizer_folder):
     config, model, folder = exported("as published")
     again = exported_config(folder)
     opened = with_parameters(abstract(again.model), leaves_of(folder))
-    texts = answerer(opened, again, Tokenizer.load(folder))(*asked)
-    assert texts == answerer(model, config, Tokenizer.load(tokenizer_folder))(*asked)
+    texts = answers(opened, again, Tokenizer.load(folder), *asked)
+    assert texts == answers(model, config, Tokenizer.load(tokenizer_folder), *asked)
 
 
 def test_saved_again_by_transformers(exported, torch, tmp_path):
@@ -336,7 +346,7 @@ def test_saved_again_by_transformers(exported, torch, tmp_path):
     _, model, folder = exported("block, sparse on the visual token, as CLIP, tied")
     peer = torch_answers.Torch(folder)
     peer.model.save_pretrained(tmp_path / "again")
-    same_bits(leaves_of(tmp_path / "again"), merged_leaves(model))
+    same_bits(leaves_of(tmp_path / "again"), merged(model))
 
 
 def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
@@ -344,7 +354,7 @@ def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
     config, model, _ = exported("constant")
     halved = {k: v.astype(jnp.bfloat16) for k, v in parameters(model).items() if not k.startswith("connector")}
     model = with_parameters(model, halved)
-    export_unimed_hf(tmp_path / "out", config, model, tokenizer_folder)
+    export_unimed_hf(tmp_path / "out", config, parameters(model), tokenizer_folder)
     same_bits(leaves_of(tmp_path / "out"), parameters(model))
     assert torch_answers.Torch(tmp_path / "out").model.dtype == torch.float32
 
@@ -353,11 +363,11 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
     config, model, _ = exported("as published")
     monkeypatch.setattr(unimed_hf, "write_safetensors", functools.partial(unimed_hf.write_safetensors, limit=20_000))
     out = tmp_path / "out"
-    export_unimed_hf(out, config, model, tokenizer_folder)
+    export_unimed_hf(out, config, parameters(model), tokenizer_folder)
     index = out / "model.safetensors.index.json"
     files = sorted({*json.loads(index.read_text())["weight_map"].values()})
     assert len(files) > 2
-    same_bits(leaves_of(out), merged_leaves(model))
+    same_bits(leaves_of(out), merged(model))
 
     def refused(match):
         with pytest.raises(UserError, match=match) as error:
@@ -365,7 +375,7 @@ def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, 
         assert "\n" not in str(error.value) and str(error.value)[-1] in ".?"
 
     with pytest.raises(UserError, match="exists already"):
-        export_unimed_hf(out, config, model, tokenizer_folder)
+        export_unimed_hf(out, config, parameters(model), tokenizer_folder)
     whole = (out / files[1]).read_bytes()
     (out / files[1]).unlink()
     refused(f"names the file '{files[1]}', which is not next to it")
@@ -414,7 +424,7 @@ def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path
         export_unimed_hf(
             tmp_path / "out",
             dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=odd)),
-            model,
+            parameters(model),
             tokenizer_folder,
         )
     assert list(tmp_path.iterdir()) == []
@@ -423,7 +433,7 @@ def test_nothing_is_left_of_a_failed_export(exported, tokenizer_folder, tmp_path
 def test_code_in_the_folder_is_not_run_by_us(exported, tokenizer_folder, tmp_path):
     config, model, _ = exported("linear")
     out = tmp_path / "out"
-    export_unimed_hf(out, config, model, tokenizer_folder)
+    export_unimed_hf(out, config, parameters(model), tokenizer_folder)
     (out / "modeling_unimed.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     leaves_of(out)
     Tokenizer.load(out)
@@ -456,7 +466,7 @@ def test_the_snippet_of_the_card_in_a_fresh_process(exported, tokenizer_folder, 
     assert done.returncode == 0, done.stderr[-2000:]
     example = dataclasses.replace(examples[0], question="Which plane is this?")
     tokenizer = Tokenizer.load(tokenizer_folder)
-    assert done.stdout == answerer(model, config, tokenizer)([example], pixels[:1])[0] + "\n"
+    assert done.stdout == answers(model, config, tokenizer, [example], pixels[:1])[0] + "\n"
 
 
 def test_the_card(exported, tokenizer_folder, tmp_path):
@@ -496,7 +506,7 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
         },
     }
     scratch = dataclasses.replace(config, init=(("seed", ""),))
-    export_unimed_hf(tmp_path / "out", scratch, model, tokenizer_folder, metrics)
+    export_unimed_hf(tmp_path / "out", scratch, parameters(model), tokenizer_folder, metrics)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| slake | vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |" in card
     assert "| slake | cls | 3 | exact | 0.500 | - |" in card and "config_hash `abc`" in card

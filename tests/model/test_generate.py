@@ -7,7 +7,7 @@ import pytest
 from support import tiny
 
 from unimed_jax.data import layout
-from unimed_jax.model.generate import Sampling, extended_span, generate, pick
+from unimed_jax.model.generate import Sampling, extended_span, generate, pick, stream
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -156,3 +156,26 @@ def test_sampled_generation(model, prompts):
     assert (sample(1) != first).mean() > 0.5
     twins = sample(0, [prompts[0]] * 4)
     assert len(np.unique(twins, axis=0)) == 4 and all(len(set(row)) > 2 for row in twins.tolist())
+
+
+def test_a_rows_own_key_makes_its_draws_independent_of_the_others(model, prompts):
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)))
+    settings = dict(max_new_tokens=NEW, eos=NEVER, pad=tiny.PAD, sampling=Sampling(2.0, 0.9))
+    together = np.asarray(generate(model, batch_of(prompts), key=keys, **settings))
+    alone = np.asarray(generate(model, batch_of(prompts[1:2]), key=keys[1:2], **settings))
+    np.testing.assert_array_equal(alone[0], together[1])
+    assert (together[0] != together[1]).any()
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_streamed_tokens_are_the_generated_ones(model, prompts, expected, chunk):
+    eos = int(expected[0, 2])
+    for ends in (NEVER, eos):
+        pieces = list(stream(model, batch_of(prompts), max_new_tokens=NEW, eos=ends, pad=7, chunk=chunk))
+        whole = greedy(model, batch_of(prompts), eos=ends, pad=7)
+        found = np.concatenate(pieces, axis=1)
+        np.testing.assert_array_equal(found, whole[:, : found.shape[1]])
+        assert (whole[:, found.shape[1] :] == 7).all()
+        assert pieces[0].shape == (len(prompts), 1) and all(piece.shape[1] <= chunk for piece in pieces)
+    first = list(stream(model, batch_of(prompts[:1]), max_new_tokens=NEW, eos=int(expected[0, 0]), pad=7))
+    assert [piece.tolist() for piece in first] == [[[expected[0, 0]]]]

@@ -166,7 +166,7 @@ def test_a_run_stands_on_the_weights_that_it_was_trained_on(straight, tmp_path):
 def test_weights_without_a_source_are_named(straight):
     settings = tiny_config()
     settings.init = (("sed", ""),)
-    with pytest.raises(UserError, match="'sed' is no source of weights; did you mean 'seed'"):
+    with pytest.raises(UserError, match="'sed' is not a source of weights; did you mean 'seed'"):
         initial_model(from_config_dict(settings), straight.tokenizer)
     settings.init = (("hf", ""),)
     with pytest.raises(UserError, match=r"config.init gives no connector/.*put \('seed', ''\) first"):

@@ -12,6 +12,8 @@ from unimed_jax.analyze.chain import Stage, trained
 from unimed_jax.config import LossConfig, MeshConfig
 from unimed_jax.data import images, layout
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate.run import quick_scores
+from unimed_jax.evaluate.tasks import open_sets, select, units_of
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.checkpoint import Checkpoints
@@ -104,7 +106,7 @@ def test_the_losses_are_those_of_the_examples_and_training_stays_the_same(tmp_pa
     shape = layout.RowShape(160, 1, 96, config.model.tokens_per_image, 32)
     for task, split in (("vqa", "val"), ("qa", "test"), ("refer", "val")):
         every = [example for example in data.examples(split) if example.task == task]
-        chosen = [every[i * len(every) // 10] for i in range(10)]
+        chosen = select(every, 10)
         groups = []
         for example in chosen:
             pixels = tuple(images.fit(data.image(k), config.data.fit, config.model.vision) for k in example.images)
@@ -165,6 +167,23 @@ def test_a_run_that_patience_ended_is_finished(constant):
     assert trained(stage)
 
 
+def test_metrics_that_an_entry_names_are_scored_and_may_pick_the_best(tmp_path):
+    """The same as scoring the finished model; the train step is not compiled again (the loop counts)."""
+    config = settings(best="token_f1/squares/val/cls", steps=6)
+    entry = dict(source="squares", task="cls", split="val", every=3, limit=10, metrics=("exact_match", "token_f1"))
+    config.evaluate.entries = (entry, dict(entry, task="qa", metrics=()))
+    ended = run(config, tmp_path)
+    names = {name for line in lines(tmp_path) for name in line if name.startswith("val/")}
+    own = {"val/squares/cls/loss", "val/squares/cls/exact_match", "val/squares/cls/token_f1"}
+    assert names == {*own, "val/squares/qa/loss"}
+    units = [unit for unit in units_of(ended.config, open_sets(ended.config.held_out))[0] if unit.task == "cls"]
+    for name, value in quick_scores(ended.model, ended.config, ended.tokenizer, units).items():
+        metric, source, split, task = name.split("/")
+        assert measured(tmp_path, f"{split}/{source}/{task}/{metric}")[6] == value
+    values = measured(tmp_path, "val/squares/cls/token_f1")
+    assert list(values) == [3, 6] and note(tmp_path)["best"] == max(values.values())
+
+
 def test_a_new_best_value_starts_the_count_again():
     config = from_config_dict(settings(best=BEST, best_mode="min", patience=2))
     progress = Progress()
@@ -214,12 +233,12 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
     unknown = settings()
     unknown.evaluate.entries = (dict(source="squars", task="vqa", split="val", every=1),)
     missing = settings((("vqa", "nowhere", 1),))
-    best = settings(best="loss/squares/val/cls", best_mode="min")
+    best = settings(best="recal/squares/val/vqa")
     for number, (config, sentence) in enumerate(
         [
-            (unknown, r"squars/val/vqa names no data set; did you mean 'squares'"),
-            (missing, r"squares/nowhere/vqa has no example; check its split and task"),
-            (best, r"config.train.best='loss/squares/val/cls' is not measured during training.*loss/squares/val/vqa"),
+            (unknown, r"config.evaluate.entries: 'squars' is not the id of a data set; did you mean 'squares'"),
+            (missing, r"config.evaluate.entries: data set 'squares' has no example in split 'nowhere'"),
+            (best, r"config.train.best='recal/squares/val/vqa' is not measured during training.*loss/squares/val/vqa"),
         ]
     ):
         with pytest.raises(UserError, match=sentence):
@@ -235,7 +254,7 @@ def test_eight_devices_measure_what_one_does(constant):
     for axes in (None, {"data": 2, "fsdp": 2, "tensor": 2}):
         mesh = None if axes is None else MAKE_MESH(MeshConfig(auto=False, **axes), config.data.rows)
         program = build(config, mesh)
-        validation = Validation(config, [Squares()], ended.tokenizer, program)
+        validation = Validation(config, ended.tokenizer, program)
         leaves = {path: np.asarray(leaf) for path, leaf in parameters(ended.model).items()}
         if mesh is not None:
             leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))

@@ -1,4 +1,4 @@
-"""Counts how large a model is: total, activated and trainable parameters by module, without making the model."""
+"""Counts total, activated and trainable parameters by module, without making the model."""
 
 import dataclasses
 import fnmatch
@@ -15,7 +15,8 @@ COUNTS = ("total", "activated", "trainable")
 TOP = ("vision", "connector", "decoder")
 DENSE = "the same model with one MLP in place of each set of experts, and no router"
 
-# Path pattern -> name of the module inside its part of the model, in the order of the table; the first match wins.
+# Path pattern -> name of the module inside its part of the model, in the order of the table; the
+# first match wins.
 MODULES = (
     ("vision/[cp]*", "embeddings"),  # cls, patch, positions, pre_norm
     ("vision/blocks/*", "blocks"),
@@ -40,13 +41,14 @@ MODULES = (
 def count(config: Config) -> dict:
     """Counts the parameters of the settings' model from its shapes; the result is JSON-ready.
 
-    "modules": name -> {"total", "activated", "trainable"}. "vision", "connector" and "decoder" (only the language
-    model, as Med-MoE counts) are each followed by what they consist of, as in "decoder/experts"; "all" is the sum of
-    the three. Activated parameters are those that one token of an example with an image is computed with; tables that
-    are only looked up (embedding, positions, task tokens) count whole.
-    "dense": the totals of connector, decoder and all if experts are one MLP (`DENSE`).
-    "ratios": of decoder and all, activated to total and activated to dense.
-    "tower": the total of the published vision encoder, including the blocks that are never run.
+    "modules": name -> {"total", "activated", "trainable"}. "vision", "connector" and "decoder"
+    (only the language model, as Med-MoE counts) are each followed by what they consist of, as in
+    "decoder/experts"; "all" is the sum of the three. Activated parameters are those that one token
+    of an example with an image is computed with; tables that are only looked up (embedding,
+    positions, task tokens) count whole. "dense": the totals of connector, decoder and all if
+    experts are one MLP (`DENSE`). "ratios": of decoder and all, activated to total and activated to
+    dense. "tower": the total of the published vision encoder, including the blocks that are never
+    run.
     """
     modules = _count_modules(config)
     dense = _count_dense(config.model, vision=modules["vision"]["total"])
@@ -57,11 +59,16 @@ def count(config: Config) -> dict:
         }
         for name in ("decoder", "all")
     }
-    return {"modules": modules, "dense": dense, "ratios": ratios, "tower": _tower(config.model.vision)}
+    return {
+        "modules": modules,
+        "dense": dense,
+        "ratios": ratios,
+        "tower": _tower(config.model.vision),
+    }
 
 
 def _count_modules(config: Config) -> dict[str, dict[str, int]]:
-    """Adds every leaf to its module, to its part of the model and to the sum of all; empty modules are left out."""
+    """Adds every leaf to its module, to its part of the model and to "all"; omits empty modules."""
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
     modules: dict[str, dict[str, int]] = {}
@@ -83,7 +90,7 @@ def _count_modules(config: Config) -> dict[str, dict[str, int]]:
 
 
 def _count_dense(model: ModelConfig, vision: int) -> dict[str, int]:
-    """Counts connector, decoder and all of the dense model (`DENSE`), whose vision encoder is the same."""
+    """Counts connector, decoder and all of the dense model, which has the same vision encoder."""
     dense = {"connector": 0, "decoder": 0}
     for path, leaf in parameters(abstract(_dense(model))).items():
         top = path.split("/")[0]
@@ -93,7 +100,7 @@ def _count_dense(model: ModelConfig, vision: int) -> dict[str, int]:
 
 
 def _activated(path: str, size: int, model: ModelConfig) -> int:
-    """Counts the parameters of a leaf that one token uses; all experts have equal shares of a leaf."""
+    """Counts the parameters of a leaf that one token uses; experts have equal shares of a leaf."""
     if path.startswith("decoder/layers/moe/experts/"):
         return size * model.moe.top_k // model.moe.experts
     if path.startswith("connector/experts/"):
@@ -116,7 +123,7 @@ def _dense(model: ModelConfig) -> ModelConfig:
 
 
 def _tower(vision: VisionConfig) -> int:
-    """Counts the whole vision encoder: the blocks after the features and the last norm are published too."""
+    """Counts the whole published vision encoder, with the blocks and the norm after the features."""
     if vision.feature_layer != -1:
         vision = dataclasses.replace(vision, feature_layer=-1, output_norm=True)
     encoder = jax.eval_shape(lambda: VisionEncoder(vision, nnx.Rngs(0)))
@@ -138,24 +145,29 @@ def table(counted: dict, model: ModelConfig) -> str:
     text.append("")
     for name, what in (("decoder", "only the decoder (as Med-MoE counts)"), ("all", "all")):
         ratios = counted["ratios"][name]
+        activated, total = modules[name]["activated"], modules[name]["total"]
         text.append(
-            f"{what}: activated {modules[name]['activated']:,} = {ratios['activated/total']:.1%} of its total "
-            f"{modules[name]['total']:,}, {ratios['activated/dense']:.1%} of dense {dense[name]:,}"
+            f"{what}: activated {activated:,} = {ratios['activated/total']:.1%} of its total "
+            f"{total:,}, {ratios['activated/dense']:.1%} of dense {dense[name]:,}"
         )
     text.append(f"dense: {DENSE}")
     return "\n".join(line.rstrip() for line in text)
 
 
 def _notes(counted: dict, model: ModelConfig) -> dict[str, str]:
-    """Writes the remarks of the table by module: how many layers and experts there are, and how many run."""
+    """Writes the table's remarks, by module: how many layers and experts there are, how many run."""
     connector, moe, vision = model.connector, model.moe, model.vision
     layers = len(moe.numbers(model.decoder.depth))
     notes = {"decoder/MLPs": f"{model.decoder.depth - layers} layers"}
     if layers:
         notes["decoder/experts"] = f"{moe.top_k} of {moe.experts} in each of {layers} layers"
-        notes |= dict.fromkeys(("decoder/meta experts", "decoder/residual MLPs"), f"{layers} layers")
+        notes |= dict.fromkeys(
+            ("decoder/meta experts", "decoder/residual MLPs"),
+            f"{layers} layers",
+        )
     if connector.is_moe:
-        notes["connector/experts"] = f"{_chosen(model)} of {connector.experts} ({connector.router} router)"
+        chosen = _chosen(model)
+        notes["connector/experts"] = f"{chosen} of {connector.experts} ({connector.router} router)"
     if vision.feature_layer != -1:
         run = vision.depth + 1 + vision.feature_layer
         tower = counted["tower"]

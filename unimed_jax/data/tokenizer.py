@@ -7,10 +7,10 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
 
 from unimed_jax.config import TextConfig
 from unimed_jax.data.example import Example
@@ -85,6 +85,21 @@ def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
         yield from (run.text for run in runs_of(form.training(example, i)) if run.text)
 
 
+def _from_folder(folder: Path) -> Any:
+    """Loads the folder's tokenizer with transformers, which is imported only here: it takes a second or more."""
+    config = folder / "tokenizer_config.json"
+    plain = config.is_file() and not (folder / "config.json").exists()
+    if plain and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") == "PreTrainedTokenizerFast":
+        # As `train_tokenizer` writes it. The automatic class would import torch, where that is installed.
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    from transformers import AutoTokenizer
+
+    # Without trust, code in the folder is passed over rather than asked about.
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
 class Tokenizer:
     """A Hugging Face tokenizer as the rest of the code sees it.
 
@@ -118,9 +133,7 @@ class Tokenizer:
         if not Path(folder).is_dir():
             raise UserError(f"tokenizer folder {folder} does not exist; check config.text.tokenizer.")
         try:
-            # Without trust, code in the folder is passed over rather than asked about.
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            return cls(tokenizer, f"tokenizer folder {folder}")
+            return cls(_from_folder(Path(folder)), f"tokenizer folder {folder}")
         except UserError:
             raise
         except Exception as error:  # transformers raises many kinds here

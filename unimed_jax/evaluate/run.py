@@ -29,7 +29,7 @@ from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, s
 from unimed_jax.evaluate.tasks import Source, Training, Unit, open_sets, units_of
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
-from unimed_jax.predict.predictor import answerer
+from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.provenance import code_version, plain, protocol_id
 from unimed_jax.runs.open import Run, initial_leaves
 
@@ -144,13 +144,20 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
     """The model as a function from examples, images and a seed to answers, with the unit's own settings."""
     settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
     config = dataclasses.replace(config, evaluate=settings)
-    greedy = answerer(model, config, tokenizer)
+    predictor = Predictor(model, config, tokenizer)
 
     def answer(examples, images, seed):
-        ask = greedy
-        if settings.temperature:  # by the batch's own seed, so that a continued evaluation draws the same
-            ask = answerer(model, dataclasses.replace(config, seed=seed), tokenizer)
-        return ask(examples, images)
+        requests = [
+            Request(
+                example.task,
+                example.question,
+                tuple(own),
+                seed=(seed + i) % 2**32,  # by the batch's own seed, so that a continued evaluation draws the same
+                id=example.id,
+            )
+            for i, (example, own) in enumerate(zip(examples, images, strict=True))
+        ]
+        return predictor.answers(requests)
 
     return answer
 

@@ -1,9 +1,10 @@
-"""Scaled dot-product attention: one function, with a plain form as the reference and fused kernels for some devices.
+"""Computes attention: a plain form is the reference, and some devices have fused kernels.
 
-The mask that `decoder.visible` makes is data: packed segments, prefixes that several questions share and padding
-differ from row to row. Fused kernels know pairs of segment ids best, but these cannot say that a token sees two
-segments. So both kernels take the mask itself: 1 byte (splash) or 2 bytes (cuDNN) for each pair of tokens and row,
-while the plain form writes several float32 per pair and head. Splash also skips blocks in which no query sees a key.
+The mask that `decoder.visible` makes is data: packed segments, prefixes that several questions
+share and padding differ from row to row. Fused kernels know pairs of segment ids best, but these
+cannot say that a token sees two segments. So both kernels take the mask itself: 1 byte (splash) or
+2 bytes (cuDNN) for each pair of tokens and row, while the plain form writes several float32 per
+pair and head. Splash also skips blocks in which no query sees a key.
 """
 
 import functools
@@ -30,11 +31,13 @@ def attend(
 ) -> Float[Array, "B S heads head"]:
     """Attends with a float32 softmax; groups of heads share keys and values (GQA).
 
-    Scores are q k times `scale` (None: head ** -0.5); with `softcap` they become softcap * tanh(scores / softcap).
-    A query that sees nothing (padding) gets finite values that nothing reads.
+    Scores are q k times `scale` (None: head ** -0.5); with `softcap` they become softcap *
+    tanh(scores / softcap). A query that sees nothing (padding) gets finite values that nothing
+    reads.
 
-    `implementation` is a name from `config.model.attention`. "auto" takes the devices' fused kernel if it can take
-    these arrays, else "xla". Raises UserError if a kernel that was asked for by name cannot take them.
+    `implementation` is a name from `config.model.attention`. "auto" takes the devices' fused kernel
+    if it can take these arrays, else "xla". Raises UserError if a kernel that was asked for by name
+    cannot take them.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if implementation == "auto":
@@ -44,17 +47,19 @@ def attend(
         return _plain(q, k, v, mask, scale, softcap)
     reason = refusal(implementation, q, k, mask, softcap)
     if reason is not None:
-        raise UserError(f"config.model.attention={implementation!r} cannot run here: {reason}; set 'auto'.")
+        raise UserError(
+            f"config.model.attention={implementation!r} cannot run here: {reason}; set 'auto'.",
+        )
     if mask is not None:
-        # Real tokens see themselves already. Padding must too: in these kernels a softmax over nothing, or its
-        # gradient, is NaN.
+        # Real tokens see themselves already. Padding must too: in these kernels a softmax over
+        # nothing, or its gradient, is NaN.
         mask = mask | jnp.eye(q.shape[1], dtype=bool)[None]
     kernel = functools.partial(_FUSED[implementation], scale=scale, softcap=softcap)
     return _on_each_device(kernel, q, k, v, mask)
 
 
 def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | None) -> str | None:
-    """Says why the fused kernel `name` cannot take these arrays on the devices of the trace; None if it can."""
+    """Says why the fused kernel `name` cannot take these arrays here; None if it can."""
     length, head = q.shape[1], q.shape[3]
     here = hardware()
     if name == "splash":
@@ -71,8 +76,8 @@ def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | 
             return "cuDNN's kernel has no soft cap, and config.model.decoder.attention_softcap is set"
     if length != k.shape[2]:
         return f"{length} queries meet {k.shape[2]} keys, and only rows that attend to themselves are fused"
-    # cuDNN's gradients take only even lengths, and under a mask they turned NaN at some of those (pytorch issue
-    # 196678).
+    # cuDNN's gradients take only even lengths, and under a mask they turned NaN at some of those
+    # (pytorch issue 196678).
     multiple = 2 if name == "cudnn" and mask is None else 128
     if length % multiple:
         return f"rows of {length} tokens are not a multiple of {multiple}"
@@ -82,8 +87,8 @@ def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | 
 def hardware() -> str:
     """Names what the program is traced for: "tpu", "nvidia" (Ampere or later), or another platform.
 
-    The mesh in context decides, because a program may be compiled for devices that this machine lacks; without a
-    mesh, the default device decides.
+    The mesh in context decides, because a program may be compiled for devices that this machine
+    lacks; without a mesh, the default device decides.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if described.platform == "gpu":
@@ -100,7 +105,7 @@ def _on_each_device(
     v: Float[Array, "B kv_heads K head"],
     mask: Bool[Array, "B S K"] | None,
 ) -> Float[Array, "B S heads head"]:
-    """Runs a kernel on each device's own rows and heads, because the compiler cannot split it over a mesh."""
+    """Runs a kernel on each device's own rows and heads; the compiler cannot split it over a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(q, k, v, mask)
@@ -126,7 +131,8 @@ def _plain(
     batch, length, heads, head = q.shape
     groups, keys = k.shape[1], k.shape[2]
     repeats = heads // groups
-    # Plain batched products over contiguous [rows, head] blocks: 2.4 x as fast on CPU as a 5-axis einsum.
+    # Plain batched products over contiguous [rows, head] blocks: 2.4 x as fast on CPU as a 5-axis
+    # einsum.
     q = q.reshape(batch, length, groups, repeats, head).transpose(0, 2, 3, 1, 4)  # [B, G, R, S, d]
     q = q.reshape(batch, groups, repeats * length, head) * scale  # [B, G, R * S, d]
     scores = jnp.einsum("bgsd,bgkd->bgsk", q, k, preferred_element_type=jnp.float32)
@@ -137,9 +143,15 @@ def _plain(
         scores = jnp.where(mask[:, None], scores, -1e30)
         scores = scores.reshape(batch, groups, repeats * length, keys)  # [B, G, R * S, K]
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum("bgsk,bgkd->bgsd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bgsk,bgkd->bgsd",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-    out = out.reshape(batch, groups, repeats, length, head).transpose(0, 3, 1, 2, 4)  # [B, S, G, R, d]
+    out = out.reshape(batch, groups, repeats, length, head)  # [B, G, R, S, d]
+    out = out.transpose(0, 3, 1, 2, 4)  # [B, S, G, R, d]
     return out.reshape(batch, length, heads, head)  # [B, S, heads, d]
 
 
@@ -168,10 +180,12 @@ def _splash(
     interpret: bool = False,
 ) -> Float[Array, "B S heads head"]:
     """Runs the Pallas kernel for TPUs, row by row; `interpret` runs it on a CPU, for tests."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # imported here: it loads a compiler
+    # Imported here, because it loads a compiler.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads = q.shape[1:3]
-    # Every block costs a step of the grid even when it is skipped, so the largest size that divides the row.
+    # Every block costs a step of the grid even when it is skipped, so the largest size that divides
+    # the row.
     block = next(size for size in (512, 256, 128) if length % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -189,7 +203,8 @@ def _splash(
         kernel = splash.make_splash_mha_single_device(
             seen, block_sizes=sizes, attn_logits_soft_cap=softcap, interpret=interpret
         )
-        # Under jit, make_splash_mha turns this flag into an array, on which its caller then cannot branch.
+        # Under jit, make_splash_mha turns this flag into an array, on which its caller then cannot
+        # branch.
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
         return kernel(q.transpose(1, 0, 2), k, v).transpose(1, 0, 2)  # [S, heads, d]
 

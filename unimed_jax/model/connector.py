@@ -1,12 +1,15 @@
-"""The connector mixture of experts, CMoE (Uni-Med section 3.2): aggregation, router and projection experts.
+"""Implements the connector mixture of experts, CMoE (Uni-Med section 3.2).
 
-The experts are stored concatenated, so that two matrix products run all of them and any number of experts shards
-over any number of chips. The router's first layer is stored as two kernels, one for the task token and one for the
-visual token, so its task half is computed once per task. `form="literal"` runs the same parameters as the original
-does, in a loop over experts; it is the reference that the fast form is tested against.
+It aggregates patches into visual tokens, routes them by task and runs projection experts on them.
 
-Shapes: N images, T visual tokens per image, D channels of a visual token, E experts of H hidden units, O channels of
-the decoder, R hidden units of the router, C channels of a task token.
+The experts are stored concatenated, so that two matrix products run all of them and any number of
+experts shards over any number of chips. The router's first layer is stored as two kernels, one for
+the task token and one for the visual token, so its task half is computed once per task.
+`form="literal"` runs the same parameters as the original does, in a loop over experts; it is the
+reference that the fast form is tested against.
+
+Shapes: N images, T visual tokens per image, D channels of a visual token, E experts of H hidden
+units, O channels of the decoder, R hidden units of the router, C channels of a task token.
 """
 
 from typing import NamedTuple
@@ -28,11 +31,15 @@ class ConnectorOutput(NamedTuple):
     routing: Array | None  # [N, T, experts], float32; None for a dense connector
 
 
-def aggregate(x: Float[Array, "N patches width"], kind: str, rate: int) -> Float[Array, "N T features"]:
+def aggregate(
+    x: Float[Array, "N patches width"],
+    kind: str,
+    rate: int,
+) -> Float[Array, "N T features"]:
     """Joins `rate` patches into each of T = patches / rate visual tokens.
 
-    kind: "projection" concatenates consecutive patches in raster order (the published strip), "block" concatenates a
-    square of patches, "avgpool" and "maxpool" pool the patches of a square.
+    kind: "projection" concatenates consecutive patches in raster order (the published strip),
+    "block" concatenates a square of patches, "avgpool" and "maxpool" pool the patches of a square.
     """
     images, patches, width = x.shape
     if kind == "projection":
@@ -46,7 +53,7 @@ def aggregate(x: Float[Array, "N patches width"], kind: str, rate: int) -> Float
 
 
 def visual_features(config: ModelConfig) -> int:
-    """Computes the channels of an aggregated visual token, the connector's input; a task token has as many."""
+    """Computes the channels of an aggregated visual token, which the connector reads."""
     joined = config.connector.aggregation in ("projection", "block")
     return config.vision.width * (config.connector.rate if joined else 1)
 
@@ -54,7 +61,8 @@ def visual_features(config: ModelConfig) -> int:
 class Experts(nnx.Module):
     """Runs all projection experts at once, because their weights are concatenated over E.
 
-    moe_mlp: up [D, E*H], up_bias [E*H], down [E*H, O], bias [E, O]; moe_linear: up [D, E*O], bias [E, O].
+    moe_mlp: up [D, E*H], up_bias [E*H], down [E*H, O], bias [E, O]; moe_linear: up [D, E*O], bias
+    [E, O].
     """
 
     def __init__(self, config: ConnectorConfig, width: int, out: int, rngs: nnx.Rngs):
@@ -67,11 +75,15 @@ class Experts(nnx.Module):
         down = normal(rngs.params(), (count * inner, out), inner**-0.5) if mlp else None
         self.down = None if down is None else nnx.Param(down)
 
-    def __call__(self, x: Float[Array, "N T D"], routing: Float[Array, "N #T E"]) -> Float[Array, "N T O"]:
+    def __call__(
+        self,
+        x: Float[Array, "N T D"],
+        routing: Float[Array, "N #T E"],
+    ) -> Float[Array, "N T O"]:
         """Computes sum over e of routing_e * expert_e(x).
 
-        The routing scales each expert's hidden units before the second product, whose sum over all hidden units is
-        then also the sum over experts.
+        The routing scales each expert's hidden units before the second product, whose sum over all
+        hidden units is then also the sum over experts.
         """
         images, tokens, width = x.shape
         routing = jnp.broadcast_to(routing, (images, tokens, self.count))
@@ -82,13 +94,18 @@ class Experts(nnx.Module):
         if self.up_bias is not None:
             h = ACTIVATIONS[self.activation](h + self.up_bias[...].astype(x.dtype)[None])
         scale = jnp.broadcast_to(routing, (len(x), self.count, h.shape[1] // self.count))
-        h = h * constrain(scale.reshape(h.shape), None, "expert_hidden")  # [N * T, E * H] (moe_linear: E * O)
-        down = self.down
-        y = h.reshape(len(x), self.count, -1).sum(axis=1) if down is None else h @ down[...].astype(x.dtype)
+        scale = constrain(scale.reshape(h.shape), None, "expert_hidden")
+        h = h * scale  # [N * T, E * H] (moe_linear: E * O)
+        by_expert = h.reshape(len(x), self.count, -1)  # [N * T, E, H or O]
+        y = by_expert.sum(axis=1) if self.down is None else h @ self.down[...].astype(x.dtype)
         return (y + bias).reshape(images, tokens, -1)  # [N, T, O]
 
-    def literal(self, x: Float[Array, "N T D"], routing: Float[Array, "N #T E"]) -> Float[Array, "N T O"]:
-        """Computes the same as the original does: runs one expert after another and adds up the weighted outputs."""
+    def literal(
+        self,
+        x: Float[Array, "N T D"],
+        routing: Float[Array, "N #T E"],
+    ) -> Float[Array, "N T O"]:
+        """Computes the same as the original does, one expert after another."""
         ups = jnp.split(self.up[...].astype(x.dtype), self.count, axis=1)
         total = jnp.zeros((), x.dtype)
         for e in range(self.count):
@@ -104,7 +121,7 @@ class Experts(nnx.Module):
 
 
 class Router(nnx.Module):
-    """Computes expert logits by an MLP over concat(task token, visual token) (Uni-Med section 3.2; exact GELU).
+    """Computes expert logits by an MLP over concat(task token, visual token) (Uni-Med section 3.2).
 
     task_kernel [C, R], token_kernel [D, R], bias [R], out_kernel [R, E], out_bias [E].
     """
@@ -115,7 +132,8 @@ class Router(nnx.Module):
         widths = {name: w for name, w in widths.items() if name in inputs.split("_")}
         total = sum(widths.values())
         hidden = config.router_hidden or 4 * total
-        kernels = {name: normal(rngs.params(), (w, hidden), total**-0.5) for name, w in widths.items()}
+        std = total**-0.5
+        kernels = {name: normal(rngs.params(), (w, hidden), std) for name, w in widths.items()}
         self.task_kernel = nnx.Param(kernels["task"]) if "task" in kernels else None
         self.token_kernel = nnx.Param(kernels["token"]) if "token" in kernels else None
         self.bias = nnx.Param(jnp.zeros(hidden))
@@ -123,22 +141,29 @@ class Router(nnx.Module):
         self.out_bias = nnx.Param(jnp.zeros(experts))
 
     def __call__(
-        self, x: Float[Array, "N T D"], tasks: Int[Array, "N"], task_tokens: Float[Array, "tasks C"] | None
+        self,
+        x: Float[Array, "N T D"],
+        tasks: Int[Array, "N"],
+        task_tokens: Float[Array, "tasks C"] | None,
     ) -> Float[Array, "N #T E"]:
         """Computes the logits in float32; T is 1 if only the task token is read."""
         hidden = self.bias[...].astype(x.dtype)[None, None]
         if self.task_kernel is not None:
             assert task_tokens is not None
-            table = task_tokens.astype(x.dtype) @ self.task_kernel[...].astype(x.dtype)  # [tasks, R]
+            kernel = self.task_kernel[...].astype(x.dtype)
+            table = task_tokens.astype(x.dtype) @ kernel  # [tasks, R]
             hidden = hidden + table[tasks][:, None]  # [N, 1, R]
         if self.token_kernel is not None:
             hidden = hidden + x @ self.token_kernel[...].astype(x.dtype)  # [N, T, R]
         return self._out(constrain(hidden, None, None, "router_hidden"))
 
     def literal(
-        self, x: Float[Array, "N T D"], tasks: Int[Array, "N"], task_tokens: Float[Array, "tasks C"] | None
+        self,
+        x: Float[Array, "N T D"],
+        tasks: Int[Array, "N"],
+        task_tokens: Float[Array, "tasks C"] | None,
     ) -> Float[Array, "N #T E"]:
-        """Computes the same as the original does: repeats the task token next to every visual token, one product."""
+        """Computes the same as the original does, with the task token next to every visual token."""
         kernels = [k[...] for k in (self.task_kernel, self.token_kernel) if k is not None]
         parts = []
         if self.task_kernel is not None:
@@ -158,13 +183,18 @@ class Router(nnx.Module):
 
 
 def expert_weights(
-    logits: Float[Array, "N T E"] | None, kind: str, top_k: int, tasks: Int[Array, "N"], experts: int
+    logits: Float[Array, "N T E"] | None,
+    kind: str,
+    top_k: int,
+    tasks: Int[Array, "N"],
+    experts: int,
 ) -> Float[Array, "N #T E"]:
     """Turns the router's logits into the weights of the experts (Uni-Med section 3.2).
 
-    kind: "soft" divides the sigmoids by their sum (it is not a softmax over logits), "sparse" takes the softmax over
-    the `top_k` largest logits and 0 for the others, "hard" gives weight 1 to the expert with the task's number, and
-    "constant" gives 1 / E to every expert. The last two need no logits.
+    kind: "soft" divides the sigmoids by their sum (it is not a softmax over logits), "sparse" takes
+    the softmax over the `top_k` largest logits and 0 for the others, "hard" gives weight 1 to the
+    expert with the task's number, and "constant" gives 1 / E to every expert. The last two need no
+    logits.
     """
     if kind == "hard":
         return jax.nn.one_hot(tasks, experts)[:, None]  # [N, 1, E]
@@ -172,15 +202,15 @@ def expert_weights(
         return jnp.full((len(tasks), 1, experts), 1 / experts)
     assert logits is not None
     if kind == "soft":
-        # Computed in log space: a shared offset of the logits is unconstrained, and when they drift far below 0 the
-        # gradient of the plain quotient is NaN.
+        # Computed in log space: a shared offset of the logits is unconstrained, and when they drift
+        # far below 0 the gradient of the plain quotient is NaN.
         return jax.nn.softmax(jax.nn.log_sigmoid(logits), axis=-1)
     kept = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], experts, dtype=bool).any(axis=-2)
     return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
 
 
 class Connector(nnx.Module):
-    """Turns the patch features of N images, each with its task, into visual tokens of the decoder's width."""
+    """Turns the patch features of images, each with its task, into visual tokens."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = c = config.connector
@@ -192,10 +222,15 @@ class Connector(nnx.Module):
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
         self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(c.layers)])
 
-    def __call__(self, patches: Float[Array, "N patches width"], tasks: Int[Array, "N"]) -> ConnectorOutput:
+    def __call__(
+        self,
+        patches: Float[Array, "N patches width"],
+        tasks: Int[Array, "N"],
+    ) -> ConnectorOutput:
         """Runs the experts, or for a dense connector its layers.
 
-        `tasks`: numbers in VISUAL_TASKS. An unused image slot has task -1; it is computed like task 0 and never read.
+        `tasks`: numbers in VISUAL_TASKS. An unused image slot has task -1; it is computed like task
+        0 and never read.
         """
         c = self.config
         x = aggregate(patches, c.aggregation, c.rate)

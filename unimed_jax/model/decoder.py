@@ -1,6 +1,7 @@
 """The language decoder: one pre-norm block for all families, with layers stacked and scanned.
 
-Shapes: B rows, S tokens per row, D channels, K keys that are attended (S, or the C places of a cache).
+Shapes: B rows, S tokens per row, D channels, K keys that are attended (S, or the C places of a
+cache).
 """
 
 import functools
@@ -38,9 +39,10 @@ from unimed_jax.model.routing import Noise, Routing, draw_noise
 class Span(NamedTuple):
     """Describes the tokens of a batch of rows; all int32 [B, S].
 
-    segments: the number of a token's segment in its row; 0 is padding. A token sees its own segment.
-    prefixes: one more segment that the token sees (several questions share one image, say); the token's own segment
-    if there is none. positions: for the rotary embedding and for windows.
+    positions: for the rotary embedding and for windows.
+    segments: the number of a token's segment in its row, 0 for padding. A token sees its segment.
+    prefixes: one more segment that the token sees, as when several questions share one image; the
+    token's own segment if there is none.
     """
 
     positions: Array
@@ -49,7 +51,10 @@ class Span(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Stores keys and values of all layers, [layers, B, kv_heads, C, head], and the span of the C places."""
+    """Stores keys and values of all layers for C places.
+
+    keys, values: [layers, B, kv_heads, C, head]; span: describes the places, [B, C].
+    """
 
     keys: Array
     values: Array
@@ -64,10 +69,14 @@ class CacheSlot(NamedTuple):
     layer: Array | int  # the layer's number
     start: Array | int  # the place of the first token
 
-    def write(self, keys: Float[Array, "B kv_heads S head"], values: Float[Array, "B kv_heads S head"]) -> "CacheSlot":
+    def write(
+        self,
+        keys: Float[Array, "B kv_heads S head"],
+        values: Float[Array, "B kv_heads S head"],
+    ) -> "CacheSlot":
         """Returns the slot of the cache in which these keys and values are written."""
-        # The loop over layers carries one copy and updates it in place; as an output of the scan, each layer's part
-        # would be copied into a second one.
+        # The loop over layers carries one copy and updates it in place; as an output of the scan,
+        # each layer's part would be copied into a second one.
         place = (self.layer, 0, 0, self.start, 0)
         return self._replace(
             keys=jax.lax.dynamic_update_slice(self.keys, keys[None], place),
@@ -88,8 +97,9 @@ def visible(
 ) -> Bool[Array, "B S K"]:
     """Says which keys each query sees; the one mask for packed training and cached decoding.
 
-    A query sees keys that are real tokens, not after it in the row, in its own segment or its prefix, and less than
-    `window` positions back (0: at any distance). `query_start`: the place of the first query among the keys.
+    A query sees keys that are real tokens, not after it in the row, in its own segment or its
+    prefix, and less than `window` positions back (0: at any distance). `query_start`: the place of
+    the first query among the keys.
     """
     q_index = query_start + jnp.arange(query.segments.shape[1])[None, :, None]  # [1, S, 1]
     k_index = jnp.arange(key.segments.shape[1])[None, None, :]  # [1, 1, K]
@@ -107,9 +117,15 @@ def visible(
 
 
 class DecoderAttention(nnx.Module):
-    """Self-attention with rotary positions, grouped heads and, when decoding, a cache of keys and values."""
+    """Attends with rotary positions, grouped heads and, when decoding, a cache of keys and values."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, implementation: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        lora: LoraConfig | None,
+        implementation: str,
+        rngs: nnx.Rngs,
+    ):
         self.config = c = config
         self.implementation = implementation
         q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -135,15 +151,17 @@ class DecoderAttention(nnx.Module):
         slot: CacheSlot | None,
         dropout: Dropout,
     ) -> tuple[Float[Array, "B S D"], CacheSlot | None]:
-        """Attends x to itself, or with a cache slot to all that the layer's cache holds after x is written to it.
+        """Attends x to itself or, with a cache slot, to the layer's cache after x is written to it.
 
-        `frequencies`: of the rotation, in radians per position. Returns the slot of the updated cache, too.
+        `frequencies`: of the rotation, in radians per position. Returns the slot of the updated
+        cache, too.
         """
         c = self.config
         batch, length, _ = x.shape
+        shared = (batch, length, c.kv_heads, c.head_dim)
         q = self.q(x, dropout.q).reshape(batch, length, c.heads, c.head_dim)  # [B, S, heads, d]
-        k = self.k(x, dropout.k).reshape(batch, length, c.kv_heads, c.head_dim)  # [B, S, kv_heads, d]
-        v = self.v(x, dropout.v).reshape(batch, length, c.kv_heads, c.head_dim)  # [B, S, kv_heads, d]
+        k = self.k(x, dropout.k).reshape(shared)  # [B, S, kv_heads, d]
+        v = self.v(x, dropout.v).reshape(shared)  # [B, S, kv_heads, d]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
@@ -153,8 +171,17 @@ class DecoderAttention(nnx.Module):
         if slot is not None:
             slot = slot.write(k, v)
             k, v = slot.read()  # [B, kv_heads, C, d]
-            implementation = "xla"  # few queries read a cache at a time, and no fused kernel is made for that
-        out = attend(q, k, v, mask, scale=c.query_scale, softcap=c.attention_softcap, implementation=implementation)
+            # Few queries at a time read a cache, and no fused kernel is made for that.
+            implementation = "xla"
+        out = attend(
+            q,
+            k,
+            v,
+            mask,
+            scale=c.query_scale,
+            softcap=c.attention_softcap,
+            implementation=implementation,
+        )
         return self.o(out.reshape(batch, length, -1), dropout.o), slot  # [B, S, heads * d] in
 
 
@@ -165,11 +192,17 @@ FeedForward = Callable[[Array], tuple[Array, Routing | None]]
 class DecoderLayer(nnx.Module):
     """Adds attention and a feed-forward part to the residual stream, each after a norm.
 
-    The feed-forward part (an MLP or experts) is an argument of the call, because not all layers hold the same. The
-    fields `mlp` and `moe` only store its leaves in `Decoder.layers`.
+    The feed-forward part (an MLP or experts) is an argument of the call, because not all layers
+    hold the same. The fields `mlp` and `moe` only store its leaves in `Decoder.layers`.
     """
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, implementation: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        lora: LoraConfig | None,
+        implementation: str,
+        rngs: nnx.Rngs,
+    ):
         def norm(there: bool) -> Norm | None:
             return Norm(config.width, config.norm, config.norm_eps) if there else None
 
@@ -211,8 +244,9 @@ class DecoderOutput(NamedTuple):
 
     hidden: Array  # [B, S, D], after the last norm
     cache: Cache | None
-    routing: Routing | None  # of the layers with experts; each array gets a leading axis of these layers
-    states: Array | None  # [layers + 1, B, S, D]: the embeddings, each layer's output but the last, and `hidden`
+    routing: Routing | None  # arrays have a leading axis: the layers with experts
+    # [layers + 1, B, S, D]: the embeddings, the outputs of all layers but the last, and `hidden`
+    states: Array | None
 
 
 class Carry(NamedTuple):
@@ -244,10 +278,11 @@ class Forward(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """Turns token embeddings into hidden states; the head is a separate call, made only on answer positions.
+    """Turns token embeddings into hidden states.
 
-    The leaves of `layers` are stacked: norms and attention over all layers, `layers/mlp` over the layers with a plain
-    MLP, `layers/moe` over the layers with experts.
+    The head is a separate call (`logits`), because training makes it only on answer positions. The
+    leaves of `layers` are stacked: norms and attention over all layers, `layers/mlp` over the
+    layers with a plain MLP, `layers/moe` over the layers with experts.
     """
 
     def __init__(
@@ -273,14 +308,15 @@ class Decoder(nnx.Module):
             self.layers.mlp = mlps
             self.layers.moe = stack(lambda r: Moe(moe, c, r), len(with_experts), rngs)
         self.norm = Norm(c.width, c.norm, c.norm_eps)
-        self.head = None if c.tied_head else nnx.Param(normal(rngs.params(), (c.width, c.vocab), 0.02))
+        head = None if c.tied_head else normal(rngs.params(), (c.width, c.vocab), 0.02)
+        self.head = None if head is None else nnx.Param(head)
         self.head_bias = nnx.Param(jnp.zeros(c.vocab)) if c.head_bias else None
 
     def embed(self, tokens: Int[Array, "B S"], dtype) -> Float[Array, "B S D"]:
         """Looks up text embeddings and scales them if the family does.
 
-        Visual tokens enter unscaled, as the connector makes them, like image features in Hugging Face's Gemma 3 and
-        PaliGemma.
+        Visual tokens enter unscaled, as the connector makes them, like image features in Hugging
+        Face's Gemma 3 and PaliGemma.
         """
         x = self.embedding[...][tokens].astype(dtype)
         return x * jnp.asarray(self.config.width**0.5, dtype) if self.config.scaled_embedding else x
@@ -306,10 +342,12 @@ class Decoder(nnx.Module):
     ) -> DecoderOutput:
         """Runs all layers and the last norm.
 
-        With a cache, x takes its places start .. start + S - 1, which `cache.span` must already describe, and the
-        filled cache is returned. A `dropout_key` means training.
-        noise: of the routers, stacked over the layers with experts, or a key to draw it from. By default it is drawn
-        from `dropout_key`, so evaluation has none. states: also return the output of every layer.
+        With a cache, x takes its places start .. start + S - 1, which `cache.span` must already
+        describe, and the filled cache is returned. A `dropout_key` means training.
+
+        noise: of the routers, stacked over the layers with experts, or a key to draw it from. By
+        default it is drawn from `dropout_key`, so evaluation has none.
+        states: also return the output of every layer.
         """
         depth = self.config.depth
         plan = LayerPlan.of(tuple(i in self.moe.numbers(depth) for i in range(depth)))
@@ -341,7 +379,8 @@ class Decoder(nnx.Module):
         if carry.keys is not None and carry.values is not None:
             filled = Cache(carry.keys, carry.values, key_span)
         if outputs is not None:
-            outputs = jnp.concatenate([x[None], outputs[:-1], hidden[None]])  # [layers + 1, B, S, D]
+            parts = [x[None], outputs[:-1], hidden[None]]
+            outputs = jnp.concatenate(parts)  # [layers + 1, B, S, D]
         return DecoderOutput(hidden, filled, routing, outputs)
 
     def _run_layer(
@@ -352,7 +391,7 @@ class Decoder(nnx.Module):
         experts: tuple[Moe, Noise | Array | None] | None,
         mlp: Mlp | None,
     ) -> tuple[Carry, Routing | None]:
-        """Runs one layer with its experts (and their noise, or a key to draw it from), or with its MLP."""
+        """Runs one layer, with its experts (and their noise or a key for it) or with its MLP."""
         dropout = Dropout.split(inputs.dropout_key)
         mask = forward.mask
         if mask is None:
@@ -373,7 +412,15 @@ class Decoder(nnx.Module):
 
         frequencies = self.frequencies(inputs.window)
         positions = forward.query.positions
-        x, slot, routing = inputs.layer(feed_forward, carry.x, positions, frequencies, mask, slot, dropout)
+        x, slot, routing = inputs.layer(
+            feed_forward,
+            carry.x,
+            positions,
+            frequencies,
+            mask,
+            slot,
+            dropout,
+        )
         return Carry(x, None, None) if slot is None else Carry(x, slot.keys, slot.values), routing
 
     def _noise_by_layer(
@@ -382,7 +429,7 @@ class Decoder(nnx.Module):
         dropout_key: Key[Array, ""] | None,
         layers: int,
     ) -> Noise | Key[Array, "layers"] | None:
-        """Resolves the argument `noise` of the call: noise or keys, stacked over the `layers` with experts."""
+        """Resolves the argument `noise` of the call into one noise or key per layer with experts."""
         if noise is None and dropout_key is not None:
             noise = jax.random.fold_in(dropout_key, self.config.depth)
         if isinstance(noise, jax.Array):
@@ -407,7 +454,7 @@ class Decoder(nnx.Module):
 
 
 def _padding_as_tokens(x: Float[Array, "B S D"], span: Span) -> tuple[Float[Array, "B S D"], Span]:
-    """Lets padding take part as the published code does: its embeddings are zeros, and it attends like a real token.
+    """Lets padding take part as in the published code: as zeros that attend like a real token.
 
     It still attends only to real tokens, because those are the only keys that are visible.
     """
@@ -417,7 +464,7 @@ def _padding_as_tokens(x: Float[Array, "B S D"], span: Span) -> tuple[Float[Arra
 
 
 def merge_lora(decoder: Decoder) -> Decoder:
-    """Returns a copy whose kernels include their adapters, W + (alpha / rank) A B; the copy has no adapters."""
+    """Returns a copy with every adapter merged into its kernel: W + (alpha / rank) A B."""
 
     def merge(module: Any) -> None:
         if isinstance(module, Linear) and module.lora_a is not None:

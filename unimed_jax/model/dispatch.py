@@ -6,8 +6,9 @@
 - `run_grouped` sorts the tokens by expert and drops none that was routed.
 - `run_capacity` gives each expert a buffer of fixed size, as GShard (arXiv 2006.16668) does.
 
-For the same routing they give the same numbers up to rounding, values and gradients.
-Shapes: B rows, S tokens per row, N = B * S tokens, D channels, E experts, F hidden units, K choices per token.
+For the same routing they give the same numbers up to rounding, values and gradients. Shapes: B
+rows, S tokens per row, N = B * S tokens, D channels, E experts, F hidden units, K choices per
+token.
 """
 
 import functools
@@ -33,13 +34,15 @@ from unimed_jax.model.sharding import AXES, axes_by_dimension, constrain
 
 
 class Moe(nnx.Module):
-    """Computes sum of weight * expert(x) over a token's choices, plus meta(x), in place of a layer's MLP.
+    """Replaces a layer's MLP by the sum of weight * expert(x) over a token's choices, plus meta(x).
 
-    With `config.residual` it is c0 * that sum + c1 * residual(x) + meta(x), where c = softmax of a linear of x.
-    The experts' leaves are stacked: up kernel [E, D, F], down kernel [E, F, D], biases [E, F] and [E, D].
+    With `config.residual` it is c0 * that sum + c1 * residual(x) + meta(x), where c = softmax of a
+    linear of x. The experts' leaves are stacked: up kernel [E, D, F], down kernel [E, F, D], biases
+    [E, F] and [E, D].
 
-    `config.path` names the dispatch. "capacity" needs a capacity, which training and evaluation set separately: when
-    `eval_capacity_factor` is None, evaluation has no limit, nothing may be dropped, and it runs grouped.
+    `config.path` names the dispatch. "capacity" needs a capacity, which training and evaluation set
+    separately: when `eval_capacity_factor` is None, evaluation has no limit, nothing may be
+    dropped, and it runs grouped.
     """
 
     def __init__(self, config: MoeConfig, decoder: DecoderConfig, rngs: nnx.Rngs):
@@ -57,7 +60,7 @@ class Moe(nnx.Module):
         noise: Noise = Noise(),
         training: bool = False,
     ) -> tuple[Float[Array, "B S D"], Routing]:
-        """Routes the `used` tokens (None: all) and runs their experts; the other tokens only get meta(x)."""
+        """Routes the `used` tokens (None: all) and runs their experts; others only get meta(x)."""
         batch, length, width = x.shape
         capacity = expert_capacity(batch * length, self.config, training)
         routing = route(
@@ -73,18 +76,28 @@ class Moe(nnx.Module):
             y = y * share[..., :1] + self.residual(x) * share[..., 1:]
         return y if self.meta is None else y + self.meta(x), routing
 
-    def _run_experts(self, x: Float[Array, "B S D"], routing: Routing, capacity: int | None) -> Float[Array, "B S D"]:
-        """Runs the experts by the dispatch of the settings; see the class for "capacity" without a capacity."""
+    def _run_experts(
+        self,
+        x: Float[Array, "B S D"],
+        routing: Routing,
+        capacity: int | None,
+    ) -> Float[Array, "B S D"]:
+        """Runs the experts by the dispatch that the settings name."""
         width = x.shape[-1]
         if self.config.path == "dense":
-            return run_dense(self.experts, x.reshape(-1, width), routing).reshape(x.shape)  # [B, S, D]
+            y = run_dense(self.experts, x.reshape(-1, width), routing)  # [N, D]
+            return y.reshape(x.shape)  # [B, S, D]
         if self.config.path == "capacity" and capacity is not None:
             y = run_capacity(self.experts, x.reshape(-1, width), routing, capacity)  # [N, D]
             return y.reshape(x.shape)  # [B, S, D]
-        return run_grouped(self.experts, x, routing)
+        return run_grouped(self.experts, x, routing)  # also "capacity" without a capacity
 
-    def logits(self, x: Float[Array, "N D"], jitter: Float[Array, "N D"] | None = None) -> Float[Array, "N E"]:
-        """Computes the router's logits in float32, because a logit rounded to bfloat16 changes the expert."""
+    def logits(
+        self,
+        x: Float[Array, "N D"],
+        jitter: Float[Array, "N D"] | None = None,
+    ) -> Float[Array, "N E"]:
+        """Computes the router's logits in float32; rounding them to bfloat16 would change experts."""
         x = x.astype(jnp.float32)
         x = x if jitter is None else x * jitter
         assert self.router.bias is not None
@@ -97,9 +110,10 @@ class Moe(nnx.Module):
 def upcycled(mlp: dict[str, Array], config: MoeConfig, depth: int) -> dict[str, Array]:
     """Turns the MLP leaves of a dense decoder into the leaves of `layers/mlp` and `layers/moe`.
 
-    `mlp`: leaf by name ("gate/kernel", ...), stacked over all `depth` layers. Every expert, the meta expert and the
-    residual MLP of a layer start as copies of the layer's MLP (sparse upcycling, arXiv 2212.05055). Routers and
-    coefficients have no counterpart in a dense decoder and are left out.
+    `mlp`: leaf by name ("gate/kernel", ...), stacked over all `depth` layers. Every expert, the
+    meta expert and the residual MLP of a layer start as copies of the layer's MLP (sparse
+    upcycling, arXiv 2212.05055). Routers and coefficients have no counterpart in a dense decoder
+    and are left out.
     """
     with_experts = list(config.numbers(depth))
     plain = [i for i in range(depth) if i not in with_experts]
@@ -107,7 +121,8 @@ def upcycled(mlp: dict[str, Array], config: MoeConfig, depth: int) -> dict[str, 
     out = {}
     for name, leaf in mlp.items():
         of_experts = leaf[jnp.array(with_experts)]  # [layers with experts, ...]
-        experts = jnp.repeat(of_experts[:, None], config.experts, axis=1)  # [layers with experts, E, ...]
+        # [layers with experts, E, ...]
+        experts = jnp.repeat(of_experts[:, None], config.experts, axis=1)
         out[f"moe/experts/{name}"] = experts
         if plain:
             out[f"mlp/{name}"] = leaf[jnp.array(plain)]
@@ -134,13 +149,19 @@ def run_dense(experts: Mlp, x: Float[Array, "N D"], routing: Routing) -> Float[A
 # --------------------------------------------------------------------------------------------------
 
 
-def run_capacity(experts: Mlp, x: Float[Array, "N D"], routing: Routing, capacity: int) -> Float[Array, "N D"]:
+def run_capacity(
+    experts: Mlp,
+    x: Float[Array, "N D"],
+    routing: Routing,
+    capacity: int,
+) -> Float[Array, "N D"]:
     """Runs each expert on a buffer of `capacity` tokens; places that no token fills hold zeros."""
     experts = _pad_experts(experts)
     count = experts.up.kernel[...].shape[0]
 
     def run(rows: Array) -> Array:
-        buffers = constrain(rows.reshape(count, capacity, -1), "expert", "capacity", None)  # [E, C, D]
+        buffers = rows.reshape(count, capacity, -1)  # [E, C, D]
+        buffers = constrain(buffers, "expert", "capacity", None)
         out = jax.vmap(lambda expert, tokens: expert(tokens))(experts, buffers)
         return constrain(out, "expert", "capacity", None).reshape(rows.shape)  # [E * C, D]
 
@@ -157,9 +178,10 @@ def _scatter_run_gather(
     weights: Float[Array, "N K"],
     kept: Bool[Array, "N K"],
 ) -> Float[Array, "N D"]:
-    """Writes tokens into `rows` rows, runs `run` on them and gathers the weighted outputs of each token.
+    """Scatters tokens into `rows` rows, runs `run` on them and gathers each token's weighted outputs.
 
-    Every kept choice has a place of its own; a choice that is not kept writes nothing and reads zeros.
+    Every kept choice has a place of its own; a choice that is not kept writes nothing and reads
+    zeros.
     """
     places = jnp.where(kept, places, rows)  # `rows` is past the end, so dropped below
     tokens = jnp.broadcast_to(jnp.arange(len(x))[:, None], places.shape)
@@ -177,8 +199,9 @@ def _scatter_run_gather(
 def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Float[Array, "B S D"]:
     """Runs each expert on exactly its own tokens, however many these are.
 
-    On a mesh each device runs the experts that it holds. Devices that hold different experts exchange tokens: they
-    gather the tokens of their group of rows, run their experts and add up the parts of every token.
+    On a mesh each device runs the experts that it holds. Devices that hold different experts
+    exchange tokens: they gather the tokens of their group of rows, run their experts and add up the
+    parts of every token.
     """
     batch, length, width = x.shape
     choices = (routing.experts, routing.weights, routing.kept)
@@ -241,16 +264,19 @@ def _run_own_experts(
     weights: Float[Array, "b S K"],
     kept: Bool[Array, "b S K"],
 ) -> Float[Array, "b S D"]:
-    """Runs on one device the experts that it holds, inside `shard_map`; b rows are the device's own."""
+    """Runs, inside `shard_map`, the experts that one device holds; b counts the device's own rows."""
     rows, holders, units = layout
     shape = x.shape
     if layout.exchanges_tokens:
         gather = functools.partial(jax.lax.all_gather, axis_name=holders, tiled=True)
-        x, chosen, weights, kept = gather(x), gather(chosen), gather(weights), gather(kept)  # [more b, S, ...]
-    chosen, weights, kept = (a.reshape(-1, a.shape[-1]) for a in (chosen, weights, kept))  # [N, K] each
+        x, chosen = gather(x), gather(chosen)  # [more b, S, ...] each
+        weights, kept = gather(weights), gather(kept)
+    choices = (chosen, weights, kept)
+    chosen, weights, kept = (a.reshape(-1, a.shape[-1]) for a in choices)  # [N, K] each
 
     held = experts.up.kernel[...].shape[0]
-    chosen = chosen - held * (jax.lax.axis_index(holders) if holders else 0)  # numbers among those held here
+    first = held * (jax.lax.axis_index(holders) if holders else 0)
+    chosen = chosen - first  # numbers among the experts held here
     kept = kept & (chosen >= 0) & (chosen < held)
 
     gathered = x.shape
@@ -270,8 +296,8 @@ def _run_own_experts(
 def _of_this_device(experts: Mlp, layout: ExpertLayout) -> Mlp:
     """Prepares a device's experts for products whose results are summed over the devices.
 
-    Kernels become varying over the axes of the rows, as `block_product` needs. Devices that split the hidden units
-    each add the bias of `down`, so each adds its share of it.
+    Kernels become varying over the axes of the rows, as `block_product` needs. Devices that split
+    the hidden units each add the bias of `down`, so each adds its share of it.
     """
     others = [axis for axis in layout.rows if axis not in layout.holders]
 
@@ -288,16 +314,20 @@ def _of_this_device(experts: Mlp, layout: ExpertLayout) -> Mlp:
 def _pad_experts(experts: Mlp) -> Mlp:
     """Appends phantom experts when the mesh cannot split the experts evenly.
 
-    Phantoms are zeros that no token is sent to: their gradient is zero, and the padding's own gradient cuts it off.
+    Phantoms are zeros that no token is sent to: their gradient is zero, and the padding's own
+    gradient cuts it off.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shares = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXES["expert"])
     more = -experts.up.kernel[...].shape[0] % shares
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1)), experts)
+    return jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1)),
+        experts,
+    )
 
 
 class Blocks(NamedTuple):
-    """Divides the rows of a grouped product into M blocks of equal size, each owned by one expert."""
+    """Divides the rows of a grouped product into M equal blocks, each owned by one expert."""
 
     size: int  # rows of a block
     owners: Array  # [M] int32: the expert of each block, E for blocks that stay empty
@@ -305,12 +335,13 @@ class Blocks(NamedTuple):
 
 
 def _blocks(chosen: Int[Array, "N K"], kept: Bool[Array, "N K"], count: int) -> Blocks:
-    """Gives each of `count` experts whole blocks for its kept choices, so that no block has two owners."""
+    """Gives each of `count` experts whole blocks for its kept choices; no block has two owners."""
     choices = chosen.size
     # Large enough for a product to be fast, small enough to leave few rows empty.
     largest = 64 if hardware() == "cpu" else 256
     size = min(largest, max(8, 1 << (choices // count).bit_length()))
-    tokens = (jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]).sum(axis=(0, 1))  # [E]
+    mask = jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]  # [N, K, E]
+    tokens = mask.sum(axis=(0, 1))  # [E]
     ends = jnp.cumsum(-(-tokens // size))  # [E], in blocks
     blocks = choices // size + min(count, choices)  # enough whatever the routing is
     owners = jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)
@@ -328,7 +359,8 @@ def _sort_and_run(
 ) -> Float[Array, "N D"]:
     """Sorts the kept choices by expert and runs each linear of all experts as one grouped product.
 
-    `chosen` counts among these experts and may lie outside of them where `kept` is false. `axes`: see block_product.
+    `chosen` counts among these experts and may lie outside of them where `kept` is false. `axes`:
+    see block_product.
     """
     count = experts.up.kernel[...].shape[0]
     blocks = _blocks(chosen, kept, count)
@@ -359,11 +391,12 @@ def block_product(
     owners: Int[Array, "M"],
     axes: tuple[str, ...] = (),
 ) -> Float[Array, "M b F"]:
-    """Multiplies each block with the kernel of its owner; a block whose owner is E costs nothing and gives zeros.
+    """Multiplies each block with the kernel of its owner.
 
-    It stands in for jax.lax.ragged_dot, which on CPU multiplies all rows with every kernel, and at the size of
-    StableLM-2 does not compile for a TPU v5e (scoped VMEM). Inside shard_map, `axes` are the mesh axes over which x
-    and kernels differ between devices.
+    A block whose owner is E costs nothing and gives zeros. The function stands in for
+    jax.lax.ragged_dot, which on CPU multiplies all rows with every kernel, and at the size of
+    StableLM-2 does not compile for a TPU v5e (scoped VMEM). Inside shard_map, `axes` are the mesh
+    axes over which x and kernels differ between devices.
     """
 
     def one(inputs):
@@ -379,7 +412,7 @@ def _block_product_forward(x, kernels, owners, axes):
 
 
 def _block_product_backward(axes, saved, dy):
-    """Accumulates in one pass over the blocks; automatic gradients would add a whole [E, D, F] for each block."""
+    """Accumulates in one pass; automatic gradients would add a whole [E, D, F] for each block."""
     x, kernels, owners = saved
 
     def one(total, inputs):
@@ -401,5 +434,5 @@ block_product.defvjp(_block_product_forward, _block_product_backward)
 
 
 def varying(x: Array, axes: Sequence[str]) -> Array:
-    """Marks x as an array that may differ between devices along `axes`, which shard_map's types keep track of."""
+    """Marks x, for shard_map, as an array that may differ between devices along `axes`."""
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

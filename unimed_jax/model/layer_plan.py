@@ -1,8 +1,8 @@
 """Runs a decoder whose layers differ (with experts or without) as few scans over stacked layers.
 
-`jax.lax.scan` runs one program many times, so it needs layers that are alike. A decoder with experts in every second
-layer is not, but it repeats a unit of two layers that is. `LayerPlan` finds such units, and `scan_plan` runs them.
-Compile time and program size then stay flat with depth.
+`jax.lax.scan` runs one program many times, so it needs layers that are alike. A decoder with
+experts in every second layer is not, but it repeats a unit of two layers that is. `LayerPlan` finds
+such units, and `scan_plan` runs them. Compile time and program size then stay flat with depth.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Stretch(NamedTuple):
 
 
 class Stacks(NamedTuple):
-    """Holds what the layers consist of; the leading axis of each part counts the layers that have it."""
+    """Holds what the layers consist of, each part stacked over the layers that have it."""
 
     shared: Any  # what every layer has
     experts: Any  # what layers with experts have besides
@@ -39,7 +39,7 @@ class LayerPlan(NamedTuple):
 
     Examples, with T for True and F for False:
 
-        TFTFTF -> (0, TF, 3)                 one scan of three steps, each of them a layer T and a layer F
+        TFTFTF -> (0, TF, 3)                 one scan of three steps, each a layer T and a layer F
         FFFTTT -> (0, F, 3), (3, T, 3)       two scans of three steps
         TFTFT  -> (0, TF, 2), (4, T, 1)      the last layer has no partner
     """
@@ -49,7 +49,7 @@ class LayerPlan(NamedTuple):
 
     @classmethod
     def of(cls, pattern: tuple[bool, ...]) -> "LayerPlan":
-        """Takes from the start, again and again, the repeated unit that covers most layers (the shortest of those)."""
+        """Takes, again and again, the shortest repeated unit that covers most remaining layers."""
         stretches: list[Stretch] = []
         first = 0
         while first < len(pattern):
@@ -64,7 +64,7 @@ class LayerPlan(NamedTuple):
         return cls(pattern, tuple(stretches))
 
     def cut(self, stacks: Stacks, stretch: Stretch) -> Stacks:
-        """Slices out what the layers of a stretch consist of; each leaf becomes [repeats, layers of a unit, ...]."""
+        """Slices out one stretch; each leaf becomes [repeats, layers of a unit, ...]."""
         experts_before = sum(self.pattern[: stretch.first])
         experts_in_unit = sum(stretch.unit)
         mlps_before = stretch.first - experts_before
@@ -85,7 +85,7 @@ def _repeats(pattern: tuple[bool, ...], unit: tuple[bool, ...]) -> int:
 
 
 def _cut(stacked: Any, first: int, size: int, repeats: int) -> Any:
-    """Slices size * repeats layers starting at `first` and reshapes them to [repeats, size, ...]."""
+    """Slices size * repeats layers from `first` on and reshapes them to [repeats, size, ...]."""
     if size == 0:
         return None
 
@@ -111,7 +111,8 @@ def scan_plan(
     """Runs all layers of a plan in their order, one scan per stretch.
 
     Returns the last carry, the outputs of the layers with experts (stacked over these layers), and
-    `watch(carry)` after every layer (stacked over all layers; None without `watch`). `remat`: see `scan_layers`.
+    `watch(carry)` after every layer (stacked over all layers; None without `watch`). `remat`: see
+    `scan_layers`.
     """
     outputs, watched = [], []
     for stretch in plan.stretches:
@@ -149,6 +150,6 @@ def _stack(parts: list) -> Any:
 
 
 def _concatenate(parts: list) -> Any:
-    """Joins the outputs of several stretches along the axis of layers; None if no stretch has any."""
+    """Joins the outputs of all stretches along the axis of layers; None if there are none."""
     parts = [part for part in parts if part is not None]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts) if parts else None

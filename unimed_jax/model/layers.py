@@ -1,7 +1,7 @@
 """Building blocks that the vision encoder, the connector and the decoder share.
 
-Every module is a pytree of `nnx.Param` leaves. Stacked layers are one module whose leaves have a leading [layers]
-axis (`stack`), which `scan_layers` runs over. No forward pass changes a module.
+Every module is a pytree of `nnx.Param` leaves. Stacked layers are one module whose leaves have a
+leading [layers] axis (`stack`), which `scan_layers` runs over. No forward pass changes a module.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def stack(make: Callable[[nnx.Rngs], Stacked], count: int, rngs: nnx.Rngs) -> St
 
 
 class Dropout(NamedTuple):
-    """Holds the random keys of one layer's adapter dropout, one per linear; None switches dropout off there."""
+    """Holds the keys of one layer's adapter dropout, one per linear; None means no dropout."""
 
     q: Array | None = None
     k: Array | None = None
@@ -73,9 +73,9 @@ class Dropout(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """Computes y = x W + b, and with an adapter adds (alpha / rank) dropout(x) A B (LoRA, arXiv 2106.09685).
+    """Computes x W + b, and with a LoRA adapter adds (alpha / rank) dropout(x) A B.
 
-    kernel [in, out], bias [out], lora_a [in, rank], lora_b [rank, out].
+    LoRA: arXiv 2106.09685. kernel [in, out], bias [out], lora_a [in, rank], lora_b [rank, out].
     """
 
     def __init__(
@@ -93,7 +93,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width_out)) if bias else None
         self.lora_scale = lora.alpha / lora.rank if lora else 0.0
         self.lora_dropout = lora.dropout if lora else 0.0
-        self.lora_a = nnx.Param(normal(rngs.params(), (width_in, lora.rank), width_in**-0.5)) if lora else None
+        lora_a = normal(rngs.params(), (width_in, lora.rank), width_in**-0.5) if lora else None
+        self.lora_a = None if lora_a is None else nnx.Param(lora_a)
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, width_out))) if lora else None
 
     def __call__(
@@ -124,13 +125,24 @@ class Mlp(nnx.Module):
 
         def linear(name: str, width_in: int, width_out: int, std: float | None = None) -> Linear:
             adapter = lora if lora and name in lora.targets else None
-            return Linear(width_in, width_out, bias=config.mlp_bias, std=std, lora=adapter, rngs=rngs)
+            return Linear(
+                width_in,
+                width_out,
+                bias=config.mlp_bias,
+                std=std,
+                lora=adapter,
+                rngs=rngs,
+            )
 
         self.gate = linear("gate", width, hidden) if config.gated_mlp else None
         self.up = linear("up", width, hidden)
         self.down = linear("down", hidden, width, std=(2 * config.depth * hidden) ** -0.5)
 
-    def __call__(self, x: Float[Array, "*batch D"], dropout: Dropout = Dropout()) -> Float[Array, "*batch D"]:
+    def __call__(
+        self,
+        x: Float[Array, "*batch D"],
+        dropout: Dropout = Dropout(),
+    ) -> Float[Array, "*batch D"]:
         act = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(act(self.up(x, dropout.up)), dropout.down)
@@ -144,7 +156,11 @@ class Mlp(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Normalises in float32: LayerNorm ("layer": scale and bias) or RMSNorm ("rms": scale; "rms_zero": 1 + scale)."""
+    """Normalises in float32.
+
+    kind: "layer" is LayerNorm with scale and bias, "rms" is RMSNorm with scale, and "rms_zero" is
+    RMSNorm with 1 + scale (Gemma).
+    """
 
     def __init__(self, width: int, kind: str, eps: float):
         self.kind, self.eps = kind, eps
@@ -179,8 +195,9 @@ def layer_norm(x: Float[Array, "*batch width"], eps: float) -> Float[Array, "*ba
 def rope_frequencies(rotary: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Computes the radians per position of the rotary / 2 rotated pairs: float32 [half].
 
-    They are numpy values, constants of the traced program. Rounds to float32 at the same points as torch, because
-    published models were trained with those values: at far positions the last bit counts.
+    They are numpy values, constants of the traced program. Rounds to float32 at the same points as
+    torch, because published models were trained with those values: at far positions the last bit
+    counts.
     """
     exponent = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
     frequency = np.float32(1) / (theta ** exponent.astype(np.float64)).astype(np.float32)
@@ -206,8 +223,9 @@ def rotate(
     positions: Int[Array, "B S"],
     frequencies: Float[Array | np.ndarray, "half"],
 ) -> Float[Array, "B S heads head"]:
-    """Rotates the first 2 * half channels by position; channel i is paired with i + half, as in Hugging Face."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]  # [B, S, 1, half]
+    """Rotates the first 2 * half channels; channel i is paired with i + half, as in Hugging Face."""
+    place = positions[:, :, None, None].astype(jnp.float32)  # [B, S, 1, 1]
+    angle = place * frequencies[None, None, None]  # [B, S, 1, half]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     half = frequencies.shape[0]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -218,13 +236,17 @@ def rotate(
 # Scanning over stacked layers
 # --------------------------------------------------------------------------------------------------
 
-# What the forward pass stores for the backward pass: only every layer's input, or also the outputs of plain matrix
-# products. Everything else is computed again.
+# What the forward pass stores for the backward pass: only every layer's input, or also the outputs
+# of plain matrix products. Everything else is computed again.
 REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def scan_layers(
-    body: Callable[[Carry, Any], tuple[Carry, Any]], init: Carry, inputs: Any, depth: int, remat: str
+    body: Callable[[Carry, Any], tuple[Carry, Any]],
+    init: Carry,
+    inputs: Any,
+    depth: int,
+    remat: str,
 ) -> tuple[Carry, Any]:
     """Scans `body` over `depth` stacked layers; returns the final carry and the stacked outputs.
 

@@ -1,7 +1,8 @@
 """Routing for the decoder's experts: which experts a token goes to, within their capacity.
 
-Nothing here runs an expert; `dispatch.py` does. The rules are those of GShard (arXiv 2006.16668) and DeepSpeed-MoE
-(arXiv 2201.05596), which Med-MoE (arXiv 2404.10237) uses. Shapes: N tokens, E experts, K choices per token.
+Nothing here runs an expert; `dispatch.py` does. The rules are those of GShard (arXiv 2006.16668)
+and DeepSpeed-MoE (arXiv 2201.05596), which Med-MoE (arXiv 2404.10237) uses. Shapes: N tokens, E
+experts, K choices per token.
 """
 
 import math
@@ -16,13 +17,13 @@ from unimed_jax.config import MoeConfig
 
 
 class Noise(NamedTuple):
-    """Holds the random numbers that one layer's routing uses; a field that is None switches its step off."""
+    """Holds the random numbers of one layer's routing; None switches a field's step off."""
 
-    # [N, E] in (0, 1): random token selection. When an expert is over capacity (top-1), it keeps the tokens with the
-    # largest numbers instead of the first ones.
+    # [N, E] in (0, 1): random token selection. When an expert is over capacity (top-1), it keeps
+    # the tokens with the largest numbers instead of the first ones.
     uniform: Array | None = None
-    # [N, E] standard Gumbel, added to the logits before the choice (top-1, "rsample") or before the second choice
-    # (top-2), which makes that choice a draw instead of a maximum.
+    # [N, E] standard Gumbel, added to the logits before the choice (top-1, "rsample") or before the
+    # second choice (top-2), which makes that choice a draw instead of a maximum.
     gumbel: Array | None = None
     # [N, D] in (0.99, 1.01): the router's input is multiplied by it.
     jitter: Array | None = None
@@ -39,11 +40,17 @@ class Routing(NamedTuple):
     aux: Array  # [] float32; the balancing loss
 
 
-def draw_noise(key: Key[Array, ""], tokens: int, width: int, config: MoeConfig, training: bool) -> Noise:
+def draw_noise(
+    key: Key[Array, ""],
+    tokens: int,
+    width: int,
+    config: MoeConfig,
+    training: bool,
+) -> Noise:
     """Draws the noise that the settings ask for, for `tokens` tokens of `width` channels.
 
-    At evaluation only the parts that `config.random` switches on are drawn (the caller asks for them with
-    `eval_noise`); `gate_noise` belongs to training.
+    At evaluation only the parts that `config.random` switches on are drawn (the caller asks for
+    them with `eval_noise`); `gate_noise` belongs to training.
     """
     keys = jax.random.split(key, 3)
     factor = config.capacity_factor if training else config.eval_capacity_factor
@@ -84,13 +91,13 @@ def route(
 ) -> Routing:
     """Chooses each token's experts and weights from the router's logits.
 
-    With top_k 1 the weight is the expert's softmax probability. With top_k 2 it is the probability divided by the
-    sum over the token's kept choices.
+    With top_k 1 the weight is the expert's softmax probability. With top_k 2 it is the probability
+    divided by the sum over the token's kept choices.
 
-    `capacity` limits the tokens of each expert (None: no limit). Top-1 keeps the tokens with the largest
-    `noise.uniform` (random token selection), without it the first ones. Top-2 keeps tokens in their order, all first
-    choices before any second choice.
-    `used` [N] marks the tokens that are routed and counted (None: all of them).
+    `capacity` limits the tokens of each expert (None: no limit). Top-1 keeps the tokens with the
+    largest `noise.uniform` (random token selection), without it the first ones. Top-2 keeps tokens
+    in their order, all first choices before any second choice. `used` [N] marks the tokens that are
+    routed and counted (None: all of them).
     """
     logits = logits.astype(jnp.float32)
     tokens, experts = logits.shape
@@ -119,7 +126,7 @@ def _choose(
     top_k: int,
     gumbel: Float[Array, "N E"] | None,
 ) -> list[Array]:
-    """Picks the first and, with top-2, the second expert of each token: K arrays [N] of expert numbers."""
+    """Picks the first and, with top-2, the second expert of each token: K arrays [N]."""
     noised = logits if gumbel is None else logits + gumbel
     if top_k == 1:
         return [jnp.argmax(noised, axis=-1)]
@@ -128,7 +135,11 @@ def _choose(
     return [first, jnp.argmax(jnp.where(is_first, -jnp.inf, noised), axis=-1)]
 
 
-def _within_capacity(masks: list[Array], capacity: int, order: Float[Array, "N E"] | None) -> list[Array]:
+def _within_capacity(
+    masks: list[Array],
+    capacity: int,
+    order: Float[Array, "N E"] | None,
+) -> list[Array]:
     """Decides which choices fit their expert: K masks [N, E] of choices -> K arrays [N] bool."""
     if len(masks) == 1:
         return [(masks[0] & _largest(masks[0], order, capacity)).any(axis=1)]
@@ -138,9 +149,14 @@ def _within_capacity(masks: list[Array], capacity: int, order: Float[Array, "N E
     return list(fits.any(axis=1).reshape(2, -1))  # 2 of [N]
 
 
-def _largest(mask: Bool[Array, "N E"], order: Float[Array, "N E"] | None, capacity: int) -> Bool[Array, "N E"]:
-    """Keeps, for each expert, the `capacity` tokens with the largest `order` (without `order`: the first ones).
+def _largest(
+    mask: Bool[Array, "N E"],
+    order: Float[Array, "N E"] | None,
+    capacity: int,
+) -> Bool[Array, "N E"]:
+    """Keeps, for each expert, the `capacity` tokens with the largest `order`.
 
+    Without `order` it keeps the first ones.
     The result may also mark tokens outside `mask`; the caller intersects the two.
     """
     if order is None:
@@ -150,10 +166,14 @@ def _largest(mask: Bool[Array, "N E"], order: Float[Array, "N E"] | None, capaci
     return jnp.zeros(mask.T.shape, bool).at[experts, rows].set(True).T  # [N, E]
 
 
-def balance(probs: Float[Array, "N E"], first: Bool[Array, "N E"], counted: Bool[Array, "N"]) -> Float[Array, ""]:
-    """Computes the balancing loss: E * sum over experts of (mean probability * share of first choices).
+def balance(
+    probs: Float[Array, "N E"],
+    first: Bool[Array, "N E"],
+    counted: Bool[Array, "N"],
+) -> Float[Array, ""]:
+    """Computes the balancing loss: E * sum over experts of mean probability * share of first choices.
 
-    Both means run over the `counted` tokens. It is 1 when the tokens are spread evenly.
+    Mean and share are taken over the `counted` tokens. It is 1 when the tokens are spread evenly.
     """
     weight = counted.astype(jnp.float32)
     weight /= jnp.maximum(weight.sum(), 1)
@@ -161,7 +181,11 @@ def balance(probs: Float[Array, "N E"], first: Bool[Array, "N E"], counted: Bool
     return probs.shape[1] * (jnp.einsum("n,ne->e", weight, probs) * shares).sum()
 
 
-def positions_in_expert(experts: Int[Array, "N K"], kept: Bool[Array, "N K"], count: int) -> Int[Array, "N K"]:
+def positions_in_expert(
+    experts: Int[Array, "N K"],
+    kept: Bool[Array, "N K"],
+    count: int,
+) -> Int[Array, "N K"]:
     """Numbers the kept choices of each of `count` experts from 0; -1 for choices that are not kept.
 
     First choices come before second choices, and tokens keep their order within each.

@@ -1,8 +1,8 @@
-"""Places arrays on a mesh of devices: the one sharding table, and the only file that names a mesh axis.
+"""Places arrays on a mesh of devices; no other file names a mesh axis.
 
-Every dimension of a parameter has a logical name (`PARAMETERS`), and each logical name may be split over some mesh
-axes (`AXES`). Activations are constrained only where the compiler would choose badly (`constrain`). Outside a mesh
-all of this does nothing, so the same code runs on one device.
+Every dimension of a parameter has a logical name (`PARAMETERS`), and each logical name may be split
+over some mesh axes (`AXES`). Activations are constrained only where the compiler would choose badly
+(`constrain`). Outside a mesh all of this does nothing, so the same code runs on one device.
 """
 
 import contextlib
@@ -30,13 +30,15 @@ AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "expert": ("expert",),
     "capacity": ("data", "fsdp"),  # places in the buffers of the decoder's experts
-    # The connector's own widths are split over all chips. 5 experts divide no axis, but their concatenated hidden
-    # units do; and a router of half a billion weights must never be gathered (its inputs are gathered: they are small).
+    # The connector's own widths are split over all chips. 5 experts divide no axis, but their
+    # concatenated hidden units do; and a router of half a billion weights must never be gathered
+    # (its inputs are gathered: they are small).
     "expert_hidden": MESH_AXES,
     "router_hidden": MESH_AXES,
 }
 
-# Path pattern -> logical names of the last dimensions (the axis of stacked layers comes before them, never split).
+# Path pattern -> logical names of the last dimensions (the axis of stacked layers comes before
+# them, never split).
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("connector/experts/up", (None, "expert_hidden")),
     ("connector/experts/up_bias", ("expert_hidden",)),
@@ -69,10 +71,11 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | None:
     """Makes the mesh over all devices of all processes, or None for a single device.
 
-    With `config.auto` the `rows` of a batch are split over as many devices as divide them, and the remaining factor
-    splits heads and hidden units. Frozen weights (`frozen_bytes`) stay replicated if they take less than half of a
-    device's memory, else they are split too ("fsdp").
-    Raises UserError if the sizes in `config` do not multiply to the number of devices, or do not divide the rows.
+    With `config.auto` the `rows` of a batch are split over as many devices as divide them, and the
+    remaining factor splits heads and hidden units. Frozen weights (`frozen_bytes`) stay replicated
+    if they take less than half of a device's memory, else they are split too ("fsdp"). Raises
+    UserError if the sizes in `config` do not multiply to the number of devices, or do not divide
+    the rows.
     """
     devices = jax.devices()
     count = len(devices)
@@ -81,18 +84,24 @@ def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | No
     if config.auto:
         wide = math.gcd(count, rows)
         sizes = {"data": wide, "fsdp": 1, "tensor": count // wide, "expert": 1}
-        limit = (devices[0].memory_stats() or {}).get("bytes_limit") if devices[0].platform != "cpu" else None
+        stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+        limit = (stats or {}).get("bytes_limit")
         if limit and frozen_bytes / sizes["tensor"] > limit / 2:
             sizes["data"], sizes["fsdp"] = 1, wide
     else:
         sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
         if math.prod(sizes.values()) != count:
             named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-            raise UserError(f"config.mesh: {named} makes {math.prod(sizes.values())} devices, but there are {count}.")
+            product = math.prod(sizes.values())
+            raise UserError(f"config.mesh: {named} makes {product} devices, but there are {count}.")
     shares = math.prod(sizes[axis] for axis in AXES["batch"])
     if rows % shares:
         raise UserError(f"config.data.rows={rows} cannot be shared by {shares} devices; choose a multiple of {shares}.")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+    )
 
 
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -101,11 +110,15 @@ def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def parameter_names(path: str) -> tuple[str | None, ...]:
-    """Looks up the logical names of a parameter's last dimensions; () for a parameter that is replicated."""
+    """Looks up the logical names of a parameter's last dimensions; () if it is replicated."""
     return next((names for pattern, names in PARAMETERS if fnmatch.fnmatchcase(path, pattern)), ())
 
 
-def spec(shape: tuple[int, ...], names: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+def spec(
+    shape: tuple[int, ...],
+    names: tuple[str | None, ...],
+    sizes: Mapping[str, int],
+) -> PartitionSpec:
     """Turns logical names into the partition of an array, see `axes_by_dimension`."""
     return PartitionSpec(*(axes or None for axes in axes_by_dimension(shape, names, sizes)))
 
@@ -115,8 +128,9 @@ def axes_by_dimension(
 ) -> list[tuple[str, ...]]:
     """Finds the mesh axes that split each dimension, given the mesh's `sizes` by axis.
 
-    An axis that does not divide the remaining dimension is skipped, so the dimension stays replicated over it.
-    Example: with sizes {"data": 2, "fsdp": 1, "expert": 4}, a batch of 6 rows is split over ("data",) only.
+    An axis that does not divide the remaining dimension is skipped, so the dimension stays
+    replicated over it. Example: with sizes {"data": 2, "fsdp": 1, "expert": 4}, a batch of 6 rows
+    is split over ("data",) only.
     """
     entries: list[tuple[str, ...]] = []
     for dim, name in zip(shape, names, strict=True):
@@ -134,7 +148,7 @@ def parameter_shardings(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, Name
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Gives the shardings of a train state: a parameter's moments lie where it does, everything else is replicated."""
+    """Gives the shardings of a train state: moments lie where their parameter does."""
 
     def of(keys, leaf) -> NamedSharding:
         path = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), "")
@@ -158,7 +172,7 @@ def _place(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Splits x over the mesh in context by the logical names of its dimensions; without a mesh, returns x itself."""
+    """Splits x over the mesh in context by logical names; without a mesh, returns x itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -172,18 +186,23 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 def row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Gives the sharding of an array of a batch, whose first dimension is its rows."""
-    return NamedSharding(mesh, spec(shape, ("batch", *(None,) * (len(shape) - 1)), dict(mesh.shape)))
+    return NamedSharding(
+        mesh,
+        spec(shape, ("batch", *(None,) * (len(shape) - 1)), dict(mesh.shape)),
+    )
 
 
 def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:
-    """Says which rows of a batch this process reads: part number `share` of `shares` equal parts, as (share, shares).
+    """Says which rows of a batch this process reads: (share, shares).
 
+    These are the rows of part number `share` if the batch is cut into `shares` equal parts.
     Processes whose devices split the model instead of the batch read the same rows.
     """
     if mesh is None:
         return 0, 1
     sharding = row_sharding((rows,), mesh)
-    pieces = [piece[0].indices(rows) for piece in sharding.addressable_devices_indices_map((rows,)).values() if piece]
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    pieces = [piece[0].indices(rows) for piece in slices if piece]
     start, stop = min(a for a, _, _ in pieces), max(b for _, b, _ in pieces)
     return start // (stop - start), rows // (stop - start)
 

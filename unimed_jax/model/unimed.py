@@ -1,6 +1,7 @@
 """The whole model: vision encoder -> connector -> decoder.
 
-Shapes: B rows of S tokens with M image slots each, T visual tokens per image, A answer tokens per row, D channels.
+Shapes: B rows of S tokens with M image slots each, T visual tokens per image, A answer tokens per
+row, D channels.
 """
 
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from unimed_jax.model.routing import Noise, Routing
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.vision import VisionEncoder, normalise
 
-# The arrays of a batch by name, as data/layout.py makes them: images [B, M, H, W, 3] with image_tasks [B, M];
-# tokens, visual, segments, prefixes, positions [B, S]; target_index, targets, weights, target_tasks [B, A].
+# The arrays of a batch by name, as data/layout.py makes them: images [B, M, H, W, 3] with
+# image_tasks [B, M]; tokens, visual, segments, prefixes, positions [B, S]; target_index, targets,
+# weights, target_tasks [B, A].
 Batch = dict[str, Any]
 
 COORDINATES = 101  # tokens of box coordinates: 0..100
@@ -36,13 +38,18 @@ class UniMed(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        # A fused kernel that the settings name is meant for the decoder's rows; the patches of an image seldom have
-        # the length that it needs.
+        # A fused kernel that the settings name is meant for the decoder's rows; the patches of an
+        # image seldom have the length that it needs.
         attention = "xla" if config.attention == "xla" else "auto"
         self.vision = VisionEncoder(config.vision, rngs, attention=attention, remat=config.remat)
         self.connector = Connector(config, rngs)
         self.decoder = Decoder(
-            config.decoder, config.lora, rngs, moe=config.moe, attention=config.attention, remat=config.remat
+            config.decoder,
+            config.lora,
+            rngs,
+            moe=config.moe,
+            attention=config.attention,
+            remat=config.remat,
         )
 
     def encode_images(self, images: Array, tasks: Int[Array, "N"]) -> ConnectorOutput:
@@ -65,18 +72,25 @@ class UniMed(nnx.Module):
     def embed(self, batch: Batch) -> tuple[Float[Array, "B S D"], Array | None]:
         """Embeds the tokens and puts the visual tokens of each row's images into their places.
 
-        `batch["visual"]` says for each place which of the row's M * T visual tokens stands there, -1 for text. Also
-        returns the connector's routing, see Output.
+        `batch["visual"]` says for each place which of the row's M * T visual tokens stands there,
+        -1 for text. Also returns the connector's routing, see Output.
         """
-        x = constrain(self.decoder.embed(batch["tokens"], self.config.compute_dtype), "batch", None, None)
+        x = constrain(
+            self.decoder.embed(batch["tokens"], self.config.compute_dtype),
+            "batch",
+            None,
+            None,
+        )
         rows, slots = batch["image_tasks"].shape
         if slots == 0:
             return x, None
-        images = batch["images"].reshape(rows * slots, *batch["images"].shape[2:])  # [B * M, H, W, 3]
+        images = batch["images"]
+        images = images.reshape(rows * slots, *images.shape[2:])  # [B * M, H, W, 3]
         tokens, routing = self.encode_images(images, batch["image_tasks"].reshape(-1))
         tokens = tokens.reshape(rows, -1, tokens.shape[-1])  # [B, M * T, D]
         visual = batch["visual"]
-        gathered = jnp.take_along_axis(tokens, jnp.maximum(visual, 0)[..., None], axis=1)  # [B, S, D]
+        places = jnp.maximum(visual, 0)[..., None]  # [B, S, 1]
+        gathered = jnp.take_along_axis(tokens, places, axis=1)  # [B, S, D]
         x = jnp.where((visual >= 0)[..., None], gathered.astype(x.dtype), x)
         return constrain(x, "batch", None, None), routing
 
@@ -87,10 +101,10 @@ def span_of(batch: Batch) -> Span:
 
 
 def order_coordinates(model: UniMed, start: int) -> None:
-    """Replaces the embeddings and head columns of the 101 coordinate tokens by ordered sine-cosine values, in place.
+    """Gives the 101 coordinate tokens ordered sine-cosine embeddings and head columns, in place.
 
-    `start` is the id of coordinate 0. The values get the standard deviation of the random ones. Without this, a short
-    run from scratch never learns that 41 is next to 42.
+    `start` is the id of coordinate 0. The values get the standard deviation of the random ones.
+    Without this, a short run from scratch never learns that 41 is next to 42.
     """
     decoder = model.decoder
     half = model.config.decoder.width // 2

@@ -1,4 +1,4 @@
-"""The vision encoder: a pre-norm ViT; with the right settings EVA-CLIP-g (Uni-Med section 3.1) or CLIP.
+"""Encodes images by a pre-norm ViT, by settings EVA-CLIP-g (Uni-Med section 3.1) or CLIP.
 
 Shapes: N images, P tokens of an image (its patches, and the class token if there is one).
 """
@@ -73,12 +73,20 @@ class VisionBlock(nnx.Module):
 class VisionEncoder(nnx.Module):
     """Turns images into patch features [N, patches, width]; a class token is dropped at the end."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, *, attention: str = "auto", remat: str = "none"):
+    def __init__(
+        self,
+        config: VisionConfig,
+        rngs: nnx.Rngs,
+        *,
+        attention: str = "auto",
+        remat: str = "none",
+    ):
         """`attention` and `remat` are those of ModelConfig."""
         self.config, self.remat = config, remat
         width = config.width
         extra = int(config.cls_token)
-        # kernel [patch * patch * 3, width]; the pixels of a patch are in (row, column, channel) order
+        # kernel [patch * patch * 3, width]; the pixels of a patch are in (row, column, channel)
+        # order
         self.patch = Linear(3 * config.patch_size**2, width, bias=config.patch_bias, rngs=rngs)
         self.cls = nnx.Param(normal(rngs.params(), (width,), 0.02)) if config.cls_token else None
         positions = normal(rngs.params(), (extra + config.patches, width), 0.02)
@@ -89,16 +97,20 @@ class VisionEncoder(nnx.Module):
         # Blocks after the feature layer are never run, so they are not built.
         used = config.depth + 1 + config.feature_layer
         self.blocks = stack(lambda r: VisionBlock(config, attention, r), used, rngs)
-        self.output_norm = Norm(width, "layer", config.output_norm_eps) if config.output_norm else None
+        output_norm = Norm(width, "layer", config.output_norm_eps)
+        self.output_norm = output_norm if config.output_norm else None
 
-    def __call__(self, images: Float[Array, "N height width_px 3"]) -> Float[Array, "N patches width"]:
-        """Encodes normalised images (see `normalise`), square with side `image_size`, in the compute dtype."""
+    def __call__(
+        self,
+        images: Float[Array, "N height width_px 3"],
+    ) -> Float[Array, "N patches width"]:
+        """Encodes square images that `normalise` has prepared, in the compute dtype."""
         x = self.encode(images)
         x = x[:, int(self.config.cls_token) :]
         return x if self.output_norm is None else self.output_norm(x)
 
     def encode(self, images: Float[Array, "N height width_px 3"]) -> Float[Array, "N tokens width"]:
-        """Returns the output of the last used block, class token (if any) first, before any output norm."""
+        """Returns the last used block's output, before the output norm; a class token is first."""
         x = self.patch(patchify(images, self.config.patch_size))
         if self.cls is not None:
             cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
@@ -106,7 +118,13 @@ class VisionEncoder(nnx.Module):
         x += self.positions[...].astype(x.dtype)[None]
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        return scan_layers(lambda x, block: (block(x), None), x, self.blocks, self.config.depth, self.remat)[0]
+        return scan_layers(
+            lambda x, block: (block(x), None),
+            x,
+            self.blocks,
+            self.config.depth,
+            self.remat,
+        )[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +133,7 @@ class VisionEncoder(nnx.Module):
 
 
 def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
-    """Turns uint8 pixels into (x / 255 - mean) / std in `dtype`; floats count as normalised already."""
+    """Turns uint8 pixels into (x / 255 - mean) / std; floats count as normalised already."""
     if images.dtype == jnp.uint8:
         mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
         scale, offset = jnp.asarray(1 / (255 * std)), jnp.asarray(mean / std)
@@ -124,7 +142,10 @@ def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
     return images.astype(dtype)
 
 
-def patchify(images: Float[Array, "N height width_px 3"], patch: int) -> Float[Array, "N patches pixels"]:
+def patchify(
+    images: Float[Array, "N height width_px 3"],
+    patch: int,
+) -> Float[Array, "N patches pixels"]:
     """Cuts images into patches in raster order, each flattened in (row, column, channel) order."""
     count, height, width, channels = images.shape
     x = images.reshape(count, height // patch, patch, width // patch, patch, channels)
@@ -133,7 +154,10 @@ def patchify(images: Float[Array, "N height width_px 3"], patch: int) -> Float[A
 
 
 def sincos_positions(grid: int, width: int) -> Float[np.ndarray, "patches width"]:
-    """Makes fixed 2-D sine-cosine positions, rows in the first half of the channels (arXiv 2104.02057)."""
+    """Makes fixed 2-D sine-cosine positions (arXiv 2104.02057).
+
+    Rows are in the first half of the channels, columns in the second.
+    """
     frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     angle = np.arange(grid)[:, None] * frequency  # [grid, width / 4]
     axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [grid, width / 2]
@@ -145,10 +169,11 @@ def sincos_positions(grid: int, width: int) -> Float[np.ndarray, "patches width"
 def resize_positions(
     positions: Float[np.ndarray, "tokens width"], grid: int, extra: int
 ) -> Float[np.ndarray, "new_tokens width"]:
-    """Resizes a position table to another grid, bicubically; the first `extra` positions (class token) are kept.
+    """Resizes a position table to another grid, bicubically.
 
-    Cubic convolution with a = -0.75 and half-pixel centres without antialiasing (torch's
-    `interpolate(mode="bicubic", align_corners=False)`), as EVA-CLIP's checkpoints are resized.
+    The first `extra` positions (class token) are kept. Cubic convolution with a = -0.75 and
+    half-pixel centres without antialiasing (torch's `interpolate(mode="bicubic",
+    align_corners=False)`), as EVA-CLIP's checkpoints are resized.
     """
     kept, table = positions[:extra], np.asarray(positions[extra:], np.float64)
     old = round(len(table) ** 0.5)
@@ -162,7 +187,7 @@ def resize_positions(
 
 
 def _cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Computes the matrix that resizes a line of `old` values to `new` values, edge values repeated outside."""
+    """Computes the matrix that resizes a line of values; beyond its ends they are repeated."""
     a = -0.75
     centre = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(centre).astype(int)

@@ -1,56 +1,161 @@
-"""Answers of a model to examples: prompts in length buckets, generated batch by batch."""
+"""Answers requests with a model: prompts in length buckets, generated batch by batch or streamed one by one.
 
-from collections.abc import Callable, Sequence
+Evaluation, the verb `predict` and everything that serves answers go through `Predictor`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from unimed_jax.config import Config
 from unimed_jax.data import images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
-from unimed_jax.model.generate import Sampling, generate
+from unimed_jax.errors import UserError
+from unimed_jax.model.generate import Sampling, generate, stream
+from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
 
 BUCKET = 32  # prompt lengths are rounded up to multiples, so that few shapes are compiled
+CUT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 
 
-def answerer(
-    model: UniMed, config: Config, tokenizer: Tokenizer
-) -> Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]]], list[str]]:
-    """-> answer(examples, the images of each (uint8 [H, W, 3])) -> texts, in order.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One question to the model; what is None is taken from `config.evaluate`.
 
-    Greedy, or sampled by `config.evaluate.temperature` and `top_p` with keys from `config.seed`. Raises
-    UserError for a prompt that is too long (`text.max_prompt`).
+    images: paths, file contents as bytes, or pixels as uint8 [H, W, 3]; history: earlier (question, answer) turns;
+    seed: of the draws if the temperature is not 0; id: names the request in messages.
     """
-    settings = config.evaluate
-    encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
-    sampling = Sampling(settings.temperature, settings.top_p)
-    calls = 0
 
-    def answer(examples: Sequence[Example], pixels: Sequence[Sequence[np.ndarray]]) -> list[str]:
-        nonlocal calls
+    task: str
+    question: str = ""
+    images: tuple[str | Path | bytes | np.ndarray, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    seed: int = 0
+    id: str = ""
+
+
+class Predictor:
+    """Turns requests into texts with one model.
+
+    Give the `mesh` over which the model lies, or call it inside `run.inside()`. With several processes all of them
+    make the same calls and get the same texts.
+    """
+
+    def __init__(self, model: UniMed, config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None):
+        self._model, self._config, self._tokenizer, self._mesh = model, config, tokenizer, mesh
+        self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
+
+    def answers(self, requests: Sequence[Request], batch: int | None = None) -> list[str]:
+        """Answers all requests, in order, `batch` at a time (default: `config.evaluate.batch`).
+
+        Consecutive requests share a batch if they have the same temperature and length of the answer, so batches
+        depend on the order given. Raises UserError for a request that does not fit its task or whose prompt is
+        longer than `text.max_prompt`.
+        """
+        batch = batch or self._config.evaluate.batch
         texts: list[str] = []
-        for start in range(0, len(examples), settings.batch):
-            part = slice(start, start + settings.batch)
-            batch = prompt_batch(encoder, config, tokenizer.pad, examples[part], pixels[part])
-            key = jax.random.fold_in(jax.random.key(config.seed), calls) if settings.temperature else None
-            calls += 1
-            tokens = generate(
-                model,
-                batch,
-                max_new_tokens=settings.max_new_tokens,
-                eos=tokenizer.eos,
-                pad=tokenizer.pad,
-                sampling=sampling,
-                key=key,
-            )
-            for row in np.asarray(tokens)[: len(examples[part])]:
-                (ends,) = np.nonzero(row == tokenizer.eos)
-                texts.append(tokenizer.decode(row[: ends[0]] if len(ends) else row).strip())
+        while len(texts) < len(requests):
+            rest = requests[len(texts) : len(texts) + batch]
+            kinds = [self._kind(request) for request in rest]
+            alike = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(rest))
+            texts += self._together(rest[:alike], batch)
         return texts
 
-    return answer
+    def stream(self, request: Request, chunk: int = 1) -> Iterator[str]:
+        """Yields the answer in pieces as its tokens are picked, `chunk` tokens at a time.
+
+        Joined, the pieces are `answers([request])[0]`. Raises as `answers` does.
+        """
+        tokens: list[int] = []
+        said = ""
+        parts = self._pieces(request, chunk)
+        while True:
+            # Not around the yield: the caller's code must not run inside the mesh's context.
+            with self._inside():
+                found = next(parts, None)
+            text = self._text(tokens + ([] if found is None else found))
+            if found is None:
+                break
+            tokens += found
+            whole = text.rstrip(CUT).rstrip()  # white space belongs to the answer only if something follows
+            if whole.startswith(said) and whole != said:
+                yield whole[len(said) :]
+                said = whole
+        if text != said:
+            yield text[len(said) :]
+
+    def _kind(self, request: Request) -> tuple[int, float]:
+        """What requests of one batch have in common: the most tokens of the answer, and the temperature."""
+        settings = self._config.evaluate
+        temperature = settings.temperature if request.temperature is None else request.temperature
+        return request.max_new_tokens or settings.max_new_tokens, temperature
+
+    def _together(self, requests: Sequence[Request], batch: int) -> list[str]:
+        rows = self._rows(requests, batch)
+        with self._inside():
+            tokens = np.asarray(generate(self._model, rows, **self._how(requests, len(rows["tokens"]))))
+        return [self._text(row) for row in tokens[: len(requests)]]
+
+    def _pieces(self, request: Request, chunk: int) -> Iterator[list[int]]:
+        """Yields the ids of the answer as they come."""
+        rows = self._rows([request], 1)
+        for found in stream(self._model, rows, **self._how([request], 1), chunk=chunk):
+            yield found[0].tolist()
+
+    def _rows(self, requests: Sequence[Request], batch: int) -> layout.Batch:
+        examples = [as_example(request) for request in requests]
+        pixels = [[_pixels(image) for image in request.images] for request in requests]
+        return prompt_batch(self._encoder, self._config, self._tokenizer.pad, examples, pixels, batch)
+
+    def _how(self, requests: Sequence[Request], rows: int) -> dict:
+        """The arguments of `generate` for requests of one kind; filled-up rows repeat the first request."""
+        new, temperature = self._kind(requests[0])
+        key = None
+        if temperature:
+            seeds = [request.seed for request in requests]
+            seeds += seeds[:1] * (rows - len(seeds))
+            first = jax.random.key(self._config.seed)
+            key = jax.vmap(jax.random.fold_in, (None, 0))(first, np.array(seeds, np.uint32))
+        return {
+            "max_new_tokens": new,
+            "eos": self._tokenizer.eos,
+            "pad": self._tokenizer.pad,
+            "sampling": Sampling(temperature, self._config.evaluate.top_p),
+            "key": key,
+        }
+
+    def _text(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Decodes the tokens before the first end of text."""
+        row = [int(token) for token in tokens]
+        end = row.index(self._tokenizer.eos) if self._tokenizer.eos in row else len(row)
+        return self._tokenizer.decode(row[:end]).strip()
+
+    def _inside(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else inside(self._mesh)
+
+
+def as_example(request: Request) -> Example:
+    """Gives the example whose prompt asks what the request asks."""
+    if request.history:
+        raise UserError(
+            f"request {request.id or request.question!r} has earlier turns, which no prompt form holds yet; ask it "
+            "without history."
+        )
+    keys = tuple(f"image {i}" for i in range(len(request.images)))
+    return Example(request.id or "request", request.task, request.question, "", images=keys)
+
+
+def _pixels(image: str | Path | bytes | np.ndarray) -> np.ndarray:
+    return image if isinstance(image, np.ndarray) else images.read_image(image)
 
 
 def prompt_batch(
@@ -59,14 +164,18 @@ def prompt_batch(
     pad: int,
     examples: Sequence[Example],
     pixels: Sequence[Sequence[np.ndarray]],
+    batch: int | None = None,
 ) -> layout.Batch:
-    """Left-padded prompts, one a row; the rows are filled up to a power of two with copies of the first."""
+    """Makes left-padded prompts, one a row; the rows are filled up to a power of two with copies of the first.
+
+    pixels: of each example its images, uint8 [H, W, 3]; batch: the most rows (default: `config.evaluate.batch`).
+    """
     vision = config.model.vision
     groups = [
-        layout.Group((encoder.prompt(example),), tuple(images.fit(image, config.data.fit, vision) for image in shown))
-        for example, shown in zip(examples, pixels, strict=True)
+        layout.Group((encoder.prompt(example),), tuple(images.fit(image, config.data.fit, vision) for image in own))
+        for example, own in zip(examples, pixels, strict=True)
     ]
-    rows = min(config.evaluate.batch, 1 << (len(groups) - 1).bit_length())
+    rows = min(batch or config.evaluate.batch, 1 << (len(groups) - 1).bit_length())
     groups += groups[:1] * (rows - len(groups))
     longest = max(group.questions[0].tokens for group in groups)
     shape = layout.RowShape(

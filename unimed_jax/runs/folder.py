@@ -1,4 +1,10 @@
-"""What a run's folder holds, and what a run still needs before it can start."""
+"""Reads and writes the text of a run's folder (settings, tokenizer), and says what a run still needs to start.
+
+config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
+checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
+contact_sheet.png images with their boxes               tensorboard/, lock: who trains here
+metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
+"""
 
 import dataclasses
 import json

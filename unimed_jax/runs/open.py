@@ -1,32 +1,33 @@
-"""A run's folder: what stands where in it, and `open_run`, from which every verb that reads one starts.
+"""Opens runs: the weights that training starts from or has saved, laid over a mesh, and the model made of them.
 
-config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
-checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
-contact_sheet.png images with their boxes               tensorboard/, lock: who trains here
-metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
+Weights of one run may come from another (`config.init` kind "run"), so opening recurses: open_run -> _open ->
+initial_leaves -> _leaves_of_run -> _open of the other run, until a run whose `init` names no run. All of them are laid
+over the same mesh, and no device ever holds more than its share of a leaf that is sharded.
 """
 
 import contextlib
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from unimed_jax.config import Config
+from unimed_jax.config import Config, MeshConfig
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.interop.families.unimed_hf import exported_config, is_exported, load_exported
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import folded
+from unimed_jax.model import sharding
 from unimed_jax.model.dispatch import upcycled
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
-from unimed_jax.model.sharding import inside, parameter_shardings
 from unimed_jax.model.unimed import UniMed, order_coordinates
 from unimed_jax.rules import leaf_dtypes, leaf_rules
 from unimed_jax.runs.checkpoint import Checkpoints, fingerprints
@@ -35,20 +36,37 @@ from unimed_jax.runs.folder import load_text, missing_inputs, read_config, token
 
 @dataclasses.dataclass
 class Run:
+    """A model with what belongs to it; `mesh` is that over which its leaves lie (None: one device)."""
+
     folder: Path
     config: Config
     tokenizer: Tokenizer
     model: UniMed
     step: int
-    mesh: Mesh | None = None  # over which the model's leaves lie
+    mesh: Mesh | None = None
 
     def inside(self) -> contextlib.AbstractContextManager:
-        """The context in which the model is to be called: that of the mesh."""
-        return inside(self.mesh)
+        """Gives the context in which the model is to be called, so that it finds its mesh."""
+        return sharding.inside(self.mesh)
+
+
+def found_mesh(config: Config, trains: bool = True) -> Mesh | None:
+    """Makes the mesh over the devices found: as `config.mesh` says if that fits them, else laid out automatically.
+
+    None for a single device. `trains=False` for an exported model, to which the rules of training do not apply.
+    """
+    shapes = parameters(abstract(config.model))
+    rules = leaf_rules(shapes, config.train, config.optimizer) if trains else {}
+    frozen = sum(leaf.size for path, leaf in shapes.items() if path not in rules or not rules[path].train)
+    arguments = config.data.rows, frozen * jnp.dtype(config.model.frozen_dtype).itemsize
+    try:
+        return sharding.make_mesh(config.mesh, *arguments)
+    except UserError:  # trained on another number of devices
+        return sharding.make_mesh(MeshConfig(), *arguments)
 
 
 def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
-    """The model before the first step, laid over the mesh, and the source of every leaf."""
+    """Makes the model before the first step, laid over the mesh; also returns the source of every leaf."""
     leaves, sources = initial_leaves(config, tokenizer, mesh)
     return with_parameters(abstract(config.model), leaves), sources
 
@@ -56,11 +74,11 @@ def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None
 def initial_leaves(
     config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None, wanted: Sequence[str] = ("*",)
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The leaves before the first step whose paths match one of the patterns `wanted`, and the source of each.
+    """Makes or reads the leaves before the first step that match a pattern of `wanted`; also returns each one's source.
 
-    A function of the settings alone: the random numbers do not depend on the devices. Leaves that train are
-    float32, the others of `config.model.frozen_dtype`, but for the routers of experts, which round to other experts.
-    Only what is wanted, and of that only what no later source replaces, is made or read.
+    A function of the settings only: the random numbers do not depend on the devices. Dtypes as in `leaf_dtypes`.
+    Only what is wanted, and of that only what no later source replaces, is made or read. Without a mesh all of it
+    lies on this process's first device.
     """
     if tokenizer.size > config.model.decoder.vocab:
         raise UserError(
@@ -70,22 +88,24 @@ def initial_leaves(
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
     dtypes = leaf_dtypes(rules, config.model.frozen_dtype)
-    places = None if mesh is None else parameter_shardings(shapes, mesh)
+    to = Destination(shapes, None if mesh is None else sharding.parameter_shardings(shapes, mesh), dtypes)
     still = {path for path in shapes if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)}
     leaves: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for kind, path in reversed(config.init):
         if kind == "seed":
-            found = _random_leaves(config, tokenizer, still, dtypes, places)
+            found = _random_leaves(config, tokenizer, still, to)
         elif kind == "run":
-            found = _leaves_of_run(path, config, {p: shapes[p] for p in still}, dtypes, places)
+            found = _leaves_of_run(Path(path), config, still, to, mesh)
         elif kind not in SOURCES:
             known = ("seed", "run", *SOURCES)
-            raise UserError(f"config.init: {kind!r} is no source of weights{nearest(kind, known)} Choose from {known}.")
+            raise UserError(
+                f"config.init: {kind!r} is not a source of weights{nearest(kind, known)} Choose from {known}."
+            )
         elif not SOURCES[kind].among(still):
             continue
         else:
-            found = SOURCES[kind].load(path, config.model, Destination(shapes, places, dtypes))
+            found = SOURCES[kind].load(path, config.model, to)
         taken = still & set(found)
         leaves |= {p: found[p] for p in taken}
         sources |= dict.fromkeys(taken, f"{kind} {path}".strip())
@@ -98,39 +118,74 @@ def initial_leaves(
     return {p: leaves[p] for p in order}, {p: sources[p] for p in order}
 
 
-def _random_leaves(config: Config, tokenizer: Tokenizer, wanted, dtypes, places) -> dict[str, jax.Array]:
+def _random_leaves(
+    config: Config, tokenizer: Tokenizer, wanted: AbstractSet[str], to: Destination
+) -> dict[str, jax.Array]:
+    """Draws the leaves that `config.seed` gives."""
+
     def make() -> dict[str, jax.Array]:
         model = UniMed(config.model, nnx.Rngs(config.seed))
         if tokenizer.coordinate_start is not None:
             order_coordinates(model, tokenizer.coordinate_start)
-        return {p: leaf.astype(dtypes[p]) for p, leaf in parameters(model).items() if p in wanted}
+        return {p: leaf.astype(to.dtype(p)) for p, leaf in parameters(model).items() if p in wanted}
 
-    return jax.jit(make, out_shardings=None if places is None else {p: places[p] for p in wanted})()
+    return jax.jit(make, out_shardings=None if to.shardings is None else {p: to.sharding(p) for p in wanted})()
 
 
-def _leaves_of_run(path: str, config: Config, wanted, dtypes, places) -> dict[str, jax.Array]:
-    """What a finished run has of the same name and shape; of a dense decoder's MLPs copies where there are experts."""
-    other = open_run(path)
-    theirs, depth = parameters(other.model), config.model.decoder.depth
-    if config.model.moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth:
-        prefix = "decoder/layers/"
-        mlp = {p.removeprefix(f"{prefix}mlp/"): leaf for p, leaf in theirs.items() if p.startswith(f"{prefix}mlp/")}
-        theirs |= {prefix + p: leaf for p, leaf in upcycled(mlp, config.model.moe, depth).items()}
-    fits = [p for p, leaf in wanted.items() if p in theirs and theirs[p].shape == leaf.shape]
-    if not fits:
-        raise UserError(f"config.init: no parameter of run {path} fits this model; check config.model.")
-    taken = {p: theirs[p].astype(dtypes[p]) for p in fits}
-    return taken if places is None else {p: jax.device_put(leaf, places[p]) for p, leaf in taken.items()}
+def _leaves_of_run(
+    folder: Path, config: Config, wanted: AbstractSet[str], to: Destination, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """Takes from another run the wanted leaves that have the same name and shape there.
+
+    If only this model has experts, each of them starts as a copy of the other decoder's MLP of that layer.
+    """
+    other = _open(folder, mesh)
+    theirs, moe, depth = parameters(other.model), config.model.moe, config.model.decoder.depth
+    becomes_experts = moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth
+    del other  # so that each leaf is freed when it has been taken
+    taken = {}
+
+    def take(found: Mapping[str, jax.Array]) -> None:
+        for path, leaf in found.items():
+            if path in wanted and leaf.shape == to.leaves[path].shape:
+                taken[path] = jax.device_put(leaf.astype(to.dtype(path)), to.sharding(path))
+
+    layers = "decoder/layers/"
+    for path in list(theirs):
+        leaf = theirs.pop(path)
+        if becomes_experts and path.startswith(f"{layers}mlp/"):
+            take(_copied_to_experts(leaf, path, config, to))
+        else:
+            take({path: leaf})
+    if not taken:
+        raise UserError(f"config.init: no parameter of run {folder} fits this model; check config.model.")
+    return taken
+
+
+def _copied_to_experts(leaf: jax.Array, path: str, config: Config, to: Destination) -> dict[str, jax.Array]:
+    """Copies one leaf of a dense decoder's MLPs to the experts, each device making only its share."""
+    layers = "decoder/layers/"
+    name = path.removeprefix(f"{layers}mlp/")
+
+    def copied(leaf: jax.Array) -> dict[str, jax.Array]:
+        found = upcycled({name: leaf}, config.model.moe, config.model.decoder.depth)
+        return {layers + ours: part for ours, part in found.items()}
+
+    places = None if to.shardings is None else {p: to.sharding(p) for p in jax.eval_shape(copied, leaf)}
+    return jax.jit(copied, out_shardings=places)(leaf)
 
 
 def base_note(leaves: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, dict]:
-    """Source and fingerprint of each leaf, for a checkpoint's note: what it does not hold, but stands on."""
+    """Describes each leaf by its source and fingerprint, for a checkpoint's note.
+
+    These are the base weights that the checkpoint depends on but does not store.
+    """
     numbers = jax.device_get(fingerprints(dict(leaves)))
     return {path: {"source": sources[path], "fingerprint": int(number)} for path, number in numbers.items()}
 
 
 def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict]) -> None:
-    """Raises UserError where a leaf that a checkpoint stands on is another one than when it was saved."""
+    """Raises UserError if a base weight that a checkpoint depends on has changed since it was saved."""
     changed = [path for path, entry in now.items() if saved.get(path, entry)["fingerprint"] != entry["fingerprint"]]
     if changed:
         raise UserError(
@@ -139,36 +194,58 @@ def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict])
         )
 
 
-def open_run(path: str | Path) -> Run:
+def open_run(path: str | Path, mesh: Mesh | None = None) -> Run:
     """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint.
 
-    Leaves that the checkpoint does not hold are read again from where `config.init` says. A folder that
-    `export --format=model` wrote is opened too.
+    The model is laid over `mesh`; without one over all devices found (see `found_mesh`). Leaves that the checkpoint
+    does not hold are read again from where `config.init` says. A folder that `export --format=model` wrote is opened
+    too. Raises UserError for whatever is missing, damaged or does not fit.
     """
     folder = Path(path)
+    return _open(folder, mesh or found_mesh(_settings(folder), trains=not is_exported(folder)))
+
+
+def _settings(folder: Path) -> Config:
+    return exported_config(folder) if is_exported(folder) else read_config(folder)
+
+
+def _open(folder: Path, mesh: Mesh | None) -> Run:
+    """Opens a run on this mesh, or on one device if that is None."""
+    config = _settings(folder)
+    shapes = parameters(abstract(config.model))
+    places = None if mesh is None else sharding.parameter_shardings(shapes, mesh)
     if is_exported(folder):
-        config = exported_config(folder)
-        leaves = load_exported(folder, config.model, Destination(parameters(abstract(config.model))))
-        model = with_parameters(abstract(config.model), leaves)
-        return Run(folder, config, Tokenizer.load(folder), model, step=0)
-    config = read_config(folder)
-    tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
+        tokenizer = Tokenizer.load(folder)
+        leaves, step = load_exported(folder, config.model, Destination(shapes, places)), 0
+    else:
+        tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
+        leaves, step = _saved_leaves(folder, config, tokenizer, mesh)
+    return Run(folder, config, tokenizer, with_parameters(abstract(config.model), leaves), step, mesh)
+
+
+def _saved_leaves(
+    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None
+) -> tuple[dict[str, jax.Array], int]:
+    """Reads all leaves at the newest checkpoint and the steps done there, each straight into its shards."""
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
     shapes = parameters(abstract(config.model))
+    dtypes = leaf_dtypes(leaf_rules(shapes, config.train, config.optimizer), config.model.frozen_dtype)
+    places = {} if mesh is None else sharding.parameter_shardings(shapes, mesh)
     saved = checkpoints.saved_weights()
-    base, sources = initial_leaves(config, tokenizer, wanted=[p for p in shapes if p not in saved])
-    weights, _, note = checkpoints.restore({p: leaf for p, leaf in shapes.items() if p in saved})
+    base, sources = initial_leaves(config, tokenizer, mesh, [p for p in shapes if p not in saved])
+    like = {p: jax.ShapeDtypeStruct(shapes[p].shape, dtypes[p], sharding=places.get(p)) for p in shapes if p in saved}
+    weights, _, note = checkpoints.restore(like)
     check_base(folder, note["base"], base_note(base, sources))
     step = checkpoints.latest()
     assert step is not None  # restore says so otherwise
     checkpoints.close()
-    return Run(folder, config, tokenizer, with_parameters(abstract(config.model), {**base, **weights}), step)
+    return {**base, **weights}, step
 
 
 def open_config(config: Config) -> Run:
-    """What the weights of `config.init` make without training: base weights and a checkpoint of the original, say.
+    """Opens what the weights of `config.init` make without training: base weights and an original checkpoint, say.
 
     Raises UserError where a leaf that matters would be random.
     """
@@ -177,8 +254,9 @@ def open_config(config: Config) -> Run:
         raise UserError(lacks)
     folder = Path(f"runs/{config.name}")
     tokenizer = load_text(folder, config, ())
-    model, sources = initial_model(config, tokenizer)
-    # An adapter that was never trained adds nothing, and the norm behind the encoder is published as it starts.
+    mesh = found_mesh(config)
+    model, sources = initial_model(config, tokenizer, mesh)
+    # An adapter that was never trained adds nothing, and the norm after the encoder is published as it starts.
     harmless = ("*/lora_?", "vision/output_norm/*")
     random = [
         path
@@ -190,4 +268,4 @@ def open_config(config: Config) -> Run:
             f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source of trained ones "
             f"(kinds: {', '.join(SOURCES)}, run)."
         )
-    return Run(folder, config, tokenizer, model, step=0)
+    return Run(folder, config, tokenizer, model, step=0, mesh=mesh)

@@ -19,9 +19,9 @@ from unimed_jax.rules import leaf_rules
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.open import Run
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
-from unimed_jax.train.optimizer import AdamState, Optimizer, per_leaf
+from unimed_jax.train.optimizer import AdamState, per_leaf
+from unimed_jax.train.program import build
 from unimed_jax.train.start import Start, prepare
-from unimed_jax.train.step import first_state
 
 
 def train(config: Config, folder: Path) -> Run:
@@ -104,7 +104,7 @@ def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
     trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
     checkpoints = Checkpoints(run.folder / "checkpoints", read_only=True)
     saved = {path: leaf for path, leaf in leaves.items() if path in checkpoints.saved_weights()}
-    state = jax.eval_shape(lambda: first_state(trained, Optimizer(config.optimizer, rules)))
+    state = build(config, run.mesh).state  # with shardings: moments are restored straight into their shards
     _, rest, _ = checkpoints.restore(saved, (state.step, state.moments))
     checkpoints.close()
     return trained, per_leaf(rest[1])

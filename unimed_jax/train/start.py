@@ -115,7 +115,7 @@ def prepare(config: Config, folder: Path) -> Start:
 
     # ---- program -----------------------------------------------------------------------------------
     program = build(config, make_mesh(config), tokenizer.coordinate_start)
-    validation = Validation(config, datasets, tokenizer, program)
+    validation = Validation(config, tokenizer, program)
 
     # ---- weights -----------------------------------------------------------------------------------
     with sharding.inside(program.mesh):

@@ -32,21 +32,23 @@ def run(arguments: list[str]) -> None:
     if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
         raise UserError(f"task {known.task!r} needs --text.")
 
-    from unimed_jax.data.example import Example
     from unimed_jax.data.forms import text_to_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
-    from unimed_jax.predict.predictor import answerer
+    from unimed_jax.predict.predictor import Predictor, Request
     from unimed_jax.runs.open import open_config, open_run
 
     if known.task == "identify" and text_to_box(known.text) is None:
         raise UserError(f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
     image = read_image(known.image) if known.image else None
     run = open_run(known.run) if known.run else open_config(read_config(known.config, overrides))
-    example = Example("--text", known.task, known.text, "", images=(known.image,) if known.image else ())
-    with run.inside():
-        (text,) = answerer(run.model, run.config, run.tokenizer)([example], [[] if image is None else [image]])
-    print(text)
+    predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
+    request = Request(known.task, known.text, () if image is None else (image,), id="--text")
+    text = ""
+    for piece in predictor.stream(request):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
     box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
     if box and image is not None:
         out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")

@@ -3,14 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from unimed_jax.config import DecoderConfig, RopeScaling
 from unimed_jax.errors import UserError
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PretrainedConfig
 
 # Hugging Face's name of an activation -> ours.
 ACTIVATIONS = {
@@ -44,7 +46,7 @@ def _biases(on: bool, linears: tuple[str, ...] = ("q", "k", "v", "o")) -> tuple[
     return linears if on else ()
 
 
-def _windows(settings: PretrainedConfig) -> tuple[int, ...]:
+def _windows(settings: "PretrainedConfig") -> tuple[int, ...]:
     """Reads the sliding windows of the layers (0: none), as the shortest sequence that repeats."""
     width = settings.sliding_window or 0
     windows = [width if kind == "sliding_attention" else 0 for kind in settings.layer_types]
@@ -154,20 +156,22 @@ FAMILIES: dict[str, Family] = {
 # --------------------------------------------------------------------------------------------------
 
 
-def read_hf_config(folder: str | Path) -> PretrainedConfig:
+def read_hf_config(folder: str | Path) -> "PretrainedConfig":
     """Reads a folder's config.json; raises UserError if there is none, or if it is of an unknown kind."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give the folder of a Hugging Face model.")
     try:
         # Without trust, a config that asks for code of its own is refused instead of asked about.
+        from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}/config.json cannot be read ({reason}); check the folder.") from error
 
 
-def decoder_from_hf(settings: PretrainedConfig, where: str = "config.json") -> DecoderConfig:
+def decoder_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> DecoderConfig:
     """Translates Hugging Face's settings of a decoder into ours.
 
     Raises UserError, naming the field, for what is not supported.
@@ -254,7 +258,7 @@ def _scaling_from_hf(parameters: Mapping[str, Any], where: str) -> RopeScaling |
 # --------------------------------------------------------------------------------------------------
 
 
-def decoder_to_hf(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedConfig:
+def decoder_to_hf(d: DecoderConfig, positions: int = POSITIONS) -> "PretrainedConfig":
     """Translates our settings into Hugging Face's, of the first family that can hold all of them.
 
     Each family is tried and read back: it fits if what comes back computes the same. Raises UserError
@@ -274,8 +278,10 @@ def decoder_to_hf(d: DecoderConfig, positions: int = POSITIONS) -> PretrainedCon
     )
 
 
-def _as_family(name: str, family: Family, d: DecoderConfig, positions: int) -> PretrainedConfig:
+def _as_family(name: str, family: Family, d: DecoderConfig, positions: int) -> "PretrainedConfig":
     """Makes the settings of one family; those of ours that it has no field for are left out."""
+    from transformers import CONFIG_MAPPING
+
     kind: Any = CONFIG_MAPPING[name]
     known = {field.name for field in dataclasses.fields(kind)}
     fields = {field: value for field, value in _fields_to_hf(d, positions).items() if field in known}

@@ -2,10 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PretrainedConfig
 
 from unimed_jax.config import ModelConfig, VisionConfig
 from unimed_jax.errors import UserError
@@ -15,12 +14,15 @@ from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import ALL, Arrays, Entry, Table, Tensors
 from unimed_jax.model.vision import resize_positions
 
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PretrainedConfig
+
 # --------------------------------------------------------------------------------------------------
 # CLIP and SigLIP
 # --------------------------------------------------------------------------------------------------
 
 
-def tower_from_hf(settings: PretrainedConfig, where: str = "config.json") -> VisionConfig:
+def tower_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> VisionConfig:
     """Translates Hugging Face's settings of CLIP or SigLIP (the whole model, or only its tower) into ours.
 
     Of CLIP we take the features of the last block but one, as LLaVA does; of SigLIP those of the last

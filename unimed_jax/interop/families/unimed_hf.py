@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, VisionConfig, to_dict
@@ -31,9 +32,6 @@ from unimed_jax.interop.model_card import model_card
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Stored, Table, each_published, published_shapes
-from unimed_jax.model.decoder import merge_lora
-from unimed_jax.model.parameters import parameters
-from unimed_jax.model.unimed import UniMed
 from unimed_jax.settings import from_config_dict
 
 MODEL_TYPE = "unimed"
@@ -51,14 +49,18 @@ def exported_table(config: ModelConfig) -> Table:
 
 
 def export_unimed_hf(
-    out: str | Path, config: Config, model: UniMed, tokenizer: str | Path, metrics: Mapping[str, Any] | None = None
+    out: str | Path,
+    config: Config,
+    leaves: Mapping[str, Any],
+    tokenizer: str | Path,
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the folder; adapters are merged into the decoder, and every leaf keeps its dtype.
 
-    tokenizer: its folder. metrics: the content of the run's metrics.json, for the model card. Raises
-    UserError if no Hugging Face decoder has these settings, or if `out` exists already.
+    leaves: all by path, adapters not merged. tokenizer: its folder. metrics: the content of the run's metrics.json,
+    for the model card. Raises UserError if no Hugging Face decoder has these settings, or if `out` exists already.
     """
-    leaves = merged_leaves(model)
+    leaves = merged_leaves(config.model, leaves)
     settings = portable(config)
     table = exported_table(settings.model)
     stored = published_shapes(table, leaves)
@@ -82,14 +84,33 @@ def export_unimed_hf(
         write_safetensors(folder, stored, each_published(table, leaves))
 
 
-def merged_leaves(model: UniMed) -> dict[str, Any]:
-    """Gives the model's leaves by path, with adapters merged into the decoder's kernels."""
-    leaves = parameters(model)
-    if not model.config.lora.rank:
-        return leaves
-    others = {path: leaf for path, leaf in leaves.items() if not path.startswith("decoder/")}
-    decoder = parameters(merge_lora(model.decoder))
-    return others | {f"decoder/{path}": leaf for path, leaf in decoder.items()}
+def merged_leaves(config: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the leaves by path without adapters; kernels that had some are `Merged`."""
+    merged = {path: leaf for path, leaf in leaves.items() if not path.endswith(("/lora_a", "/lora_b"))}
+    for path in leaves:
+        if path.endswith("/lora_a"):
+            linear = path.removesuffix("/lora_a")
+            kernel, a, b = (leaves[f"{linear}/{name}"] for name in ("kernel", "lora_a", "lora_b"))
+            merged[f"{linear}/kernel"] = Merged(kernel, a, b, config.lora.alpha / config.lora.rank)
+    return merged
+
+
+class Merged:
+    """A stack of kernels [layers, in, out] with their adapters folded in: W + scale A B, each layer when it is read.
+
+    So the devices never hold a second copy of the decoder.
+    """
+
+    def __init__(self, kernel: Any, a: Any, b: Any, scale: float):
+        self.shape, self.dtype = kernel.shape, kernel.dtype
+        self._kernel, self._a, self._b, self._scale = kernel, a, b, scale
+
+    def __getitem__(self, layer: int) -> jax.Array:
+        update = jnp.einsum("ir,ro->io", self._a[layer], self._b[layer]) * self._scale
+        return (self._kernel[layer] + update).astype(self.dtype)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.stack([np.asarray(self[layer], dtype) for layer in range(self.shape[0])])
 
 
 def portable(config: Config) -> Config:

@@ -1,0 +1,161 @@
+"""Answers to requests: in batches and streamed, with images of every kind, greedy and drawn."""
+
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from support.fake_brain import Squares, tiny_config
+
+from unimed_jax.config import TASKS
+from unimed_jax.data.layout import Encoder
+from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
+from unimed_jax.errors import UserError
+from unimed_jax.model import sharding
+from unimed_jax.model.generate import generate
+from unimed_jax.model.parameters import parameters, with_parameters
+from unimed_jax.model.unimed import UniMed
+from unimed_jax.predict.predictor import Predictor, Request, as_example, prompt_batch
+from unimed_jax.settings import from_config_dict
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+PICTURE = Squares().image("test0")
+
+
+@pytest.fixture(scope="module")
+def config():
+    settings = tiny_config()
+    settings.evaluate.batch, settings.evaluate.max_new_tokens = 4, 12
+    return from_config_dict(settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "it"
+    train_tokenizer(corpus(Squares().examples("train"), config.text), config.text, folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    """A random model whose head is sharp, so that no near tie decides a greedy answer."""
+    model = UniMed(config.model, nnx.Rngs(0))
+    model.decoder.head[...] = model.decoder.head[...] * 8
+    return model
+
+
+@pytest.fixture(scope="module")
+def predictor(model, config, tokenizer):
+    return Predictor(model, config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """Two of each task, short and long."""
+    texts = {"vqa": "What colour is the square?", "refer": "red square", "identify": "{<10><10><60><60>}", "qa": "Why?"}
+    texts |= {"caption": "", "cls": ""}
+    longer = {"qa": "What is 3 plus 1, and why is it not 5 or 6?"}
+    return [
+        Request(task, text[task], () if task == "qa" else (Squares().image(f"test{i}"),), id=f"{task}{i}")
+        for i, text in enumerate((texts, texts | longer))
+        for task in TASKS
+    ]
+
+
+@pytest.fixture(scope="module")
+def answers(predictor, requests):
+    return predictor.answers(requests)
+
+
+def test_answers_are_what_generate_makes_of_the_prompts(answers, model, config, tokenizer, requests):
+    """The first batch of four, put together by hand."""
+    encoder = Encoder(tokenizer, config.text, config.model.tokens_per_image)
+    four = requests[:4]
+    batch = prompt_batch(encoder, config, tokenizer.pad, [as_example(r) for r in four], [r.images for r in four])
+    tokens = generate(model, batch, max_new_tokens=12, eos=tokenizer.eos, pad=tokenizer.pad)
+    texts = [tokenizer.decode([t for t in row if t not in (tokenizer.eos, tokenizer.pad)]) for row in tokens.tolist()]
+    assert [text.strip() for text in texts] == answers[:4]
+    assert len(answers) == len(requests) and len(set(answers)) > 4 and all(answers)
+
+
+def test_the_batch_does_not_change_an_answer(predictor, requests, answers):
+    assert predictor.answers(requests, batch=5) == answers
+    assert predictor.answers(requests[3:4]) == answers[3:4]
+    assert predictor.answers([]) == []
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_streamed_pieces_make_up_the_answer(predictor, requests, chunk):
+    for request in requests[:6]:
+        pieces = list(predictor.stream(request, chunk))
+        assert "".join(pieces) == predictor.answers([request])[0]
+        assert all(pieces)
+    if chunk == 1:
+        assert len(pieces) > 3
+
+
+def test_a_piece_never_ends_within_a_character(predictor, monkeypatch):
+    """Bytes of one character come as several tokens; the pieces hold it whole."""
+    text = "Größe: 3 µm, naïve…"
+    ids = predictor._tokenizer.encode(text)
+    assert len(ids) > len(text.split()) * 2
+    monkeypatch.setattr(predictor, "_pieces", lambda request, chunk: iter([[i] for i in ids]))
+    pieces = list(predictor.stream(Request("qa", "?")))
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) > 5
+
+
+def test_images_as_path_bytes_and_array_are_one(predictor, tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "it.png")
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).save(buffer, "PNG")
+    kinds = (str(tmp_path / "it.png"), tmp_path / "it.png", buffer.getvalue(), PICTURE)
+    requests = [Request("vqa", "What colour is the square?", (kind,)) for kind in kinds]
+    assert len(set(predictor.answers(requests))) == 1
+
+
+def test_lengths_are_the_requests_own(predictor, requests, answers):
+    short = [dataclasses.replace(r, max_new_tokens=2 if i % 2 else None) for i, r in enumerate(requests[:4])]
+    found = predictor.answers(short)
+    assert found[::2] == answers[:4:2]
+    for shorter, whole in zip(found[1::2], answers[1:4:2], strict=True):
+        assert len(shorter) < len(whole) and whole.startswith(shorter)
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(predictor):
+    def drawn(*seeds):
+        return [Request("qa", "Why?", temperature=3.0, seed=seed) for seed in seeds]
+
+    together = predictor.answers(drawn(0, 1, 2, 0))
+    assert together[0] == together[3] and len(set(together)) == 3
+    assert predictor.answers(drawn(1)) == together[1:2]
+    assert "".join(predictor.stream(drawn(2)[0])) == together[2]
+
+
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        (Request("vqa", "Why?", id="r7"), "r7.*needs an image"),
+        (Request("qa", "Why?", (PICTURE,)), "text only"),
+        (Request("qa", "Why?", history=(("a", "b"),), id="r8"), "r8.*earlier turns"),
+        (Request("vqa", "Why?", (b"nothing",)), "of 7 bytes cannot be read"),
+        (Request("qa", "why " * 900), "text.max_prompt"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(predictor, request_, words):
+    for ask in (lambda: predictor.answers([request_]), lambda: list(predictor.stream(request_))):
+        with pytest.raises(UserError, match=words) as error:
+            ask()
+        assert "\n" not in str(error.value)
+
+
+def test_eight_devices_answer_as_one(model, config, tokenizer, requests, answers):
+    mesh = sharding.make_mesh(config.mesh, config.data.rows)
+    leaves = parameters(model)
+    spread = with_parameters(model, jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh)))
+    predictor = Predictor(spread, config, tokenizer, mesh)
+    assert predictor.answers(requests) == answers
+    assert "".join(predictor.stream(requests[0])) == answers[0]
+    assert np.prod(list(mesh.shape.values())) == 8

@@ -1,0 +1,92 @@
+"""Names what a trained model can be written as: the formats of `export`, what each refuses, and its writer.
+
+The mirror of sources.py. A new format is a writer in families/ and one entry of `TARGETS`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unimed_jax.config import Config
+from unimed_jax.data.tokenizer import Tokenizer
+from unimed_jax.interop.families.hf import export_decoder
+from unimed_jax.interop.families.med_moe import export_med_moe
+from unimed_jax.interop.families.peft import export_peft
+from unimed_jax.interop.families.unimed_hf import export_unimed_hf, merged_leaves
+from unimed_jax.interop.families.unimed_pth import export_unimed, trainable_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """Holds what there is to write of a trained model."""
+
+    config: Config
+    leaves: Mapping[str, Any]  # every leaf by path, adapters not merged
+    tokenizer: Path  # a Hugging Face tokenizer folder
+    trained: frozenset[str] = frozenset()  # paths of the leaves that trained
+    moments: Any = None  # Adam's state of each of them (fields count, mean, square); only for a target that wants it
+    metrics: Mapping[str, Any] | None = None  # the run's metrics.json, for the model card
+
+    def ids(self) -> dict[str, int]:
+        tokenizer = Tokenizer.load(self.tokenizer)
+        return {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+
+
+class Target(NamedTuple):
+    """Describes one format."""
+
+    what: str  # for --help
+    write: Callable[[str | Path, Content], None]  # raises UserError for what the format cannot hold
+    refuse: Callable[[Config], str | None] = lambda config: None  # why this config's model cannot be written, or None
+    moments: bool = False  # whether it holds the optimizer's state
+
+
+def _dense_only(config: Config) -> str | None:
+    if config.model.moe.experts:
+        return "this format has no place for the decoder's experts; choose med_moe."
+    return None
+
+
+def _model_refuses(config: Config) -> str | None:
+    if (config.text.form, config.data.fit) != ("unimed", "stretch"):
+        return (
+            f"this format asks in Uni-Med's form only, and this run has config.text.form={config.text.form!r} and "
+            f"config.data.fit={config.data.fit!r}; choose another format."
+        )
+    return _dense_only(config)
+
+
+def _write_model(out: str | Path, content: Content) -> None:
+    export_unimed_hf(out, content.config, content.leaves, content.tokenizer, content.metrics)
+
+
+def _write_decoder(out: str | Path, content: Content) -> None:
+    model = content.config.model
+    export_decoder(out, model.decoder, merged_leaves(model, content.leaves), content.tokenizer, content.ids())
+
+
+def _write_peft(out: str | Path, content: Content) -> None:
+    base = next((path for kind, path in reversed(content.config.init) if kind in ("hf", "gguf")), "")
+    export_peft(out, content.config.model, content.leaves, base)
+
+
+def _write_unimed(out: str | Path, content: Content) -> None:
+    """Writes what the original's checkpoint holds and all that trained, so that nothing is left out silently."""
+    original = next((path for kind, path in reversed(content.config.init) if kind == "unimed"), None)
+    paths = content.trained | set(trainable_table(content.config.model).paths())
+    held = {path: leaf for path, leaf in content.leaves.items() if path in paths}
+    export_unimed(out, content.config, held, content.moments, like=original)
+
+
+def _write_med_moe(out: str | Path, content: Content) -> None:
+    export_med_moe(out, content.config.model, content.leaves, content.tokenizer, content.ids())
+
+
+TARGETS: dict[str, Target] = {
+    "model": Target("all of it, for transformers", _write_model, _model_refuses),
+    "decoder": Target("the language model, adapters merged", _write_decoder, _dense_only),
+    "peft": Target("only the adapters", _write_peft),
+    "unimed": Target("a checkpoint file of the original Uni-Med", _write_unimed, _dense_only, moments=True),
+    "med_moe": Target("the folder of a Med-MoE checkpoint", _write_med_moe),
+}
