@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,62 @@ def test_evaluate_scores_a_finished_run_again_to_the_same_numbers(run):
     assert json.loads((run / "metrics.json").read_text()) == before
 
 
+def test_a_longer_prompt_may_be_allowed_for_a_finished_run(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    words = ["--config.text.max_prompt=300", "--config.evaluate.limit=2", "--config.evaluate.splits=('test',)"]
+    assert door.main(["evaluate", f"--run={copy}", *words]) == 0
+    assert json.loads((copy / "metrics.json").read_text())["sets"]["squares"]["test"]["vqa"]["n"] == 2
+
+
+def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp_path, capsys):
+    """A run's own predictions, given back as a file, have the run's scores; ids that do not fit are counted."""
+    own = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    own = [record for record in own if record["split"] == "test"]
+    test = "--config.evaluate.splits=('test',)"
+    ids = [record["id"] for record in own]
+    lines = [{"id": record["id"], "prediction": record["prediction"]} for record in own]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = f"--config={config_file}"
+    assert door.main(["evaluate", f"--predictions={tmp_path / 'all.jsonl'}", config, test]) == 0
+    found = json.loads((tmp_path / "all.scores" / "metrics.json").read_text())
+    ours = json.loads((run / "metrics.json").read_text())
+    for task in TASKS:
+        one, other = (m["sets"]["squares"]["test"][task] for m in (found, ours))
+        assert one["corrected"] == other["corrected"] and one["published"] == other["published"], task
+        assert "/form=external/" in one["protocol"] != other["protocol"]
+    assert found["notes"] == [] and found["predictions"]["missing"] == 0
+
+    lines = [*lines[6:], lines[-1], {"id": "squares/test/nobody", "prediction": "x"}]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["evaluate", f"--predictions={tmp_path / 'some.jsonl'}", f"--run={run}", f"--out={tmp_path / 'some'}"]
+    assert door.main([*words, test, "--config.evaluate.bootstrap=2"]) == 0
+    found = json.loads((tmp_path / "some" / "metrics.json").read_text())
+    assert {key: found["predictions"][key] for key in ("unknown", "missing", "doubled")} == {
+        "unknown": 1,
+        "missing": 6,
+        "doubled": 1,
+    }
+    said = capsys.readouterr().out
+    assert "1 ids unknown: squares/test/nobody" in said and f"1 ids doubled: {ids[-1]}" in said
+    assert f"6 ids missing, counted as wrong: {', '.join(ids[:5])}\n" in said  # the first five of them
+
+
+def test_export_writes_what_another_tool_needs(run, config_file, tmp_path, capsys):
+    out = tmp_path / "asked"
+    assert door.main(["data", "export", f"--config={config_file}", f"--out={out}", "--split=test"]) == 0
+    lines = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
+    own = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    own = {record["id"]: record for record in own if record["split"] == "test"}
+    assert [line["id"] for line in lines] == list(own)
+    assert not {"reference", "answer", "box"} & set(lines[0])
+    for line in lines:
+        record = own[line["id"]]
+        assert line["question"] == record["question"] and line["question"] in line["instruction"]
+        for path, key in zip(line["images"], record["images"], strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(out / path)), Squares().image(key))
+    assert len(list((out / "images").iterdir())) == 24 and "--predictions=FILE" in capsys.readouterr().out
+
+
 def test_overrides_reach_the_run(run):
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 6
 
@@ -84,8 +141,16 @@ def test_predict_answers_from_an_image_file(run, tmp_path, capsys, kind):
     else:
         file = tmp_path / f"image.{kind}"
         Image.fromarray(Squares().image("test0")).save(file)
-    assert door.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is it?"]) == 0
-    capsys.readouterr()
+    assert (
+        door.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is the square?"])
+        == 0
+    )
+    said = capsys.readouterr().out.strip()
+    assert said
+    if kind == "png":  # the evaluation asked the same of the same pixels
+        lines = map(json.loads, (run / "predictions.jsonl").read_text().splitlines())
+        (asked,) = (x for x in lines if x["task"] == "vqa" and x["images"] == ["test0"] and x["split"] == "test")
+        assert said == asked["prediction"]
 
 
 def test_predict_draws_the_box(run, tmp_path, capsys):
@@ -132,6 +197,28 @@ MISTAKES = {
     "wrong choice": (["{config}", "--config.model.connector.router=softmax"], ["router", "soft, sparse, hard"]),
     "no such run": (["evaluate", "--run=nowhere"], ["nowhere/config.json"]),
     "changed run": (["evaluate", "--run={run}", "--config.seed=3"], ["config.seed", "config.evaluate"]),
+    "changed data": (["evaluate", "--run={run}", "--config.data.rows=3"], ["config.data.rows", "text.max_prompt"]),
+    "nothing to evaluate": (["evaluate"], ["--run=DIR", "--predictions=FILE"]),
+    "predictions of nothing": (["evaluate", "--predictions=x.jsonl"], ["--config=FILE or --run=DIR"]),
+    "no predictions": (["evaluate", "--predictions=no.jsonl", "{config}"], ["no.jsonl", "cannot be read"]),
+    "broken predictions": (["evaluate", "--predictions={text}", "{config}"], ["text.dcm, line 1", "mend the line"]),
+    "foreign predictions": (["evaluate", "--predictions={foreign}", "{config}"], ["none of its 1 ids", "squares/val/"]),
+    "unknown data command": (["data", "exprot"], ["did you mean 'export'"]),
+    "unknown split": (["data", "export", "{config}", "--out={run}/x", "--split=tset"], ["did you mean 'test'"]),
+    "unknown metric": (
+        [
+            "{config}",
+            "--workdir={run}/y",
+            "--config.evaluate.entries=({{'source': 'squares', 'task': 'vqa', "
+            "'split': 'test', 'metrics': ('exact_mach',)}},)",
+        ],
+        ["did you mean 'exact_match'"],
+    ),
+    "empty split": (["{config}", "--workdir={run}/z", "--config.evaluate.splits=('tset',)"], ["did you mean 'test'"]),
+    "long test prompt": (
+        ["{config}", "--workdir={run}/w", "--config.text.max_prompt=12"],
+        ["squares/val/vqa cannot be evaluated", "config.text.max_prompt=12"],
+    ),
     "missing image": ([*PREDICT, "--task=cls", "--image=no.png"], ["no.png"]),
     "broken image": ([*PREDICT, "--task=cls", "--image={broken}"], ["broken.png"]),
     "no DICOM": ([*PREDICT, "--task=cls", "--image={text}"], ["text.dcm"]),
@@ -149,6 +236,8 @@ def test_a_mistake_is_one_sentence(run, config_file, tmp_path, capsys, name):
     files = {"broken": tmp_path / "broken.png", "text": tmp_path / "text.dcm", "image": tmp_path / "good.png"}
     files["broken"].write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     files["text"].write_text("no image")
+    files["foreign"] = tmp_path / "foreign.jsonl"
+    files["foreign"].write_text('{"id": "x/test/1", "prediction": "y"}\n')
     Image.fromarray(Squares().image("test0")).save(files["image"])
     arguments, words = MISTAKES[name]
     assert door.main([word.format(run=run, config=f"--config={config_file}", **files) for word in arguments]) == 2

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         verb = argv[0] if argv and not argv[0].startswith("-") else "train"
         if verb not in VERBS:
             raise UserError(f"{verb!r} is not a verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}.")
-        with stoppable(), explain_full_disk(), processes.explain_lost_process():
+        with processes.quiet(), stoppable(), explain_full_disk(), processes.explain_lost_process():
             processes.join()
             _module(verb).run(argv[1:] if argv[:1] == [verb] else argv)
     except UserError as error:

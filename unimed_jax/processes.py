@@ -9,6 +9,7 @@ wait for it.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -123,3 +124,38 @@ def explain_lost_process() -> Iterator[None]:
             flush=True,
         )
         os._exit(1)  # an ordinary exit would wait for the dead process
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what libraries print next to the errors that they raise; what was set before comes back at the end.
+
+    orbax reports every file that it touches, and prints through asyncio the errors that it also raises. After a write
+    that failed, writes that finish later hit a closed event loop, and each would print the same error. transformers
+    warns of every tokenizer folder whose config.json is of a model that it does not know.
+    """
+
+    def keeps_orbax_out(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.getMessage()
+
+    def keeps_model_types_out(record: logging.LogRecord) -> bool:
+        return "to instantiate a model of type ``" not in record.getMessage()
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook_before(unraisable)
+
+    absl, hook_before = logging.getLogger("absl"), sys.unraisablehook
+    filters = {"asyncio": keeps_orbax_out, "transformers.configuration_utils": keeps_model_types_out}
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
+    for name, keep in filters.items():
+        logging.getLogger(name).addFilter(keep)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
+        sys.unraisablehook = hook_before
+        for name, keep in filters.items():
+            logging.getLogger(name).removeFilter(keep)

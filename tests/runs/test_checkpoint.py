@@ -350,11 +350,14 @@ def test_a_save_that_fails_is_raised_at_the_next_step_and_leaves_the_last_one(tm
     Nothing but the error says so, though thirty writes fail.
     """
     code = """
-import resource, signal, sys, time
+import contextlib, resource, signal, sys, time
 sys.path.insert(0, "tests/runs")
 import jax.numpy as jnp, numpy as np
 from test_checkpoint import trees
 from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.processes import quiet
+stack = contextlib.ExitStack()
+stack.enter_context(quiet())  # as main() does
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(4, *trees(4), {"rows_read": 4})
 checkpoints.wait()
@@ -371,6 +374,7 @@ for _ in range(600):
     time.sleep(0.1)
 checkpoints.close()
 print(checkpoints.latest())
+stack.close()
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -17,6 +17,7 @@ from unimed_jax.evaluate.tasks import open_sets, select, units_of
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.open import open_run
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
 from unimed_jax.train.log import Log
@@ -153,6 +154,7 @@ def test_patience_ends_a_run_and_the_best_checkpoint_stays(constant):
     assert ended.step == 8  # measured after 2 (the best), 4, 6 and 8 steps
     assert saved(ended.folder) == {2, 8}
     assert Checkpoints(ended.folder / "checkpoints", read_only=True).best() == 2
+    assert (open_run(ended.folder).step, open_run(ended.folder, which="best").step) == (8, 2)
     progress = note(ended.folder)
     assert progress["finished"] and progress["waited"] == 3 and progress["best_step"] == 2
 
@@ -180,6 +182,9 @@ def test_metrics_that_an_entry_names_are_scored_and_may_pick_the_best(tmp_path):
     for name, value in quick_scores(ended.model, ended.config, ended.tokenizer, units).items():
         metric, source, split, task = name.split("/")
         assert measured(tmp_path, f"{split}/{source}/{task}/{metric}")[6] == value
+    best = open_run(tmp_path, which="best")
+    at_best = quick_scores(best.model, ended.config, ended.tokenizer, units)
+    assert at_best["token_f1/squares/val/cls"] == note(tmp_path)["best"] and best.step == note(tmp_path)["best_step"]
     values = measured(tmp_path, "val/squares/cls/token_f1")
     assert list(values) == [3, 6] and note(tmp_path)["best"] == max(values.values())
 
@@ -220,6 +225,8 @@ def test_more_steps_restart_or_stretch_the_schedule(longer, tmp_path, monkeypatc
 
 def test_more_steps_are_refused_unless_it_is_said_what_they_do(tmp_path):
     run(tiny_config(steps=1), tmp_path)
+    with pytest.raises(UserError, match="holds no best checkpoint; set config.train.best"):
+        open_run(tmp_path, which="best")
     with pytest.raises(UserError, match=r"config.train.steps is 1 there and 2 now.*or set config.train.longer to"):
         run(tiny_config(steps=2), tmp_path)
     changed = tiny_config(steps=2, longer="stretch")

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +15,6 @@ from unimed_jax.config import TextConfig
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import TAGS, form_of, runs_of
 from unimed_jax.errors import UserError
-
-# Said of every folder whose config.json is of a model that transformers does not know, though only a tokenizer is read.
-logging.getLogger("transformers.configuration_utils").addFilter(
-    lambda record: "to instantiate a model of type ``" not in record.getMessage()
-)
 
 # Their ids are 0..3. They alone are "special": dropped from decoded text, and never read out of a text.
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -9,7 +9,6 @@ is read, and the one before is used.
 
 import functools
 import json
-import logging
 import shutil
 import sys
 import time
@@ -33,23 +32,6 @@ NOTE = "note.json"
 SETTLE_SECONDS = 2.0  # after a save that failed
 UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # endings of folders' names
 SAVE_SECONDS = 3600  # after which a save has failed
-
-# orbax reports every file it touches, and prints the errors that it also raises, those of its tasks through asyncio.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
-
-
-def _without_stragglers(print_it: Callable) -> Callable:
-    """Where one write fails, those that end after it find no event loop any more, and each would print as much."""
-
-    def hook(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            print_it(unraisable)
-
-    return hook
-
-
-sys.unraisablehook = _without_stragglers(sys.unraisablehook)
 
 
 class Checkpoints:

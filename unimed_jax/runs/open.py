@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -194,22 +194,23 @@ def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict])
         )
 
 
-def open_run(path: str | Path, mesh: Mesh | None = None) -> Run:
-    """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint.
+def open_run(path: str | Path, mesh: Mesh | None = None, which: Literal["newest", "best"] = "newest") -> Run:
+    """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint, or of its best one.
 
+    The best one is that of the highest or lowest `config.train.best`, measured while training.
     The model is laid over `mesh`; without one over all devices found (see `found_mesh`). Leaves that the checkpoint
     does not hold are read again from where `config.init` says. A folder that `export --format=model` wrote is opened
     too. Raises UserError for whatever is missing, damaged or does not fit.
     """
     folder = Path(path)
-    return _open(folder, mesh or found_mesh(_settings(folder), trains=not is_exported(folder)))
+    return _open(folder, mesh or found_mesh(_settings(folder), trains=not is_exported(folder)), which)
 
 
 def _settings(folder: Path) -> Config:
     return exported_config(folder) if is_exported(folder) else read_config(folder)
 
 
-def _open(folder: Path, mesh: Mesh | None) -> Run:
+def _open(folder: Path, mesh: Mesh | None, which: str = "newest") -> Run:
     """Opens a run on this mesh, or on one device if that is None."""
     config = _settings(folder)
     shapes = parameters(abstract(config.model))
@@ -219,26 +220,31 @@ def _open(folder: Path, mesh: Mesh | None) -> Run:
         leaves, step = load_exported(folder, config.model, Destination(shapes, places)), 0
     else:
         tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
-        leaves, step = _saved_leaves(folder, config, tokenizer, mesh)
+        leaves, step = _saved_leaves(folder, config, tokenizer, mesh, which)
     return Run(folder, config, tokenizer, with_parameters(abstract(config.model), leaves), step, mesh)
 
 
 def _saved_leaves(
-    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None
+    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
 ) -> tuple[dict[str, jax.Array], int]:
-    """Reads all leaves at the newest checkpoint and the steps done there, each straight into its shards."""
+    """Reads all leaves at the newest or best checkpoint and the steps done there, each straight into its shards."""
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
+    only = None
+    if which == "best":
+        only = checkpoints.best()
+        if only is None:
+            raise UserError(f"{folder} holds no best checkpoint; set config.train.best before training.")
     shapes = parameters(abstract(config.model))
     dtypes = leaf_dtypes(leaf_rules(shapes, config.train, config.optimizer), config.model.frozen_dtype)
     places = {} if mesh is None else sharding.parameter_shardings(shapes, mesh)
     saved = checkpoints.saved_weights()
     base, sources = initial_leaves(config, tokenizer, mesh, [p for p in shapes if p not in saved])
     like = {p: jax.ShapeDtypeStruct(shapes[p].shape, dtypes[p], sharding=places.get(p)) for p in shapes if p in saved}
-    weights, _, note = checkpoints.restore(like)
+    weights, _, note = checkpoints.restore(like, only=only)
     check_base(folder, note["base"], base_note(base, sources))
-    step = checkpoints.latest()
+    step = checkpoints.latest() if only is None else only
     assert step is not None  # restore says so otherwise
     checkpoints.close()
     return {**base, **weights}, step

@@ -14,6 +14,7 @@ from unimed_jax.data.example import Dataset
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate.tasks import check_evaluation
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import with_parameters
@@ -111,6 +112,7 @@ def prepare(config: Config, folder: Path) -> Start:
         write_config(folder, config)
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
+    check_evaluation(config, tokenizer)
     pipeline = Pipeline(datasets, config, tokenizer)
 
     # ---- program -----------------------------------------------------------------------------------

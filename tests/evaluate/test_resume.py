@@ -1,0 +1,123 @@
+"""A real evaluation killed three times, on eight devices, and in two processes: the same predictions and scores."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unimed_jax.evaluate.answers import JOURNAL
+
+VERB = """
+import sys, time
+from support.fake_brain import Squares
+from unimed_jax import main
+from unimed_jax.data import datasets
+from unimed_jax.evaluate import answers
+datasets.load_dataset = lambda source, data: Squares(images=12)
+add = answers.Journal.add
+def slowly(self, answered):
+    add(self, answered)
+    time.sleep({seconds})
+answers.Journal.add = slowly
+sys.exit(main.main(sys.argv[1:]))
+"""
+CONFIG = """
+from support.fake_brain import tiny_config
+def get_config(argument=""):
+    config = tiny_config(steps=2, save_every=2)
+    config.data.rows = 8
+    config.evaluate.batch, config.evaluate.max_new_tokens = 8, 6
+    return config
+"""
+TESTS = Path(__file__).parents[1]
+
+
+def start(*words, count=1, devices=1, seconds=0.0) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = []
+    for number in range(count):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        }
+        if count > 1:
+            environment |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
+            environment |= {"JAX_COORDINATOR_ADDRESS": address}
+        command = [sys.executable, "-c", VERB.format(seconds=seconds), *map(str, words)]
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    return started
+
+
+def finish(started) -> None:
+    for process in started:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trained and scored run."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "squares.py").write_text(CONFIG)
+    finish(start(f"--config={folder / 'squares.py'}", f"--workdir={folder / 'run'}"))
+    return folder / "run"
+
+
+@pytest.fixture
+def unscored(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    for name in ("metrics.json", "predictions.jsonl"):
+        (copy / name).unlink()
+    return copy
+
+
+def results(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("metrics.json", "predictions.jsonl")]
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_three_times_has_the_bytes_of_an_unbroken_one(trained, unscored):
+    chance, kept = random.Random(0), 0
+    for _ in range(3):
+        (process,) = start("evaluate", f"--run={unscored}", seconds=0.3)
+        wanted, until = kept + chance.randint(1, 30), time.time() + 200
+        journal = unscored / JOURNAL
+        while time.time() < until and process.poll() is None:
+            if journal.exists() and journal.read_bytes().count(b"\n") >= wanted:
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(chance.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        now = journal.read_bytes().count(b"\n")
+        assert now > kept and not (unscored / "metrics.json").exists()
+        kept = now
+    finish(start("evaluate", f"--run={unscored}"))
+    assert results(unscored) == results(trained) and not (unscored / JOURNAL).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 1)])
+def test_devices_and_processes_share_an_evaluation(trained, unscored, count, devices):
+    finish(start("evaluate", f"--run={unscored}", count=count, devices=devices))
+    (here, there) = ([json.loads(line) for line in results(f)[1].splitlines()] for f in (unscored, trained))
+    assert here == there
+    one, other = (json.loads(results(folder)[0])["sets"] for folder in (unscored, trained))
+    assert one == other
