@@ -52,7 +52,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(place, squares, quick_compiles):
+def base(place, quick_compiles):
     """A run trained on eight devices."""
     loop.train(read_config(str(place / "config.py")), place / "base")
     return place / "base"
