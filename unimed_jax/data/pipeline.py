@@ -250,7 +250,7 @@ class _Source:
             f"{dataset.checksum}/{split}/{_rule(source, split)}/{rows}",
         )
         lengths.check(self.lengths, self.columns.images, self.examples, dataset.id, shape, config.text)
-        self.groups, self.buckets = _groups(self.columns, weights[numbers])
+        self.groups, self.buckets = group_examples(self.columns, weights[numbers])
 
 
 def _rule(source: SourceConfig, split: str) -> str:
@@ -272,7 +272,7 @@ class Groups:
         return self._members[self._starts[g] : self._starts[g + 1]]
 
 
-def _groups(columns: Columns, weights: np.ndarray) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
+def group_examples(columns: Columns, weights: np.ndarray) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
     """-> groups, and buckets (share of the source's draws, group numbers; None: all) of groups that weigh the same."""
     count = len(columns)
     levels, level = np.unique(weights, return_inverse=True)
