@@ -28,7 +28,7 @@ import harness
 import jax
 
 from unimed_jax.config import Config
-from unimed_jax.data.datasets import load_datasets
+from unimed_jax.data.datasets import open_sources
 from unimed_jax.settings import load_config_file
 from unimed_jax.train import loop, start
 from unimed_jax.verbs.options import with_overrides
@@ -132,8 +132,8 @@ def main() -> None:
         parser.error("--steps must be 20 or more.")
     settings = load_config_file(arguments.config)
     config = with_overrides(settings, [])
-    datasets = load_datasets(config.data)
-    start.load_datasets = lambda data: datasets  # built once
+    datasets = open_sources(config.data)
+    start.open_sources = lambda data: datasets  # built once
     with tempfile.TemporaryDirectory() as compiled:
         jax.config.update("jax_compilation_cache_dir", compiled)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -159,7 +159,8 @@ def main() -> None:
     known = options.parse_args()
     harness.need("torch")
 
-    from unimed_jax.data.datasets import joined, load_datasets
+    from unimed_jax.data.datasets import open_sources
+    from unimed_jax.data.joined import joined
     from unimed_jax.interop.families.unimed_hf import export_unimed_hf
     from unimed_jax.runs.folder import tokenizer_folder
     from unimed_jax.runs.open import open_run
@@ -173,7 +174,7 @@ def main() -> None:
             export_unimed_hf(
                 folder, run.config, parameters(run.model), tokenizer_folder(run.folder, run.config), metrics
             )
-        dataset = joined(load_datasets(run.config.data))
+        dataset = joined(open_sources(run.config.data))
         examples = chosen(dataset.examples("test"), known.examples)
         pixels = [[dataset.image(key) for key in e.images] for e in examples]
         sides, records = (Ours(run.model, run.config, run.tokenizer), Torch(folder)), []

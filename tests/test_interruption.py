@@ -52,7 +52,6 @@ def compiled_once(quick_compiles, tmp_path_factory):
 @pytest.fixture
 def patched(compiled_once, monkeypatch):
     """The door trains on squares and leaves out the evaluation."""
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
     monkeypatch.setattr(chain, "evaluate_run", lambda run, config: None)
 
 
@@ -60,9 +59,7 @@ def patched(compiled_once, monkeypatch):
 def straight(compiled_once, tmp_path_factory):
     """A run that nothing happens to."""
     folder = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
-        return loop.train(from_config_dict(tiny_config()), folder)
+    return loop.train(from_config_dict(tiny_config()), folder)
 
 
 @pytest.fixture
@@ -144,7 +141,7 @@ with Interruption():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_first_step_is_a_sentence(command, monkeypatch, capsys, number, status):
     """While data is built; the evaluation is no other place."""
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: signal.raise_signal(number))
+    monkeypatch.setattr(datasets, "prepared", lambda *given: signal.raise_signal(number))
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert door.main(command) == status
     (said,) = capsys.readouterr().err.strip().splitlines()
@@ -314,13 +311,10 @@ except UserError as error:
 # Importing takes half of a restart, so one process imports, then forks one child for each line that it reads.
 FORKS = """
 import os, sys
-from support.fake_brain import Squares
 from unimed_jax import main as door
 from unimed_jax.analyze import chain
 from unimed_jax.analyze import chain
-from unimed_jax.data import datasets
 from unimed_jax.train import loop
-datasets.load_dataset = lambda source, data: Squares()
 chain.evaluate_run = lambda run, config: None
 for line in sys.stdin:
     child = os.fork()

@@ -12,7 +12,6 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import main as door
 from unimed_jax.config import TASKS, to_dict
-from unimed_jax.data import datasets
 from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
 from unimed_jax.verbs.options import read_config
@@ -29,7 +28,6 @@ def get_config(argument=""):
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         patch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
         yield
 
@@ -264,10 +262,10 @@ def test_the_full_size_config_says_what_it_needs(capsys):
     assert len(said.strip().splitlines()) == 1
 
 
-def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares(images=0))
-    assert door.main([f"--config={config_file}", f"--workdir={tmp_path}"]) == 2
-    assert "squares" in capsys.readouterr().err
+def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys):
+    none = "--config.data.sources=({'name': 'support.squares', 'options': {'images': 0}},)"
+    assert door.main([f"--config={config_file}", f"--workdir={tmp_path}", none]) == 2
+    assert "data set squares has no example" in capsys.readouterr().err
 
 
 def test_configs_of_the_repository_build():

@@ -6,21 +6,30 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.fake_brain import Squares
+from support.fake_brain import tiny_config
 
 from unimed_jax import main as door
+from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.settings import load_config_file
 
+OTHERS = """
+import dataclasses
+from support import squares
+INFO = dataclasses.replace(squares.INFO, name="others")
+def read(folder, split, options, skipped):
+    return squares.read(folder, split, {"images": 9}, skipped)
+"""
 STAGE = """
 from support.fake_brain import tiny_config
+EIGHT = dict(name="support.squares", id="squares", tasks=("vqa", "cls"), options=dict(images=8))
 def get_config(argument=""):
     config = tiny_config(steps=2)
     config.name = "chain/{name}"
     config.text.form, config.text.max_prompt = "stablelm", 150
-    config.data.row_tokens, config.data.sources = 220, (dict(name="squares", path=".", tasks=("vqa", "cls")),)
+    config.data.row_tokens, config.data.sources = 220, (EIGHT,)
     config.init = {init}
     config.model.connector.kind, config.model.connector.task_tokens = "linear", 0
     config.evaluate.splits, config.evaluate.max_new_tokens = ("test",), 4
@@ -48,7 +57,6 @@ def write_chain(folder, more=None, files=("first.py", "second.py"), chain_more="
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares(images=8))
         patch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
         yield
 
@@ -184,24 +192,26 @@ def test_chains_of_the_repository_read():
 def test_a_run_is_scored_on_the_data_that_it_names(copied):
     """Not on what it learned from, which may have no held-out part."""
     _, folder = copied
-    others = Squares(images=8)
-    others.name, others.checksum = "others", "1" * 64
-    named = "--config.evaluate.sources=({'name': 'others', 'path': '.'},)"
+    others = folder / "others" / "squares.py"
+    others.parent.mkdir()
+    others.write_text(OTHERS)
     with pytest.MonkeyPatch.context() as patch:
-        known = {"others": others, "squares": Squares(images=8)}
-        patch.setattr(datasets, "load_dataset", lambda source, data: known[source.name])
+        patch.syspath_prepend(str(folder))
+        named = "--config.evaluate.sources=({'name': 'others.squares', 'id': 'others'},)"
         words = ["evaluate", f"--run={folder / 'first'}", named, "--config.evaluate.limit=2"]
         assert door.main(words) == 0
         metrics = json.loads((folder / "first" / "metrics.json").read_text())
-        assert metrics["data_checksum"] == "1" * 64 and list(metrics["sets"]) == ["others"]
+        cache = tiny_config().data.cache
+        (opened,) = datasets.open_sources(DataConfig((SourceConfig("others.squares"),), cache=cache))
+        assert metrics["data_checksum"] == opened.checksum and list(metrics["sets"]) == ["others"]
         assert metrics["sets"]["others"]["test"]["vqa"]["margin"] and not metrics["notes"]
 
-        def moved(source, data):
-            if source.name == "squares":
+        def moved(name, found=datasets.reader_of):
+            if name == "support.squares":
                 raise UserError("squares: no such folder.")
-            return others
+            return found(name)
 
-        patch.setattr(datasets, "load_dataset", moved)
+        patch.setattr(datasets, "reader_of", moved)
         assert door.main(words) == 0
     (note,) = json.loads((folder / "first" / "metrics.json").read_text())["notes"]
     assert "the training data did not open" in note and "squares: no such folder" in note

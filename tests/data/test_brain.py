@@ -23,9 +23,15 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("brain")
 
 
+def opened(cache, **options):
+    source = SourceConfig("brain", options={"jitters": 1} | options)
+    (found,) = datasets.open_sources(DataConfig((source,), cache=str(cache)))
+    return found
+
+
 @pytest.fixture(scope="module")
 def data(cache):
-    return brain.BrainDataset(cache, jitters=1)
+    return opened(cache)
 
 
 @pytest.fixture(scope="module")
@@ -307,16 +313,13 @@ def test_codes_are_spelt_and_split_by_category(data):
 
 
 def test_same_seed_same_checksum_another_seed_another(data, cache, tmp_path):
-    again = brain.BrainDataset(cache, jitters=1)
-    assert again.checksum == data.checksum
-    one, two, three = (
-        [(key, record) for key, record in itertools.islice(brain.records("val", "slices", seed=seed), 200)]
-        for seed in (0, 0, 1)
-    )
-    assert one == two != three
-    stored = [e for e in data.examples("val") if e.images]
-    fresh = [e for _, record in sorted(one) for e in brain._unpack(record["questions"])]
-    assert stored == fresh
+    again = opened(tmp_path)
+    assert again.checksum == data.checksum and again.folder != data.folder
+    one, two, three = (list(brain.read(None, "val", {"jitters": 1, "seed": seed}, [])) for seed in (0, 0, 1))
+    assert [e for e, _ in one] == [e for e, _ in two] == list(data.examples("val")) != [e for e, _ in three]
+    for example, pixels in one[:50]:
+        for key, array in zip(example.images, pixels, strict=True):
+            assert np.array_equal(data.image(key)[..., 0], array)
 
 
 def test_images_come_as_rgb_and_unknown_keys_are_named(data):
@@ -329,65 +332,16 @@ def test_images_come_as_rgb_and_unknown_keys_are_named(data):
         data.examples("dev")
 
 
-def few(count):
-    def records(split, part, jitters, seed):
-        for i in range(count):
-            if i == 5:
-                raise KeyboardInterrupt
-            yield f"r{i}", {"questions": "[]"}
-
-    return records
-
-
-def test_an_interrupted_build_is_not_taken_for_a_finished_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(brain, "records", few(6))
-    with pytest.raises(KeyboardInterrupt):
-        brain._build(tmp_path, "codes-1-0")
-    monkeypatch.setattr(brain, "records", few(4))
-    assert len(brain._read(brain._build(tmp_path, "codes-1-0"), "train")) == 4
-    monkeypatch.setattr(brain, "records", few(6))  # finished: not built again
-    assert [key for key, _ in brain._read(brain._build(tmp_path, "codes-1-0"), "test")] == ["r0", "r1", "r2", "r3"]
-
-
-def test_a_damaged_or_impossible_cache_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(brain, "records", few(4))
-    builder = brain._build(tmp_path, "codes-1-0")
-    next(tmp_path.rglob("*train.array_record*")).write_bytes(b"no records")
-    with pytest.raises(UserError, match="cannot be read.*delete that folder"):
-        brain._read(builder, "train")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="config.data.cache"):
-        brain._build(tmp_path / "file", "codes-1-0")
-
-
-def test_the_default_build_is_found_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(brain, "records", few(4))
-    monkeypatch.setattr(brain, "_PARTS", ("codes",))
-    config = DataConfig(cache=str(tmp_path))
-    first, second = (brain.load(SourceConfig(), config) for _ in range(2))
-    assert first.checksum == second.checksum
-    assert (tmp_path / "brain" / f"codes-{brain.JITTERS}-0" / brain.VERSION).is_dir()
-
-
-def test_loading_by_name(monkeypatch, cache):
-    monkeypatch.setattr(brain, "BrainDataset", lambda folder, tasks: (folder, tasks))
-    made: object = datasets.load_dataset(SourceConfig(tasks=("vqa",)), DataConfig(cache=str(cache)))
-    assert made == (cache, ("vqa",))
-    with pytest.raises(UserError, match="'brian' is no data set; did you mean 'brain'"):
-        datasets.load_dataset(SourceConfig(name="brian"), DataConfig())
-    with pytest.raises(UserError, match="'brain_volume' is no data set"):
-        datasets.load_dataset(SourceConfig(name="brain_volume"), DataConfig())
-
-
 def test_tasks_can_be_chosen(cache, data):
-    some = brain.BrainDataset(cache, jitters=1, tasks=("refer", "qa"))
+    source = SourceConfig("brain", options={"jitters": 1}, tasks=("refer", "qa"))
+    (some,) = datasets.open_sources(DataConfig((source,), cache=str(cache)))
     assert {e.task for e in every(some)} == {"refer", "qa"} and some.checksum == data.checksum
 
 
 def test_contact_sheet(data, tmp_path):
     from PIL import Image
 
-    path = contact_sheet(data, tmp_path / "sub" / "sheet.png", "test", rows=2)
+    path = contact_sheet([data], tmp_path / "sub" / "sheet.png", "test", rows=2)
     sheet = np.asarray(Image.open(path))
     assert sheet.shape[0] > 600 and sheet.shape[1] > 1800
     assert (sheet.std(-1) > 40).any()  # coloured boxes

@@ -7,7 +7,7 @@ import pytest
 
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data import datasets
-from unimed_jax.data.datasets import brain, domains
+from unimed_jax.data.datasets import domains
 from unimed_jax.data.datasets.domains import images as domains_images
 from unimed_jax.errors import UserError
 
@@ -15,13 +15,23 @@ SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
-def slices(tmp_path_factory):
-    return brain.BrainDataset(tmp_path_factory.mktemp("brain"), jitters=1)
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def opened(name, cache, **options):
+    (found,) = datasets.open_sources(DataConfig((SourceConfig(name, options=options),), cache=cache))
+    return found
 
 
 @pytest.fixture(scope="module")
-def data(slices):
-    return domains.Domains(slices)
+def slices(cache):
+    return opened("brain", cache, jitters=1)
+
+
+@pytest.fixture(scope="module")
+def data(cache):
+    return opened("domains", cache, jitters=1)
 
 
 def every(data, split, task=None):
@@ -33,7 +43,7 @@ def test_a_source_belongs_to_one_split(data):
     for split in SPLITS:
         for e in data.examples(split):
             homes[e.cluster].add(split)
-            if e.images[0] in data._views:
+            if "kind" in e.meta:
                 assert e.images[0].rsplit("_", 1)[0] == e.cluster
     assert all(len(splits) == 1 for splits in homes.values())
     pictures = [s.name for s in domains_images.SOURCES]
@@ -91,18 +101,20 @@ def test_brain_questions_are_the_brain_sets_own(data, slices):
     assert not every(data, "test", "caption") and every(data, "train", "caption")
 
 
-def test_the_same_seed_gives_the_same_set(data, slices):
-    again = domains.Domains(slices)
-    assert again.checksum == data.checksum != domains.Domains(slices, seed=1).checksum
-    only = domains.Domains(slices, tasks=("cls",))
+def test_the_same_seed_gives_the_same_set(data, cache, tmp_path):
+    assert opened("domains", str(tmp_path), jitters=1).checksum == data.checksum
+    assert opened("domains", cache, jitters=1, seed=1).checksum != data.checksum
+    only = SourceConfig("domains", options={"jitters": 1}, tasks=("cls",))
+    (only,) = datasets.open_sources(DataConfig((only,), cache=cache))
     assert only.checksum == data.checksum and {e.task for e in only.examples("train")} == {"cls"}
 
 
-def test_counts_name_the_sources(data):
-    lines = data.counts().splitlines()
-    assert len(lines) == 12
-    assert lines[2].startswith("domains, train, other scan: 5 source images, 480 images; vqa ")
-    assert lines[11].startswith("domains, test, optical image: 7 source images, 80 images; vqa ")
+def test_sources_of_each_domain(data):
+    counts = collections.defaultdict(set)
+    for split in SPLITS:
+        for e in data.examples(split):
+            counts[split, e.meta["modality"]].add(e.cluster)
+    assert len(counts) == 12 and len(counts["train", "other scan"]) == 5 and len(counts["test", "optical image"]) == 7
 
 
 def test_refusals(data, monkeypatch):
@@ -116,11 +128,3 @@ def test_refusals(data, monkeypatch):
     monkeypatch.setattr(domains_images.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"inside pydicom; run pip install -e '.\[demo\]'"):
         domains_images.pixels("CT_small.dcm")
-
-
-def test_the_set_is_found_by_name(slices, monkeypatch, capsys):
-    monkeypatch.setattr(brain, "load", lambda source, data: slices)
-    domains._made.cache_clear()
-    (found,) = datasets.load_datasets(DataConfig((SourceConfig("domains"),)))
-    assert found.name == "domains" and "domains, val, brain T1: 3 slabs of the one brain" in capsys.readouterr().out
-    domains._made.cache_clear()  # others find the whole brain set

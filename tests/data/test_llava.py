@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from unimed_jax.config import DataConfig, SourceConfig, TextConfig
-from unimed_jax.data.datasets import joined, llava, load_dataset, load_datasets
+from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.forms import form_of, text_of
+from unimed_jax.data.joined import joined
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics.text import is_closed
 
@@ -20,8 +21,14 @@ def said(*values):
 ASKED = {"id": "7", "image": "a.jpg", "conversations": said("<image>\nIs it clear?", "no"), "answer_type": "CLOSED"}
 
 
+def opened(path, tmp_path, **more):
+    """The set as sources open it."""
+    (data,) = open_sources(DataConfig((SourceConfig("llava", path=str(path), **more),), cache=str(tmp_path / "cache")))
+    return data
+
+
 def write(folder, images=("a.jpg",), **splits):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     for split, records in splits.items():
         (folder / f"{split}.json").write_text(json.dumps(records))
     for name in images:
@@ -42,69 +49,79 @@ def test_conversations_become_examples(tmp_path):
         ],
         test=[ASKED | {"answer_type": "OPEN ", "modality": "MRI"}, ASKED],
     )
-    data = load_dataset(SourceConfig("llava", path=str(folder)), DataConfig())
+    data = opened(folder, tmp_path)
     first, text = data.examples("train")
     assert (first.task, first.question, first.answer) == ("vqa", "Which side?", "left")
     assert first.history == (("Which organ?", "lung"),) and first.meta == {"modality": "ct_scan"}
     assert data.image(first.images[0]).shape == (8, 6, 3) and abs(int(data.image(first.images[0]).mean()) - 77) < 2
     assert (text.task, text.images, text.question) == ("qa", (), "What is a lung?")
-    opened, closed = data.examples("test")
-    assert dict(opened.meta) == {"template": "open", "answer_type": "OPEN", "modality": "MRI"}
-    assert is_closed(closed.meta) and not is_closed(opened.meta)
-    assert data.examples("val") == [] and data.name == "rad" and data.left_out == []
+    open_question, closed = data.examples("test")
+    assert dict(open_question.meta) == {"template": "open", "answer_type": "OPEN", "modality": "MRI"}
+    assert is_closed(closed.meta) and not is_closed(open_question.meta)
+    assert data.splits == ("train", "test") and data.id == "llava" and data.skipped == 0
     assert len({e.id for split in ("train", "test") for e in data.examples(split)}) == 4
 
 
 def test_an_example_reads_as_the_record(tmp_path):
     """The published text of a conversation, from file to pieces."""
-
-    (example,) = llava.Llava(write(tmp_path, train=[ASKED])).examples("train")
+    (example,) = opened(write(tmp_path, train=[ASKED]), tmp_path).examples("train")
     text = text_of(form_of(TextConfig(form="phi")).training(example, 0), "$")
     assert text.endswith("questions. USER: <image>\nIs it clear? ASSISTANT: no$")
 
 
 def test_what_is_left_out_is_counted_and_listed(tmp_path, capsys):
-    two = {"id": "t", "image": ["a.jpg", "a.jpg"], "conversations": said("<image><image> Same?", "yes")}
     lost = [ASKED | {"id": f"l{i}", "image": f"lost{i}.jpg"} for i in range(9)]
-    folder = write(tmp_path / "set", train=[ASKED, two, *lost])
-    data = load_dataset(SourceConfig("llava", path=str(folder)), DataConfig(cache=str(tmp_path / "cache")))
-    assert len(data.examples("train")) == 1 and len(data.left_out) == 10
+    folder = write(tmp_path / "set", train=[ASKED, *lost])
+    data = opened(folder, tmp_path)
+    assert len(data.examples("train")) == 1 and data.skipped == 9
     printed = capsys.readouterr().out
-    assert "set: 10 records left out, 1 used" in printed and f"l0: no image {folder}/images/lost0.jpg" in printed
-    listed = (tmp_path / "cache" / "set_left_out.txt").read_text().splitlines()
-    assert listed == data.left_out and listed[0] == "train: t: several images"
+    assert "llava: 9 records left out, 1 used" in printed and f"l0: no image {folder}/images/lost0.jpg" in printed
+    listed = (data.folder / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 9 and listed[0] == f"train: l0: no image {folder}/images/lost0.jpg"
+    opened(folder, tmp_path)
+    assert not capsys.readouterr().out  # said once, when it was prepared
+
+
+def test_several_images_are_one_example(tmp_path):
+    two = {"id": "t", "image": ["a.jpg", "b.jpg"], "conversations": said("<image><image> Same?", "yes")}
+    (example,) = opened(write(tmp_path / "set", ("a.jpg", "b.jpg"), train=[two]), tmp_path).examples("train")
+    assert example.images == ("a.jpg", "b.jpg") and example.question == "Same?"
 
 
 def test_a_file_alone_is_for_training(tmp_path):
     folder = write(tmp_path, (), align=[ASKED])
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.jpg")  # beside it
-    data = llava.Llava(folder / "align.json")
-    assert data.name == "align" and len(data.examples("train")) == 1 and data.image("a.jpg").shape == (4, 4, 3)
+    data = opened(folder / "align.json", tmp_path)
+    assert data.splits == ("train",) and len(data.examples("train")) == 1 and data.image("a.jpg").shape == (4, 4, 3)
 
 
-def test_paths_start_at_the_root_and_names_must_differ(tmp_path):
-    for name in ("align", "rad"):
+def test_paths_start_at_the_root_and_ids_must_differ(tmp_path):
+    for name in ("align", "rad", "more/rad"):
         write(tmp_path / name, train=[ASKED])
-    sources = tuple(SourceConfig("llava", path=name) for name in ("align", "rad"))
-    data = load_datasets(DataConfig(sources, root=str(tmp_path)))
-    assert joined(data).name == "align+rad"
-    write(tmp_path / "more", ())
-    write(tmp_path / "more" / "rad", train=[ASKED])
-    sources = tuple(SourceConfig("llava", path=name) for name in ("more/rad", "rad"))
-    with pytest.raises(UserError, match=r"two data sets have one name \(rad, rad\)"):
-        joined(load_datasets(DataConfig(sources, root=str(tmp_path))))
+
+    def at(*paths, **more):
+        sources = tuple(SourceConfig("llava", path=path, **more) for path in paths)
+        return open_sources(DataConfig(sources, root=str(tmp_path), cache=str(tmp_path / "cache")))
+
+    assert joined(at("align", "rad")).id == "llava-align+llava-rad"
+    one, again = at("rad", "rad")
+    assert one is again and one.id == "llava"
+    with pytest.raises(UserError, match="two data sets have the id 'llava-rad'"):
+        at("more/rad", "rad")
+    with pytest.raises(UserError, match="two data sets have the id 'mine'"):
+        at("align", "rad", id="mine")
 
 
 def test_the_checksum_follows_the_records(tmp_path):
     sums = [
-        llava.Llava(write(tmp_path / str(i), train=[record])).checksum
+        opened(write(tmp_path / str(i), train=[record]), tmp_path).checksum
         for i, record in enumerate((ASKED, ASKED, ASKED | {"answer_type": "OPEN"}))
     ]
     assert sums[0] == sums[1] != sums[2]
 
 
 FAULTS = {
-    "no list": ({"a": 1}, "is no list of records"),
+    "no list": ({"a": 1}, "is not a list of records"),
     "no messages": ([{"id": "7"}], "record 0: 'conversations' must be a list"),
     "a message without text": ([{"conversations": [{"from": "human"}]}], "record 0: 'conversations' must be a list"),
     "nobody answers": ([ASKED, {"conversations": said("Why?")}], r"record 1: messages come from \['human'\]"),
@@ -120,15 +137,15 @@ FAULTS = {
 def test_a_fault_names_its_record(name, tmp_path):
     records, sentence = FAULTS[name]
     with pytest.raises(UserError, match=sentence) as error:
-        llava.Llava(write(tmp_path, train=records))
+        opened(write(tmp_path, train=records), tmp_path)
     assert str(tmp_path / "train.json") in str(error.value)
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="train.json does not exist"):
-        llava.Llava(tmp_path)
+        opened(tmp_path, tmp_path)
     (tmp_path / "train.json").write_text("[")
     with pytest.raises(UserError, match="train.json is not JSON"):
-        llava.Llava(tmp_path)
+        opened(tmp_path, tmp_path)
     with pytest.raises(UserError, match="no split 'dev'"):
-        llava.Llava(write(tmp_path, train=[ASKED])).examples("dev")
+        opened(write(tmp_path, train=[ASKED]), tmp_path).examples("dev")

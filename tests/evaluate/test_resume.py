@@ -17,11 +17,8 @@ from unimed_jax.evaluate.answers import JOURNAL
 
 VERB = """
 import sys, time
-from support.fake_brain import Squares
 from unimed_jax import main
-from unimed_jax.data import datasets
 from unimed_jax.evaluate import answers
-datasets.load_dataset = lambda source, data: Squares(images=12)
 add = answers.Journal.add
 def slowly(self, answered):
     add(self, answered)
@@ -34,6 +31,7 @@ from support.fake_brain import tiny_config
 def get_config(argument=""):
     config = tiny_config(steps=2, save_every=2)
     config.data.rows = 8
+    config.data.sources = (dict(name="support.squares", id="squares", questions=2, options=dict(images=12)),)
     config.evaluate.batch, config.evaluate.max_new_tokens = 8, 6
     return config
 """

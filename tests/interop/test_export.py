@@ -13,7 +13,6 @@ from support.fake_brain import Squares
 
 from unimed_jax import main as door
 from unimed_jax.config import VisionConfig
-from unimed_jax.data import datasets
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.interop.families.hf import export_decoder
 from unimed_jax.interop.families.towers import eva_table
@@ -40,7 +39,7 @@ def get_config():
     config.model.compute_dtype = config.model.frozen_dtype = "float32"
     config.init = (("seed", ""), ("hf", "{llama}"), ("eva", "{eva}"))
     config.text.tokenizer = "{llama}"
-    config.data.sources = (dict(name="squares", path="."),)
+    config.data.sources = (dict(name="support.squares", id="squares"),)
     config.data.rows, config.data.row_tokens, config.data.row_answers = 4, 192, 96
     config.text.max_prompt, config.text.max_answer = 128, 64
     config.optimizer.lr = config.optimizer.warmup_lr = 3e-2
@@ -72,7 +71,6 @@ def bases(folder):
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         patch.setattr(sharding, "make_mesh", lambda *settings: None)
         yield
 

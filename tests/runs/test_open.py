@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 from support.fake_brain import Squares
 
 from unimed_jax import main as door
-from unimed_jax.data import datasets
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.runs.open import found_mesh, initial_leaves, open_run
@@ -21,7 +20,7 @@ from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
 from unimed_jax.verbs.options import read_config
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "squares")
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CONFIG = """
 from support.fake_brain import tiny_config
@@ -45,13 +44,6 @@ def get_config(base=""):
 
 
 @pytest.fixture(scope="module")
-def squares():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
-        yield
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "config.py").write_text(CONFIG)
@@ -60,7 +52,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(place, squares, quick_compiles):
+def base(place, quick_compiles):
     """A run trained on eight devices."""
     loop.train(read_config(str(place / "config.py")), place / "base")
     return place / "base"

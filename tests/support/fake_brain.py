@@ -1,49 +1,16 @@
-"""A data set of coloured squares with all six tasks: small enough to train on in seconds."""
+"""A model small enough to train on tests/support/squares.py in seconds."""
 
-import numpy as np
+import getpass
+import tempfile
+from pathlib import Path
+
+from support.squares import COLOURS, Squares
 
 from unimed_jax.config import default_config
-from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+__all__ = ["COLOURS", "Squares", "tiny_config"]
 
-
-class Squares:
-    name, checksum = "squares", "0" * 64
-
-    def __init__(self, images: int = 24):
-        self._images, self._examples = {}, {}
-        rng = np.random.default_rng(0)
-        for split in ("train", "val", "test"):
-            examples = []
-            for i in range(images):
-                key, (name, colour) = f"{split}{i}", list(COLOURS.items())[rng.integers(4)]
-                x, y, side = *rng.integers(0, 12, 2), int(rng.integers(6, 18))
-                box = (int(x), int(y), int(x) + side, int(y) + side)
-                pixels = np.zeros((32, 32, 3), np.uint8)
-                pixels[box[1] : box[3], box[0] : box[2]] = colour
-                self._images[key] = pixels
-                place = box_to_text(box, 32, 32)
-
-                def add(task, question, answer, key=key, box=None, name=name, i=i, examples=examples):
-                    images = () if task == "qa" else (key,)
-                    meta = {"template": task, "prompt": name, "plane": "axial", "answer_type": "OPEN"}
-                    examples.append(Example(f"{key}/{task}", task, question, answer, images, box, f"c{i % 6}", meta))
-
-                add("vqa", "What colour is the square?", name)
-                add("refer", f"{name} square", place, box=box)
-                add("identify", place, f"{name} square", box=box)
-                add("caption", "", f"There is one {name} square of {side} pixels in the image.")
-                add("cls", "", name)
-                add("qa", f"What is {i} plus 1?", str(i + 1))
-            self._examples[split] = examples
-
-    def examples(self, split):
-        return self._examples[split]
-
-    def image(self, key):
-        return self._images[key]
+CACHE = Path(tempfile.gettempdir()) / f"unimed_jax-squares-{getpass.getuser()}"  # prepared once for all tests
 
 
 def tiny_config(**train):
@@ -57,7 +24,8 @@ def tiny_config(**train):
     decoder.vocab = config.text.vocab = 640
     decoder.width, decoder.depth, decoder.heads, decoder.kv_heads, decoder.head_dim = 32, 1, 2, 2, 16
     decoder.mlp_width = 48
-    config.data.sources = (dict(name="squares", path=".", questions=2),)
+    config.data.sources = (dict(name="support.squares", id="squares", questions=2),)
+    config.data.cache = str(CACHE)
     config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 4, 160, 2, 96
     config.data.window = 32
     config.optimizer.lr, config.optimizer.warmup_lr, config.optimizer.warmup_steps = 3e-3, 0.0, 2

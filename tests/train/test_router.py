@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from support.fake_brain import COLOURS, Squares, tiny_config
 
 from unimed_jax import main as door
-from unimed_jax.data import datasets, images, layout
+from unimed_jax.data import images, layout
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
@@ -27,6 +27,7 @@ CONFIG = """
 from support.fake_brain import tiny_config
 def get_config(run):
     config = tiny_config()
+    config.data.sources = (dict(name="support.squares", id="squares", options=dict(images=300)),)
     config.name, config.init = "colours", (("run", run),)
     config.train.rules = (dict(match="*", train=False),)
     config.job = "router"
@@ -42,7 +43,6 @@ def one_device(*settings):
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares(images=300))
     monkeypatch.setattr(sharding, "make_mesh", one_device)
 
 
@@ -51,7 +51,6 @@ def dense(quick_compiles, tmp_path_factory):
     """A dense run of few steps."""
     folder = tmp_path_factory.mktemp("dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         patch.setattr(sharding, "make_mesh", one_device)
         settings = tiny_config(steps=2)
         settings.model.decoder.depth = 2
@@ -60,6 +59,7 @@ def dense(quick_compiles, tmp_path_factory):
 
 def settings(dense, **changes):
     config = tiny_config()
+    config.data.sources = (dict(name="support.squares", id="squares", options=dict(images=300)),)
     config.model.decoder.depth = 2
     config.init = (("run", str(dense.folder)),)
     config.train.rules = (dict(match="*", train=False),)
@@ -77,7 +77,6 @@ def routed(dense, tmp_path_factory):
     file.write_text(CONFIG)
     words = [f"--config={file}:{dense.folder}", f"--workdir={folder / 'run'}", "--config.model.decoder.depth=2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares(images=300))
         patch.setattr(sharding, "make_mesh", one_device)
         assert door.main(words) == 0
     return words, folder / "run"

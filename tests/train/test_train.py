@@ -6,9 +6,8 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from support.fake_brain import Squares, tiny_config
+from support.fake_brain import tiny_config
 
-from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
@@ -28,7 +27,6 @@ def one_device(*settings):
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
     monkeypatch.setattr(sharding, "make_mesh", one_device)
 
 
@@ -37,7 +35,6 @@ def straight(quick_compiles, tmp_path_factory):
     """A run that is never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         patch.setattr(sharding, "make_mesh", one_device)
         return loop.train(from_config_dict(tiny_config()), folder)
 

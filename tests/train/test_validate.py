@@ -10,7 +10,7 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.analyze.chain import Stage, trained
 from unimed_jax.config import LossConfig, MeshConfig
-from unimed_jax.data import datasets, images, layout
+from unimed_jax.data import images, layout
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.run import quick_scores
 from unimed_jax.evaluate.tasks import open_sets, select, units_of
@@ -36,7 +36,6 @@ BEST = "loss/squares/val/vqa"
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, data: Squares())
     monkeypatch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
 
 
@@ -146,7 +145,6 @@ def constant(quick_compiles, tmp_path_factory):
     config = settings((("vqa", "val", 2),), best=BEST, best_mode="min", patience=3, keep=1, save_every=3)
     config.optimizer.lr = config.optimizer.min_lr = config.optimizer.warmup_lr = 0.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda source, data: Squares())
         patch.setattr(sharding, "make_mesh", lambda *settings: None)
         return config, run(config, folder)
 

@@ -1,6 +1,7 @@
 """A contact sheet of a data set's images with their labelled boxes, for the eye."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from unimed_jax.data.example import Dataset, Example
 
+EXAMINED = 100_000
 _SIDE = 320  # screen pixels of an image's longer side
 _COLUMNS = 6
 _LINE = 13  # screen pixels of a line of text
@@ -15,14 +17,38 @@ _NAMES = 3  # lines of two names under an image
 _COLOURS = ((255, 90, 90), (90, 220, 90), (110, 160, 255), (255, 220, 60), (240, 120, 255), (80, 230, 230))
 
 
-def contact_sheet(dataset: Dataset, path: str | Path, split: str = "train", rows: int = 6, seed: int = 0) -> Path:
-    """Writes a PNG of `rows` x 6 images of `split`, drawn so that planes and maps take turns.
+def contact_sheet(
+    datasets: Sequence[Dataset], path: str | Path, split: str = "train", rows: int = 6, seed: int = 0
+) -> Path | None:
+    """Writes a PNG of `rows` x 6 images of `split`; data sets, planes and maps take turns.
 
+    Returns its path, or None if there is no image.
     Boxes are those of the examples that have one (refer, identify), labelled with the structure; the heading of
-    each image is its key.
+    each image is its key. At most EXAMINED examples of a set are looked at, evenly spaced.
     """
+    queues = [queue for d in {d.id: d for d in datasets}.values() for queue in _queues(d, split, seed)]
+    turns = [queue[n] for n in range(max(map(len, queues), default=0)) for queue in queues if n < len(queue)]
+    if not turns:
+        return None
+    tiles = [_tile(d.image(key), key, examples) for d, key, examples in turns[: rows * _COLUMNS]]
+    width, height = (max(t.size[i] for t in tiles) for i in (0, 1))
+    sheet = Image.new("RGB", (width * _COLUMNS, height * -(-len(tiles) // _COLUMNS)))
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % _COLUMNS * width, i // _COLUMNS * height))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset, str, list[Example]]]]:
+    """The images of a set, one queue for each plane and map, with the examples about each."""
+    if split not in dataset.splits:
+        return []
+    examples = dataset.examples(split)
     by_image: dict[str, list[Example]] = defaultdict(list)
-    for example in dataset.examples(split):
+    for place in np.unique(np.linspace(0, len(examples) - 1, min(len(examples), EXAMINED)).astype(int)):
+        example = examples[int(place)]
         for key in example.images:
             by_image[key].append(example)
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -32,18 +58,7 @@ def contact_sheet(dataset: Dataset, path: str | Path, split: str = "train", rows
     for key in sorted(drawn, key=lambda k: -min(boxes[k], 3)):
         meta = by_image[key][0].meta
         kinds[meta.get("plane", ""), meta.get("map", "")].append(key)
-    queues = [queue for _, queue in sorted(kinds.items())]
-    turns = [queue[n] for n in range(max(map(len, queues))) for queue in queues if n < len(queue)]
-
-    tiles = [_tile(dataset.image(key), key, by_image[key]) for key in turns[: rows * _COLUMNS]]
-    width, height = (max(t.size[i] for t in tiles) for i in (0, 1))
-    sheet = Image.new("RGB", (width * _COLUMNS, height * -(-len(tiles) // _COLUMNS)))
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % _COLUMNS * width, i // _COLUMNS * height))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
+    return [[(dataset, key, by_image[key]) for key in keys] for _, keys in sorted(kinds.items())]
 
 
 def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:

@@ -1,13 +1,12 @@
-"""`Example`: one question with its answer, and the data sets that hold them."""
+"""`Example`: one question with its answer, and `Dataset`, what holds them."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from unimed_jax.errors import UserError
+from unimed_jax.data.info import Info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Example:
     """One record: its images (0..n), one task, question and answer.
 
     `question` is what the prompt's instruction is filled with: the question (vqa, qa), the words for
-    the object (refer), the box in text form (identify), or empty where the task says all (caption, cls).
+    the object (refer), the box in text form (identify), or empty if the task says all (caption, cls).
     """
 
     id: str  # unique within its data set
@@ -30,43 +29,20 @@ class Example:
 
 
 class Dataset(Protocol):
-    """What every file in data/datasets provides through `load(source, data_config)`."""
+    """A data set that is open: examples and images at random. `Selection` is the one that is read from disk.
 
-    name: str
-    checksum: str  # sha256 over the decoded records in key order, and the builder's version
+    If it has `columns(split)` (data/columns.py), the pipeline groups from them; else it looks at every example once.
+    """
+
+    id: str  # its name in scores, reports and record names
+    info: Info
+    checksum: str  # sha256 over the decoded records in order, and the reader's version
+    splits: tuple[str, ...]  # those that have an example
 
     def examples(self, split: str) -> Sequence[Example]:
-        """All examples of `train`, `val` or `test`, in a fixed order."""
+        """The examples of a split in a fixed order, read as they are asked for: do not copy them into a list."""
         ...
 
     def image(self, key: str) -> np.ndarray:
         """uint8 [H, W, 3]; H and W as stored."""
         ...
-
-
-class Joined:
-    """Several data sets as one; ids, image keys and clusters carry the data set's name."""
-
-    def __init__(self, datasets: Sequence[Dataset]):
-        self._datasets = {d.name: d for d in datasets}
-        if len(self._datasets) < len(datasets):
-            names = ", ".join(d.name for d in datasets)
-            raise UserError(f"config.data.sources: two data sets have one name ({names}); rename a folder or file.")
-        self.name = "+".join(self._datasets)
-        self.checksum = hashlib.sha256("".join(d.checksum for d in datasets).encode()).hexdigest()
-
-    def examples(self, split: str) -> list[Example]:
-        return [
-            dataclasses.replace(
-                example,
-                id=f"{name}/{example.id}",
-                images=tuple(f"{name}/{key}" for key in example.images),
-                cluster=f"{name}/{example.cluster or example.id}",
-            )
-            for name, dataset in self._datasets.items()
-            for example in dataset.examples(split)
-        ]
-
-    def image(self, key: str) -> np.ndarray:
-        name, _, rest = key.partition("/")
-        return self._datasets[name].image(rest)

@@ -4,7 +4,10 @@ sources -> groups (image, task) -> global order of draws -> questions and instru
         -> rows (one draw each, or packed) -> rows of this process -> batch
 """
 
+import collections
+import dataclasses
 import functools
+import hashlib
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,14 +15,29 @@ from collections.abc import Iterator, Sequence
 import grain.python as grain
 import numpy as np
 
-from unimed_jax.config import VISUAL_TASKS, Config, SourceConfig
-from unimed_jax.data import images, layout, packing
+from unimed_jax import processes
+from unimed_jax.config import TASKS, Config, SourceConfig
+from unimed_jax.data import images, layout, lengths, packing
+from unimed_jax.data.columns import NONE, Columns, columns_of
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.forms import form_of
 from unimed_jax.data.layout import Batch, Encoded, Group
+from unimed_jax.data.selection import chosen, draw_weights
+from unimed_jax.data.store import Rows
 from unimed_jax.errors import UserError
 
-CACHED = 1 << 20  # encoded questions held, about 400 bytes each
+CACHED = 1 << 18  # encoded questions held, about 400 bytes each
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One draw of the global order: some questions of one image and task, each under an instruction."""
+
+    source: int  # index in config.data.sources
+    task: str
+    rows: tuple[int, ...]  # of the source's examples
+    variants: tuple[int, ...]  # instruction of each
+    size: tuple[int, int, int]  # tokens, image slots, answer tokens
 
 
 class Pipeline:
@@ -34,18 +52,8 @@ class Pipeline:
         data = config.data
         if not data.sources:
             raise UserError("config.data.sources is empty; name at least one data set.")
-        self._config, self._datasets, self._pad = config, datasets, tokenizer.pad
+        self._config, self._pad = config, tokenizer.pad
         self._seed = config.seed % 2**32  # numpy's and grain's take no sign
-        self._examples = [
-            _select(dataset, source, split, data.row_images)
-            for dataset, source in zip(datasets, data.sources, strict=True)
-        ]
-        # All groups in one list, source after source: (source, example indices).
-        self._groups: list[tuple[int, tuple[int, ...]]] = []
-        bounds = [0]
-        for s, examples in enumerate(self._examples):
-            self._groups += [(s, group) for group in _group(examples)]
-            bounds.append(len(self._groups))
         self.shape = layout.RowShape(
             tokens=data.row_tokens,
             images=data.row_images,
@@ -56,14 +64,59 @@ class Pipeline:
         self._form = form_of(config.text)
         self._encoder = layout.Encoder(tokenizer, config.text, self.shape.tokens_per_image)
         self._encode = functools.lru_cache(maxsize=CACHED)(self._encode_question)
-        self._order = _order(bounds, config)
+        self._pixels = _ImageCache(data.image_cache_mib << 20)
+        self._sources = [
+            _Source(dataset, source, split, config, tokenizer, self.shape)
+            for dataset, source in zip(datasets, data.sources, strict=True)
+        ]
+        _say_cut(self._sources, config)
+        self._order = _order(self._sources, config)
         # Row -> its draws, endless.
         self._rows: grain.MapDataset[list[int]]
         if data.packing:
             capacity = (data.row_tokens, data.row_images, data.row_answers)
-            self._rows = grain.MapDataset.source(packing.PackingPlan(self._size, capacity, data.window, self._seed))
+            plan = packing.PackingPlan(lambda draw: self.draw(draw).size, capacity, data.window, self._seed)
+            self._rows = grain.MapDataset.source(plan)
         else:
             self._rows = grain.MapDataset.range(packing.ENDLESS).map(lambda row: [row])
+
+    def plan(self, step: int) -> list[list[Draw]]:
+        """The draws in each row of the global batch of `step`."""
+        rows = self._config.data.rows
+        return [[self.draw(d) for d in self.draws_of_row(row)] for row in range(step * rows, (step + 1) * rows)]
+
+    def draws_of_row(self, row: int) -> list[int]:
+        """Numbers of the draws that share row `row`, counted over all steps."""
+        return list(self._rows[row])
+
+    def draw(self, number: int) -> Draw:
+        """Draw `number` of the global order."""
+        place = self._order[number]
+        source = self._sources[place[0]]
+        group = source.groups[place[1]]
+        task = TASKS[source.columns.task[group[0]]]
+        rng = random.Random(self._seed << 64 | number)
+        count = min(self._config.data.sources[place[0]].questions, len(group))
+        pool = self._form.variants(task)
+        rows: list[int] = []
+        variants: list[int] = []
+        tokens = answers = 0
+        for i in rng.sample(range(len(group)), count):
+            row, variant = int(group[i]), rng.randrange(pool)
+            # The first one brings the tokens that all share. One that no longer fits waits for another draw.
+            more = source.lengths.suffix(row, variant) + (0 if rows else source.lengths.prefix(row))
+            answer = source.lengths.answer(row)
+            if tokens + more <= self.shape.tokens and answers + answer <= self.shape.answers:
+                rows.append(row)
+                variants.append(variant)
+                tokens, answers = tokens + more, answers + answer
+        size = (tokens, int(source.columns.images[group[0]]), answers)
+        return Draw(place[0], task, tuple(rows), tuple(variants), size)
+
+    def record(self, draw: Draw, i: int) -> str:
+        """`<data set>/<id>` of question `i` of a draw."""
+        source = self._sources[draw.source]
+        return f"{source.dataset.id}/{source.examples[draw.rows[i]].id}"
 
     def batches(self, start_step: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
         """Batches from `start_step` on, without end: arrays of `layout.training_batch`, B = rows / shares.
@@ -86,14 +139,7 @@ class Pipeline:
 
     def record_ids(self, step: int) -> list[str]:
         """`<data set>/<record>` of every example in the global batch of `step`."""
-        rows = self._config.data.rows
-        return [
-            f"{self._datasets[source].name}/{question.record}"
-            for row in range(step * rows, (step + 1) * rows)
-            for draw in self._rows[row]
-            for source, _, questions in [self._draw(draw)]
-            for question in questions
-        ]
+        return [self.record(draw, i) for row in self.plan(step) for draw in row for i in range(len(draw.rows))]
 
     def stats(self, batch: Batch) -> dict[str, float]:
         """Shares of row tokens and of image slots that hold nothing; numbers of examples and of row tokens used."""
@@ -107,52 +153,158 @@ class Pipeline:
             "tokens": int(used.sum()),
         }
 
-    def _encode_question(self, source: int, example: int, variant: int) -> Encoded:
-        encoded = self._encoder.training(self._examples[source][example], variant)
-        for need, room, key in (
-            (encoded.tokens, self.shape.tokens, "row_tokens"),
-            (encoded.answer, self.shape.answers, "row_answers"),
-        ):
-            if need > room:
-                raise UserError(
-                    f"record {self._datasets[source].name}/{encoded.record} needs {need} of config.data.{key}={room}; "
-                    f"raise it, or lower config.text.max_answer (the answer has {encoded.answer} tokens)."
-                )
-        return encoded
-
-    def _draw(self, draw: int) -> tuple[int, tuple[str, ...], list[Encoded]]:
-        """Draw number `draw` of the global order: its source, image keys and questions, each under an instruction."""
-        source, group = self._groups[self._order[draw]]
-        first = self._examples[source][group[0]]
-        rng = random.Random(self._seed << 64 | draw)
-        chosen = rng.sample(group, min(self._config.data.sources[source].questions, len(group)))
-        pool = self._form.variants(first.task)
-        questions: list[Encoded] = []
-        tokens = answers = 0
-        for example in chosen:
-            question = self._encode(source, example, rng.randrange(pool))
-            # The first one brings the tokens that all share. One that no longer fits waits for another draw.
-            more = len(question.suffix) if questions else question.tokens
-            if tokens + more <= self.shape.tokens and answers + question.answer <= self.shape.answers:
-                questions.append(question)
-                tokens, answers = tokens + more, answers + question.answer
-        return source, first.images, questions
-
-    def _size(self, draw: int) -> tuple[int, int, int]:
-        """Tokens, image slots and answer tokens of a draw."""
-        _, keys, questions = self._draw(draw)
-        suffixes = sum(len(q.suffix) for q in questions)
-        return len(questions[0].prefix) + suffixes, len(keys), sum(q.answer for q in questions)
+    def _encode_question(self, source: int, row: int, variant: int) -> tuple[Encoded, tuple[str, ...]]:
+        example = self._sources[source].examples[row]
+        return self._encoder.training(example, variant), example.images
 
     def _assemble(self, rows: Sequence[list[int]]) -> Batch:
         """Rows of draws -> arrays."""
-        groups = [[self._load(*self._draw(draw)) for draw in row] for row in rows]
+        groups = [[self._load(self.draw(draw)) for draw in row] for row in rows]
         return layout.training_batch(groups, self.shape, self._pad, str(self._config.loss.reduction))
 
-    def _load(self, source: int, keys: tuple[str, ...], questions: list[Encoded]) -> Group:
-        fit, vision = self._config.data.fit, self._config.model.vision
-        pixels = (images.fit(self._datasets[source].image(key), fit, vision) for key in keys)
-        return Group(tuple(questions), tuple(pixels))
+    def _load(self, draw: Draw) -> Group:
+        encoded = [self._encode(draw.source, *pair) for pair in zip(draw.rows, draw.variants, strict=True)]
+        pixels = tuple(self._fitted(draw.source, key) for key in encoded[0][1])
+        return Group(tuple(question for question, _ in encoded), pixels)
+
+    def _fitted(self, source: int, key: str) -> np.ndarray:
+        """uint8 [image_size, image_size, 3] of an image, decoded and fitted, from the cache if it is there."""
+        dataset = self._sources[source].dataset
+        cached = self._pixels.get((dataset.id, key))
+        if cached is None:
+            cached = images.fit(dataset.image(key), self._config.data.fit, self._config.model.vision)
+            self._pixels.put((dataset.id, key), cached)
+        return cached
+
+
+class _ImageCache:
+    """The arrays that were used last, up to a number of bytes."""
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._lock = threading.Lock()
+        self._arrays: collections.OrderedDict[tuple[str, str], np.ndarray] = collections.OrderedDict()
+
+    def get(self, key: tuple[str, str]) -> np.ndarray | None:
+        with self._lock:
+            found = self._arrays.get(key)
+            if found is not None:
+                self._arrays.move_to_end(key)
+            return found
+
+    def put(self, key: tuple[str, str], array: np.ndarray) -> None:
+        with self._lock:
+            if key in self._arrays or array.nbytes > self._limit:
+                return
+            self._arrays[key] = array
+            self._bytes += array.nbytes
+            while self._bytes > self._limit:
+                self._bytes -= self._arrays.popitem(last=False)[1].nbytes
+
+
+class _Picked(Sequence[Example]):
+    """Some of a sequence's examples, by number."""
+
+    def __init__(self, examples: Sequence[Example], numbers: np.ndarray):
+        self._examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i):
+        return self._examples[int(self._numbers[i])]
+
+
+class _Source:
+    """What the pipeline knows of one source: its examples by number, their columns, lengths and groups."""
+
+    def __init__(self, dataset: Dataset, source: SourceConfig, split: str, config: Config, tokenizer, shape):
+        where = f"config.data.sources: {source.name!r}"
+        self.dataset = dataset
+        self.examples: Sequence[Example]
+        if split not in getattr(dataset, "splits", (split,)):
+            raise UserError(f"{where} has no {split} examples (its splits: {', '.join(dataset.splits)}).")
+        everything = columns_of(dataset, split)
+        keep = chosen(everything, source)
+        weights = draw_weights(everything, source)
+        (numbers,) = np.nonzero(keep & (weights > 0))
+        if not len(numbers):
+            has = ", ".join(sorted({TASKS[task] for task in np.unique(everything.task)})) or "nothing"
+            raise UserError(
+                f"{where} has no {split} examples of {', '.join(source.tasks) or 'any task'} (it has {has}); check its "
+                "path, tasks, filters and weights."
+            )
+        self.columns: Columns = everything.at(numbers)
+        examples = dataset.examples(split)
+        self.examples = examples.at(numbers) if isinstance(examples, Rows) else _Picked(examples, numbers)
+        if shape.images < 1 and self.columns.images.any():
+            raise UserError(f"config.data.row_images={shape.images}, but {source.name!r} has images; set 1 or more.")
+        rows = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
+        stored = getattr(dataset, "folder", None)
+        self.lengths = lengths.measure(
+            self.examples,
+            tokenizer,
+            config.text,
+            shape.tokens_per_image,
+            None if stored is None else config.data.cache_folder,
+            f"{dataset.checksum}/{split}/{_rule(source, split)}/{rows}",
+        )
+        lengths.check(self.lengths, self.columns.images, self.examples, dataset.id, shape, config.text)
+        self.groups, self.buckets = group_examples(self.columns, weights[numbers])
+
+
+def _rule(source: SourceConfig, split: str) -> str:
+    # Row numbers count within a selection; these settings say which selection it is.
+    return f"{sorted(source.splits.items())}/{source.only}"
+
+
+class Groups:
+    """Examples by (images, task, weight), in the order of their first; text alone stays single."""
+
+    def __init__(self, members: np.ndarray, starts: np.ndarray):
+        """Group g holds members[starts[g]:starts[g + 1]]."""
+        self._members, self._starts = members, starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, g: int) -> np.ndarray:
+        return self._members[self._starts[g] : self._starts[g + 1]]
+
+
+def group_examples(columns: Columns, weights: np.ndarray) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
+    """-> groups, and buckets (share of the source's draws, group numbers; None: all) of groups that weigh the same."""
+    count = len(columns)
+    levels, level = np.unique(weights, return_inverse=True)
+    keys = (columns.image_set.astype(np.int64) * len(TASKS) + columns.task) * len(levels) + level
+    alone = columns.image_set == NONE
+    keys[alone] = -1 - np.arange(count)[alone]
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)  # groups in the order of their keys
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    group = rank[group]  # [N], in the order of their first
+    members = np.argsort(group, kind="stable").astype(np.int32)
+    starts = np.zeros(len(first) + 1, np.int64)
+    np.cumsum(np.bincount(group), out=starts[1:])
+    groups = Groups(members, starts)
+    if len(levels) == 1:
+        return groups, [(1.0, None)]
+    of_group = level[members[starts[:-1]]]
+    buckets: list[tuple[float, np.ndarray | None]] = []
+    for i, value in enumerate(levels):
+        (numbers,) = np.nonzero(of_group == i)
+        buckets.append((float(value * len(numbers)), numbers))
+    return groups, buckets
+
+
+def _say_cut(sources: Sequence[_Source], config: Config) -> None:
+    """Says once how many training answers are cut, because a cut answer teaches the model not to end."""
+    cut, total = sum(s.lengths.cut for s in sources), sum(len(s.columns) for s in sources)
+    if cut:
+        processes.say(
+            f"{cut} of {total} training answers are cut to config.text.max_answer={config.text.max_answer} tokens and "
+            "lose their end of text; raise it (and config.data.row_answers) to keep them whole."
+        )
 
 
 def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
@@ -165,14 +317,14 @@ def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
 class _PerBatchOrder:
     """Draws in which each step has one source; a source goes on where its last step ended."""
 
-    def __init__(self, sources: Sequence[grain.MapDataset], weights: Sequence[float], rows: int, seed: int):
+    def __init__(self, sources: Sequence, weights: Sequence[float], rows: int, seed: int):
         self._sources, self._rows = sources, rows
         self._choices = source_order(weights, seed)
         self._lock = threading.Lock()
         self._steps: list[tuple[int, int]] = []  # step -> source, and how often it came before
         self._seen = [0] * len(sources)
 
-    def __getitem__(self, draw: int) -> int:
+    def __getitem__(self, draw: int) -> tuple[int, int]:
         step, row = divmod(draw, self._rows)
         with self._lock:
             while len(self._steps) <= step:
@@ -183,45 +335,24 @@ class _PerBatchOrder:
         return self._sources[source][before * self._rows + row]
 
 
-def _order(bounds: Sequence[int], config: Config) -> "grain.MapDataset | _PerBatchOrder":
-    """The global order: draw -> group. Source i has the groups bounds[i] to bounds[i + 1]."""
+def _order(sources: Sequence[_Source], config: Config) -> "grain.MapDataset | _PerBatchOrder":
+    """The global order: draw -> (source, group)."""
     weights = [source.weight for source in config.data.sources]
     shuffled = []
-    for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        seed = int(np.random.SeedSequence([config.seed % 2**32, s]).generate_state(1)[0])
-        shuffled.append(grain.MapDataset.range(start, stop).shuffle(seed=seed).repeat())
+    for s, source in enumerate(sources):
+        parts = []
+        for b, (_, numbers) in enumerate(source.buckets):
+            words = [config.seed % 2**32, s, b] if b else [config.seed % 2**32, s]
+            seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+            count = len(source.groups if numbers is None else numbers)
+            part = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+            parts.append(part.map(functools.partial(_place, s, numbers)))
+        shares = [share for share, _ in source.buckets]
+        shuffled.append(parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares))
     if config.data.mixing == "per_batch":
         return _PerBatchOrder(shuffled, weights, config.data.rows, config.seed)
     return grain.MapDataset.mix(shuffled, weights)
 
 
-def _select(dataset: Dataset, source: SourceConfig, split: str, row_images: int) -> list[Example]:
-    """The examples of one source, checked."""
-    where = f"config.data.sources: {source.name!r}"
-    everything = dataset.examples(split)
-    chosen = [e for e in everything if not source.tasks or e.task in source.tasks]
-    if not chosen:
-        has = ", ".join(sorted({e.task for e in everything})) or "nothing"
-        raise UserError(
-            f"{where} has no {split} examples of {', '.join(source.tasks) or 'any task'} (it has {has}); check its "
-            "path and tasks."
-        )
-    for example in chosen:
-        visual = example.task in VISUAL_TASKS
-        if visual != bool(example.images):
-            raise UserError(
-                f"record {dataset.name}/{example.id}: task {example.task!r} "
-                + ("needs an image." if visual else "is text alone and takes no image; use 'vqa' for it.")
-            )
-        if visual and row_images < 1:
-            raise UserError(f"config.data.row_images={row_images}, but {source.name!r} has images; set 1 or more.")
-    return chosen
-
-
-def _group(examples: Sequence[Example]) -> list[tuple[int, ...]]:
-    """Example indices by (images, task), in the order of their first; text alone stays single."""
-    groups: dict[tuple, list[int]] = {}
-    for i, example in enumerate(examples):
-        key = (example.task, example.images) if example.images else (i,)
-        groups.setdefault(key, []).append(i)
-    return [tuple(group) for group in groups.values()]
+def _place(source: int, numbers: np.ndarray | None, i: int) -> tuple[int, int]:
+    return source, int(i if numbers is None else numbers[i])

@@ -1,5 +1,7 @@
 """Text to token ids: any Hugging Face tokenizer folder, and a small byte-level BPE trained from a corpus."""
 
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -145,6 +147,15 @@ class Tokenizer:
         """Text of `ids`; control tokens are dropped, markers and coordinates kept."""
         kept = [int(i) for i in ids if int(i) not in self.dropped]
         return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names what `encode` does: equal for equal tokenizers."""
+        if self._rust is not None:
+            facts = self._rust.to_str()
+        else:  # a tokenizer in Python: its class and all its pieces
+            facts = json.dumps([type(self._tokenizer).__name__, self._tokenizer.get_vocab()], sort_keys=True)
+        return hashlib.sha256(f"{self.bos}/{self.eos}/{facts}".encode()).hexdigest()
 
     def _find_coordinates(self) -> int | None:
         unknown = self._tokenizer.unk_token_id

@@ -12,7 +12,7 @@ import numpy as np
 
 from unimed_jax.config import TASKS, Config, DataConfig, EntryConfig
 from unimed_jax.data import layout
-from unimed_jax.data.datasets import load_datasets
+from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
@@ -57,8 +57,8 @@ class Unit:
 def open_sets(data: DataConfig) -> dict[str, Source]:
     """Opens the data sets of `data.sources`: one entry per set, with the tasks of all sources that name it."""
     found: dict[str, Source] = {}
-    for source, dataset in zip(data.sources, load_datasets(data), strict=True):
-        name = dataset.name
+    for source, dataset in zip(data.sources, open_sources(data), strict=True):
+        name = dataset.id
         old = found.get(name)
         tasks = {*(source.tasks or TASKS), *(old.tasks if old else ())}
         rules = {**(old.rules if old else {}), **source.splits}
@@ -135,7 +135,7 @@ def _unit(entry: EntryConfig, config: Config, source: Source, examples: Sequence
 
 def splits_of(data: Dataset) -> Sequence[str]:
     """The names of a data set's splits."""
-    return getattr(data, "splits", ("train", "val", "test"))
+    return data.splits
 
 
 def _has(source: Source, split: str) -> bool:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unimed_jax.config import Config, to_dict
-from unimed_jax.data.datasets import SELF_CONTAINED, joined, path_of
+from unimed_jax.data.datasets import missing
 from unimed_jax.data.example import Dataset
+from unimed_jax.data.joined import joined
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families.gguf import write_tokenizer
@@ -90,7 +91,7 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
     names = [
         source.path or source.name
         for source in (*config.data.sources, *config.evaluate.sources)
-        if source.name not in SELF_CONTAINED and not ((path := path_of(source, config.data)) and Path(path).exists())
+        if missing(source, config.data)
     ]
     if names:
         there = config.data.root or "config.data.root"

@@ -11,7 +11,6 @@ import numpy as np
 from unimed_jax import processes
 from unimed_jax.config import Config
 from unimed_jax.data.contact_sheet import contact_sheet
-from unimed_jax.data.datasets import joined
 from unimed_jax.errors import UserError
 from unimed_jax.interruption import Interruption
 from unimed_jax.model import sharding
@@ -34,7 +33,7 @@ def train(config: Config, folder: Path) -> Run:
     start = prepare(config, folder)
     describe(start)
     if start.done == 0 and processes.leads():
-        contact_sheet(joined(start.datasets), folder / "contact_sheet.png")
+        contact_sheet(start.datasets, folder / "contact_sheet.png")
     with sharding.inside(start.program.mesh):
         run_steps(start)
     return Run(folder, config, start.tokenizer, start.model, start.done, start.program.mesh)

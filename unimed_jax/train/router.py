@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from unimed_jax import processes
 from unimed_jax.config import Config, config_hash
-from unimed_jax.data.datasets import joined, load_datasets
+from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset, Example
+from unimed_jax.data.joined import joined
 from unimed_jax.data.layout import Encoder
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
@@ -58,10 +59,10 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
         write_config(folder, config)
         if (folder / REPORT).is_file():
             return json.loads((folder / REPORT).read_text())
-        datasets = load_datasets(config.data)
+        datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
     dataset = joined(datasets)
-    held_out = joined(load_datasets(config.held_out)) if config.evaluate.sources else dataset
+    held_out = joined(open_sources(config.held_out)) if config.evaluate.sources else dataset
     key = config.router_fit.key
     found = {e.meta[key] for e in dataset.examples("train") if e.images and key in e.meta}
     classes = config.router_fit.classes or tuple(sorted(found))
@@ -134,15 +135,14 @@ def labelled(dataset: Dataset, split: str, config: Config, classes: Sequence[str
             continue
         if label not in classes:
             raise UserError(
-                f"record {dataset.name}/{example.id}: {key}={label!r} is none of config.router_fit.classes "
+                f"record {dataset.id}/{example.id}: {key}={label!r} is none of config.router_fit.classes "
                 f"({', '.join(classes)}); name it there, or mend the record."
             )
         chosen.append(example)
         classes_of.append(classes.index(label))
     if not chosen:
         raise UserError(
-            f"config.router_fit.key={key!r}: no {split} image of {dataset.name} has this label; "
-            "name a key of their meta."
+            f"config.router_fit.key={key!r}: no {split} image of {dataset.id} has this label; name a key of their meta."
         )
     order = rng.permutation(len(chosen))
     return Labelled([chosen[i] for i in order], np.array(classes_of)[order], len(prompts) - len(chosen))

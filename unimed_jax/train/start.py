@@ -9,7 +9,7 @@ import jax
 
 from unimed_jax import processes
 from unimed_jax.config import Config, config_hash
-from unimed_jax.data.datasets import load_datasets
+from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.data.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ def prepare(config: Config, folder: Path) -> Start:
     claim(folder)
     with processes.leader_first("inputs"):
         write_config(folder, config)
-        datasets = load_datasets(config.data)
+        datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
     check_evaluation(config, tokenizer)
     pipeline = Pipeline(datasets, config, tokenizer)

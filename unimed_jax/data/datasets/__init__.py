@@ -1,50 +1,132 @@
-"""Data sets: one file each, found by name; every file provides `load(source, data) -> Dataset`."""
+"""Data sets: one file each with `INFO` and `read`, found by name here or by a dotted name anywhere.
 
-import dataclasses
+`read(folder, split, options, skipped)` yields (Example, sources of its images); see data/prepare.py.
+"""
+
 import importlib
+import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from unimed_jax.config import DataConfig, SourceConfig
-from unimed_jax.data.example import Dataset, Joined
+from unimed_jax.data.example import Dataset
+from unimed_jax.data.info import Info, described
+from unimed_jax.data.prepare import Reader, prepared
+from unimed_jax.data.selection import Selection
+from unimed_jax.data.store import MANIFEST, Store
 from unimed_jax.errors import UserError, nearest
 
-SELF_CONTAINED = ("brain", "domains")  # made from installed packages; all others read the files of `path`
+_opened: dict[tuple[Path, int], Store] = {}  # by folder and time of its manifest: opened once a process
 
 
-def load_dataset(source: SourceConfig, data: DataConfig) -> Dataset:
-    """The data set that `source.name` names. Raises UserError where there is none of that name."""
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    module = importlib.import_module(f"{__name__}.{source.name}") if source.name in names else None
-    load = getattr(module, "load", None)
-    if load is None:
-        raise UserError(
-            f"config.data.sources: {source.name!r} is no data set{nearest(source.name, names)} "
-            f"(each has its file in unimed_jax/data/datasets)."
-        )
-    return load(source, data)
+def open_sources(data: DataConfig) -> list[Dataset]:
+    """Opens one data set per source, in their order; sources that differ in tasks or filters only share one.
 
-
-def load_datasets(data: DataConfig) -> list[Dataset]:
-    """One data set per source, in their order; sources of one name and path share one."""
-    loaded: dict[tuple[str, str], Dataset] = {}
-    out = []
+    A set is prepared first if it has not been. Raises UserError for anything wrong with a source.
+    """
+    sets: dict[str, list[SourceConfig]] = {}
     for source in data.sources:
-        path = path_of(source, data)
-        if (source.name, path) not in loaded:
-            loaded[source.name, path] = load_dataset(dataclasses.replace(source, path=path, tasks=()), data)
-        out.append(loaded[source.name, path])
-    return out
+        sets.setdefault(_identity(source, data), []).append(source)
+    ids = _ids(sets, data)
+    opened = {identity: _open(ids[identity], sources, data) for identity, sources in sets.items()}
+    return [opened[_identity(source, data)] for source in data.sources]
+
+
+def distinct(datasets: list[Dataset]) -> list[Dataset]:
+    """The data sets without repetition, one per id."""
+    return list({dataset.id: dataset for dataset in datasets}.values())
 
 
 def path_of(source: SourceConfig, data: DataConfig) -> str:
-    """Where a source's files are: its path, from `data.root` on; without one, where the root has its name."""
+    """Returns where a source's files are: its path, from `data.root` on; without one, `<data.root>/<name>`."""
     given = source.path or (source.name if data.root else "")
     return str(Path(data.root, given)) if given else ""
 
 
-def joined(datasets: Sequence[Dataset]) -> Dataset:
-    """The distinct data sets as one, for evaluation."""
-    distinct = list({id(d): d for d in datasets}.values())
-    return distinct[0] if len(distinct) == 1 else Joined(distinct)
+def missing(source: SourceConfig, data: DataConfig) -> bool:
+    """Whether the files that the source's set is read from are not there."""
+    known = source.name in _names() or "." in source.name
+    if known and reader_of(source.name).INFO.self_contained:
+        return False
+    path = path_of(source, data)
+    return not (path and Path(path).exists())
+
+
+def reader_of(name: str) -> Reader:
+    """The module that `name` names. Raises UserError if there is none, or it lacks INFO or read."""
+    known = _names()
+    if name not in known and "." not in name:
+        raise UserError(
+            f"config.data.sources: {name!r} is not a data set{nearest(name, known)} "
+            "Choose a file of unimed_jax/data/datasets or a dotted module (my_lab.my_data)."
+        )
+    module = f"{__name__}.{name}" if name in known else name
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"config.data.sources: module {name!r} does not import ({error}); check its name and PYTHONPATH."
+        ) from error
+    if not isinstance(getattr(found, "INFO", None), Info) or not callable(getattr(found, "read", None)):
+        raise UserError(
+            f"config.data.sources: module {name!r} is not a reader, because it lacks INFO (an Info) or read(folder, "
+            "split, options, skipped); see docs/adding_a_dataset.md."
+        )
+    return cast(Reader, found)
+
+
+def _names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def _identity(source: SourceConfig, data: DataConfig) -> str:
+    """What sources of one set have in common."""
+    fields: list[Any] = [source.id, source.name, path_of(source, data)]
+    fields += [_plain(m) for m in (source.options, source.splits, source.info)]
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _plain(given: Mapping[Any, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(given), default=_plain_value))
+
+
+def _plain_value(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value)
+
+
+def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str]:
+    """The id of each set: as given, else the last part of its name, with its path if two sets have the same."""
+    default = {identity: s[0].id or s[0].name.rpartition(".")[2] for identity, s in sets.items()}
+    out: dict[str, str] = {}
+    for identity, sources in sets.items():
+        found, source = default[identity], sources[0]
+        path = path_of(source, data)
+        if list(default.values()).count(found) > 1 and not source.id and path:
+            found = f"{found}-{Path(path).stem}"
+        if found in out.values():
+            raise UserError(
+                f"config.data.sources: two data sets have the id {found!r}; give each source with other files, options "
+                "or splits an id of its own."
+            )
+        out[identity] = found
+    return out
+
+
+def _open(id: str, sources: list[SourceConfig], data: DataConfig) -> Dataset:
+    source = sources[0]
+    reader = reader_of(source.name)
+    folder = None
+    if not reader.INFO.self_contained:
+        path = path_of(source, data)
+        if not path or not Path(path).exists():
+            raise UserError(
+                f"config.data.sources: {path or 'the path of ' + repr(source.name)} does not exist; give the folder "
+                f"that holds {', '.join(reader.INFO.files)}."
+            )
+        folder = Path(path)
+    info = described(reader.INFO, folder, source.info)
+    store = prepared(reader, reader.INFO, folder, _plain(source.options), data.cache_folder)
+    key = store.folder, (store.folder / MANIFEST).stat().st_mtime_ns
+    return Selection(_opened.setdefault(key, store), id, info, sources)

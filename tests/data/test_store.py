@@ -1,0 +1,298 @@
+"""Prepared data sets: built once and whole, opened at random, filtered, split; every fault one sentence."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from support import squares
+
+from unimed_jax.config import DataConfig, SourceConfig
+from unimed_jax.data.columns import columns_of
+from unimed_jax.data.datasets import open_sources
+from unimed_jax.data.example import Example
+from unimed_jax.data.info import Info
+from unimed_jax.data.prepare import prepared
+from unimed_jax.data.selection import draw_weights
+from unimed_jax.data.store import pack, unpack
+from unimed_jax.errors import UserError
+
+NAME = "support.squares"
+
+
+def opened(cache, *sources, **fields):
+    """One data set per source."""
+    sources = sources or (SourceConfig(NAME, **fields),)
+    return open_sources(DataConfig(tuple(sources), cache=str(cache)))
+
+
+def folder_of(cache):
+    (found,) = (path for path in cache.iterdir() if path.is_dir())
+    return found
+
+
+def test_what_is_read_is_what_was_given(tmp_path):
+    (data,) = opened(tmp_path)
+    memory = squares.Squares()
+    assert data.id == "squares" and data.splits == ("train", "val", "test") and data.info.licence == "CC0"
+    for split in data.splits:
+        assert list(data.examples(split)) == memory.examples(split)
+        assert data.examples(split)[7] == memory.examples(split)[7]
+        assert list(data.examples(split)[10:13]) == memory.examples(split)[10:13]
+        mine, theirs = data.columns(split), memory.columns(split)
+        for name in ("task", "images", "ids"):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
+        for column in ("cluster", "meta"):
+            one, two = (c.cluster if column == "cluster" else c.meta("prompt") for c in (mine, theirs))
+            assert [one.texts[i] for i in one.codes] == [two.texts[i] for i in two.codes]
+    np.testing.assert_array_equal(data.image("val3"), memory.image("val3"))
+    with pytest.raises(UserError, match="data set squares has no image 'val99'"):
+        data.image("val99")
+    with pytest.raises(UserError, match="no split 'vall'; did you mean 'val'"):
+        data.examples("vall")
+
+
+def test_every_field_survives():
+    example = Example("a", "vqa", "q\n", "ü", ("x", "y"), (1, 2, 3, 4), "c", {"k": "v"}, (("why", "so"),))
+    assert unpack(pack(example)) == example
+    assert unpack(pack(Example("b", "qa", "", ""))) == Example("b", "qa", "", "")
+
+
+def test_it_is_built_once_and_opened_once(tmp_path, monkeypatch):
+    (first,) = opened(tmp_path)
+    monkeypatch.setattr(squares, "read", None)
+    monkeypatch.setattr(squares, "read", lambda *given: pytest.fail("built again"))
+    (second,) = opened(tmp_path)
+    assert first._store is second._store
+
+
+def test_a_changed_reader_is_prepared_again_and_says_so(tmp_path, monkeypatch, capsys):
+    opened(tmp_path)
+    monkeypatch.setattr(squares, "INFO", dataclasses.replace(squares.INFO, version="2"))
+    before = folder_of(tmp_path).name
+    opened(tmp_path)
+    said = capsys.readouterr().out
+    assert said.startswith("squares: prepared again") and before in said and said.count("\n") == 1
+
+
+def cut(path, size):
+    os.truncate(path, size)
+
+
+DAMAGE = {
+    "an index cut short": (lambda at: cut(at / "index" / "task.npy", 150), r"task.npy has 150 of its \d+ bytes"),
+    "a shard missing": (lambda at: (at / "images-00000.array_record").unlink(), "images-00000.array_record does not"),
+    "a shard cut": (lambda at: cut(at / "examples-00000.array_record", 99), "examples-00000.array_record has 99 of"),
+    "no manifest": (lambda at: (at / "manifest.json").unlink(), "manifest.json does not exist"),
+    "half a manifest": (lambda at: cut(at / "manifest.json", 50), "manifest.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_is_one_sentence(tmp_path, damage):
+    opened(tmp_path)
+    harm, sentence = DAMAGE[damage]
+    harm(folder_of(tmp_path))
+    with pytest.raises(UserError, match=f"{sentence}.*delete that folder and run again"):
+        opened(tmp_path)
+
+
+def test_a_store_of_another_form_is_refused(tmp_path):
+    opened(tmp_path)
+    file = folder_of(tmp_path) / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
+    with pytest.raises(UserError, match="was prepared in form 0, and this version reads form 1; delete that folder"):
+        opened(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be kept in .*set config.data.cache"):
+        opened(tmp_path / "file")
+
+
+# ---- two at once, and kills ------------------------------------------------------------------------
+
+
+def slow(folder, split, options, skipped):
+    for pair in squares.read(folder, split, options, skipped):
+        time.sleep(0.002)
+        yield pair
+
+
+class Slow:
+    INFO, read = squares.INFO, staticmethod(slow)
+
+
+def build(cache, queue):
+    started = time.monotonic()
+    store = prepared(Slow, Slow.INFO, None, {}, cache)
+    queue.put((store.checksum, time.monotonic() - started))
+
+
+def test_of_two_builders_the_second_waits_and_finds_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=build, args=(tmp_path, queue)) for _ in range(3)]
+    [w.start() for w in workers]
+    results = [queue.get(timeout=60) for _ in workers]
+    [w.join() for w in workers]
+    assert len({checksum for checksum, _ in results}) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder_of(tmp_path).name]
+
+
+def test_a_killed_build_leaves_nothing_half(tmp_path):
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=build, args=(tmp_path, context.Queue()))
+    worker.start()
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".squares-*/examples-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "."]
+    assert list(tmp_path.glob(".squares-*/"))
+    store = prepared(Slow, Slow.INFO, None, {}, tmp_path)
+    assert len(store.examples("train")) == 144 and not list(tmp_path.glob(".squares-*/manifest.json"))
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1  # the remains are gone
+
+
+# ---- what a reader may do wrong --------------------------------------------------------------------
+
+
+def reader(*pairs, **info):
+    """A reader whose train split is `pairs`."""
+
+    class Made:
+        INFO = Info("made", ("vqa", "qa"), **info)
+
+        @staticmethod
+        def read(folder, split, options, skipped):
+            if split == "train":
+                yield from pairs
+
+    return Made
+
+
+BLACK = np.zeros((2, 2, 3), np.uint8)
+FAULTS = {
+    "one id twice": ([(Example("a", "qa", "q", "a"), ()), (Example("a", "qa", "r", "b"), ())], "id 'a' stands twice"),
+    "nothing": ([], "data set made has no example; check its path and options"),
+    "no image": ([(Example("a", "vqa", "q", "a"), ())], "record made/a: task 'vqa' needs an image"),
+    "image for text": ([(Example("a", "qa", "q", "a", ("k",)), (BLACK,))], "record made/a: .*takes no image"),
+    "unknown task": ([(Example("a", "vga", "q", "a"), ())], "record made/a: task 'vga' is unknown"),
+    "lost files": ([(Example("a", "vqa", "q", "a", ("k",)), ("no.png",))], "1 records left out: train: a: no image no"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_reader_is_one_sentence(tmp_path, fault):
+    pairs, sentence = FAULTS[fault]
+    made = reader(*pairs)
+    with pytest.raises(UserError, match=sentence):
+        prepared(made, made.INFO, None, {}, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+MODULES = {
+    "nowhere.at_all": (None, "module 'nowhere.at_all' does not import .No module named 'nowhere'"),
+    "lab.broken": ("import not_there", "module 'lab.broken' does not import .No module named 'not_there'"),
+    "lab.bare": ("x = 1", "module 'lab.bare' is not a reader, because it lacks INFO .an Info. or read"),
+}
+
+
+@pytest.mark.parametrize("name", [*MODULES, "brian"])
+def test_a_name_that_is_not_a_reader(tmp_path, monkeypatch, name):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text, sentence = MODULES.get(name, (None, "'brian' is not a data set; did you mean 'brain'"))
+    (tmp_path / "lab").mkdir()
+    if text:
+        (tmp_path / "lab" / f"{name.partition('.')[2]}.py").write_text(text)
+    for module in [m for m in sys.modules if m.split(".")[0] == "lab"]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(UserError, match=f"config.data.sources: {sentence}"):
+        open_sources(DataConfig((SourceConfig(name),), cache=str(tmp_path)))
+
+
+def test_a_generic_source_takes_its_passport_from_info_json_and_the_settings(tmp_path):
+    (tmp_path / "raw").mkdir()
+    talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    (tmp_path / "raw" / "train.json").write_text(json.dumps([{"conversations": talk}]))
+    fields = {"name": "llava", "path": str(tmp_path / "raw")}
+
+    def info(**given):
+        (data,) = open_sources(DataConfig((SourceConfig(**fields, info=given),), cache=str(tmp_path / "cache")))
+        return data.info
+
+    assert info().licence == "licence not stated"
+    (tmp_path / "raw" / "info.json").write_text(json.dumps({"licence": "CC BY 4.0", "note": "one clinic"}))
+    assert (info().licence, info().note) == ("CC BY 4.0", "one clinic")
+    assert info(licence="mine").licence == "mine"
+    (tmp_path / "raw" / "info.json").write_text(json.dumps({"license": "CC BY 4.0"}))
+    with pytest.raises(UserError, match="info.json: key 'license' is unknown; did you mean 'licence'"):
+        info()
+
+
+# ---- filters, weights, made splits -----------------------------------------------------------------
+
+
+def test_filters_and_tasks_choose_examples(tmp_path):
+    (data,) = opened(tmp_path, tasks=("vqa", "cls"), only={"prompt": ("red", "blue")})
+    found = list(data.examples("train"))
+    assert found and {e.task for e in found} == {"vqa", "cls"} and {e.meta["prompt"] for e in found} == {"red", "blue"}
+    one, two = opened(tmp_path, SourceConfig(NAME, tasks=("vqa",)), SourceConfig(NAME, tasks=("qa",)))
+    assert one is two and {e.task for e in one.examples("val")} == {"vqa", "qa"}  # one set, seen by two sources
+
+
+def test_weights_multiply(tmp_path):
+    source = SourceConfig(NAME, weights={"prompt": {"red": 3.0, "blue": 0.0}, "template": {"cls": 2.0}})
+    (data,) = opened(tmp_path, source)
+    weights = draw_weights(columns_of(data, "train"), source)
+    for example, weight in zip(data.examples("train"), weights, strict=True):
+        expected = {"red": 3.0, "blue": 0.0}.get(example.meta["prompt"], 1.0) * (2 if example.task == "cls" else 1)
+        assert weight == expected
+
+
+def test_made_splits_keep_clusters_together_and_take_from_their_origin(tmp_path):
+    (data,) = opened(tmp_path, splits={"val": "train[60%:] by cluster"}, options={"images": 60})
+    train, val = ({e.cluster for e in data.examples(split)} for split in ("train", "val"))
+    assert train and val and not train & val and len(train | val) == 6
+    both = {"train": "train[:60%] by cluster", "held": "train[60%:] by cluster"}
+    (again,) = opened(tmp_path, splits=both, options={"images": 60})
+    assert {e.cluster for e in again.examples("held")} == val and again.splits == ("train", "val", "test", "held")
+    (by_id,) = opened(tmp_path, splits={"half": "train[:50%]"}, options={"images": 60})
+    assert 130 < len(by_id.examples("half")) < 230
+    assert len(by_id.examples("half")) + len(by_id.examples("train")) == 360
+
+
+MISTAKES = {
+    "a rule": ({"splits": {"val": "train 90%"}}, "rule 'train 90%' is not understood; write it as"),
+    "an origin": ({"splits": {"val": "trian[:9%]"}}, "made of 'trian', which it has not; did you mean 'train'"),
+    "a word": ({"splits": {"val": "train[:9%] by patient"}}, "'patient' is neither 'cluster' nor a meta key"),
+    "an empty split": ({"splits": {"val": "train[50%:50%] by cluster"}}, "leaves it empty; widen it"),
+    "a key": ({"only": {"promt": ("red",)}}, "only names 'promt', which no example has; did you mean 'prompt'"),
+    "a value": ({"only": {"prompt": ("read",)}}, "no example has prompt='read'; did you mean 'red'"),
+    "a weight": ({"weights": {"prompt": {"rad": 1.0}}}, "weights matches nothing, because no example has prompt='rad'"),
+    "nothing left": ({"tasks": ("cls",), "only": {"template": ("vqa",)}}, "together match no example"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_source_is_one_sentence(tmp_path, mistake):
+    fields, sentence = MISTAKES[mistake]
+    with pytest.raises(UserError, match=f"config.data.sources: data set 'squares'.*{sentence}"):
+        opened(tmp_path, **fields)
+
+
+def test_a_contact_sheet_of_text_alone_is_left_out(tmp_path):
+    from unimed_jax.data.contact_sheet import contact_sheet
+
+    (texts,) = opened(tmp_path, tasks=("qa",))
+    assert contact_sheet([texts], tmp_path / "sheet.png") is None and not (tmp_path / "sheet.png").exists()
+    (all_tasks,) = opened(tmp_path)
+    assert contact_sheet([texts, all_tasks], tmp_path / "sheet.png") == tmp_path / "sheet.png"

@@ -1,0 +1,57 @@
+"""Defines `Info`, the passport of a data set: what it holds, under which licence, and what to know about it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.errors import UserError, nearest
+
+NO_LICENCE = "licence not stated"
+FILE = "info.json"  # in the folder of a generic source: licence, citation, note, cluster_word
+GIVEN = ("licence", "citation", "note", "cluster_word")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Describes a data set; every reader in data/datasets has one as `INFO`.
+
+    `note` is what reports and model cards print about the set, for example that its images show one person.
+    """
+
+    name: str
+    tasks: tuple[str, ...]  # of config.TASKS
+    splits: tuple[str, ...] = ("train", "val", "test")  # asked of the reader, in this order
+    licence: str = NO_LICENCE
+    citation: str = ""
+    note: str = ""
+    cluster_word: str = "example"  # what `Example.cluster` names: patient, slab, case
+    files: tuple[str, ...] = ()  # patterns of files that the raw folder must hold; () if nothing is read from disk
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # split -> examples expected
+    version: str = "1"  # raise it with every change to what `read` gives: prepared stores are then built again
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether the set is made from installed packages and needs no folder."""
+        return not self.files
+
+
+def described(info: Info, folder: Path | None, given: Mapping[Any, str]) -> Info:
+    """Completes `info` from the folder's info.json and then from the source's own `info` settings.
+
+    Raises UserError if info.json is not an object of texts, or has a key that `Info` does not take from it.
+    """
+    found: dict[str, str] = {}
+    file = folder / FILE if folder is not None and folder.is_dir() else None
+    if file is not None and file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error}); mend it or remove it.") from error
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            raise UserError(f"{file} is not an object of texts; give {', '.join(GIVEN)}.")
+    for key in found:
+        if key not in GIVEN:
+            raise UserError(f"{file}: key {key!r} is unknown{nearest(key, GIVEN)} Choose from {', '.join(GIVEN)}.")
+    return dataclasses.replace(info, **{**found, **given})  # type: ignore[arg-type]

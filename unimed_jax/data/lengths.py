@@ -1,0 +1,122 @@
+"""Token lengths of examples as a side index: the packing plan and the check for over-long records need no tokens.
+
+Computed once for a data set's rows, tokenizer and prompt form, and kept in `<cache>/lengths`, memory-mapped.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from unimed_jax import files
+from unimed_jax.config import TextConfig
+from unimed_jax.data.example import Example
+from unimed_jax.data.forms import form_of
+from unimed_jax.data.layout import Encoder, RowShape
+from unimed_jax.errors import UserError
+
+VERSION = 1  # of the arrays and of how examples become tokens; raise it when either changes
+NAMED = 5  # over-long records that a message names
+_PREFIX, _ANSWER, _CUT, _SUFFIX = 0, 1, 2, 3  # columns; from _SUFFIX on one for each instruction
+_ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Lengths of N examples under V instructions, in tokens."""
+
+    table: np.ndarray  # int32 [N, 3 + V]
+
+    def prefix(self, row: int) -> int:
+        """Tokens up to the last visual one: shared by the questions of an image."""
+        return int(self.table[row, _PREFIX])
+
+    def suffix(self, row: int, variant: int) -> int:
+        """The other tokens, under instruction `variant`."""
+        return int(self.table[row, _SUFFIX + variant])
+
+    def answer(self, row: int) -> int:
+        """Answer tokens, which are among the suffix's."""
+        return int(self.table[row, _ANSWER])
+
+    @property
+    def cut(self) -> int:
+        """Number of answers that are cut to `text.max_answer`."""
+        return int(self.table[:, _CUT].sum())
+
+
+def measure(
+    examples: Sequence[Example], tokenizer, text: TextConfig, tokens_per_image: int, cache: Path | None, key: str
+) -> Lengths:
+    """Returns the lengths of `examples`, from `cache` if they were measured before.
+
+    `key` names the data set's state and the examples chosen. Without a cache, or a tokenizer with a `fingerprint`,
+    they are measured each time.
+    """
+    fingerprint = getattr(tokenizer, "fingerprint", "")
+    if cache is None or not fingerprint or not key:
+        return Lengths(_measured(examples, tokenizer, text, tokens_per_image))
+    settings = {k: v for k, v in dataclasses.asdict(text).items() if k not in ("max_prompt", "tokenizer", "vocab")}
+    facts = [VERSION, key, len(examples), fingerprint, settings, tokens_per_image]
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    path = cache / "lengths" / f"{name}.npy"
+    if not path.is_file():
+        table = _measured(examples, tokenizer, text, tokens_per_image)
+        with files.new_file(path) as unfinished, unfinished.open("wb") as file:
+            np.save(file, table)
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"token lengths {path} cannot be read ({error}); delete the file and run again.") from error
+    if len(table) != len(examples):
+        raise UserError(f"token lengths {path} are of {len(table)} of {len(examples)} examples; delete the file.")
+    return Lengths(table)
+
+
+def _measured(examples: Sequence[Example], tokenizer, text: TextConfig, tokens_per_image: int) -> np.ndarray:
+    encoder = Encoder(tokenizer, dataclasses.replace(text, max_prompt=_ANY), tokens_per_image)
+    form = form_of(text)
+    rows: list[list[int]] = []
+    most = 1
+    for example in tqdm(examples, "token lengths", unit=" examples", leave=False, disable=None, delay=2):
+        variants = form.variants(example.task)
+        encoded = [encoder.training(example, variant) for variant in range(variants)]
+        first = encoded[0]
+        # A cut answer has lost its end of text.
+        targets = first.suffix[first.targets]
+        cut = form.cut and first.answer >= text.max_answer and targets[-1] != tokenizer.eos
+        rows.append([len(first.prefix), first.answer, int(cut), *(len(e.suffix) for e in encoded)])
+        most = max(most, variants)
+    table = np.zeros((len(rows), _SUFFIX + most), np.int32)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return table
+
+
+def check(
+    lengths: Lengths, images: np.ndarray, examples: Sequence[Example], id: str, shape: RowShape, text: TextConfig
+) -> None:
+    """Raises UserError, naming up to five records, if some fit no row. `images` int [N]: images of each."""
+    table = lengths.table
+    suffix = table[:, _SUFFIX:].max(axis=1)
+    tokens = table[:, _PREFIX] + suffix
+    for needs, limit, setting, hint in (
+        (images, shape.images, "config.data.row_images", ""),
+        (tokens - table[:, _ANSWER], text.max_prompt, "config.text.max_prompt", ""),
+        (table[:, _ANSWER], shape.answers, "config.data.row_answers", " or lower config.text.max_answer"),
+        (tokens, shape.tokens, "config.data.row_tokens", " or lower config.text.max_answer"),
+    ):
+        (over,) = np.nonzero(needs > limit)
+        if not len(over):
+            continue
+        named = ", ".join(f"{id}/{examples[int(i)].id} ({needs[i]})" for i in over[:NAMED])
+        more = " ..." if len(over) > NAMED else ""
+        least = int(needs.max())
+        raise UserError(
+            f"{len(over)} of {len(needs)} training records need more than {setting}={limit}: {named}{more}; set "
+            f"{setting}={least}{hint}."
+        )

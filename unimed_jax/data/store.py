@@ -1,0 +1,231 @@
+"""`Store`: a prepared data set on disk, read at random from an index that is memory-mapped.
+
+    <cache>/<name>-<set>-<version>/
+      manifest.json     what the set is, its splits, the size of every file
+      examples-*.array_record   one JSON text per example
+      images-*.array_record     one encoded image (PNG, JPEG, DICOM ...) per image key
+      index/*.npy       columns (data/columns.py), tables of texts, image keys sorted by hash
+      skipped.txt       records that were left out, one a line, with the reason
+
+`data/prepare.py` writes it. A million examples cost a few megabytes of memory, because nothing here holds them.
+"""
+
+import dataclasses
+import itertools
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from unimed_jax.data.columns import Column, Columns, Strings, hash_of
+from unimed_jax.data.example import Example
+from unimed_jax.data.images import read_image
+from unimed_jax.data.info import Info
+from unimed_jax.errors import UserError, nearest
+
+SCHEMA = 1  # of the files; raise it when they change
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.txt"
+CHUNK = 256  # examples read at once while iterating
+AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
+MAPPED = 1 << 16  # bytes from which an array is mapped instead of read
+_AGAIN = "delete that folder and run again: it is prepared anew from the source"
+
+
+class Store:
+    """A prepared data set: `examples(split)` and `image(key)` read from disk, `columns(split)` from the index."""
+
+    def __init__(self, folder: str | Path):
+        """Opens what `prepare` wrote. Raises UserError if files are missing, cut or of another form."""
+        self.folder = Path(folder)
+        manifest = _manifest(self.folder)
+        self.id = self.name = manifest["info"]["name"]
+        self.info = info_of(manifest["info"])
+        self.checksum: str = manifest["checksum"]
+        self.skipped: int = manifest["skipped"]
+        self._bounds: dict[str, tuple[int, int]] = {split: (a, b) for split, (a, b) in manifest["splits"].items()}
+        self.splits = tuple(self._bounds)
+        self._meta_keys = tuple(manifest["meta_keys"])
+        _check_files(self.folder, manifest["files"])
+        self._examples = _Shards(self.folder, manifest["files"], "examples")
+        self._images = _Shards(self.folder, manifest["files"], "images")
+        self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
+        self._key_texts = self._strings("keys")
+
+    def examples(self, split: str) -> "Rows":
+        start, stop = self._bound(split)
+        return Rows(self, np.arange(start, stop, dtype=np.int32))
+
+    def rows(self, split: str) -> tuple[int, int]:
+        """First and last + 1 example number of a split."""
+        return self._bound(split)
+
+    def columns(self, split: str) -> Columns:
+        start, stop = self._bound(split)
+        return self.all_columns().at(slice(start, stop))
+
+    def all_columns(self) -> Columns:
+        """Columns of all splits, one after the other."""
+        return Columns(
+            self._array("task"),
+            self._array("image_count"),
+            self._array("image_set"),
+            self._array("ids"),
+            self._column("cluster"),
+            self._meta_keys,
+            lambda key: self._column(f"meta_{self._meta_keys.index(key)}"),
+        )
+
+    def image(self, key: str) -> np.ndarray:
+        """uint8 [H, W, 3] of an image key. Raises UserError if there is none, or its bytes are no image."""
+        data = self.encoded(key)
+        try:
+            return read_image(data)
+        except UserError as error:
+            raise UserError(f"data set {self.id}, image {key!r}: {error}") from error
+
+    def encoded(self, key: str) -> bytes:
+        """The image's bytes as they were found (PNG, JPEG, DICOM ...)."""
+        wanted = np.uint64(hash_of(key))
+        at = int(np.searchsorted(self._keys, wanted))
+        while at < len(self._keys) and self._keys[at] == wanted:
+            number = int(self._key_order[at])
+            if self._key_texts[number] == key:
+                return self._read(self._images, [number])[0]
+            at += 1
+        raise UserError(f"data set {self.id} has no image {key!r}.")
+
+    def read(self, numbers: Sequence[int]) -> list[Example]:
+        """Examples by number."""
+        return [unpack(data) for data in self._read(self._examples, numbers)]
+
+    def _read(self, source: "_Shards", numbers: Sequence[int]) -> list[bytes]:
+        try:
+            return source.read(numbers)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"data set {self.folder} cannot be read ({reason}); {_AGAIN}.") from error
+
+    def _bound(self, split: str) -> tuple[int, int]:
+        if split not in self._bounds:
+            raise UserError(
+                f"data set {self.id} has no split {split!r}{nearest(split, self.splits)} "
+                f"Choose from {', '.join(self.splits)}."
+            )
+        return self._bounds[split]
+
+    def _array(self, name: str) -> np.ndarray:
+        path = self.folder / "index" / f"{name}.npy"
+        try:
+            small = path.stat().st_size < MAPPED  # an empty array cannot be mapped at all
+            return np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"data set index {path} cannot be read ({error}); {_AGAIN}.") from error
+
+    def _strings(self, name: str) -> Strings:
+        return Strings(self._array(f"{name}_text"), self._array(f"{name}_ends"))
+
+    def _column(self, name: str) -> Column:
+        return Column(self._array(name), self._strings(name))
+
+
+class _Shards:
+    """The records of some array_record files, counted through; files are opened when first read."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], kind: str):
+        names = sorted(name for name in files if name.startswith(f"{kind}-"))
+        self._paths = [folder / name for name in names]
+        self._ends = np.cumsum([0, *(files[name]["records"] for name in names)])
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def read(self, numbers: Sequence[int]) -> list[bytes]:
+        """Records by number; neighbours of one file are read together."""
+        shards = np.searchsorted(self._ends, numbers, side="right") - 1
+        out: list[bytes] = []
+        for shard, group in itertools.groupby(zip(shards.tolist(), numbers, strict=True), key=lambda pair: pair[0]):
+            first = int(self._ends[shard])
+            out += self._reader(shard).read([number - first for _, number in group])
+        return out
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), AT_RANDOM)
+            return self._readers[shard]
+
+
+class Rows(Sequence[Example]):
+    """Some examples of a store by number, read from disk as they are asked for."""
+
+    def __init__(self, store: Store, numbers: np.ndarray):
+        self._store, self.numbers = store, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def at(self, places: np.ndarray) -> "Rows":
+        """The examples at some places."""
+        return Rows(self._store, self.numbers[places])
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Rows(self._store, self.numbers[i])
+        return self._store.read([int(self.numbers[i])])[0]
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), CHUNK):
+            yield from self._store.read(self.numbers[start : start + CHUNK].tolist())
+
+
+def pack(example: Example) -> bytes:
+    """An example as JSON, the same bytes for the same example."""
+    fields = {k: v for k, v in dataclasses.asdict(example).items() if v}
+    return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def unpack(data: bytes) -> Example:
+    """What `pack` wrote."""
+    fields = json.loads(data)
+    for key in ("images", "box"):
+        if key in fields:
+            fields[key] = tuple(fields[key])
+    if "history" in fields:
+        fields["history"] = tuple((question, answer) for question, answer in fields["history"])
+    return Example(**{"id": "", "question": "", "answer": ""} | fields)
+
+
+def info_of(fields: dict[str, Any]) -> Info:
+    """What `dataclasses.asdict` made of an Info, as it comes out of JSON."""
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Info(**plain)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a prepared data set ({MANIFEST} does not exist); {_AGAIN}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_AGAIN}.") from error
+    if schema != SCHEMA:
+        raise UserError(
+            f"data set {folder} was prepared in form {schema}, and this version reads form {SCHEMA}; {_AGAIN}."
+        )
+    return manifest
+
+
+def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, facts in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise UserError(f"data set file {path} does not exist; {_AGAIN}.")
+        if size != facts["bytes"]:
+            raise UserError(f"data set file {path} has {size} of its {facts['bytes']} bytes; {_AGAIN}.")
