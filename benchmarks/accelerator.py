@@ -38,7 +38,8 @@ from typing import Any
 
 # A checkout is enough: nothing has to be installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+if __name__ == "__main__":  # not when a test imports this file: its process starts others
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
 import harness
 import jax
