@@ -26,9 +26,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         temporary.replace(path)
-    except BaseException as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _unwritable(path, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -44,18 +47,17 @@ def new_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         temporary.replace(path)
-    except BaseException as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _unwritable(path: Path, error: BaseException) -> BaseException:
-    """Turns an error of the operating system into a UserError about `path`; keeps other errors."""
-    if isinstance(error, OSError):
-        return UserError(
-            f"{path} could not be written ({error.strerror or error}) and nothing of it was kept.",
-        )
-    return error
+def _unwritable(path: Path, error: OSError) -> UserError:
+    """Says in one sentence that `path` could not be written."""
+    return UserError(f"{path} could not be written ({error.strerror or error}) and nothing of it was kept.")
 
 
 def _flush(file: Path) -> None:

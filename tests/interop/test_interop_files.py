@@ -123,9 +123,10 @@ def test_torch_shards(tmp_path):
 
 def test_new_folder_is_there_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError, match="stop"), new_folder(out) as folder:
+    with pytest.raises(RuntimeError, match="stop") as stopped, new_folder(out) as folder:
         (folder / "a").write_text("half")
         raise RuntimeError("stop")
+    assert stopped.value.__cause__ is None  # not itself, which would make its chain of causes endless
     assert list(tmp_path.rglob("*")) == [out.parent]
     with new_folder(out) as folder:
         (folder / "a").write_text("whole")
