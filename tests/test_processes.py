@@ -135,10 +135,12 @@ def test_processes_train_to_the_losses_of_one(place, alone, count, devices):
         assert "step/s" not in said(place, run, number) and "wrote" not in said(place, run, number)
     if (count, devices) != (2, 1):
         return
-    here, there = (json.loads((place / r / "metrics.json").read_text())["sets"] for r in (run, "alone"))
-    for task, entry in there.items():
-        assert here[task]["n"] == entry["n"] > 0
-        assert here[task]["blind"] == entry["blind"]
+    here, there = (json.loads((place / r / "metrics.json").read_text())["sets"]["squares"] for r in (run, "alone"))
+    assert there.keys() == here.keys() == {"val", "test"}
+    for split, tasks in there.items():
+        for task, entry in tasks.items():
+            assert here[split][task]["n"] == entry["n"] > 0
+            assert here[split][task]["blind"] == entry["blind"]
 
 
 @pytest.fixture(scope="module")
