@@ -79,7 +79,7 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
     for split in config.evaluate.splits:
         having = [source for source in sets.values() if _has(source, split)]
         if not having:
-            known = sorted({name for source in sets.values() for name in splits_of(source.data)})
+            known = sorted({name for source in sets.values() for name in source.data.splits})
             names = ", ".join(map(repr, sets))
             raise UserError(
                 f"config.evaluate.splits: data set {names} has no example in split {split!r}{nearest(split, known)} "
@@ -106,7 +106,7 @@ def _named(entry: EntryConfig, config: Config, sets: Mapping[str, Source]) -> Un
         )
     source = sets[entry.source]
     if not _has(source, entry.split):
-        known = splits_of(source.data)
+        known = source.data.splits
         raise UserError(
             f"{where}: data set {source.id!r} has no example in split {entry.split!r}{nearest(entry.split, known)}"
         )
@@ -133,13 +133,8 @@ def _unit(entry: EntryConfig, config: Config, source: Source, examples: Sequence
     )
 
 
-def splits_of(data: Dataset) -> Sequence[str]:
-    """The names of a data set's splits."""
-    return data.splits
-
-
 def _has(source: Source, split: str) -> bool:
-    return split in splits_of(source.data) and len(source.data.examples(split)) > 0
+    return split in source.data.splits and len(source.data.examples(split)) > 0
 
 
 def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example]]:
