@@ -95,6 +95,11 @@ def test_a_file_alone_is_for_training(tmp_path):
     assert data.splits == ("train",) and len(data.examples("train")) == 1 and data.image("a.jpg").shape == (4, 4, 3)
 
 
+def test_a_set_that_is_only_tested_on_needs_no_train_json(tmp_path):
+    data = opened(write(tmp_path / "elsewhere", test=[ASKED]), tmp_path)
+    assert data.splits == ("test",) and len(data.examples("test")) == 1
+
+
 def test_paths_start_at_the_root_and_ids_must_differ(tmp_path):
     for name in ("align", "rad", "more/rad"):
         write(tmp_path / name, train=[ASKED])

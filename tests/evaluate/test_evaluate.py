@@ -294,6 +294,8 @@ def test_a_split_of_no_set_is_refused(config):
         units(config, Toy(), splits=("tset",))
     with pytest.raises(UserError, match="'toy' has no example in split 'test'"):
         units(config, Toy(per_task=0))
+    with pytest.raises(UserError, match="did you mean 'test'"):
+        units(config, Toy(), splits=("tset", "test"))
 
 
 # ------------------------------------------------------------------------------ scores

@@ -20,6 +20,7 @@ from unimed_jax.evaluate.metrics import Metric, of_task
 
 # Training examples of one set that baselines are fitted on: all, or so many evenly spaced ones.
 TRAIN_SAMPLE = 100_000
+USUAL = ("val", "test")  # splits that a set may lack, because nobody need have asked for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def open_sets(data: DataConfig) -> dict[str, Source]:
     for source, dataset in zip(data.sources, open_sources(data), strict=True):
         name = dataset.id
         old = found.get(name)
-        tasks = {*(source.tasks or TASKS), *(old.tasks if old else ())}
+        tasks = {*(source.tasks or dataset.info.tasks), *(old.tasks if old else ())}
         rules = {**(old.rules if old else {}), **source.splits}
         found[name] = Source(name, dataset, tuple(task for task in TASKS if task in tasks), rules)
     return found
@@ -71,7 +72,8 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
 
     Named entries (config.evaluate.entries) are exact: an unknown set, task, split or metric, and an entry without an
     example, raise UserError. By default every task of every set is scored on each of config.evaluate.splits; there a
-    split or task that a set lacks is left out with a note, unless no set has the split.
+    split or task that a set lacks is left out with a note, unless no set has any of the splits, or none has one that is
+    neither val nor test, which is a misspelling as a rule.
     """
     if config.evaluate.entries:
         return [_named(entry, config, sets) for entry in config.evaluate.entries], []
@@ -80,6 +82,10 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
         having = [source for source in sets.values() if _has(source, split)]
         if not having:
             known = sorted({name for source in sets.values() for name in source.data.splits})
+            others = any(_has(source, other) for source in sets.values() for other in config.evaluate.splits)
+            if split in USUAL and others:
+                notes += [f"{source.id}: it has no example in split {split!r}" for source in sets.values()]
+                continue
             names = ", ".join(map(repr, sets))
             raise UserError(
                 f"config.evaluate.splits: data set {names} has no example in split {split!r}{nearest(split, known)} "

@@ -1,0 +1,13 @@
+"""Squares with two of the six tasks and without a validation split: `name="support.squares_without_val"`."""
+
+import dataclasses
+
+from support import squares
+
+INFO = dataclasses.replace(squares.INFO, name="squares_without_val", tasks=("vqa", "cls"), splits=("train", "test"))
+
+
+def read(folder, split, options, skipped):
+    for example, sources in squares.read(folder, split, options, skipped):
+        if example.task in INFO.tasks:
+            yield example, sources
