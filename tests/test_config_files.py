@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -47,7 +48,7 @@ def test_configs_of_the_repository(name, tmp_path, monkeypatch):
     config = from_config_dict(load_config_file(f"{CONFIGS / name}"))
     file, _, size = name.partition(":")
     assert config.name == (f"med_moe_{size}/{Path(file).stem}" if size else Path(file).stem)
-    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config == pickle.loads(pickle.dumps(config))
     assert sys.modules["common"] is mine and "cmoe" not in sys.modules and sys.path == path
 
 

@@ -1,20 +1,18 @@
 """The door: verbs, overrides, and every mistake as one sentence."""
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.fake_brain import Squares, tiny_config
+from support.fake_brain import Squares
 
 from unimed_jax import main as door
 from unimed_jax.config import TASKS, to_dict
 from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
-from unimed_jax.verbs.options import read_config
 
 CONFIG = """
 from support.fake_brain import tiny_config
@@ -266,10 +264,3 @@ def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys):
     none = "--config.data.sources=({'name': 'support.squares', 'options': {'images': 0}},)"
     assert door.main([f"--config={config_file}", f"--workdir={tmp_path}", none]) == 2
     assert "data set squares has no example" in capsys.readouterr().err
-
-
-def test_configs_of_the_repository_build():
-    for name in ("brain_tiny", "brain_smollm2", "cmoe", "cmoe_gemma"):
-        config = read_config(f"configs/{name}.py")
-        assert pickle.loads(pickle.dumps(config)) == config and config.name == name
-    assert tiny_config().name == "squares"

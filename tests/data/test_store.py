@@ -199,6 +199,20 @@ def test_a_faulty_reader_is_one_sentence(tmp_path, fault):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_other_numbers_than_the_expected_ones_are_said_once(tmp_path, capsys):
+    made = reader((Example("a", "qa", "q", "a"), ()))
+    (split,) = prepared(made, made.INFO, None, {}, tmp_path / "plain").splits
+    right = dataclasses.replace(made.INFO, counts={split: 1})
+    prepared(made, right, None, {}, tmp_path)
+    wrong = dataclasses.replace(made.INFO, counts={split: 3, "more": 2})
+    prepared(made, wrong, None, {"some": 1}, tmp_path / "options")  # the counts are those without options
+    assert "than expected" not in capsys.readouterr().out
+    for _ in range(2):
+        prepared(made, wrong, None, {}, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count(f"made: other numbers of examples than expected ({split} 1, not 3; more 0, not 2)") == 1
+
+
 MODULES = {
     "nowhere.at_all": (None, "module 'nowhere.at_all' does not import .No module named 'nowhere'"),
     "lab.broken": ("import not_there", "module 'lab.broken' does not import .No module named 'not_there'"),

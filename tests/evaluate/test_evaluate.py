@@ -10,6 +10,7 @@ import pytest
 from support.toy import SIZE, Model, Says, Toy, evaluated, sets_of
 
 from unimed_jax.config import TASKS, default_config
+from unimed_jax.data.datasets import brain, domains
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
@@ -540,6 +541,13 @@ def test_report_prints_each_sets_own_note_and_leads_with_published(tmp_path):
     assert text.index("as published on test") < text.index("Corrected scores on test")
     assert "| all sets | vqa | 8 |" in text
     assert "all sets" not in (report(config, toys[:1], tmp_path / "b") and (tmp_path / "b/report.md").read_text())
+
+
+@pytest.mark.parametrize("info", [brain.INFO, domains.INFO], ids=lambda info: info.name)
+def test_reports_say_that_one_average_brain_says_nothing_about_patients(info, config, tmp_path):
+    assert "Slices of ONE average brain" in info.note and "nothing about patients" in info.note
+    report(config, Toy(per_task=4, note=info.note), tmp_path)
+    assert info.note in (tmp_path / "report.md").read_text()
 
 
 def test_the_leading_split_is_test_or_else_the_first(config, tmp_path):

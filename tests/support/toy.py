@@ -1,12 +1,11 @@
 """A toy data set of all six tasks whose images alone tell the answers, and a model that sees them."""
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from unimed_jax.config import TASKS
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import box_to_text
+from unimed_jax.data.info import Info
 from unimed_jax.evaluate.answers import Journal
 from unimed_jax.evaluate.run import answer_and_score
 from unimed_jax.evaluate.tasks import Source, Training, units_of
@@ -20,7 +19,7 @@ class Toy:
     checksum, splits = "c" * 64, ("train", "val", "test")
 
     def __init__(self, per_task=24, left_out=(), id="toy", note=""):
-        self.id, self.info = id, SimpleNamespace(licence="", citation="", note=note, cluster_word="slab")
+        self.id, self.info = id, Info(id, TASKS, licence="", note=note, cluster_word="slab")
         self.rows = {}
         for s, split in enumerate(self.splits):
             self.rows[split] = [

@@ -14,6 +14,7 @@ from unimed_jax.data import images, layout
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.run import quick_scores
 from unimed_jax.evaluate.tasks import open_sets, select, units_of
+from unimed_jax.main import main
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.checkpoint import Checkpoints
@@ -167,6 +168,17 @@ def test_a_run_that_patience_ended_is_finished(constant):
     assert again.step == 8 and lines(ended.folder) == before
     stage = Stage("constant", from_config_dict(config), ended.folder)
     assert trained(stage)
+
+
+def test_evaluate_scores_the_checkpoint_that_which_names(constant, monkeypatch, capsys):
+    scored = []
+    monkeypatch.setattr("unimed_jax.evaluate.run.evaluate_run", lambda run, config: scored.append(run.step))
+    command = ["evaluate", f"--run={constant[1].folder}"]
+    for words in ([], ["--which=newest"], ["--which=best"]):
+        assert main([*command, *words]) == 0
+    assert scored == [8, 8, 2]
+    assert main(["evaluate", "--predictions=x.jsonl", "--config=x.py", "--which=best"]) == 2
+    assert "--which chooses a checkpoint of --run=DIR" in capsys.readouterr().err
 
 
 def test_metrics_that_an_entry_names_are_scored_and_may_pick_the_best(tmp_path):

@@ -119,22 +119,20 @@ def run_chain(settings: ml_collections.ConfigDict, overrides: Sequence[str], fol
     stages, table = read_stages(settings, overrides, folder), ""
     for i, stage in enumerate(stages):
         done = finished(stage)
-        if processes.leads():
-            print(f"stage {i + 1} of {len(stages)}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
+        processes.say(f"stage {i + 1} of {len(stages)}, {stage.name}: {'finished' if done else stage.folder}")
         if not done:
             train_and_evaluate(stage.config, stage.folder)
         if processes.leads():
             table = write_table(folder, stages[: i + 1])
     if table:
-        print(f"{table}\nwrote {folder / 'stages.md'}")
+        processes.say(f"{table}\nwrote {folder / 'stages.md'}")
 
 
 def train_and_evaluate(config: Config, folder: Path) -> None:
     """Trains one run in `folder`, from where it was left, and writes its scores there."""
     if config.job == "router":
         report = router.train_router(config, folder)
-        if processes.leads():
-            print(f"{router.summary(report)}\nwrote {folder / router.REPORT}")
+        processes.say(f"{router.summary(report)}\nwrote {folder / router.REPORT}")
         return
     run = train(config, folder)
     with run.inside():

@@ -69,6 +69,8 @@ def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[s
                 older = [path.name for path in cache.glob(f"{info.name}-{which}-*")]
                 _write(reader, info, folder, options, target)
                 _report(Store(target), older)
+                if not options:
+                    _compare_counts(Store(target), info)
     return Store(target)
 
 
@@ -108,6 +110,14 @@ def _report(store: Store, older: list[str]) -> None:
             f"{store.id}: {store.skipped} records left out, {used} used ({'; '.join(lines[:NAMED])}"
             f"{' ...' if len(lines) > NAMED else ''}); all in {store.folder / SKIPPED}"
         )
+
+
+def _compare_counts(store: Store, info: Info) -> None:
+    """Says where the examples read differ from `info.counts`, which holds for a reader without options."""
+    read = {split: len(store.examples(split)) if split in store.splits else 0 for split in info.counts}
+    wrong = [f"{split} {read[split]}, not {count}" for split, count in info.counts.items() if read[split] != count]
+    if wrong:
+        processes.say(f"{store.id}: other numbers of examples than expected ({'; '.join(wrong)}); check the raw files.")
 
 
 class _Shards:

@@ -320,8 +320,7 @@ def _about(sets: Mapping[str, Source], units: Sequence[Unit]) -> dict[str, dict[
     scored = {unit.source.id for unit in units}
     fields = ("licence", "citation", "note", "cluster_word")
     return {
-        name: {"checksum": source.data.checksum}
-        | {field: getattr(getattr(source.data, "info", None), field, "") for field in fields}
+        name: {"checksum": source.data.checksum} | {field: getattr(source.data.info, field) for field in fields}
         for name, source in sets.items()
         if name in scored
     }
@@ -353,7 +352,7 @@ def _routing(run: Run, config: Config, sets: Mapping[str, Source], scored: Seque
 def _say(metrics: Mapping[str, Any], folder: Path) -> None:
     for name, splits in metrics["sets"].items():
         for task, entry in splits.get(metrics["split"], {}).items():
-            print(score_line(name, task, entry))
+            processes.say(score_line(name, task, entry))
     for note in metrics["notes"]:
-        print(f"note: {note}")
-    print(f"wrote {folder / 'report.md'}")
+        processes.say(f"note: {note}")
+    processes.say(f"wrote {folder / 'report.md'}")

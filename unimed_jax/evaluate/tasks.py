@@ -81,7 +81,7 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
     for split in config.evaluate.splits:
         having = [source for source in sets.values() if _has(source, split)]
         if not having:
-            known = sorted({name for source in sets.values() for name in splits_of(source.data)})
+            known = sorted({name for source in sets.values() for name in source.data.splits})
             others = any(_has(source, other) for source in sets.values() for other in config.evaluate.splits)
             if split in USUAL and others:
                 notes += [f"{source.id}: it has no example in split {split!r}" for source in sets.values()]
@@ -112,7 +112,7 @@ def _named(entry: EntryConfig, config: Config, sets: Mapping[str, Source]) -> Un
         )
     source = sets[entry.source]
     if not _has(source, entry.split):
-        known = splits_of(source.data)
+        known = source.data.splits
         raise UserError(
             f"{where}: data set {source.id!r} has no example in split {entry.split!r}{nearest(entry.split, known)}"
         )
@@ -139,13 +139,8 @@ def _unit(entry: EntryConfig, config: Config, source: Source, examples: Sequence
     )
 
 
-def splits_of(data: Dataset) -> Sequence[str]:
-    """The names of a data set's splits."""
-    return data.splits
-
-
 def _has(source: Source, split: str) -> bool:
-    return split in splits_of(source.data) and len(source.data.examples(split)) > 0
+    return split in source.data.splits and len(source.data.examples(split)) > 0
 
 
 def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example]]:

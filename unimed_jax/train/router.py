@@ -239,7 +239,7 @@ def _draw(path: Path, report: dict[str, Any]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        print(f"unimed_jax: {path} was not drawn: {error}; install matplotlib.")
+        processes.say(f"unimed_jax: {path} was not drawn: {error}; install matplotlib.")
         return
     splits, classes = report["splits"], report["classes"]
     figure = Figure(figsize=(4.2 * (1 + len(splits)), 4.0), dpi=130, layout="constrained")

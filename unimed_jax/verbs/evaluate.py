@@ -5,6 +5,7 @@ A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N o
 """
 
 from pathlib import Path
+from typing import Literal
 
 import ml_collections
 
@@ -19,6 +20,7 @@ def run(arguments: list[str]) -> None:
     """Opens the run on the devices found, or reads the predictions, and writes scores and a report."""
     options = parser(__name__, __doc__)
     options.add_argument("--run", help="a run's folder")
+    options.add_argument("--which", choices=("newest", "best"), help="with --run: which checkpoint (default: newest)")
     options.add_argument("--predictions", help="a file of JSON lines; needs --config=FILE or --run=DIR")
     options.add_argument("--config", help=f"with --predictions: {CONFIG_HELP}")
     options.add_argument("--out", help="with --predictions: folder of the report (default: next to the file)")
@@ -26,8 +28,10 @@ def run(arguments: list[str]) -> None:
     if known.predictions is None and (known.run is None or known.config or known.out):
         raise UserError("evaluate takes --run=DIR, or --predictions=FILE with --config=FILE; give one of them.")
     if known.predictions is None:
-        _of_run(known.run, overrides)
+        _of_run(known.run, known.which or "newest", overrides)
         return
+    if known.which:
+        raise UserError("--which chooses a checkpoint of --run=DIR, but --predictions reads none; leave it out.")
     if (known.run is None) == (known.config is None):
         raise UserError("--predictions needs --config=FILE or --run=DIR, which say what was asked; give one of them.")
 
@@ -42,12 +46,12 @@ def run(arguments: list[str]) -> None:
     evaluate_predictions(config, file, Path(known.out or file.with_suffix(".scores")))
 
 
-def _of_run(folder: str, overrides: list[str]) -> None:
+def _of_run(folder: str, which: Literal["newest", "best"], overrides: list[str]) -> None:
     from unimed_jax.evaluate.run import evaluate_run
     from unimed_jax.runs.open import open_run
 
     _refuse_others(overrides)
-    run = open_run(folder)
+    run = open_run(folder, which=which)
     with run.inside():
         evaluate_run(run, _changed(run.config, overrides))
 

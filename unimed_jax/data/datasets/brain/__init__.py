@@ -25,7 +25,7 @@ INFO = Info(
     licence="ICBM152 2009a template (McConnell Brain Imaging Centre; free to use, copy and distribute with its "
     "notice), through nilearn (BSD-3); ICD-10-CM through simple_icd_10_cm (MIT)",
     citation="Fonov et al. 2009, Unbiased nonlinear average age-appropriate brain templates from birth to adulthood",
-    note="One average brain: results hold across slices and jitter, never across patients.",
+    note="Slices of ONE average brain: results hold across slices and jitter, and say nothing about patients.",
     cluster_word="slab",
     version="2",
 )

@@ -20,7 +20,8 @@ INFO = Info(
     name="domains",
     tasks=("vqa", "caption", "cls"),
     licence="that of the brain set, and of the pictures inside scikit-image (BSD-3, CC0) and pydicom (MIT)",
-    note="One average brain and 27 pictures of test files: it shows that the stages work, not how well they diagnose.",
+    note="Slices of ONE average brain and 27 pictures of test files: it shows that the stages work, and says nothing "
+    "about patients.",
     cluster_word="source image",
     version="2",
 )
