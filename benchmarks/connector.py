@@ -13,7 +13,7 @@ Four images of one task as EVA-CLIP-g leaves them (256 patches of 1408) -> 4 x 6
 
 All hold the same weights; outputs, and a grid of entries of every weight's gradient, must agree before a figure is
 given. The gradient is by all weights and not by the patches, whose encoder is frozen. A side needs 6 GiB and more, so
-one runs at a time: each round starts every side anew, warms it and times it. A figure is the median over rounds
+one runs at a time: each round starts every side again, warms it and times it. A figure is the median over rounds
 (min .. max); the ratio is taken round by round.
 """
 

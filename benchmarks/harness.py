@@ -112,7 +112,7 @@ DTYPES = ("float32", "bfloat16")
 
 def pin(threads: int, device: str = "cpu") -> None:
     """Holds this process to `device` and to `threads` cores; to be called before torch or jax is imported."""
-    # XLA takes as many threads as it may run on, the libraries under torch as many as they are told.
+    # XLA takes as many threads as it may run on, the libraries under torch as many as they are given.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     os.environ |= {"JAX_PLATFORMS": device, "HF_HUB_OFFLINE": "1"}

@@ -46,7 +46,7 @@ class Watch:
         self.until_end = 0.0  # of the steps so far
 
     def at_end(self, reached):
-        """`reached` is asked once a step, behind all else of it but its save."""
+        """`reached` is asked once a step, after everything else except its save."""
 
         def asked(interruption) -> bool:
             self.ends.append(time.perf_counter())
@@ -95,7 +95,7 @@ def run(side: str, settings: Any, steps: int) -> tuple[float, float]:
 
 def measure(config: Config, settings: Any, steps: int, rounds: int) -> dict[str, Any]:
     counted = steps - WARM_UP
-    # The last step's save, which every side makes, comes behind its end.
+    # The last step's save, which every side makes, comes after its end.
     events = {"logging": counted, "saving": len([done for done in range(WARM_UP, steps) if done % (steps // 10) == 0])}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     inside: dict[str, list[float]] = {side: [] for side in SIDES}

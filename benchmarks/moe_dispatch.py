@@ -8,7 +8,7 @@ layer, one of them and the meta expert for every token; routers are random, so e
 
 - `dense`: every expert on every token, the reference.
 - `grouped`: tokens sorted by expert, one grouped product a linear; nothing is dropped.
-- `capacity, all`: buffers with room for every token, so that nothing is dropped either.
+- `capacity, all`: buffers that hold every token, so that nothing is dropped either.
 - `capacity, 1.25`: buffers of 1.25 times an expert's even share; tokens beyond are dropped.
 - `no experts`: the same model with its plain MLPs.
 
@@ -38,7 +38,7 @@ from unimed_jax.config import Config
 from unimed_jax.settings import from_config_dict, load_config_file
 
 EXPERTS = (2, 4, 8, 16)
-# Settings of config.model.moe; "capacity, all" has room for all tokens in every buffer: a factor of the experts.
+# Settings of config.model.moe; "capacity, all" holds all tokens in every buffer: a factor of the experts.
 PATHS: dict[str, dict[str, Any]] = {
     "dense": {"path": "dense"},
     "grouped": {"path": "grouped"},
@@ -191,7 +191,7 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
 
 
 def compile_all(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
-    """One at a time, each in a new process; what does not fit the chip is told, not raised."""
+    """One at a time, each in a new process; what does not fit the chip is reported, not raised."""
     # libtpu reads XLA_FLAGS too, and an unknown one ends it.
     os.environ |= {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}

@@ -62,8 +62,10 @@ class Ours:
         for example, shown, answer in zip(examples, pixels, answers, strict=True):
             prompt = self.encoder.prompt(example)
             suffix = np.concatenate([prompt.suffix, np.array(answer, np.int32)])
-            told = dataclasses.replace(prompt, suffix=suffix, targets=np.arange(len(suffix) - len(answer), len(suffix)))
-            groups.append(layout.Group((told,), tuple(images.resize(image, size) for image in shown)))
+            given = dataclasses.replace(
+                prompt, suffix=suffix, targets=np.arange(len(suffix) - len(answer), len(suffix))
+            )
+            groups.append(layout.Group((given,), tuple(images.resize(image, size) for image in shown)))
         shape = layout.RowShape(
             tokens=self.config.text.max_prompt + self.config.evaluate.max_new_tokens,  # one shape for all batches
             images=1,
@@ -97,8 +99,8 @@ class Torch:
         out = []
         for question, answer in zip(self._questions(examples, pixels), answers, strict=True):
             batch = self.model.prepare(self.tokenizer, [question])
-            told = self.torch.tensor([answer[:-1]], dtype=self.torch.long)
-            batch["input_ids"] = self.torch.cat([batch["input_ids"], told], dim=1)
+            given = self.torch.tensor([answer[:-1]], dtype=self.torch.long)
+            batch["input_ids"] = self.torch.cat([batch["input_ids"], given], dim=1)
             del batch["attention_mask"]  # nothing is padded
             with self.torch.no_grad():
                 out.append(self.model(**batch, logits_to_keep=len(answer)).logits[0].float().numpy())

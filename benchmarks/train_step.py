@@ -77,7 +77,7 @@ class Size:
 
     model: ModelConfig
     padded: int  # tokens of a row of the case `padded`
-    # Tokens, images and answer tokens of a packed row, one a step; with room for as many examples as a batch of
+    # Tokens, images and answer tokens of a packed row, one a step; with space for as many examples as a batch of
     # torch, where each has an image of its own (`ours`) and where some share one (`ours_shared`).
     packed: dict[str, tuple[int, int, int]]
 
@@ -111,7 +111,7 @@ SIZES = {
 
 # ---- examples ----------------------------------------------------------------------------------------
 
-# Tokens left of the image; behind it, to the end of the prompt; of the answer with its end of text. The 5th, 15th,
+# Tokens left of the image; after it, to the end of the prompt; of the answer with its end of text. The 5th, 15th,
 # ... 95th percentiles of the brain set's 80,425 training records, in the 32,000 pieces of mistral-common's
 # tokenizer.model.v1.
 LENGTHS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
@@ -165,7 +165,7 @@ def batches(chosen: Size, case: str, side: str) -> list[layout.Batch]:
     if case == "mixture" and side.startswith("ours"):
         if side == "ours_shared":
             groups = shared(groups)
-        # As the pipeline packs a window of draws: largest first, each into the first row with room.
+        # As the pipeline packs a window of draws: largest first, each into the first row with space.
         sizes, capacity = np.array([extent(g) for g in groups]), np.array(chosen.packed[side])
         largest = np.argsort(-(sizes / capacity).max(axis=1), kind="stable")
         row_of = packing.first_fit(sizes, capacity, largest)

@@ -37,7 +37,7 @@ from unimed_jax.evaluate.metrics import captions, published
 from unimed_jax.evaluate.metrics import text as text_scores
 from unimed_jax.interop.families import unimed_names
 from unimed_jax.interop.tensors.table import to_published
-from unimed_jax.model.decoder import Cache, Span
+from unimed_jax.model.cache import Cache, Span
 from unimed_jax.model.generate import extended_span, generate
 from unimed_jax.model.parameters import parameters
 from unimed_jax.model.unimed import span_of

@@ -19,7 +19,7 @@ import pytest
 from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import interruption
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.analyze import chain
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
@@ -51,7 +51,7 @@ def compiled_once(quick_compiles, tmp_path_factory):
 
 @pytest.fixture
 def patched(compiled_once, monkeypatch):
-    """The door trains on squares and leaves out the evaluation."""
+    """The command trains on squares and leaves out the evaluation."""
     monkeypatch.setattr(chain, "evaluate_run", lambda run, config: None)
 
 
@@ -64,7 +64,7 @@ def straight(compiled_once, tmp_path_factory):
 
 @pytest.fixture
 def command(tmp_path):
-    """What trains in `tmp_path / "run"`: arguments of the door."""
+    """What trains in `tmp_path / "run"`: arguments of the cli."""
     file = tmp_path / "squares.py"
     file.write_text(CONFIG)
     return [f"--config={file}", f"--workdir={tmp_path / 'run'}"]
@@ -93,7 +93,7 @@ def test_sigterm_saves_and_the_same_command_continues(straight, patched, command
     """Stopped after step 6, whose checkpoint then loses a file: continued from 4."""
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
-        assert door.main(command) == 143
+        assert cli.main(command) == 143
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "unimed_jax: stopped by SIGTERM, saved after step 6; the same command continues."
     assert open_run(tmp_path / "run").step == 6 and len(losses(tmp_path / "run")) == 6
@@ -101,7 +101,7 @@ def test_sigterm_saves_and_the_same_command_continues(straight, patched, command
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/checkpoints/6/weights")
     assert open_run(tmp_path / "copy").step == 4
-    assert door.main(command) == 0
+    assert cli.main(command) == 0
     assert "checkpoints/6 is damaged" in capsys.readouterr().err
     assert losses(tmp_path / "run") == losses(straight.folder)
     for path, leaf in parameters(open_run(tmp_path / "run").model).items():
@@ -143,7 +143,7 @@ def test_a_signal_before_the_first_step_is_a_sentence(command, monkeypatch, caps
     """While data is built; the evaluation is no other place."""
     monkeypatch.setattr(datasets, "prepared", lambda *given: signal.raise_signal(number))
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    assert door.main(command) == status
+    assert cli.main(command) == status
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("unimed_jax: stopped by") and said.endswith("; the same command continues.")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
@@ -211,7 +211,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, c
     code += "claim(pathlib.Path(sys.argv[1])); print('claimed', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "claimed\n"
-    assert door.main(command) == 2
+    assert cli.main(command) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert f"in use by the run of process {other.pid} on host {socket.gethostname()};" in said
     other.kill()  # leaves no time to tidy up
@@ -272,12 +272,12 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_costs_nothing_saved(
     for room, step, place in ((64 << 10, 5, "checkpoints/8"), (0, 6, "")):
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda room=room: fill(small_disk, room))
-            assert door.main(command) == 2
+            assert cli.main(command) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith("unimed_jax: No space left on device") and place in said, said
         assert [path.name for path in (small_disk / "run/checkpoints").iterdir()] == ["4"]
         (small_disk / "ballast").unlink()
-    assert door.main(command) == 0
+    assert cli.main(command) == 0
     assert losses(small_disk / "run") == losses(straight.folder)
     assert all(path.name.isdigit() for path in (small_disk / "run/checkpoints").iterdir())
 
@@ -311,7 +311,7 @@ except UserError as error:
 # Importing takes half of a restart, so one process imports, then forks one child for each line that it reads.
 FORKS = """
 import os, sys
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.analyze import chain
 from unimed_jax.analyze import chain
 from unimed_jax.train import loop
@@ -319,7 +319,7 @@ chain.evaluate_run = lambda run, config: None
 for line in sys.stdin:
     child = os.fork()
     if not child:
-        sys.exit(door.main(line.split()))
+        sys.exit(cli.main(line.split()))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

@@ -1,4 +1,4 @@
-"""The door: verbs, overrides, and every mistake as one sentence."""
+"""The command line: verbs, overrides, and every mistake as one sentence."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from support.fake_brain import Squares
 
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.config import TASKS, to_dict
 from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
@@ -39,9 +39,9 @@ def config_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(patched, config_file, tmp_path_factory):
-    """A run through the door: trained, evaluated, reported."""
+    """A run started as a user would: trained, evaluated, reported."""
     folder = tmp_path_factory.mktemp("run")
-    assert door.main([f"--config={config_file}", f"--workdir={folder}", "--config.train.steps=6"]) == 0
+    assert cli.main([f"--config={config_file}", f"--workdir={folder}", "--config.train.steps=6"]) == 0
     return folder
 
 
@@ -66,14 +66,14 @@ def test_a_run_leaves_scores_in_the_agreed_schema(run):
 def test_evaluate_scores_a_finished_run_again_to_the_same_numbers(run):
     before = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").unlink()
-    assert door.main(["evaluate", f"--run={run}"]) == 0
+    assert cli.main(["evaluate", f"--run={run}"]) == 0
     assert json.loads((run / "metrics.json").read_text()) == before
 
 
 def test_a_longer_prompt_may_be_allowed_for_a_finished_run(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     words = ["--config.text.max_prompt=300", "--config.evaluate.limit=2", "--config.evaluate.splits=('test',)"]
-    assert door.main(["evaluate", f"--run={copy}", *words]) == 0
+    assert cli.main(["evaluate", f"--run={copy}", *words]) == 0
     assert json.loads((copy / "metrics.json").read_text())["sets"]["squares"]["test"]["vqa"]["n"] == 2
 
 
@@ -86,7 +86,7 @@ def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp
     lines = [{"id": record["id"], "prediction": record["prediction"]} for record in own]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = f"--config={config_file}"
-    assert door.main(["evaluate", f"--predictions={tmp_path / 'all.jsonl'}", config, test]) == 0
+    assert cli.main(["evaluate", f"--predictions={tmp_path / 'all.jsonl'}", config, test]) == 0
     found = json.loads((tmp_path / "all.scores" / "metrics.json").read_text())
     ours = json.loads((run / "metrics.json").read_text())
     for task in TASKS:
@@ -98,7 +98,7 @@ def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp
     lines = [*lines[6:], lines[-1], {"id": "squares/test/nobody", "prediction": "x"}]
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = ["evaluate", f"--predictions={tmp_path / 'some.jsonl'}", f"--run={run}", f"--out={tmp_path / 'some'}"]
-    assert door.main([*words, test, "--config.evaluate.bootstrap=2"]) == 0
+    assert cli.main([*words, test, "--config.evaluate.bootstrap=2"]) == 0
     found = json.loads((tmp_path / "some" / "metrics.json").read_text())
     assert {key: found["predictions"][key] for key in ("unknown", "missing", "doubled")} == {
         "unknown": 1,
@@ -112,7 +112,7 @@ def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp
 
 def test_export_writes_what_another_tool_needs(run, config_file, tmp_path, capsys):
     out = tmp_path / "asked"
-    assert door.main(["data", "export", f"--config={config_file}", f"--out={out}", "--split=test"]) == 0
+    assert cli.main(["data", "export", f"--config={config_file}", f"--out={out}", "--split=test"]) == 0
     lines = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
     own = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     own = {record["id"]: record for record in own if record["split"] == "test"}
@@ -140,8 +140,7 @@ def test_predict_answers_from_an_image_file(run, tmp_path, capsys, kind):
         file = tmp_path / f"image.{kind}"
         Image.fromarray(Squares().image("test0")).save(file)
     assert (
-        door.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is the square?"])
-        == 0
+        cli.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is the square?"]) == 0
     )
     said = capsys.readouterr().out.strip()
     assert said
@@ -155,13 +154,13 @@ def test_predict_draws_the_box(run, tmp_path, capsys):
     file, out = tmp_path / "image.png", tmp_path / "drawn.png"
     Image.fromarray(Squares().image("test0")).save(file)
     words = ["predict", f"--run={run}", f"--image={file}", "--task=identify", "--text={<10><10><60><60>}"]
-    assert door.main([*words, f"--out={out}"]) == 0
+    assert cli.main([*words, f"--out={out}"]) == 0
     assert f"drew {out}" in capsys.readouterr().out
     assert np.asarray(Image.open(out)).std() > 0
 
 
 def test_predict_answers_text_alone(run, capsys):
-    assert door.main(["predict", f"--run={run}", "--task=qa", "--text=What is 3 plus 1?"]) == 0
+    assert cli.main(["predict", f"--run={run}", "--task=qa", "--text=What is 3 plus 1?"]) == 0
     assert capsys.readouterr().out.strip()
 
 
@@ -238,7 +237,7 @@ def test_a_mistake_is_one_sentence(run, config_file, tmp_path, capsys, name):
     files["foreign"].write_text('{"id": "x/test/1", "prediction": "y"}\n')
     Image.fromarray(Squares().image("test0")).save(files["image"])
     arguments, words = MISTAKES[name]
-    assert door.main([word.format(run=run, config=f"--config={config_file}", **files) for word in arguments]) == 2
+    assert cli.main([word.format(run=run, config=f"--config={config_file}", **files) for word in arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) <= 3 and "Traceback" not in said, said
     for word in words:
@@ -249,12 +248,12 @@ def test_another_tokenizer_than_the_models_is_refused(run, tmp_path, capsys):
     settings = to_dict(from_config_dict(json.loads((run / "config.json").read_text())))
     settings["text"]["tokenizer"] = str(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert door.main(["predict", f"--run={tmp_path}", "--task=qa", "--text=why"]) == 2
+    assert cli.main(["predict", f"--run={tmp_path}", "--task=qa", "--text=why"]) == 2
     assert "nothing" in capsys.readouterr().err
 
 
 def test_the_full_size_config_says_what_it_needs(capsys):
-    assert door.main(["--config=configs/cmoe.py"]) == 2
+    assert cli.main(["--config=configs/cmoe.py"]) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in ("'hf'", "'eva'", "slake", "mimic_cxr", "config.data.root"))
     assert len(said.strip().splitlines()) == 1
@@ -262,5 +261,5 @@ def test_the_full_size_config_says_what_it_needs(capsys):
 
 def test_an_empty_data_set_is_refused(config_file, tmp_path, capsys):
     none = "--config.data.sources=({'name': 'support.squares', 'options': {'images': 0}},)"
-    assert door.main([f"--config={config_file}", f"--workdir={tmp_path}", none]) == 2
+    assert cli.main([f"--config={config_file}", f"--workdir={tmp_path}", none]) == 2
     assert "data set squares has no example" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Several real processes as one run: the losses of one, a death that ends all, and going on afterwards.
 
-The run of each process is the door's, on coloured squares.
+The run of each process is the command line's, on coloured squares.
 """
 
 import json
@@ -24,7 +24,7 @@ from unimed_jax.runs.folder import load_text
 from unimed_jax.settings import from_config_dict
 
 STEPS, ROWS = 12, 8
-DOOR = """
+CLI = """
 import sys
 from unimed_jax import main
 if "--killed" in sys.argv:
@@ -78,7 +78,7 @@ def start(
             environment |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
             environment |= {"JAX_COORDINATOR_ADDRESS": address}
         config = f"--config={place / 'squares.py'}:{experts}"
-        command = [sys.executable, "-c", DOOR, config, f"--workdir={place / run}", *words]
+        command = [sys.executable, "-c", CLI, config, f"--workdir={place / run}", *words]
         output = (place / f"{run}.{number}.txt").open("w")
         started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     return started

@@ -234,7 +234,7 @@ class EvaluateConfig:
     temperature: NotNegative = 0.0  # of sampling; 0: the most probable token (greedy)
     # Sample from the tokens that hold this probability
     top_p: Annotated[float, Above(0), Between(0, 1)] = 1.0
-    bootstrap: Count = 2000  # resamples behind each confidence interval
+    bootstrap: Count = 2000  # resamples for each confidence interval
     # Which scores lead in reports. None: corrected; paper: published
     scoring: Literal["corrected", "published"] | None = None
 

@@ -8,7 +8,7 @@ import pytest
 from support import med_moe_published as published
 from support.fake_brain import tiny_config
 
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.analyze import params
 from unimed_jax.interop.families import med_moe
 from unimed_jax.model.parameters import abstract, parameters
@@ -33,12 +33,12 @@ def stage(name: str, size: str, *overrides: str):
 def test_med_moe_has_its_published_parameters(
     size, layers, mlp, width, total, activated, dense, projector, tmp_path, capsys
 ):
-    """Through the door; two more experts are two more MLPs and rows of the gate in each layer, of which none runs."""
+    """As a user starts it; two more experts are two more MLPs and rows of the gate in each layer, of which none runs."""
     before = jax.live_arrays()  # held, so that none of other tests is freed in between
     words = ["params", f"--config=configs/med_moe/moe.py:{size}"]
-    assert door.main([*words, f"--json={tmp_path}/four.json"]) == 0
+    assert cli.main([*words, f"--json={tmp_path}/four.json"]) == 0
     shown = capsys.readouterr().out
-    assert door.main([*words, f"--json={tmp_path}/six.json", "--config.model.moe.experts=6"]) == 0
+    assert cli.main([*words, f"--json={tmp_path}/six.json", "--config.model.moe.experts=6"]) == 0
     assert len(jax.live_arrays()) == len(before)
     four, six = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("four", "six"))
     decoder = four["modules"]["decoder"]
@@ -198,7 +198,7 @@ def test_the_tiny_chain_fits_a_run_of_brain_tiny():
     ],
 )
 def test_what_is_missing_is_one_sentence(words, said, capsys):
-    assert door.main(words) == 2
+    assert cli.main(words) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     for word in said:

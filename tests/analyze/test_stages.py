@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.fake_brain import tiny_config
 
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
@@ -66,7 +66,7 @@ def chain(patched, tmp_path_factory):
     """A finished chain: (its argument, its folder)."""
     folder = tmp_path_factory.mktemp("chain")
     config = write_chain(folder)
-    assert door.main([config, f"--workdir={folder}/runs"]) == 0
+    assert cli.main([config, f"--workdir={folder}/runs"]) == 0
     return config, folder / "runs"
 
 
@@ -111,7 +111,7 @@ def test_finished_stages_are_skipped(chain, capsys, monkeypatch):
     monkeypatch.setattr(
         "unimed_jax.analyze.chain.train_and_evaluate", lambda *stage: pytest.fail("a finished stage was run")
     )
-    assert door.main([config, f"--workdir={folder}"]) == 0
+    assert cli.main([config, f"--workdir={folder}"]) == 0
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first", "second"]
 
 
@@ -122,7 +122,7 @@ def test_an_interrupted_chain_goes_on_where_it_was(copied, capsys, monkeypatch):
     file = folder / "second" / "metrics.json"
     before = json.loads(file.read_text())
     file.write_text(file.read_text()[:100])
-    assert door.main([config, f"--workdir={folder}"]) == 0
+    assert cli.main([config, f"--workdir={folder}"]) == 0
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first"]
     assert {**json.loads(file.read_text()), "config_hash": before["config_hash"]} == before  # copied: other paths
 
@@ -150,7 +150,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_said_before_anything_begins(name, tmp_path, capsys):
     written, words, said = MISTAKES[name]
-    assert door.main([write_chain(tmp_path, **written), f"--workdir={tmp_path}/runs", *words]) == 2
+    assert cli.main([write_chain(tmp_path, **written), f"--workdir={tmp_path}/runs", *words]) == 2
     error = capsys.readouterr().err
     assert re.search(said, error) and len(error.strip().splitlines()) == 1, error
     assert not (tmp_path / "runs").exists()
@@ -160,7 +160,7 @@ def test_a_mistake_is_said_before_anything_begins(name, tmp_path, capsys):
 def test_other_settings_than_a_stage_was_trained_with_are_refused(copied, tmp_path, capsys):
     _, folder = copied
     config = write_chain(tmp_path, {"second": "config.optimizer.lr = 0.5"})
-    assert door.main([config, f"--workdir={folder}"]) == 2
+    assert cli.main([config, f"--workdir={folder}"]) == 2
     assert "second holds a run with other settings (config.optimizer.lr is 0.003" in capsys.readouterr().err
 
 
@@ -168,7 +168,7 @@ def test_other_settings_than_a_stage_was_trained_with_are_refused(copied, tmp_pa
 def test_a_stage_that_started_from_another_run_is_refused(copied, capsys):
     config, folder = copied
     shutil.rmtree(folder / "first")
-    assert door.main([config, f"--workdir={folder}"]) == 2
+    assert cli.main([config, f"--workdir={folder}"]) == 2
     assert f"{folder / 'second'} started from another {folder / 'first'}" in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_stages_scored_on_different_data_have_no_table(copied, capsys):
     config, folder = copied
     file = folder / "first" / "metrics.json"
     file.write_text(file.read_text().replace('"data_checksum": "', '"data_checksum": "1'))
-    assert door.main([config, f"--workdir={folder}"]) == 2
+    assert cli.main([config, f"--workdir={folder}"]) == 2
     assert "scored on different data" in capsys.readouterr().err
 
 
@@ -199,7 +199,7 @@ def test_a_run_is_scored_on_the_data_that_it_names(copied):
         patch.syspath_prepend(str(folder))
         named = "--config.evaluate.sources=({'name': 'others.squares', 'id': 'others'},)"
         words = ["evaluate", f"--run={folder / 'first'}", named, "--config.evaluate.limit=2"]
-        assert door.main(words) == 0
+        assert cli.main(words) == 0
         metrics = json.loads((folder / "first" / "metrics.json").read_text())
         cache = tiny_config().data.cache
         (opened,) = datasets.open_sources(DataConfig((SourceConfig("others.squares"),), cache=cache))
@@ -212,6 +212,6 @@ def test_a_run_is_scored_on_the_data_that_it_names(copied):
             return found(name)
 
         patch.setattr(datasets, "reader_of", moved)
-        assert door.main(words) == 0
+        assert cli.main(words) == 0
     (note,) = json.loads((folder / "first" / "metrics.json").read_text())["notes"]
     assert "the training data did not open" in note and "squares: no such folder" in note

@@ -11,14 +11,14 @@ from safetensors.numpy import save_file
 from support import tiny
 from support.fake_brain import Squares
 
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.config import VisionConfig
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.interop.families.hf import export_decoder
 from unimed_jax.interop.families.towers import eva_table
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model import sharding
-from unimed_jax.model.decoder import Span
+from unimed_jax.model.cache import Span
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.open import open_run
 from unimed_jax.settings import from_config_dict, load_config_file
@@ -86,7 +86,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(patched, place):
-    assert door.main([f"--config={place / 'cmoe.py'}", f"--workdir={place / 'run'}"]) == 0
+    assert cli.main([f"--config={place / 'cmoe.py'}", f"--workdir={place / 'run'}"]) == 0
     return place / "run"
 
 
@@ -99,7 +99,7 @@ def answers(place, capsys, *which: str) -> list[str]:
         ["--task=vqa", "--text=What colour?", image],
         ["--task=qa", "--text=Why?"],
     ):
-        assert door.main(["predict", *which, *words]) == 0, capsys.readouterr().err
+        assert cli.main(["predict", *which, *words]) == 0, capsys.readouterr().err
         said.append(capsys.readouterr().out)
     return said
 
@@ -120,9 +120,9 @@ def test_what_is_exported_answers_as_the_run(run, place, capsys):
     assert any(text.strip() for text in expected)
     for kind in ("model", "unimed"):
         out = place / f"{kind}.pth"
-        assert door.main(["export", f"--run={run}", f"--out={out}", f"--format={kind}"]) == 0
+        assert cli.main(["export", f"--run={run}", f"--out={out}", f"--format={kind}"]) == 0
         assert f"wrote {out}" in capsys.readouterr().out
-        assert door.main(["export", f"--run={run}", f"--out={out}", f"--format={kind}"]) == 2
+        assert cli.main(["export", f"--run={run}", f"--out={out}", f"--format={kind}"]) == 2
         assert "exists already" in capsys.readouterr().err
     assert answers(place, capsys, f"--run={place / 'model.pth'}") == expected
     init = [("seed", ""), ("hf", str(place / "llama")), ("eva", str(place / "eva.safetensors"))]
@@ -130,7 +130,7 @@ def test_what_is_exported_answers_as_the_run(run, place, capsys):
     original = [*init, ("unimed", str(place / "unimed.pth"))]
     assert answers(place, capsys, config, f"--config.init={tuple(original)}") == expected
     # The checkpoint is what makes them so.
-    assert door.main(["predict", config, "--task=qa", "--text=Why?"]) == 2
+    assert cli.main(["predict", config, "--task=qa", "--text=Why?"]) == 2
     assert "config.init gives random numbers for connector/" in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def test_decoder_and_adapter_mean_the_same_in_torch(run, place):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for kind in ("decoder", "peft"):
-        assert door.main(["export", f"--run={run}", f"--out={place / kind}", f"--format={kind}"]) == 0
+        assert cli.main(["export", f"--run={run}", f"--out={place / kind}", f"--format={kind}"]) == 0
     ids = np.random.default_rng(0).integers(4, 640, (2, 24)).astype(np.int32)
     decoder, ones = open_run(run).model.decoder, np.ones_like(ids)
     hidden, *_ = decoder(
@@ -176,7 +176,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(run, tmp_path, capsys, name):
     arguments, words = MISTAKES[name]
-    assert door.main([word.format(run=run, new=tmp_path / "new") for word in arguments]) == 2
+    assert cli.main([word.format(run=run, new=tmp_path / "new") for word in arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1 and all(word in said for word in words), said
     assert not (tmp_path / "new").exists()

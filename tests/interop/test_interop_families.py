@@ -14,7 +14,8 @@ from unimed_jax import processes
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, hf_config
-from unimed_jax.model.decoder import Decoder, Span
+from unimed_jax.model.cache import Span
+from unimed_jax.model.decoder import Decoder
 from unimed_jax.model.layers import Norm, rope_frequencies
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 

@@ -15,7 +15,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, hf_config, med_moe
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.load import Destination
-from unimed_jax.model.decoder import Span
+from unimed_jax.model.cache import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

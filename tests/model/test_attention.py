@@ -19,7 +19,7 @@ from unimed_jax.config import LossConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model import attention
 from unimed_jax.model.attention import attend
-from unimed_jax.model.decoder import Span, visible
+from unimed_jax.model.cache import Span, visible
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.sharding import MESH_AXES
 from unimed_jax.train.loss import loss_sums

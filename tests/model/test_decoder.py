@@ -12,7 +12,8 @@ from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.interop.families import hf, hf_config
 from unimed_jax.interop.families.peft import peft_table
 from unimed_jax.interop.tensors.table import to_leaves
-from unimed_jax.model.decoder import Decoder, Span, merge_lora, visible
+from unimed_jax.model.cache import Span, visible
+from unimed_jax.model.decoder import Decoder, merge_lora
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

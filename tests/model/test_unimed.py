@@ -12,7 +12,7 @@ from transformers import GemmaConfig
 
 from unimed_jax.data import layout
 from unimed_jax.interop.families import hf_config
-from unimed_jax.model.decoder import Span
+from unimed_jax.model.cache import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import COORDINATES, UniMed, order_coordinates, span_of
 from unimed_jax.rules import leaf_rules

@@ -141,7 +141,7 @@ def test_a_reader_of_a_damaged_checkpoint_leaves_it_where_it_is(damaged, capsys)
 def test_damaged_checkpoints_alone_are_a_sentence_and_stay(damaged):
     (damaged / "4/note/note.json").unlink()
     for read_only in (True, False):
-        with pytest.raises(UserError, match=r"holds damaged checkpoints alone \(8: .*; 4: FileNotFoundError.*train"):
+        with pytest.raises(UserError, match=r"holds only damaged checkpoints \(8: .*; 4: FileNotFoundError.*train"):
             Checkpoints(damaged, read_only=read_only).restore(*trees())
     assert sorted(path.name for path in damaged.iterdir()) == ["4", "8"]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from support.fake_brain import Squares
 
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.runs.open import found_mesh, initial_leaves, open_run
@@ -61,7 +61,7 @@ def base(place, quick_compiles):
 @pytest.fixture(scope="module")
 def run(place, base):
     """A run whose frozen leaves are those of `base`, which its own checkpoint does not hold."""
-    assert door.main([f"--config={place / 'config.py'}:{base}", f"--workdir={place / 'run'}"]) == 0
+    assert cli.main([f"--config={place / 'config.py'}:{base}", f"--workdir={place / 'run'}"]) == 0
     return place / "run"
 
 
@@ -184,17 +184,17 @@ def predictions(run):
 def test_evaluate_on_eight_devices_and_on_one(run):
     after_training = predictions(run)
     assert len(set(after_training.values())) > 3
-    assert door.main(["evaluate", f"--run={run}"]) == 0
+    assert cli.main(["evaluate", f"--run={run}"]) == 0
     eight = predictions(run)
     with one_device():
-        assert door.main(["evaluate", f"--run={run}"]) == 0
+        assert cli.main(["evaluate", f"--run={run}"]) == 0
     assert after_training == eight == predictions(run)
 
 
 def test_predict_on_eight_devices_and_on_one(run, place, capsys):
     def said() -> str:
         words = ["predict", f"--run={run}", "--task=vqa", "--text=What colour?", f"--image={place / 'image.png'}"]
-        assert door.main(words) == 0
+        assert cli.main(words) == 0
         return capsys.readouterr().out
 
     eight = said()
@@ -205,7 +205,7 @@ def test_predict_on_eight_devices_and_on_one(run, place, capsys):
 @pytest.mark.parametrize("kind", ["model", "decoder"])
 def test_export_on_eight_devices_and_on_one(run, tmp_path, kind):
     def exported(name):
-        assert door.main(["export", f"--run={run}", f"--out={tmp_path / name}", f"--format={kind}"]) == 0
+        assert cli.main(["export", f"--run={run}", f"--out={tmp_path / name}", f"--format={kind}"]) == 0
         return tmp_path / name
 
     eight = exported("eight")

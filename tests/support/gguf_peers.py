@@ -12,7 +12,8 @@ from support import tiny
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.interop.families.gguf import load_gguf
 from unimed_jax.interop.tensors.load import Destination
-from unimed_jax.model.decoder import Decoder, Span
+from unimed_jax.model.cache import Span
+from unimed_jax.model.decoder import Decoder
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.fake_brain import COLOURS, Squares, tiny_config
 
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax.data import images, layout
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
@@ -71,14 +71,14 @@ def settings(dense, **changes):
 
 @pytest.fixture(scope="module")
 def routed(dense, tmp_path_factory):
-    """The router's run, through the door."""
+    """The router's run, through the cli."""
     folder = tmp_path_factory.mktemp("router")
     file = folder / "colours.py"
     file.write_text(CONFIG)
     words = [f"--config={file}:{dense.folder}", f"--workdir={folder / 'run'}", "--config.model.decoder.depth=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", one_device)
-        assert door.main(words) == 0
+        assert cli.main(words) == 0
     return words, folder / "run"
 
 
@@ -120,9 +120,9 @@ def test_the_stored_router_is_the_scored_one(routed, dense):
 def test_a_finished_router_is_not_trained_again(routed, monkeypatch, capsys):
     words, folder = routed
     monkeypatch.setattr(router, "initial_model", None)
-    assert door.main(words) == 0
+    assert cli.main(words) == 0
     assert "with 300 labels" in capsys.readouterr().out
-    assert door.main([*words, "--config.router_fit.epochs=3"]) == 2
+    assert cli.main([*words, "--config.router_fit.epochs=3"]) == 2
     assert "config.router_fit.epochs is 400 there and 3 now" in capsys.readouterr().err
 
 
@@ -130,7 +130,7 @@ def test_one_that_was_killed_before_its_report_is_trained_again(routed, tmp_path
     words, folder = routed
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "router.json").unlink()
-    assert door.main([words[0], f"--workdir={tmp_path / 'run'}", *words[2:]]) == 0
+    assert cli.main([words[0], f"--workdir={tmp_path / 'run'}", *words[2:]]) == 0
     for name in ("router.json", "router/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unimed_jax import main as door
+from unimed_jax import main as cli
 from unimed_jax import verbs
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +23,10 @@ def added(tmp_path, monkeypatch):
     )
     (tmp_path / "agree.py").write_text(code)
     monkeypatch.setattr(verbs, "__path__", [*verbs.__path__, str(tmp_path)])
-    yield importlib.reload(door)
+    yield importlib.reload(cli)
     monkeypatch.undo()
     sys.modules.pop("unimed_jax.verbs.agree", None)
-    importlib.reload(door)
+    importlib.reload(cli)
 
 
 def test_one_file_makes_a_verb(added, tmp_path, capsys):
@@ -41,11 +41,11 @@ def test_one_file_makes_a_verb(added, tmp_path, capsys):
 
 
 def test_it_is_gone_again(capsys):
-    assert door.main(["agree"]) == 2
+    assert cli.main(["agree"]) == 2
     assert "'agree' is not a verb" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["trian"], *([verb, "--help"] for verb in door.VERBS), ["train"]])
+@pytest.mark.parametrize("words", [["--help"], ["trian"], *([verb, "--help"] for verb in cli.VERBS), ["train"]])
 def test_help_and_a_wrong_verb_answer_without_jax(words):
     """In a process of its own; `main` may exit by argparse."""
     code = (

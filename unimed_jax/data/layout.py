@@ -62,7 +62,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """What a row has room for."""
+    """Says how much a row holds."""
 
     tokens: int  # S, visual ones included
     images: int  # M slots
@@ -265,7 +265,7 @@ class _Cursor:
 
 
 def _place(batch: Batch, b: int, at: _Cursor, group: Group, tokens_per_image: int, reduction: str) -> None:
-    """Writes one group into row `b` at the cursor, and moves it behind."""
+    """Writes one group into row `b` at the cursor, and moves the cursor past it."""
     task, prefix = group.questions[0].task, group.questions[0].prefix
     shared, length = at.segment, len(prefix)
     if length:

@@ -33,15 +33,15 @@ class Lengths:
 
     def prefix(self, row: int) -> int:
         """Tokens up to the last visual one: shared by the questions of an image."""
-        return int(self.table[row, _PREFIX])
+        return self.table.item(row, _PREFIX)
 
     def suffix(self, row: int, variant: int) -> int:
         """The other tokens, under instruction `variant`."""
-        return int(self.table[row, _SUFFIX + variant])
+        return self.table.item(row, _SUFFIX + variant)
 
     def answer(self, row: int) -> int:
         """Answer tokens, which are among the suffix's."""
-        return int(self.table[row, _ANSWER])
+        return self.table.item(row, _ANSWER)
 
     @property
     def cut(self) -> int:

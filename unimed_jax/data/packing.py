@@ -18,7 +18,7 @@ ENDLESS = 1 << 60  # rows
 
 
 def first_fit(sizes: np.ndarray, capacity: np.ndarray, order: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Puts items, in `order`, each into the first row with room for it; a new row where there is none.
+    """Puts items, in `order`, each into the first row with space for it; a new row if there is none.
 
     sizes int [N, 3], capacity int [3]; every item fits an empty row. Returns int [N]: the row of each item.
     """

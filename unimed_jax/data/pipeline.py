@@ -8,9 +8,11 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain.python as grain
 import numpy as np
@@ -27,6 +29,8 @@ from unimed_jax.data.store import Rows
 from unimed_jax.errors import UserError
 
 CACHED = 1 << 18  # encoded questions held, about 400 bytes each
+
+Question = tuple[int, int, int]  # source, row among its examples, instruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +67,10 @@ class Pipeline:
         )
         self._form = form_of(config.text)
         self._encoder = layout.Encoder(tokenizer, config.text, self.shape.tokens_per_image)
-        self._encode = functools.lru_cache(maxsize=CACHED)(self._encode_question)
-        self._pixels = _ImageCache(data.image_cache_mib << 20)
+        self._questions = _Recent(CACHED, lambda _: 1)
+        self._pixels = _Recent(data.image_cache_mib << 20, lambda pixels: pixels.nbytes)
+        # A draw is asked for twice: by the packing plan, and some windows later when its row is assembled.
+        self.draw = functools.lru_cache(maxsize=8 * data.window)(self._draw)
         self._sources = [
             _Source(dataset, source, split, config, tokenizer, self.shape)
             for dataset, source in zip(datasets, data.sources, strict=True)
@@ -89,7 +95,7 @@ class Pipeline:
         """Numbers of the draws that share row `row`, counted over all steps."""
         return list(self._rows[row])
 
-    def draw(self, number: int) -> Draw:
+    def _draw(self, number: int) -> Draw:
         """Draw `number` of the global order."""
         place = self._order[number]
         source = self._sources[place[0]]
@@ -153,19 +159,29 @@ class Pipeline:
             "tokens": int(used.sum()),
         }
 
-    def _encode_question(self, source: int, row: int, variant: int) -> tuple[Encoded, tuple[str, ...]]:
-        example = self._sources[source].examples[row]
-        return self._encoder.training(example, variant), example.images
-
     def _assemble(self, rows: Sequence[list[int]]) -> Batch:
         """Rows of draws -> arrays."""
-        groups = [[self._load(self.draw(draw)) for draw in row] for row in rows]
+        draws = [[self.draw(number) for number in row] for row in rows]
+        encoded = self._encoded([draw for row in draws for draw in row])
+        groups = [[self._load(draw, encoded) for draw in row] for row in draws]
         return layout.training_batch(groups, self.shape, self._pad, str(self._config.loss.reduction))
 
-    def _load(self, draw: Draw) -> Group:
-        encoded = [self._encode(draw.source, *pair) for pair in zip(draw.rows, draw.variants, strict=True)]
-        pixels = tuple(self._fitted(draw.source, key) for key in encoded[0][1])
-        return Group(tuple(question for question, _ in encoded), pixels)
+    def _encoded(self, draws: Sequence[Draw]) -> dict[Question, tuple[Encoded, tuple[str, ...]]]:
+        """The draws' questions as tokens, each with its image keys; records are read in one call per source."""
+        wanted = {(draw.source, *pair) for draw in draws for pair in zip(draw.rows, draw.variants, strict=True)}
+        out = {question: found for question in wanted if (found := self._questions.get(question)) is not None}
+        missing = sorted(wanted - out.keys())
+        for s, questions in itertools.groupby(missing, key=lambda question: question[0]):
+            some = list(questions)
+            for question, example in zip(some, self._sources[s].read([row for _, row, _ in some]), strict=True):
+                out[question] = self._encoder.training(example, question[2]), example.images
+                self._questions.put(question, out[question])
+        return out
+
+    def _load(self, draw: Draw, encoded: Mapping[Question, tuple[Encoded, tuple[str, ...]]]) -> Group:
+        own = [encoded[draw.source, row, v] for row, v in zip(draw.rows, draw.variants, strict=True)]
+        pixels = tuple(self._fitted(draw.source, key) for key in own[0][1])
+        return Group(tuple(question for question, _ in own), pixels)
 
     def _fitted(self, source: int, key: str) -> np.ndarray:
         """uint8 [image_size, image_size, 3] of an image, decoded and fitted, from the cache if it is there."""
@@ -177,29 +193,30 @@ class Pipeline:
         return cached
 
 
-class _ImageCache:
-    """The arrays that were used last, up to a number of bytes."""
+class _Recent:
+    """Holds the values that were used last, up to a total size."""
 
-    def __init__(self, limit: int):
-        self._limit, self._bytes = limit, 0
+    def __init__(self, limit: int, size_of: Callable[[Any], int]):
+        self._limit, self._size_of, self._total = limit, size_of, 0
         self._lock = threading.Lock()
-        self._arrays: collections.OrderedDict[tuple[str, str], np.ndarray] = collections.OrderedDict()
+        self._values: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
-    def get(self, key: tuple[str, str]) -> np.ndarray | None:
+    def get(self, key: Any) -> Any | None:
         with self._lock:
-            found = self._arrays.get(key)
+            found = self._values.get(key)
             if found is not None:
-                self._arrays.move_to_end(key)
+                self._values.move_to_end(key)
             return found
 
-    def put(self, key: tuple[str, str], array: np.ndarray) -> None:
+    def put(self, key: Any, value: Any) -> None:
+        size = self._size_of(value)
         with self._lock:
-            if key in self._arrays or array.nbytes > self._limit:
+            if key in self._values or size > self._limit:
                 return
-            self._arrays[key] = array
-            self._bytes += array.nbytes
-            while self._bytes > self._limit:
-                self._bytes -= self._arrays.popitem(last=False)[1].nbytes
+            self._values[key] = value
+            self._total += size
+            while self._total > self._limit:
+                self._total -= self._size_of(self._values.popitem(last=False)[1])
 
 
 class _Picked(Sequence[Example]):
@@ -251,6 +268,12 @@ class _Source:
         )
         lengths.check(self.lengths, self.columns.images, self.examples, dataset.id, shape, config.text)
         self.groups, self.buckets = group_examples(self.columns, weights[numbers])
+
+    def read(self, rows: Sequence[int]) -> list[Example]:
+        """Examples by number, in one call if they are on disk."""
+        if isinstance(self.examples, Rows):
+            return list(self.examples.at(np.array(rows)))
+        return [self.examples[row] for row in rows]
 
 
 def _rule(source: SourceConfig, split: str) -> str:

@@ -33,7 +33,7 @@ SKIPPED = "skipped.txt"
 CHUNK = 256  # examples read at once while iterating
 AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
 MAPPED = 1 << 16  # bytes from which an array is mapped instead of read
-_AGAIN = "delete that folder and run again: it is prepared anew from the source"
+_AGAIN = "delete that folder and run again: it is prepared again from the source"
 
 
 class Store:

@@ -31,15 +31,15 @@ def train_tokenizer(texts: Iterable[str], text: TextConfig, folder: str | Path) 
 
     The 256 bytes are always in it, so that no text holds an unknown token. Markers of the prompt are one token
     each, with `text.coordinate_tokens` also the box coordinates `<0>`..`<100>` (contiguous ids). The same texts
-    give the same files. Raises UserError where `text.vocab` has no room for all of these.
+    give the same files. Raises UserError if `text.vocab` cannot hold all of these.
     """
     whole = (*MARKERS, *COORDINATES) if text.coordinate_tokens else MARKERS
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     added = [word for word in whole if word not in alphabet]
-    room = len(CONTROL) + len(alphabet) + len(added)
-    if text.vocab < room:
+    least = len(CONTROL) + len(alphabet) + len(added)
+    if text.vocab < least:
         raise UserError(
-            f"config.text.vocab={text.vocab} has no room for bytes, markers and coordinates; set {room} or more."
+            f"config.text.vocab={text.vocab} cannot hold bytes, markers and coordinates; set {least} or more."
         )
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

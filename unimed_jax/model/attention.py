@@ -1,6 +1,6 @@
 """Computes attention: a plain form is the reference, and some devices have fused kernels.
 
-The mask that `decoder.visible` makes is data: packed segments, prefixes that several questions
+The mask that `cache.visible` makes is data: packed segments, prefixes that several questions
 share and padding differ from row to row. Fused kernels know pairs of segment ids best, but these
 cannot say that a token sees two segments. So both kernels take the mask itself: 1 byte (splash) or
 2 bytes (cuDNN) for each pair of tokens and row, while the plain form writes several float32 per

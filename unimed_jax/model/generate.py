@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from unimed_jax.model.decoder import Cache, Span
+from unimed_jax.model.cache import Cache, Span
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
 

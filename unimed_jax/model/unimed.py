@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from unimed_jax.config import ModelConfig
+from unimed_jax.model.cache import Span
 from unimed_jax.model.connector import Connector, ConnectorOutput
-from unimed_jax.model.decoder import Decoder, Span
+from unimed_jax.model.decoder import Decoder
 from unimed_jax.model.routing import Noise, Routing
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.vision import VisionEncoder, normalise

@@ -117,7 +117,7 @@ class Checkpoints:
             call(*arguments)
         except Exception:
             self._saving = None
-            # Gives a full disk some room. Threads of the failed save make its folder anew, and nothing waits for them.
+            # Gives a full disk some space. Threads of the failed save, which nothing waits for, make its folder again.
             end = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < end:
                 self._remove_leftovers()
@@ -132,7 +132,7 @@ class Checkpoints:
             (self.folder / str(step)).rename(target)
 
     def _remove_leftovers(self) -> None:
-        """What a save or a deletion that was killed left behind."""
+        """Removes what a killed save or deletion left."""
         if self._writes and self._saving is None:
             for path in self.folder.iterdir():
                 if path.name.endswith((UNFINISHED, DELETED)):
@@ -175,7 +175,7 @@ class Checkpoints:
         if not reasons:
             raise UserError(f"{self.folder} holds no checkpoint; train first, or give another run.")
         listed = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
-        raise UserError(f"{self.folder} holds damaged checkpoints alone ({listed}); restore it, or train anew.")
+        raise UserError(f"{self.folder} holds only damaged checkpoints ({listed}); restore it, or train again.")
 
     def saved_weights(self) -> set[str]:
         """Paths of the leaves that the newest checkpoint with a readable note holds."""

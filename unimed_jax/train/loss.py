@@ -35,7 +35,7 @@ def cross_entropy(
     factor = jnp.where(is_coordinate, loss.coordinate_weight, 1.0)
     if loss.coordinate_sd == 0:
         return nll, factor
-    # Clipped, so that the Gaussian of a token that is no coordinate is finite too (no NaN behind the where).
+    # Clipped, so that the Gaussian of a token that is no coordinate is finite too (no NaN hidden by the where).
     centre = jnp.clip(offset, 0, COORDINATES - 1)[..., None]
     soft = jax.nn.softmax(-0.5 * ((jnp.arange(COORDINATES)[None, None] - centre) / loss.coordinate_sd) ** 2, axis=-1)
     log_c = jax.lax.dynamic_slice_in_dim(log_p, coordinate_start, COORDINATES, axis=-1)

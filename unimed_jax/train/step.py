@@ -37,7 +37,7 @@ def make_step(
     """
     connector = config.model.connector
     reads_task_token = connector.is_moe and connector.router in ("soft", "sparse") and connector.router_input != "token"
-    # A key also says that this is training, which experts of limited room must know.
+    # A key also says that this is training, which experts of limited capacity must know.
     random = config.model.lora.rank > 0 and config.model.lora.dropout > 0 or config.model.moe.trains_otherwise
 
     combination = STRATEGIES[config.train.gradients]()

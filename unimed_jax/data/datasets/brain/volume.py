@@ -1,4 +1,4 @@
-"""The head behind the brain set: ICBM152 volumes, structures in them, slices and where they lie.
+"""Reads the head of the brain set: ICBM152 volumes, structures in them, slices and where they lie.
 
 World coordinates are MNI millimetres: x to the patient's right, y to the front, z up. The volumes have 1 mm
 voxels. A slice is shown as radiologists do: front or top up, the patient's right on the image's left.
