@@ -33,7 +33,7 @@ def stage(name: str, size: str, *overrides: str):
 def test_med_moe_has_its_published_parameters(
     size, layers, mlp, width, total, activated, dense, projector, tmp_path, capsys
 ):
-    """As a user starts it; two more experts are two more MLPs and rows of the gate in each layer, of which none runs."""
+    """As a user starts it. Two more experts are two more MLPs and router rows in each layer, none of which runs."""
     before = jax.live_arrays()  # held, so that none of other tests is freed in between
     words = ["params", f"--config=configs/med_moe/moe.py:{size}"]
     assert cli.main([*words, f"--json={tmp_path}/four.json"]) == 0
