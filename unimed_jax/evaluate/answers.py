@@ -17,7 +17,9 @@ import numpy as np
 
 from unimed_jax import processes
 from unimed_jax.data.example import Example
+from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Unit, permute_images
+from unimed_jax.files import parse_json
 
 # Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one answer each.
 Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]], int], list[str]]
@@ -55,10 +57,10 @@ class Journal:
             return []
         for line in lines[:-1]:  # whole lines end with a line break; what stands after the last is torn
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = parse_json(line, JOURNAL)
+            except UserError:
                 continue
-            if entry.pop("fingerprint", None) == self._fingerprint:
+            if isinstance(entry, dict) and entry.pop("fingerprint", None) == self._fingerprint:
                 kept.append(entry)
         whole = b"".join(self._line(entry) for entry in kept)
         self._file.write_bytes(whole)  # so that the next line begins at a line's beginning

@@ -25,7 +25,7 @@ from unimed_jax.data.layout import Encoder
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.statistics import Measure, interval, resample
-from unimed_jax.files import new_file
+from unimed_jax.files import new_file, read_json
 from unimed_jax.interop.families.med_moe import export_router
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
@@ -58,7 +58,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     with processes.leader_first("inputs"):
         write_config(folder, config)
         if (folder / REPORT).is_file():
-            return json.loads((folder / REPORT).read_text())
+            return read_json(folder / REPORT, "remove it and train again")
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
     dataset = joined(datasets)
