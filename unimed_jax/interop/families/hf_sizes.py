@@ -1,0 +1,97 @@
+"""Bounds the numbers of a config.json from elsewhere, before anything is built of them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.config import DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from unimed_jax.errors import UserError
+from unimed_jax.files import read_json
+from unimed_jax.settings import check_model
+
+CONFIG_BYTES = 1 << 20  # of a config.json, at most
+# The largest numbers that are believed, a hundred times those of the largest models.
+LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS = 10_000, 1 << 16, 1 << 24, 1 << 28, 1 << 40
+LARGEST = {
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "head_dim": WIDTH,
+    "image_size": HEADS,
+    "patch_size": HEADS,
+    "projection_dim": WIDTH,
+    "vocab_size": VOCABULARY,
+    "sliding_window": POSITIONS,
+    "max_window_layers": POSITIONS,
+    "max_position_embeddings": POSITIONS,
+    "original_max_position_embeddings": POSITIONS,
+}
+MAY_BE_NONE = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+# 0 switches these off.
+MAY_BE_ZERO = ("sliding_window", "max_window_layers")
+
+
+def read_sizes(file: Path, advice: str) -> dict[str, Any]:
+    """Reads a config.json whose counts and sizes are whole numbers that a model can have.
+
+    advice: ends the sentence of an error. Raises UserError, naming the key, for any other.
+    """
+    settings = read_json(file, advice, CONFIG_BYTES)
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds no object of settings; {advice}.")
+    still = [settings]
+    while still:
+        group = still.pop()
+        still += [value for value in group.values() if isinstance(value, dict)]
+        for key in LARGEST.keys() & group.keys():
+            _check_size(key, group[key], file)
+    return settings
+
+
+def _check_size(key: str, value: Any, file: Path) -> None:
+    if value is None and key in MAY_BE_NONE:
+        return
+    least = 0 if key in MAY_BE_ZERO else 1
+    if type(value) is not int or not least <= value <= LARGEST[key]:
+        raise UserError(
+            f"{file}: {key} is {repr(value)[:60]}; it must be a whole number from {least} to {LARGEST[key]}."
+        )
+
+
+@contextlib.contextmanager
+def understood(where: str | Path) -> Iterator[None]:
+    """Turns what goes wrong while settings are translated into a UserError that names their file."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{where} does not describe a model that can be built ({reason}); get it again.") from error
+
+
+def checked_decoder(decoder: DecoderConfig, where: str | Path) -> DecoderConfig:
+    """Returns the settings of a decoder found at `where`; raises UserError if no such decoder can be built."""
+    _check(ModelConfig(decoder=decoder, lora=LoraConfig(rank=0)), where)
+    return decoder
+
+
+def checked_tower(vision: VisionConfig, where: str | Path) -> VisionConfig:
+    """Returns the settings of a vision tower found at `where`; raises UserError if no such tower can be built."""
+    for name in ("image_size", "patch_size", "width", "depth", "heads"):
+        if getattr(vision, name) < 1:
+            raise UserError(f"{where}: its {name} is {getattr(vision, name)}; get it again.")
+    if vision.width % vision.heads or not 0 < vision.norm_eps < 1 or vision.depth < -vision.feature_layer:
+        raise UserError(
+            f"{where} describes no vision tower that can be built: width {vision.width}, {vision.heads} heads, "
+            f"{vision.depth} blocks, an epsilon of {vision.norm_eps}; get it again."
+        )
+    return vision
+
+
+def _check(model: ModelConfig, where: str | Path) -> None:
+    try:
+        check_model(model)
+    except UserError as error:
+        raise UserError(f"{where} describes no model that can be built, in our words: {error}") from error
