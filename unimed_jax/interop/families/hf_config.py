@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from unimed_jax.config import DecoderConfig, RopeScaling
 from unimed_jax.errors import UserError
-from unimed_jax.interop.families.hf_sizes import checked_decoder, read_sizes, understood
+from unimed_jax.foreign_config import read_sizes
+from unimed_jax.interop.families.foreign import checked_decoder, understood
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PretrainedConfig
@@ -199,13 +200,11 @@ def _translated(settings: "PretrainedConfig", where: str) -> DecoderConfig:
     for name in family.unsupported:
         value = getattr(settings, name)
         if value:
-            raise UserError(
-                f"{where}: {name}={str(value)[:60]!r} is not supported for {kind}; give a model without it."
-            )
+            raise UserError(f"{where}: {name}={repr(value)[:60]} is not supported for {kind}; give a model without it.")
     act = getattr(settings, family.activation)
     if act not in ACTIVATIONS:
         raise UserError(
-            f"{where}: {family.activation} {str(act)[:60]!r} is not supported; choose from {', '.join(ACTIVATIONS)}."
+            f"{where}: {family.activation} {repr(act)[:60]} is not supported; choose from {', '.join(ACTIVATIONS)}."
         )
     heads = settings.num_attention_heads
     fields: dict[str, Any] = {

@@ -17,9 +17,10 @@ from unimed_jax.config import (
 )
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
+from unimed_jax.foreign_config import read_sizes
 from unimed_jax.interop.families import hf
+from unimed_jax.interop.families.foreign import understood
 from unimed_jax.interop.families.hf_config import ACTIVATIONS, decoder_differences, differences_text
-from unimed_jax.interop.families.hf_sizes import read_sizes, understood
 from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves

@@ -8,8 +8,8 @@ import numpy as np
 
 from unimed_jax.config import ModelConfig, VisionConfig
 from unimed_jax.errors import UserError
+from unimed_jax.interop.families.foreign import checked_tower, understood
 from unimed_jax.interop.families.hf_config import ACTIVATIONS, differences_text, read_hf_config
-from unimed_jax.interop.families.hf_sizes import checked_tower, understood
 from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import ALL, Arrays, Entry, Table, Tensors
