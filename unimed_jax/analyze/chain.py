@@ -17,6 +17,7 @@ from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
 from unimed_jax.evaluate.run import evaluate_run
+from unimed_jax.paths import check_run_folder
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
 from unimed_jax.settings import from_config_dict
@@ -61,6 +62,7 @@ def read_stages(settings: ml_collections.ConfigDict, overrides: Sequence[str], f
         lacks = missing_inputs(dataclasses.replace(stage.config, init=given))
         if lacks:
             raise UserError(lacks)
+        check_run_folder(stage.folder, "--workdir")
         if (stage.folder / "config.json").exists():
             write_config(stage.folder, stage.config)  # refuses other settings
         later = next((s for s in stages[i + 1 :] if (s.folder / "config.json").exists()), None)
