@@ -28,8 +28,8 @@ import harness
 import jax
 
 from unimed_jax.config import Config
+from unimed_jax.config_file import load_config_file
 from unimed_jax.data.datasets import open_sources
-from unimed_jax.settings import load_config_file
 from unimed_jax.train import loop, start
 from unimed_jax.verbs.options import with_overrides
 

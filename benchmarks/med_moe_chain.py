@@ -21,10 +21,11 @@ from harness import table
 from unimed_jax.analyze import params
 from unimed_jax.analyze.chain import Stage, finished, linked, train_and_evaluate
 from unimed_jax.config import Config
+from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics.text import closed_accuracy, exact_match, is_closed, token_recall
 from unimed_jax.evaluate.statistics import Measure, interval, resample
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 
 CHAIN = Path(__file__).parents[1] / "configs" / "med_moe" / "all.py"
 BEFORE = ("align", "instruct", "router")  # what all variants of the last stage stand on

@@ -35,7 +35,8 @@ import harness
 import numpy as np
 
 from unimed_jax.config import Config
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.config_file import load_config_file
+from unimed_jax.settings import from_config_dict
 
 EXPERTS = (2, 4, 8, 16)
 # Settings of config.model.moe; "capacity, all" holds all tokens in every buffer: a factor of the experts.

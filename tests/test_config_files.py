@@ -11,8 +11,9 @@ import ml_collections
 import pytest
 
 from unimed_jax.config import to_dict
+from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import leaf_rules
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

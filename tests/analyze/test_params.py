@@ -10,10 +10,11 @@ from support.fake_brain import tiny_config
 
 from unimed_jax import main as cli
 from unimed_jax.analyze import params
+from unimed_jax.config_file import load_config_file
 from unimed_jax.interop.families import med_moe
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import leaf_rules
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 from unimed_jax.verbs.options import with_overrides
 
 STAGES, SIZES = ("align", "instruct", "router", "moe"), ("stablelm", "phi2", "tiny")

@@ -10,10 +10,10 @@ from support.fake_brain import tiny_config
 
 from unimed_jax import main as cli
 from unimed_jax.config import DataConfig, SourceConfig
+from unimed_jax.config_file import load_config_file
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
-from unimed_jax.settings import load_config_file
 
 OTHERS = """
 import dataclasses

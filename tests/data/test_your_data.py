@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unimed_jax.config_file import load_config_file
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.evaluate.tasks import open_sets, units_of
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "your_data.md").read_text()

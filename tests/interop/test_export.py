@@ -13,6 +13,7 @@ from support.fake_brain import Squares
 
 from unimed_jax import main as cli
 from unimed_jax.config import VisionConfig
+from unimed_jax.config_file import load_config_file
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.interop.families.hf import export_decoder
 from unimed_jax.interop.families.towers import eva_table
@@ -21,12 +22,12 @@ from unimed_jax.model import sharding
 from unimed_jax.model.cache import Span
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.open import open_run
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
 # configs/cmoe.py at a size that trains in seconds; what is not named here is as published.
 CONFIG = """
-from unimed_jax.settings import load_config_file
+from unimed_jax.config_file import load_config_file
 def get_config():
     config = load_config_file("configs/cmoe.py")
     vision, decoder = config.model.vision, config.model.decoder

@@ -10,13 +10,14 @@ import pytest
 from support import tiny
 from transformers import GemmaConfig
 
+from unimed_jax.config_file import load_config_file
 from unimed_jax.data import layout
 from unimed_jax.interop.families import hf_config
 from unimed_jax.model.cache import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import COORDINATES, UniMed, order_coordinates, span_of
 from unimed_jax.rules import leaf_rules
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 from unimed_jax.train.loss import answer_logits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

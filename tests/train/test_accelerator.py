@@ -16,8 +16,9 @@ import accelerator
 import harness
 
 from unimed_jax.config import VISUAL_TASKS, Config, DataConfig, LossConfig, RuleConfig, TrainConfig
+from unimed_jax.config_file import load_config_file
 from unimed_jax.data import layout
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 from unimed_jax.train.flops import useful_flops
 from unimed_jax.train.program import build
 

@@ -13,12 +13,13 @@ import ml_collections
 
 from unimed_jax import files, processes
 from unimed_jax.config import Config
+from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
 from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 from unimed_jax.train import router
 from unimed_jax.train.loop import train
 

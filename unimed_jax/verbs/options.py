@@ -8,8 +8,9 @@ from typing import Any
 import ml_collections
 
 from unimed_jax.config import Config
+from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.settings import from_config_dict, load_config_file
+from unimed_jax.settings import from_config_dict
 
 CONFIG_HELP = "a file of configs/, with :argument if it takes one"
 

@@ -5,8 +5,8 @@ A config with `stages` is a chain: each stage in turn, finished ones are skipped
 
 from pathlib import Path
 
+from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
-from unimed_jax.settings import load_config_file
 from unimed_jax.verbs.options import CONFIG_HELP, parser, with_overrides
 
 
