@@ -154,14 +154,16 @@ def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
         try:
             if is_folder:
                 temporary.mkdir()
-                lock = os.open(temporary, os.O_RDONLY)
             else:
-                lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                temporary.touch(exist_ok=False)
         except FileExistsError:  # of a process on another host, or in another container, that has this number, too
+            continue
+        try:
+            lock = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # another process has taken it for a leftover
             continue
         with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        # Before it was locked, another process may have taken it for a leftover.
         if os.fstat(lock).st_nlink and os.path.lexists(temporary):
             return temporary, lock
         os.close(lock)
