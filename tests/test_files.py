@@ -1,154 +1,86 @@
-"""Files and folders are written whole or not at all, whatever happens at whichever operation on files."""
+"""Reads text and JSON of any origin: what is read, and the one sentence for everything else."""
 
-import contextlib
-import errno
+import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from support import faults
-from support.faults import TEXT, WORK
 
 from unimed_jax import files
 from unimed_jax.errors import UserError
-from unimed_jax.interruption import explain_full_disk
-
-
-def at_every_operation(kind: str, what: str, place: Path) -> list[tuple[Path, int]]:
-    """-> (folder, exit status) of each number of an operation."""
-    done = subprocess.run([sys.executable, faults.__file__, kind, what, place], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [(place / number, int(status)) for number, status in map(str.split, done.stdout.splitlines())]
-
-
-def hidden(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
-
-
-def words(folder: Path) -> dict[str, str]:
-    """Name -> "old" or "new" of every file that is not hidden; each must be whole."""
-    found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if path.is_file() and not name.parts[0].startswith("."):
-            found[str(name)] = next(word for word, text in TEXT.items() if path.read_text() == text)
-    return found
-
-
-@pytest.mark.parametrize("what", list(WORK))
-def test_a_kill_at_any_operation_leaves_the_old_or_the_new(what, tmp_path):
-    does, before, after = WORK[what]
-    old, new = dict.fromkeys(before, "old"), dict.fromkeys(after, "new")
-    *killed, (last, status) = at_every_operation("kill", what, tmp_path)
-    assert status == 0 and words(last) == new and {status for _, status in killed} == {-9}
-    left = [hidden(folder) for folder, _ in killed]
-    assert len(killed) >= 5 and any(left)
-    seen = [words(folder) for folder, _ in killed]
-    assert old in seen and new in seen
-    for found in seen:
-        if found not in (old, new):  # while a set changes places: a part of one of them, without its last name
-            assert what == "set" and len(set(found.values())) <= 1 and "c.json" not in found
-    for folder, _ in killed:  # the next start
-        does(folder)
-        assert words(folder) == new and not hidden(folder)
-
-
-@pytest.mark.parametrize("what", list(WORK))
-def test_a_disk_that_is_full_from_any_operation_on_leaves_the_old(what, tmp_path):
-    _, before, after = WORK[what]
-    *refused, (last, status) = at_every_operation("full", what, tmp_path)
-    assert status == 0 and words(last) == dict.fromkeys(after, "new")
-    assert len(refused) >= 2 and {status for _, status in refused} == {2}
-    for folder, _ in refused:
-        assert words(folder) == dict.fromkeys(before, "old") and not hidden(folder)
-
-
-def test_what_a_living_process_writes_is_left_alone(tmp_path):
-    code = "import sys; from unimed_jax import files\n"
-    code += "with files.new_folder(sys.argv[1]) as made: print(made, flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    out = tmp_path / "out"
-    alive, dead = (subprocess.Popen([sys.executable, "-c", code, str(out)], **pipes) for _ in range(2))
-    theirs, left = (Path(process.stdout.readline().strip()) for process in (alive, dead))
-    dead.kill()
-    dead.wait()
-    assert theirs.is_dir() and left.is_dir()
-    files.remove_leftovers(tmp_path)
-    assert theirs.is_dir() and not left.exists()
-    alive.communicate()
-    assert alive.returncode == 0 and out.is_dir() and not hidden(tmp_path)
-
-
-def test_only_names_of_ours_are_leftovers(tmp_path):
-    kept = [".out.12a", "out.12", ".other.12", ".12", ".out."]
-    for name in (*kept, ".out.12", ".out.12-1"):
-        (tmp_path / name).write_text("")
-    files.write_text(tmp_path / "out", "x")
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "out"}
-    files.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "out"} - {".other.12"}
-
-
-def test_without_locks_age_tells(tmp_path, monkeypatch):
-    def refuse(file, how):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    young, old = tmp_path / ".a.1", tmp_path / ".a.2"
-    for path in (young, old):
-        path.write_text("")
-    os.utime(old, (0, 0))
-    files.write_text(tmp_path / "a", "x")
-    assert young.exists() and not old.exists() and (tmp_path / "a").read_text() == "x"
-
-
-def test_a_name_as_long_as_file_systems_allow_can_be_written(tmp_path):
-    for name in ("n" * 255, "ü" * 127):
-        files.write_text(tmp_path / name, "x")
-        assert (tmp_path / name).read_text() == "x"
-    with pytest.raises(UserError, match="could not be written .File name too long"):
-        files.write_text(tmp_path / ("n" * 256), "x")
-    with pytest.raises(UserError, match="File name too long"), files.new_folder(tmp_path / ("n" * 256)):
-        pass
-
-
-def test_a_set_does_not_replace_a_folder_by_a_file(tmp_path):
-    (tmp_path / "a").write_text("old")
-    (tmp_path / "b").mkdir()
-    sentence = "b is a folder, where a file belongs; move it away"
-    with pytest.raises(UserError, match=sentence), files.written_together(tmp_path, ("a", "b")) as made:
-        for name in ("a", "b"):
-            (made / name).write_text("new")
-    assert (tmp_path / "a").read_text() == "old" and (tmp_path / "b").is_dir() and not hidden(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "error",
+    "data, value",
     [
-        OSError(errno.EDQUOT, "quota"),
-        RuntimeError("write() failed: No space left on device; writing /x; at byte 5; Failed to close"),
-        ValueError("Failed writing: \"/a/b\": No space left on device [os_error_code='28']"),
-        RuntimeError("write() failed: File too large; at byte 50000; Failed to close chunk_writer"),
+        (b'\xef\xbb\xbf{"a": [1, 2.5, null, true]}', {"a": [1, 2.5, None, True]}),
+        ('["\u5de6 caf\u00e9"]'.encode(), ["\u5de6 caf\u00e9"]),
+        (b'"\\ud83d\\ude00"', "\U0001f600"),  # a whole pair
+        (b"[" * 100 + b"]" * 100, None),
+        (b'[{"a": 1}, {"a": 2}]\r\n', [{"a": 1}, {"a": 2}]),
     ],
 )
-def test_a_full_disk_is_one_sentence_in_the_words_of_any_library(error, tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-    with pytest.raises(UserError, match="x could not be written .* free some space"), files.written_whole(path):
-        raise error
-    with pytest.raises(UserError, match="free some space and give the same command again"), explain_full_disk():
-        raise KeyError from error
-    assert path.read_text() == "old"
+def test_read_json(tmp_path, data, value):
+    file = tmp_path / "a.json"
+    file.write_bytes(data)
+    found = files.read_json(file)
+    assert found == value if value is not None else len(found) == 1
 
 
-def test_a_full_disk_is_noticed_whatever_a_library_says(tmp_path, small_disk):
-    with pytest.raises(RuntimeError, match="chunk"), files.written_whole(tmp_path / "x"):
-        raise RuntimeError("chunk writer")
-    sentence = "x could not be written .No space left on device. and nothing of it was kept; free some space"
-    with pytest.raises(UserError, match=sentence), files.written_whole(small_disk / "x") as file:
-        with contextlib.suppress(OSError):
-            file.write_bytes(bytes(1 << 30))
-        raise RuntimeError("chunk writer")
-    assert not list(small_disk.iterdir())
+@pytest.mark.parametrize(
+    "data, sentence",
+    [
+        (b"", "is not JSON"),
+        (b'{"a": 1,}', "is not JSON .*line 1"),
+        (b'[\n1,\n"caf\xe9"]', "line 3: the byte 0xe9 is not UTF-8; save the file as UTF-8"),
+        ("{}".encode("utf-16"), "line 1: the byte 0xff is not UTF-8"),
+        (b"[" * 101 + b"]" * 101, "nested too deep"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a": 1, "b": 2, "a": 3}', "an object has the key 'a' twice"),
+        (b"[NaN]", "NaN is not a number of JSON"),
+        (b"[-Infinity]", "-Infinity is not a number of JSON"),
+        (b"[1e999]", "the number 1e999 is too large"),
+        (b"[" + b"9" * 5000 + b"]", "is not JSON"),
+        (b'[{"a": ["x", "\\ud800y"]}]', r"\[0\]\['a'\]\[1\] holds half of a surrogate pair"),
+        (b'{"\\udc00": 1}', "the text holds half of a surrogate pair"),
+        (b'"\\ud83d"', "the text holds half of a surrogate pair"),
+    ],
+)
+def test_read_json_refuses(tmp_path, data, sentence):
+    file = tmp_path / "a.json"
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=sentence) as error:
+        files.read_json(file)
+    assert str(file) in str(error.value)
+    str(error.value).encode()  # can be printed
+
+
+def test_read_text_refuses_what_is_no_file(tmp_path):
+    """A folder, a pipe (which would wait for ever), nothing, names that no file has, too large a file."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "large").write_bytes(b"1" * 100)
+    for name, sentence in (
+        (".", "is a folder, where a file belongs; mend"),
+        ("pipe", "is a pipe or a device"),
+        ("none", "none does not exist; mend"),
+        ("loop", "cannot be read"),
+        ("n" * 300, "cannot be read .*too long"),
+        ("a\0b", "cannot be read"),
+        ("large/below", "cannot be read"),
+        ("large", "has 100 bytes, more than the 99 that are read"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            files.read_text(tmp_path / name, "mend", largest=99)
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        files.read_text("/dev/zero")
+
+
+def test_json_lines_name_the_line():
+    assert list(files.json_lines('{"a": 1}\r\n\n[2]', "x")) == [(1, {"a": 1}), (3, [2])]
+    with pytest.raises(UserError, match=r"x, line 2, is not JSON"):
+        list(files.json_lines('1\n{"a"\n', "x"))
+
+
+def test_not_finite_numbers_where_they_are_meant():
+    assert files.parse_json(json.dumps([float("inf")]), "x", finite=False) == [float("inf")]

@@ -1,4 +1,4 @@
-"""Writes files and folders completely or not at all, so that neither a crash nor a full disk leaves half of one.
+"""Writes files and folders completely or not at all; reads text and JSON that somebody else wrote.
 
 Everything is written under a temporary name next to its place, `.NAME.PID`, and renamed when it is on the disk. The
 temporary one is locked while its process lives; what a killed process left is removed by whoever writes next.
@@ -8,9 +8,11 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -280,3 +282,128 @@ def _flush_folder(folder: Path) -> None:
     """Waits until a folder's names are on the disk, where its file system can tell."""
     with contextlib.suppress(OSError):
         _flush(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading text that somebody else wrote
+# --------------------------------------------------------------------------------------------------
+
+LARGEST = 256 << 20  # bytes of a file of settings, scores or an index; files of data may be larger
+DEEPEST = 100  # lists and objects inside each other; what comes after the parser recurses too
+_LONE = re.compile(r"[\ud800-\udfff]")  # half of a surrogate pair, which no encoding can write
+_SPELT = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells one
+
+
+def read_text(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> str:
+    """Reads a text file as UTF-8; a byte order mark at its start is dropped.
+
+    advice: ends the sentence of an error. Raises UserError if there is no such file, if it cannot be read, has more
+    than `largest` bytes, or is not UTF-8 (then with the line).
+    """
+    path = Path(path)
+    try:
+        facts = path.stat()
+        if stat.S_ISDIR(facts.st_mode):
+            raise UserError(f"{path} is a folder, where a file belongs; {advice}.")
+        if not stat.S_ISREG(facts.st_mode):
+            raise UserError(f"{path} is a pipe or a device, where a file belongs; {advice}.")
+        if facts.st_size > largest:
+            raise UserError(f"{path} has {facts.st_size} bytes, more than the {largest} that are read; {advice}.")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {advice}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}.") from error
+    return _decoded(data, str(path))
+
+
+def read_json(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> Any:
+    """Reads a JSON file with `read_text` and `parse_json`; raises UserError as they do."""
+    return parse_json(read_text(path, advice, largest), str(path), advice)
+
+
+def parse_json(text: str | bytes, where: str, advice: str = "mend it or get it again", finite: bool = True) -> Any:
+    """Makes of JSON its objects, lists, texts, numbers, booleans and None.
+
+    where: the file, or the file and line, which starts the sentence of an error. finite: whether NaN and infinite
+    numbers are refused. Raises UserError if the text is not JSON or not UTF-8, is nested more than `DEEPEST` deep,
+    gives a key of an object twice, or holds half of a surrogate pair.
+    """
+    text = _decoded(text, where) if isinstance(text, bytes) else text
+    constant, number = (_refused_number, _finite_number) if finite else (None, None)
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=number)
+        _check_depth(value)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deep (more than {DEEPEST} lists and objects); {advice}.") from None
+    except (ValueError, MemoryError) as error:
+        raise UserError(f"{where} is not JSON ({error or 'no memory is left for it'}); {advice}.") from error
+    if _SPELT.search(text):
+        _check_characters(value, where, advice)
+    return value
+
+
+def json_lines(text: str, where: str, advice: str = "mend the line") -> Iterator[tuple[int, Any]]:
+    """Yields each line's number, from 1, with what `parse_json` makes of it; blank lines are passed over."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, parse_json(line, f"{where}, line {number},", advice)
+
+
+def is_text(text: str) -> bool:
+    """Says whether a text can be encoded: it holds no half of a surrogate pair."""
+    return not _LONE.search(text)
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8."
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return made
+
+
+def _refused_number(word: str) -> float:
+    raise ValueError(f"{word} is not a number of JSON")
+
+
+def _finite_number(word: str) -> float:
+    number = float(word)
+    if math.isinf(number):
+        raise ValueError(f"the number {word[:20]} is too large")
+    return number
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RecursionError if lists and objects lie more than `DEEPEST` deep; level by level, hence fast."""
+    level, depth = [value], 0
+    while level := [v for v in level if type(v) is dict or type(v) is list]:
+        depth += 1
+        if depth > DEEPEST:
+            raise RecursionError
+        level = [inner for v in level for inner in (v.values() if type(v) is dict else v)]
+
+
+def _check_characters(value: Any, where: str, advice: str) -> None:
+    """Raises UserError that names the place, as keys and numbers from 0, of the first text that is none."""
+    still: list[tuple[str, Any]] = [("", value)]
+    while still:
+        place, found = still.pop()
+        inner = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+        still += reversed([(f"{place}[{key!r}]", part) for key, part in inner])
+        texts = [found] if isinstance(found, str) else list(found) if isinstance(found, dict) else []
+        if not all(map(is_text, texts)):
+            raise UserError(
+                f"{where}: {ascii(place)[1:-1] or 'the text'} holds half of a surrogate pair, which is no character; "
+                f"{advice}."
+            )

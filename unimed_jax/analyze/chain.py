@@ -5,7 +5,6 @@ in another one's `init`.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
 from unimed_jax.evaluate.run import evaluate_run
+from unimed_jax.files import read_json
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
 from unimed_jax.settings import from_config_dict
@@ -94,8 +94,8 @@ def _result(stage: Stage) -> dict | None:
     """The scores that the stage ended with, None where it has not."""
     try:
         name = "router.json" if stage.config.job == "router" else "metrics.json"
-        return json.loads((stage.folder / name).read_text())
-    except (OSError, ValueError):  # absent, or cut off by a kill
+        return read_json(stage.folder / name)
+    except UserError:  # absent, or cut off by a kill
         return None
 
 

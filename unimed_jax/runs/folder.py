@@ -7,7 +7,6 @@ metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from unimed_jax.data.example import Dataset
 from unimed_jax.data.joined import joined
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.files import read_json
 from unimed_jax.interop.families.gguf import write_tokenizer
 from unimed_jax.interop.families.unimed_hf import is_exported
 from unimed_jax.interop.sources import SOURCES
@@ -59,10 +59,7 @@ def read_config(folder: Path) -> Config:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
-    try:
-        return from_config_dict(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON ({error}); restore it or train again.") from error
+    return from_config_dict(read_json(file, "restore it or train again"))
 
 
 def _difference(old: dict, new: dict, where: str = "config") -> str:

@@ -4,7 +4,6 @@ The published recipe: an image with its prompt is the mean over all hidden state
 cross-entropy, Adam. What it finds goes into every layer with experts (`config.init` kind "router").
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +55,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     with processes.leader_first("inputs"):
         write_config(folder, config)
         if (folder / REPORT).is_file():
-            return json.loads((folder / REPORT).read_text())
+            return files.read_json(folder / REPORT, "remove it and train again")
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
     dataset = joined(datasets)

@@ -6,7 +6,6 @@ training, or a folder with train.json, val.json and test.json, or some of them; 
 right there.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.forms import IMAGE, turns_of
 from unimed_jax.data.info import Info
 from unimed_jax.errors import UserError
+from unimed_jax.files import read_json
+
+LARGEST = 8 << 30  # bytes of a JSON file; the largest public ones have one
 
 INFO = Info(
     name="llava",
@@ -54,10 +56,7 @@ def read(
 def _records(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); restore it.") from error
+    records = read_json(file, "restore it", LARGEST)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{file} is not a list of records; give a file in LLaVA's form.")
     return records
