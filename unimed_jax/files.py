@@ -7,6 +7,7 @@ temporary one is locked while its process lives; what a killed process left is r
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -301,20 +302,34 @@ def read_text(path: str | Path, advice: str = "mend it or get it again", largest
     than `largest` bytes, or is not UTF-8 (then with the line).
     """
     path = Path(path)
+    reason = no_file(path)
+    if reason:
+        raise UserError(f"{path} {reason}; {advice}.")
     try:
-        facts = path.stat()
-        if stat.S_ISDIR(facts.st_mode):
-            raise UserError(f"{path} is a folder, where a file belongs; {advice}.")
-        if not stat.S_ISREG(facts.st_mode):
-            raise UserError(f"{path} is a pipe or a device, where a file belongs; {advice}.")
-        if facts.st_size > largest:
-            raise UserError(f"{path} has {facts.st_size} bytes, more than the {largest} that are read; {advice}.")
+        size = path.stat().st_size
+        if size > largest:
+            raise UserError(f"{path} has {size} bytes, more than the {largest} that are read; {advice}.")
         data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}.") from error
+    return _decoded(data, str(path), advice)
+
+
+def no_file(path: str | Path) -> str:
+    """Says why a path is no file that can be read, as the end of a sentence; empty where it is one."""
+    try:
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {advice}.") from None
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}.") from error
-    return _decoded(data, str(path))
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except ValueError:  # a NUL, or half of a surrogate pair
+        return "cannot be read (no file can have this name)"
+    if stat.S_ISDIR(mode):
+        return "is a folder, where a file belongs"
+    if not stat.S_ISREG(mode):
+        return "is a pipe or a device, where a file belongs"
+    return "" if os.access(path, os.R_OK) else "cannot be read (no permission)"
 
 
 def read_json(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> Any:
@@ -322,14 +337,21 @@ def read_json(path: str | Path, advice: str = "mend it or get it again", largest
     return parse_json(read_text(path, advice, largest), str(path), advice)
 
 
-def parse_json(text: str | bytes, where: str, advice: str = "mend it or get it again", finite: bool = True) -> Any:
+def parse_json(
+    text: str | bytes,
+    where: str,
+    advice: str = "mend it or get it again",
+    finite: bool = True,
+    characters: bool = True,
+) -> Any:
     """Makes of JSON its objects, lists, texts, numbers, booleans and None.
 
     where: the file, or the file and line, which starts the sentence of an error. finite: whether NaN and infinite
-    numbers are refused. Raises UserError if the text is not JSON or not UTF-8, is nested more than `DEEPEST` deep,
-    gives a key of an object twice, or holds half of a surrogate pair.
+    numbers are refused. characters: whether halves of surrogate pairs are; else the caller checks the texts, by
+    `is_text`. Raises UserError if the text is not JSON or not UTF-8, is nested more than `DEEPEST` deep,
+    or gives a key of an object twice.
     """
-    text = _decoded(text, where) if isinstance(text, bytes) else text
+    text = _decoded(text, where, advice) if isinstance(text, bytes) else text
     constant, number = (_refused_number, _finite_number) if finite else (None, None)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=number)
@@ -338,16 +360,18 @@ def parse_json(text: str | bytes, where: str, advice: str = "mend it or get it a
         raise UserError(f"{where} is nested too deep (more than {DEEPEST} lists and objects); {advice}.") from None
     except (ValueError, MemoryError) as error:
         raise UserError(f"{where} is not JSON ({error or 'no memory is left for it'}); {advice}.") from error
-    if _SPELT.search(text):
+    if characters and _SPELT.search(text):
         _check_characters(value, where, advice)
     return value
 
 
-def json_lines(text: str, where: str, advice: str = "mend the line") -> Iterator[tuple[int, Any]]:
+def json_lines(
+    text: str, where: str, advice: str = "mend the line", characters: bool = True
+) -> Iterator[tuple[int, Any]]:
     """Yields each line's number, from 1, with what `parse_json` makes of it; blank lines are passed over."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(io.StringIO(text), start=1):
         if line.strip():
-            yield number, parse_json(line, f"{where}, line {number},", advice)
+            yield number, parse_json(line, f"{where}, line {number},", advice, characters=characters)
 
 
 def is_text(text: str) -> bool:
@@ -355,13 +379,14 @@ def is_text(text: str) -> bool:
     return not _LONE.search(text)
 
 
-def _decoded(data: bytes, where: str) -> str:
+def _decoded(data: bytes, where: str, advice: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8."
+            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, or "
+            f"{advice}."
         ) from None
 
 
