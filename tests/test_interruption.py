@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from support.fake_brain import Squares, tiny_config
 
-from unimed_jax import interruption
+from unimed_jax import files, interruption
 from unimed_jax import main as cli
 from unimed_jax.analyze import chain
 from unimed_jax.data import datasets
-from unimed_jax.errors import UserError, explain_system_errors
-from unimed_jax.interruption import Interruption, Stoppable, Stopped, claim
+from unimed_jax.errors import UserError
+from unimed_jax.interruption import Interruption, Stoppable, Stopped, claim, explain_system_errors
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.folder import load_text, write_config
 from unimed_jax.runs.open import open_run
@@ -322,11 +322,12 @@ def test_a_kill_while_the_folder_is_made_leaves_no_half_of_it(tmp_path, monkeypa
 
     for name, what in make.items():
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(Path, "rename", killed)
+            patch.setattr(Path, "replace", killed)
+            patch.setattr(files, "_remove", lambda path: None)
             what()
-        assert list(tmp_path.glob("*.tmp")) and not (tmp_path / name).exists()
+        assert list(tmp_path.glob(f".{name}.*")) and not (tmp_path / name).exists()
         what()
-        assert (tmp_path / name).exists() and not list(tmp_path.glob("*.tmp"))
+        assert (tmp_path / name).exists() and not list(tmp_path.glob(f".{name}.*"))
         what()
 
 
@@ -389,17 +390,6 @@ def test_what_the_system_refuses_becomes_one_sentence_and_a_defect_stays_one():
             raise TypeError("a defect")  # noqa: B904
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a small disk ({done.stderr.strip()})")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 def fill(disk: Path, room: int) -> None:
     """Leaves `room` bytes, once the checkpoint under way is written."""
     while not (disk / "run/checkpoints/4").exists():
@@ -435,7 +425,7 @@ sys.path.insert(0, "tests")
 from support.fake_brain import tiny_config
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
-from unimed_jax.errors import explain_system_errors
+from unimed_jax.interruption import explain_system_errors
 from unimed_jax.train.log import Log
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 log = Log(Path(sys.argv[1]), from_config_dict(tiny_config()), 0)

@@ -1,19 +1,22 @@
-"""Ends a run in an orderly way after a signal, and keeps a second run out of its folder."""
+"""Ends a run in an orderly way: after a signal, if its folder is in use, or if the system refuses something."""
 
 import contextlib
 import fcntl
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from unimed_jax.errors import UserError
+from unimed_jax.files import full_disk
 
 REMIND_SECONDS = 0.2  # between two tries to end the block after something swallowed the exception
 STUCK_SECONDS = 10.0  # until a signal ends a process that is inside one long call of a library
@@ -253,3 +256,52 @@ def claim(folder: Path) -> None:
     lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
     lock.flush()
     _claims[file] = lock
+
+
+# ---- what the system refuses -----------------------------------------------------------------------
+@contextlib.contextmanager
+def explain_system_errors() -> Iterator[None]:
+    """Turns what the operating system refuses (a full disk, a file, a folder, a socket) into a UserError.
+
+    A full disk is found behind any error that it caused, in whatever words. Of other refusals only the `OSError`
+    itself is turned, and what the library that writes arrays makes of one: an error that follows an `OSError` which
+    was handled is a defect. A broken pipe passes, because it may be that of the program's own output.
+    """
+    try:
+        yield
+    except (UserError, BrokenPipeError):
+        raise
+    except Exception as error:
+        full = full_disk(error, *(lock.parent for lock in _claims))
+        if full:
+            raise UserError(
+                f"{full}{_place(error)}; free some space and give the same command again: a run continues from its "
+                "last checkpoint."
+            ) from error
+        if isinstance(error, OSError) or _quoted(error) is not None:
+            raise UserError(system_sentence(error)) from error
+        raise
+
+
+def system_sentence(error: BaseException) -> str:
+    """Says what the system refused, of which file, and what to do."""
+    number = _quoted(error)
+    reason = os.strerror(number) if number is not None else getattr(error, "strerror", None)
+    reason = reason or " ".join(str(error).split()) or type(error).__name__
+    return f"{reason}{_place(error)}; mend that, or choose another path, and give the same command again."
+
+
+def _quoted(error: BaseException) -> int | None:
+    """Reads the system's error number out of a ValueError of the library that writes arrays."""
+    quoted = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
+    return int(quoted[1]) if quoted else None
+
+
+def _place(error: BaseException | None) -> str:
+    """Names the file that an error, or what caused it, is about, in parentheses; empty if none names one."""
+    while error is not None:
+        file = getattr(error, "filename", None) or next(iter(re.findall(r'"(/[^"]+)"', str(error))), None)
+        if file:
+            return f" ({os.fsdecode(file) if isinstance(file, bytes) else file})"
+        error = error.__cause__ or error.__context__
+    return ""

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from unimed_jax import processes, verbs
-from unimed_jax.errors import UserError, explain_system_errors, nearest, system_sentence
-from unimed_jax.interruption import Stoppable, Stopped
+from unimed_jax.errors import UserError, nearest
+from unimed_jax.interruption import Stoppable, Stopped, explain_system_errors, system_sentence
 
 VERBS = sorted(name for _, name, _ in pkgutil.iter_modules(verbs.__path__) if name != "options")
 

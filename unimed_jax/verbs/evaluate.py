@@ -11,6 +11,7 @@ import ml_collections
 
 from unimed_jax.config import Config, to_dict
 from unimed_jax.errors import UserError
+from unimed_jax.files import no_file
 from unimed_jax.paths import check_run_folder
 from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config, with_overrides
@@ -38,8 +39,8 @@ def run(arguments: list[str]) -> None:
         raise UserError("--predictions needs --config=FILE or --run=DIR, which say what was asked; give one of them.")
 
     file = Path(known.predictions)
-    if not file.is_file():
-        raise UserError(f"--predictions={file} cannot be read (there is no such file); give a file of JSON lines.")
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; give a file of JSON lines as --predictions.")
     out = check_run_folder(file.with_suffix(".scores") if known.out is None else known.out, "--out")
     start()
 

@@ -60,7 +60,6 @@ def run(arguments: list[str]) -> None:
     print()
     box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
     if box and image is not None and picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         draw_box(picture, image, box, known.text if known.task == "refer" else text)
         print(f"drew {picture}")
 
