@@ -117,7 +117,7 @@ def _check_chain(settings: ml_collections.ConfigDict, file: str) -> None:
     stages = settings.stages
     if not isinstance(stages, (list, tuple)) or not stages or not all(isinstance(s, str) and s for s in stages):
         given = f"{stages!r}"[:LONGEST]
-        raise UserError(f"--config={file}: stages must list the config files of a chain, at least one, not {given}.")
+        raise UserError(f"--config={file}: stages must name at least one stage, each by its config file, not {given}.")
     if not isinstance(settings.name, str):
         raise UserError(f"--config={file}: config.name must be str, not {settings.name!r}.")
 
