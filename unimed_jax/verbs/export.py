@@ -1,8 +1,9 @@
 """Writes a run's weights in a format that other programs read."""
 
-import json
-
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import read_json
+from unimed_jax.paths import check_output
+from unimed_jax.processes import start
 from unimed_jax.verbs.options import parser
 
 
@@ -13,6 +14,8 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--out", required=True, help="the new folder (unimed: file)")
     options.add_argument("--format", required=True, help="model, decoder, peft, unimed or med_moe")
     known = options.parse_args(arguments)
+    check_output(known.out, "--out")
+    start()
 
     from unimed_jax.interop.targets import TARGETS, Content
     from unimed_jax.model.parameters import parameters
@@ -36,7 +39,7 @@ def run(arguments: list[str]) -> None:
         tokenizer=tokenizer_folder(run.folder, run.config),
         trained=frozenset(trained),
         moments=moments,
-        metrics=json.loads(scores.read_text()) if scores.is_file() else None,
+        metrics=read_json(scores, "evaluate the run again") if scores.is_file() else None,
     )
     target.write(known.out, content)
     print(f"wrote {known.out}")
