@@ -9,6 +9,7 @@ is read, and the one before is used.
 
 import functools
 import json
+import os
 import shutil
 import sys
 import time
@@ -25,7 +26,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json, read_text
+from unimed_jax.files import full_disk, parse_json, read_text
 
 Leaves = dict[str, Any]  # path -> array
 
@@ -53,6 +54,7 @@ class Checkpoints:
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
+        self._held = os.open(self.folder, os.O_RDONLY) if self._writes else None  # tells it from a later one
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         self._steps = sorted(int(name) for name in names if name.isdecimal())
         self._handler = ocp.CompositeCheckpointHandler(
@@ -85,6 +87,7 @@ class Checkpoints:
         is; one that was the best before goes when this one is on disk.
         """
         self.wait()
+        self._check_there()
         self._best = best
         items = {"weights": weights, "optimizer": optimizer}
         content = {"note": note, "best": best, "arrays": {item: _describe(tree) for item, tree in items.items()}}
@@ -110,20 +113,39 @@ class Checkpoints:
         self._remove_leftovers()
 
     def close(self) -> None:
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
         self._orbax.close()
 
     def _attempt(self, call: Callable, *arguments) -> None:
         try:
             call(*arguments)
-        except Exception:
-            self._saving = None
-            # Gives a full disk some space. Threads of the failed save, which nothing waits for, make its folder again.
+        except Exception as error:
+            saving, self._saving = self._saving, None
+            self._check_there()
+            full = full_disk(error, self.folder)  # asked first, since what follows makes space
+            # Threads of the failed save, which nothing waits for, make its folder again.
             end = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < end:
                 self._remove_leftovers()
                 time.sleep(0.05)
-            raise
+            if arguments or full or not isinstance(error, (OSError, ValueError)):
+                raise
+            raise UserError(  # the arrays were fit to be saved; what failed is the writing, in the background
+                f"checkpoint {self.folder}/{saving} could not be written ({_first_cause(error)}); see that nothing "
+                "else removes files there, and give the same command again."
+            ) from error
+
+    def _check_there(self) -> None:
+        """Raises UserError if somebody has removed the folder, whatever a save that was under way made again."""
+        if self._held is None:
+            return
+        if not (self.folder.is_dir() and os.path.samestat(os.fstat(self._held), self.folder.stat())):
+            raise UserError(f"{self.folder} was removed while a run wrote there; give the same command to train again.")
 
     def _move(self, step: int, ending: str) -> None:
         """Renames a checkpoint; a name without an ending never stands for a half of one."""
