@@ -7,6 +7,7 @@ renamed, so it is there whole or not at all; what happens to it later (a lost fi
 is read, and the one before is used.
 """
 
+import contextlib
 import functools
 import json
 import shutil
@@ -33,6 +34,26 @@ NOTE = "note.json"
 SETTLE_SECONDS = 2.0  # after a save that failed
 UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # endings of folders' names
 SAVE_SECONDS = 3600  # after which a save has failed
+
+
+def newest_note(folder: Path) -> tuple[int, dict]:
+    """Returns (steps done, what the caller noted) of the newest checkpoint with a readable note; (0, {}) without."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+        with contextlib.suppress(ValueError):
+            return step, _note_of(folder / str(step))["note"]
+    return 0, {}
+
+
+def _note_of(checkpoint: Path) -> dict:
+    """Reads what was saved beside a checkpoint's arrays; raises ValueError where it is not that."""
+    try:
+        content = parse_json(read_text(checkpoint / "note" / NOTE), NOTE, finite=False)
+    except UserError as error:  # an older checkpoint may serve
+        raise ValueError(str(error)) from error
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        raise ValueError(f"{NOTE} is not as it was saved")
+    return content
 
 
 class Checkpoints:
@@ -192,14 +213,7 @@ class Checkpoints:
         return None
 
     def _note(self, step: int) -> dict:
-        """Reads what was saved beside the arrays; raises ValueError where it is not that."""
-        try:
-            content = parse_json(read_text(self.folder / str(step) / "note" / NOTE), NOTE, finite=False)
-        except UserError as error:  # an older checkpoint may serve
-            raise ValueError(str(error)) from error
-        if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
-            raise ValueError(f"{NOTE} is not as it was saved")
-        return content
+        return _note_of(self.folder / str(step))
 
     def _read(self, step: int, wanted: dict[str, Any], saved: dict[str, dict]) -> dict[str, Any]:
         """The arrays as saved, with the shardings of `wanted`."""

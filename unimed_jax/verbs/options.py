@@ -7,11 +7,13 @@ from typing import Any
 
 import ml_collections
 
-from unimed_jax.config import Config
+from unimed_jax.config import Config, to_dict
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.settings import from_config_dict
 
+# What may be said of a finished run's tokenizer.
+ACCEPTING = ("--config.text.changed=",)
 CONFIG_HELP = "a file of configs/, with :argument if it takes one"
 
 
@@ -52,6 +54,17 @@ def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]
         with parent.ignore_type():
             parent[name] = _literal(value, place)
     return from_config_dict(settings)
+
+
+def changed(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
+    """Lays overrides over the settings of a finished run.
+
+    Raises UserError for one that starts with none of `allowed`.
+    """
+    for word in overrides:
+        if not word.startswith(tuple(allowed)):
+            raise UserError(f"argument {word!r} cannot change a finished run; only {', '.join(allowed)} can.")
+    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides)
 
 
 def read_config(file: str, overrides: Sequence[str] = ()) -> Config:
