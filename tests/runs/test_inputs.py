@@ -183,6 +183,7 @@ def test_every_verb_refuses_another_tokenizer_and_says_one_that_is_accepted(plac
         verbs += [["evaluate"]] if folder == "run" else []
         for verb in verbs:
             words = [*verb, f"--run={place / folder}"]
+            capsys.readouterr()
             assert cli.main(words) == 2
             said = capsys.readouterr().err
             assert "another tokenizer than it finds now" in said and said.count("\n") == 1, verb
