@@ -1,3 +1,4 @@
+import fcntl
 import os
 import shutil
 import subprocess
@@ -68,6 +69,34 @@ def golden_folder(config, module) -> Path:
 @pytest.fixture(scope="module")
 def goldens(request) -> Path:
     return golden_folder(request.config, request.module)
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory):
+    """Gives built_once(name, build) -> a folder that `build(folder)` filled once for all tests, whatever worker asks.
+
+    Tests only read it; what a test changes is a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the workers' common one
+
+    def built(name: str, build) -> Path:
+        folder, done = base / "built" / name, base / "built" / f"{name}.done"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(base / "built" / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                build(folder)
+                done.touch()
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def cache(built_once) -> str:
+    """A cache of prepared data sets that all tests share; preparing locks it by itself."""
+    return str(built_once("prepared", lambda folder: None))
 
 
 @pytest.fixture(scope="module")
