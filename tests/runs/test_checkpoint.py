@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -142,7 +141,9 @@ def test_a_reader_of_a_damaged_checkpoint_leaves_it_where_it_is(damaged, capsys)
 def test_damaged_checkpoints_alone_are_a_sentence_and_stay(damaged):
     (damaged / "4/note/note.json").unlink()
     for read_only in (True, False):
-        with pytest.raises(UserError, match=r"holds only damaged checkpoints \(8: .*; 4: .*note.json does not exist.*train"):
+        with pytest.raises(
+            UserError, match=r"holds only damaged checkpoints \(8: .*; 4: .*note.json does not exist.*train"
+        ):
             Checkpoints(damaged, read_only=read_only).restore(*trees())
     assert sorted(path.name for path in damaged.iterdir()) == ["4", "8"]
 
@@ -421,7 +422,7 @@ def test_a_folder_deleted_under_its_run_is_one_sentence(tmp_path, moment):
     checkpoints.save(2, *trees(), {})
     if moment != "wait":
         checkpoints.wait()
-    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")  # at once, where deleting races with what is being written
     act = {"check": checkpoints.check, "wait": checkpoints.wait, "save": lambda: checkpoints.save(4, *trees(), {})}
     with pytest.raises(UserError, match="run/checkpoints was deleted or moved while its run went on"):
         act[moment]()

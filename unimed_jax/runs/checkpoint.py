@@ -59,7 +59,8 @@ class Checkpoints:
         self._best: int | None = None
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._place = self.folder.stat().st_ino
+            # Kept open, so that a folder that somebody makes in the place of a deleted one is another one.
+            self._opened: int | None = os.open(self.folder, os.O_RDONLY)
             self._remove_leftovers()
         self._steps = self._on_disk()
         self._handler = ocp.CompositeCheckpointHandler(
@@ -124,6 +125,9 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._orbax.close()
+        if self._writes and self._opened is not None:
+            os.close(self._opened)
+            self._opened = None
 
     def _attempt(self, call: Callable, *arguments) -> None:
         """Calls orbax; what fails leaves nothing of the save that was under way."""
@@ -142,7 +146,7 @@ class Checkpoints:
 
     def _check_folder(self) -> None:
         """Raises UserError if somebody has deleted the folder, even if threads of orbax have made it again since."""
-        if self._writes and not (self.folder.is_dir() and self.folder.stat().st_ino == self._place):
+        if self._writes and self._opened is not None and not _is_folder(self.folder, self._opened):
             raise UserError(
                 f"{self.folder} was deleted or moved while its run went on, so nothing more can be saved there; put it "
                 "back, or choose another --workdir, and give the same command again."
@@ -276,6 +280,14 @@ class Checkpoints:
                 f"checkpoint {where} belongs to another model: {name} is {saved.get(name, 'absent')} there and "
                 f"{wanted.get(name, 'absent')} here ({len(wrong)} arrays differ); use the settings it was trained with."
             )
+
+
+def _is_folder(path: Path, descriptor: int) -> bool:
+    """Whether the path still leads to the folder that was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 @jax.jit
