@@ -176,6 +176,9 @@ class TrainConfig:
     rules: Annotated[tuple[RuleConfig, ...], Filled()] = (
         RuleConfig("*", True),
     )  # first match wins; a parameter without one is an error
+    # Optimizer state at step 0. zeros: as AdamW starts; init: that of the last original checkpoint
+    # (kind "unimed") of config.init, so that its training goes on.
+    moments: Literal["zeros", "init"] = "zeros"
     gradients: Literal["sum"] = "sum"  # how gradients of several tasks are combined (train/gradients.py)
     save_every: Count = 500  # steps between checkpoints
     log_every: Count = 10  # steps between log lines

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import io
 import json
-import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -67,8 +66,7 @@ def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[s
             ) from error
         with lock, _locked(lock):
             if not target.exists():  # another process may have prepared it while this one waited
-                for unfinished in cache.glob(f".{target.name}.*"):  # of a process that was killed
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                files.remove_leftovers(cache)
                 older = [path.name for path in cache.glob(f"{info.name}-{which}-*")]
                 _write(reader, info, folder, options, target)
                 _report(Store(target), older)

@@ -6,6 +6,8 @@ data export --config=FILE --out=DIR [--split=test]   questions.jsonl and images/
 import dataclasses
 
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.paths import check_output
+from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
 
 COMMANDS = ("export",)
@@ -29,6 +31,8 @@ def export(arguments: list[str]) -> None:
     options.add_argument("--split", help="this split only (default: those of config.evaluate)")
     known, overrides = options.parse_known_args(arguments)
     config = read_config(known.config, overrides)
+    check_output(known.out, "--out")
+    start()
     if known.split and not config.evaluate.entries:
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, splits=(known.split,)))
 

@@ -11,6 +11,9 @@ import ml_collections
 
 from unimed_jax.config import Config, to_dict
 from unimed_jax.errors import UserError
+from unimed_jax.files import no_file
+from unimed_jax.paths import check_run_folder
+from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config, with_overrides
 
 CHANGEABLE = ("--config.evaluate.", "--config.text.max_prompt=")
@@ -35,18 +38,26 @@ def run(arguments: list[str]) -> None:
     if (known.run is None) == (known.config is None):
         raise UserError("--predictions needs --config=FILE or --run=DIR, which say what was asked; give one of them.")
 
+    file = Path(known.predictions)
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; give a file of JSON lines as --predictions.")
+    out = check_run_folder(file.with_suffix(".scores") if known.out is None else known.out, "--out")
+    start()
+
     from unimed_jax.evaluate.run import evaluate_predictions
     from unimed_jax.runs.folder import read_config as config_of_run
 
-    file = Path(known.predictions)
     if known.config:
         config = read_config(known.config, overrides)
     else:
         config = _changed(config_of_run(Path(known.run)), overrides)
-    evaluate_predictions(config, file, Path(known.out or file.with_suffix(".scores")))
+    evaluate_predictions(config, file, out)
 
 
 def _of_run(folder: str, which: Literal["newest", "best"], overrides: list[str]) -> None:
+    check_run_folder(folder, "--run")
+    start()
+
     from unimed_jax.evaluate.run import evaluate_run
     from unimed_jax.runs.open import open_run
 

@@ -2,6 +2,8 @@
 
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import read_json
+from unimed_jax.paths import check_output
+from unimed_jax.processes import start
 from unimed_jax.verbs.options import parser
 
 
@@ -12,6 +14,8 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--out", required=True, help="the new folder (unimed: file)")
     options.add_argument("--format", required=True, help="model, decoder, peft, unimed or med_moe")
     known = options.parse_args(arguments)
+    check_output(known.out, "--out")
+    start()
 
     from unimed_jax.interop.targets import TARGETS, Content
     from unimed_jax.model.parameters import parameters

@@ -4,11 +4,16 @@
 names all weights (those of an original checkpoint and its base model, say).
 """
 
+import argparse
 from pathlib import Path
 
 from unimed_jax.config import TASKS
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.paths import check_output_file
+from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
+
+PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 def run(arguments: list[str]) -> None:
@@ -32,6 +37,10 @@ def run(arguments: list[str]) -> None:
     if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
         raise UserError(f"task {known.task!r} needs --text.")
 
+    config = read_config(known.config, overrides) if known.config is not None else None
+    picture = _picture(known, known.run if config is None else f"runs/{config.name}")
+    start()
+
     from unimed_jax.data.forms import text_to_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
@@ -41,7 +50,7 @@ def run(arguments: list[str]) -> None:
     if known.task == "identify" and text_to_box(known.text) is None:
         raise UserError(f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
     image = read_image(known.image) if known.image else None
-    run = open_run(known.run) if known.run else open_config(read_config(known.config, overrides))
+    run = open_run(known.run) if config is None else open_config(config)
     predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
     request = Request(known.task, known.text, () if image is None else (image,), id="--text")
     text = ""
@@ -50,8 +59,26 @@ def run(arguments: list[str]) -> None:
         text += piece
     print()
     box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
-    if box and image is not None:
-        out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draw_box(out, image, box, known.text if known.task == "refer" else text)
-        print(f"drew {out}")
+    if box and image is not None and picture is not None:
+        draw_box(picture, image, box, known.text if known.task == "refer" else text)
+        print(f"drew {picture}")
+
+
+def _picture(known: argparse.Namespace, folder: str) -> Path | None:
+    """Returns where the box will be drawn, None for a task without one; refuses what cannot be written.
+
+    Before the model is opened, which takes minutes if it is large.
+    """
+    if known.out is not None and Path(known.out).suffix.lower() not in PICTURES:
+        raise UserError(f"--out={known.out} is not the name of a picture; let it end in {', '.join(PICTURES)}.")
+    if known.task not in ("refer", "identify") or not known.image:
+        return None
+    if known.out is not None:
+        return check_output_file(known.out, "--out")
+    picture = Path(folder, f"{Path(known.image).stem}_{known.task}.png")
+    try:
+        return check_output_file(picture, "--out")
+    except UserError as error:
+        if known.run is not None and not Path(folder).is_dir():
+            return picture  # no run at all, which opening it says better
+        raise UserError(f"{str(error).partition(';')[0]}; name another file for the picture with --out.") from error
