@@ -72,17 +72,18 @@ def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
 
 
 # ---- fields ----------------------------------------------------------------------------------------
-def word(record: Mapping[str, Any], key: str, where: str, required: bool = False) -> str:
-    """Returns the text of a key without blanks at its ends; a number as text, empty where it is absent or null.
+def word(record: Mapping[str, Any], key: str, where: str, required: bool = False, numbers: bool = False) -> str:
+    """Returns the text of a key without blanks at its ends, empty where it is absent or null.
 
-    Raises UserError for anything else, or where a required key is absent.
+    numbers: a number is taken as its text. Raises UserError for anything else, or if a required key is absent.
     """
     value = record.get(key)
     if value is None and not required:
         return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        wrong = f"{key!r} is {short(value)}" if key in record else f"{key!r} is missing{nearest(key, record)}"
-        raise UserError(f"{where}: {wrong}; give a text.")
+    if not (isinstance(value, str) or (numbers and type(value) in (int, float))):
+        if key in record:
+            raise UserError(f"{where}: {key!r} is {short(value)}; give a text, or leave it out.")
+        raise UserError(f"{where}: {key!r} is missing{nearest(key, record) or '.'}")
     return str(value).strip()
 
 
@@ -126,7 +127,7 @@ def inside(folder: Path, images: Path, name: str, where: str) -> Path:
     By the path alone: a link that lies in the folder is followed, wherever it leads.
     """
     path = Path(os.path.normpath(images / name))
-    if not name or not path.is_relative_to(os.path.normpath(folder)):
+    if not path.is_relative_to(os.path.normpath(folder)):
         raise UserError(f"{where}: image {name!r} lies outside {folder}; give its path within {images}.")
     return path
 

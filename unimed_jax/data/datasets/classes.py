@@ -49,7 +49,7 @@ def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
     if tables:
         for where, record in records(tables[0], "give a table with the columns path and label"):
             name = word(record, "path" if "path" in record else "image", where, required=True)
-            label = word(record, "label" if "label" in record else "class", where, required=True)
+            label = word(record, "label" if "label" in record else "class", where, required=True, numbers=True)
             path = inside(folder, folder, name, where)
             yield name, path, label, word(record, "cluster", where) or name
     elif here.is_dir():

@@ -84,7 +84,7 @@ def _examples(
     record: Record, folder: Path, where: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields what one record stands for."""
-    name = word(record, "id", where, required=True)
+    name = word(record, "id", where, required=True, numbers=True)
     keys = record.get("images", [])
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise UserError(f"{where}: 'images' is {short(keys)}; give a list of paths.")

@@ -47,7 +47,7 @@ def read(
         if reason:
             skipped.append(f"{name}: {reason}")
             continue
-        for example in grounding.questions(name, things, size, chosen, cluster=name, meta={}):
+        for example in grounding.questions(picture, things, size, chosen, cluster=picture, meta={}):
             yield example, (path,)
 
 

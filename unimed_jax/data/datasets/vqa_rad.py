@@ -47,7 +47,7 @@ def read(
     images = folder / (chosen["images"] or (PICTURES if original else "images"))
     for where, record in _records(folder, split, original):
         name = word(record, "image_name", where, required=True)
-        example = _example(record, f"{split}/{word(record, 'qid', where, required=True)}", where, name)
+        example = _example(record, f"{split}/{word(record, 'qid', where, required=True, numbers=True)}", where, name)
         if Path(name).stem in without:
             skipped.append(f"{example.id}: image {name} is left out by the option `without`")
         else:
@@ -73,6 +73,6 @@ def _example(record: Record, name: str, where: str, image: str) -> Example:
         "organ": word(record, "image_organ", where).lower(),
         "phrase": word(record, "phrase_type", where).removeprefix("test_"),
     }
-    question, answer = word(record, "question", where, required=True), word(record, "answer", where)
+    question, answer = word(record, "question", where, required=True), word(record, "answer", where, numbers=True)
     meta = {key: value for key, value in facts.items() if value}
     return Example(name, "vqa", " ".join(question.split()), " ".join(answer.split()), (image,), None, image, meta)

@@ -79,7 +79,8 @@ def coco_roboflow(folder: Path, records: int, rng: np.random.Generator) -> None:
 def _coco_of(scenes: list[Scene]) -> dict[str, Any]:
     """Makes COCO's object; ids have gaps, and one annotation is a crowd."""
     ids = {label: 3 * i + 1 for i, label in enumerate(CLASSES)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes):
         images.append({"id": 17 * number + 5, "file_name": f"{scene.name}.jpg", "width": WIDTH, "height": HEIGHT})
         for label, x1, y1, x2, y2 in scene.things:
@@ -88,7 +89,13 @@ def _coco_of(scenes: list[Scene]) -> dict[str, Any]:
             annotations[-1] |= {"category_id": ids[label], "area": box[2] * box[3], "iscrowd": 0, "segmentation": []}
     crowd = annotations[0] | {"id": 1, "bbox": [0, 0, WIDTH, HEIGHT], "iscrowd": 1}
     categories = [{"id": found, "name": label, "supercategory": "none"} for label, found in ids.items()]
-    return {"info": {}, "licenses": [], "images": images, "annotations": [crowd, *annotations], "categories": categories}
+    return {
+        "info": {},
+        "licenses": [],
+        "images": images,
+        "annotations": [crowd, *annotations],
+        "categories": categories,
+    }
 
 
 def jsonl(folder: Path, records: int, rng: np.random.Generator) -> None:

@@ -128,6 +128,8 @@ def _conversations(folder: Path, records: int, rng: np.random.Generator) -> dict
                 rows[-1]["answer_type"] = "OPEN"
             if not (split == "train" and i == 2):
                 picture(folder / "images" / image, rng)
+        asked = [{"from": "human", "value": f"{words(rng).capitalize()}?"}, {"from": "gpt", "value": words(rng)}]
+        rows.append({"id": f"{split}-text", "conversations": asked})
         found[split] = rows
     return found
 
@@ -145,6 +147,6 @@ def classes_csv(folder: Path, records: int, rng: np.random.Generator) -> None:
     for split in ("train", "val", "test"):
         lines = ["path,label,cluster"]
         for i in range(count(split, records)):
-            lines.append(f'images/{split}{i}.png,{pick(rng, ("clear", chr(34) + "fluid, left" + chr(34)))},p{i // 2}')
+            lines.append(f"images/{split}{i}.png,{pick(rng, ('clear', chr(34) + 'fluid, left' + chr(34)))},p{i // 2}")
             picture(folder / "images" / f"{split}{i}.png", rng)
         (folder / f"{split}.csv").write_bytes(("\r\n".join(lines) + "\r\n").encode("utf-8-sig"))

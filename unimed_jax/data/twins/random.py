@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-WORDS = "lesion node margin field shadow vessel lobe signal density contour tissue border".split()
+WORDS = ("lesion", "node", "margin", "field", "shadow", "vessel", "lobe", "signal", "density", "contour")
 SHARES = {"train": 1.0, "val": 1 / 3, "test": 1 / 3}  # of the records of a twin, by split
 
 
