@@ -31,7 +31,7 @@ from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import UniMed, order_coordinates
 from unimed_jax.rules import leaf_dtypes, leaf_rules
 from unimed_jax.runs import inputs
-from unimed_jax.runs.checkpoint import Checkpoints, fingerprints
+from unimed_jax.runs.checkpoint import Checkpoints, Replaced, fingerprints
 from unimed_jax.runs.folder import load_text, missing_inputs, read_config, tokenizer_folder, with_changed
 from unimed_jax.runs.inputs import Inputs
 
@@ -245,6 +245,17 @@ def _saved_leaves(
     folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
 ) -> tuple[dict[str, jax.Array], int]:
     """Reads all leaves at the newest or best checkpoint and the steps done there, each straight into its shards."""
+    while True:
+        try:
+            return _leaves_at(folder, config, tokenizer, mesh, which)
+        except Replaced:  # there is another best one
+            continue
+
+
+def _leaves_at(
+    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
+) -> tuple[dict[str, jax.Array], int]:
+    """Reads as `_saved_leaves` does; raises Replaced if a run that trains deletes the best checkpoint meanwhile."""
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
