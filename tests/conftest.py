@@ -25,6 +25,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
+    parser.addoption("--real-data", default=None, help="folder of real data sets, as docs/real_data.md lays them out")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -64,6 +65,15 @@ def pytest_unconfigure(config):
 def golden_folder(config, module) -> Path:
     """`--goldens`, or the folder in tests/goldens that a test file names as its GOLDENS (Uni-Med's without)."""
     return Path(config.getoption("--goldens") or GOLDENS / getattr(module, "GOLDENS", "uni_med"))
+
+
+@pytest.fixture(scope="session")
+def real_data(request) -> Path:
+    """The folder of real data sets; a test that asks for it is skipped where there is none."""
+    given = request.config.getoption("--real-data") or os.environ.get("UNIMED_JAX_REAL_DATA")
+    if not given:
+        pytest.skip("needs real data: --real-data=DIR or UNIMED_JAX_REAL_DATA (docs/real_data.md)")
+    return Path(given)
 
 
 @pytest.fixture(scope="module")
