@@ -1,5 +1,7 @@
+import fcntl
 import os
 import shutil
+import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +25,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
+    parser.addoption("--real-data", default=None, help="folder of real data sets, as docs/real_data.md lays them out")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -64,9 +67,46 @@ def golden_folder(config, module) -> Path:
     return Path(config.getoption("--goldens") or GOLDENS / getattr(module, "GOLDENS", "uni_med"))
 
 
+@pytest.fixture(scope="session")
+def real_data(request) -> Path:
+    """The folder of real data sets; a test that asks for it is skipped where there is none."""
+    given = request.config.getoption("--real-data") or os.environ.get("UNIMED_JAX_REAL_DATA")
+    if not given:
+        pytest.skip("needs real data: --real-data=DIR or UNIMED_JAX_REAL_DATA (docs/real_data.md)")
+    return Path(given)
+
+
 @pytest.fixture(scope="module")
 def goldens(request) -> Path:
     return golden_folder(request.config, request.module)
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory):
+    """Gives built_once(name, build) -> a folder that `build(folder)` filled once for all tests, whatever worker asks.
+
+    Tests only read it; what a test changes is a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the workers' common one
+
+    def built(name: str, build) -> Path:
+        folder, done = base / "built" / name, base / "built" / f"{name}.done"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(base / "built" / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                build(folder)
+                done.touch()
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def cache(built_once) -> str:
+    """A cache of prepared data sets that all tests share; preparing locks it by itself."""
+    return str(built_once("prepared", lambda folder: None))
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +115,15 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 32 MB that can be filled."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a small disk ({done.stderr.strip()})")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)

@@ -19,9 +19,10 @@ from unimed_jax.data.forms import form_of
 from unimed_jax.data.layout import Encoder, RowShape
 from unimed_jax.errors import UserError
 
-VERSION = 1  # of the arrays and of how examples become tokens; raise it when either changes
+VERSION = 2  # of the arrays and of how examples become tokens; raise it when either changes
 NAMED = 5  # over-long records that a message names
 _PREFIX, _ANSWER, _CUT, _SUFFIX = 0, 1, 2, 3  # columns; from _SUFFIX on one for each instruction
+UNUSED = ("max_prompt", "tokenizer", "vocab", "changed")  # settings that no length depends on
 _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 
@@ -60,13 +61,14 @@ def measure(
     fingerprint = getattr(tokenizer, "fingerprint", "")
     if cache is None or not fingerprint or not key:
         return Lengths(_measured(examples, tokenizer, text, tokens_per_image))
-    settings = {k: v for k, v in dataclasses.asdict(text).items() if k not in ("max_prompt", "tokenizer", "vocab")}
+    settings = {k: v for k, v in dataclasses.asdict(text).items() if k not in UNUSED}
     facts = [VERSION, key, len(examples), fingerprint, settings, tokens_per_image]
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
     path = cache / "lengths" / f"{name}.npy"
     if not path.is_file():
         table = _measured(examples, tokenizer, text, tokens_per_image)
-        with files.new_file(path) as unfinished, unfinished.open("wb") as file:
+        files.remove_leftovers(path.parent)
+        with files.written_whole(path) as unfinished, unfinished.open("wb") as file:
             np.save(file, table)
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
