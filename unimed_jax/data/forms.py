@@ -148,6 +148,7 @@ class Form(abc.ABC):
 
     published = ""  # the system whose published rules score vqa answers in this form
     exported = False  # whether the torch model of `export --format=model` can ask in this form
+    turns = False  # whether it holds the turns before the question
     cut = False  # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
 
     def __init__(self, text: TextConfig):
@@ -240,7 +241,7 @@ class Conversation(Form):
     Every answer is a target. All images come before the first question; the task's first instruction asks, untagged.
     """
 
-    published = "Med-MoE"
+    published, turns = "Med-MoE", True
 
     def training(self, example: Example, variant: int) -> list[Piece]:
         return self.training_turns(self._turns(example, answer_text(example, self.text)))
