@@ -28,7 +28,7 @@ from jaxtyping import Array, UInt32
 
 from unimed_jax import processes
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json, read_text
+from unimed_jax.files import full_disk, parse_json, read_text
 
 Leaves = dict[str, Any]  # path -> array
 
@@ -154,15 +154,21 @@ class Checkpoints:
         self._check_folder()
         try:
             call(*arguments)
-        except Exception:
-            self._saving = None
+        except Exception as error:
+            saving, self._saving = self._saving, None
             self._check_folder()
-            # Gives a full disk some space. Threads of the failed save, which nothing waits for, make its folder again.
+            full = full_disk(error, self.folder)  # asked before what makes space
+            # Threads of the failed save, which nothing waits for, make its folder again.
             end = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < end:
                 self._remove_leftovers()
                 time.sleep(0.05)
-            raise
+            if arguments or full or not isinstance(error, (OSError, ValueError)):
+                raise
+            raise UserError(  # the arrays were fit to be saved; what failed is the writing, in the background
+                f"checkpoint {self.folder}/{saving} could not be written ({_first_cause(error)}); see that nothing "
+                "else removes files there, and give the same command again."
+            ) from error
 
     def _check_folder(self) -> None:
         """Raises UserError if somebody has deleted the folder, even if threads of orbax have made it again since."""

@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.evaluate.run import evaluate_predictions
     from unimed_jax.runs.folder import read_config as config_of_run
 
-    if known.config:
+    if known.config is not None:
         config = read_config(known.config, overrides)
     else:
         config = changed(config_of_run(Path(known.run)), overrides, CHANGEABLE)
