@@ -15,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import no_file
 from unimed_jax.interruption import Stopped
 from unimed_jax.settings import check_values
 
@@ -52,18 +53,14 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
 
 def _check_file(file: str) -> None:
     """Refuses what is not a Python file."""
-    place = Path(file)
-    try:
-        if place.is_dir():
-            raise UserError(f"--config={file} is a folder; name a Python file in it.")
-        if place.is_file() and place.suffix == ".py":
-            return
-        if place.exists():
-            raise UserError(f"--config={file} is not a Python file (its name must end in .py); name one of configs/.")
+    reason, place = no_file(file), Path(file)
+    if reason == "does not exist":
         have = [str(p) for p in place.parent.glob("*.py")] if place.parent.is_dir() else []
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UserError(f"--config={file} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    raise UserError(f"--config={file} does not exist{nearest(file, have)}")
+        raise UserError(f"--config={file} does not exist{nearest(file, have)}")
+    if reason:
+        raise UserError(f"--config={file} {reason}; name a Python file, such as one of configs/.")
+    if place.suffix != ".py":
+        raise UserError(f"--config={file} is not a Python file, whose name ends in .py; name one of configs/.")
 
 
 def _module(file: str) -> Any:

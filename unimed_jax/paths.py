@@ -1,9 +1,11 @@
 """Checks the paths that a person gives before any work is done, so that an odd one is one sentence that names it."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from unimed_jax.errors import UserError
+from unimed_jax.files import FULL
 
 LONGEST_NAME = 255  # bytes of one name, on every usual file system
 LONGEST_PATH = 4095 - 300  # bytes of a whole path on Linux, less what a run adds to its folder
@@ -107,12 +109,14 @@ def _existing(path: str | Path, option: str) -> Path:
 
 
 def _check_writable(place: Path, given: str) -> None:
-    """Refuses a folder in which nothing can be made."""
-    if os.access(place, os.W_OK | os.X_OK):
-        return
-    read_only = os.statvfs(place).f_flag & os.ST_RDONLY
-    reason = "Read-only file system" if read_only else "Permission denied"
-    raise UserError(f"{given} cannot be written ({place}: {reason}); choose another place.")
+    """Refuses a folder in which no file can be made: one is made there, without a name where the system can."""
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if error.errno in FULL:
+            raise  # said of any full disk in the same words
+        raise UserError(f"{given} cannot be written ({place}: {error.strerror}); choose another place.") from error
 
 
 def _cut(text: str) -> str:

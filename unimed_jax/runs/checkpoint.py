@@ -28,7 +28,7 @@ from jaxtyping import Array, UInt32
 
 from unimed_jax import processes
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json, read_text
+from unimed_jax.files import full_disk, parse_json, read_text
 
 Leaves = dict[str, Any]  # path -> array
 
@@ -36,6 +36,26 @@ NOTE = "note.json"
 SETTLE_SECONDS = 2.0  # after a save that failed
 UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # endings of folders' names
 SAVE_SECONDS = 3600  # after which a save has failed
+
+
+def newest_note(folder: Path) -> tuple[int, dict]:
+    """Returns (steps done, what the caller noted) of the newest checkpoint with a readable note; (0, {}) without."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+        with contextlib.suppress(ValueError):
+            return step, _note_of(folder / str(step))["note"]
+    return 0, {}
+
+
+def _note_of(checkpoint: Path) -> dict:
+    """Reads what was saved beside a checkpoint's arrays; raises ValueError where it is not that."""
+    try:
+        content = parse_json(read_text(checkpoint / "note" / NOTE), NOTE, finite=False)
+    except UserError as error:  # an older checkpoint may serve
+        raise ValueError(str(error)) from error
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        raise ValueError(f"{NOTE} is not as it was saved")
+    return content
 
 
 class Replaced(UserError):
@@ -134,15 +154,21 @@ class Checkpoints:
         self._check_folder()
         try:
             call(*arguments)
-        except Exception:
-            self._saving = None
+        except Exception as error:
+            saving, self._saving = self._saving, None
             self._check_folder()
-            # Gives a full disk some space. Threads of the failed save, which nothing waits for, make its folder again.
+            full = full_disk(error, self.folder)  # asked before what makes space
+            # Threads of the failed save, which nothing waits for, make its folder again.
             end = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < end:
                 self._remove_leftovers()
                 time.sleep(0.05)
-            raise
+            if arguments or full or not isinstance(error, (OSError, ValueError)):
+                raise
+            raise UserError(  # the arrays were fit to be saved; what failed is the writing, in the background
+                f"checkpoint {self.folder}/{saving} could not be written ({_first_cause(error)}); see that nothing "
+                "else removes files there, and give the same command again."
+            ) from error
 
     def _check_folder(self) -> None:
         """Raises UserError if somebody has deleted the folder, even if threads of orbax have made it again since."""
@@ -234,14 +260,7 @@ class Checkpoints:
             self._steps = steps  # a run that trains has deleted those before
 
     def _note(self, step: int) -> dict:
-        """Reads what was saved beside the arrays; raises ValueError where it is not that."""
-        try:
-            content = parse_json(read_text(self.folder / str(step) / "note" / NOTE), NOTE, finite=False)
-        except UserError as error:  # an older checkpoint may serve
-            raise ValueError(str(error)) from error
-        if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
-            raise ValueError(f"{NOTE} is not as it was saved")
-        return content
+        return _note_of(self.folder / str(step))
 
     def _read(self, step: int, wanted: dict[str, Any], saved: dict[str, dict]) -> dict[str, Any]:
         """The arrays as saved, with the shardings of `wanted`."""

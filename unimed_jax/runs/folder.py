@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from unimed_jax import files
-from unimed_jax.config import Config, to_dict
+from unimed_jax.config import Changed, Config, to_dict
 from unimed_jax.data.datasets import distinct, missing
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
@@ -37,6 +37,7 @@ def write_config(folder: Path, config: Config) -> None:
     if file.exists():
         old = read_config(folder)
         old = dataclasses.replace(old, mesh=config.mesh)  # a run may continue on other devices
+        old = with_changed(old, config.data.changed, config.text.changed)
         if old == config:
             return
         now = config.train
@@ -52,6 +53,15 @@ def write_config(folder: Path, config: Config) -> None:
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(file, to_dict(config))
+
+
+def with_changed(config: Config, data: Changed, text: Changed) -> Config:
+    """Returns the settings with others of what becomes of changed data and of a changed tokenizer."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, changed=data),
+        text=dataclasses.replace(config.text, changed=text),
+    )
 
 
 def read_config(folder: Path) -> Config:

@@ -36,7 +36,8 @@ def train(config: Config, folder: Path) -> Run:
         contact_sheet(start.datasets, folder / "contact_sheet.png")
     with sharding.inside(start.program.mesh):
         run_steps(start)
-    return Run(folder, config, start.tokenizer, start.model, start.done, start.program.mesh)
+    notes = tuple(start.inputs.notes())
+    return Run(folder, config, start.tokenizer, start.model, start.done, start.program.mesh, notes)
 
 
 def run_steps(start: Start) -> None:

@@ -22,6 +22,7 @@ from unimed_jax.data.layout import Encoder
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.evaluate.tasks import open_held_out
 from unimed_jax.interop.families.med_moe import export_router
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
@@ -30,7 +31,8 @@ from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
 from unimed_jax.predict.predictor import prompt_batch
 from unimed_jax.provenance import code_version, joint_checksum, plain
-from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.runs import inputs
+from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
 from unimed_jax.runs.open import initial_model
 
 REPORT, ROUTER, PICTURE = "router.json", "router", "router.png"  # in the run's folder
@@ -60,6 +62,9 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
             return files.read_json(folder / REPORT, "remove it and train again")
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
+        now = inputs.state_of_tokenizer(tokenizer_folder(folder, config), tokenizer)
+        now |= inputs.state_of_data(config, datasets, open_held_out(config))
+        trained_on = inputs.keep(folder, config, now)
     datasets = distinct(datasets)
     held_out = distinct(open_sources(config.held_out)) if config.evaluate.sources else datasets
     key = config.router_fit.key
@@ -75,12 +80,12 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     with sharding.inside(mesh):
         model, _ = initial_model(config, tokenizer, mesh)
         embed = embedder(model, config, tokenizer)
-        inputs = embed(train.examples[: counts[-1]], train.datasets)
+        rows = embed(train.examples[: counts[-1]], train.datasets)
         held_inputs = {split: embed(some.examples, some.datasets) for split, some in held.items()}
 
     results: dict[str, Any] = {split: {"images": len(some.examples), "accuracy": []} for split, some in held.items()}
     for count in counts:
-        kernel, bias = fit(inputs[:count], train.classes[:count], len(classes), config)
+        kernel, bias = fit(rows[:count], train.classes[:count], len(classes), config)
         for split, some in held.items():
             guessed = (held_inputs[split] @ kernel + bias[None]).argmax(axis=1)
             results[split]["accuracy"].append({"labels": count, **_accuracy(guessed, some, config)})
@@ -98,6 +103,8 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
         "images": {"train": len(train.examples), "without label": train.left_out},
         "splits": results,
     }
+    if trained_on.changes:
+        report["notes"] = trained_on.notes()
     if processes.leads():
         ours = "decoder/layers/moe/router"
         with files.written_together(folder, (ROUTER, PICTURE, REPORT)) as place:

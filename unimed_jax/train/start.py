@@ -15,7 +15,7 @@ from unimed_jax.data.example import Dataset
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.tasks import check_evaluation
+from unimed_jax.evaluate.tasks import check_evaluation, open_held_out
 from unimed_jax.interop.families.unimed_pth import load_moments
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import folded
@@ -23,8 +23,10 @@ from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import UniMed
+from unimed_jax.runs import inputs
 from unimed_jax.runs.checkpoint import Checkpoints
-from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
+from unimed_jax.runs.inputs import Inputs
 from unimed_jax.runs.open import base_note, check_base, initial_leaves
 from unimed_jax.train.optimizer import AdamState, learning_rate
 from unimed_jax.train.program import Program, build, make_mesh
@@ -74,6 +76,7 @@ class Start:
     base: Mapping[str, dict]  # leaves that checkpoints do not hold: source and fingerprint of each
     checkpoints: Checkpoints
     progress: Progress
+    inputs: Inputs  # data and tokenizer
 
     @property
     def done(self) -> int:
@@ -100,6 +103,7 @@ class Start:
             "rows_read": done * self.config.data.rows,
             "base": self.base,
             "progress": dataclasses.asdict(self.progress),
+            "inputs": self.inputs.plain(),
         }
         moments = (self.state.step, self.state.moments)
         self.checkpoints.save(done, self.saved_leaves(), moments, note, best=self.progress.best_step)
@@ -117,6 +121,9 @@ def prepare(config: Config, folder: Path) -> Start:
         write_config(folder, config)
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
+        now = inputs.state_of_tokenizer(tokenizer_folder(folder, config), tokenizer)
+        now |= inputs.state_of_data(config, datasets, open_held_out(config))
+        trained_on = inputs.keep(folder, config, now)
     check_evaluation(config, tokenizer)
     pipeline = Pipeline(datasets, config, tokenizer)
 
@@ -133,7 +140,7 @@ def prepare(config: Config, folder: Path) -> Start:
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     start = Start(
         config, folder, datasets, tokenizer, pipeline, validation, program, state, frozen, sources, base, checkpoints,
-        Progress(steps=config.train.steps),
+        Progress(steps=config.train.steps), trained_on,
     )  # fmt: skip
 
     # ---- where it stopped --------------------------------------------------------------------------

@@ -1,22 +1,25 @@
 """Scores a finished run again, or predictions that another tool made (--predictions).
 
-A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N only. Predictions are JSON lines
-{"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data export` writes the questions.
+A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N only; --config.data.changed=accept and
+--config.text.changed=accept score it on data or with a tokenizer that changed since its training. Predictions are JSON
+lines {"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data export` writes the questions.
 """
 
 from pathlib import Path
 from typing import Literal
 
-import ml_collections
-
-from unimed_jax.config import Config, to_dict
 from unimed_jax.errors import UserError
 from unimed_jax.files import no_file
 from unimed_jax.paths import check_run_folder
 from unimed_jax.processes import start
-from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config, with_overrides
+from unimed_jax.verbs.options import CONFIG_HELP, changed, parser, read_config
 
-CHANGEABLE = ("--config.evaluate.", "--config.text.max_prompt=")
+CHANGEABLE = (
+    "--config.evaluate.",
+    "--config.text.max_prompt=",
+    "--config.text.changed=",
+    "--config.data.changed=",
+)
 
 
 def run(arguments: list[str]) -> None:
@@ -47,11 +50,11 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.evaluate.run import evaluate_predictions
     from unimed_jax.runs.folder import read_config as config_of_run
 
-    if known.config:
+    if known.config is not None:
         config = read_config(known.config, overrides)
     else:
-        config = _changed(config_of_run(Path(known.run)), overrides)
-    evaluate_predictions(config, file, out)
+        config = changed(config_of_run(Path(known.run)), overrides, CHANGEABLE)
+    evaluate_predictions(config, file, out, None if known.run is None else Path(known.run))
 
 
 def _of_run(folder: str, out: str | None, which: Literal["newest", "best"], overrides: list[str]) -> None:
@@ -59,25 +62,10 @@ def _of_run(folder: str, out: str | None, which: Literal["newest", "best"], over
     start()
 
     from unimed_jax.evaluate.run import claim_results, evaluate_run
-    from unimed_jax.runs.open import open_run
+    from unimed_jax.runs.open import open_run, settings_of
 
-    _refuse_others(overrides)
-    if (place / "config.json").is_file():  # before the model is opened, which takes minutes if it is large
-        claim_results(place)
-    run = open_run(folder, which=which)
+    config = changed(settings_of(Path(folder)), overrides, CHANGEABLE)
+    claim_results(place)  # before the model is opened, which takes minutes if it is large
+    run = open_run(folder, which=which, changed=config.text.changed)
     with run.inside():
-        evaluate_run(run, _changed(run.config, overrides), place)
-
-
-def _changed(config: Config, overrides: list[str]) -> Config:
-    _refuse_others(overrides)
-    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides)
-
-
-def _refuse_others(overrides: list[str]) -> None:
-    for word in overrides:
-        if not word.startswith(CHANGEABLE):
-            raise UserError(
-                f"argument {word!r} cannot change a finished run; only --config.evaluate.key=value and "
-                "--config.text.max_prompt=N can."
-            )
+        evaluate_run(run, config, place)

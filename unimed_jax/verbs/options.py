@@ -7,11 +7,13 @@ from typing import Any
 
 import ml_collections
 
-from unimed_jax.config import Config, default_config
+from unimed_jax.config import Config, default_config, to_dict
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.settings import from_config_dict
 
+# What may be said of a finished run's tokenizer.
+ACCEPTING = ("--config.text.changed=",)
 CONFIG_HELP = "a file of configs/, with :argument if it takes one"
 
 
@@ -66,6 +68,17 @@ def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]
         except (TypeError, ValueError, KeyError, AttributeError) as error:  # keys that a ConfigDict does not take
             raise UserError(f"{key}={value!r} is not a value of this setting ({error}).") from error
     return from_config_dict(settings)
+
+
+def changed(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
+    """Lays overrides over the settings of a finished run.
+
+    Raises UserError for one that starts with none of `allowed`.
+    """
+    for word in overrides:
+        if not word.startswith(tuple(allowed)):
+            raise UserError(f"argument {word!r} cannot change a finished run; only {', '.join(allowed)} can.")
+    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides)
 
 
 def _is_group(path: Sequence[str]) -> bool:

@@ -1,10 +1,12 @@
 """Answers one question with a trained model; a box in the question or the answer is drawn on the image.
 
 --run names the folder of a run, or one that `export --format=model` wrote. --config takes its place if config.init
-names all weights (those of an original checkpoint and its base model, say).
+names all weights (those of an original checkpoint and its base model, say). --config.text.changed=accept answers with a
+tokenizer that changed since the run was trained.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from unimed_jax.config import TASKS
@@ -12,7 +14,7 @@ from unimed_jax.errors import UserError, nearest
 from unimed_jax.interruption import owner
 from unimed_jax.paths import check_output_file
 from unimed_jax.processes import start
-from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
+from unimed_jax.verbs.options import ACCEPTING, CONFIG_HELP, changed, parser, read_config
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
@@ -27,7 +29,8 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
     options.add_argument("--out", help="refer, identify: where to draw the box (default: in the run's folder)")
     known, overrides = options.parse_known_args(arguments)
-    if (known.run is None) == (known.config is None) or (overrides and known.run):
+    others = [word for word in overrides if not word.startswith(ACCEPTING)]
+    if (known.run is None) == (known.config is None) or (others and known.run):
         raise UserError(
             "predict takes either --run=DIR or --config=FILE with its --config.key=value; give one of them."
         )
@@ -46,12 +49,18 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
     from unimed_jax.predict.predictor import Predictor, Request
-    from unimed_jax.runs.open import open_config, open_run
+    from unimed_jax.runs.open import open_config, open_run, settings_of
 
     if known.task == "identify" and text_to_box(known.text) is None:
         raise UserError(f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
     image = read_image(known.image) if known.image else None
-    run = open_run(known.run) if config is None else open_config(config)
+    if config is None:
+        own = changed(settings_of(Path(known.run)), overrides, ACCEPTING)
+        run = open_run(known.run, changed=own.text.changed)
+    else:
+        run = open_config(config)
+    for note in run.notes:
+        print(f"{known.run}: {note}", file=sys.stderr)
     predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
     request = Request(known.task, known.text, () if image is None else (image,), id="--text")
     text = ""
