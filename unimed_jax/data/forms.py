@@ -125,8 +125,8 @@ def text_of(pieces: Sequence[Piece], end: str = "") -> str:
 def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
     """Joins neighbouring texts that are alike (target or not) and not ended: each is one text for the tokenizer.
 
-    Pieces meet where tokenizers cut anyway (before a blank, after the end of text), so the ids of the runs are those
-    of the whole text.
+    Pieces meet before a blank or after the end of text, where most tokenizers cut anyway; the ids of the runs are
+    then those of the whole text. `layout.piece_ids` minds those that do not.
     """
     runs: list[Piece] = []
     for piece in pieces:
@@ -148,6 +148,7 @@ class Form(abc.ABC):
 
     published = ""  # the system whose published rules score vqa answers in this form
     exported = False  # whether the torch model of `export --format=model` can ask in this form
+    joined = False  # whether question and answer are tokenised as one text, and not each by itself (as published)
     cut = False  # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
 
     def __init__(self, text: TextConfig):
@@ -241,6 +242,7 @@ class Conversation(Form):
     """
 
     published = "Med-MoE"
+    joined = True
 
     def training(self, example: Example, variant: int) -> list[Piece]:
         return self.training_turns(self._turns(example, answer_text(example, self.text)))

@@ -19,7 +19,7 @@ from unimed_jax.data.forms import form_of
 from unimed_jax.data.layout import Encoder, RowShape
 from unimed_jax.errors import UserError
 
-VERSION = 1  # of the arrays and of how examples become tokens; raise it when either changes
+VERSION = 2  # of the arrays and of how examples become tokens; raise it when either changes
 NAMED = 5  # over-long records that a message names
 _PREFIX, _ANSWER, _CUT, _SUFFIX = 0, 1, 2, 3  # columns; from _SUFFIX on one for each instruction
 UNUSED = ("max_prompt", "tokenizer", "vocab", "changed")  # settings that no length depends on

@@ -31,6 +31,7 @@ class Content:
 
     def ids(self) -> dict[str, int]:
         tokenizer = Tokenizer.load(self.tokenizer)
+        tokenizer.check_fits(self.config.model.decoder.vocab)
         return {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
 
 

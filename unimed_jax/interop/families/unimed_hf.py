@@ -67,6 +67,7 @@ def export_unimed_hf(
     table = exported_table(settings.model)
     stored = published_shapes(table, leaves)
     words = Tokenizer.load(tokenizer)
+    words.check_fits(config.model.decoder.vocab)
     parts = {
         "config.json": hub_config(settings, words, stored) | {"tokenizer_state": words.state(tokenizer)},
         "generation_config.json": {
