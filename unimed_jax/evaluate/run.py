@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from unimed_jax import processes
+from unimed_jax import files, processes
 from unimed_jax.config import Config, to_dict
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import text_to_box
@@ -28,6 +28,7 @@ from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.files import json_lines, read_text
+from unimed_jax.interruption import claim
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import Predictor, Request
@@ -39,13 +40,15 @@ from unimed_jax.runs.open import Run, initial_leaves
 LARGEST_PREDICTIONS = 8 << 30  # bytes of a file of answers
 
 
-def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
-    """Answers and scores the units of `config.evaluate` and writes the report into the run's folder.
+def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[str, Any]:
+    """Answers and scores the units of `config.evaluate` and writes the report into `folder`, by default the run's.
 
     `config` is the run's own, except for `config.evaluate` and `config.text.max_prompt`. To be called inside
     `run.inside()`, on all processes. Returns the content of metrics.json, {} on processes other than 0 and if
-    nothing is to be scored. A killed evaluation continues where it stood.
+    nothing is to be scored. A killed evaluation continues where it stood. Raises UserError if another process
+    trains the run or writes there.
     """
+    folder = claim_results(folder or run.folder)
     if not config.evaluate.entries and not config.evaluate.splits:
         return {}
     sets = open_sets(config.held_out)
@@ -53,7 +56,7 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
     notes += data_notes(units)
     training = Training(config, sets)
     notes += dict.fromkeys([*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)])
-    journal = Journal(run.folder, _fingerprint(run, config, sets))
+    journal = Journal(folder, _fingerprint(run, config, sets))
     answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
     scored = answer_and_score(units, training, answer_of, journal, config)
     routing = _routing(run, config, sets, scored)
@@ -61,10 +64,25 @@ def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
         return {}
     notes += training.notes
     metrics = summarise(config, scored, _about(sets, units), notes, run.step, routing)
-    write_report(run.folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
+    write_report(folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
     journal.remove()
-    _say(metrics, run.folder)
+    _say(metrics, folder)
     return metrics
+
+
+def claim_results(folder: Path) -> Path:
+    """Locks the folder of results against other processes, and removes what killed ones left; on all processes.
+
+    Raises UserError if a run trains there.
+    """
+
+    def lock() -> None:
+        if processes.leads():
+            claim(folder, "write the results elsewhere with --out=FOLDER")
+            files.remove_leftovers(folder)
+
+    _shared(lock)
+    return folder
 
 
 def _changed_inputs(
