@@ -67,8 +67,8 @@ def model_card(
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
-        f"## Data\n\n{_data(config, metrics)}{_states(inputs or {})}"
-        + "".join(f"\n\n**Note:** {note}." for note in notes),
+        f"## Data\n\n{_data(config, metrics)}{_states(inputs or {})}",
+        *(f"**Note:** {note}." for note in notes),
         f"## Scores\n\n{_scores(metrics)}",
         "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, ablation, teaching.",
         "## Limitations\n\n"

@@ -61,9 +61,8 @@ def _model_refuses(config: Config) -> str | None:
 
 
 def _write_model(out: str | Path, content: Content) -> None:
-    export_unimed_hf(
-        out, content.config, content.leaves, content.tokenizer, content.metrics, content.notes, content.inputs
-    )
+    about = content.metrics, content.notes, content.inputs
+    export_unimed_hf(out, content.config, content.leaves, content.tokenizer, *about)
 
 
 def _write_decoder(out: str | Path, content: Content) -> None:
