@@ -230,7 +230,7 @@ def _changed(content: Any, rng: random.Random) -> Any:
         elif how == 2 and isinstance(holder, list):
             holder.insert(key, copy.deepcopy(holder[key]))
         elif how == 3:
-            depth = rng.choice((1, 3, 90, 300))
+            depth = rng.choice((1, 3, 60, 110))
             for _ in range(depth):
                 holder[key] = [holder[key]]
         else:
