@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -162,6 +163,8 @@ def _check_whole(file: Path) -> None:
         at = -1
     if at != len(data) or not pieces:
         raise UserError(f"{file} is no model of SentencePiece, or is cut short or damaged; get it again.")
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(f"{file}: reading it needs the package sentencepiece; run pip install sentencepiece.")
 
 
 @functools.lru_cache(maxsize=64)
@@ -208,6 +211,8 @@ class Tokenizer:
             raise
         except Exception as error:  # transformers raises many kinds here
             reason = " ".join(str(error).split())
+            if "tiktoken" in reason:  # what transformers tries last, whatever failed before
+                reason = "its tokenizer.model is damaged"
             raise UserError(
                 f"tokenizer folder {folder} cannot be read ({reason[:200]}); give a folder with a Hugging Face "
                 "tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."
