@@ -57,7 +57,7 @@ def read_config(folder: Path) -> Config:
     if not file.is_file():
         raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
     try:
-        return from_config_dict(json.loads(file.read_text()))
+        return from_config_dict(json.loads(file.read_text()), effects=False)
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON ({error}); restore it or train again.") from error
 

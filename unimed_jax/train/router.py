@@ -26,6 +26,7 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.statistics import Measure, interval, resample
 from unimed_jax.files import new_file
+from unimed_jax.finite import refuse_not_finite
 from unimed_jax.interop.families.med_moe import export_router
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
@@ -99,6 +100,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
         "images": {"train": len(train.examples), "without label": train.left_out},
         "splits": results,
     }
+    refuse_not_finite({"kernel": kernel, "bias": bias}, f"the router of {folder}", "lower config.router_fit.lr")
     if processes.leads():
         ours = "decoder/layers/moe/router"
         shutil.rmtree(folder / ROUTER, ignore_errors=True)  # of one that was killed before its report

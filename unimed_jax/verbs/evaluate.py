@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> None:
         config = read_config(known.config, overrides)
     else:
         config = _changed(config_of_run(Path(known.run)), overrides)
+    _refuse_nothing(config)
     evaluate_predictions(config, file, Path(known.out or file.with_suffix(".scores")))
 
 
@@ -52,13 +53,15 @@ def _of_run(folder: str, which: Literal["newest", "best"], overrides: list[str])
 
     _refuse_others(overrides)
     run = open_run(folder, which=which)
+    config = _changed(run.config, overrides)
+    _refuse_nothing(config)
     with run.inside():
-        evaluate_run(run, _changed(run.config, overrides))
+        evaluate_run(run, config)
 
 
 def _changed(config: Config, overrides: list[str]) -> Config:
     _refuse_others(overrides)
-    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides)
+    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides, of_run=True)
 
 
 def _refuse_others(overrides: list[str]) -> None:
@@ -68,3 +71,12 @@ def _refuse_others(overrides: list[str]) -> None:
                 f"argument {word!r} cannot change a finished run; only --config.evaluate.key=value and "
                 "--config.text.max_prompt=N can."
             )
+
+
+def _refuse_nothing(config: Config) -> None:
+    """Raises UserError if nothing would be scored, because an empty report would replace that of the run."""
+    if not config.evaluates:
+        raise UserError(
+            "config.evaluate.splits and config.evaluate.entries are empty, so that nothing would be scored; name a "
+            "split."
+        )

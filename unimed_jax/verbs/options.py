@@ -9,8 +9,9 @@ import ml_collections
 
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
+from unimed_jax.effects import refuse_without_effect
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.settings import from_config_dict
+from unimed_jax.settings import FIDELITY, from_config_dict
 
 CONFIG_HELP = "a file of configs/, with :argument if it takes one"
 
@@ -33,11 +34,13 @@ def parser(module: str, description: str | None) -> Parser:
     )
 
 
-def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]) -> Config:
+def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str], of_run: bool = False) -> Config:
     """Lays each `--config.a.b=value` over the settings and builds the Config.
 
-    Raises UserError for an unknown key or word.
+    Raises UserError for an unknown key or word, and for a setting without effect; of those of a run that exists
+    (`of_run`) only for one that an override names.
     """
+    named = []
     for word in overrides:
         key, equals, value = word.partition("=")
         if not key.startswith("--config.") or not equals:
@@ -51,7 +54,11 @@ def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]
             parent, place = place, place[part]
         with parent.ignore_type():
             parent[name] = _literal(value, place)
-    return from_config_dict(settings)
+        named.append(".".join([*groups, name]))
+    config = from_config_dict(settings, effects=not of_run)
+    if of_run:
+        refuse_without_effect(config, FIDELITY[config.fidelity], only=named)
+    return config
 
 
 def read_config(file: str, overrides: Sequence[str] = ()) -> Config:
