@@ -197,7 +197,10 @@ MISTAKES = {
     "changed data": (["evaluate", "--run={run}", "--config.data.rows=3"], ["config.data.rows", "text.max_prompt"]),
     "nothing to evaluate": (["evaluate"], ["--run=DIR", "--predictions=FILE"]),
     "predictions of nothing": (["evaluate", "--predictions=x.jsonl"], ["--config=FILE or --run=DIR"]),
-    "no predictions": (["evaluate", "--predictions=no.jsonl", "{config}"], ["no.jsonl", "cannot be read"]),
+    "no predictions": (
+        ["evaluate", "--predictions=no.jsonl", "{config}"],
+        ["no.jsonl", "does not exist", "--predictions"],
+    ),
     "broken predictions": (["evaluate", "--predictions={text}", "{config}"], ["text.dcm, line 1", "mend the line"]),
     "foreign predictions": (["evaluate", "--predictions={foreign}", "{config}"], ["none of its 1 ids", "squares/val/"]),
     "unknown data command": (["data", "exprot"], ["did you mean 'export'"]),

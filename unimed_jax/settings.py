@@ -136,7 +136,7 @@ def _json(value: typing.Any, where: str, depth: int = 0) -> typing.Any:
     if isinstance(value, dict):
         for key in value:
             _build(Paragraph, key, f"{where}, key {shown(key)}")
-        return FrozenDict({key: _json(entry, f"{where}[{key!r}]", depth + 1) for key, entry in value.items()})
+        return FrozenDict({key: _json(entry, f"{where}[{shown(key)}]", depth + 1) for key, entry in value.items()})
     if isinstance(value, (tuple, list)):
         return tuple(_json(entry, f"{where}[{i}]", depth + 1) for i, entry in enumerate(value))
     if value is None or isinstance(value, bool):

@@ -106,7 +106,7 @@ def test_refusals(tmp_path):
         other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
         with pytest.raises(UserError, match=match):
             med_moe.model_to_med_moe(other)
-    with pytest.raises(UserError, match="missing or is not JSON"):
+    with pytest.raises(UserError, match="config.json does not exist; give the folder of a Med-MoE checkpoint"):
         med_moe.read_med_moe_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(words))
     other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=5))

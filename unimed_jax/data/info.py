@@ -1,12 +1,12 @@
 """Defines `Info`, the passport of a data set: what it holds, under which licence, and what to know about it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import read_json
 
 NO_LICENCE = "licence not stated"
 FILE = "info.json"  # in the folder of a generic source: licence, citation, note, cluster_word
@@ -45,10 +45,7 @@ def described(info: Info, folder: Path | None, given: Mapping[Any, str]) -> Info
     found: dict[str, str] = {}
     file = folder / FILE if folder is not None and folder.is_dir() else None
     if file is not None and file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON ({error}); mend it or remove it.") from error
+        found = read_json(file, "mend it or remove it")
         if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
             raise UserError(f"{file} is not an object of texts; give {', '.join(GIVEN)}.")
     for key in found:

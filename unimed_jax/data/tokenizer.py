@@ -15,6 +15,7 @@ from unimed_jax.config import TextConfig
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import TAGS, form_of, runs_of
 from unimed_jax.errors import UserError
+from unimed_jax.files import read_json
 
 # Their ids are 0..3. They alone are "special": dropped from decoded text, and never read out of a text.
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -83,7 +84,7 @@ def _from_folder(folder: Path) -> Any:
     """Loads the folder's tokenizer with transformers, which is imported only here: it takes a second or more."""
     config = folder / "tokenizer_config.json"
     plain = config.is_file() and not (folder / "config.json").exists()
-    if plain and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") == "PreTrainedTokenizerFast":
+    if plain and read_json(config).get("tokenizer_class") == "PreTrainedTokenizerFast":
         # As `train_tokenizer` writes it. The automatic class would import torch, where that is installed.
         from transformers import PreTrainedTokenizerFast
 

@@ -27,11 +27,14 @@ from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, open_sets, units_of
+from unimed_jax.files import json_lines, read_text
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.provenance import code_version, plain, protocol_id
 from unimed_jax.runs.open import Run, initial_leaves
+
+LARGEST_PREDICTIONS = 8 << 30  # bytes of a file of answers
 
 
 def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
@@ -174,18 +177,12 @@ def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
     """(id -> prediction, ids that stand there more than once)."""
     found: dict[str, str] = {}
     doubled: dict[str, None] = {}
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--predictions={file} cannot be read ({error}); give a file of JSON lines.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    text = read_text(file, "give a file of JSON lines as --predictions", LARGEST_PREDICTIONS)
+    for number, entry in json_lines(text, str(file)):
         try:
-            entry = json.loads(line)
             name, prediction = entry["id"], entry["prediction"]
             assert isinstance(name, str) and isinstance(prediction, str)
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (KeyError, TypeError, AssertionError):
             raise UserError(
                 f'{file}, line {number}: not of the form {{"id": "...", "prediction": "..."}}; mend the line.'
             ) from None

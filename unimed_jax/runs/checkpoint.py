@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from unimed_jax.errors import UserError
+from unimed_jax.files import parse_json, read_text
 from unimed_jax.finite import refuse_not_finite
 
 Leaves = dict[str, Any]  # path -> array
@@ -188,13 +189,16 @@ class Checkpoints:
         for step in reversed(self._steps):
             try:
                 return self._note(step)
-            except (OSError, ValueError):
+            except ValueError:
                 continue
         return None
 
     def _note(self, step: int) -> dict:
-        """Raises OSError or ValueError where it is not what was saved."""
-        content = json.loads((self.folder / str(step) / "note" / NOTE).read_text())
+        """Reads what was saved beside the arrays; raises ValueError where it is not that."""
+        try:
+            content = parse_json(read_text(self.folder / str(step) / "note" / NOTE), NOTE, finite=False)
+        except UserError as error:  # an older checkpoint may serve
+            raise ValueError(str(error)) from error
         if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
             raise ValueError(f"{NOTE} is not as it was saved")
         return content

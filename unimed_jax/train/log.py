@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, config_hash, to_dict
 from unimed_jax.errors import UserError
+from unimed_jax.files import parse_json
 
 
 class Log:
@@ -92,8 +93,8 @@ def _drop_from(lines: TextIO, first: int) -> None:
 
 def _step(line: str) -> float:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line, "log.jsonl")["step"])
+    except (UserError, ValueError, KeyError, TypeError):
         return float("inf")  # no line of ours
 
 

@@ -1,8 +1,7 @@
 """Writes a run's weights in a format that other programs read."""
 
-import json
-
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import read_json
 from unimed_jax.verbs.options import parser
 
 
@@ -36,7 +35,7 @@ def run(arguments: list[str]) -> None:
         tokenizer=tokenizer_folder(run.folder, run.config),
         trained=frozenset(trained),
         moments=moments,
-        metrics=json.loads(scores.read_text()) if scores.is_file() else None,
+        metrics=read_json(scores, "evaluate the run again") if scores.is_file() else None,
     )
     target.write(known.out, content)
     print(f"wrote {known.out}")

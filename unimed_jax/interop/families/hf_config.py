@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from unimed_jax.config import DecoderConfig, RopeScaling
 from unimed_jax.errors import UserError
+from unimed_jax.files import read_json
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PretrainedConfig
@@ -161,6 +162,7 @@ def read_hf_config(folder: str | Path) -> "PretrainedConfig":
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give the folder of a Hugging Face model.")
+    read_json(folder / "config.json", "give the folder of a Hugging Face model")  # transformers says less
     try:
         # Without trust, a config that asks for code of its own is refused instead of asked about.
         from transformers import AutoConfig

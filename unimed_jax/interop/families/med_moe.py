@@ -16,7 +16,7 @@ from unimed_jax.config import (
     VisionConfig,
 )
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_folder
+from unimed_jax.files import new_folder, read_json
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.families.hf_config import ACTIVATIONS, decoder_differences, differences_text
 from unimed_jax.interop.families.towers import hf_tower_table
@@ -53,10 +53,10 @@ STABLELM, PHI = "moe_llava_stablelm", "moe_llava_phi"  # kinds of checkpoints (m
 def read_med_moe_config(folder: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's config.json; raises UserError if there is none."""
     file = Path(folder) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or is not JSON; give the folder of a Med-MoE checkpoint.") from error
+    settings = read_json(file, "give the folder of a Med-MoE checkpoint")
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds no object of settings; give the folder of a Med-MoE checkpoint.")
+    return settings
 
 
 def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE, where: str = "") -> ModelConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from unimed_jax.config import ModelConfig
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_folder
+from unimed_jax.files import new_folder, read_json
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
@@ -103,7 +103,7 @@ def _rank_and_alpha(folder: Path) -> tuple[int, float]:
     if not file.is_file():
         raise UserError(f"{file} does not exist; give the folder of a PEFT adapter.")
     try:
-        settings = json.loads(file.read_text())
+        settings = read_json(file, "get it again")
         rank, alpha = settings["r"], settings["lora_alpha"]
         if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
             raise ValueError(f"r is {rank!r} and lora_alpha {alpha!r}")

@@ -23,7 +23,7 @@ from unimed_jax.data.forms import INSTRUCTIONS, TAGS, form_of
 from unimed_jax.data.layout import VISUAL
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_folder
+from unimed_jax.files import new_folder, read_json
 from unimed_jax.interop.families.hf import copy_tokenizer, hf_decoder_table, widest_dtype
 from unimed_jax.interop.families.hf_config import POSITIONS, decoder_to_hf
 from unimed_jax.interop.families.towers import hf_tower_table
@@ -193,8 +193,8 @@ def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
 def is_exported(folder: str | Path) -> bool:
     """Says whether `export_unimed_hf` wrote the folder (a run's own config.json has no model_type)."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == MODEL_TYPE
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(Path(folder) / "config.json")["model_type"] == MODEL_TYPE
+    except (UserError, KeyError, TypeError):
         return False
 
 
@@ -207,9 +207,7 @@ def exported_config(folder: str | Path) -> Config:
     if not file.is_file():
         raise UserError(f"{folder} holds no config.json; give a folder that `export --format=model` wrote.")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))["unimed"]
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); export the model again.") from error
+        settings = read_json(file, "export the model again")["unimed"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is of another kind of model; give what `export --format=model` wrote.") from error
     config = from_config_dict(settings, effects=False)

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from unimed_jax.errors import UserError
+from unimed_jax.files import read_json
 from unimed_jax.interop.tensors.table import Region, Stored, Tensors
 from unimed_jax.interop.tensors.torch_file import TorchFile, damaged
 
@@ -94,9 +95,9 @@ class Shards(Tensors):
     def __init__(self, index: Path):
         self.origin = str(index.parent)
         try:
-            self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.file_of: dict[str, str] = read_json(index, "get it again")["weight_map"]
             names = set(self.file_of.values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is not an index of weight files (no weight_map); get it again.") from error
         for name in names:
             # A name with a folder in it could reach outside.
