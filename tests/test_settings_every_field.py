@@ -183,6 +183,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "form": one_of("unimed", "stablelm", "phi", "plain", "simple"),
         **dict.fromkeys(("coordinate_tokens", "chat_template"), flag),
         "max_words": optional(size),
+        "changed": one_of("refuse", "accept"),
         **dict.fromkeys(("double_bos", "training_blank"), maybe),
     },
     "data": {
@@ -196,6 +197,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "fit": one_of("stretch", "crop", "pad"),
         "threads": whole(0, 1024),
         "image_cache_mib": whole(0, 2**20),
+        "changed": one_of("refuse", "accept"),
     },
     "data.sources[0]": source,
     "evaluate.sources[0]": source,
@@ -216,6 +218,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         **dict.fromkeys(("steps", "save_every", "log_every", "keep"), count),
         "accumulation": lambda v: type(v) is int and v in (1, 2, 4, 8, 16),  # divisors of the 16 rows
         "rules": tuple_of(group_of_settings, least=1),
+        "moments": one_of("zeros", "init"),
         "gradients": one_of("sum"),
         "best": one_of(""),  # nothing is measured by default
         "best_mode": one_of("max", "min"),

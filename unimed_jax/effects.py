@@ -41,7 +41,6 @@ REFUSED = (
     ),
     Need("train", "best_mode", lambda c: c.train.best, "config.train.best is empty"),
     Need("mesh", "data fsdp tensor expert", lambda c: not c.mesh.auto, "config.mesh.auto is True"),
-    Need("evaluate", "splits", lambda c: not c.evaluate.entries, "config.evaluate.entries name their own splits"),
     Need("evaluate", "top_p", lambda c: c.evaluate.temperature, "nothing is sampled (config.evaluate.temperature=0)"),
     Need(
         "model.connector",
@@ -99,6 +98,7 @@ SAID = (
         lambda c: c.job == "router",
         "config.job is 'model'",
     ),
+    Need("evaluate", "splits", lambda c: not c.evaluate.entries, "config.evaluate.entries name their own splits"),
     Need("optimizer", "warmup_lr", lambda c: c.optimizer.warmup_steps, "config.optimizer.warmup_steps is 0"),
 )
 _DEFAULT = Config()

@@ -17,6 +17,7 @@ from unimed_jax.config import Config, ModelConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model.parameters import abstract, parameters
 
+MODEL = "the widths, depths and numbers of experts in config.model"
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
@@ -59,11 +60,7 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
     logits = 4 * rows * data.row_answers * model.decoder.vocab
     scores = rows * data.row_tokens**2 if jax.devices()[0].platform == "cpu" else 0  # the mask, a byte each
     weights = tree_bytes(state) + tree_bytes(state.leaves) + tree_bytes(frozen)
-    refuse_too_large(
-        weights,
-        "training this model",
-        "the widths, depths and numbers of experts in config.model",
-    )
+    refuse_too_large(weights, "training this model", MODEL)
     refuse_too_large(
         weights + tree_bytes(batch) + logits + scores,
         f"training on batches of config.data.rows={data.rows} rows",
@@ -75,8 +72,10 @@ def check_answering(model: ModelConfig, rows: int, tokens: int) -> None:
     """Raises UserError if answers in batches of `rows`, each of so many tokens with its prompt, cannot fit."""
     decoder, width = model.decoder, jnp.dtype(model.compute_dtype).itemsize
     cache = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim * rows * tokens
+    weights = tree_bytes(parameters(abstract(model)))
+    refuse_too_large(weights, "this model", MODEL)
     refuse_too_large(
-        tree_bytes(parameters(abstract(model))) + cache,
+        weights + cache,
         f"answering {rows} prompts at once with {tokens} tokens each",
         "config.evaluate.batch or config.evaluate.max_new_tokens",
     )

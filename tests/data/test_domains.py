@@ -14,11 +14,6 @@ from unimed_jax.errors import UserError
 SPLITS = ("train", "val", "test")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 def opened(name, cache, **options):
     (found,) = datasets.open_sources(DataConfig((SourceConfig(name, options=options),), cache=cache))
     return found

@@ -9,7 +9,6 @@ from PIL import Image
 from unimed_jax.config import DataConfig, SourceConfig, TextConfig
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.forms import form_of, text_of
-from unimed_jax.data.joined import joined
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics.text import is_closed
 
@@ -108,7 +107,7 @@ def test_paths_start_at_the_root_and_ids_must_differ(tmp_path):
         sources = tuple(SourceConfig("llava", path=path, **more) for path in paths)
         return open_sources(DataConfig(sources, root=str(tmp_path), cache=str(tmp_path / "cache")))
 
-    assert joined(at("align", "rad")).id == "llava-align+llava-rad"
+    assert [dataset.id for dataset in at("align", "rad")] == ["llava-align", "llava-rad"]
     one, again = at("rad", "rad")
     assert one is again and one.id == "llava"
     with pytest.raises(UserError, match="two data sets have the id 'llava-rad'"):

@@ -3,7 +3,6 @@
 And what is found after a step: parameters that are not finite are neither saved nor opened.
 """
 
-import dataclasses
 import json
 import types
 
@@ -79,10 +78,6 @@ WITHOUT_EFFECT = [
     ({"mesh.data": 8}, "mesh.data=8"),
     ({"evaluate.top_p": 0.9}, "evaluate.top_p=0.9"),
     ({"train.best_mode": "min"}, "train.best_mode='min'"),
-    (
-        {"evaluate.entries": ({"source": "a", "task": "vqa", "split": "val"},), "evaluate.splits": ("dev",)},
-        "evaluate.splits=('dev',)",
-    ),
 ]
 
 
@@ -114,11 +109,19 @@ def test_minor_settings_without_effect_are_named_at_the_start(run, monkeypatch):
     config = tiny(
         **{"model__connector__kind": "mlp2x_gelu", "model__connector__experts": 7, "optimizer__warmup_steps": 0},
         **{"data__packing": False, "optimizer__warmup_lr": 1e-4, "router_fit__epochs": 3},
+        evaluate__entries=(dict(source="squares", task="vqa", split="val", every=5),),
     )
     said = []
     monkeypatch.setattr(checks.processes, "say", said.append)
     checks.check_start(config, run.tokenizer, parameters(abstract(config.model)))
-    names = ["model.connector.experts=7", "data.window=32", "optimizer.warmup_lr=0.0001", "router_fit.epochs=3"]
+    names = [
+        "model.connector.experts=7",
+        "data.window=32",
+        "evaluate.splits=('val',)",
+        "optimizer.warmup_lr=0.0001",
+        "router_fit.epochs=3",
+    ]
+    names.append("evaluate.entries[0].every=5")
     for name in names:
         assert any(sentence.startswith(f"config.{name} has no effect") for sentence in said), name
 
@@ -248,19 +251,20 @@ def test_an_evaluation_of_nothing_keeps_the_report(run, capsys):
 
 
 # ---- memory ----------------------------------------------------------------------------------------
-def test_settings_that_no_memory_holds_are_refused_before_anything_is_allocated(tmp_path):
-    for settings, words in (
-        ({"model__decoder__width": 2**20, "model__decoder__mlp_width": 2**20}, "training this model needs at least"),
-        ({"data__rows": 65536, "data__row_tokens": 2**20}, "config.data.rows=65536 rows needs at least"),
-        ({"evaluate__max_new_tokens": 65536, "evaluate__batch": 65536, "evaluate__limit": 10**6}, "prompts at once"),
-    ):
-        config = tiny(**settings)
-        if "prompts" in words:
-            with pytest.raises(UserError, match=words):
-                memory.check_answering(dataclasses.replace(config.model), 2**16, 2**20)
-            continue
-        with pytest.raises(UserError, match=words):
-            start.prepare(config, tmp_path / words.replace(" ", "_")[:20])
+TOO_LARGE = [
+    ({"model__decoder__width": 2**20, "model__decoder__mlp_width": 2**20}, "this model needs at least"),
+    ({"model__decoder__depth": 1024, "model__decoder__mlp_width": 2**20}, "this model needs at least"),
+    ({"data__rows": 65536, "data__row_tokens": 2**20}, "config.data.rows=65536 rows needs at least"),
+    ({"evaluate__max_new_tokens": 65536, "model__decoder__head_dim": 65536}, "prompts at once"),
+]
+
+
+@pytest.mark.parametrize("settings, words", TOO_LARGE)
+def test_what_no_memory_holds_is_refused_before_anything_is_allocated(settings, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "initial_leaves", lambda *arguments: pytest.fail("weights were made"))
+    monkeypatch.setattr(memory, "available_bytes", lambda: 24 * 2**30)
+    with pytest.raises(UserError, match=words):
+        start.prepare(tiny(**settings), tmp_path)
 
 
 def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from unimed_jax.errors import UserError
 VERSION = 1  # of the arrays and of how examples become tokens; raise it when either changes
 NAMED = 5  # over-long records that a message names
 _PREFIX, _ANSWER, _CUT, _SUFFIX = 0, 1, 2, 3  # columns; from _SUFFIX on one for each instruction
+UNUSED = ("max_prompt", "tokenizer", "vocab", "changed")  # settings that no length depends on
 _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 
@@ -60,7 +61,7 @@ def measure(
     fingerprint = getattr(tokenizer, "fingerprint", "")
     if cache is None or not fingerprint or not key:
         return Lengths(_measured(examples, tokenizer, text, tokens_per_image))
-    settings = {k: v for k, v in dataclasses.asdict(text).items() if k not in ("max_prompt", "tokenizer", "vocab")}
+    settings = {k: v for k, v in dataclasses.asdict(text).items() if k not in UNUSED}
     facts = [VERSION, key, len(examples), fingerprint, settings, tokens_per_image]
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
     path = cache / "lengths" / f"{name}.npy"

@@ -19,6 +19,16 @@ from unimed_jax.files import read_json
 
 # Their ids are 0..3. They alone are "special": dropped from decoded text, and never read out of a text.
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+FILES = (  # that a tokenizer's folder may hold
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 MARKERS = ("[INST]", "[/INST]", "<Img>", "</Img>", *TAGS.values(), "{", "}")
 COORDINATES = tuple(f"<{i}>" for i in range(101))
 
@@ -157,6 +167,18 @@ class Tokenizer:
         else:  # a tokenizer in Python: its class and all its pieces
             facts = json.dumps([type(self._tokenizer).__name__, self._tokenizer.get_vocab()], sort_keys=True)
         return hashlib.sha256(f"{self.bos}/{self.eos}/{facts}".encode()).hexdigest()
+
+    def state(self, folder: str | Path) -> str:
+        """Names the tokenizer in two parts, by its files in `folder` and by its `fingerprint`.
+
+        Two states that agree in one part are of one tokenizer: the second outlives a harmless edit of the files, the
+        first another version of the libraries.
+        """
+        digest = hashlib.sha256()
+        for name in FILES:
+            if (Path(folder) / name).is_file():
+                digest.update(f"{name}\0".encode() + hashlib.sha256((Path(folder) / name).read_bytes()).digest())
+        return f"{digest.hexdigest()}/{self.fingerprint}"
 
     def _find_coordinates(self) -> int | None:
         unknown = self._tokenizer.unk_token_id

@@ -69,6 +69,13 @@ def open_sets(data: DataConfig) -> dict[str, Source]:
     return found
 
 
+def open_held_out(config: Config) -> list[Dataset]:
+    """Opens the data sets that are evaluated besides those of config.data; empty if nothing is or there are none."""
+    if not config.evaluate.sources or not (config.evaluate.entries or config.evaluate.splits):
+        return []
+    return [source.data for source in open_sets(config.held_out).values()]
+
+
 def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], list[str]]:
     """Resolves the settings into (units, notes on what was left out).
 
@@ -167,11 +174,13 @@ class Training:
 
     def __init__(self, config: Config, sets: Mapping[str, Source]):
         self.notes: list[str] = []
-        self._sets = sets
+        self.sets = sets
+        self.opened = True  # whether `sets` are those of config.data
         if config.held_out != config.data:
             try:
-                self._sets = open_sets(config.data)
+                self.sets = open_sets(config.data)
             except UserError as error:
+                self.opened = False
                 self.notes.append(
                     f"the training data did not open, so baselines are fitted on the scored sets: {error}"
                 )
@@ -179,12 +188,12 @@ class Training:
 
     def of(self, unit: Unit) -> list[Example]:
         """The training examples of the unit's task."""
-        own = self._of_set(unit.source.id).get(unit.task, []) if unit.source.id in self._sets else []
-        return own or [example for name in self._sets for example in self._of_set(name).get(unit.task, [])]
+        own = self._of_set(unit.source.id).get(unit.task, []) if unit.source.id in self.sets else []
+        return own or [example for name in self.sets for example in self._of_set(name).get(unit.task, [])]
 
     def _of_set(self, name: str) -> dict[str, list[Example]]:
         if name not in self._read:
-            source = self._sets[name]
+            source = self.sets[name]
             self._read[name] = by_task(source, "train", TRAIN_SAMPLE) if _has(source, "train") else {}
         return self._read[name]
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax.config import DecoderConfig, ModelConfig, MoeConfig
+from unimed_jax.data import tokenizer
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf_config import (
     POSITIONS,
@@ -137,17 +138,6 @@ def _norm_entries(d: DecoderConfig, theirs: str, ours: str, index: tuple[int, ..
 # Folders
 # --------------------------------------------------------------------------------------------------
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 
 def load_decoder(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
     """Loads the decoder's leaves, except adapters and routers, from a Hugging Face folder.
@@ -200,6 +190,6 @@ def widest_dtype(stored: Mapping[str, Stored]) -> str:
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """Copies the files of a tokenizer from one folder to another."""
-    for name in TOKENIZER_FILES:
+    for name in tokenizer.FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)
