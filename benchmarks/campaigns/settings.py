@@ -2,24 +2,36 @@
 
 Run it as `python benchmarks/campaign.py settings`; `--help` lists its options. The values are tried twice: by the
 checker of settings in this process, all of them, and a sample of the accepted ones in runs of two steps, each in a
-process of its own that may take 60 seconds and 2 GB.
+process of its own that may compute for 60 seconds and hold 2 GB.
 """
 
+import argparse
 import copy
 import dataclasses
 import fnmatch
 import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from unimed_jax.bounds import AtLeast, AtMost, Between, ZeroOr
+from unimed_jax.bounds import AtLeast, AtMost, Between, ZeroOr, shown
 from unimed_jax.config import Config
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
 
-SECONDS, GIB = 60, 2.0  # that one run may take
+SECONDS, GIB = 60, 2.0  # of computing, and memory, that one run may take
+WAIT = 300  # seconds after which it is ended whatever it computed: it may wait for others, or for nothing
 
 # --------------------------------------------------------------------------------------------------
 # Fields
@@ -213,3 +225,172 @@ def trials() -> Iterator[Tried]:
                 yield Tried(field, value, from_config_dict(settings_with(field, value)), "")
             except UserError as error:
                 yield Tried(field, value, None, str(error))
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------
+
+# Settings that say how much work there is: a run that is not finished in time does what it was asked for.
+WORK = ("train.steps", "train.accumulation", "evaluate.bootstrap", "*max_new_tokens", "*depth", "router_fit.epochs")
+
+
+class Outcome(NamedTuple):
+    """What became of one run."""
+
+    kind: str  # "ran", "refused", "at work"; anything else is a finding
+    text: str
+    seconds: float  # of computing
+    gib: float  # most memory that it held
+
+
+def sampled(accepted: list[Tried], seed: int) -> Iterator[Tried]:
+    """Yields accepted values without end of one field after another, the fields in a random order."""
+    rng = random.Random(seed)
+    by_field: dict[str, list[Tried]] = {}
+    for one in accepted:
+        if not isinstance(one.value, str | bool | None) and one.value not in ((), {}, []):
+            by_field.setdefault(one.field.name, []).append(one)
+    for values in by_field.values():
+        rng.shuffle(values)
+    names = list(by_field)
+    while by_field:
+        rng.shuffle(names)
+        for name in names:
+            if by_field.get(name):
+                yield by_field[name].pop()
+            else:
+                by_field.pop(name, None)
+
+
+def attempt(one: Tried, folder: Path) -> Outcome:
+    """Trains the tests' smallest model for two steps with this value, and scores it, in a process of its own."""
+    begun, seconds, most = time.monotonic(), 0.0, 0.0
+    said = folder / "said.txt"
+    folder.mkdir(parents=True)
+    child = os.fork()
+    if child == 0:
+        os._exit(_run(one, folder, said))
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        most = max(most, _resident(child))
+        seconds = max(seconds, _computed(child))
+        if most > GIB or seconds > SECONDS or time.monotonic() - begun > WAIT:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            works = any(fnmatch.fnmatchcase(one.field.name, pattern) for pattern in WORK)
+            kind = "memory" if most > GIB else "at work" if works else "time"
+            return Outcome(kind, "", seconds, most)
+        time.sleep(0.05)
+    text = said.read_text() if said.is_file() else "error: the process died"
+    kind, _, rest = text.partition(": ")
+    return Outcome(kind, rest, seconds, most)
+
+
+def _run(one: Tried, folder: Path, said: Path) -> int:
+    """Does the run, in the child; writes what became of it into `said`."""
+    import jax
+    from support.fake_brain import tiny_config
+
+    from unimed_jax import memory
+    from unimed_jax.analyze.chain import train_and_evaluate
+
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    jax.config.update("jax_disable_most_optimizations", True)  # tiny programs, each compiled once and run twice
+    memory.available_bytes = lambda: GIB * 2**30  # as on a machine that has no more
+    try:
+        settings = tiny_config(steps=2).to_dict()
+        settings["evaluate"].update(splits=("val",), limit=2, batch=2, max_new_tokens=4, bootstrap=10)
+        _merge(settings, settings_with(one.field, one.value))
+        train_and_evaluate(from_config_dict(settings), folder / "run")
+        said.write_text("ran: ")
+    except UserError as error:
+        said.write_text(f"refused: {error}")
+    except BaseException as error:  # whatever it is, it is a finding
+        said.write_text(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return 0
+
+
+def _computed(process: int) -> float:
+    """Returns the processor seconds that a process has used."""
+    try:
+        words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident(process: int) -> float:
+    """Returns the memory that a process holds, in GiB."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmRSS:")), 0.0)
+
+
+def run(arguments: list[str]) -> None:
+    """Prints a row for each group of settings and each finding, then totals."""
+    options = argparse.ArgumentParser(prog="python benchmarks/campaign.py settings", description=__doc__)
+    options.add_argument("--seconds", type=float, default=420.0, help="for the runs together; 0: none")
+    options.add_argument("--seed", type=int, default=0, help="of the sample of accepted values")
+    known = options.parse_args(arguments)
+
+    begun, rows, accepted, longest = time.monotonic(), Counter[tuple[str, str]](), [], 0
+    for one in trials():
+        group = one.field.name.rpartition(".")[0].partition("[")[0] or "config"
+        rows[group, "values"] += 1
+        rows[group, "refused"] += one.config is None
+        longest = max(longest, len(one.sentence))
+        if one.config is not None:
+            accepted.append(one)
+    named = Counter(field.name.rpartition(".")[0].partition("[")[0] or "config" for field in fields())
+    for group, count in named.items():
+        values, refused = rows[group, "values"], rows[group, "refused"]
+        print(f"{group:28} {count:3} fields {values:6} values {refused:6} refused {values - refused:5} accepted")
+    values, refused = sum(v for (_, what), v in rows.items() if what == "values"), 0
+    refused = sum(v for (_, what), v in rows.items() if what == "refused")
+    print(
+        f"checker: {named.total()} fields, {values} values, {refused} refused in a sentence of at most {longest} "
+        f"characters, {values - refused} accepted; {time.monotonic() - begun:.1f} s"
+    )
+    if known.seconds:
+        _runs(accepted, known.seconds, known.seed)
+
+
+def _runs(accepted: list[Tried], seconds: float, seed: int) -> None:
+    _prepare()
+    begun, kinds, slowest, most = time.monotonic(), Counter[str](), 0.0, 0.0
+    base = Path(tempfile.mkdtemp(prefix="unimed_jax_settings_"))
+    fields_run = set()
+    try:
+        for number, one in enumerate(sampled(accepted, seed)):
+            if time.monotonic() - begun > seconds:
+                break
+            outcome = attempt(one, base / str(number))
+            shutil.rmtree(base / str(number), ignore_errors=True)
+            kinds[outcome.kind] += 1
+            fields_run.add(one.field.name)
+            slowest, most = max(slowest, outcome.seconds), max(most, outcome.gib)
+            what = f"{one.field.name}={shown(one.value)}: {outcome.kind} {outcome.text}"
+            print(f"{what} ({outcome.seconds:.0f} s, {outcome.gib:.2f} GiB)", flush=True)
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    print(
+        f"runs, seed {seed}: {kinds.total()} values of {len(fields_run)} fields: {counted}; slowest {slowest:.0f} s, "
+        f"most memory {most:.2f} GiB"
+    )
+
+
+def _prepare() -> None:
+    """Imports what the runs need, so that each of them starts as a copy of this process; JAX starts in them."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    import support.fake_brain  # noqa: F401
+
+    import unimed_jax.analyze.chain  # noqa: F401
