@@ -18,7 +18,7 @@ def tfds(folder: Path, records: int, rng: np.random.Generator) -> None:
     import tensorflow_datasets
 
     # A class registers itself by its name; it would be refused the second time.
-    with tensorflow_datasets.core.registered.skip_registering():
+    with tensorflow_datasets.core.registered.skip_registration():
         builder_class = _builder_class(tensorflow_datasets, records, rng)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         builder = builder_class(data_dir=scratch, file_format="array_record")
