@@ -18,7 +18,7 @@ class Selection:
     """Shows one data set as the sources that name it see it: an example is in if any of them lets it through."""
 
     def __init__(self, store: Store, id: str, info: Info, sources: Sequence[SourceConfig]):
-        """Takes sources that agree in all but tasks, filters and weights; raises UserError if a rule or filter fails."""
+        """Takes sources alike but for tasks, filters and weights; raises UserError for a rule or filter that fails."""
         self._store, self.id, self.name, self.info = store, id, id, info
         self._splits = _made_splits(store, sources[0].splits, id)
         for split, numbers in self._splits.items():
