@@ -32,14 +32,17 @@ def run(arguments: list[str]) -> None:
     if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
         raise UserError(f"task {known.task!r} needs --text.")
 
-    from unimed_jax.data.forms import text_to_box
+    from unimed_jax.data.forms import valid_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
     from unimed_jax.predict.predictor import Predictor, Request
     from unimed_jax.runs.open import open_config, open_run
 
-    if known.task == "identify" and text_to_box(known.text) is None:
-        raise UserError(f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
+    if known.task == "identify" and valid_box(known.text) is None:
+        raise UserError(
+            f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image, with x1 < x2 "
+            "and y1 < y2, at most 100."
+        )
     image = read_image(known.image) if known.image else None
     run = open_run(known.run) if known.run else open_config(read_config(known.config, overrides))
     predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
@@ -49,7 +52,9 @@ def run(arguments: list[str]) -> None:
         print(piece, end="", flush=True)
         text += piece
     print()
-    box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
+    box = valid_box({"refer": text, "identify": known.text}.get(known.task, ""))
+    if known.task == "refer" and box is None:
+        print("The answer holds no valid box ({<x1><y1><x2><y2>}, x1 < x2, y1 < y2, at most 100): nothing is drawn.")
     if box and image is not None:
         out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")
         out.parent.mkdir(parents=True, exist_ok=True)
