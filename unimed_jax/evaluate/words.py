@@ -43,14 +43,15 @@ _CLOSING = regex.compile(r"[\s\p{Terminal_Punctuation}]+$")
 # Scripts without blanks between words, and Korean, whose words change their ends: each character is a token.
 _CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Bopomofo}ー]"
 _NUMBER = r"(?:\d+(?:\.\d+)+|(?<!\d,)\d+,\d+(?!,?\d)|\d+)"
+_COMPARED = r"(?:<(?!\w+>)|(?<!<\w+)>|[≤≥±])"  # not the brackets of a mark: "<unk>", a box's "<10>"
 _MINUS = rf"(?:(?<!{_LETTER}|[)\]%.'\"])-)?"  # a dash between words or numbers is no sign
 _RESULT = rf"(?<={_LETTER}|[)])-(?!{_LETTER}|[(<])|(?<![^\s(])-(?=\s*(?:$|[,.;)/])|ve\b)"  # "HER2-", "(-)", "-ve"
 _TOKEN = regex.compile(
-    rf"(?V1)[<>≤≥±]?{_MINUS}{_NUMBER}"
+    rf"(?V1){_COMPARED}?{_MINUS}{_NUMBER}"
     rf"|{_CHARACTER}\p{{M}}*"
     r"|(?<=\d)x(?=\d)"
     rf"|[[{_LETTER}]--[{_CHARACTER}]]+(?:'[[{_LETTER}]--[{_CHARACTER}]]+)*"
-    rf"|\++|[<>≤≥≠±%‰↑↓♂♀]|{_RESULT}"
+    rf"|\++|{_COMPARED}|[≠%‰↑↓♂♀]|{_RESULT}"
 )
 
 
