@@ -57,6 +57,5 @@ def run(arguments: list[str]) -> None:
         print("The answer holds no valid box ({<x1><y1><x2><y2>}, x1 < x2, y1 < y2, at most 100): nothing is drawn.")
     if box and image is not None:
         out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")
-        out.parent.mkdir(parents=True, exist_ok=True)
         draw_box(out, image, box, known.text if known.task == "refer" else text)
         print(f"drew {out}")
