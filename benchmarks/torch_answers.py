@@ -26,7 +26,7 @@ import numpy as np
 
 from unimed_jax.config import TASKS, Config
 from unimed_jax.data import images, layout
-from unimed_jax.data.example import Example
+from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters
@@ -128,12 +128,12 @@ def compare(ours: Ours, theirs: Torch, examples: Sequence[Example], pixels: Pixe
     return records
 
 
-def chosen(examples: Sequence[Example], count: int) -> list[Example]:
-    """`count` examples, as evenly over the tasks as it divides and evenly spaced within each."""
-    tasks = [task for task in TASKS if any(e.task == task for e in examples)]
+def chosen(there: Sequence[tuple[Dataset, Example]], count: int) -> list[tuple[Dataset, Example]]:
+    """Picks `count` examples, as evenly over the tasks as it divides and evenly spaced within each."""
+    tasks = [task for task in TASKS if any(example.task == task for _, example in there)]
     out = []
     for i, task in enumerate(tasks):
-        of_task = [e for e in examples if e.task == task]
+        of_task = [pair for pair in there if pair[1].task == task]
         share = min(len(of_task), count // len(tasks) + (i < count % len(tasks)))
         out += [of_task[int((k + 0.5) * len(of_task) / share)] for k in range(share)]
     return out
@@ -161,8 +161,7 @@ def main() -> None:
     known = options.parse_args()
     harness.need("torch")
 
-    from unimed_jax.data.datasets import open_sources
-    from unimed_jax.data.joined import joined
+    from unimed_jax.data.datasets import distinct, open_sources
     from unimed_jax.interop.families.unimed_hf import export_unimed_hf
     from unimed_jax.runs.folder import tokenizer_folder
     from unimed_jax.runs.open import open_run
@@ -176,9 +175,10 @@ def main() -> None:
             export_unimed_hf(
                 folder, run.config, parameters(run.model), tokenizer_folder(run.folder, run.config), metrics
             )
-        dataset = joined(open_sources(run.config.data))
-        examples = chosen(dataset.examples("test"), known.examples)
-        pixels = [[dataset.image(key) for key in e.images] for e in examples]
+        there = [(d, e) for d in distinct(open_sources(run.config.data)) for e in d.examples("test")]
+        picked = chosen(there, known.examples)
+        examples = [example for _, example in picked]
+        pixels = [[dataset.image(key) for key in example.images] for dataset, example in picked]
         sides, records = (Ours(run.model, run.config, run.tokenizer), Torch(folder)), []
         for start in range(0, len(examples), known.batch):
             part = slice(start, start + known.batch)

@@ -42,6 +42,7 @@ from unimed_jax.config_model import (  # noqa: F401  (all settings are imported 
 
 # In the published task order (Uni-Med, its five visual tasks) and, last, text-only question answering.
 VisualTask = Literal["vqa", "refer", "identify", "caption", "cls"]
+Changed = Literal["refuse", "accept"]  # what becomes of data or a tokenizer that a run was not trained with
 Task = Literal[VisualTask, "qa"]
 VISUAL_TASKS: tuple[str, ...] = get_args(VisualTask)
 TASKS: tuple[str, ...] = get_args(Task)
@@ -72,6 +73,8 @@ class TextConfig:
     # A blank after the instruction, only in training (form unimed). None; paper: True. A model trained
     # from scratch on it alone ends boxes after three coordinates at evaluation, where it is missing.
     training_blank: bool | None = None
+    # If the tokenizer is another one than the run was trained with. refuse: an error; accept: every result says so.
+    changed: Changed = "refuse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,8 @@ class DataConfig:
     threads: Annotated[int, Between(0, 1024)] = 2  # that read and decode ahead; 0: none
     cache: str = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
     image_cache_mib: Whole = 256  # decoded images kept in memory, in MiB; 0: none
+    # If a data set is another one than the run was trained with. refuse: an error; accept: every result says so.
+    changed: Changed = "refuse"
 
     @property
     def cache_folder(self) -> Path:
@@ -176,6 +181,9 @@ class TrainConfig:
     rules: Annotated[tuple[RuleConfig, ...], Filled()] = (
         RuleConfig("*", True),
     )  # first match wins; a parameter without one is an error
+    # Optimizer state at step 0. zeros: as AdamW starts; init: that of the last original checkpoint
+    # (kind "unimed") of config.init, so that its training goes on.
+    moments: Literal["zeros", "init"] = "zeros"
     gradients: Literal["sum"] = "sum"  # how gradients of several tasks are combined (train/gradients.py)
     save_every: Count = 500  # steps between checkpoints
     log_every: Count = 10  # steps between log lines
@@ -296,6 +304,9 @@ def to_dict(config) -> dict:
 
 
 def config_hash(config: Config) -> str:
-    """Returns the first 16 hex digits of the settings' sha256."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+    """Returns the first 16 hex digits of the settings' sha256; what becomes of changed inputs is not among them."""
+    settings = to_dict(config)
+    for group in ("data", "text"):
+        del settings[group]["changed"]
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

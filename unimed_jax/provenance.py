@@ -1,8 +1,9 @@
 """Names the code that produced a result, and turns values into plain JSON."""
 
+import hashlib
 import importlib.metadata
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,11 @@ def plain(value):
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
+
+
+def joint_checksum(checksums: Sequence[str]) -> str:
+    """Makes one checksum of several; a single one stays as it is."""
+    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def code_version() -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unimed_jax.config import Config
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report import pictures
 from unimed_jax.predict import predictor
@@ -22,8 +23,10 @@ def ask(tmp_path, monkeypatch):
     drawn = []
 
     def asked(task, question, answer, capsys):
-        run = SimpleNamespace(model=None, config=None, tokenizer=None, mesh=None, folder=tmp_path)
-        monkeypatch.setattr(opening, "open_run", lambda folder: run)
+        settings = Config()
+        run = SimpleNamespace(model=None, config=settings, tokenizer=None, mesh=None, folder=tmp_path, notes=())
+        monkeypatch.setattr(opening, "settings_of", lambda folder: settings)
+        monkeypatch.setattr(opening, "open_run", lambda folder, **switches: run)
         monkeypatch.setattr(
             predictor, "Predictor", lambda *parts: SimpleNamespace(stream=lambda request: iter([answer]))
         )

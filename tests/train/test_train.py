@@ -31,12 +31,11 @@ def squares(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def straight(quick_compiles, tmp_path_factory):
+def straight(quick_compiles, built_once):
     """A run that is never stopped."""
-    folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", one_device)
-        return loop.train(from_config_dict(tiny_config()), folder)
+        return open_run(built_once("straight", lambda folder: loop.train(from_config_dict(tiny_config()), folder)))
 
 
 def lines(folder):

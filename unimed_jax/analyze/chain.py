@@ -17,6 +17,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
 from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.files import read_json
+from unimed_jax.paths import check_run_folder
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
 from unimed_jax.settings import from_config_dict
@@ -54,19 +55,28 @@ def read_stages(settings: ml_collections.ConfigDict, overrides: Sequence[str], f
     unknown = sorted(set(settings.keys()) - {"name", "stages"})
     if unknown or not settings.stages:
         raise UserError(f"a config with stages has a name and at least one stage, and no {unknown or 'empty list'}.")
-    stages = linked([from_config_dict(load_config_file(file)) for file in settings.stages], folder)
+    stages = linked(list(map(_stage_config, settings.stages)), folder)
     for i, stage in enumerate(stages):
         made = [earlier.folder for earlier in stages[:i]]
         given = tuple((kind, path) for kind, path in stage.config.init if not any(map(Path(path).is_relative_to, made)))
         lacks = missing_inputs(dataclasses.replace(stage.config, init=given))
         if lacks:
             raise UserError(lacks)
+        check_run_folder(stage.folder, "--workdir")
         if (stage.folder / "config.json").exists():
             write_config(stage.folder, stage.config)  # refuses other settings
         later = next((s for s in stages[i + 1 :] if (s.folder / "config.json").exists()), None)
         if later and not trained(stage):
             raise UserError(f"{later.folder} started from another {stage.folder} than will be trained now; remove it.")
     return stages
+
+
+def _stage_config(file: str) -> Config:
+    """Reads one stage's config file; raises UserError for a chain."""
+    settings = load_config_file(file)
+    if "stages" in settings:
+        raise UserError(f"stage {file} is a chain itself; name its stages ({', '.join(settings.stages)}) instead.")
+    return from_config_dict(settings)
 
 
 def linked(configs: Sequence[Config], folder: Path) -> list[Stage]:

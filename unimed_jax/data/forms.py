@@ -125,8 +125,8 @@ def text_of(pieces: Sequence[Piece], end: str = "") -> str:
 def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
     """Joins neighbouring texts that are alike (target or not) and not ended: each is one text for the tokenizer.
 
-    Pieces meet where tokenizers cut anyway (before a blank, after the end of text), so the ids of the runs are those
-    of the whole text.
+    Pieces meet before a blank or after the end of text, where most tokenizers cut anyway; the ids of the runs are
+    then those of the whole text. `layout.piece_ids` minds those that do not.
     """
     runs: list[Piece] = []
     for piece in pieces:
@@ -148,6 +148,8 @@ class Form(abc.ABC):
 
     published = ""  # the system whose published rules score vqa answers in this form
     exported = False  # whether the torch model of `export --format=model` can ask in this form
+    turns = False  # whether it holds the turns before the question
+    joined = False  # whether question and answer are tokenised as one text, and not each by itself (as published)
     cut = False  # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
 
     def __init__(self, text: TextConfig):
@@ -240,7 +242,9 @@ class Conversation(Form):
     Every answer is a target. All images come before the first question; the task's first instruction asks, untagged.
     """
 
+    published, turns = "Med-MoE", True
     published = "Med-MoE"
+    joined = True
 
     def training(self, example: Example, variant: int) -> list[Piece]:
         return self.training_turns(self._turns(example, answer_text(example, self.text)))

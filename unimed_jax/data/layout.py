@@ -105,18 +105,49 @@ def _prefix(ids: tuple[int, ...]) -> np.ndarray:
 
 
 def piece_ids(
-    pieces: Sequence[Piece], tokenise: Callable[[str], Sequence[int]], eos: int, image: Sequence[int]
+    pieces: Sequence[Piece],
+    tokenise: Callable[[str], Sequence[int]],
+    eos: int,
+    image: Sequence[int],
+    together: Callable[[Sequence[str], bool], Sequence[Sequence[int]]] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Turns pieces into ids, with those of `image` for each image, and says which of them are targets."""
+    """Turns pieces into ids, with those of `image` for each image, and says which of them are targets.
+
+    together: tokenises as one text those pieces that no image and no end of text parts, and gives each its ids
+    (`Tokenizer.encode_together`); without it each is tokenised by itself.
+    """
+    runs = runs_of(pieces)
+    parts = _ids_of_runs(runs, tokenise, together)
     ids: list[int] = []
     targets: list[bool] = []
-    for run in runs_of(pieces):
+    for run, part in zip(runs, parts, strict=True):
         before = len(ids)
-        ids += image if run.image else tokenise(run.text) if run.text else ()
+        ids += image if run.image else part
         if run.ends:
             ids.append(eos)
         targets += [run.target] * (len(ids) - before)
     return ids, targets
+
+
+def _ids_of_runs(
+    runs: Sequence[Piece],
+    tokenise: Callable[[str], Sequence[int]],
+    together: Callable[[Sequence[str], bool], Sequence[Sequence[int]]] | None,
+) -> list[Sequence[int]]:
+    """Gives the ids of each run; those of an image are ()."""
+    if together is None:
+        return [tokenise(run.text) if run.text else () for run in runs]
+    ids: list[Sequence[int]] = []
+    start, begins = 0, True
+    for i, run in enumerate(runs):
+        last = run.image or run.ends or i + 1 == len(runs) or runs[i + 1].image
+        if not last:
+            continue
+        texts = [part.text for part in runs[start : i + 1] if not part.image]
+        ids += together(texts, begins) if "".join(texts) else [()] * len(texts)
+        ids += [()] if run.image else []
+        start, begins = i + 1, not run.ends  # what follows an image is a text by itself, as published
+    return ids
 
 
 class Encoder:
@@ -126,6 +157,7 @@ class Encoder:
         """`tokenizer`: a `tokenizer.Tokenizer`, or whatever has its `encode`, `bos` and `eos`."""
         self._tokenizer, self._text, self._tokens_per_image = tokenizer, text, tokens_per_image
         self._form = form_of(text)
+        self._together = getattr(tokenizer, "together", None) if self._form.joined else None
         # The head of a prompt is always the same, short answers and questions often.
         self._ids = functools.lru_cache(maxsize=1 << 16)(lambda string: tuple(tokenizer.encode(string)))
 
@@ -138,7 +170,8 @@ class Encoder:
         return self._encode(example, self._form.prompt(example), training=False)
 
     def _encode(self, example: Example, pieces: Sequence[Piece], training: bool) -> Encoded:
-        ids, targets = piece_ids(pieces, self._ids, self._tokenizer.eos, [VISUAL] * self._tokens_per_image)
+        image = [VISUAL] * self._tokens_per_image
+        ids, targets = piece_ids(pieces, self._ids, self._tokenizer.eos, image, self._together)
         first = self._form.beginnings(training)
         ids, targets = [self._tokenizer.bos] * first + ids, [False] * first + targets
         start = len(ids) - ids[::-1].index(VISUAL) if VISUAL in ids else 0
@@ -183,35 +216,6 @@ def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, r
         for group in groups:
             _place(batch, b, cursor, group, shape.tokens_per_image, reduction)
     return batch
-
-
-def training_rows(
-    segments: Sequence[Sequence[Sequence[int]]],
-    answers: Sequence[Sequence[int]],
-    tokens_per_image: int,
-    specials: Specials,
-    *,
-    tasks: Sequence[str],
-    reduction: str = "token",
-    image_size: int = 0,
-) -> Batch:
-    """Published training rows: one example a row, as long as the longest prompt and answer; images are left zero.
-
-    segments[b]: ids around the images of example b (one list: text alone); answers[b]: ids as they stand in the
-    row, end of text included. Returns what `training_batch` does, with M the most images of an example.
-    """
-    encoded = [
-        encode_ids(around, answer, tokens_per_image, specials.bos, task=task)
-        for around, answer, task in zip(segments, answers, tasks, strict=True)
-    ]
-    shape = RowShape(
-        tokens=max(e.tokens - e.answer for e in encoded) + max(e.answer for e in encoded),
-        images=max(len(s) - 1 for s in segments),
-        answers=max(e.answer for e in encoded),
-        tokens_per_image=tokens_per_image,
-        image_size=image_size,
-    )
-    return training_batch([[Group((e,))] for e in encoded], shape, specials.pad, reduction)
 
 
 def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:

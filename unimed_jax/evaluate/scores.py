@@ -4,7 +4,6 @@ Records are the lines of predictions.jsonl (metrics.Record), so that kept predic
 """
 
 import dataclasses
-import hashlib
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -26,7 +25,7 @@ from unimed_jax.evaluate.metrics.published import (
 )
 from unimed_jax.evaluate.metrics.text import is_closed
 from unimed_jax.evaluate.statistics import Measure, interval, resample
-from unimed_jax.provenance import code_version, plain
+from unimed_jax.provenance import code_version, joint_checksum, plain
 from unimed_jax.settings import FIDELITY
 
 SCHEMA = 1  # of metrics.json
@@ -276,14 +275,12 @@ def summarise(
     for part in scored:
         sets.setdefault(part.set, {}).setdefault(part.split, {})[part.task] = part.scores
         groups.setdefault(part.split, {}).setdefault(part.task, []).append(part)
-    checksums = [entry["checksum"] for entry in data.values()]
-    together = hashlib.sha256("".join(checksums).encode()).hexdigest()
     summary = {
         "schema": SCHEMA,
         "name": config.name,
         "config_hash": config_hash(config),
         "step": step,
-        "data_checksum": checksums[0] if len(checksums) == 1 else together,
+        "data_checksum": joint_checksum([entry["checksum"] for entry in data.values()]),
         "code_version": code_version(),
         "fidelity": config.fidelity,
         "knobs": {key: operator.attrgetter(key)(config) for key in FIDELITY["default"]},

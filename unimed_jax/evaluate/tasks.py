@@ -20,6 +20,7 @@ from unimed_jax.evaluate.metrics import Metric, of_task
 
 # Training examples of one set that baselines are fitted on: all, or so many evenly spaced ones.
 TRAIN_SAMPLE = 100_000
+NAMED = 5  # records that a note names
 USUAL = ("val", "test")  # splits that a set may lack, because nobody need have asked for them
 
 
@@ -65,6 +66,13 @@ def open_sets(data: DataConfig) -> dict[str, Source]:
         rules = {**(old.rules if old else {}), **source.splits}
         found[name] = Source(name, dataset, tuple(task for task in TASKS if task in tasks), rules)
     return found
+
+
+def open_held_out(config: Config) -> list[Dataset]:
+    """Opens the data sets that are evaluated besides those of config.data; empty if nothing is or there are none."""
+    if not config.evaluate.sources or not (config.evaluate.entries or config.evaluate.splits):
+        return []
+    return [source.data for source in open_sets(config.held_out).values()]
 
 
 def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], list[str]]:
@@ -156,6 +164,21 @@ def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example
     return {task: found for task, found in groups.items() if found}
 
 
+def data_notes(units: Sequence[Unit]) -> list[str]:
+    """Says what of the data is not scored: records that preparing left out, and turns before the question."""
+    notes = []
+    for source in {unit.source.id: unit.source for unit in units}.values():
+        skipped = getattr(source.data, "skipped", 0)
+        if skipped:
+            notes.append(f"{source.id}: {skipped} records were left out when it was prepared (skipped.txt names them)")
+    for unit in units:
+        talks = [example for example in unit.examples if example.history]
+        if talks:
+            named = ", ".join(example.id for example in talks[:NAMED]) + (" ..." if len(talks) > NAMED else "")
+            notes.append(f"{unit.name}: {len(talks)} questions are asked without the turns before them ({named})")
+    return notes
+
+
 class Training:
     """Training examples for the baselines: those of the scored set if it is trained on, else of all training sets.
 
@@ -165,11 +188,13 @@ class Training:
 
     def __init__(self, config: Config, sets: Mapping[str, Source]):
         self.notes: list[str] = []
-        self._sets = sets
+        self.sets = sets
+        self.opened = True  # whether `sets` are those of config.data
         if config.held_out != config.data:
             try:
-                self._sets = open_sets(config.data)
+                self.sets = open_sets(config.data)
             except UserError as error:
+                self.opened = False
                 self.notes.append(
                     f"the training data did not open, so baselines are fitted on the scored sets: {error}"
                 )
@@ -177,12 +202,12 @@ class Training:
 
     def of(self, unit: Unit) -> list[Example]:
         """The training examples of the unit's task."""
-        own = self._of_set(unit.source.id).get(unit.task, []) if unit.source.id in self._sets else []
-        return own or [example for name in self._sets for example in self._of_set(name).get(unit.task, [])]
+        own = self._of_set(unit.source.id).get(unit.task, []) if unit.source.id in self.sets else []
+        return own or [example for name in self.sets for example in self._of_set(name).get(unit.task, [])]
 
     def _of_set(self, name: str) -> dict[str, list[Example]]:
         if name not in self._read:
-            source = self._sets[name]
+            source = self.sets[name]
             self._read[name] = by_task(source, "train", TRAIN_SAMPLE) if _has(source, "train") else {}
         return self._read[name]
 

@@ -1,6 +1,6 @@
 """Writes the README.md of an exported model: what it is, where it comes from, how well it does, its limits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unimed_jax.config import Config
@@ -26,10 +26,11 @@ print(model.answer(tokenizer, Image.open("image.png"), task="vqa", text="Which p
 ```"""
 
 
-def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> str:
+def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None, notes: Sequence[str] = ()) -> str:
     """Writes the card as Markdown, with the header that the Hugging Face Hub reads.
 
-    size: number of parameters. metrics: the content of metrics.json.
+    size: number of parameters. metrics: the content of metrics.json. notes: what changed of data and tokenizer
+    since the training began.
     """
     what = {kind: source.what for kind, source in SOURCES.items()} | {"run": "the folder of a run of unimed_jax"}
     bases = [f"- {what[kind]}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
@@ -60,7 +61,7 @@ def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> 
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
-        f"## Data\n\n{_data(config, metrics)}",
+        f"## Data\n\n{_data(config, metrics)}" + "".join(f"\n\n**Note:** {note}." for note in notes),
         f"## Scores\n\n{_scores(metrics)}",
         "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, ablation, teaching.",
         "## Limitations\n\n"

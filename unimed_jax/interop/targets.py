@@ -4,7 +4,7 @@ The mirror of sources.py. A new format is a writer in families/ and one entry of
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,11 @@ class Content:
     trained: frozenset[str] = frozenset()  # paths of the leaves that trained
     moments: Any = None  # Adam's state of each of them (fields count, mean, square); only for a target that wants it
     metrics: Mapping[str, Any] | None = None  # the run's metrics.json, for the model card
+    notes: Sequence[str] = ()  # what the card must say of data and tokenizer
 
     def ids(self) -> dict[str, int]:
         tokenizer = Tokenizer.load(self.tokenizer)
+        tokenizer.check_fits(self.config.model.decoder.vocab)
         return {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
 
 
@@ -58,7 +60,7 @@ def _model_refuses(config: Config) -> str | None:
 
 
 def _write_model(out: str | Path, content: Content) -> None:
-    export_unimed_hf(out, content.config, content.leaves, content.tokenizer, content.metrics)
+    export_unimed_hf(out, content.config, content.leaves, content.tokenizer, content.metrics, content.notes)
 
 
 def _write_decoder(out: str | Path, content: Content) -> None:

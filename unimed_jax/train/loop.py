@@ -36,7 +36,8 @@ def train(config: Config, folder: Path) -> Run:
         contact_sheet(start.datasets, folder / "contact_sheet.png")
     with sharding.inside(start.program.mesh):
         run_steps(start)
-    return Run(folder, config, start.tokenizer, start.model, start.done, start.program.mesh)
+    notes = tuple(start.inputs.notes())
+    return Run(folder, config, start.tokenizer, start.model, start.done, start.program.mesh, notes)
 
 
 def run_steps(start: Start) -> None:
@@ -98,14 +99,14 @@ def measure(start: Start, log: "Log | Silence", meter: "Meter", done: int) -> bo
 
 
 def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
-    """(trained leaves, Adam's state of each) of a run's newest checkpoint, by path."""
+    """Reads the trained leaves and Adam's state of each, by path, of the checkpoint that the run was opened at."""
     config, leaves = run.config, parameters(run.model)
     rules = leaf_rules(leaves, config.train, config.optimizer)
     trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
     checkpoints = Checkpoints(run.folder / "checkpoints", read_only=True)
     saved = {path: leaf for path, leaf in leaves.items() if path in checkpoints.saved_weights()}
     state = build(config, run.mesh).state  # with shardings: moments are restored straight into their shards
-    _, rest, _ = checkpoints.restore(saved, (state.step, state.moments))
+    _, rest, _ = checkpoints.restore(saved, (state.step, state.moments), only=run.step)
     checkpoints.close()
     return trained, per_leaf(rest[1])
 

@@ -6,7 +6,7 @@
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +34,8 @@ def open_sources(data: DataConfig) -> list[Dataset]:
     return [opened[_identity(source, data)] for source in data.sources]
 
 
-def distinct(datasets: list[Dataset]) -> list[Dataset]:
-    """The data sets without repetition, one per id."""
+def distinct(datasets: Iterable[Dataset]) -> list[Dataset]:
+    """Gives the data sets without repetition, one per id."""
     return list({dataset.id: dataset for dataset in datasets}.values())
 
 
