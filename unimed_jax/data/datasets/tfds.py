@@ -4,7 +4,6 @@
 By default the feature `label` gives the class (task cls); the options name the features of other tasks.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,6 @@ def read(
         )
 
 
-@functools.lru_cache(4)
 def _builder(folder: Path) -> Any:
     """Opens a prepared set; only then is the package imported, which takes a second."""
     import tensorflow_datasets
