@@ -123,17 +123,15 @@ class Filled:
 
 @dataclasses.dataclass(frozen=True)
 class Characters:
-    """Allows text of at most `most` characters that are Unicode and, if it is `one_line`, no control characters."""
+    """Allows text of at most `most` characters without control characters; if it is not `one_line`, with line ends."""
 
     most: int
     one_line: bool = True
 
     def __str__(self) -> str:
-        return "one line" if self.one_line else "Unicode"
+        return "one line" if self.one_line else "of any lines"
 
     def refusal(self, value: Any) -> str | None:
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            return f"={shown(value)} is not Unicode; write it in UTF-8."
         if len(value) > self.most:
             return f"={shown(value)} has {len(value)} characters; set at most {self.most}."
         wrong = next((c for c in value if _is_control(c) and (self.one_line or c not in "\n\t")), None)

@@ -113,7 +113,8 @@ def _check_chain(settings: ml_collections.ConfigDict, file: str) -> None:
     """Refuses a chain whose name is no text, or whose stages are not the names of config files."""
     stages = settings.stages
     if not isinstance(stages, (list, tuple)) or not stages or not all(isinstance(s, str) and s for s in stages):
-        given = f"{stages!r}"[:LONGEST]
+        given = stages if stages is None or isinstance(stages, (int, str, tuple)) else type(stages).__name__
+        given = " ".join(f"{given!r}".split())[:LONGEST]
         raise UserError(f"--config={file}: stages must name at least one stage, each by its config file, not {given}.")
     if not isinstance(settings.name, str):
         raise UserError(f"--config={file}: config.name must be str, not {settings.name!r}.")

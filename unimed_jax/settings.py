@@ -13,6 +13,7 @@ from unimed_jax.config import Config, ModelConfig, to_dict
 from unimed_jax.consistency import check, check_parts
 from unimed_jax.effects import refuse_without_effect
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import is_text
 
 # --------------------------------------------------------------------------------------------------
 # Fidelity
@@ -154,6 +155,10 @@ def _scalar(kind: type, value: typing.Any, where: str) -> typing.Any:
         value = float(value) if abs(value) < 2**128 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where} must be {kind.__name__}, not {shown(value)}.")
+    if isinstance(value, str) and not is_text(value):
+        raise UserError(
+            f"{where}={shown(value)} holds half of a surrogate pair, which is no character; write another text."
+        )
     if isinstance(value, float) and not (value == 0 or 1e-37 < abs(value) < 1e38):
         raise UserError(f"{where}={value}: set a number that float32 can hold.")
     if isinstance(value, int) and abs(value) >= 2**32:

@@ -1,6 +1,8 @@
 """Every reader on a twin of its data set in each layout, on its quirks, and on deliberate damage."""
 
 import json
+import os
+import pickle
 import re
 from collections import Counter
 
@@ -9,12 +11,13 @@ import pytest
 from PIL import Image
 
 from unimed_jax.config import DataConfig, SourceConfig
-from unimed_jax.data.datasets import jsonl, open_sources
+from unimed_jax.data.datasets import jsonl, medmnist, open_sources
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.store import pack
 from unimed_jax.data.twins import TWINS, write_twin
 from unimed_jax.errors import UserError
 
+NEEDED = {"medmnist": {"name": "dermamnist"}, "medqa/four": {"options": 4}}  # options of a reader or layout
 LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
 
 
@@ -37,11 +40,13 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     for place in ("one", "two"):
         write_twin(name, tmp_path / place, records=9, layout=layout)
     write_twin(name, tmp_path / "other", records=9, layout=layout, seed=1)
-    one, two, other = (opened(tmp_path / place, name) for place in ("one", "two", "other"))
+    options = NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
+    one, two, other = (opened(tmp_path / place, name, options=options) for place in ("one", "two", "other"))
     assert set(one.splits) == set(one.info.splits)
     assert one.checksum == two.checksum != other.checksum
     found = everything(one)
-    assert {example.task for _, example in found} == set(one.info.tasks) and all(e.answer for _, e in found)
+    assert {example.task for _, example in found} == ({"cls"} if name == "tfds" else set(one.info.tasks))
+    assert all(example.answer for _, example in found)
     assert len({example.id for _, example in found}) == len(found)
     for _, example in found:
         assert example.meta.get("template") or name in ("jsonl", "llava"), example
@@ -121,6 +126,86 @@ def test_pubmedqa_follows_the_official_test_list(tmp_path):
         assert long.question.endswith(f" {short.question}") and len(long.question.split()) == 4 + len(
             short.question.split()
         )
+
+
+def test_both_layouts_of_slake_give_the_same_examples(tmp_path):
+    data = []
+    for layout in ("original", "flat"):
+        write_twin("slake", tmp_path / layout, records=9, layout=layout)
+        data.append(opened(tmp_path / layout, "slake", id=layout))
+    one, two = ([(split, pack(example)) for split, example in everything(d)] for d in data)
+    assert one == two and {e.meta.get("language") for _, e in everything(data[0]) if e.task == "vqa"} == {"en"}
+    both = opened(tmp_path / "flat", "slake", id="both", options={"language": "all"})
+    assert sum(e.task == "vqa" for _, e in everything(both)) == 3 / 2 * sum(
+        e.task == "vqa" for _, e in everything(data[0])
+    )
+
+
+def test_medmnist_streams_any_set_and_names_several_labels(tmp_path):
+    write_twin("medmnist", tmp_path / "set", records=6)
+    small = opened(tmp_path / "set", "medmnist", id="small", options={"name": "dermamnist", "size": 28})
+    stored = np.load(tmp_path / "set/dermamnist.npz")
+    for number, example in enumerate(small.examples("val")):
+        np.testing.assert_array_equal(small.image(example.images[0]), stored["val_images"][number])
+        assert example.answer == medmnist.CLASSES["dermamnist"][int(stored["val_labels"][number, 0])]
+    chest = opened(tmp_path / "set", "medmnist", id="chest", options={"name": "chestmnist"})
+    labels = np.load(tmp_path / "set/chestmnist_224.npz")["train_labels"]
+    for row, example in zip(labels, chest.examples("train"), strict=True):
+        named = [name for name, there in zip(medmnist.CLASSES["chestmnist"], row, strict=True) if there]
+        assert example.answer == (", ".join(named) or "no finding")
+    with pytest.raises(UserError, match="option name='dermanist' of medmnist is none of 'pathmnist'"):
+        opened(tmp_path / "set", "medmnist", options={"name": "dermanist"})
+
+
+def test_reports_keep_their_views_and_patients(tmp_path):
+    write_twin("iu_xray", tmp_path / "iu", records=10)
+    views = [len(e.images) for e in opened(tmp_path / "iu", "iu_xray").examples("train")]
+    assert views == [1, 2, 3, 4, 5] * 2
+    write_twin("mimic_cxr", tmp_path / "mimic", records=10)
+    mimic = opened(tmp_path / "mimic", "mimic_cxr")
+    assert [len(e.images) for e in mimic.examples("train")] == [1] * 10
+    assert len({e.cluster for e in mimic.examples("train")}) == 5  # patients
+
+
+def test_a_set_of_tensorflow_datasets_reads_by_its_features(tmp_path):
+    write_twin("tfds", tmp_path / "set", records=9)
+    data = opened(tmp_path / "set", "tfds", id="classes", options={"cluster": "patient"})
+    assert [len(data.examples(split)) for split in ("train", "val", "test")] == [9, 3, 3]
+    assert {e.answer for _, e in everything(data)} <= {"clear", "with fluid"}
+    assert len({e.cluster for e in data.examples("train")}) == 5
+    asked = {"task": "vqa", "question": "question", "answer": "answer"}
+    found = opened(tmp_path / "set", "tfds", id="asked", options=asked).examples("val")[0]
+    assert found.question.endswith("?") and found.images == ("val/0",)
+    text = opened(tmp_path / "set", "tfds", id="text", options=asked | {"task": "qa"}).examples("val")[0]
+    assert text.images == () and text.question == found.question
+    with pytest.raises(UserError, match="has no feature 'lable'; did you mean 'label'"):
+        opened(tmp_path / "set", "tfds", options={"answer": "lable"})
+    (tmp_path / "set/features.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a set that tensorflow-datasets has prepared"):
+        opened(tmp_path / "set", "tfds", id="broken")
+
+
+def test_a_pickle_is_never_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/executed",))
+
+    write_twin("path_vqa", tmp_path / "set", records=6)
+    rows = [{"img_id": "a", "sent": Bomb(), "label": {"yes": 1}}]
+    (tmp_path / "set/qas/train_vqa.pkl").write_bytes(pickle.dumps(rows))
+    with pytest.raises(UserError, match=r"train_vqa.pkl holds code or objects"):
+        opened(tmp_path / "set", "path_vqa")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickles_reads(tmp_path, protocol):
+    write_twin("path_vqa", tmp_path / "set", records=6)
+    file = tmp_path / "set/qas/train_vqa.pkl"
+    rows = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps(rows, protocol=protocol))
+    asked = [(e.question, e.answer) for e in opened(tmp_path / "set", "path_vqa").examples("train")]
+    assert asked == [(row["sent"], next(iter(row["label"]))) for row in rows]
 
 
 def test_refer_names_one_thing_without_doubt(tmp_path):

@@ -167,7 +167,7 @@ CONTRADICTIONS = [
     ({"name": "/tmp/x"}, "config.name='/tmp/x' does not name a folder"),
     ({"name": "../x"}, "config.name='../x' does not name a folder"),
     ({"name": "a\0"}, "config.name='a\\x00' holds the control character"),
-    ({"name": "\udce9"}, "is not Unicode"),
+    ({"name": "\udce9"}, "holds half of a surrogate pair"),
 ]
 
 

@@ -154,3 +154,13 @@ def left_out_names(given: str, folder: Path) -> frozenset[str]:
     if path.is_dir():
         return frozenset(found.stem for found in path.iterdir() if found.is_file())
     return frozenset(Path(line.strip()).stem for line in read_text(path, "check the option `without`").splitlines())
+
+
+def labelled_boxes(file: Path) -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
+    """Yields (where, label, box x1 y1 x2 y2) of a file [{label: [x, y, width, height]}, ...], in pixels."""
+    for where, record in records(file, "give a list of {label: [x, y, width, height]}"):
+        for label, sides in record.items():
+            if not isinstance(sides, list) or len(sides) != 4 or not all(type(v) in (int, float) for v in sides):
+                raise UserError(f"{where}: {label!r} is {short(sides)}; give [x, y, width, height].")
+            x, y, width, height = sides
+            yield where, label.strip(), (round(x), round(y), round(x + width), round(y + height))

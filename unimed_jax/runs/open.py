@@ -84,11 +84,7 @@ def initial_leaves(
     Only what is wanted, and of that only what no later source replaces, is made or read. Without a mesh all of it
     lies on this process's first device.
     """
-    if tokenizer.size > config.model.decoder.vocab:
-        raise UserError(
-            f"config.model.decoder.vocab={config.model.decoder.vocab} is less than the tokenizer's {tokenizer.size} "
-            "tokens; raise it."
-        )
+    tokenizer.check_fits(config.model.decoder.vocab)
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
     dtypes = leaf_dtypes(rules, config.model.frozen_dtype)
@@ -236,6 +232,7 @@ def _open(folder: Path, mesh: Mesh | None, which: str = "newest", changed: Chang
     places = None if mesh is None else sharding.parameter_shardings(shapes, mesh)
     if is_exported(folder):
         tokenizer = Tokenizer.load(folder)
+        tokenizer.check_fits(config.model.decoder.vocab)
         exported = Inputs({inputs.TOKENIZER: state} if (state := exported_tokenizer(folder)) else {})
         notes = inputs.compare(folder, config, inputs.state_of_tokenizer(folder, tokenizer), exported)
         leaves, step = load_exported(folder, config.model, Destination(shapes, places)), 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, questions
+from unimed_jax.data.twins import boxes, medical, prepared, questions
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -21,10 +21,19 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     "vqa_rad": {"original": questions.vqa_rad, "mmq": questions.vqa_rad_mmq},
     "medpix2": {"original": questions.medpix2},
     "pubmedqa": {"original": questions.pubmedqa},
+    "medqa": {"five": questions.medqa, "four": questions.medqa_four},
+    "slake": {"original": medical.slake, "flat": medical.slake_flat},
+    "path_vqa": {"original": medical.path_vqa, "tsv": medical.path_vqa_tsv},
+    "samed": {"regions": medical.samed},
+    "medmnist": {"original": medical.medmnist},
+    "mimic_cxr": {"r2gen": medical.mimic_cxr},
+    "iu_xray": {"r2gen": medical.iu_xray},
+    "medpix": {"radfm": medical.medpix},
     "llava": {"json": questions.llava, "jsonl": questions.llava_lines},
     "voc": {"original": boxes.voc},
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},
+    "tfds": {"array_record": prepared.tfds},
     "jsonl": {"folder": boxes.jsonl},
 }
 

@@ -99,6 +99,30 @@ def pubmedqa(folder: Path, records: int, rng: np.random.Generator) -> None:
     write_json(folder / "test_ground_truth.json", test, indent=4)
 
 
+# ---- MedQA -----------------------------------------------------------------------------------------
+def medqa(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes the questions with five options."""
+    for split in ("train", "val", "test"):
+        rows = [_examined(rng, "ABCDE") for _ in range(count(split, records))]
+        write_lines(folder / f"questions/US/{'dev' if split == 'val' else split}.jsonl", rows)
+
+
+def medqa_four(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes the files of four options, next to those of five, which have the same questions."""
+    medqa(folder, records, rng)
+    for split in ("train", "val", "test"):
+        name = "dev" if split == "val" else split
+        rows = [_examined(rng, "ABCD") for _ in range(count(split, records))]
+        write_lines(folder / f"questions/US/4_options/phrases_no_exclude_{name}.jsonl", rows)
+
+
+def _examined(rng: np.random.Generator, letters: str) -> dict[str, Any]:
+    options = {letter: f"{words(rng)} {letter.lower()}" for letter in letters}
+    right = pick(rng, letters)
+    found = {"question": f"A patient has {words(rng)}. What is next?", "answer": options[right], "options": options}
+    return found | {"meta_info": "step1", "answer_idx": right}
+
+
 # ---- LLaVA-Med and Med-MoE -------------------------------------------------------------------------
 def llava(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes a list of conversations a split; some have several turns, one an image that no longer exists."""
