@@ -18,6 +18,7 @@ from conftest import golden_folder
 from flax import nnx
 from safetensors.numpy import load_file
 from support import golden_uni_med as golden_files
+from support.published_rows import training_rows
 
 from unimed_jax.config import (
     VISUAL_TASKS,
@@ -155,7 +156,7 @@ def check_layout(golden):
     case, arrays, pad = golden.case, golden.arrays, golden.base["pad_id"]
     segments = [s if s and isinstance(s[0], list) else [s] for s in case["prompt_segments"]]
     answers = [np.trim_zeros(np.array(row) - pad, "b") + pad for row in case["answer_ids"]]
-    batch = layout.training_rows(
+    batch = training_rows(
         segments, answers, golden.config.tokens_per_image, specials(golden), tasks=[case["task"]] * len(answers)
     )
     ids = np.where(batch["visual"] >= 0, -1, batch["tokens"])

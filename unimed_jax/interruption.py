@@ -221,12 +221,12 @@ class Interruption:
 _claims: dict[Path, TextIO] = {}  # lock file -> the open file that holds the lock until the process ends
 
 
-def claim(folder: Path) -> None:
-    """Locks `folder` against other runs until this process ends, however it ends.
+def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
+    """Locks `folder` against other runs until this process or its command ends, however it ends.
 
     The lock outlives training, because the evaluation writes there, too. If a run has several
-    processes, the first one locks for all. Raises UserError if another run has the lock, or if there can be no such
-    folder.
+    processes, the first one locks for all. Raises UserError if another run has the lock (`otherwise` is what can be
+    done instead of waiting), or if there can be no such folder.
     """
     import jax
 
@@ -237,7 +237,7 @@ def claim(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         lock = file.open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"{folder} cannot hold a run ({error.strerror}); choose another --workdir.") from error
+        raise UserError(f"{folder} cannot hold a run ({error.strerror}); {otherwise}.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -245,7 +245,7 @@ def claim(folder: Path) -> None:
         owner = lock.read().strip() or "another process"
         lock.close()
         raise UserError(
-            f"{folder} is in use by the run of {owner}; wait until that has ended, or choose another --workdir."
+            f"{folder} is in use by the run of {owner}; wait until that has ended, or {otherwise}."
         ) from error
     except OSError as error:  # some network file systems do not support locks
         print(
@@ -256,6 +256,33 @@ def claim(folder: Path) -> None:
     lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
     lock.flush()
     _claims[file] = lock
+
+
+@contextlib.contextmanager
+def claims_end() -> Iterator[None]:
+    """Gives back, at the end of the block, the folders that were claimed inside it."""
+    before = set(_claims)
+    try:
+        yield
+    finally:
+        for file in set(_claims) - before:
+            _claims.pop(file).close()
+
+
+def owner(folder: Path) -> str:
+    """Names the process that has claimed a run's folder; empty without one, and for this process."""
+    file = folder.resolve() / "lock"
+    if file in _claims:
+        return ""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().strip() or "another process"
+    except OSError:  # no run at all, or no locks
+        pass
+    return ""
 
 
 # ---- what the system refuses -----------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from unimed_jax import processes, verbs
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.interruption import Stoppable, Stopped, explain_system_errors, system_sentence
+from unimed_jax.interruption import Stoppable, Stopped, claims_end, explain_system_errors, system_sentence
 
 VERBS = sorted(name for _, name, _ in pkgutil.iter_modules(verbs.__path__) if name != "options")
 
@@ -55,7 +55,7 @@ def _answer(argv: list[str]) -> int:
         verb = argv[0] if argv and not argv[0].startswith("-") else "train"
         if verb not in VERBS:
             raise UserError(f"{verb!r} is not a verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}.")
-        with processes.quiet(), Stoppable(), explain_system_errors(), processes.explain_lost_process():
+        with processes.quiet(), Stoppable(), claims_end(), explain_system_errors(), processes.explain_lost_process():
             _check_working_directory()
             processes.join()
             _module(verb).run(argv[1:] if argv[:1] == [verb] else argv)

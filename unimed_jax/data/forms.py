@@ -148,6 +148,7 @@ class Form(abc.ABC):
 
     published = ""  # the system whose published rules score vqa answers in this form
     exported = False  # whether the torch model of `export --format=model` can ask in this form
+    turns = False  # whether it holds the turns before the question
     joined = False  # whether question and answer are tokenised as one text, and not each by itself (as published)
     cut = False  # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
 
@@ -241,6 +242,7 @@ class Conversation(Form):
     Every answer is a target. All images come before the first question; the task's first instruction asks, untagged.
     """
 
+    published, turns = "Med-MoE", True
     published = "Med-MoE"
     joined = True
 

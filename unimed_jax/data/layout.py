@@ -218,35 +218,6 @@ def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, r
     return batch
 
 
-def training_rows(
-    segments: Sequence[Sequence[Sequence[int]]],
-    answers: Sequence[Sequence[int]],
-    tokens_per_image: int,
-    specials: Specials,
-    *,
-    tasks: Sequence[str],
-    reduction: str = "token",
-    image_size: int = 0,
-) -> Batch:
-    """Published training rows: one example a row, as long as the longest prompt and answer; images are left zero.
-
-    segments[b]: ids around the images of example b (one list: text alone); answers[b]: ids as they stand in the
-    row, end of text included. Returns what `training_batch` does, with M the most images of an example.
-    """
-    encoded = [
-        encode_ids(around, answer, tokens_per_image, specials.bos, task=task)
-        for around, answer, task in zip(segments, answers, tasks, strict=True)
-    ]
-    shape = RowShape(
-        tokens=max(e.tokens - e.answer for e in encoded) + max(e.answer for e in encoded),
-        images=max(len(s) - 1 for s in segments),
-        answers=max(e.answer for e in encoded),
-        tokens_per_image=tokens_per_image,
-        image_size=image_size,
-    )
-    return training_batch([[Group((e,))] for e in encoded], shape, specials.pad, reduction)
-
-
 def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:
     """Generation prompts, one a row and LEFT padded to `shape.tokens`: the arrays of `training_batch`, no targets.
 

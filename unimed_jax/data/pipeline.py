@@ -76,6 +76,7 @@ class Pipeline:
             for dataset, source in zip(datasets, data.sources, strict=True)
         ]
         _say_cut(self._sources, config)
+        _say_dropped(self._sources, config)
         self._order = _order(self._sources, config)
         # Row -> its draws, endless.
         self._rows: grain.MapDataset[list[int]]
@@ -327,6 +328,21 @@ def _say_cut(sources: Sequence[_Source], config: Config) -> None:
         processes.say(
             f"{cut} of {total} training answers are cut to config.text.max_answer={config.text.max_answer} tokens and "
             "lose their end of text; raise it (and config.data.row_answers) to keep them whole."
+        )
+
+
+def _say_dropped(sources: Sequence[_Source], config: Config) -> None:
+    """Says once how many earlier turns the prompt form leaves out, and names records that have some."""
+    for source in sources:
+        (rows,) = np.nonzero(source.lengths.dropped)
+        if not len(rows):
+            continue
+        named = [f"{source.dataset.id}/{source.examples[int(row)].id}" for row in rows[: lengths.NAMED]]
+        more = " ..." if len(rows) > lengths.NAMED else ""
+        processes.say(
+            f"config.text.form={config.text.form!r} trains on the last turn of {len(rows)} conversations and leaves "
+            f"out the {int(source.lengths.dropped.sum())} turns before ({', '.join(named)}{more}); choose stablelm or "
+            "phi to train on all of them."
         )
 
 

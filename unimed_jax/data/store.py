@@ -55,12 +55,13 @@ class Store:
             self.splits = tuple(self._bounds)
             self._meta_keys = tuple(manifest["meta_keys"])
             _check_files(self.folder, manifest["files"])
+            self._examples = _Shards(self.folder, manifest["files"], "examples")
+            self._images = _Shards(self.folder, manifest["files"], "images")
+            _check_bounds(self._bounds, len(self._examples))
+            self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
+            self._key_texts = self._strings("keys")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / MANIFEST} is not what was written ({error!r}); {_AGAIN}.") from error
-        self._examples = _Shards(self.folder, manifest["files"], "examples")
-        self._images = _Shards(self.folder, manifest["files"], "images")
-        self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
-        self._key_texts = self._strings("keys")
 
     def examples(self, split: str) -> "Rows":
         start, stop = self._bound(split)
@@ -155,6 +156,9 @@ class _Shards:
         self._ends = np.cumsum([0, *(files[name]["records"] for name in names)])
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
         """Records by number; neighbours of one file are read together."""
@@ -255,6 +259,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("crc32") != crc_of(manifest):
         raise UserError(f"{path} is not what was written; {_AGAIN}.")
     return manifest
+
+
+def _check_bounds(bounds: Mapping[str, tuple[int, int]], count: int) -> None:
+    """Raises ValueError unless the splits follow each other and hold all examples."""
+    ends = [0, *(end for _, end in bounds.values())]
+    if any(start != before or end < start for (start, end), before in zip(bounds.values(), ends, strict=False)):
+        raise ValueError(f"splits {bounds}")
+    if ends[-1] != count:
+        raise ValueError(f"{count} examples, and {ends[-1]} in the splits")
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:

@@ -29,12 +29,12 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--which", choices=("newest", "best"), help="with --run: which checkpoint (default: newest)")
     options.add_argument("--predictions", help="a file of JSON lines; needs --config=FILE or --run=DIR")
     options.add_argument("--config", help=f"with --predictions: {CONFIG_HELP}")
-    options.add_argument("--out", help="with --predictions: folder of the report (default: next to the file)")
+    options.add_argument("--out", help="folder of the report (default: the run's, or next to the predictions)")
     known, overrides = options.parse_known_args(arguments)
-    if known.predictions is None and (known.run is None or known.config or known.out):
+    if known.predictions is None and (known.run is None or known.config):
         raise UserError("evaluate takes --run=DIR, or --predictions=FILE with --config=FILE; give one of them.")
     if known.predictions is None:
-        _of_run(known.run, known.which or "newest", overrides)
+        _of_run(known.run, known.out, known.which or "newest", overrides)
         return
     if known.which:
         raise UserError("--which chooses a checkpoint of --run=DIR, but --predictions reads none; leave it out.")
@@ -57,14 +57,15 @@ def run(arguments: list[str]) -> None:
     evaluate_predictions(config, file, out, None if known.run is None else Path(known.run))
 
 
-def _of_run(folder: str, which: Literal["newest", "best"], overrides: list[str]) -> None:
-    check_run_folder(folder, "--run")
+def _of_run(folder: str, out: str | None, which: Literal["newest", "best"], overrides: list[str]) -> None:
+    place = check_run_folder(folder, "--run") if out is None else check_run_folder(out, "--out")
     start()
 
-    from unimed_jax.evaluate.run import evaluate_run
+    from unimed_jax.evaluate.run import claim_results, evaluate_run
     from unimed_jax.runs.open import open_run, settings_of
 
     config = changed(settings_of(Path(folder)), overrides, CHANGEABLE)
+    claim_results(place)  # before the model is opened, which takes minutes if it is large
     run = open_run(folder, which=which, changed=config.text.changed)
     with run.inside():
-        evaluate_run(run, config)
+        evaluate_run(run, config, place)

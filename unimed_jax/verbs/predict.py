@@ -11,6 +11,7 @@ from pathlib import Path
 
 from unimed_jax.config import TASKS
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.interruption import owner
 from unimed_jax.paths import check_output_file
 from unimed_jax.processes import start
 from unimed_jax.verbs.options import ACCEPTING, CONFIG_HELP, changed, parser, read_config
@@ -85,6 +86,8 @@ def _picture(known: argparse.Namespace, folder: str) -> Path | None:
     if known.out is not None:
         return check_output_file(known.out, "--out")
     picture = Path(folder, f"{Path(known.image).stem}_{known.task}.png")
+    if trainer := owner(Path(folder)):
+        raise UserError(f"{folder} is in use by the run of {trainer}; name another file for the picture with --out.")
     try:
         return check_output_file(picture, "--out")
     except UserError as error:
