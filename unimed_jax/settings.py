@@ -11,6 +11,7 @@ import ml_collections
 from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import VISUAL_TASKS, Config, DecoderConfig, ModelConfig, to_dict
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import is_text
 
 # --------------------------------------------------------------------------------------------------
 # Fidelity
@@ -144,6 +145,8 @@ def _scalar(kind: type, value: typing.Any, where: str) -> typing.Any:
         raise UserError(f"{where}={value}: set a number that float32 can hold.")
     if isinstance(value, int) and abs(value) >= 2**32:
         raise UserError(f"{where}={value}: set a number of at most 32 bits.")
+    if isinstance(value, str) and ("\0" in value or not is_text(value)):
+        raise UserError(f"{where}={value!r} holds what is no character; write it without.")
     return value
 
 
