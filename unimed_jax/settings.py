@@ -159,6 +159,8 @@ def _scalar(kind: type, value: typing.Any, where: str) -> typing.Any:
         raise UserError(
             f"{where}={shown(value)} holds half of a surrogate pair, which is no character; write another text."
         )
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}={shown(value)} holds the character NUL, which no path may have; write another text.")
     if isinstance(value, float) and not (value == 0 or 1e-37 < abs(value) < 1e38):
         raise UserError(f"{where}={value}: set a number that float32 can hold.")
     if isinstance(value, int) and abs(value) >= 2**32:

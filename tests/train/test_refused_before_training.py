@@ -166,7 +166,8 @@ CONTRADICTIONS = [
     ({"evaluate.bootstrap": 1}, "config.evaluate.bootstrap=1: set at least 2."),
     ({"name": "/tmp/x"}, "config.name='/tmp/x' does not name a folder"),
     ({"name": "../x"}, "config.name='../x' does not name a folder"),
-    ({"name": "a\0"}, "config.name='a\\x00' holds the control character"),
+    ({"name": "a\0"}, "config.name='a\\x00' holds the character NUL"),
+    ({"name": "a\x1b[31m"}, "config.name='a\\x1b[31m' holds the control character"),
     ({"name": "\udce9"}, "holds half of a surrogate pair"),
 ]
 
