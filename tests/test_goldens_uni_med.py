@@ -66,7 +66,8 @@ def pytest_generate_tests(metafunc):
         splits = [json.loads((folder / files["json"]).read_text()) for files in data["aux"].values()]
         metafunc.parametrize("entry", list(dict.fromkeys(entry for split in splits for entry in split)))
     if "broken" in metafunc.fixturenames:
-        metafunc.parametrize("broken", data["broken"], ids=[b["label"] for b in data["broken"]])
+        broken = data.get("broken", [])  # a folder may list none
+        metafunc.parametrize("broken", broken, ids=[entry["label"] for entry in broken])
 
 
 def test_files(goldens):
