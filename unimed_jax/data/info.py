@@ -35,7 +35,7 @@ class Info:
 
     @property
     def self_contained(self) -> bool:
-        """Whether the set is made from installed packages and needs no folder."""
+        """Says whether the set is made from installed packages and needs no folder."""
         return not self.files
 
 

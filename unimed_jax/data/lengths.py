@@ -1,4 +1,4 @@
-"""Token lengths of examples as a side index: the packing plan and the check for over-long records need no tokens.
+"""Keeps the token lengths of examples as a side index, so that packing and the check of records need no tokens.
 
 Computed once for a data set's rows, tokenizer and prompt form, and kept in `<cache>/lengths`, memory-mapped.
 """
@@ -28,25 +28,25 @@ _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Lengths of N examples under V instructions, in tokens, and what of them is not trained on."""
+    """Holds the lengths of N examples under V instructions, in tokens, and what of them is not trained on."""
 
     table: np.ndarray  # int32 [N, 4 + V]
 
     def prefix(self, row: int) -> int:
-        """Tokens up to the last visual one: shared by the questions of an image."""
+        """Counts the tokens up to the last visual one, which the questions of an image share."""
         return self.table.item(row, _PREFIX)
 
     def suffix(self, row: int, variant: int) -> int:
-        """The other tokens, under instruction `variant`."""
+        """Counts the other tokens, under instruction `variant`."""
         return self.table.item(row, _SUFFIX + variant)
 
     def answer(self, row: int) -> int:
-        """Answer tokens, which are among the suffix's."""
+        """Counts the answer tokens, which are among the suffix's."""
         return self.table.item(row, _ANSWER)
 
     @property
     def cut(self) -> int:
-        """Number of answers that are cut to `text.max_answer`."""
+        """Counts the answers that are cut to `text.max_answer`."""
         return int(self.table[:, _CUT].sum())
 
     @property

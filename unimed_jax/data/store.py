@@ -1,4 +1,4 @@
-"""`Store`: a prepared data set on disk, read at random from an index that is memory-mapped.
+"""Reads a prepared data set from disk, at random, by an index that is memory-mapped.
 
     <cache>/<name>-<set>-<version>/
       manifest.json     what the set is, its splits, the size of every file
@@ -40,7 +40,7 @@ _AGAIN = "delete that folder and run again: it is prepared again from the source
 
 
 class Store:
-    """A prepared data set: `examples(split)` and `image(key)` read from disk, `columns(split)` from the index."""
+    """Reads a prepared data set: `examples(split)` and `image(key)` from disk, `columns(split)` from the index."""
 
     def __init__(self, folder: str | Path):
         """Opens what `prepare` wrote. Raises UserError if files are missing, cut or of another form."""
@@ -68,7 +68,7 @@ class Store:
         return Rows(self, np.arange(start, stop, dtype=np.int32))
 
     def rows(self, split: str) -> tuple[int, int]:
-        """First and last + 1 example number of a split."""
+        """Returns the first and last + 1 example number of a split."""
         return self._bound(split)
 
     def columns(self, split: str) -> Columns:
@@ -76,7 +76,7 @@ class Store:
         return self.all_columns().at(slice(start, stop))
 
     def all_columns(self) -> Columns:
-        """Columns of all splits, one after the other."""
+        """Returns the columns of all splits, one after the other."""
         return Columns(
             self._array("task"),
             self._array("image_count"),
@@ -88,7 +88,7 @@ class Store:
         )
 
     def image(self, key: str) -> np.ndarray:
-        """uint8 [H, W, 3] of an image key. Raises UserError if there is none, or its bytes are no image."""
+        """Decodes the image of a key, uint8 [H, W, 3]; raises UserError if there is none, or its bytes are no image."""
         data = self.encoded(key)
         try:
             return read_image(data)
@@ -96,7 +96,7 @@ class Store:
             raise UserError(f"data set {self.id}, image {key!r}: {error}") from error
 
     def encoded(self, key: str) -> bytes:
-        """The image's bytes as they were found (PNG, JPEG, DICOM ...)."""
+        """Returns the image's bytes as they were found (PNG, JPEG, DICOM ...)."""
         wanted = np.uint64(hash_of(key))
         at = int(np.searchsorted(self._keys, wanted))
         while at < len(self._keys) and self._keys[at] == wanted:
@@ -148,7 +148,7 @@ class Store:
 
 
 class _Shards:
-    """The records of some array_record files, counted through; files are opened when first read."""
+    """Reads the records of some array_record files, counted through; files are opened when first read."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], kind: str):
         names = sorted(name for name in files if name.startswith(f"{kind}-"))
@@ -161,7 +161,7 @@ class _Shards:
         return int(self._ends[-1])
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """Records by number; neighbours of one file are read together."""
+        """Reads records by number; neighbours of one file are read together."""
         shards = np.searchsorted(self._ends, numbers, side="right") - 1
         out: list[bytes] = []
         for shard, group in itertools.groupby(zip(shards.tolist(), numbers, strict=True), key=lambda pair: pair[0]):
@@ -177,7 +177,7 @@ class _Shards:
 
 
 class Rows(Sequence[Example]):
-    """Some examples of a store by number, read from disk as they are asked for."""
+    """Shows some examples of a store by number, read from disk as they are asked for."""
 
     def __init__(self, store: Store, numbers: np.ndarray):
         self._store, self.numbers = store, numbers
@@ -186,7 +186,7 @@ class Rows(Sequence[Example]):
         return len(self.numbers)
 
     def at(self, places: np.ndarray) -> "Rows":
-        """The examples at some places."""
+        """Returns the examples at some places."""
         return Rows(self._store, self.numbers[places])
 
     def __getitem__(self, i):
@@ -200,13 +200,13 @@ class Rows(Sequence[Example]):
 
 
 def pack(example: Example) -> bytes:
-    """An example as JSON, the same bytes for the same example."""
+    """Writes an example as JSON, the same bytes for the same example."""
     fields = {k: v for k, v in dataclasses.asdict(example).items() if v}
     return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def unpack(data: bytes) -> Example:
-    """What `pack` wrote."""
+    """Reads what `pack` wrote."""
     fields = json.loads(data)
     for key in ("images", "box"):
         if key in fields:
@@ -217,7 +217,7 @@ def unpack(data: bytes) -> Example:
 
 
 def info_of(fields: dict[str, Any]) -> Info:
-    """What `dataclasses.asdict` made of an Info, as it comes out of JSON."""
+    """Makes an Info of what `dataclasses.asdict` made of it, as it comes out of JSON."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Info(**plain)
 

@@ -14,9 +14,11 @@ from unimed_jax.config import TASKS, Config, DataConfig, EntryConfig
 from unimed_jax.data import layout
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset, Example
+from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.evaluate.metrics import Metric, of_task
+from unimed_jax.memory import check_answering
 
 # Training examples of one set that baselines are fitted on: all, or so many evenly spaced ones.
 TRAIN_SAMPLE = 100_000
@@ -221,9 +223,17 @@ def check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
     if not config.evaluate.entries and not config.evaluate.splits:
         return
     units, _ = units_of(config, open_sets(config.held_out))
+    for unit in units:
+        rows = min(unit.batch, 1 << (len(unit.examples) - 1).bit_length())
+        check_answering(config.model, rows, config.model.tokens_per_image + unit.max_new_tokens)
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
     for unit in units:
         for example in unit.examples:
+            if unit.task == "refer" and example.box is None and text_to_box(example.answer) is None:
+                raise UserError(
+                    f"{unit.name} cannot be evaluated: record {example.id} has neither a box nor an answer "
+                    "{<x1><y1><x2><y2>}; mend it."
+                )
             try:
                 encoder.prompt(example)
             except UserError as error:

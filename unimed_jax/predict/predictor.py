@@ -18,6 +18,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import is_text
+from unimed_jax.memory import check_answering
 from unimed_jax.model.generate import Sampling, generate, stream
 from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
@@ -102,6 +103,7 @@ class Predictor:
 
     def _together(self, requests: Sequence[Request], batch: int) -> list[str]:
         rows = self._rows(requests, batch)
+        self._check_memory(requests, rows)
         with self._inside():
             tokens = np.asarray(generate(self._model, rows, **self._how(requests, len(rows["tokens"]))))
         return [self._text(row) for row in tokens[: len(requests)]]
@@ -109,6 +111,7 @@ class Predictor:
     def _pieces(self, request: Request, chunk: int) -> Iterator[list[int]]:
         """Yields the ids of the answer as they come."""
         rows = self._rows([request], 1)
+        self._check_memory([request], rows)
         for found in stream(self._model, rows, **self._how([request], 1), chunk=chunk):
             yield found[0].tolist()
 
@@ -116,6 +119,11 @@ class Predictor:
         examples = [as_example(request) for request in requests]
         pixels = [[_pixels(image) for image in request.images] for request in requests]
         return prompt_batch(self._encoder, self._config, self._tokenizer.pad, examples, pixels, batch)
+
+    def _check_memory(self, requests: Sequence[Request], rows: layout.Batch) -> None:
+        """Raises UserError if the answers to these prompts cannot fit in memory."""
+        count, tokens = rows["tokens"].shape
+        check_answering(self._config.model, count, tokens + self._kind(requests[0])[0])
 
     def _how(self, requests: Sequence[Request], rows: int) -> dict:
         """Returns the arguments of `generate` for requests of one kind and copies of the first."""
