@@ -1,17 +1,19 @@
-"""Runs a campaign of faults against the library: `python benchmarks/campaign.py kills --help`, for example.
-
-Each file of campaigns/ is one; what they found stands in docs/reliability.md.
-"""
+"""Runs one of the campaigns in the folder `campaigns`: python benchmarks/campaign.py fuzz --reader=pth --cases=1000"""
 
 import importlib
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CAMPAIGNS = sorted(path.stem for path in (HERE / "campaigns").glob("*.py"))
+
+
+def main(arguments: list[str]) -> None:
+    names = sorted(file.stem for file in (HERE / "campaigns").glob("*.py") if not file.stem.startswith("fuzz_"))
+    if not arguments or arguments[0] not in names:
+        sys.exit(f"name a campaign: {', '.join(names)}.")
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
+    importlib.import_module(f"campaigns.{arguments[0]}").run(arguments[1:])
+
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [] or sys.argv[1] not in CAMPAIGNS:
-        sys.exit(f"{__doc__}\nCampaigns: {', '.join(CAMPAIGNS)}")
-    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
-    importlib.import_module(f"campaigns.{sys.argv[1]}").run(sys.argv[2:])
+    main(sys.argv[1:])

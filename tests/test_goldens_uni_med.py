@@ -18,6 +18,7 @@ from conftest import golden_folder
 from flax import nnx
 from safetensors.numpy import load_file
 from support import golden_uni_med as golden_files
+from support.published_rows import training_rows
 
 from unimed_jax.config import (
     VISUAL_TASKS,
@@ -65,7 +66,8 @@ def pytest_generate_tests(metafunc):
         splits = [json.loads((folder / files["json"]).read_text()) for files in data["aux"].values()]
         metafunc.parametrize("entry", list(dict.fromkeys(entry for split in splits for entry in split)))
     if "broken" in metafunc.fixturenames:
-        metafunc.parametrize("broken", data["broken"], ids=[b["label"] for b in data["broken"]])
+        broken = data.get("broken", [])  # a folder may list none
+        metafunc.parametrize("broken", broken, ids=[entry["label"] for entry in broken])
 
 
 def test_files(goldens):
@@ -155,7 +157,7 @@ def check_layout(golden):
     case, arrays, pad = golden.case, golden.arrays, golden.base["pad_id"]
     segments = [s if s and isinstance(s[0], list) else [s] for s in case["prompt_segments"]]
     answers = [np.trim_zeros(np.array(row) - pad, "b") + pad for row in case["answer_ids"]]
-    batch = layout.training_rows(
+    batch = training_rows(
         segments, answers, golden.config.tokens_per_image, specials(golden), tasks=[case["task"]] * len(answers)
     )
     ids = np.where(batch["visual"] >= 0, -1, batch["tokens"])

@@ -11,6 +11,7 @@ import ml_collections
 from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import VISUAL_TASKS, Config, DecoderConfig, ModelConfig, to_dict
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import is_text
 
 # --------------------------------------------------------------------------------------------------
 # Fidelity
@@ -140,6 +141,10 @@ def _scalar(kind: type, value: typing.Any, where: str) -> typing.Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where} must be {kind.__name__}, not {value!r}.")
+    if isinstance(value, str) and not is_text(value):
+        raise UserError(f"{where}={value!r} holds half of a surrogate pair, which is no character; write another text.")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}={value!r} holds the character NUL, which no path may have; write another text.")
     if isinstance(value, float) and not (value == 0 or 1e-37 < abs(value) < 1e38):
         raise UserError(f"{where}={value}: set a number that float32 can hold.")
     if isinstance(value, int) and abs(value) >= 2**32:

@@ -409,9 +409,11 @@ def test_sets_are_scored_apart_and_pooled_without_collisions(config, tmp_path):
 def test_the_protocol_names_all_that_a_score_depends_on(config, tmp_path):
     found = {part.task: part.scores["protocol"] for part in evaluated(Model(Toy()), Toy(), config, tmp_path)}
     fit = config.data.fit
-    assert found["vqa"] == (f"toy@cccccccc/test/closed=answer_type/norm=nfkc-lower/form=unimed/fit={fit}/exact_match")
+    assert found["vqa"] == (
+        f"toy@cccccccc/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit={fit}/exact_match"
+    )
     assert found["refer"] == f"toy@cccccccc/test/form=unimed/fit={fit}/miou"
-    assert found["qa"] == "toy@cccccccc/test/norm=nfkc-lower/form=unimed/exact_match"
+    assert found["qa"] == "toy@cccccccc/test/norm=nfkc-lower-signs/form=unimed/exact_match"
 
 
 def test_chat_forms_are_scored_as_med_moe_publishes(config):

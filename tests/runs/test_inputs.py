@@ -164,6 +164,8 @@ def test_accepted_changes_are_noted_in_every_result(place, capsys, monkeypatch):
     assert cli.main(["export", f"--run={place / 'run'}", "--format=model", f"--out={place / 'out'}"]) == 0
     card = (place / "out" / "README.md").read_text()
     assert all(f"**Note:** {note}." in card for note in run.notes)
+    states = json.loads((place / "run" / "inputs.json").read_text())["inputs"]
+    assert "Trained with `" in card and all(f"`{name}@{state[:8]}`" in card for name, state in states.items())
     capsys.readouterr()
     assert cli.main(["predict", f"--run={place / 'run'}", "--task=qa", "--text=Is it?"]) == 0
     said = capsys.readouterr().err

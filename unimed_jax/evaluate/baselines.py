@@ -15,7 +15,8 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import text_only
-from unimed_jax.evaluate.metrics.text import bleu, ngrams, tokens
+from unimed_jax.evaluate.metrics.text import bleu, ngrams
+from unimed_jax.evaluate.words import tokens
 
 Baseline = Callable[[Sequence[Example]], list[str]]
 NEIGHBOURS = 25
@@ -87,7 +88,7 @@ def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
     chosen = [reports[int(i * step)] for i in range(min(sample, len(reports)))]
     grams = [[ngrams(tokens(report), order) for report in chosen] for order in (1, 2, 3, 4)]
     lengths = np.array([sum(counter.values()) for counter in grams[0]], np.float64)
-    sums = np.zeros((len(chosen), 10))  # as `bleu_sums`, a row per candidate, added over all references
+    sums = np.zeros((len(chosen), 14))  # as `bleu_sums`, a row per candidate, added over all references
     for order, counters in enumerate(grams):
         column = {gram: i for i, gram in enumerate(sorted(set().union(*counters)))}
         counts = np.zeros((len(chosen), len(column)), np.int16)
@@ -96,7 +97,7 @@ def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
         for row in range(len(chosen)):
             present = counts[row] > 0
             sums[row, order] = np.minimum(counts[row, present], counts[:, present]).sum()
-        sums[:, 4 + order] = counts.sum(1) * len(chosen)
+        sums[:, 4 + order], sums[:, 10 + order] = counts.sum(1) * len(chosen), counts.sum()
     sums[:, 8], sums[:, 9] = lengths * len(chosen), lengths.sum()
     scores = bleu(sums)
     return min(zip(-scores, chosen, strict=True))[1]

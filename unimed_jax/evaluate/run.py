@@ -26,7 +26,7 @@ from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
-from unimed_jax.evaluate.tasks import Source, Training, Unit, open_sets, units_of
+from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.files import json_lines, read_text
 from unimed_jax.interruption import claim
 from unimed_jax.model.parameters import with_parameters
@@ -53,6 +53,7 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
         return {}
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
+    notes += data_notes(units)
     training = Training(config, sets)
     notes += dict.fromkeys([*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)])
     journal = Journal(folder, _fingerprint(run, config, sets))
@@ -115,9 +116,8 @@ def evaluate_predictions(config: Config, file: Path, folder: Path, run: Path | N
     """Scores the predictions of any tool, as JSON lines {"id": "<set>/<split>/<id within the set>", "prediction": ...}.
 
     Missing answers count as empty ones; ids that are unknown or doubled (the first line counts) are counted and the
-    first five named, in the report too. run: the folder of a run whose data
-    must be as it was. Returns the content of metrics.json. Raises UserError for a file that cannot
-    be read and if no id is known.
+    first five named, in the report too. run: the folder of a run whose data must be as it was. Returns the content of
+    metrics.json. Raises UserError for a file that cannot be read and if no id is known.
     """
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
@@ -133,6 +133,7 @@ def evaluate_predictions(config: Config, file: Path, folder: Path, run: Path | N
     for what, names in (("unknown", unknown), ("missing, counted as wrong", missing), ("doubled", doubled)):
         if names:
             notes.append(f"{file.name}: {len(names)} ids {what}: {', '.join(names[:5])}")
+    notes += data_notes(units)
     training = Training(config, sets)
     notes += training.notes
     if run is not None:

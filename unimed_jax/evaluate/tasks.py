@@ -20,6 +20,7 @@ from unimed_jax.evaluate.metrics import Metric, of_task
 
 # Training examples of one set that baselines are fitted on: all, or so many evenly spaced ones.
 TRAIN_SAMPLE = 100_000
+NAMED = 5  # records that a note names
 USUAL = ("val", "test")  # splits that a set may lack, because nobody need have asked for them
 
 
@@ -161,6 +162,21 @@ def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example
         if example.task in groups:
             groups[example.task].append(example)
     return {task: found for task, found in groups.items() if found}
+
+
+def data_notes(units: Sequence[Unit]) -> list[str]:
+    """Says what of the data is not scored: records that preparing left out, and turns before the question."""
+    notes = []
+    for source in {unit.source.id: unit.source for unit in units}.values():
+        skipped = getattr(source.data, "skipped", 0)
+        if skipped:
+            notes.append(f"{source.id}: {skipped} records were left out when it was prepared (skipped.txt names them)")
+    for unit in units:
+        talks = [example for example in unit.examples if example.history]
+        if talks:
+            named = ", ".join(example.id for example in talks[:NAMED]) + (" ..." if len(talks) > NAMED else "")
+            notes.append(f"{unit.name}: {len(talks)} questions are asked without the turns before them ({named})")
+    return notes
 
 
 class Training:

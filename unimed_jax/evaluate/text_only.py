@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unimed_jax.data.example import Example
-from unimed_jax.evaluate.metrics.text import tokens
+from unimed_jax.evaluate.words import tokens
 
 MAX_TEXTS = 10_000  # different (text, answer) pairs that are fitted
 MAX_CLASSES = 200  # most frequent answers that logistic regression chooses from

@@ -17,6 +17,7 @@ from unimed_jax.data import images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.files import is_text
 from unimed_jax.model.generate import Sampling, generate, stream
 from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
@@ -144,7 +145,12 @@ class Predictor:
 
 
 def as_example(request: Request) -> Example:
-    """Gives the example whose prompt asks what the request asks."""
+    """Gives the example whose prompt asks what the request asks; raises UserError for a text that is none."""
+    if not is_text(request.question):
+        raise UserError(
+            f"request {ascii(request.id or request.question)} holds half of a surrogate pair, which is no character; "
+            "mend its question."
+        )
     if request.history:
         raise UserError(
             f"request {request.id or request.question!r} has earlier turns, which no prompt form holds yet; ask it "

@@ -3,6 +3,7 @@
 config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
 checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
 contact_sheet.png images with their boxes               tensorboard/, lock: who trains here
+inputs.json       data and tokenizer (inputs.py)
 metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 

@@ -62,7 +62,7 @@ def keep(folder: Path, config: Config, now: Mapping[str, str]) -> Inputs:
     Raises UserError if an input is another one than at an earlier start, unless config.data.changed or
     config.text.changed accepts that; then it is noted with the steps done.
     """
-    before = _kept(folder)
+    before = kept(folder)
     after = _compared(folder, before, config, now)
     if after != before or not (folder / FILE).exists():
         write_json(folder / FILE, after.plain())
@@ -76,7 +76,7 @@ def compare(folder: Path, config: Config, now: Mapping[str, str], before: Inputs
 
     before: what to compare with, in place of what the folder says. Raises UserError as `keep` does; nothing is written.
     """
-    return _compared(folder, before or _kept(folder), config, now).notes()
+    return _compared(folder, before or kept(folder), config, now).notes()
 
 
 def _compared(folder: Path, before: Inputs, config: Config, now: Mapping[str, str]) -> Inputs:
@@ -122,7 +122,7 @@ def same_state(one: str, two: str) -> bool:
     return any(a == b for a, b in zip(one.split("/"), two.split("/"), strict=False))
 
 
-def _kept(folder: Path) -> Inputs:
+def kept(folder: Path) -> Inputs:
     """Reads what a run was trained on; empty for a new one, or one of an earlier version.
 
     Raises UserError if inputs.json is damaged, or is not that of the run's checkpoints.

@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.interop.targets import TARGETS, Content
     from unimed_jax.model.parameters import parameters
     from unimed_jax.runs.folder import tokenizer_folder
+    from unimed_jax.runs.inputs import kept
     from unimed_jax.runs.open import open_run, settings_of
     from unimed_jax.train.loop import saved_state
 
@@ -46,6 +47,7 @@ def run(arguments: list[str]) -> None:
         trained=frozenset(trained),
         moments=moments,
         notes=run.notes,
+        inputs=kept(run.folder).inputs,
         metrics=read_json(scores, "evaluate the run again") if scores.is_file() else None,
     )
     target.write(known.out, content)

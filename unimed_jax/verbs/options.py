@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(module: str, description: str | None) -> Parser:
     """Returns the parser of the verb whose file is `module` (give __name__ and __doc__)."""
-    verb = module.rpartition(".")[2]
+    verb = module.partition(".verbs.")[2].replace(".", " ")  # "data check" for verbs/data/check.py
     return Parser(
         prog=f"python -m unimed_jax.main {verb}",
         description=description,

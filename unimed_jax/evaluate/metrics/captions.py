@@ -19,8 +19,9 @@ import numpy as np
 
 from unimed_jax.evaluate.metrics.published import normalise_answer, published_f1
 from unimed_jax.evaluate.metrics.registry import Record, metric, pairs
-from unimed_jax.evaluate.metrics.text import WORDS, bleu, bleu_sums, tokens
+from unimed_jax.evaluate.metrics.text import bleu, bleu_sums
 from unimed_jax.evaluate.statistics import Measure
+from unimed_jax.evaluate.words import WORDS, tokens
 
 NEEDS_JAVA = "not computed: needs Java"
 _JAVA_SECONDS = 900  # no corpus of reports takes longer
@@ -102,10 +103,12 @@ def corpus_bleu(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def meteor(pairs: Sequence[tuple[str, str]]) -> float:
-    """Corpus METEOR 1.5 of (prediction, reference) texts (published: normalised ones).
+    """Computes corpus METEOR 1.5 of (prediction, reference) texts: PTB tokens, pycocoevalcap's METEOR.
 
-    Raises RuntimeError where Java fails; ask `why_no_java_metrics` first.
+    Published scores give it normalised texts, which pass the tokeniser all the same: it splits "isn't" in two.
+    Raises RuntimeError if Java fails; ask `why_no_java_metrics` first.
     """
+    tokenised = ptb_tokenise([text for pair in pairs for text in pair])
     folder, java = _package_folder(), find_java()
     assert folder and java
     command = [java, *_JAVA_FLAGS, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -134,7 +137,7 @@ def meteor(pairs: Sequence[tuple[str, str]]) -> float:
 
     try:
         statistics = []
-        for prediction, reference in pairs:
+        for prediction, reference in zip(tokenised[::2], tokenised[1::2], strict=True):
             prediction, reference = (" ".join(text.replace("|||", " ").split()) for text in (prediction, reference))
             say(f"SCORE ||| {reference} ||| {prediction}")
             statistics.append(hear())

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unimed_jax.evaluate.metrics.boxes import Box, overlap, predicted_box
+from unimed_jax.data.forms import text_to_box
+from unimed_jax.evaluate.metrics.boxes import Box, in_pixels, overlap
 from unimed_jax.evaluate.metrics.text import bleu, bleu_sums
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -75,7 +76,7 @@ def published_bleu(prediction: str, reference: str) -> list[float]:
     nltk replaces a precision of zero by the smallest double, hence values such as 1e-154.
     """
     sums = bleu_sums(normalise_answer(prediction).split(), normalise_answer(reference).split())
-    return [float(bleu(sums, order, floor=sys.float_info.min)) for order in (1, 2, 3, 4)]
+    return [float(bleu(sums, order, floor=sys.float_info.min, every_order=True)) for order in (1, 2, 3, 4)]
 
 
 def published_contains(prediction: str, reference: str) -> bool:
@@ -124,9 +125,12 @@ def identify_report(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 def refer_report(
     predictions: Sequence[str], boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, float]:
-    """The published REC scores; `boxes` in pixels, `sizes` (width, height) in pixels."""
+    """Computes the published REC scores; `boxes` in pixels, `sizes` (width, height) in pixels.
+
+    An inverted box, or one that leaves the image, is scored like any other, as published.
+    """
     ious = [
-        published_iou(box, truth) if (box := predicted_box(text, size)) else 0.0
+        published_iou(in_pixels(box, size), truth) if (box := text_to_box(text)) else 0.0
         for text, truth, size in zip(predictions, boxes, sizes, strict=True)
     ]
     return {"miou": float(np.mean(ious)), "accuracy": float(np.mean(np.array(ious) > 0.5))}
@@ -143,7 +147,7 @@ def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
     said, wanted = normalise_answer(prediction).split(), set(normalise_answer(reference).split())
     f1, precision, recall = published_overlap(prediction, reference)
     sums = bleu_sums(prediction.split(), reference.split())
-    matched, counted, (length, target) = sums[:4], np.maximum(sums[4:8], 1), sums[8:]
+    matched, counted, (length, target) = sums[:4], np.maximum(sums[4:8], 1), sums[8:10]
     brevity = np.exp(min(0.0, 1 - target / length)) if matched[0] else 0.0
     return {
         "exact_match": len(wanted & set(said)) / len(said) if said else 0.0,
@@ -153,9 +157,9 @@ def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
     }
 
 
-def medmoe_kind(answer_type: str) -> str | None:
-    """Which of its averages Med-MoE counts an answer in; others are left out."""
-    return {"open": "open", "OPEN": "open", "close": "closed", "CLOSED": "closed"}.get(answer_type)
+def medmoe_kind(answer_type: str) -> str:
+    """Names the averages in which Med-MoE counts an answer: "open", "closed", or "ignored" for any other type."""
+    return {"open": "open", "OPEN": "open", "close": "closed", "CLOSED": "closed"}.get(answer_type, "ignored")
 
 
 def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str]) -> dict[str, float]:

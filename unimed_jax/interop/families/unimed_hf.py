@@ -55,12 +55,13 @@ def export_unimed_hf(
     tokenizer: str | Path,
     metrics: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the folder; adapters are merged into the decoder, and every leaf keeps its dtype.
 
     leaves: all by path, adapters not merged. tokenizer: its folder. metrics: the content of the run's metrics.json,
-    for the model card, as `notes` are. Raises UserError if no Hugging Face decoder has these settings, or if `out`
-    exists already.
+    for the model card, as `notes` and `inputs` are. Raises UserError if no Hugging Face decoder has these settings,
+    or if `out` exists already.
     """
     leaves = merged_leaves(config.model, leaves)
     settings = portable(config)
@@ -81,7 +82,7 @@ def export_unimed_hf(
         for name, content in parts.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         size = sum(int(np.prod(s.shape, dtype=np.int64)) for s in stored.values())
-        (folder / "README.md").write_text(model_card(settings, size, metrics, notes), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(settings, size, metrics, notes, inputs or {}), encoding="utf-8")
         shutil.copyfile(CODE, folder / CODE.name)
         copy_tokenizer(tokenizer, folder)
         write_safetensors(folder, stored, each_published(table, leaves))
