@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             _redirect(closed)
             return 128 + signal.SIGPIPE
         return _say(system_sentence(error), UserError.status)
-    except OSError as error:  # the flush
+    except OSError as error:  # the flush: stdout is on a full disk, say
+        _redirect([1])
         return _say(system_sentence(error), UserError.status)
 
 
