@@ -138,7 +138,7 @@ def llava_lines(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 def llava_pairs(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes images with one caption each, as the files for alignment have them; all of it for training."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i in range(records):
         turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": words(rng)}]
         rows.append({"id": str(i), "image": f"{i}.jpg", "domain": {"ct_scan": i % 2 == 0, "mri": i % 2 == 1}})
@@ -150,7 +150,7 @@ def llava_pairs(folder: Path, records: int, rng: np.random.Generator) -> None:
 def _conversations(folder: Path, records: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for split in ("train", "val", "test"):
-        rows = []
+        rows: list[dict[str, Any]] = []
         for i in range(count(split, records)):
             turns = [{"from": "human", "value": f"<image>\n{words(rng).capitalize()}?"}]
             turns.append({"from": "gpt", "value": words(rng)})
