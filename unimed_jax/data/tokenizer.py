@@ -162,7 +162,7 @@ def _check_whole(file: Path) -> None:
     except IndexError:
         at = -1
     if at != len(data) or not pieces:
-        raise UserError(f"{file} is no model of SentencePiece, or is cut short or damaged; get it again.")
+        raise UserError(f"{file} is not a model of SentencePiece, or is cut short or damaged; get it again.")
     if importlib.util.find_spec("sentencepiece") is None:
         raise UserError(f"{file}: reading it needs the package sentencepiece; run pip install sentencepiece.")
 
