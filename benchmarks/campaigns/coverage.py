@@ -5,6 +5,7 @@ Without it the campaign says so and ends.
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -55,20 +56,19 @@ def search(reader: str, arguments: list[str]) -> None:
     folder = Path(arguments[0])
     path = Path(tempfile.mkdtemp()) / "it.gguf"
 
+    # What TorchFile makes one sentence of; a crash, a hang or endless memory is a finding.
+    refused = (torch_pickle.Refused, pickle.UnpicklingError, ValueError, LookupError, TypeError, OverflowError)
+
     def read_pickle(data: bytes) -> None:
-        try:
+        with contextlib.suppress(*refused):
             torch_pickle.read_pickle(data, "archive/", 1 << 20)
-        except (torch_pickle.Refused, pickle.UnpicklingError, ValueError, LookupError, TypeError, OverflowError):
-            pass  # what TorchFile makes one sentence of; a crash, a hang or an endless memory is a finding
 
     def read_gguf(data: bytes) -> None:
         path.write_bytes(data)
-        try:
+        with contextlib.suppress(UserError):
             file = GgufFile(path)
             for key in file.fields:
                 file.value(key, object)
-        except UserError:
-            pass
 
     good = {"pickle": fuzz_weights.good_pickle, "gguf": fuzz_weights.gguf_bytes}[reader]()
     (folder / "good").write_bytes(good)
