@@ -1,7 +1,8 @@
 """Any lab's own data, one JSON object a line: all six tasks, 0 to n images, boxes in pixels.
 
     {"id": "case7/1", "images": ["case7/a.png"], "task": "vqa",
-     "question": "Is there a fracture?", "answer": "no", "split": "train", "cluster": "case7", "meta": {"modality": "X-ray"}}
+     "question": "Is there a fracture?", "answer": "no",
+     "split": "train", "cluster": "case7", "meta": {"modality": "X-ray"}}
 
 `path` is such a file, or a folder of them; images lie in the file's folder. SCHEMA says what each key may hold, and
 `python -m unimed_jax.main data schema` prints it. A record with `boxes` in place of a task, a question and an answer
