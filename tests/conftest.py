@@ -1,5 +1,6 @@
 import os
 import shutil
+import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -75,3 +76,15 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 32 MB that can be filled."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a small disk ({done.stderr.strip()})")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)

@@ -1,17 +1,57 @@
-"""Writes files and folders completely or not at all; reads text and JSON that somebody else wrote."""
+"""Writes files and folders completely or not at all; reads text and JSON that somebody else wrote.
+
+Everything is written under a temporary name next to its place, `.NAME.PID`, and renamed when it is on the disk. The
+temporary one is locked while its process lives; what a killed process left is removed by whoever writes next.
+"""
 
 import contextlib
+import errno
+import fcntl
+import io
 import json
 import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # system errors of a full disk, a quota, a limit on a file's size
+ABANDONED = 24 * 3600.0  # seconds after which a temporary file counts as left over where files cannot be locked
+_PROBE = 64 << 10  # bytes that a disk must take to count as not full
+_LONGEST = 200  # bytes of a name that its temporary name repeats; file systems allow 255 in all
+
+
+# ---- one file, one folder --------------------------------------------------------------------------
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path; the file written there replaces `path` on success and is removed on an error.
+
+    Its name has no ending that tells the format, so libraries must be given that. Raises UserError if the file cannot
+    be written, whatever the library that writes it raises on a full disk.
+    """
+    path = Path(path)
+    with _temporary(path, is_folder=False) as temporary:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush_folder(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file (UTF-8) completely or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file completely or not at all; numbers that are not finite raise ValueError."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -21,55 +61,228 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises UserError if `path` exists and is not an empty folder, or if it cannot be written.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose another folder, or remove it.")
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        temporary.replace(path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:  # a name that is too long, say
         raise _unwritable(path, error) from error
+    if taken:
+        raise UserError(f"{path} exists already; choose another folder, or remove it.")
+    with _temporary(path, is_folder=True) as temporary:
+        yield temporary
+        _flush_all(temporary)
+        temporary.replace(path)
+        _flush_folder(path.parent)
+
+
+# ---- files that belong together --------------------------------------------------------------------
+@contextlib.contextmanager
+def written_together(folder: str | Path, names: Sequence[str]) -> Iterator[Path]:
+    """Gives a temporary folder; what is written there replaces everything in `folder` that `names` lists.
+
+    Old files of these names that have no successor go, too. Files of the old set and of the new one never stand side
+    by side: a kill while they change places leaves a part of one set, without the last of `names`, which therefore
+    stands for a whole set. An error leaves the old set. Raises UserError as `written_whole` does.
+    """
+    folder = Path(folder)
+    with _temporary(folder / names[-1], is_folder=True) as temporary:
+        yield temporary
+        for name in names:
+            if (folder / name).is_dir() and (temporary / name).is_file():
+                raise UserError(f"{folder / name} is a folder, where a file belongs; move it away.")
+        _flush_all(temporary)
+        _change_places(folder, names, temporary)
+        _flush_folder(folder)
+
+
+def _change_places(folder: Path, names: Sequence[str], temporary: Path) -> None:
+    """Moves the old files out of `folder`, the last name first, and the new ones in, the last name last."""
+    before, placed = temporary / ".before", []
+    before.mkdir()
+    try:
+        for name in reversed(names):
+            if os.path.lexists(folder / name):
+                (folder / name).rename(before / name)
+        for name in names:
+            if os.path.lexists(temporary / name):
+                placed.append(name)
+                (temporary / name).rename(folder / name)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for name in reversed(placed):
+            _remove(folder / name)
+        for name in names:
+            if os.path.lexists(before / name):
+                (before / name).rename(folder / name)
         raise
 
 
+# ---- temporary names -------------------------------------------------------------------------------
 @contextlib.contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path; its file replaces `path` on success and is removed on an error.
+def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
+    """Makes an empty file or folder next to `path`, locked inside the block, after which it is removed.
 
-    Raises UserError if the file cannot be written.
+    What a killed process left for the same path is removed before. Raises UserError if anything inside the block
+    cannot be written.
     """
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
+        remove_leftovers(path.parent, path.name)
+        temporary, lock = _locked_new(path, is_folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    try:
+        try:
+            yield temporary
+        except UserError:
+            raise
+        except Exception as error:
+            full = full_disk(error, path.parent)  # asked before the removal, which makes space
+            if full:
+                raise UserError(
+                    f"{path} could not be written ({full}) and nothing of it was kept; free some space and give the "
+                    "same command again."
+                ) from error
+            if isinstance(error, OSError):
+                raise _unwritable(path, error) from error
+            raise
+    finally:
+        _remove(temporary)
+        os.close(lock)
+
+
+def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
+    """Makes the temporary file or folder of `path`; returns its path and the descriptor that holds its lock."""
+    for attempt in range(1000):
+        name = f".{_shortened(path.name)}.{os.getpid()}" + (f"-{attempt}" if attempt else "")
+        temporary = path.parent / name
+        try:
+            if is_folder:
+                temporary.mkdir()
+            else:
+                temporary.touch(exist_ok=False)
+        except FileExistsError:  # of a process on another host, or in another container, that has this number, too
+            continue
+        try:
+            lock = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # another process has taken it for a leftover
+            continue
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink and os.path.lexists(temporary):
+            return temporary, lock
+        os.close(lock)
+    raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def remove_leftovers(folder: str | Path, name: str = "") -> None:
+    """Removes what killed processes left in `folder` while they wrote `name` (without one: any file or folder).
+
+    What a living process writes is locked and stays. Where the file system has no locks, age tells (`ABANDONED`).
+    """
+    pattern = re.compile(rf"\.{re.escape(_shortened(name)) if name else '.+'}\.\d+(-\d+)?")
+    try:
+        found = [Path(entry.path) for entry in os.scandir(folder) if pattern.fullmatch(entry.name)]
+    except OSError:  # no folder, no leftovers
+        return
+    for path in found:
+        with contextlib.suppress(OSError):  # gone already, or of another user
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _abandoned(descriptor):
+                    _remove(path)
+            finally:
+                os.close(descriptor)
+
+
+def _abandoned(descriptor: int) -> bool:
+    """Tells whether no process writes this file or folder any more, and takes its lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return time.time() - os.fstat(descriptor).st_mtime > ABANDONED
+    return True
+
+
+def _shortened(name: str) -> str:
+    """Cuts a name so that the temporary one made of it is not longer than file systems allow."""
+    return os.fsdecode(os.fsencode(name)[:_LONGEST])
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# ---- the disk --------------------------------------------------------------------------------------
+def full_disk(error: BaseException, *folders: Path) -> str:
+    """Says what is full if a full disk caused `error`, directly or through other errors; empty if none did.
+
+    Libraries raise errors of their own, some of which quote the system's number or words. For any other one each of
+    `folders` is asked to take a few bytes.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        number = getattr(cause, "errno", None)
+        if number not in FULL:
+            quoted = re.search(r"os_error_code='(\d+)'", str(cause))
+            number = int(quoted[1]) if quoted else None
+        words = [os.strerror(each) for each in FULL if each == number or os.strerror(each) in str(cause)]
+        if words:
+            return words[0]
+        cause = cause.__cause__ or cause.__context__
+    return next(filter(None, map(_refusal, folders)), "")
+
+
+def _refusal(folder: Path) -> str:
+    """Writes a few bytes into a folder; returns the system's words if its disk is full."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno in FULL else ""
+    finally:
+        _remove(probe)
+    return ""
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     """Says in one sentence that `path` could not be written."""
-    return UserError(f"{path} could not be written ({error.strerror or error}) and nothing of it was kept.")
+    reason = error.strerror or str(error)
+    if error.filename is not None and str(path.parent) not in os.fsdecode(error.filename):
+        reason += f": {os.fsdecode(error.filename)}"  # a file that was to be read, say
+    return UserError(f"{path} could not be written ({reason}) and nothing of it was kept.")
+
+
+def _flush_all(folder: Path) -> None:
+    """Waits until everything in a folder is on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush(file)
 
 
 def _flush(file: Path) -> None:
     """Waits until a file's content is on the disk; a rename could get there before it."""
     descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Waits until a folder's names are on the disk, where its file system can tell."""
+    with contextlib.suppress(OSError):
+        _flush(folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,20 +302,34 @@ def read_text(path: str | Path, advice: str = "mend it or get it again", largest
     than `largest` bytes, or is not UTF-8 (then with the line).
     """
     path = Path(path)
+    reason = no_file(path)
+    if reason:
+        raise UserError(f"{path} {reason}; {advice}.")
     try:
-        facts = path.stat()
-        if stat.S_ISDIR(facts.st_mode):
-            raise UserError(f"{path} is a folder, where a file belongs; {advice}.")
-        if not stat.S_ISREG(facts.st_mode):
-            raise UserError(f"{path} is a pipe or a device, where a file belongs; {advice}.")
-        if facts.st_size > largest:
-            raise UserError(f"{path} has {facts.st_size} bytes, more than the {largest} that are read; {advice}.")
+        size = path.stat().st_size
+        if size > largest:
+            raise UserError(f"{path} has {size} bytes, more than the {largest} that are read; {advice}.")
         data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}.") from error
+    return _decoded(data, str(path), advice)
+
+
+def no_file(path: str | Path) -> str:
+    """Says why a path is no file that can be read, as the end of a sentence; empty where it is one."""
+    try:
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {advice}.") from None
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}.") from error
-    return _decoded(data, str(path))
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except ValueError:  # a NUL, or half of a surrogate pair
+        return "cannot be read (no file can have this name)"
+    if stat.S_ISDIR(mode):
+        return "is a folder, where a file belongs"
+    if not stat.S_ISREG(mode):
+        return "is a pipe or a device, where a file belongs"
+    return "" if os.access(path, os.R_OK) else "cannot be read (no permission)"
 
 
 def read_json(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> Any:
@@ -110,14 +337,21 @@ def read_json(path: str | Path, advice: str = "mend it or get it again", largest
     return parse_json(read_text(path, advice, largest), str(path), advice)
 
 
-def parse_json(text: str | bytes, where: str, advice: str = "mend it or get it again", finite: bool = True) -> Any:
+def parse_json(
+    text: str | bytes,
+    where: str,
+    advice: str = "mend it or get it again",
+    finite: bool = True,
+    characters: bool = True,
+) -> Any:
     """Makes of JSON its objects, lists, texts, numbers, booleans and None.
 
     where: the file, or the file and line, which starts the sentence of an error. finite: whether NaN and infinite
-    numbers are refused. Raises UserError if the text is not JSON or not UTF-8, is nested more than `DEEPEST` deep,
-    gives a key of an object twice, or holds half of a surrogate pair.
+    numbers are refused. characters: whether halves of surrogate pairs are; else the caller checks the texts, by
+    `is_text`. Raises UserError if the text is not JSON or not UTF-8, is nested more than `DEEPEST` deep,
+    or gives a key of an object twice.
     """
-    text = _decoded(text, where) if isinstance(text, bytes) else text
+    text = _decoded(text, where, advice) if isinstance(text, bytes) else text
     constant, number = (_refused_number, _finite_number) if finite else (None, None)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=number)
@@ -126,16 +360,18 @@ def parse_json(text: str | bytes, where: str, advice: str = "mend it or get it a
         raise UserError(f"{where} is nested too deep (more than {DEEPEST} lists and objects); {advice}.") from None
     except (ValueError, MemoryError) as error:
         raise UserError(f"{where} is not JSON ({error or 'no memory is left for it'}); {advice}.") from error
-    if _SPELT.search(text):
+    if characters and _SPELT.search(text):
         _check_characters(value, where, advice)
     return value
 
 
-def json_lines(text: str, where: str, advice: str = "mend the line") -> Iterator[tuple[int, Any]]:
+def json_lines(
+    text: str, where: str, advice: str = "mend the line", characters: bool = True
+) -> Iterator[tuple[int, Any]]:
     """Yields each line's number, from 1, with what `parse_json` makes of it; blank lines are passed over."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(io.StringIO(text), start=1):
         if line.strip():
-            yield number, parse_json(line, f"{where}, line {number},", advice)
+            yield number, parse_json(line, f"{where}, line {number},", advice, characters=characters)
 
 
 def is_text(text: str) -> bool:
@@ -143,13 +379,14 @@ def is_text(text: str) -> bool:
     return not _LONE.search(text)
 
 
-def _decoded(data: bytes, where: str) -> str:
+def _decoded(data: bytes, where: str, advice: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8."
+            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, or "
+            f"{advice}."
         ) from None
 
 

@@ -1,7 +1,6 @@
 """Ends a run in an orderly way: after a signal, on a full disk, or if its folder is in use."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from unimed_jax.errors import UserError
+from unimed_jax.files import full_disk
 
 
 class Stopped(BaseException):
@@ -157,34 +157,28 @@ def claim(folder: Path) -> None:
 
 
 # ---- disks -----------------------------------------------------------------------------------------
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextlib.contextmanager
 def explain_full_disk() -> Iterator[None]:
-    """Turns an error that a full disk caused, directly or through other errors, into a UserError."""
+    """Turns an error that a full disk caused, in whatever words, into a UserError."""
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            # The library that writes arrays raises ValueErrors that quote the system's error
-            # number.
-            quoted = re.search(r"os_error_code='(\d+)'", str(cause))
-            number = int(quoted[1]) if quoted else getattr(cause, "errno", None)
-            if number in FULL:
-                raise UserError(
-                    f"{os.strerror(number)}{_place(cause)}; free some space and give the same command again: a run "
-                    "continues from its last checkpoint."
-                ) from error
-            cause = cause.__cause__ or cause.__context__
+    except UserError:
         raise
+    except Exception as error:
+        full = full_disk(error, *(lock.parent for lock in _claims))
+        if not full:
+            raise
+        raise UserError(
+            f"{full}{_place(error)}; free some space and give the same command again: a run continues from its last "
+            "checkpoint."
+        ) from error
 
 
-def _place(error: BaseException) -> str:
-    """Names the file that an error is about, in parentheses; empty if it names none."""
-    file = getattr(error, "filename", None) or next(
-        iter(re.findall(r'"(/[^"]+)"', str(error))),
-        None,
-    )
-    return f" ({file})" if file else ""
+def _place(error: BaseException | None) -> str:
+    """Names the file that an error, or what caused it, is about, in parentheses; empty if none names one."""
+    while error is not None:
+        file = getattr(error, "filename", None) or next(iter(re.findall(r'"(/[^"]+)"', str(error))), None)
+        if file:
+            return f" ({file})"
+        error = error.__cause__ or error.__context__
+    return ""

@@ -126,9 +126,15 @@ def test_the_checksum_follows_the_records(tmp_path):
 
 
 FAULTS = {
-    "no list": ({"a": 1}, "is not a list of records"),
+    "no list": (7, "is not a list of records"),
+    "an object": ({"a": 1}, "line 1: 'conversations' must be a list"),
+    "no record": ([ASKED, [ASKED]], "record 1 is no object, so this is not a list of records"),
     "no messages": ([{"id": "7"}], "record 0: 'conversations' must be a list"),
     "a message without text": ([{"conversations": [{"from": "human"}]}], "record 0: 'conversations' must be a list"),
+    "a question that is null": ([{"conversations": said(None, "no")}], "record 0: 'conversations' must be a list"),
+    "a number as answer": ([{"conversations": said("Why?", 5)}], "record 0: 'conversations' must be a list"),
+    "a number as answer_type": ([ASKED | {"answer_type": 3}], "record 0: 'answer_type' is 3; give a text"),
+    "a list as modality": ([ASKED | {"modality": ["x" * 99]}], r"record 0: 'modality' is \['x+\.\.\.; give a text"),
     "nobody answers": ([ASKED, {"conversations": said("Why?")}], r"record 1: messages come from \['human'\]"),
     "a number as image": ([ASKED | {"image": 3}], "record 0: 'image' is 3"),
     "no mark": ([ASKED | {"conversations": said("Clear?", "no")}], "1 images, and <image> 0 times"),
@@ -146,11 +152,129 @@ def test_a_fault_names_its_record(name, tmp_path):
     assert str(tmp_path / "train.json") in str(error.value)
 
 
+PLACES = ("/etc/a.jpg", "../a.jpg", "../../a.jpg", "x/../../../a.jpg")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_pictures_outside_the_folder_are_nobodys_data(tmp_path, place):
+    folder = write(tmp_path / "deep" / "set", train=[ASKED, ASKED | {"image": [place]}])
+    for outside in (tmp_path / "deep" / "a.jpg", tmp_path / "a.jpg"):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(outside)
+    if place == "../a.jpg":  # from images/ on: this one lies in the data folder
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "a.jpg")
+        assert len(opened(folder, tmp_path).examples("train")) == 2
+        return
+    with pytest.raises(UserError, match=r"record 1: image '.*' lies outside .*set; give its path within .*images"):
+        opened(folder, tmp_path)
+
+
+def test_answer_type_and_modality_that_are_null_count_as_absent(tmp_path):
+    (example,) = opened(write(tmp_path, train=[ASKED | {"answer_type": None, "modality": None}]), tmp_path).examples(
+        "train"
+    )
+    assert dict(example.meta) == {}
+
+
+BLANK = ("", " \n\t", "\u200b\ufeff", "\u3164", None)
+
+
+@pytest.mark.parametrize("blank", BLANK)
+def test_answers_that_are_empty_are_left_out_by_name(tmp_path, capsys, blank):
+    talk = said("<image>Clear?", blank, "Sure?", "yes")
+    records = [ASKED, ASKED | {"conversations": said("<image>Clear?", blank)}, ASKED | {"conversations": talk}]
+    data = opened(write(tmp_path, train=records), tmp_path)
+    assert len(data.examples("train")) == 1 and data.skipped == 2
+    assert (
+        "2 records left out, 1 used (train: train/1: its answer is empty; train: train/2: an earlier answer is empty)"
+        in (capsys.readouterr().out)
+    )
+
+
+NO_TEXT = {
+    "question": ASKED | {"conversations": said("<image>Is it \ud800 clear?", "no")},
+    "answer": ASKED | {"conversations": said("<image>Is it clear?", "n\udfff")},
+    "meta": ASKED | {"answer_type": "\ud83d"},
+    "image": ASKED | {"image": "\udce9.jpg"},
+    "earlier turn": ASKED | {"conversations": said("<image>\ud800?", "no", "Sure?", "yes")},
+}
+
+
+@pytest.mark.parametrize("field", NO_TEXT)
+@pytest.mark.parametrize("lines", [False, True])
+def test_half_a_surrogate_pair_names_the_record(tmp_path, field, lines):
+    folder = write(tmp_path / "set", train=[])
+    records = [json.dumps(record) for record in (ASKED, NO_TEXT[field])]
+    if field == "image":  # a file of that name, which is not UTF-8
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "images" / "a.png")
+        (folder / "images" / "a.png").rename(folder / "images" / "\udce9.jpg")
+    (folder / "train.json").write_text("\n".join(records) if lines else f"[{','.join(records)}]")
+    with pytest.raises(UserError, match=f"record llava/train/1: its {field} holds half of a surrogate pair") as error:
+        opened(folder, tmp_path)
+    str(error.value).encode()
+
+
+def test_an_id_that_is_no_text_is_written_with_backslashes(tmp_path, capsys):
+    folder = write(tmp_path / "set", train=[ASKED, ASKED | {"id": "\ud800", "image": "lost.jpg"}])
+    (listed,) = (opened(folder, tmp_path).folder / "skipped.txt").read_text().splitlines()
+    assert listed.startswith("train: \\ud800: no image") and "\\ud800" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "alone.jsonl", "alone.json"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_records_one_a_line_and_byte_order_marks(tmp_path, name, mark):
+    folder = write(tmp_path / "set", train=[])
+    (folder / "train.json").unlink()
+    lines = "\r\n\n".join(json.dumps(record) for record in (ASKED, ASKED, ASKED))
+    (folder / name).write_bytes(mark + lines.encode())
+    data = opened(folder / name if "alone" in name else folder, tmp_path)
+    assert len(data.examples("train")) == 3 and data.examples("train")[2].question == "Is it clear?"
+    (folder / name).write_bytes(mark + lines.encode() + b"\n{")
+    with pytest.raises(UserError, match=f"{name}, line 6, is not JSON .*one record a line"):
+        opened(folder / name if "alone" in name else folder, tmp_path)
+    (folder / name).write_bytes(mark + json.dumps([ASKED]).encode())  # a list, whatever the file is called
+    assert len(opened(folder / name if "alone" in name else folder, tmp_path).examples("train")) == 1
+
+
+def test_an_image_that_is_no_file_is_named_for_what_it_is(tmp_path, capsys):
+    odd = {"a folder": "deep", "nothing": "", "too long": "n" * 300, "a NUL": "a\0b", "below a file": "a.jpg/b"}
+    folder = write(
+        tmp_path / "set", train=[ASKED, *(ASKED | {"id": why, "image": [name]} for why, name in odd.items())]
+    )
+    (folder / "images" / "deep").mkdir()
+    data = opened(folder, tmp_path)
+    listed = (data.folder / "skipped.txt").read_text().splitlines()
+    assert len(data.examples("train")) == 1 and len(listed) == data.skipped == 5
+    for line, words in zip(
+        listed, ("is a folder", "is a folder", "name too long", "can have this", "Not a"), strict=True
+    ):
+        assert words.lower() in line.lower(), line
+    assert "deep is a folder, where a file belongs" in capsys.readouterr().out
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="train.json does not exist"):
         opened(tmp_path, tmp_path)
     (tmp_path / "train.json").write_text("[")
     with pytest.raises(UserError, match="train.json is not JSON"):
         opened(tmp_path, tmp_path)
+    (tmp_path / "train.json").write_bytes(b'[{"id": "caf\xe9"}]')
+    with pytest.raises(UserError, match="train.json, line 1: the byte 0xe9 is not UTF-8; save the file as UTF-8"):
+        opened(tmp_path, tmp_path)
+    (tmp_path / "train.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="train.json is nested too deep"):
+        opened(tmp_path, tmp_path)
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match="train.json and train.jsonl stand side by side"):
+        opened(tmp_path, tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.json").unlink()
+    (tmp_path / "train.json").mkdir()
+    with pytest.raises(UserError, match="train.json is a folder, where a file belongs"):
+        opened(tmp_path, tmp_path)
+    (tmp_path / "train.json").rmdir()
+    (tmp_path / "table.csv").write_text("")
+    with pytest.raises(UserError, match="table.csv is neither a folder nor a .json or .jsonl file"):
+        opened(tmp_path / "table.csv", tmp_path)
     with pytest.raises(UserError, match="no split 'dev'"):
         opened(write(tmp_path, train=[ASKED]), tmp_path).examples("dev")

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import random
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +21,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import prepared
 from unimed_jax.data.selection import draw_weights
-from unimed_jax.data.store import pack, unpack
+from unimed_jax.data.store import Store, crc_of, pack, unpack
 from unimed_jax.errors import UserError
 
 NAME = "support.squares"
@@ -84,12 +86,41 @@ def cut(path, size):
     os.truncate(path, size)
 
 
+def flipped(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def altered(at, **changes):
+    manifest = json.loads((at / "manifest.json").read_text())
+    (at / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def rewritten(at, **changes):
+    """Changes the manifest as one who knows its checksum."""
+    manifest = json.loads((at / "manifest.json").read_text()) | changes
+    (at / "manifest.json").write_text(json.dumps(manifest | {"crc32": crc_of(manifest)}))
+
+
 DAMAGE = {
     "an index cut short": (lambda at: cut(at / "index" / "task.npy", 150), r"task.npy has 150 of its \d+ bytes"),
     "a shard missing": (lambda at: (at / "images-00000.array_record").unlink(), "images-00000.array_record does not"),
     "a shard cut": (lambda at: cut(at / "examples-00000.array_record", 99), "examples-00000.array_record has 99 of"),
     "no manifest": (lambda at: (at / "manifest.json").unlink(), "manifest.json does not exist"),
-    "half a manifest": (lambda at: cut(at / "manifest.json", 50), "manifest.json cannot be read"),
+    "half a manifest": (lambda at: cut(at / "manifest.json", 50), "manifest.json is not JSON"),
+    "a manifest of garbage": (lambda at: (at / "manifest.json").write_bytes(b"\x93NUMPY\0"), "0x93 is not UTF-8"),
+    "a manifest of nesting": (lambda at: (at / "manifest.json").write_text("[" * 99_999), "is nested too deep"),
+    "a manifest of nothing": (lambda at: (at / "manifest.json").write_text("{}"), "is not what was written"),
+    "a manifest of another": (lambda at: altered(at, checksum="0"), "manifest.json is not what was written"),
+    "a manifest without parts": (lambda at: rewritten(at, splits=None), "is not what was written .AttributeError"),
+    "an empty folder": (lambda at: [shutil.rmtree(at), at.mkdir()], "is not a prepared data set"),
+    "a file for the folder": (lambda at: [shutil.rmtree(at), at.write_text("")], "is not a prepared data set"),
+    "a byte of the index": (lambda at: flipped(at / "index" / "ids.npy", 200), "ids.npy has changed since"),
+    "a folder for an index": (
+        lambda at: [(at / "index" / "ids.npy").unlink(), (at / "index" / "ids.npy").mkdir()],
+        "ids.npy does not exist",
+    ),
 }
 
 
@@ -102,11 +133,35 @@ def test_a_damaged_store_is_one_sentence(tmp_path, damage):
         opened(tmp_path)
 
 
+def test_no_flipped_bit_of_a_store_goes_unnoticed(tmp_path):
+    """Any bit of any file: what is read is what was written, or one sentence."""
+    opened(tmp_path)
+    at, rng = folder_of(tmp_path), random.Random(0)
+
+    def read():
+        store = Store(at)
+        pixels = [store.image(key).tobytes() for key in ("train3", "val3")]
+        return [list(store.examples(split)) for split in store.splits], pixels, store.checksum, store.info
+
+    whole, noticed, flips = read(), 0, 0
+    for path in sorted(path for path in at.rglob("*") if path.is_file()):
+        before = path.read_bytes()
+        for place in rng.sample(range(len(before)), min(len(before), 6)):
+            flipped(path, place)
+            try:
+                assert read() == whole, (path.name, place)
+            except UserError:
+                noticed += 1
+            path.write_bytes(before)
+            flips += 1
+    assert flips > 60 and noticed > flips / 2
+
+
 def test_a_store_of_another_form_is_refused(tmp_path):
     opened(tmp_path)
     file = folder_of(tmp_path) / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
-    with pytest.raises(UserError, match="was prepared in form 0, and this version reads form 1; delete that folder"):
+    with pytest.raises(UserError, match="was prepared in form 0, and this version reads form 2; delete that folder"):
         opened(tmp_path)
 
 
@@ -186,6 +241,29 @@ FAULTS = {
     "no image": ([(Example("a", "vqa", "q", "a"), ())], "record made/a: task 'vqa' needs an image"),
     "image for text": ([(Example("a", "qa", "q", "a", ("k",)), (BLACK,))], "record made/a: .*takes no image"),
     "unknown task": ([(Example("a", "vga", "q", "a"), ())], "record made/a: task 'vga' is unknown"),
+    "a blank answer": ([(Example("a", "qa", "q", " \n"), ())], "1 records left out: train: a: its answer is empty"),
+    "an id of halves": (
+        [(Example("\ud800", "qa", "q", "a"), ())],
+        r"record made/.ud800: its id holds half of a surrogate",
+    ),
+    "a cluster of halves": (
+        [(Example("a", "qa", "q", "a", cluster="\udc00"), ())],
+        "record made/a: its cluster holds half",
+    ),
+    "a key of meta": ([(Example("a", "qa", "q", "a", meta={"\udc00": "b"}), ())], "record made/a: its meta holds half"),
+    "a template": (
+        [(Example("a", "qa", "q", "a", meta={"template": "\udc00"}), ())],
+        "record made/a: its meta holds half",
+    ),
+    "a number for a text": ([(Example("a", "qa", "q", 7), ())], "record made/a: its answer is 7, which is no text"),
+    "a number in meta": (
+        [(Example("a", "qa", "q", "a", meta={"b": 7}), ())],
+        "record made/a: its meta is 7, which is no",
+    ),
+    "a folder as image": (
+        [(Example("a", "vqa", "q", "a", ("k",)), (".",))],
+        "train: a: image . is a folder, where a file",
+    ),
     "lost files": ([(Example("a", "vqa", "q", "a", ("k",)), ("no.png",))], "1 records left out: train: a: no image no"),
 }
 

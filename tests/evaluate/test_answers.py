@@ -1,6 +1,7 @@
 """Answers are written as they come: a cut evaluation continues where it stood and ends in the same bytes."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -90,6 +91,21 @@ def test_a_torn_last_line_is_dropped_and_the_next_begins_on_its_own(tmp_path):
         assert set(Journal(tmp_path, "f").found) == {"a", "c"}
     file.write_bytes(whole)
     assert Journal(tmp_path, "f").found["b"].prediction == "\ud800 odd"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flipped_bit_costs_its_line_alone(tmp_path, seed):
+    journal = Journal(tmp_path, "f")
+    given = {str(i): Answered(f"answer {i}", [i, i], "other", ["k"]) for i in range(5)}
+    for name, answer in given.items():
+        journal.add({name: answer})
+    file, rng = tmp_path / JOURNAL, random.Random(seed)
+    damaged = bytearray(file.read_bytes())
+    damaged[rng.randrange(len(damaged) - 1)] ^= 1 << rng.randrange(8)
+    file.write_bytes(damaged + b"5\n" + b"[" * 10_000 + b'\n{"id": "x", "prediction": "y"}\n\xff\n')
+    found = Journal(tmp_path, "f").found
+    assert 3 <= len(found) <= 4 and found.items() <= given.items()
+    assert Journal(tmp_path, "f").found == found
 
 
 def test_batches_are_fixed_and_of_like_lengths(config):

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from support.weight_files import NEEDS, assert_reads, refused
 
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_file, new_folder
+from unimed_jax.files import new_folder, written_whole
 from unimed_jax.interop.tensors.files import write_safetensors
 from unimed_jax.interop.tensors.table import Stored
 
@@ -140,11 +140,11 @@ def test_new_folder_is_there_whole_or_not_at_all(tmp_path):
 def test_new_file_replaces_or_leaves(tmp_path):
     path = tmp_path / "x.pth"
     path.write_text("old")
-    with pytest.raises(UserError, match="could not be written .No space"), new_file(path) as file:
+    with pytest.raises(UserError, match="could not be written .No space"), written_whole(path) as file:
         file.write_text("half")
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with new_file(path) as file:
+    with written_whole(path) as file:
         file.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 

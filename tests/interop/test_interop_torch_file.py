@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support import golden_uni_med
-from support.weight_files import NEEDS, Touch, archive, assert_reads, refused
+from support.weight_files import NEEDS, Touch, archive, assert_reads, refused, tensor_pickle
 
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors import torch_file
@@ -96,33 +96,6 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
     torch_file = tmp_path / "good.pth"
     archive(torch_file, tensor_pickle(4, 0, (4,), (1,)), [("0", np.arange(4, dtype=np.float32).tobytes())])
     np.testing.assert_array_equal(open_weights(torch_file).read("a"), [0, 1, 2, 3])
-
-
-def tensor_pickle(size, offset, shape, strides, key="0") -> bytes:
-    """{"a": tensor}, as torch.save pickles it."""
-    out = bytearray(b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(")
-
-    def number(n):
-        out.extend(b"J" + struct.pack("<i", n))
-
-    def word(text):
-        out.extend(b"X" + struct.pack("<I", len(text)) + text.encode())
-
-    out.extend(b"(")
-    word("storage")
-    out.extend(b"ctorch\nFloatStorage\n")
-    word(key)
-    word("cpu")
-    number(size)
-    out.extend(b"tQ")
-    number(offset)
-    for values in (shape, strides):
-        out.extend(b"(")
-        for value in values:
-            number(value)
-        out.extend(b"t")
-    out.extend(b"\x89}tRs.")
-    return bytes(out)
 
 
 @pytest.mark.parametrize(

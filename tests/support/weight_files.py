@@ -1,5 +1,6 @@
 """Checks of weight files, and pickles of which some would run code."""
 
+import struct
 import zipfile
 
 import numpy as np
@@ -38,6 +39,33 @@ def archive(path, pickled: bytes, records=(), compression=zipfile.ZIP_STORED):
         out.writestr("archive/data.pkl", pickled)
         for name, data in records:
             out.writestr(f"archive/data/{name}", data)
+
+
+def tensor_pickle(size, offset, shape, strides, key="0") -> bytes:
+    """{"a": tensor}, as torch.save pickles it."""
+    out = bytearray(b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(")
+
+    def number(n):
+        out.extend(b"J" + struct.pack("<i", n))
+
+    def word(text):
+        out.extend(b"X" + struct.pack("<I", len(text)) + text.encode())
+
+    out.extend(b"(")
+    word("storage")
+    out.extend(b"ctorch\nFloatStorage\n")
+    word(key)
+    word("cpu")
+    number(size)
+    out.extend(b"tQ")
+    number(offset)
+    for values in (shape, strides):
+        out.extend(b"(")
+        for value in values:
+            number(value)
+        out.extend(b"t")
+    out.extend(b"\x89}tRs.")
+    return bytes(out)
 
 
 class Touch:

@@ -5,13 +5,12 @@ in another one's `init`.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
 
-from unimed_jax import processes
+from unimed_jax import files, processes
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
@@ -175,11 +174,9 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
         f"# Stages on one held-out set\n\n{table}\n\nTest split: {n['vqa']} questions, {n['cls']} classifications; "
         "95 % intervals over source images and slabs. Research software, not a medical device.\n"
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("stages.json", json.dumps({"stages": kept}, indent=1) + "\n"), ("stages.md", text)):
-        unfinished = folder / f"{name}.tmp"
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.rename(folder / name)
+    with files.written_together(folder, ("stages.md", "stages.json")) as unfinished:
+        files.write_text(unfinished / "stages.md", text)
+        files.write_json(unfinished / "stages.json", {"stages": kept})
     return table
 
 

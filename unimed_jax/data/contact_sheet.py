@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from unimed_jax.data.example import Dataset, Example
+from unimed_jax.files import written_whole
 
 EXAMINED = 100_000
 _SIDE = 320  # screen pixels of an image's longer side
@@ -36,8 +37,8 @@ def contact_sheet(
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % _COLUMNS * width, i // _COLUMNS * height))
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with written_whole(path) as file:
+        sheet.save(file, "PNG")
     return path
 
 

@@ -66,7 +66,8 @@ def measure(
     path = cache / "lengths" / f"{name}.npy"
     if not path.is_file():
         table = _measured(examples, tokenizer, text, tokens_per_image)
-        with files.new_file(path) as unfinished, unfinished.open("wb") as file:
+        files.remove_leftovers(path.parent)
+        with files.written_whole(path) as unfinished, unfinished.open("wb") as file:
             np.save(file, table)
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import io
 import json
-import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +21,15 @@ from unimed_jax.config import TASKS, VISUAL_TASKS
 from unimed_jax.data.columns import Collector, Column, Strings, hash_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.store import MANIFEST, SCHEMA, SKIPPED, Store, pack, unpack
+from unimed_jax.data.store import MANIFEST, RECORDS, SCHEMA, SKIPPED, Store, crc_of, facts_of, pack, unpack
 from unimed_jax.errors import UserError
 
 Source = str | Path | bytes | np.ndarray  # of an image: a file, its bytes, or pixels uint8 [H, W] or [H, W, 3]
 SHARD_RECORDS = 100_000
 SHARD_BYTES = 256 << 20
 NAMED = 5  # skipped records that a message names
+INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # categories of Unicode's white space, control and format characters
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that show nothing
 
 
 class Reader(Protocol):
@@ -64,8 +66,7 @@ def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[s
             ) from error
         with lock, _locked(lock):
             if not target.exists():  # another process may have prepared it while this one waited
-                for unfinished in cache.glob(f".{target.name}.*"):  # of a process that was killed
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                files.remove_leftovers(cache)
                 older = [path.name for path in cache.glob(f"{info.name}-{which}-*")]
                 _write(reader, info, folder, options, target)
                 _report(Store(target), older)
@@ -149,7 +150,7 @@ class _Shards:
 def _write(reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], target: Path) -> None:
     with files.new_folder(target) as place:
         examples, images, columns = _Shards(place, "examples"), _Shards(place, "images"), Collector()
-        digest = hashlib.sha256(f"{SCHEMA}\0{info.version}".encode())
+        digest = hashlib.sha256(f"{RECORDS}\0{info.version}".encode())
         keys: dict[str, int] = {}
         skipped: list[str] = []
         splits: dict[str, tuple[int, int]] = {}
@@ -160,9 +161,9 @@ def _write(reader: Reader, info: Info, folder: Path | None, options: Mapping[str
                 left_out: list[str] = []
                 for example, sources in reader.read(folder, split, options, left_out):
                     check(example, info.name)
-                    found = _encoded(example, sources, keys)
+                    found = unanswered(example) or _encoded(example, sources, keys)
                     if isinstance(found, str):
-                        left_out.append(found)
+                        left_out.append(f"{example.id}: {found}")
                         continue
                     for key, (data, content) in found.items():
                         keys[key] = len(keys)
@@ -174,7 +175,7 @@ def _write(reader: Reader, info: Info, folder: Path | None, options: Mapping[str
                     columns.add(example)
                     count += 1
                     bar.update()
-                skipped += [f"{split}: {line}" for line in left_out]
+                skipped += [f"{split}: {_one_line(line)}" for line in left_out]
                 if count > start:
                     splits[split] = (start, count)
         examples.close()
@@ -208,18 +209,29 @@ def _write(reader: Reader, info: Info, folder: Path | None, options: Mapping[str
             "skipped": len(skipped),
             "meta_keys": made.meta_keys,
             "files": {
-                str(path.relative_to(place)): {"bytes": path.stat().st_size}
-                | ({"records": records[path.name]} if path.name in records else {})
+                str(path.relative_to(place)): facts_of(path, records.get(path.name))
                 for path in sorted(place.rglob("*"))
                 if path.is_file()
             },
         }
+        manifest["crc32"] = crc_of(manifest)
         (place / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def check(example: Example, name: str) -> None:
-    """Raises UserError for an example that no task can use."""
+    """Raises UserError for an example that no task can use, or whose texts are not texts."""
     where = f"record {name}/{example.id}"
+    named = ascii(where)[1:-1]  # an id that is no text cannot be printed
+    for field, text in _texts(example):
+        if not isinstance(text, str):
+            raise UserError(
+                f"{ascii(where)[1:-1]}: its {field} is {ascii(text)[:80]}, which is no text; mend the record."
+            )
+        if not files.is_text(text):
+            raise UserError(
+                f"{named}: its {field} holds half of a surrogate pair, which is no character "
+                f"({ascii(text)[1:-1][:80]}); mend the record."
+            )
     if example.task not in TASKS:
         raise UserError(f"{where}: task {example.task!r} is unknown; choose from {', '.join(TASKS)}.")
     visual = example.task in VISUAL_TASKS
@@ -230,12 +242,44 @@ def check(example: Example, name: str) -> None:
         )
 
 
+def _texts(example: Example) -> Iterator[tuple[str, Any]]:
+    """Yields every text of an example with the words for it."""
+    yield from (("id", example.id), ("task", example.task), ("question", example.question), ("answer", example.answer))
+    yield from (("image", key) for key in example.images)
+    yield "cluster", example.cluster
+    yield from (("meta", text) for pair in example.meta.items() for text in pair)
+    yield from (("earlier turn", text) for turn in example.history for text in turn)
+
+
+def unanswered(example: Example) -> str:
+    """Says which answer of an example is empty or blank, so that nothing can be learnt from it; empty if none is."""
+    if _blank(example.answer):
+        return "its answer is empty"
+    return "an earlier answer is empty" if any(_blank(answer) for _, answer in example.history) else ""
+
+
+def _blank(text: str) -> bool:
+    """Says whether a text shows nothing: white space, control and format characters, fillers."""
+    return all(unicodedata.category(c) in INVISIBLE or c in FILLERS for c in text)
+
+
+def _one_line(text: str) -> str:
+    """Makes any text fit for a line of skipped.txt."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+def no_image(path: Path) -> str:
+    """Says why the file of an image cannot be read; empty if it can."""
+    reason = files.no_file(path)
+    return f"no image {path}" if reason == "does not exist" else f"image {path} {reason}" if reason else ""
+
+
 def _encoded(
     example: Example, sources: Iterable[Source], keys: Mapping[str, int]
 ) -> dict[str, tuple[bytes, bytes]] | str:
-    """The images of an example that are not stored yet: key -> (bytes to store, bytes to hash).
+    """Reads the images of an example that are not stored yet: key -> (bytes to store, bytes to hash).
 
-    A text instead says why the example is left out: the file of an image does not exist.
+    A text instead says why the example is left out: the file of an image cannot be read.
     """
     found: dict[str, tuple[bytes, bytes]] = {}
     for key, source in zip(example.images, sources, strict=True):
@@ -248,11 +292,14 @@ def _encoded(
             found[key] = buffer.getvalue(), str(source.shape).encode() + source.tobytes()
         elif isinstance(source, bytes):
             found[key] = source, source
-        elif (path := Path(source)).is_file():
-            data = path.read_bytes()
-            found[key] = data, data
+        elif reason := no_image(Path(source)):
+            return reason
         else:
-            return f"{example.id}: no image {path}"
+            try:
+                data = Path(source).read_bytes()
+            except OSError as error:
+                return f"image {source} cannot be read ({error.strerror or error})"
+            found[key] = data, data
     return found
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.images import read_image
 from unimed_jax.data.info import Info
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import read_json
 
-SCHEMA = 1  # of the files; raise it when they change
+SCHEMA = 2  # of the files; raise it when they change
+RECORDS = 1  # of the records within; raise it when what is packed changes: checksums then differ
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.txt"
 CHUNK = 256  # examples read at once while iterating
@@ -43,14 +46,17 @@ class Store:
         """Opens what `prepare` wrote. Raises UserError if files are missing, cut or of another form."""
         self.folder = Path(folder)
         manifest = _manifest(self.folder)
-        self.id = self.name = manifest["info"]["name"]
-        self.info = info_of(manifest["info"])
-        self.checksum: str = manifest["checksum"]
-        self.skipped: int = manifest["skipped"]
-        self._bounds: dict[str, tuple[int, int]] = {split: (a, b) for split, (a, b) in manifest["splits"].items()}
-        self.splits = tuple(self._bounds)
-        self._meta_keys = tuple(manifest["meta_keys"])
-        _check_files(self.folder, manifest["files"])
+        try:
+            self.info = info_of(manifest["info"])
+            self.id = self.name = self.info.name
+            self.checksum: str = manifest["checksum"]
+            self.skipped: int = manifest["skipped"]
+            self._bounds: dict[str, tuple[int, int]] = {split: (a, b) for split, (a, b) in manifest["splits"].items()}
+            self.splits = tuple(self._bounds)
+            self._meta_keys = tuple(manifest["meta_keys"])
+            _check_files(self.folder, manifest["files"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / MANIFEST} is not what was written ({error!r}); {_AGAIN}.") from error
         self._examples = _Shards(self.folder, manifest["files"], "examples")
         self._images = _Shards(self.folder, manifest["files"], "images")
         self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
@@ -100,15 +106,22 @@ class Store:
         raise UserError(f"data set {self.id} has no image {key!r}.")
 
     def read(self, numbers: Sequence[int]) -> list[Example]:
-        """Examples by number."""
-        return [unpack(data) for data in self._read(self._examples, numbers)]
+        """Reads examples by number; raises UserError if their bytes are damaged."""
+        records = self._read(self._examples, numbers)
+        try:
+            return [unpack(data) for data in records]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
 
     def _read(self, source: "_Shards", numbers: Sequence[int]) -> list[bytes]:
         try:
             return source.read(numbers)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"data set {self.folder} cannot be read ({reason}); {_AGAIN}.") from error
+        except (OSError, IndexError, ValueError, RuntimeError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:200]
+        return UserError(f"data set {self.folder} cannot be read ({reason}); {_AGAIN}.")
 
     def _bound(self, split: str) -> tuple[int, int]:
         if split not in self._bounds:
@@ -205,27 +218,56 @@ def info_of(fields: dict[str, Any]) -> Info:
     return Info(**plain)
 
 
+def crc_of(manifest: Mapping[str, Any]) -> int:
+    """Computes the CRC-32 of a manifest, its own entry `crc32` left out."""
+    content = {key: value for key, value in manifest.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def facts_of(path: Path, records: int | None) -> dict[str, int]:
+    """Describes one file of a store: its size, and its number of records or else its CRC-32.
+
+    Records need none: array_record keeps checksums of its own.
+    """
+    return {"bytes": path.stat().st_size} | ({"crc32": _crc_of(path)} if records is None else {"records": records})
+
+
+def _crc_of(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        schema = manifest["schema"]
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a prepared data set ({MANIFEST} does not exist); {_AGAIN}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_AGAIN}.") from error
-    if schema != SCHEMA:
+    if not path.exists():
+        raise UserError(f"{folder} is not a prepared data set ({MANIFEST} does not exist); {_AGAIN}.")
+    manifest = read_json(path, _AGAIN)
+    if not isinstance(manifest, dict) or "schema" not in manifest:
+        raise UserError(f"{path} is not what was written; {_AGAIN}.")
+    if manifest["schema"] != SCHEMA:
         raise UserError(
-            f"data set {folder} was prepared in form {schema}, and this version reads form {SCHEMA}; {_AGAIN}."
+            f"data set {folder} was prepared in form {manifest['schema']!r}, and this version reads form {SCHEMA}; "
+            f"{_AGAIN}."
         )
+    if manifest.get("crc32") != crc_of(manifest):
+        raise UserError(f"{path} is not what was written; {_AGAIN}.")
     return manifest
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raises UserError if a file of a store is not there, is cut, or (index, skipped.txt) has changed."""
     for name, facts in files.items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            raise UserError(f"data set file {path} does not exist; {_AGAIN}.")
-        if size != facts["bytes"]:
-            raise UserError(f"data set file {path} has {size} of its {facts['bytes']} bytes; {_AGAIN}.")
+        try:
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise UserError(f"data set file {path} does not exist; {_AGAIN}.")
+            if size != facts["bytes"]:
+                raise UserError(f"data set file {path} has {size} of its {facts['bytes']} bytes; {_AGAIN}.")
+            if "crc32" in facts and _crc_of(path) != facts["crc32"]:
+                raise UserError(f"data set file {path} has changed since it was written; {_AGAIN}.")
+        except OSError as error:
+            raise UserError(f"data set file {path} cannot be read ({error.strerror or error}); {_AGAIN}.") from error

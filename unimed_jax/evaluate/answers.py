@@ -9,17 +9,16 @@ import dataclasses
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unimed_jax import processes
+from unimed_jax import files, processes
 from unimed_jax.data.example import Example
-from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Unit, permute_images
-from unimed_jax.files import parse_json
 
 # Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one answer each.
 Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]], int], list[str]]
@@ -39,7 +38,8 @@ class Answered:
 class Journal:
     """The answers so far, one line each, in the run's folder; process 0 writes, all processes know its content.
 
-    Lines of another fingerprint (other weights, settings or data) and a last line that a kill cut short are dropped.
+    Lines of another fingerprint (other weights, settings or data) and damaged lines are dropped: a kill cuts the last
+    one short, and a disk may change any, which the line's checksum shows.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
@@ -50,24 +50,31 @@ class Journal:
             self.found[name] = Answered(**line)
 
     def _read(self) -> list[dict[str, Any]]:
-        kept = []
         try:
-            lines = self._file.read_bytes().split(b"\n")
+            data = self._file.read_bytes()
         except FileNotFoundError:
             return []
-        for line in lines[:-1]:  # whole lines end with a line break; what stands after the last is torn
-            try:
-                entry = parse_json(line, JOURNAL)
-            except UserError:
-                continue
-            if isinstance(entry, dict) and entry.pop("fingerprint", None) == self._fingerprint:
-                kept.append(entry)
-        whole = b"".join(self._line(entry) for entry in kept)
-        self._file.write_bytes(whole)  # so that the next line begins at a line's beginning
+        kept = [entry for line in data.split(b"\n")[:-1] if (entry := self._entry(line)) is not None]
+        whole = b"".join(map(self._line, kept))
+        if whole != data:  # so that the next line begins at a line's beginning
+            with files.written_whole(self._file) as file:
+                file.write_bytes(whole)
         return kept
 
+    def _entry(self, line: bytes) -> dict[str, Any] | None:
+        """Reads one line; None for a damaged one and for one of another fingerprint."""
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(entry, dict) or entry.pop("checksum", None) != _checksum(entry):
+            return None
+        return entry if entry.pop("fingerprint") == self._fingerprint else None
+
     def _line(self, entry: Mapping[str, Any]) -> bytes:
-        return json.dumps({"fingerprint": self._fingerprint, **entry}, separators=(",", ":")).encode() + b"\n"
+        """Makes a line of an entry, with fingerprint and checksum."""
+        content = {"fingerprint": self._fingerprint, **entry}
+        return json.dumps({**content, "checksum": _checksum(content)}, separators=(",", ":")).encode() + b"\n"
 
     def add(self, answered: Mapping[str, Answered]) -> None:
         """Notes the answers of one batch; they survive a kill of this process."""
@@ -84,6 +91,11 @@ class Journal:
         """Deletes the file, after the answers have been written elsewhere."""
         if processes.leads():
             self._file.unlink(missing_ok=True)
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    """Sums up what a line says, in the order in which it says it."""
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def answer_units(

@@ -7,10 +7,10 @@ metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from unimed_jax import files
 from unimed_jax.config import Config, to_dict
 from unimed_jax.data.datasets import missing
 from unimed_jax.data.example import Dataset
@@ -23,6 +23,9 @@ from unimed_jax.interop.families.unimed_hf import is_exported
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.gguf import find_gguf, is_gguf
 from unimed_jax.settings import from_config_dict
+
+# What an evaluation writes, the last one last: it stands for the others.
+RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "metrics.json")
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -46,11 +49,10 @@ def write_config(folder: Path, config: Config) -> None:
                 way_out += ", or set config.train.longer to 'restart' or 'stretch'"
             difference = _difference(to_dict(old), to_dict(config))
             raise UserError(f"{folder} holds a run with other settings ({difference}); {way_out}.")
-        (folder / "metrics.json").unlink(missing_ok=True)
+        for name in reversed(RESULTS):
+            (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "config.tmp"  # a kill must not leave half of it under its name
-    unfinished.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    unfinished.rename(file)
+    files.write_json(file, to_dict(config))
 
 
 def read_config(folder: Path) -> Config:
@@ -105,9 +107,8 @@ def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Toke
     if is_gguf(config.text.tokenizer):
         write_tokenizer(config.text.tokenizer, path)
     elif path == folder / "tokenizer":
-        unfinished = folder / "tokenizer.tmp"
-        train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
-        unfinished.rename(path)
+        with files.new_folder(path) as unfinished:
+            train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
     return Tokenizer.load(path)
 
 

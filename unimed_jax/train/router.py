@@ -4,8 +4,6 @@ The published recipe: an image with its prompt is the mean over all hidden state
 cross-entropy, Adam. What it finds goes into every layer with experts (`config.init` kind "router").
 """
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from unimed_jax import processes
+from unimed_jax import files, processes
 from unimed_jax.config import Config, config_hash
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset, Example
@@ -25,7 +23,6 @@ from unimed_jax.data.layout import Encoder
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.statistics import Measure, interval, resample
-from unimed_jax.files import new_file, read_json
 from unimed_jax.interop.families.med_moe import export_router
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
@@ -37,7 +34,7 @@ from unimed_jax.provenance import code_version, plain
 from unimed_jax.runs.folder import load_text, write_config
 from unimed_jax.runs.open import initial_model
 
-REPORT, ROUTER = "router.json", "router"  # in the run's folder; the report comes last
+REPORT, ROUTER, PICTURE = "router.json", "router", "router.png"  # in the run's folder
 
 
 class Labelled(NamedTuple):
@@ -58,7 +55,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     with processes.leader_first("inputs"):
         write_config(folder, config)
         if (folder / REPORT).is_file():
-            return read_json(folder / REPORT, "remove it and train again")
+            return files.read_json(folder / REPORT, "remove it and train again")
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
     dataset = joined(datasets)
@@ -101,11 +98,10 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     }
     if processes.leads():
         ours = "decoder/layers/moe/router"
-        shutil.rmtree(folder / ROUTER, ignore_errors=True)  # of one that was killed before its report
-        export_router(folder / ROUTER, config.model, {f"{ours}/kernel": kernel[None], f"{ours}/bias": bias[None]})
-        _draw(folder / "router.png", report)
-        with new_file(folder / REPORT) as file:
-            file.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n")
+        with files.written_together(folder, (ROUTER, PICTURE, REPORT)) as place:
+            export_router(place / ROUTER, config.model, {f"{ours}/kernel": kernel[None], f"{ours}/bias": bias[None]})
+            _draw(place / PICTURE, report)
+            files.write_json(place / REPORT, plain(report))
     return plain(report)
 
 
@@ -260,4 +256,4 @@ def _draw(path: Path, report: dict[str, Any]) -> None:
         axes.set_xticks(range(len(classes)), classes, rotation=30)
         axes.set_yticks(range(len(classes)), classes)
         axes.set(xlabel="taken for", ylabel="is", title=f"{split}, {result['accuracy'][-1]['labels']} labels")
-    figure.savefig(path)
+    figure.savefig(path, format="png")

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from unimed_jax import processes
+from unimed_jax import files, processes
 from unimed_jax.config import Config, config_hash
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset
@@ -108,6 +108,7 @@ def prepare(config: Config, folder: Path) -> Start:
     """
     # ---- files, data, text -------------------------------------------------------------------------
     claim(folder)
+    files.remove_leftovers(folder)
     with processes.leader_first("inputs"):
         write_config(folder, config)
         datasets = open_sources(config.data)

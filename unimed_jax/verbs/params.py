@@ -1,7 +1,5 @@
 """Counts the parameters of the model that a config describes, without making any."""
 
-import json
-
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
 
 
@@ -14,11 +12,10 @@ def run(arguments: list[str]) -> None:
     config = read_config(known.config, overrides)
 
     from unimed_jax.analyze import params
-    from unimed_jax.files import new_file
+    from unimed_jax.files import write_json
 
     counted = params.count(config)
     print(params.table(counted, config.model))
     if known.json:
-        with new_file(known.json) as file:
-            file.write_text(json.dumps({"config": known.config, **counted}, indent=1) + "\n")
+        write_json(known.json, {"config": known.config, **counted})
         print(f"wrote {known.json}")

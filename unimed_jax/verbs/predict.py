@@ -52,6 +52,5 @@ def run(arguments: list[str]) -> None:
     box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
     if box and image is not None:
         out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")
-        out.parent.mkdir(parents=True, exist_ok=True)
         draw_box(out, image, box, known.text if known.task == "refer" else text)
         print(f"drew {out}")

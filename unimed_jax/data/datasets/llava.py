@@ -1,11 +1,13 @@
 """Conversations about images in the JSON of LLaVA-Med and Med-MoE.
 
 A list of {"id", "image": name or list of one, "conversations": [{"from": "human" or "gpt", "value"}]}, with
-"answer_type" and "modality" (or LLaVA-Med's "domain") where a file has them. `path` is such a file, all of it for
-training, or a folder with train.json, val.json and test.json, or some of them; images lie in `images` next to it, or
-right there.
+"answer_type" and "modality" (or LLaVA-Med's "domain") where a file has them; or such records one a line. `path` is a
+file of them, all of it for training, or a folder with train.json, val.json and test.json, or some of them (.jsonl,
+too); images lie in `images` next to it, or right there.
 """
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,67 +15,103 @@ from typing import Any
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import IMAGE, turns_of
 from unimed_jax.data.info import Info
+from unimed_jax.data.prepare import no_image
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json
+from unimed_jax.files import json_lines, parse_json, read_text
 
-LARGEST = 8 << 30  # bytes of a JSON file; the largest public ones have one
+LARGEST = 8 << 30  # bytes of a file of records; the largest public ones have one
+ENDINGS = (".json", ".jsonl")
+FORM = "give a list of records in LLaVA's form, or one record a line"
 
 INFO = Info(
     name="llava",
     tasks=("vqa", "qa"),
     cluster_word="image",
-    files=("train.json", "val.json", "test.json"),
+    files=tuple(f"{split}{ending}" for ending in ENDINGS for split in ("train", "val", "test")),
 )
 
 
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """One example a conversation: its last turn asks (task vqa, or qa without an image), those before are `history`.
+    """Yields one example a conversation: its last turn asks (task vqa, or qa without an image), others are `history`.
 
-    A record whose image no longer exists is skipped. All other faults raise UserError.
+    A record whose image is no file that can be read is skipped. All other faults raise UserError.
     """
     assert folder is not None  # INFO names files
-    file = folder / f"{split}.json"
-    if folder.suffix == ".json":
-        file = folder if split == "train" else folder.with_suffix(".none")
-    # A set that is only tested on has no train.json.
-    if split == "train" and not file.is_file() and not any((folder / name).is_file() for name in INFO.files):
-        raise UserError(f"{file} does not exist; give a JSON file, or a folder with train.json, as path.")
+    file = _file(folder, split)
+    if file is None:
+        return
     images = file.parent / "images"
     if not images.is_dir():
         images = file.parent
-    for number, record in enumerate(_records(file)):
-        example = _example(record, f"{file}, record {number}", f"{split}/{number}")
-        paths = tuple(images / name for name in example.images)
-        lost = [path for path in paths if not path.is_file()]
+    for number, (where, record) in enumerate(_records(file)):
+        example = _example(record, where, f"{split}/{number}")
+        paths = tuple(_inside(file.parent, images, name, where) for name in example.images)
+        lost = next(filter(None, map(no_image, paths)), "")
         if lost:
-            skipped.append(f"{record.get('id', number)}: no image {lost[0]}")
+            skipped.append(f"{record.get('id', number)}: {lost}")
         else:
             yield example, paths
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    records = read_json(file, "restore it", LARGEST)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{file} is not a list of records; give a file in LLaVA's form.")
-    return records
+def _file(folder: Path, split: str) -> Path | None:
+    """Returns the file that holds a split, None where the set has no such split."""
+    if not folder.is_dir():
+        if folder.suffix not in ENDINGS:
+            raise UserError(f"{folder} is neither a folder nor a .json or .jsonl file; {FORM}, as path.")
+        return folder if split == "train" else None
+    found = [path for ending in ENDINGS if os.path.lexists(path := folder / f"{split}{ending}")]
+    if len(found) > 1:
+        raise UserError(f"{found[0]} and {found[1].name} stand side by side; remove one of them.")
+    # A set that is only tested on has no train.json.
+    if split == "train" and not any(os.path.lexists(folder / name) for name in INFO.files):
+        raise UserError(
+            f"{folder / 'train.json'} does not exist; give a .json or .jsonl file, or a folder with train.json, as "
+            "path."
+        )
+    return found[0] if found else None
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each record with the words that name it in errors."""
+    text = read_text(file, "restore it", LARGEST)
+    if re.match(r"\s*\{", text):
+        numbered = json_lines(text, str(file), FORM, characters=False)
+        named = ((f"{file}, line {number}", record) for number, record in numbered)
+    else:
+        records = parse_json(text, str(file), "restore it", characters=False)
+        if not isinstance(records, list):
+            raise UserError(f"{file} is not a list of records; {FORM}.")
+        named = ((f"{file}, record {number}", record) for number, record in enumerate(records))
+    for where, record in named:
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is no object, so this is not a list of records; {FORM}.")
+        yield where, record
+
+
+def _inside(folder: Path, images: Path, name: str, where: str) -> Path:
+    """Returns the path of an image; raises UserError for one outside the data folder, whose pictures are nobody's data.
+
+    By the path alone: a link that lies in the folder is followed, wherever it leads.
+    """
+    path = Path(os.path.normpath(images / name))
+    if not path.is_relative_to(os.path.normpath(folder)):
+        raise UserError(f"{where}: image {name!r} lies outside {folder}; give its path within {images}.")
+    return path
 
 
 def _example(record: dict[str, Any], where: str, name: str) -> Example:
-    """The record as an example; its image keys are the names of the files. `where` is for errors."""
+    """Turns the record into an example; its image keys are the names of the files. `where` is for errors."""
     messages = record.get("conversations", record.get("conversatons"))  # the second is LLaVA-Med's own spelling
     image = record.get("image") or []
     images = [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(entry, str) for entry in images):
-        raise UserError(f"{where}: 'image' is {image!r}; give a file's name, or a list of them.")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("from"), str) and isinstance(m.get("value"), str) for m in messages
-    ):
+        raise UserError(f"{where}: 'image' is {_short(image)}; give a file's name, or a list of them.")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise UserError(f"{where}: 'conversations' must be a list of {{'from': ..., 'value': ...}}; mend the record.")
-    turns = turns_of(messages, where)
+    # An answer that is null counts as an empty one, which whoever prepares the set leaves out.
+    turns = turns_of([message | {"value": message["value"] or ""} for message in messages], where)
     marks = [question.count(IMAGE) for question, _ in turns]
     if any(IMAGE in answer for _, answer in turns) or sum(marks) != len(images) or sum(marks) != marks[0]:
         raise UserError(
@@ -82,16 +120,37 @@ def _example(record: dict[str, Any], where: str, name: str) -> Example:
         )
     asked = [(question.replace(IMAGE, "").strip(), answer) for question, answer in turns]
     *history, (question, answer) = asked
-    kind = str(record.get("answer_type", "")).strip()
-    facts = {"template": kind.lower(), "answer_type": kind, "modality": _modality(record)}
+    kind = _word(record, "answer_type", where)
+    facts = {"template": kind.lower(), "answer_type": kind, "modality": _modality(record, where)}
     meta = {key: value for key, value in facts.items() if value}
     task = "vqa" if images else "qa"
     key = images[0] if images else ""
     return Example(name, task, question, answer, tuple(images), None, key or name, meta, tuple(history))
 
 
-def _modality(record: dict[str, Any]) -> str:
-    """`modality`, or the one that is true of LLaVA-Med's {"domain": {"mri": true, "ct_scan": false, ...}}."""
+def _is_message(message: Any) -> bool:
+    """Says whether it is {"from": text, "value": text}; the value of an answer may be null."""
+    if not isinstance(message, dict) or not isinstance(message.get("from"), str) or "value" not in message:
+        return False
+    return isinstance(message["value"], str) or (message["value"] is None and message["from"] == "gpt")
+
+
+def _word(record: dict[str, Any], key: str, where: str) -> str:
+    """Returns the text of a key, empty where it is absent or null."""
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} is {_short(value)}; give a text, or leave it out.")
+    return (value or "").strip()
+
+
+def _modality(record: dict[str, Any], where: str) -> str:
+    """Returns `modality`, or the one that is true of LLaVA-Med's {"domain": {"mri": true, "ct_scan": false, ...}}."""
     domain = record.get("domain")
     true = [name for name, holds in domain.items() if holds is True] if isinstance(domain, dict) else []
-    return str(record.get("modality") or (true[0] if len(true) == 1 else ""))
+    return _word(record, "modality", where) or (true[0] if len(true) == 1 else "")
+
+
+def _short(value: Any) -> str:
+    """Writes a value for an error's sentence, in ASCII and at most 80 characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

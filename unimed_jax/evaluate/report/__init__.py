@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from unimed_jax import files
 from unimed_jax.config import Config
 from unimed_jax.evaluate.report.markdown import markdown
 from unimed_jax.evaluate.report.pictures import draw_predictions, draw_routing, token_grid
 from unimed_jax.evaluate.scores import Scored
-from unimed_jax.files import new_file
 from unimed_jax.provenance import plain
+from unimed_jax.runs.folder import RESULTS
 
 
 def write_report(
@@ -29,27 +30,25 @@ def write_report(
     routing: Mapping | None,
     again: str,
 ) -> None:
-    """Writes all files of an evaluation into `folder`, metrics.json last: where it stands, the others are whole.
+    """Writes all files of an evaluation into `folder` at once, in place of those of the one before.
 
-    `metrics`: see scores.summarise; `image` reads the image (uint8 [H, W, 3]) of a set's id and a key; `again`: the
-    argument of `evaluate` that makes the same scores. Without matplotlib report.md says so in place of the pictures.
+    Where metrics.json stands, the others are whole and of the same evaluation. `metrics`: see scores.summarise;
+    `image` reads the image (uint8 [H, W, 3]) of a set's id and a key; `again`: the argument of `evaluate` that makes
+    the same scores. Without matplotlib report.md says so in place of the pictures.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     records = [record for part in scored for record in part.records]
-    with new_file(folder / "predictions.jsonl") as file, file.open("w", encoding="utf-8", newline="\n") as out:
-        for record in records:
-            out.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
-    pictures, note = ["predictions.png"], ""
-    try:
-        shown = [record for record in records if record["split"] == metrics["split"]]
-        draw_predictions(folder / "predictions.png", shown, image)
-        if routing is not None:
-            draw_routing(folder / "routing.png", routing, token_grid(config))
-            pictures.append("routing.png")
-    except ImportError as error:
-        pictures, note = [], f"The pictures were not drawn: {error}; install matplotlib."
-    with new_file(folder / "report.md") as file:
-        file.write_text(markdown(again, config, metrics, pictures, note), encoding="utf-8")
-    with new_file(folder / "metrics.json") as file:
-        file.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with files.written_together(folder, RESULTS) as place:
+        with (place / "predictions.jsonl").open("w", encoding="utf-8", newline="\n") as out:
+            for record in records:
+                out.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+        pictures, note = ["predictions.png"], ""
+        try:
+            shown = [record for record in records if record["split"] == metrics["split"]]
+            draw_predictions(place / "predictions.png", shown, image)
+            if routing is not None:
+                draw_routing(place / "routing.png", routing, token_grid(config))
+                pictures.append("routing.png")
+        except ImportError as error:
+            pictures, note = [], f"The pictures were not drawn: {error}; install matplotlib."
+        files.write_text(place / "report.md", markdown(again, config, metrics, pictures, note))
+        files.write_json(place / "metrics.json", metrics)

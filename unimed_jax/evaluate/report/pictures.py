@@ -11,6 +11,7 @@ from unimed_jax.config import TASKS, VISUAL_TASKS, Config
 from unimed_jax.evaluate.metrics.boxes import iou, predicted_box
 from unimed_jax.evaluate.metrics.text import exact_match
 from unimed_jax.evaluate.report.markdown import routing_line
+from unimed_jax.files import written_whole
 
 # Okabe-Ito colours: apart for every kind of colour vision, and on grey.
 TRUE_COLOUR, PREDICTED_COLOUR = "#E69F00", "#56B4E9"
@@ -118,8 +119,8 @@ def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: st
     scaled = [value / 100 * size for value, size in zip(box, (width, height, width, height), strict=True)]
     _draw_image(axes, {"task": "", "prediction": "", "box": scaled}, pixels)
     axes.set_title(textwrap.fill(words, 48), fontsize=10, parse_math=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with written_whole(path) as file:
+        figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
 
 
 def _caption(record: Mapping) -> str:

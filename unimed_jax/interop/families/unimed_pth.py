@@ -17,7 +17,7 @@ import numpy as np
 
 from unimed_jax.config import Config, ModelConfig
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_file
+from unimed_jax.files import written_whole
 from unimed_jax.interop.families.unimed_names import (
     duplicate_name,
     optimizer_order,
@@ -221,7 +221,7 @@ def export_unimed(
         tree["epoch"] = epoch
     not_ours = {number: part for number, part in tree["optimizer"]["state"].items() if names[number] not in entries}
     tree["optimizer"]["state"] = not_ours | _states_to_write(names, entries, moments, leaves, dtypes)
-    with new_file(out) as path:
+    with written_whole(out) as path:
         write_torch(path, tree)
 
 

@@ -1,8 +1,7 @@
 """Reads torch's zip files (`.bin`, `.pth`, `.pt`) without executing anything, and writes them without torch.
 
-Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), and the numbers of each tensor's
-storage as a record of their own. Of the pickle only containers and the rebuilding of tensors are
-interpreted; anything else is refused.
+Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), which `torch_pickle` interprets, and the
+numbers of each tensor's storage as a record of their own.
 """
 
 import collections
@@ -13,28 +12,16 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.table import Region, Stored, Tensors
+from unimed_jax.interop.tensors.torch_pickle import BYTES, TORCH_DTYPES, Refused, Storage, TorchTensor, read_pickle
 
-TORCH_DTYPES: dict[str, Any] = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
 STORAGES = {np.dtype(dtype): name for name, dtype in TORCH_DTYPES.items()}
-PICKLE_LIMIT = 1 << 28  # bytes; names and shapes of a model take less than a hundredth of it
+DIRECTORY_LIMIT = 1 << 24  # bytes of the list of records at the end of the archive
 LOCAL_HEADER = 30  # bytes of a zip record's header, before its name and its extra field
 
 
@@ -45,95 +32,25 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 
 # --------------------------------------------------------------------------------------------------
-# Unpickling
-# --------------------------------------------------------------------------------------------------
-
-
-class Storage(NamedTuple):
-    """Describes a run of numbers in the file, of which tensors are views."""
-
-    record: str  # within the archive
-    dtype: np.dtype
-    size: int  # elements
-
-
-class TorchTensor(NamedTuple):
-    """Describes a strided view of a storage, whose numbers are still in the file."""
-
-    storage: Storage
-    offset: int  # elements, like the strides
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _OrderedDict(collections.OrderedDict):
-    """Takes the place of OrderedDict and ignores what a pickle sets besides entries (a `_metadata`)."""
-
-    def __setstate__(self, state):
-        pass
-
-
-class _RebuildTensor(tuple):
-    """Takes the place of torch's function; as an empty tuple it has no attributes that a pickle could set."""
-
-    __slots__ = ()
-
-    def __call__(self, storage, offset, shape, strides, *_) -> TorchTensor:
-        if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
-            raise pickle.UnpicklingError("a tensor is described by something other than numbers")
-        if len(shape) != len(strides):
-            raise pickle.UnpicklingError("a tensor has a stride too few or too many")
-        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if 0 not in shape and last >= storage.size:
-            raise pickle.UnpicklingError("a tensor reaches past its storage")
-        return TorchTensor(storage, offset, tuple(shape), tuple(strides))
-
-
-class _RebuildParameter(tuple):
-    """Takes the place of torch's function for parameters, which are tensors with a flag."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor, *_):
-        return tensor
-
-
-# Everything that a pickle may name. None of it is a class or a function of any library.
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _OrderedDict,
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-    **{("torch", name): name for name in TORCH_DTYPES},
-}
-
-
-class _Refused(Exception):
-    """Names something in a pickle that is not in ALLOWED."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Interprets a pickle, and refuses every name that is not in ALLOWED."""
-
-    def __init__(self, file, root: str):
-        super().__init__(file)
-        self.root = root
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in ALLOWED:
-            raise _Refused(f"{module}.{name}")
-        return ALLOWED[module, name]
-
-    def persistent_load(self, pid) -> Storage:
-        kind, storage, key, _, size = pid
-        if kind != "storage" or storage not in TORCH_DTYPES or type(key) is not str or type(size) is not int:
-            raise pickle.UnpicklingError("an unknown kind of storage")
-        return Storage(f"{self.root}data/{key}", np.dtype(TORCH_DTYPES[storage]), size)
-
-
-# --------------------------------------------------------------------------------------------------
 # Reading
 # --------------------------------------------------------------------------------------------------
+
+
+def _check_directory(path: Path) -> None:
+    """Raises ValueError if the archive's list of records is so long that reading it takes minutes and gigabytes."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 100))  # a comment of at most 65,535 bytes comes last
+        tail = file.read()
+        end = tail.rfind(b"PK\5\6")
+        sizes = [int.from_bytes(tail[end + 12 : end + 16], "little")] if end >= 0 else []
+        locator = tail.rfind(b"PK\6\7", 0, max(end, 0))  # names the place of a record with 64-bit numbers
+        if locator >= 0:
+            file.seek(min(int.from_bytes(tail[locator + 8 : locator + 16], "little"), path.stat().st_size))
+            sizes.append(int.from_bytes(file.read(56)[40:48], "little"))
+            large = tail.rfind(b"PK\6\6", 0, locator)
+            sizes += [int.from_bytes(tail[large + 40 : large + 48], "little")] if large >= 0 else []
+    if any(size > DIRECTORY_LIMIT and size != 0xFFFFFFFF for size in sizes):
+        raise ValueError("its list of records is longer than torch writes any")
 
 
 class TorchFile:
@@ -148,10 +65,11 @@ class TorchFile:
         if not path.is_file():
             raise UserError(f"weight file {path} does not exist; check its path.")
         try:
+            _check_directory(path)
             with zipfile.ZipFile(path) as archive:
                 self.records = {info.filename: info for info in archive.infolist()}
                 self.tree = self._unpickled(archive)
-        except _Refused as error:
+        except Refused as error:
             raise UserError(
                 f"{path} holds code or objects besides tensors ({error}), and nothing of it was run; save only its "
                 "state_dict, best as safetensors."
@@ -173,13 +91,20 @@ class TorchFile:
     def _unpickled(self, archive: zipfile.ZipFile) -> Any:
         """Reads the tree of the archive, whose tensors name their records."""
         pickled = next((name for name in self.records if name.endswith("data.pkl")), None)
-        if pickled is None or self.records[pickled].file_size > PICKLE_LIMIT:
+        if pickled is None or self.records[pickled].file_size > BYTES:
             raise UserError(f"{self.path} is a zip file, but none that torch.save wrote of tensors; check it.")
         root = pickled.removesuffix("data.pkl")
-        if f"{root}byteorder" in self.records and archive.read(f"{root}byteorder") != b"little":
+        order = f"{root}byteorder"
+        if order in self.records and self._record(archive, order, len(b"little")) != b"little":
             raise UserError(f"{self.path} was written on a big-endian machine; save it on another.")
-        with archive.open(pickled) as file:
-            return _Unpickler(file, root).load()
+        return read_pickle(self._record(archive, pickled, BYTES), root, self.path.stat().st_size)
+
+    def _record(self, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+        """Reads a record of the archive, or its first bytes if it has more than `limit`."""
+        if self.records[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is packed in a way that torch does not use")  # others unpack without a limit
+        with archive.open(name) as file:
+            return file.read(limit)
 
     def read(self, tensor: TorchTensor, index: Region = ()) -> np.ndarray:
         """Copies a region of a tensor into memory."""
@@ -268,7 +193,7 @@ class Later:
 
 
 def write_torch(path: Path, tree: Any) -> None:
-    """Writes a file that `torch.load` reads, also with `weights_only`. Use it within `new_file`.
+    """Writes a file that `torch.load` reads, also with `weights_only`. Use it within `written_whole`.
 
     tree: dicts, lists, tuples, strings, numbers, None and tensors (arrays, or `Later`). A tensor that
     appears in several places is written once and is one storage when it is read again. Host memory
