@@ -28,13 +28,13 @@ def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
     real, signed = stored.dtype.kind == "f", stored.dtype.kind == "i"
     bits = 8 * stored.dtype.itemsize if real else int(data.BitsStored)
     lowest = -(2.0 ** (bits - 1)) if signed else 0.0
-    values, scaled, lowest = _modality(stored, data, lowest)
-    view = _view(data, lowest) if values else None
-    if values and view:
-        return in_blocks(_turned(lambda rows: view(values(rows)), inverted), stored)
+    modality, scaled, lowest = _modality(stored, data, lowest)
+    values = modality or _as_float
+    view = _view(data, lowest) if modality else None
+    if view:
+        return in_blocks(_turned(_after(values, view), inverted), stored)
     if bits <= 8 and not (signed or scaled or real):
         return in_blocks(_turned(lambda rows: rows / (2**bits - 1), inverted), stored)
-    values = values or _as_float
     padding = _padding(data, stored.dtype, bits)
 
     def counted(rows: np.ndarray) -> np.ndarray:
@@ -51,9 +51,7 @@ def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
 def coloured(stored: np.ndarray, data, little: bool) -> np.ndarray:
     """Maps indices [H, W] by the file's palette (C.7.6.3.1.5, C.7.9) to uint8 [H, W, 3]; white is by its depth."""
     tables = [_palette(data, colour, little) for colour in _COLOURS]
-    return in_blocks(
-        lambda rows: np.stack([eight_bits(table(_as_float(rows))) for table in tables], axis=-1), stored
-    )
+    return in_blocks(lambda rows: np.stack([eight_bits(table(_as_float(rows))) for table in tables], axis=-1), stored)
 
 
 def rgb(stored: np.ndarray, bits: int, ybr: bool) -> np.ndarray:
@@ -72,6 +70,10 @@ def rgb(stored: np.ndarray, bits: int, ybr: bool) -> np.ndarray:
 
 def _as_float(rows: np.ndarray) -> np.ndarray:
     return rows.astype(np.float64)
+
+
+def _after(first: Values, second: Values) -> Values:
+    return lambda rows: second(first(rows))
 
 
 def _turned(white: Values, inverted: bool) -> Values:
