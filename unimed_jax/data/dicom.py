@@ -3,6 +3,7 @@
 `dicom_display.py` turns the stored values into the brightness that the file asks for.
 """
 
+import contextlib
 import io
 import struct
 import zlib
@@ -11,20 +12,20 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from unimed_jax.data import dicom_display
-from unimed_jax.data.pixels import MOST_BYTES, SCANS, check_size, grey
+from unimed_jax.data.pixels import MOST_BYTES, SCANS, check_size, grey, one_line
 from unimed_jax.errors import UserError
 
 EXTRA = "pip install 'unimed_jax[dicom]'"
 _VALUES = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
+_JP2, _J2K = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"  # the first bytes of boxes, and of JPEG 2000 itself
 _OPEN = 0xFFFFFFFF  # length of a value that is cut in fragments
 _RLE = "1.2.840.10008.1.2.5"
 _GREY_16 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")  # JPEG 2000
-_EIGHT = ("1.2.840.10008.1.2.4.51", *_GREY_16)  # Pillow decodes these if their samples have 8 bits
+_CODECS = ("pillow", "pydicom", "pylibjpeg", "pyjpegls")
 _MANY = 1 << 30  # frames: so many that pydicom looks for a frame's own end instead of counting fragments
 _MOST_UNPACKED = 1 << 28  # bytes of a deflated file
 _PIECE = 1 << 14  # bytes that are unpacked at once, to at most a thousand times as many
 _RUN = 64  # bytes that one byte of RLE unpacks to, at most
-_SHOWN = 200  # letters of a decoder's reason in a sentence
 _ADVICE = "give a whole file with an image in it"
 
 
@@ -40,7 +41,7 @@ def read_dicom(file: BinaryIO, name: str) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # pydicom raises what its many decoders and fields raise
-        reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"image {name} cannot be read as DICOM ({reason}); {_ADVICE}.") from error
 
 
@@ -57,7 +58,7 @@ def _read(file: BinaryIO, name: str) -> np.ndarray:
         return dicom_display.coloured(stored, data, little)
     if shown in ("RGB", "YBR_FULL", "YBR_FULL_422"):
         return dicom_display.rgb(stored, bits, ybr=shown != "RGB")
-    raise UserError(f"image {name} has the colours {shown}, which are not read; write it as RGB.")
+    raise UserError(f"image {name} has the colours {one_line(shown)}, which are not read; write it as RGB.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,15 +132,20 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise UserError(f"image {name} is {syntax.name}, which is not read; write it in another syntax.") from None
+        raise UserError(
+            f"image {name} is {one_line(syntax.name)}, which is not read; write it in another syntax."
+        ) from None
     if decoder.is_native and length == _OPEN:
-        raise UserError(f"image {name} cannot be read as DICOM (its pixels do not lie as {syntax.name}); {_ADVICE}.")
+        raise UserError(
+            f"image {name} cannot be read as DICOM (its pixels do not lie as {one_line(syntax.name)}); {_ADVICE}."
+        )
     if decoder.is_native:
+        codecs = [""]
         source = _native(file, length, options, rows * columns * samples * allocated, name)
     else:
         frame = _encoded(file, tables, syntax, name)
         bits = _check_frame(frame, syntax, (rows, columns), samples * allocated // 8, name) or bits
-        _check_codec(decoder, bits, samples, name)
+        codecs = _codecs(decoder, bits, samples, name)
         source = b"".join(encaps.itemize_frame(frame))
         source = b"\xfe\xff\0\xe0\0\0\0\0" + source  # an empty table of offsets
     # The bits that are used are the lowest, unless an old file says otherwise (PS3.5 8.1.1).
@@ -147,10 +153,13 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
     shifted = (decoder.is_native or syntax == _RLE) and bits <= high < allocated <= 64
     if shifted:
         options["correct_unused_bits"] = False
-    array, facts = decoder.as_array(source, index=0, raw=True, **options)
+    array, facts = _by_first(decoder, codecs, source, options)
     if shifted:
         array = array << (allocated - 1 - high) >> (allocated - bits)
-    return array, str(facts["photometric_interpretation"]), bits
+    shown = str(facts["photometric_interpretation"])
+    if (samples == 1) != (shown in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")):
+        raise UserError(f"image {name} has {samples} samples a pixel and the colours {one_line(shown)}; {_ADVICE}.")
+    return array, shown, bits
 
 
 def _syntax(data, implicit: bool, little: bool):
@@ -193,6 +202,8 @@ def _encoded(file: BinaryIO, tables: tuple | None, syntax: str, name: str) -> by
     frame = encaps.get_frame(file, 0, number_of_frames=frames, extended_offsets=tables)
     if not frame:
         raise UserError(f"image {name} cannot be read as DICOM (its first frame is empty); {_ADVICE}.")
+    if frame.startswith(_JP2):  # boxes that DICOM has no use for (PS3.5 A.4.4), and that pydicom may follow for ever
+        return frame[max(0, frame.find(_J2K)) :]
     return frame
 
 
@@ -233,10 +244,9 @@ def _unpacks_to_more(frame: bytes, most: int) -> bool:
 
 def _coded(frame: bytes) -> tuple[int, int, int] | None:
     """Reads rows, columns and bits of a sample from a JPEG, JPEG-LS or JPEG 2000 header; None where none is found."""
-    at = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if at >= 0 and len(frame) >= at + 43:  # ISO/IEC 15444-1 A.5.1
-        width, height, left, top = struct.unpack_from(">4L", frame, at + 8)
-        return height - top, width - left, (frame[at + 42] & 0x7F) + 1
+    if frame.startswith(_J2K) and len(frame) >= 43:  # ISO/IEC 15444-1 A.5.1
+        width, height, left, top = struct.unpack_from(">4L", frame, 8)
+        return height - top, width - left, (frame[42] & 0x7F) + 1
     at = 2 if frame[:2] == b"\xff\xd8" else len(frame)
     while at + 9 < len(frame) and frame[at] == 0xFF:  # ISO/IEC 10918-1 B.1.1
         mark = frame[at + 1]
@@ -246,13 +256,25 @@ def _coded(frame: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def _check_codec(decoder, bits: int, samples: int, name: str) -> None:
-    """Raises UserError that says what to install where no decoder of this compression is there."""
+def _codecs(decoder, bits: int, samples: int, name: str) -> list[str]:
+    """Lists the installed codecs of a compression, those first that are always there.
+
+    GDCM is never taken, since damaged files end its process. Raises UserError that says what to install for others.
+    """
     syntax = decoder.UID
     deep = bits > (16 if samples == 1 and syntax in _GREY_16 else 8)
-    lacking = deep and syntax in _EIGHT and "pylibjpeg" not in decoder.available_plugins
-    if lacking or not decoder.is_available:
+    installed = [one for one in _CODECS if one in decoder.available_plugins and not (deep and one == "pillow")]
+    if not installed:
         raise UserError(
             f"image {name} is compressed as {syntax.name} of {bits} bits, and no decoder for that is installed; "
             f"run {EXTRA}."
         )
+    return installed
+
+
+def _by_first(decoder, codecs: list[str], source: bytes, options: dict[str, Any]) -> tuple[np.ndarray, dict]:
+    """Decodes a frame by the first codec that can; raises what the last one raised if none can."""
+    for codec in codecs[:-1]:
+        with contextlib.suppress(Exception):
+            return decoder.as_array(source, index=0, raw=True, decoding_plugin=codec, **options)
+    return decoder.as_array(source, index=0, raw=True, decoding_plugin=codecs[-1], **options)

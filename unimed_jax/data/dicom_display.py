@@ -247,7 +247,7 @@ def _entries(data, count: int, little: bool) -> np.ndarray:
     """Gives the entries of a table as float64 [n], of words, or of bytes where there is one byte for each."""
     if isinstance(data, bytes):
         return _words(data, count, little)
-    entries = np.atleast_1d(np.asarray(data, np.int64))[:count] & 0xFFFF
+    entries = np.atleast_1d(np.asarray([] if data is None else data, np.int64))[:count] & 0xFFFF
     if not len(entries):
         raise ValueError("a lookup table without entries")
     return entries.astype(np.float64)

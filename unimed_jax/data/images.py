@@ -1,6 +1,8 @@
 """Reads pictures (PNG, JPEG, TIFF, DICOM ...) as arrays, and brings them to the encoder's size as published."""
 
 import contextlib
+import ctypes
+import functools
 import io
 import logging
 import os
@@ -11,10 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, _imaging
 
 from unimed_jax.config import VisionConfig
-from unimed_jax.data.pixels import MOST_PIXELS, SCANS, by_depth, check_size, grey, ramp
+from unimed_jax.data.pixels import MOST_PIXELS, SCANS, by_depth, check_size, grey, one_line, ramp
 from unimed_jax.errors import UserError
 
 # Pillow opens no other format: EPS, for one, is a program that it hands to Ghostscript.
@@ -22,8 +24,7 @@ READABLE = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MOST_FILE = 1 << 30  # bytes of a picture's file that are copied into a data set
 _PAPER = "white"  # what shows through transparent pixels
 _ADVICE = "give a whole PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, PNM or DICOM file"
-_ROWS = 64  # of a picture that change their mode at once
-_SHOWN = 200  # letters of a path or of a decoder's reason in a sentence
+_BLOCK = 1 << 20  # pixels that change their mode at once
 
 
 def read_image(path: str | Path | bytes) -> np.ndarray:
@@ -38,7 +39,7 @@ def read_image(path: str | Path | bytes) -> np.ndarray:
     if isinstance(path, bytes):
         return _decoded(io.BytesIO(path), f"of {len(path)} bytes")
     with _opened(path) as file:
-        return _decoded(file, _shown(path))
+        return _decoded(file, one_line(path))
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -46,14 +47,14 @@ def read_bytes(path: str | Path) -> bytes:
     with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MOST_FILE:
-            raise UserError(f"image {_shown(path)} has {size} bytes, more than {MOST_FILE}; give a smaller file.")
+            raise UserError(f"image {one_line(path)} has {size} bytes, more than {MOST_FILE}; give a smaller file.")
         return file.read()
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a regular file for reading; pipes, devices and folders are refused and never waited for."""
-    name = _shown(path)
+    name = one_line(path)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -69,11 +70,6 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"image {name} cannot be read ({reason}); check the path and its permissions.") from error
-
-
-def _shown(path: str | Path) -> str:
-    text = str(path).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
 
 
 def _decoded(file: BinaryIO, name: str) -> np.ndarray:
@@ -96,7 +92,7 @@ def _decoded(file: BinaryIO, name: str) -> np.ndarray:
         what = "it is of none of the formats that are read" if head else "it is empty"
         raise UserError(f"image {name} cannot be read ({what}); {_ADVICE}.") from None
     except Exception as error:  # decoders raise whatever they come across in a damaged file
-        reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"image {name} cannot be read ({reason}); {_ADVICE}.") from error
 
 
@@ -128,17 +124,17 @@ def _pixels(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         return grey(_deep(image, kind, tags))
     out = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, _ROWS):  # a few rows at a time: each step below makes a copy
-        rows = image.crop((0, top, image.width, min(top + _ROWS, image.height)))
-        out[top : top + _ROWS] = np.asarray(_rgb(rows))
+    step = max(1, _BLOCK // image.width)  # rows at a time: each step of `_rgb` makes a copy
+    for top in range(0, image.height, step):
+        rows = image.crop((0, top, image.width, min(top + step, image.height)))
+        out[top : top + step] = np.asarray(_rgb(rows))
     return out
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Changes a picture of 8 bits or less to RGB, with paper behind what is transparent."""
     if image.mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        changed = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        changed = ImageCms.applyTransform(image, _from_lab())
         assert changed is not None  # as it is not changed in place
         return changed
     if not image.has_transparency_data:
@@ -147,6 +143,11 @@ def _rgb(image: Image.Image) -> Image.Image:
     paper = Image.new("RGB", clear.size, _PAPER)
     paper.paste(clear, mask=clear)
     return paper
+
+
+@functools.cache
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 
 def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
@@ -176,6 +177,8 @@ def _silence_decoders() -> None:
     for name in ("PIL", "pydicom"):
         logging.getLogger(name).addHandler(logging.NullHandler())
         logging.getLogger(name).propagate = False
+    with contextlib.suppress(AttributeError, OSError):  # libtiff, inside Pillow, writes to the screen itself
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
     warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.|unimed_jax\.data\.(images|dicom)")
 
 

@@ -1,4 +1,4 @@
-"""Bounds the size of pictures and turns pixel values of any depth into 8 bits, a block of rows at a time."""
+"""Bounds the size of pictures, and turns pixel values of any depth into 8 bits, a block of rows at a time."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,7 @@ MOST_PIXELS = 1 << 26  # of a picture: 8192 x 8192
 MOST_SIDE = 1 << 16  # pixels; scaling a longer strip takes more memory than a square of as many pixels
 MOST_BYTES = 1 << 29  # of a decoded picture, and of what a compressed file unpacks to
 SCANS = 64  # of a progressive JPEG; each goes over the whole picture, and encoders write about ten
+_SHOWN = 150  # letters at each end of a line that is too long for a sentence
 _BLOCK = 1 << 20  # pixels that are worked on at once, so that floats of a large picture need little memory
 
 
@@ -28,10 +29,17 @@ def check_size(name: str, height: int, width: int, bytes_a_pixel: int = 1) -> No
         )
 
 
+def one_line(text: object) -> str:
+    """Writes a path, or what a decoder says, in one line of printable letters; the middle of a long one is left out."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]}...{line[-_SHOWN:]}"
+
+
 def in_blocks(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
     """Applies a function of single pixels, rows [h, W, ...] -> uint8 [h, W, ...], to an array [H, W, ...]."""
     rows = max(1, _BLOCK // max(1, array.shape[1]))
-    return np.concatenate([function(array[top : top + rows]) for top in range(0, len(array), rows)])
+    with np.errstate(invalid="ignore"):  # a float may be any kind of NaN
+        return np.concatenate([function(array[top : top + rows]) for top in range(0, len(array), rows)])
 
 
 def bounds(array: np.ndarray, values: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
@@ -42,7 +50,8 @@ def bounds(array: np.ndarray, values: Callable[[np.ndarray], np.ndarray]) -> tup
     rows = max(1, _BLOCK // max(1, array.shape[1]))
     least, greatest = np.inf, -np.inf
     for top in range(0, len(array), rows):
-        block = values(array[top : top + rows])
+        with np.errstate(invalid="ignore"):
+            block = values(array[top : top + rows])
         finite = block[np.isfinite(block)]
         if finite.size:
             least, greatest = min(least, float(finite.min())), max(greatest, float(finite.max()))
