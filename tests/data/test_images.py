@@ -390,6 +390,7 @@ def test_decoders_say_nothing_on_the_screen(capfd):
     logged = logging.StreamHandler(io.StringIO())  # what absl, for one, adds to the root logger
     logging.getLogger().addHandler(logged)
     with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         images._silence_decoders()  # pytest has put filters of its own before those of the import
         for data in files.values():
             with contextlib.suppress(UserError):
