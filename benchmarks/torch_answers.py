@@ -1,13 +1,13 @@
-"""A run against its export in torch: greedy tokens and logits of test examples of every task.
+"""Compares a run with its export in torch: greedy tokens and logits of test examples.
 
     HF_HUB_OFFLINE=1 python benchmarks/torch_answers.py --run=runs/brain_tiny --examples=50 --out=answers.json
 
 Needs torch: pip install -e '.[parity]'.
 
-The folder is written by `export_model` where it is not there yet, and loaded as a user loads it:
+The folder is written by `export_model` if it does not exist yet, and loaded as a user loads it:
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Both sides make prompt and pixels themselves and
 answer in left-padded batches. `tokens` counts examples whose greedy tokens are all the same; `logits` is the largest
-difference of any logit that predicts a token of the answer, over whole passes without a cache, beside the largest
+difference of any logit that predicts a token of the answer, over whole passes without a cache, next to the largest
 logit; `gap` is the least distance of the best two, which a difference would have to reach to turn a token.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from unimed_jax.config import TASKS, Config
 from unimed_jax.data import images, layout
-from unimed_jax.data.example import Example
+from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters
@@ -39,7 +39,7 @@ Pixels = Sequence[Sequence[np.ndarray]]  # the images of each example, uint8 [H,
 
 
 def ended(row: Sequence[int], eos: int) -> list[int]:
-    """The ids up to and with the end of text."""
+    """Cuts the ids after the end of text."""
     row = [int(i) for i in row]
     return row[: row.index(eos) + 1] if eos in row else row
 
@@ -57,7 +57,7 @@ class Ours:
         return [ended(row, eos) for row in np.asarray(rows)[: len(examples)]]
 
     def logits(self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]) -> list[np.ndarray]:
-        """Of each example [answer tokens, vocab]: what predicts each token of the given answer."""
+        """Computes for each example the logits [answer tokens, vocab] that predict its given answer."""
         size, groups = self.config.model.vision.image_size, []
         for example, shown, answer in zip(examples, pixels, answers, strict=True):
             prompt = self.encoder.prompt(example)
@@ -108,7 +108,7 @@ class Torch:
 
 
 def compare(ours: Ours, theirs: Torch, examples: Sequence[Example], pixels: Pixels) -> list[dict[str, Any]]:
-    """A record per example; the logits are those along our own answer."""
+    """Compares example by example; the logits are those along our own answer."""
     here, there = ours.tokens(examples, pixels), theirs.tokens(examples, pixels)
     logits = ours.logits(examples, pixels, here), theirs.logits(examples, pixels, here)
     records = []
@@ -128,12 +128,12 @@ def compare(ours: Ours, theirs: Torch, examples: Sequence[Example], pixels: Pixe
     return records
 
 
-def chosen(examples: Sequence[Example], count: int) -> list[Example]:
-    """`count` examples, as evenly over the tasks as it divides and evenly spaced within each."""
-    tasks = [task for task in TASKS if any(e.task == task for e in examples)]
+def chosen(there: Sequence[tuple[Dataset, Example]], count: int) -> list[tuple[Dataset, Example]]:
+    """Picks `count` examples, as evenly over the tasks as it divides and evenly spaced within each."""
+    tasks = [task for task in TASKS if any(example.task == task for _, example in there)]
     out = []
     for i, task in enumerate(tasks):
-        of_task = [e for e in examples if e.task == task]
+        of_task = [pair for pair in there if pair[1].task == task]
         share = min(len(of_task), count // len(tasks) + (i < count % len(tasks)))
         out += [of_task[int((k + 0.5) * len(of_task) / share)] for k in range(share)]
     return out
@@ -161,8 +161,7 @@ def main() -> None:
     known = options.parse_args()
     harness.need("torch")
 
-    from unimed_jax.data.datasets import open_sources
-    from unimed_jax.data.joined import joined
+    from unimed_jax.data.datasets import distinct, open_sources
     from unimed_jax.interop.families.unimed_hf import export_unimed_hf
     from unimed_jax.runs.folder import tokenizer_folder
     from unimed_jax.runs.open import open_run
@@ -176,9 +175,10 @@ def main() -> None:
             export_unimed_hf(
                 folder, run.config, parameters(run.model), tokenizer_folder(run.folder, run.config), metrics
             )
-        dataset = joined(open_sources(run.config.data))
-        examples = chosen(dataset.examples("test"), known.examples)
-        pixels = [[dataset.image(key) for key in e.images] for e in examples]
+        there = [(d, e) for d in distinct(open_sources(run.config.data)) for e in d.examples("test")]
+        picked = chosen(there, known.examples)
+        examples = [example for _, example in picked]
+        pixels = [[dataset.image(key) for key in example.images] for dataset, example in picked]
         sides, records = (Ours(run.model, run.config, run.tokenizer), Torch(folder)), []
         for start in range(0, len(examples), known.batch):
             part = slice(start, start + known.batch)

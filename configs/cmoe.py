@@ -56,8 +56,9 @@ def get_config():
     # Weights: later ones overlay earlier ones.
     config.init = (("seed", ""), ("hf", ""), ("eva", ""))
 
-    # Twelve data sets (MedMNIST's two share a source), one per batch, drawn by these weights.
+    # Twelve data sets, one per batch, drawn by these weights; each in data.root under its name (docs/real_data.md).
     data = config.data
+    by_case = {"train": "train[:90%] by cluster", "test": "train[90%:] by cluster"}  # the published one is not given
     data.sources = (
         dict(name="medqa", tasks=("qa",), weight=2.0),
         dict(name="pubmedqa", tasks=("qa",), weight=2.0),
@@ -65,11 +66,12 @@ def get_config():
         dict(name="path_vqa", tasks=("vqa",), weight=5.0),
         dict(name="slake", tasks=("refer",), weight=4.0),
         dict(name="slake", tasks=("identify",), weight=4.0),
-        dict(name="samed", tasks=("refer",), weight=4.0),
-        dict(name="samed", tasks=("identify",), weight=4.0),
+        dict(name="samed", tasks=("refer",), weight=4.0, splits=by_case),
+        dict(name="samed", tasks=("identify",), weight=4.0, splits=by_case),
         dict(name="medpix", tasks=("caption",), weight=8.0),
         dict(name="mimic_cxr", tasks=("caption",), weight=8.0),
-        dict(name="medmnist", tasks=("cls",), weight=4.0),
+        dict(name="medmnist", id="dermamnist", tasks=("cls",), weight=2.0, options={"name": "dermamnist"}),
+        dict(name="medmnist", id="organsmnist", tasks=("cls",), weight=2.0, options={"name": "organsmnist"}),
     )
     data.rows = 4
     data.row_tokens = 2048

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
+    parser.addoption("--real-data", default=None, help="folder of real data sets, as docs/real_data.md lays them out")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -65,9 +67,46 @@ def golden_folder(config, module) -> Path:
     return Path(config.getoption("--goldens") or GOLDENS / getattr(module, "GOLDENS", "uni_med"))
 
 
+@pytest.fixture(scope="session")
+def real_data(request) -> Path:
+    """The folder of real data sets; a test that asks for it is skipped where there is none."""
+    given = request.config.getoption("--real-data") or os.environ.get("UNIMED_JAX_REAL_DATA")
+    if not given:
+        pytest.skip("needs real data: --real-data=DIR or UNIMED_JAX_REAL_DATA (docs/real_data.md)")
+    return Path(given)
+
+
 @pytest.fixture(scope="module")
 def goldens(request) -> Path:
     return golden_folder(request.config, request.module)
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory):
+    """Gives built_once(name, build) -> a folder that `build(folder)` filled once for all tests, whatever worker asks.
+
+    Tests only read it; what a test changes is a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the workers' common one
+
+    def built(name: str, build) -> Path:
+        folder, done = base / "built" / name, base / "built" / f"{name}.done"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(base / "built" / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                build(folder)
+                done.touch()
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def cache(built_once) -> str:
+    """A cache of prepared data sets that all tests share; preparing locks it by itself."""
+    return str(built_once("prepared", lambda folder: None))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,10 @@ import os
 import pytest
 
 from unimed_jax import files
+from unimed_jax.config import default_config
 from unimed_jax.errors import UserError
+from unimed_jax.predict.predictor import Request, as_example
+from unimed_jax.settings import from_config_dict
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,15 @@ def test_json_lines_name_the_line():
     assert list(files.json_lines('{"a": 1}\r\n\n[2]', "x")) == [(1, {"a": 1}), (3, [2])]
     with pytest.raises(UserError, match=r"x, line 2, is not JSON"):
         list(files.json_lines('1\n{"a"\n', "x"))
+
+
+def test_half_a_surrogate_pair_is_refused_in_settings_and_requests():
+    settings = default_config()
+    settings.data.sources = (dict(name="brain", info=dict(note="a \ud800")),)
+    with pytest.raises(UserError, match=r"sources\[0\].info\['note'\]='a .ud800' holds half of a surrogate"):
+        from_config_dict(settings)
+    with pytest.raises(UserError, match=r"request 'q.udfff' holds half of a surrogate pair"):
+        as_example(Request("qa", "q\udfff"))
 
 
 def test_not_finite_numbers_where_they_are_meant():

@@ -13,7 +13,7 @@ from support.faults import TEXT, WORK
 
 from unimed_jax import files
 from unimed_jax.errors import UserError
-from unimed_jax.interruption import explain_full_disk
+from unimed_jax.interruption import explain_system_errors
 
 
 def at_every_operation(kind: str, what: str, place: Path) -> list[tuple[Path, int]]:
@@ -138,7 +138,7 @@ def test_a_full_disk_is_one_sentence_in_the_words_of_any_library(error, tmp_path
     path.write_text("old")
     with pytest.raises(UserError, match="x could not be written .* free some space"), files.written_whole(path):
         raise error
-    with pytest.raises(UserError, match="free some space and give the same command again"), explain_full_disk():
+    with pytest.raises(UserError, match="free some space and give the same command again"), explain_system_errors():
         raise KeyError from error
     assert path.read_text() == "old"
 

@@ -1,6 +1,8 @@
 """Runs that are stopped, killed, started twice or out of disk: what they say, and that they go on as if nothing was."""
 
+import contextlib
 import errno
+import gc
 import json
 import os
 import random
@@ -9,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from unimed_jax import main as cli
 from unimed_jax.analyze import chain
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
-from unimed_jax.interruption import Interruption, Stopped, claim, explain_full_disk
+from unimed_jax.interruption import Interruption, Stoppable, Stopped, claim, explain_system_errors
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.folder import load_text, write_config
 from unimed_jax.runs.open import open_run
@@ -149,6 +153,127 @@ def test_a_signal_before_the_first_step_is_a_sentence(command, monkeypatch, caps
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
+def lose_in_a_destructor():
+    class Held:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    Held()
+
+
+def lose_in_the_garbage_collector():
+    def collected(phase, info):
+        gc.callbacks.remove(collected)
+        signal.raise_signal(signal.SIGTERM)
+
+    gc.callbacks.append(collected)
+    gc.collect()
+
+
+def lose_in_a_weak_reference():
+    class Held:
+        pass
+
+    held = Held()
+    reference = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGTERM))
+    del held
+    assert reference() is None
+
+
+def lose_in_a_library():
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def turn_into_another_error():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException as error:
+        raise RuntimeError("what a library makes of it") from error
+
+
+LOST = (lose_in_a_destructor, lose_in_the_garbage_collector, lose_in_a_weak_reference, lose_in_a_library)
+
+
+@pytest.mark.parametrize("lose", [*LOST, turn_into_another_error])
+def test_a_signal_is_never_lost(lose, capfd):
+    """Whatever Python runs when it comes; what belongs to the block is gone afterwards."""
+    gc.collect()  # files that earlier tests left to it
+    descriptors, threads = os.listdir("/proc/self/fd"), threading.active_count()
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with pytest.raises(Stopped, match="stopped by SIGTERM; the same command"), Stoppable():
+        lose()
+        time.sleep(5)
+        raise AssertionError("it went on")
+    assert capfd.readouterr().err == ""
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook) == handlers
+    assert os.listdir("/proc/self/fd") == descriptors and threading.active_count() == threads
+
+
+def test_a_reminder_does_not_disturb_what_tidies_up():
+    """The signal has arrived; the end takes longer than the time between two reminders."""
+    tidied = False
+    with pytest.raises(Stopped), Stoppable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(3 * interruption.REMIND_SECONDS)
+            tidied = True
+    assert tidied
+
+
+def test_a_signal_after_the_last_step_is_not_lost():
+    with pytest.raises(Stopped), Stoppable(), Interruption() as stop:
+        assert not stop.reached()
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped), Interruption():
+        signal.raise_signal(signal.SIGTERM)
+
+
+STUCK = """
+import ctypes, sys, threading
+from unimed_jax import interruption
+interruption.STUCK_SECONDS = float(sys.argv[1])
+with interruption.Stoppable():
+    print("ready", flush=True)
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)  # a long call of a library, in which Python handles no signal
+"""
+
+
+@pytest.mark.parametrize(("numbers", "patience"), [((signal.SIGTERM,), 0.2), ((signal.SIGINT, signal.SIGINT), 60)])
+def test_signals_end_a_process_inside_a_long_call(numbers, patience):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", STUCK, str(patience)], **pipes)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for number in numbers:
+        time.sleep(0.2)
+        process.send_signal(number)
+    assert process.wait(timeout=20) == 128 + numbers[0]
+    (said,) = process.stderr.read().strip().splitlines()
+    assert said.startswith("unimed_jax: stopped")
+
+
+def test_one_sigterm_that_comes_twice_saves_and_a_later_one_ends_at_once():
+    """A launcher may send it to the process and to its group."""
+    code = """
+import signal, time
+from unimed_jax import interruption
+interruption.ONE_SIGNAL_SECONDS = 0.1
+with interruption.Interruption():
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    print("waits", flush=True)
+    time.sleep(0.2)
+    signal.raise_signal(signal.SIGTERM)
+    print("still there")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 143 and done.stdout == "waits\n"
+    assert done.stderr.splitlines()[-1].startswith("unimed_jax: stopped at once")
+
+
 PROCESS = """
 import signal, sys, time
 import jax
@@ -234,16 +359,35 @@ def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, ca
 # ---- full disks ------------------------------------------------------------------------------------
 def test_errors_of_a_full_disk_become_one_sentence():
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        with pytest.raises(UserError, match=rf"{os.strerror(number)} \(/there\); free some space"), explain_full_disk():
+        with (
+            pytest.raises(UserError, match=rf"{os.strerror(number)} \(/there\); free some space"),
+            explain_system_errors(),
+        ):
             raise OSError(number, "words", "/there")
-    with pytest.raises(UserError, match=r"No space left on device \(/a/b\)"), explain_full_disk():
+    with pytest.raises(UserError, match=r"No space left on device \(/a/b\)"), explain_system_errors():
         try:
             raise ValueError("Failed writing: \"/a/b\": No space left on device [os_error_code='28']")
         finally:
             raise RuntimeError("while closing")
-    for error in (OSError(errno.ENOENT, "words", "/there"), ValueError("os_error_code='2'"), KeyError("x")):
-        with pytest.raises(type(error)), explain_full_disk():
+
+
+def test_what_the_system_refuses_becomes_one_sentence_and_a_defect_stays_one():
+    for error, words in {
+        OSError(errno.ENOENT, "No such thing", "/there"): r"No such thing \(/there\); mend that",
+        OSError("odd"): "odd; mend that",
+        TimeoutError(): "TimeoutError; mend that",
+        ValueError("\"/a/b\": os_error_code='13'"): r"Permission denied \(/a/b\); mend that",
+    }.items():
+        with pytest.raises(UserError, match=words), explain_system_errors():
             raise error
+    for error in (KeyError("x"), TypeError("y"), BrokenPipeError(errno.EPIPE, "pipe")):
+        with pytest.raises(type(error)), explain_system_errors():
+            raise error
+    with pytest.raises(TypeError), explain_system_errors():  # a defect that comes to light in a handler
+        try:
+            raise FileNotFoundError(errno.ENOENT, "words", "/there")
+        except OSError:
+            raise TypeError("a defect")  # noqa: B904
 
 
 def fill(disk: Path, room: int) -> None:
@@ -281,12 +425,12 @@ sys.path.insert(0, "tests")
 from support.fake_brain import tiny_config
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
-from unimed_jax.interruption import explain_full_disk
+from unimed_jax.interruption import explain_system_errors
 from unimed_jax.train.log import Log
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 log = Log(Path(sys.argv[1]), from_config_dict(tiny_config()), 0)
 try:
-    with explain_full_disk():
+    with explain_system_errors():
         for step in range(10_000):
             log.write(step, {"train/loss": 1.0})
 except UserError as error:

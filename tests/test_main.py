@@ -38,11 +38,13 @@ def config_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(patched, config_file, tmp_path_factory):
-    """A run started as a user would: trained, evaluated, reported."""
-    folder = tmp_path_factory.mktemp("run")
-    assert cli.main([f"--config={config_file}", f"--workdir={folder}", "--config.train.steps=6"]) == 0
-    return folder
+def run(patched, config_file, built_once, tmp_path_factory):
+    """A run started as a user would (trained, evaluated, reported): a copy of its own for each worker."""
+
+    def start(folder):
+        assert cli.main([f"--config={config_file}", f"--workdir={folder}", "--config.train.steps=6"]) == 0
+
+    return shutil.copytree(built_once("main", start), tmp_path_factory.mktemp("main") / "run")
 
 
 def test_a_run_leaves_scores_in_the_agreed_schema(run):

@@ -19,7 +19,7 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import processes
 from unimed_jax.data.pipeline import Pipeline
-from unimed_jax.errors import UserError
+from unimed_jax.errors import PassingError, UserError
 from unimed_jax.runs.folder import load_text
 from unimed_jax.settings import from_config_dict
 
@@ -227,3 +227,132 @@ def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
     with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS"):
         processes.join()
+
+
+# ---- a start that cannot succeed -------------------------------------------------------------------
+@pytest.fixture
+def port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def as_process(monkeypatch, number: int, address: str, seconds: str = "1") -> None:
+    for name, value in {
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "UNIMED_START_SECONDS": seconds,
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_taken_port_is_refused_at_once(port, monkeypatch):
+    as_process(monkeypatch, 0, f"localhost:{port}")
+    with socket.create_server(("", port)), pytest.raises(UserError, match="Address already in use.; choose another"):
+        processes.join()
+
+
+def test_a_coordinator_that_nobody_is_at_is_waited_for_no_longer_than_said(port, monkeypatch):
+    as_process(monkeypatch, 1, f"localhost:{port}")
+    begun = time.monotonic()
+    with pytest.raises(PassingError, match=f"=localhost:{port} within 1 s .Connection refused.; start it"):
+        processes.join()
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70, "two..dots", "\u80ba", "256.256.256.256"])
+def test_a_host_that_nobody_knows_is_named_soon(host, monkeypatch):
+    """Not as late as a coordinator that has a name; a cluster may learn the names of its machines late."""
+    monkeypatch.setattr(processes, "NAME_SECONDS", 0)
+    as_process(monkeypatch, 1, f"{host}:1234", "60")
+    with pytest.raises(PassingError, match=r"cannot be reached at .*\((the host is unknown: )?"):
+        processes.join()
+
+
+def test_a_host_that_does_not_answer_is_named(monkeypatch):
+    def silent(address, timeout):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    as_process(monkeypatch, 1, "localhost:1234")
+    with pytest.raises(PassingError, match="within 1 s .timed out.; start it"):
+        processes.join()
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost", ":1234", "localhost:", "localhost:x", "localhost:0", "localhost:65536"]
+)
+def test_an_address_that_is_none_is_refused(address, monkeypatch):
+    as_process(monkeypatch, 1, address)
+    with pytest.raises(UserError, match="needs JAX_PROCESS_ID below it .* and JAX_COORDINATOR_ADDRESS=host:port"):
+        processes.join()
+
+
+@pytest.mark.parametrize("seconds", ["", "0", "-1", "x", "1.5", "nan"])
+def test_a_wait_that_is_no_number_is_refused(seconds, monkeypatch):
+    as_process(monkeypatch, 1, "localhost:1234", seconds)
+    with pytest.raises(UserError, match=f"UNIMED_START_SECONDS='{seconds}' is not a number of seconds"):
+        processes.join()
+
+
+def command(place: Path, **environment: str) -> subprocess.Popen:
+    """`params` with this environment."""
+    names = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"} | environment
+    words = [sys.executable, "-m", "unimed_jax.main", "params", f"--config={place / 'squares.py'}"]
+    return subprocess.Popen(words, env=names, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# The environment, the exit status, and what the sentence says.
+CANNOT_START = {
+    "no such platform": ({"JAX_PLATFORMS": "nonsense"}, 2, "JAX_PLATFORMS='nonsense' in the environment (Unable to"),
+    "no GPU": ({"JAX_PLATFORMS": "cuda"}, 2, "JAX cannot start with JAX_PLATFORMS='cuda' in the environment"),
+    "no TPU": ({"JAX_PLATFORMS": "tpu"}, 2, "JAX cannot start with JAX_PLATFORMS='tpu' in the environment"),
+    "no truth value": ({"JAX_ENABLE_X64": "maybe"}, 2, "with JAX_ENABLE_X64='maybe' in the environment (invalid"),
+    "no precision": ({"JAX_DEFAULT_MATMUL_PRECISION": "foo"}, 2, "JAX_DEFAULT_MATMUL_PRECISION='foo'"),
+    "nobody knows the others": ({"JAX_NUM_PROCESSES": "auto"}, 2, "JAX_NUM_PROCESSES=auto: the processes"),
+}
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in list(CANNOT_START)[2:]]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i > 1)) for i, c in enumerate(CANNOT_START)]
+)
+def test_a_jax_that_cannot_start_is_one_sentence(case, place):
+    environment, status, words = CANNOT_START[case]
+    if case == "no GPU" and shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU")
+    started = command(place, **environment)
+    out, err = started.communicate(timeout=120)
+    (said,) = err.splitlines()
+    assert (started.returncode, out) == (status, "") and said.startswith("unimed_jax: ") and words in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_others_that_do_not_come_are_one_sentence_in_time(number, place, port):
+    """Process 0 without process 1, and process 1 at a port where something else than process 0 listens."""
+    server = socket.create_server(("", port)) if number else None
+    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    started = command(place, UNIMED_START_SECONDS="3", **address)
+    out, err = started.communicate(timeout=60)
+    if server is not None:
+        server.close()
+    (said,) = err.splitlines()
+    assert (started.returncode, out) == (1, "")
+    assert said.endswith("not all processes of the run came within 3 s; start all of them again.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "stop"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_signal_ends_the_wait_for_others(number, stop, place, port):
+    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    started = command(place, **address)
+    time.sleep(4)
+    begun = time.monotonic()
+    started.send_signal(stop)
+    out, err = started.communicate(timeout=60)
+    assert time.monotonic() - begun < 5
+    (said,) = err.splitlines()
+    assert (started.returncode, out) == (128 + stop, "") and said.startswith("unimed_jax: stopped by"), said

@@ -4,48 +4,120 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import ml_collections
 
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import no_file
+from unimed_jax.interruption import Stopped
 from unimed_jax.settings import check_values
 
+LONGEST = 300  # characters of what a config file raises that are shown
 
-def load_config_file(path: str):
-    """Runs `path.py` or `path.py:argument` and returns its ConfigDict.
+
+def load_config_file(path: str) -> ml_collections.ConfigDict:
+    """Runs `path.py` or `path.py:argument` and returns its ConfigDict, which has a name.
 
     The file may import its neighbours, and those of a common.py one folder up, whatever the working directory. Raises
-    UserError with file and line if it fails.
+    UserError, with the file and where possible the line, for a file that cannot be read, for whatever it raises, and
+    for what it returns if that is neither the settings of a run nor the stages of a chain.
     """
     file, _, argument = path.partition(":")
-    if not Path(file).is_file():
-        folder = Path(file).parent
-        have = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
-        raise UserError(f"--config={file} does not exist{nearest(file, have)}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    _check_file(file)
     own, *above = Path(file).resolve().parents[:2]
     folders = [own, *(folder for folder in above if (folder / "common.py").is_file())]
     try:
         with _importable(folders):
-            spec.loader.exec_module(module)
-            settings = module.get_config(argument) if argument else module.get_config()
-    except UserError:
+            returned = _call(_module(file), file, [argument] if argument else [])
+    except (UserError, Stopped, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise UserError(f"--config={_place(error, file, folders)}: {' '.join(str(error).split())}") from error
-    if "stages" not in settings:
+    except BaseException as error:  # whatever it raises, SystemExit too
+        raise UserError(f"--config={_place(error, file, folders)}: {_words(error)}") from error
+    settings = _settings(returned, file)
+    if "stages" in settings:
+        _check_chain(settings, file)
+    else:
         try:
             check_values(settings.to_dict())
         except UserError as error:
             raise UserError(f"--config={file}{_line_of(str(error), file, folders)}: {error}") from error
-    if not settings.name:
-        settings.name = Path(file).stem
     return settings
+
+
+def _check_file(file: str) -> None:
+    """Refuses what is not a Python file."""
+    reason, place = no_file(file), Path(file)
+    if reason == "does not exist":
+        have = [str(p) for p in place.parent.glob("*.py")] if place.parent.is_dir() else []
+        raise UserError(f"--config={file} does not exist{nearest(file, have)}")
+    if reason:
+        raise UserError(f"--config={file} {reason}; name a Python file, such as one of configs/.")
+    if place.suffix != ".py":
+        raise UserError(f"--config={file} is not a Python file, whose name ends in .py; name one of configs/.")
+
+
+def _module(file: str) -> Any:
+    """Runs the file as a module."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(module: Any, file: str, arguments: list[str]) -> Any:
+    """Returns what get_config(argument) or get_config() returns."""
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"--config={file} defines no function get_config(); define one that returns a ConfigDict.")
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        if arguments:
+            raise UserError(
+                f"--config={file}: its get_config() takes no argument; leave {arguments[0]!r} out."
+            ) from None
+        raise UserError(f"--config={file}: its get_config() needs an argument; write {file}:ARGUMENT.") from None
+    except ValueError:  # a function of C has no signature
+        pass
+    return get_config(*arguments)
+
+
+def _settings(returned: Any, file: str) -> ml_collections.ConfigDict:
+    """Makes sure that a config file returned settings, and gives them the file's name if they have none."""
+    if isinstance(returned, ml_collections.FrozenConfigDict):
+        returned = returned.as_configdict()
+    if not isinstance(returned, ml_collections.ConfigDict):
+        what = "None" if returned is None else f"a value of type {type(returned).__name__}"
+        raise UserError(
+            f"--config={file}: get_config() returned {what}; let it return the ConfigDict that default_config() makes."
+        )
+    try:
+        returned.to_dict()  # fails for a value that the file has promised and not given
+        if not returned.get("name"):
+            with returned.unlocked(), returned.ignore_type():
+                returned.name = Path(file).stem
+    except Exception as error:  # whatever ml_collections raises
+        raise UserError(f"--config={file}: {_words(error)}") from error
+    return returned
+
+
+def _check_chain(settings: ml_collections.ConfigDict, file: str) -> None:
+    """Refuses a chain whose name is no text, or whose stages are not the names of config files."""
+    stages = settings.stages
+    if not isinstance(stages, (list, tuple)) or not stages or not all(isinstance(s, str) and s for s in stages):
+        given = stages if stages is None or isinstance(stages, (int, str, tuple)) else type(stages).__name__
+        given = " ".join(f"{given!r}".split())[:LONGEST]
+        raise UserError(f"--config={file}: stages must name at least one stage, each by its config file, not {given}.")
+    if not isinstance(settings.name, str):
+        raise UserError(f"--config={file}: config.name must be str, not {settings.name!r}.")
 
 
 @contextlib.contextmanager
@@ -64,10 +136,25 @@ def _importable(folders: list[Path]) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def _place(error: Exception, file: str, folders: list[Path]) -> str:
+# ---- mistakes --------------------------------------------------------------------------------------
+def _words(error: BaseException) -> str:
+    """What an error says, on one line; its kind where that says too little."""
+    try:
+        words = " ".join(str(error).split())
+    except Exception:  # of a class that the config file defines
+        words = ""
+    if isinstance(error, SystemExit):
+        return f"it ends the program (exit status {words or '0'}); let it return settings."
+    if " " not in words:  # such as the key of a KeyError, or nothing
+        words = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."
+
+
+def _place(error: BaseException, file: str, folders: list[Path]) -> str:
     """Where a config file failed, as `file, line 3`: the innermost frame in it or in its neighbours."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno or '?'}"
+    if isinstance(error, SyntaxError):
+        named = error.filename if error.filename and Path(error.filename).suffix == ".py" else file
+        return f"{named}, line {error.lineno or '?'}"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f.filename == file or Path(f.filename).resolve().parent in folders]
     return f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else f"{file}, line ?"
@@ -87,7 +174,7 @@ def _line_of(sentence: str, file: str, folders: list[Path]) -> str:
 def _assigned(file: Path, setting: str) -> set[int]:
     """Returns the lines with `group.setting = ...` or, without any, those with `dict(setting=...)`."""
     attributes, keywords = set(), set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_bytes())):
         for target in node.targets if isinstance(node, ast.Assign) else ():
             if isinstance(target, ast.Attribute) and setting.endswith(f".{ast.unparse(target)}"):
                 attributes.add(target.lineno)

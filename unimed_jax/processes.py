@@ -1,10 +1,10 @@
-"""Lets several processes work as one run: how they connect, and which one writes.
+"""Starts JAX and lets several processes work as one run: how they connect, and which one writes.
 
 The environment says whether a process belongs to a run of several (the scripts in launch/ set it):
 JAX_NUM_PROCESSES=auto if the machine knows the others, as a TPU pod does, else a number together
 with JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS. All processes run the same program; only process 0
-logs and writes what is not sharded. The functions import jax themselves, so that --help does not
-wait for it.
+logs and writes what is not sharded. UNIMED_START_SECONDS says how long they wait for each other. The
+functions import jax themselves, so that --help does not wait for it.
 """
 
 import contextlib
@@ -12,45 +12,156 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-from unimed_jax.errors import UserError
+from unimed_jax.errors import PassingError, UserError
 
 DEAD_AFTER = 30  # seconds without a heartbeat until a process counts as dead
+START_SECONDS = 300  # for which processes wait for each other at the start; UNIMED_START_SECONDS changes it
+NAME_SECONDS = 30  # for which a coordinator's name may be unknown: a cluster learns the names of its machines late
+
+
+# ---- start -----------------------------------------------------------------------------------------
+def start() -> None:
+    """Imports JAX and finds its devices, so that what hinders either is one sentence (UserError)."""
+    try:
+        import jax
+
+        jax.devices()
+    except Exception as error:  # whatever JAX and its plugins raise
+        reason = _reason(error) or "no device of the kind that is asked for"
+        wanted = [name for name in os.environ if name.startswith(("JAX_", "XLA_")) and name.lower() in reason.lower()]
+        given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in wanted or ["JAX_PLATFORMS"])
+        kind = PassingError if os.environ.get("JAX_NUM_PROCESSES", "1") != "1" else UserError
+        raise kind(f"JAX cannot start with {given} in the environment ({reason}); change or unset it.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the first words of an error on one line, without a full stop."""
+    return " ".join(str(error).split())[:300].removesuffix(".")
 
 
 def join() -> None:
     """Connects to the other processes of the run, if any, before any device is used.
 
-    Raises UserError if the environment is incomplete.
+    Raises UserError if the environment is incomplete or the coordinator's port is taken, PassingError if the others
+    have not come in time. A signal ends the wait.
     """
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     if not count or count == "1":
         return
-    import jax
-
+    seconds = _start_seconds()
+    number, address = os.environ.get("JAX_PROCESS_ID", ""), os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if count == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_AFTER)
+        _connect(seconds, "JAX_NUM_PROCESSES=auto")
         return
-    number, address = (
-        os.environ.get("JAX_PROCESS_ID", ""),
-        os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
-    )
-    if not (count.isdigit() and number.isdigit() and int(number) < int(count) and ":" in address):
+    host, _, port = address.rpartition(":")
+    numbers = count.isdecimal() and number.isdecimal() and int(number) < int(count)
+    if not (numbers and host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(
             f"JAX_NUM_PROCESSES={count!r} needs JAX_PROCESS_ID below it (not {number!r}) and JAX_COORDINATOR_ADDRESS="
             f"host:port (not {address!r}); set all three, or none for a single process."
         )
-    jax.distributed.initialize(
-        address,
-        int(count),
-        int(number),
-        heartbeat_timeout_seconds=DEAD_AFTER,
-    )
+    end = time.monotonic() + seconds
+    if int(number) == 0:
+        _check_port(int(port), address)
+    else:
+        _await_coordinator(host.strip("[]"), int(port), end)
+    left = max(1.0, end - time.monotonic())
+    _connect(left, f"JAX_COORDINATOR_ADDRESS={address}", address, int(count), int(number))
 
 
+def _start_seconds() -> float:
+    """Reads UNIMED_START_SECONDS."""
+    given = os.environ.get("UNIMED_START_SECONDS", str(START_SECONDS))
+    if not (given.isdecimal() and int(given) > 0):
+        raise UserError(f"UNIMED_START_SECONDS={given!r} is not a number of seconds; give 1 or more.")
+    return float(given)
+
+
+def _check_port(port: int, address: str) -> None:
+    """Refuses a port on which another program of this machine listens."""
+    kind = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was in use a minute ago is free
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS={address}: this process cannot listen there ({error.strerror}); choose "
+                "another port, the same for all processes."
+            ) from error
+
+
+def _await_coordinator(host: str, port: int, end: float) -> None:
+    """Waits until something listens at the coordinator's address; JAX itself would end the process with a dump."""
+    begun, reason = time.monotonic(), "no answer"
+    while True:
+        left = end - time.monotonic()
+        try:
+            with socket.create_connection((host, port), timeout=max(0.1, min(left, 5.0))):
+                return
+        except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a name that no host can have
+            reason = f"the host is unknown: {getattr(error, 'strerror', None) or error}"
+            left = min(left, begun + NAME_SECONDS - time.monotonic())
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if left <= 0:
+            raise PassingError(
+                f"process 0 cannot be reached at JAX_COORDINATOR_ADDRESS={host}:{port} within "
+                f"{time.monotonic() - begun:.0f} s ({reason}); start it, mend the address, or raise "
+                "UNIMED_START_SECONDS."
+            )
+        time.sleep(min(0.5, max(left, 0)))
+
+
+def _connect(
+    seconds: float, what: str, address: str | None = None, count: int | None = None, number: int | None = None
+) -> None:
+    """Calls JAX's own start in a thread, which neither a signal nor the clock could end here."""
+    import jax
+
+    failure: list[Exception] = []
+
+    def call() -> None:
+        try:
+            # Its own time limit ends the process with a dump of the C++ stack; it must never strike.
+            jax.distributed.initialize(
+                address, count, number, initialization_timeout=int(seconds) + 3600, heartbeat_timeout_seconds=DEAD_AFTER
+            )
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=call, name="start", daemon=True)
+    end = time.monotonic() + seconds
+    thread.start()
+    try:
+        while thread.is_alive() and time.monotonic() < end:
+            thread.join(0.1)
+    except BaseException as stop:  # a signal
+        _leave(str(stop), getattr(stop, "status", 1))
+    if thread.is_alive():
+        _leave(f"{what}: not all processes of the run came within {seconds:.0f} s; start all of them again.", 1)
+    if failure:
+        raise UserError(
+            f"{what}: the processes of the run cannot be joined ({_reason(failure[0])}); set JAX_NUM_PROCESSES, "
+            "JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS, or none of them for a single process."
+        ) from failure[0]
+
+
+def _leave(sentence: str, status: int) -> NoReturn:
+    """Ends the process at once: an ordinary end would wait for the thread that waits for other processes."""
+    print(f"unimed_jax: {sentence}", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+# ---- several processes -----------------------------------------------------------------------------
 def leads() -> bool:
     """Says whether this is process 0, which logs and writes for all."""
     import jax
@@ -132,7 +243,8 @@ def quiet() -> Iterator[None]:
 
     orbax reports every file that it touches, and prints through asyncio the errors that it also raises. After a write
     that failed, writes that finish later hit a closed event loop, and each would print the same error. transformers
-    warns of every tokenizer folder whose config.json is of a model that it does not know.
+    warns of every tokenizer folder whose config.json is of a model that it does not know, matplotlib of every letter
+    that its font lacks.
     """
 
     def keeps_orbax_out(record: logging.LogRecord) -> bool:
@@ -153,7 +265,9 @@ def quiet() -> Iterator[None]:
     for name, keep in filters.items():
         logging.getLogger(name).addFilter(keep)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
+            yield
     finally:
         absl.setLevel(level)
         sys.unraisablehook = hook_before

@@ -1,8 +1,9 @@
 """Names the code that produced a result, and turns values into plain JSON."""
 
+import hashlib
 import importlib.metadata
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,11 @@ def plain(value):
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
+
+
+def joint_checksum(checksums: Sequence[str]) -> str:
+    """Makes one checksum of several; a single one stays as it is."""
+    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def code_version() -> str:
@@ -66,7 +72,7 @@ def protocol_id(
     """Names all that a score depends on besides the model, so that equal ids can be compared and others cannot.
 
     Set and revision, split (and the rule that made it), rule for closed questions, normaliser, prompt form, image
-    fit, metric: "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower/form=unimed/fit=stretch/exact_match".
+    fit, metric: "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit=stretch/exact_match".
     """
     parts = [
         f"{set_id}@{checksum[:8]}",

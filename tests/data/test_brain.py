@@ -18,11 +18,6 @@ from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("brain")
-
-
 def opened(cache, **options):
     source = SourceConfig("brain", options={"jitters": 1} | options)
     (found,) = datasets.open_sources(DataConfig((source,), cache=str(cache)))

@@ -14,11 +14,6 @@ from unimed_jax.errors import UserError
 SPLITS = ("train", "val", "test")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 def opened(name, cache, **options):
     (found,) = datasets.open_sources(DataConfig((SourceConfig(name, options=options),), cache=cache))
     return found
@@ -128,3 +123,16 @@ def test_refusals(data, monkeypatch):
     monkeypatch.setattr(domains_images.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"inside pydicom; run pip install -e '.\[demo\]'"):
         domains_images.pixels("CT_small.dcm")
+
+
+def test_the_expected_numbers_are_those_of_all_splits():
+    """They are compared when a set is prepared without options (test_store.py)."""
+    for info in (domains.INFO, datasets.brain.INFO):
+        assert set(info.counts) == set(info.splits) and all(count > 0 for count in info.counts.values())
+
+
+@pytest.mark.slow
+def test_both_sets_have_as_many_examples_as_expected():
+    for module in (domains, datasets.brain):
+        read = {split: sum(1 for _ in module.read(None, split, {}, [])) for split in module.INFO.splits}
+        assert read == module.INFO.counts

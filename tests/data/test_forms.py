@@ -1,5 +1,6 @@
 """Prompt forms: Uni-Med's tags as published, names, the refusals of all, and boxes as text."""
 
+import dataclasses
 from typing import NamedTuple, get_args, get_type_hints
 
 import pytest
@@ -60,6 +61,18 @@ def test_image_prompt_has_the_published_form():
     assert prompt.right == "</Img> [vqa] what organ ?  [/INST]"  # the training row's extra blank
     prompt = asked(example(), 3, TEXT, evaluation=True)
     assert prompt.right == "</Img> [vqa] what organ ? [/INST]"
+
+
+def test_two_images_of_one_question_stand_before_it_in_their_order():
+    two = Example("r1", "vqa", "Same ?", "yes", images=("i0", "i1"))
+    for text in (TextConfig(training_blank=False), TextConfig(training_blank=False, chat_template=False)):
+        shown = forms.text_of(forms.form_of(text).training(two, 0), "$")
+        body = "<Img><image></Img> <Img><image></Img> [vqa] Same ?"
+        assert shown == (f"[INST] {body} [/INST]yes$" if text.chat_template else f"{body}yes$")
+    three = dataclasses.replace(two, images=("i0", "i1", "i2"))
+    assert forms.text_of(forms.form_of(TextConfig()).prompt(three)).count("</Img> <Img><image>") == 2
+    chat = forms.text_of(forms.form_of(TextConfig(form="phi")).training(two, 0), "$")
+    assert chat.endswith("USER: <image>\n<image>\nSame ? ASSISTANT: yes$")
 
 
 def test_by_default_training_and_evaluation_prompts_are_the_same():
@@ -134,7 +147,13 @@ def test_box_to_text_floors_and_reaches_100():
     assert forms.box_to_text((10, 10, 20, 40), 40, 80) == "{<25><12><50><50>}"
 
 
-@pytest.mark.parametrize("box", [(0, 0, 0, 5), (5, 5, 4, 9), (-1, 0, 4, 4), (0, 0, 65, 4), (0, 0, 4, 65)])
+BAD_BOXES = [
+    *((0, 0, 0, 5), (0, 0, 5, 0), (5, 5, 5, 9), (5, 5, 9, 5), (5, 5, 4, 9), (5, 5, 9, 4)),  # empty
+    *((-1, 0, 4, 4), (0, -1, 4, 4), (0, 0, 65, 4), (0, 0, 4, 65), (-9, -9, -1, -1)),  # outside
+]
+
+
+@pytest.mark.parametrize("box", BAD_BOXES)
 def test_box_outside_its_image_or_empty_is_refused(box):
     with pytest.raises(UserError, match="empty or leaves its image"):
         forms.box_to_text(box, 64, 64)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.published_rows import training_rows
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig
-from unimed_jax.data import layout
+from unimed_jax.data import layout, lengths
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import answer_text
 from unimed_jax.data.layout import Encoder, Group, RowShape, encode_ids
@@ -186,6 +187,53 @@ def test_reports_pass_the_text_processor():
     assert answer_text(plain, TextConfig(max_words=50)) == example.answer
 
 
+def test_a_prompt_of_exactly_the_limit_passes_and_one_more_token_does_not():
+    words, asked = Words(), Example("r9", "vqa", "w w", "", images=("x",))
+    length = Encoder(words, TextConfig(), T).prompt(asked).tokens
+    assert Encoder(words, TextConfig(max_prompt=length), T).prompt(asked).tokens == length
+    with pytest.raises(UserError, match=f"prompt has {length} tokens, more than config.text.max_prompt={length - 1};"):
+        Encoder(words, TextConfig(max_prompt=length - 1), T).prompt(asked)
+    trained = dataclasses.replace(asked, answer="a b c d e")  # the answer is not of the prompt
+    assert Encoder(words, TextConfig(max_prompt=length), T).training(trained, 0).answer == 6
+
+
+@pytest.mark.parametrize("setting", ["max_prompt", "row_answers", "row_tokens", "row_images"])
+def test_training_records_of_exactly_the_limit_pass(setting):
+    words, text = Words(), TextConfig()
+    examples = [Example("a", "vqa", "w", "a b", images=("x",)), Example("b", "vqa", "w w", "a b c", images=("x", "y"))]
+    found = lengths.measure(examples, words, text, T, None, "")
+    encoded = max((Encoder(words, text, T).training(examples[1], v) for v in range(4)), key=lambda e: e.tokens)
+    least = {
+        "max_prompt": encoded.tokens - encoded.answer,
+        "row_answers": encoded.answer,
+        "row_tokens": encoded.tokens,
+        "row_images": 2,
+    }
+    group = "text" if setting == "max_prompt" else "data"
+
+    def check(limit):
+        shape = layout.RowShape(999, 999, 999, T, 2)
+        fields = {"row_answers": "answers", "row_tokens": "tokens", "row_images": "images"}
+        if setting in fields:
+            shape = dataclasses.replace(shape, **{fields[setting]: limit})
+        settings = TextConfig(max_prompt=limit if group == "text" else 999)
+        lengths.check(found, np.array([1, 2]), examples, "set", shape, settings)
+
+    check(least[setting])
+    need = f"1 of 2 training records need more than config.{group}.{setting}={least[setting] - 1}: "
+    with pytest.raises(
+        UserError, match=f"{need}set/b .{least[setting]}.; set config.{group}.{setting}={least[setting]}"
+    ):
+        check(least[setting] - 1)
+
+
+@pytest.mark.parametrize("limit, cut", [(2, 1), (3, 1), (4, 0), (5, 0)])
+def test_an_answer_of_exactly_the_limit_is_not_cut(limit, cut):
+    """Three words and the end of text."""
+    example = Example("a", "qa", "w", "a b c")
+    assert lengths.measure([example], Words(), TextConfig(max_answer=limit), T, None, "").cut == cut
+
+
 def test_too_long_a_prompt_names_its_record():
     with pytest.raises(UserError, match=r"record r9.*config\.text\.max_prompt=10"):
         Encoder(Words(), TextConfig(max_prompt=10), T).prompt(Example("r9", "vqa", "w " * 20, "", images=("x",)))
@@ -211,7 +259,7 @@ def test_published_rows():
         segments = [s if isinstance(s[0], list) else [s] for s in case["prompt_segments"]]
         tokens_per_image = int(visual // max(1, max(len(s) - 1 for s in segments)))
         ends = [[i for i in ids if i != specials.pad] for ids in case["answer_ids"]]
-        batch = layout.training_rows(segments, ends, tokens_per_image, specials, tasks=[case["task"]] * len(ends))
+        batch = training_rows(segments, ends, tokens_per_image, specials, tasks=[case["task"]] * len(ends))
         np.testing.assert_array_equal(np.where(batch["visual"] >= 0, -1, batch["tokens"]), arrays["layout_ids"], name)
         np.testing.assert_array_equal(batch["segments"] > 0, arrays["attention_mask"], name)
         targets = np.full(arrays["targets"].shape, -100)

@@ -6,16 +6,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed_jax.config import DataConfig, SourceConfig, TextConfig
+from unimed_jax.config import Config, DataConfig, EvaluateConfig, SourceConfig, TextConfig
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.forms import form_of, text_of
-from unimed_jax.data.joined import joined
+from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics.text import is_closed
+from unimed_jax.evaluate.tasks import data_notes, open_sets, units_of
 
 
 def said(*values):
     return [{"from": who, "value": v} for who, v in zip(("human", "gpt") * len(values), values, strict=False)]
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    bos, eos, pad = 1, 2, 0
+    coordinate_start = None
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
 
 
 ASKED = {"id": "7", "image": "a.jpg", "conversations": said("<image>\nIs it clear?", "no"), "answer_type": "CLOSED"}
@@ -108,7 +119,7 @@ def test_paths_start_at_the_root_and_ids_must_differ(tmp_path):
         sources = tuple(SourceConfig("llava", path=path, **more) for path in paths)
         return open_sources(DataConfig(sources, root=str(tmp_path), cache=str(tmp_path / "cache")))
 
-    assert joined(at("align", "rad")).id == "llava-align+llava-rad"
+    assert [dataset.id for dataset in at("align", "rad")] == ["llava-align", "llava-rad"]
     one, again = at("rad", "rad")
     assert one is again and one.id == "llava"
     with pytest.raises(UserError, match="two data sets have the id 'llava-rad'"):
@@ -173,6 +184,34 @@ def test_answer_type_and_modality_that_are_null_count_as_absent(tmp_path):
         "train"
     )
     assert dict(example.meta) == {}
+
+
+def test_turns_that_the_form_leaves_out_are_counted_by_name(tmp_path, capsys):
+    """Uni-Med's form holds one turn; the chat forms train on all of them."""
+    talk = [{"conversations": said("Why?", "so", "Sure?", "yes", "And?", "no")} for _ in range(7)]
+    folder = write(tmp_path / "set", train=[{"conversations": said("Why?", "so")}, *talk])
+    data = DataConfig((SourceConfig("llava", path=str(folder)),), cache=str(tmp_path / "cache"), row_tokens=999)
+    for form in ("unimed", "phi"):
+        Pipeline(open_sources(data), Config(data=data, text=TextConfig(form=form, max_prompt=999)), Letters())
+        sentence = (
+            "config.text.form='unimed' trains on the last turn of 7 conversations and leaves out the 14 turns before "
+            "(llava/train/1, llava/train/2, llava/train/3, llava/train/4, llava/train/5 ...); choose stablelm or phi"
+        )
+        assert (sentence in capsys.readouterr().out) == (form == "unimed")
+
+
+def test_results_say_what_was_not_scored(tmp_path):
+    talk = {"conversations": said("Why?", "so", "Sure?", "yes")}
+    folder = write(tmp_path / "set", test=[ASKED, talk, ASKED | {"image": "lost.jpg"}])
+    config = Config(
+        data=DataConfig((SourceConfig("llava", path=str(folder)),), cache=str(tmp_path / "cache")),
+        evaluate=EvaluateConfig(splits=("test",)),
+    )
+    units, _ = units_of(config, open_sets(config.held_out))
+    assert data_notes(units) == [
+        "llava: 1 records were left out when it was prepared (skipped.txt names them)",
+        "llava/test/qa: 1 questions are asked without the turns before them (test/1)",
+    ]
 
 
 BLANK = ("", " \n\t", "\u200b\ufeff", "\u3164", None)

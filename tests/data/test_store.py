@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from support import squares
 
+from unimed_jax import files
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.columns import columns_of
 from unimed_jax.data.datasets import open_sources
@@ -169,6 +171,52 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be kept in .*set config.data.cache"):
         opened(tmp_path / "file")
+
+
+def noise(count=1500):
+    """A reader of images that do not compress, 12 kB each."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 64, 64, 3), np.uint8)
+    return reader(*((Example(f"e{i}", "vqa", "q", "a", (f"i{i}",)), (image,)) for i, image in enumerate(images)))
+
+
+@pytest.mark.parametrize("room", [0, 4096, 1 << 20, 12 << 20])
+def test_a_full_disk_while_a_set_is_built_is_one_sentence(small_disk, room):
+    """array_record's error carries neither a number nor the system's words."""
+    made, cache = noise(), small_disk / "cache"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "ballast").write_bytes(bytes(free - room))
+    with pytest.raises(UserError, match="No space left on device.*(free some space|config.data.cache)") as error:
+        prepared(made, made.INFO, None, {}, cache)
+    assert "\n" not in str(error.value)
+    assert not cache.exists() or not [path for path in cache.iterdir() if path.is_dir()]  # nothing half, nothing hidden
+    (small_disk / "ballast").unlink()
+    assert len(prepared(made, made.INFO, None, {}, cache).examples("train")) == 1500
+
+
+def test_a_disk_without_inodes_is_one_sentence(small_disk):
+    made = noise(3)
+    limited = subprocess.run(["mount", "-o", "remount,nr_inodes=6", str(small_disk)], capture_output=True)
+    if limited.returncode:
+        pytest.skip("cannot limit the disk's inodes")
+    with pytest.raises(UserError, match="No space left on device"):
+        prepared(made, made.INFO, None, {}, small_disk / "cache")
+    assert not [path for path in (small_disk / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("words", ["chunk writer is unhealthy", "Failed to append record"])
+def test_a_full_disk_is_noticed_whatever_array_record_says(tmp_path, monkeypatch, words):
+    def full(self, record):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("unimed_jax.data.prepare.ArrayRecordWriter.write", full, raising=False)
+    made = noise(3)
+    with pytest.raises(RuntimeError, match=words):  # the disk has room: a fault of ours, with its traceback
+        prepared(made, made.INFO, None, {}, tmp_path)
+    monkeypatch.setattr(files, "_refusal", lambda folder: "No space left on device")
+    with pytest.raises(UserError, match="could not be written .No space left on device.*free some space"):
+        prepared(made, made.INFO, None, {}, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 # ---- two at once, and kills ------------------------------------------------------------------------

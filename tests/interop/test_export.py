@@ -12,17 +12,21 @@ from support import tiny
 from support.fake_brain import Squares
 
 from unimed_jax import main as cli
-from unimed_jax.config import VisionConfig
+from unimed_jax.config import MeshConfig, VisionConfig
 from unimed_jax.config_file import load_config_file
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
+from unimed_jax.errors import UserError
 from unimed_jax.interop.families.hf import export_decoder
 from unimed_jax.interop.families.towers import eva_table
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model import sharding
 from unimed_jax.model.cache import Span
 from unimed_jax.model.parameters import parameters
+from unimed_jax.model.sharding import make_mesh
 from unimed_jax.runs.open import open_run
 from unimed_jax.settings import from_config_dict
+from unimed_jax.train.loop import saved_state
+from unimed_jax.train.start import prepare
 
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
 # configs/cmoe.py at a size that trains in seconds; what is not named here is as published.
@@ -77,17 +81,20 @@ def patched(quick_compiles):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cmoe")
+def place(patched, built_once):
+    """A folder with the base weights, a config, an image, and the run that it makes."""
+    return built_once("cmoe", trained)
+
+
+def trained(folder):
     made = bases(folder)
     (folder / "cmoe.py").write_text(CONFIG.replace("{llama}", str(made["llama"])).replace("{eva}", str(made["eva"])))
     Image.fromarray(Squares().image("test0")).save(folder / "image.png")
-    return folder
+    assert cli.main([f"--config={folder / 'cmoe.py'}", f"--workdir={folder / 'run'}"]) == 0
 
 
 @pytest.fixture(scope="module")
-def run(patched, place):
-    assert cli.main([f"--config={place / 'cmoe.py'}", f"--workdir={place / 'run'}"]) == 0
+def run(place):
     return place / "run"
 
 
@@ -133,6 +140,49 @@ def test_what_is_exported_answers_as_the_run(run, place, capsys):
     # The checkpoint is what makes them so.
     assert cli.main(["predict", config, "--task=qa", "--text=Why?"]) == 2
     assert "config.init gives random numbers for connector/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_training_goes_on_with_the_moments_of_an_original_checkpoint(run, place, tmp_path, monkeypatch, devices):
+    checkpoint = tmp_path / "original.pth"
+    assert cli.main(["export", f"--run={run}", f"--out={checkpoint}", "--format=unimed"]) == 0
+    there, moments = saved_state(open_run(run))
+    mesh = None if devices == 1 else make_mesh(MeshConfig(auto=False, fsdp=4, tensor=2), 4)
+    monkeypatch.setattr(sharding, "make_mesh", lambda *settings: mesh)
+    settings = load_config_file(f"{place}/cmoe.py")
+    settings.init = (*settings.init, ("unimed", str(checkpoint)))
+    settings.train.moments = "init"
+    settings.train.steps = 1
+    start = prepare(from_config_dict(settings), tmp_path / "run")
+    found = start.state.moments
+    for ours, saved in zip(found, moments, strict=True):
+        assert ours.keys() == saved.keys() == there.keys()
+        for path, leaf in saved.items():
+            assert ours[path].dtype == leaf.dtype and ours[path].shape == leaf.shape
+            np.testing.assert_array_equal(ours[path], leaf, err_msg=path)
+    assert max(int(np.max(count)) for count in found.count.values()) == 12
+    if mesh is not None:
+        assert any(not leaf.is_fully_replicated for leaf in found.mean.values())
+    start.checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"init": (("seed", ""),)}, "config.train.moments=.init. needs an original checkpoint"),
+        ({"optimizer.skip_unused": False}, "config.optimizer.skip_unused=True"),
+        ({"train.rules": (dict(match="*", train=True),)}, r"holds no state of .*; freeze it by config.train.rules"),
+    ],
+)
+def test_moments_that_an_original_checkpoint_cannot_give(run, place, tmp_path, changes, match):
+    checkpoint = tmp_path / "original.pth"
+    assert cli.main(["export", f"--run={run}", f"--out={checkpoint}", "--format=unimed"]) == 0
+    settings = load_config_file(f"{place}/cmoe.py")
+    settings.init = (*settings.init, ("unimed", str(checkpoint)))
+    settings.train.moments = "init"
+    settings.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=match):
+        prepare(from_config_dict(settings), tmp_path / "run")
 
 
 def test_decoder_and_adapter_mean_the_same_in_torch(run, place):

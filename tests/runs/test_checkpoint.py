@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unimed_jax.errors import UserError
-from unimed_jax.runs.checkpoint import Checkpoints, fingerprints
+from unimed_jax.runs.checkpoint import Checkpoints, Replaced, fingerprints
 
 
 def trees(seed: int = 0):
@@ -141,7 +141,9 @@ def test_a_reader_of_a_damaged_checkpoint_leaves_it_where_it_is(damaged, capsys)
 def test_damaged_checkpoints_alone_are_a_sentence_and_stay(damaged):
     (damaged / "4/note/note.json").unlink()
     for read_only in (True, False):
-        with pytest.raises(UserError, match=r"holds only damaged checkpoints \(8: .*; 4: FileNotFoundError.*train"):
+        with pytest.raises(
+            UserError, match=r"holds only damaged checkpoints \(8: .*; 4: .*note.json does not exist.*train"
+        ):
             Checkpoints(damaged, read_only=read_only).restore(*trees())
     assert sorted(path.name for path in damaged.iterdir()) == ["4", "8"]
 
@@ -389,3 +391,39 @@ def test_the_note_says_what_the_arrays_are(tmp_path):
     assert note["arrays"]["weights"]["vision/kernel"]["shape"] == [2, 8, 8]
     assert note["arrays"]["weights"]["vision/kernel"]["dtype"] == "bfloat16"
     assert set(note["arrays"]["optimizer"]) == {"0", *(f"1/{path}" for path in trees()[0])}
+
+
+# ---- a run that trains meanwhile -------------------------------------------------------------------
+@pytest.mark.parametrize("moment", ["listed", "reading"])
+def test_a_checkpoint_deleted_by_its_run_while_it_is_read_is_not_damaged(tmp_path, monkeypatch, capsys, moment):
+    """The run saves 12 and 16 and deletes 4 and 8 after a reader has listed those, or while it reads 8."""
+    fill(tmp_path)
+    reader, read = Checkpoints(tmp_path, read_only=True), Checkpoints._read
+
+    def rotated(self, step, *given):
+        if step == 8:
+            fill(tmp_path, (12, 16))
+        return read(self, step, *given)
+
+    if moment == "listed":
+        fill(tmp_path, (12, 16))
+    monkeypatch.setattr(Checkpoints, "_read", rotated)
+    assert reader.newest_note() == {"rows_read": 16 if moment == "listed" else 8}
+    assert reader.restore(*trees())[2] == {"rows_read": 16} and reader.latest() == 16
+    with pytest.raises(Replaced, match="/8 was deleted by the run that trains there .* give the same command again"):
+        Checkpoints(tmp_path, read_only=True).restore(*trees(), only=8)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["check", "save", "wait"])
+def test_a_folder_deleted_under_its_run_is_one_sentence(tmp_path, moment):
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(2, *trees(), {})
+    if moment != "wait":
+        checkpoints.wait()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")  # at once, where deleting races with what is being written
+    act = {"check": checkpoints.check, "wait": checkpoints.wait, "save": lambda: checkpoints.save(4, *trees(), {})}
+    with pytest.raises(UserError, match="run/checkpoints was deleted or moved while its run went on"):
+        act[moment]()
+    assert not (folder / "2").exists() and not (folder / "4").exists()

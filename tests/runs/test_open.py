@@ -215,3 +215,14 @@ def test_export_on_eight_devices_and_on_one(run, tmp_path, kind):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["model", "decoder"])
+def test_export_never_holds_more_than_a_share(base, tmp_path, kind):
+    leaves = parameters(open_run(base).model)
+    limit = 1.2 * share_of(leaves)
+    del leaves
+    with sampled() as samples:
+        assert cli.main(["export", f"--run={base}", f"--out={tmp_path / 'out'}", f"--format={kind}"]) == 0
+    most = np.max(samples, axis=0)
+    assert len(samples) > 10 and (most > 0).all() and (most <= limit).all(), (most, limit)

@@ -47,14 +47,13 @@ def squares(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def dense(quick_compiles, tmp_path_factory):
+def dense(quick_compiles, built_once):
     """A dense run of few steps."""
-    folder = tmp_path_factory.mktemp("dense")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", one_device)
         settings = tiny_config(steps=2)
         settings.model.decoder.depth = 2
-        return loop.train(from_config_dict(settings), folder)
+        return open_run(built_once("dense", lambda folder: loop.train(from_config_dict(settings), folder)))
 
 
 def settings(dense, **changes):
@@ -109,8 +108,8 @@ def test_the_stored_router_is_the_scored_one(routed, dense):
     _, folder = routed
     config = from_config_dict(settings(dense))
     dataset = Squares(images=300)
-    some = router.labelled(dataset, "test", config, sorted(COLOURS))
-    inputs = router.embedder(dense.model, config, dense.tokenizer)(some.examples, dataset)
+    some = router.labelled([dataset], "test", config, sorted(COLOURS))
+    inputs = router.embedder(dense.model, config, dense.tokenizer)(some.examples, some.datasets)
     stored = load_file(folder / "router" / "model.safetensors")
     right = (inputs @ stored["fc1.weight"].T + stored["fc1.bias"]).argmax(axis=1) == some.classes
     report = json.loads((folder / "router.json").read_text())
@@ -166,7 +165,7 @@ def test_an_embedding_is_the_mean_over_states_and_tokens(dense):
     """Of each prompt alone and without padding, whatever stands beside it."""
     config, dataset = from_config_dict(settings(dense)), Squares()
     examples = [e for e in dataset.examples("test") if e.images][:3]  # prompts of different lengths
-    ours = router.embedder(dense.model, config, dense.tokenizer)(examples, dataset)
+    ours = router.embedder(dense.model, config, dense.tokenizer)(examples, [dataset] * len(examples))
     encoder = layout.Encoder(dense.tokenizer, config.text, config.model.tokens_per_image)
     lengths = set()
     for example, mean in zip(examples, ours, strict=True):
@@ -216,13 +215,13 @@ def test_one_prompt_of_each_labelled_image(dense):
     dataset, config = Squares(), from_config_dict(settings(dense))
     for example in dataset.examples("train")[:12]:
         example.meta.pop("prompt")
-    some = router.labelled(dataset, "train", config, sorted(COLOURS))
+    some = router.labelled([dataset], "train", config, sorted(COLOURS))
     keys = [example.images for example in some.examples]
     assert len(set(keys)) == len(keys) == 22 and some.left_out == 2
     assert len({example.task for example in some.examples}) > 2
     assert keys != sorted(keys, key=lambda key: int(key[0].removeprefix("train")))
     assert [sorted(COLOURS)[c] for c in some.classes] == [example.meta["prompt"] for example in some.examples]
-    assert router.labelled(dataset, "train", config, sorted(COLOURS)).examples == some.examples
+    assert router.labelled([dataset], "train", config, sorted(COLOURS)).examples == some.examples
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Columns: what the pipeline and filters need to know of each example, as arrays instead of Python objects."""
+"""Holds what the pipeline and filters need of each example as arrays, in place of millions of Python objects."""
 
 import dataclasses
 import hashlib
@@ -13,15 +13,15 @@ NONE = -1  # the code of an example that has no such value
 
 
 def hash_of(text: str) -> int:
-    """64 bits that follow from the text alone, the same on every machine."""
+    """Computes 64 bits that follow from the text alone, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class Strings(Sequence[str]):
-    """Texts as one array of bytes and their ends; either may be memory-mapped."""
+    """Holds texts as one array of bytes and their ends; either may be memory-mapped."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
-        """blob uint8 [bytes], ends int64 [n + 1]: text i is blob[ends[i]:ends[i + 1]], UTF-8."""
+        """Takes blob uint8 [bytes] and ends int64 [n + 1]: text i is blob[ends[i]:ends[i + 1]], UTF-8."""
         self._blob, self._ends = blob, ends
 
     @classmethod
@@ -46,7 +46,7 @@ class Strings(Sequence[str]):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A text of each example, by number: `codes` int32 [N] into `texts`, NONE where an example has none."""
+    """Holds one text of each example by its number: `codes` int32 [N] into `texts`, NONE where it has none."""
 
     codes: np.ndarray
     texts: Strings
@@ -55,7 +55,7 @@ class Column:
         return Column(self.codes[rows], self.texts)
 
     def among(self, wanted: Iterable[str]) -> np.ndarray:
-        """bool [N]: which examples have one of the texts."""
+        """Marks the examples that have one of the texts, bool [N]."""
         wanted = set(wanted)
         known = np.array([*(text in wanted for text in self.texts), False])  # the last is that of NONE
         return known[self.codes]
@@ -63,7 +63,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Columns of N examples, in the order of `Dataset.examples`. Arrays are read as they are used."""
+    """Holds the columns of N examples, in the order of `Dataset.examples`; arrays are read as they are used."""
 
     task: np.ndarray  # int8 [N], index in TASKS
     images: np.ndarray  # int16 [N], number of images
@@ -77,13 +77,13 @@ class Columns:
         return len(self.task)
 
     def meta(self, key: str) -> Column:
-        """The values of `meta[key]`."""
+        """Returns the values of `meta[key]`."""
         if key not in self.meta_keys:
             return Column(np.full(len(self), NONE, np.int32), Strings.of(()))
         return self.load_meta(key)
 
     def at(self, rows: np.ndarray | slice) -> "Columns":
-        """The columns of some rows."""
+        """Returns the columns of some rows."""
         return Columns(
             self.task[rows],
             self.images[rows],
@@ -145,7 +145,7 @@ class Collector:
 
 
 def columns_of(dataset: Dataset, split: str) -> Columns:
-    """The columns of a split: the data set's own, or made from its examples if it has none."""
+    """Returns the columns of a split: the data set's own, or made from its examples if it has none."""
     own = getattr(dataset, "columns", None)
     if own is not None:
         return own(split)

@@ -1,4 +1,4 @@
-"""`Example`: one question with its answer, and `Dataset`, what holds them."""
+"""Defines `Example`, one question with its answer, and `Dataset`, what holds them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from unimed_jax.data.info import Info
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record: its images (0..n), one task, question and answer.
+    """Holds one record: its images (0..n), one task, question and answer.
 
     `question` is what the prompt's instruction is filled with: the question (vqa, qa), the words for
     the object (refer), the box in text form (identify), or empty if the task says all (caption, cls).
@@ -29,7 +29,7 @@ class Example:
 
 
 class Dataset(Protocol):
-    """A data set that is open: examples and images at random. `Selection` is the one that is read from disk.
+    """Describes an open data set, examples and images at random; `Selection` is the one that is read from disk.
 
     If it has `columns(split)` (data/columns.py), the pipeline groups from them; else it looks at every example once.
     """
@@ -40,9 +40,9 @@ class Dataset(Protocol):
     splits: tuple[str, ...]  # those that have an example
 
     def examples(self, split: str) -> Sequence[Example]:
-        """The examples of a split in a fixed order, read as they are asked for: do not copy them into a list."""
+        """Returns the examples of a split in a fixed order, read as they are asked for; copy them into no list."""
         ...
 
     def image(self, key: str) -> np.ndarray:
-        """uint8 [H, W, 3]; H and W as stored."""
+        """Returns the pixels of an image, uint8 [H, W, 3]; H and W as stored."""
         ...

@@ -125,8 +125,8 @@ def text_of(pieces: Sequence[Piece], end: str = "") -> str:
 def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
     """Joins neighbouring texts that are alike (target or not) and not ended: each is one text for the tokenizer.
 
-    Pieces meet where tokenizers cut anyway (before a blank, after the end of text), so the ids of the runs are those
-    of the whole text.
+    Pieces meet before a blank or after the end of text, where most tokenizers cut anyway; the ids of the runs are
+    then those of the whole text. `layout.piece_ids` minds those that do not.
     """
     runs: list[Piece] = []
     for piece in pieces:
@@ -148,6 +148,8 @@ class Form(abc.ABC):
 
     published = ""  # the system whose published rules score vqa answers in this form
     exported = False  # whether the torch model of `export --format=model` can ask in this form
+    turns = False  # whether it holds the turns before the question
+    joined = False  # whether question and answer are tokenised as one text, and not each by itself (as published)
     cut = False  # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
 
     def __init__(self, text: TextConfig):
@@ -240,7 +242,9 @@ class Conversation(Form):
     Every answer is a target. All images come before the first question; the task's first instruction asks, untagged.
     """
 
+    published, turns = "Med-MoE", True
     published = "Med-MoE"
+    joined = True
 
     def training(self, example: Example, variant: int) -> list[Piece]:
         return self.training_turns(self._turns(example, answer_text(example, self.text)))
@@ -283,7 +287,7 @@ class Chat(Conversation):
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
         before = [piece._replace(target=False) for piece in self._answered(turns)]
         head = "" if turns else self._head()
-        return [*before, *_marked(head + self._question(question))]
+        return [*before, *_marked(head + self._question(image_first(question)))]
 
     def _head(self) -> str:
         t = self.template
@@ -310,7 +314,7 @@ class Plain(Conversation):
         return [Piece(image=True), Piece(turns[0][1] + "\n", target=True)]
 
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
-        return _marked(f"{question}\n")
+        return _marked(f"{image_first(question)}\n")
 
 
 def _marked(text: str) -> list[Piece]:
@@ -350,6 +354,12 @@ def turns_of(messages: Sequence[Mapping[str, str]], where: str = "conversation")
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
+def image_first(question: str) -> str:
+    """Moves the `<image>` marks of a question to its beginning, a line each, as Med-MoE asks wherever they stand."""
+    marks = question.count(IMAGE)
+    return f"{IMAGE}\n" * marks + question.replace(IMAGE, "").strip() if marks else question
+
+
 # ---------------------------------------------------------------------------------------------
 # Boxes as text
 # ---------------------------------------------------------------------------------------------
@@ -379,3 +389,12 @@ def text_to_box(text: str) -> tuple[int, int, int, int] | None:
         return None
     x1, y1, x2, y2 = (int(g) for g in match.groups())
     return x1, y1, x2, y2
+
+
+def valid_box(text: str) -> tuple[int, int, int, int] | None:
+    """Reads the box that `text` begins with if it has an area and lies within the image, else returns None."""
+    box = text_to_box(text)
+    if box is None:
+        return None
+    x1, y1, x2, y2 = box
+    return box if x1 < x2 <= 100 and y1 < y2 <= 100 else None

@@ -1,4 +1,4 @@
-"""Layout: prompt, images and answer as ids, image slots, positions and segments, for training and generation.
+"""Lays prompt, images and answer out as ids, image slots, positions and segments, for training and generation.
 
 The token stream of one example is BOS, left ids, T visual positions, right ids, answer with its end of text.
 Questions of one image and task may share its tokens: the stream up to the image's last token is the PREFIX, the
@@ -25,7 +25,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Specials(Protocol):
-    """The ids that layout itself puts in; `tokenizer.Tokenizer` is one."""
+    """Names the ids that layout itself puts in; `tokenizer.Tokenizer` has them."""
 
     bos: int
     eos: int
@@ -34,7 +34,7 @@ class Specials(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as ids. `prefix` is empty for text alone; a generation prompt has no targets."""
+    """Holds one example as ids; `prefix` is empty for text alone, and a generation prompt has no targets."""
 
     record: str  # the example's id
     task: str
@@ -44,7 +44,7 @@ class Encoded:
 
     @property
     def answer(self) -> int:
-        """Number of targets."""
+        """Counts the targets."""
         return len(self.targets)
 
     @property
@@ -54,7 +54,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
-    """One image (or several, or none) with the questions that share it; all have one task and one prefix."""
+    """Holds one image (or several, or none) with the questions that share it; all have one task and one prefix."""
 
     questions: tuple[Encoded, ...]
     images: tuple[np.ndarray, ...] = ()  # uint8 [image_size, image_size, 3] each, in stream order
@@ -81,7 +81,7 @@ def encode_ids(
     record: str = "",
     double_bos: bool = False,
 ) -> Encoded:
-    """Ids of the text around the images (one image between two segments) and of the answer -> Encoded.
+    """Turns ids of the text around the images (one image between two segments) and of the answer into an Encoded.
 
     One segment is text alone. `answer` stands as it is given. `double_bos`: two BOS, as in
     the published evaluation prompts.
@@ -105,40 +105,73 @@ def _prefix(ids: tuple[int, ...]) -> np.ndarray:
 
 
 def piece_ids(
-    pieces: Sequence[Piece], tokenise: Callable[[str], Sequence[int]], eos: int, image: Sequence[int]
+    pieces: Sequence[Piece],
+    tokenise: Callable[[str], Sequence[int]],
+    eos: int,
+    image: Sequence[int],
+    together: Callable[[Sequence[str], bool], Sequence[Sequence[int]]] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Turns pieces into ids, with those of `image` for each image, and says which of them are targets."""
+    """Turns pieces into ids, with those of `image` for each image, and says which of them are targets.
+
+    together: tokenises as one text those pieces that no image and no end of text parts, and gives each its ids
+    (`Tokenizer.encode_together`); without it each is tokenised by itself.
+    """
+    runs = runs_of(pieces)
+    parts = _ids_of_runs(runs, tokenise, together)
     ids: list[int] = []
     targets: list[bool] = []
-    for run in runs_of(pieces):
+    for run, part in zip(runs, parts, strict=True):
         before = len(ids)
-        ids += image if run.image else tokenise(run.text) if run.text else ()
+        ids += image if run.image else part
         if run.ends:
             ids.append(eos)
         targets += [run.target] * (len(ids) - before)
     return ids, targets
 
 
+def _ids_of_runs(
+    runs: Sequence[Piece],
+    tokenise: Callable[[str], Sequence[int]],
+    together: Callable[[Sequence[str], bool], Sequence[Sequence[int]]] | None,
+) -> list[Sequence[int]]:
+    """Gives the ids of each run; those of an image are ()."""
+    if together is None:
+        return [tokenise(run.text) if run.text else () for run in runs]
+    ids: list[Sequence[int]] = []
+    start, begins = 0, True
+    for i, run in enumerate(runs):
+        last = run.image or run.ends or i + 1 == len(runs) or runs[i + 1].image
+        if not last:
+            continue
+        texts = [part.text for part in runs[start : i + 1] if not part.image]
+        ids += together(texts, begins) if "".join(texts) else [()] * len(texts)
+        ids += [()] if run.image else []
+        start, begins = i + 1, not run.ends  # what follows an image is a text by itself, as published
+    return ids
+
+
 class Encoder:
-    """Examples to ids under one tokenizer and one set of text settings."""
+    """Turns examples into ids under one tokenizer and one set of text settings."""
 
     def __init__(self, tokenizer, text: TextConfig, tokens_per_image: int):
-        """`tokenizer`: a `tokenizer.Tokenizer`, or whatever has its `encode`, `bos` and `eos`."""
+        """Takes a `tokenizer.Tokenizer`, or whatever has its `encode`, `bos` and `eos`."""
         self._tokenizer, self._text, self._tokens_per_image = tokenizer, text, tokens_per_image
         self._form = form_of(text)
+        self._together = getattr(tokenizer, "together", None) if self._form.joined else None
         # The head of a prompt is always the same, short answers and questions often.
         self._ids = functools.lru_cache(maxsize=1 << 16)(lambda string: tuple(tokenizer.encode(string)))
 
     def training(self, example: Example, variant: int) -> Encoded:
-        """The example with its answer, under instruction number `variant` of its task."""
+        """Returns the example with its answer, under instruction number `variant` of its task."""
         return self._encode(example, self._form.training(example, variant), training=True)
 
     def prompt(self, example: Example) -> Encoded:
-        """The generation prompt of an example: evaluation's instruction, no answer."""
+        """Returns the generation prompt of an example: evaluation's instruction, no answer."""
         return self._encode(example, self._form.prompt(example), training=False)
 
     def _encode(self, example: Example, pieces: Sequence[Piece], training: bool) -> Encoded:
-        ids, targets = piece_ids(pieces, self._ids, self._tokenizer.eos, [VISUAL] * self._tokens_per_image)
+        image = [VISUAL] * self._tokens_per_image
+        ids, targets = piece_ids(pieces, self._ids, self._tokenizer.eos, image, self._together)
         first = self._form.beginnings(training)
         ids, targets = [self._tokenizer.bos] * first + ids, [False] * first + targets
         start = len(ids) - ids[::-1].index(VISUAL) if VISUAL in ids else 0
@@ -166,7 +199,7 @@ class Encoder:
 
 
 def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, reduction: str) -> Batch:
-    """Rows of groups -> arrays. B rows, S tokens, M image slots, A answer tokens of a row.
+    """Turns rows of groups into arrays, of B rows, S tokens, M image slots and A answer tokens of a row.
 
     images uint8 [B, M, H, W, 3] (unused slots 0), image_tasks int32 [B, M] (index in VISUAL_TASKS, unused -1);
     tokens int32 [B, S] (`pad` at padding and visual positions), visual int32 [B, S] (slot * T + t, else -1),
@@ -185,37 +218,8 @@ def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, r
     return batch
 
 
-def training_rows(
-    segments: Sequence[Sequence[Sequence[int]]],
-    answers: Sequence[Sequence[int]],
-    tokens_per_image: int,
-    specials: Specials,
-    *,
-    tasks: Sequence[str],
-    reduction: str = "token",
-    image_size: int = 0,
-) -> Batch:
-    """Published training rows: one example a row, as long as the longest prompt and answer; images are left zero.
-
-    segments[b]: ids around the images of example b (one list: text alone); answers[b]: ids as they stand in the
-    row, end of text included. Returns what `training_batch` does, with M the most images of an example.
-    """
-    encoded = [
-        encode_ids(around, answer, tokens_per_image, specials.bos, task=task)
-        for around, answer, task in zip(segments, answers, tasks, strict=True)
-    ]
-    shape = RowShape(
-        tokens=max(e.tokens - e.answer for e in encoded) + max(e.answer for e in encoded),
-        images=max(len(s) - 1 for s in segments),
-        answers=max(e.answer for e in encoded),
-        tokens_per_image=tokens_per_image,
-        image_size=image_size,
-    )
-    return training_batch([[Group((e,))] for e in encoded], shape, specials.pad, reduction)
-
-
 def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:
-    """Generation prompts, one a row and LEFT padded to `shape.tokens`: the arrays of `training_batch`, no targets.
+    """Makes the arrays of `training_batch` without targets: prompts, one a row and LEFT padded to `shape.tokens`.
 
     Positions count the real tokens from 0 (published: cumsum(mask) - 1); padding has position 0.
     Raises UserError for a prompt longer than the rows.
@@ -256,7 +260,7 @@ def _empty_targets(rows: int, answers: int) -> Batch:
 
 @dataclasses.dataclass
 class _Cursor:
-    """Where the next group of a row goes."""
+    """Says where the next group of a row goes."""
 
     token: int = 0
     slot: int = 0

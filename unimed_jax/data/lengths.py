@@ -1,4 +1,4 @@
-"""Token lengths of examples as a side index: the packing plan and the check for over-long records need no tokens.
+"""Keeps the token lengths of examples as a side index, so that packing and the check of records need no tokens.
 
 Computed once for a data set's rows, tokenizer and prompt form, and kept in `<cache>/lengths`, memory-mapped.
 """
@@ -19,34 +19,40 @@ from unimed_jax.data.forms import form_of
 from unimed_jax.data.layout import Encoder, RowShape
 from unimed_jax.errors import UserError
 
-VERSION = 1  # of the arrays and of how examples become tokens; raise it when either changes
+VERSION = 2  # of the arrays and of how examples become tokens; raise it when either changes
 NAMED = 5  # over-long records that a message names
-_PREFIX, _ANSWER, _CUT, _SUFFIX = 0, 1, 2, 3  # columns; from _SUFFIX on one for each instruction
+_PREFIX, _ANSWER, _CUT, _DROPPED, _SUFFIX = 0, 1, 2, 3, 4  # columns; from _SUFFIX on one for each instruction
+UNUSED = ("max_prompt", "tokenizer", "vocab", "changed")  # settings that no length depends on
 _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Lengths of N examples under V instructions, in tokens."""
+    """Holds the lengths of N examples under V instructions, in tokens, and what of them is not trained on."""
 
-    table: np.ndarray  # int32 [N, 3 + V]
+    table: np.ndarray  # int32 [N, 4 + V]
 
     def prefix(self, row: int) -> int:
-        """Tokens up to the last visual one: shared by the questions of an image."""
+        """Counts the tokens up to the last visual one, which the questions of an image share."""
         return self.table.item(row, _PREFIX)
 
     def suffix(self, row: int, variant: int) -> int:
-        """The other tokens, under instruction `variant`."""
+        """Counts the other tokens, under instruction `variant`."""
         return self.table.item(row, _SUFFIX + variant)
 
     def answer(self, row: int) -> int:
-        """Answer tokens, which are among the suffix's."""
+        """Counts the answer tokens, which are among the suffix's."""
         return self.table.item(row, _ANSWER)
 
     @property
     def cut(self) -> int:
-        """Number of answers that are cut to `text.max_answer`."""
+        """Counts the answers that are cut to `text.max_answer`."""
         return int(self.table[:, _CUT].sum())
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """Counts the earlier turns of each example that its prompt form leaves out, int [N]."""
+        return self.table[:, _DROPPED]
 
 
 def measure(
@@ -60,7 +66,7 @@ def measure(
     fingerprint = getattr(tokenizer, "fingerprint", "")
     if cache is None or not fingerprint or not key:
         return Lengths(_measured(examples, tokenizer, text, tokens_per_image))
-    settings = {k: v for k, v in dataclasses.asdict(text).items() if k not in ("max_prompt", "tokenizer", "vocab")}
+    settings = {k: v for k, v in dataclasses.asdict(text).items() if k not in UNUSED}
     facts = [VERSION, key, len(examples), fingerprint, settings, tokens_per_image]
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
     path = cache / "lengths" / f"{name}.npy"
@@ -90,7 +96,8 @@ def _measured(examples: Sequence[Example], tokenizer, text: TextConfig, tokens_p
         # A cut answer has lost its end of text.
         targets = first.suffix[first.targets]
         cut = form.cut and first.answer >= text.max_answer and targets[-1] != tokenizer.eos
-        rows.append([len(first.prefix), first.answer, int(cut), *(len(e.suffix) for e in encoded)])
+        dropped = 0 if form.turns else len(example.history)
+        rows.append([len(first.prefix), first.answer, int(cut), dropped, *(len(e.suffix) for e in encoded)])
         most = max(most, variants)
     table = np.zeros((len(rows), _SUFFIX + most), np.int32)
     for i, row in enumerate(rows):

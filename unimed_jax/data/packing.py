@@ -1,4 +1,4 @@
-"""The packing plan: which draws of the global order share a row.
+"""Plans which draws of the global order share a row.
 
 A plan looks at windows of consecutive draws and fills rows by first fit, largest draw first, under three quotas
 at once (tokens, image slots, answer tokens). It reads sizes alone, in order, so the rows are a function of the
@@ -38,7 +38,7 @@ def first_fit(sizes: np.ndarray, capacity: np.ndarray, order: Sequence[int] | np
 
 
 class PackingPlan:
-    """Rows of draws 0, 1, 2, ..., each draw in exactly one row; `plan[row]` lists the draws of a row.
+    """Plans rows of draws 0, 1, 2, ..., each draw in exactly one row; `plan[row]` lists the draws of a row.
 
     The plan grows as far as it is asked, under a lock, and keeps 8 bytes a draw.
     """
@@ -46,7 +46,7 @@ class PackingPlan:
     def __init__(
         self, size: Callable[[int], tuple[int, int, int]], capacity: tuple[int, int, int], window: int, seed: int
     ):
-        """`size(draw)`: its tokens, image slots and answer tokens, each within `capacity`."""
+        """Takes `size(draw)`: its tokens, image slots and answer tokens, each within `capacity`."""
         self._size, self._capacity, self._window, self._seed = size, np.array(capacity), window, seed
         self._lock = threading.Lock()
         self._windows = 0

@@ -1,4 +1,4 @@
-"""Pipeline: examples to batches, mixed by weight, packed and cut for processes; a batch depends on (seed, step) alone.
+"""Turns examples into batches, mixed by weight, packed, cut for processes; a batch depends on (seed, step) alone.
 
 sources -> groups (image, task) -> global order of draws -> questions and instructions of a draw
         -> rows (one draw each, or packed) -> rows of this process -> batch
@@ -35,7 +35,7 @@ Question = tuple[int, int, int]  # source, row among its examples, instruction
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One draw of the global order: some questions of one image and task, each under an instruction."""
+    """Holds one draw of the global order: some questions of one image and task, each under an instruction."""
 
     source: int  # index in config.data.sources
     task: str
@@ -45,14 +45,14 @@ class Draw:
 
 
 class Pipeline:
-    """Training batches of `config.data.sources`.
+    """Makes the training batches of `config.data.sources`.
 
     `datasets[i]` belongs to `config.data.sources[i]` (one data set may serve several). Raises UserError for a
     source without data or with a record that cannot be trained on.
     """
 
     def __init__(self, datasets: Sequence[Dataset], config: Config, tokenizer, split: str = "train"):
-        """`tokenizer`: a `tokenizer.Tokenizer`."""
+        """Opens `split` of the data sets for training with a `tokenizer.Tokenizer`."""
         data = config.data
         if not data.sources:
             raise UserError("config.data.sources is empty; name at least one data set.")
@@ -76,6 +76,7 @@ class Pipeline:
             for dataset, source in zip(datasets, data.sources, strict=True)
         ]
         _say_cut(self._sources, config)
+        _say_dropped(self._sources, config)
         self._order = _order(self._sources, config)
         # Row -> its draws, endless.
         self._rows: grain.MapDataset[list[int]]
@@ -87,7 +88,7 @@ class Pipeline:
             self._rows = grain.MapDataset.range(packing.ENDLESS).map(lambda row: [row])
 
     def plan(self, step: int) -> list[list[Draw]]:
-        """The draws in each row of the global batch of `step`."""
+        """Lists the draws in each row of the global batch of `step`."""
         rows = self._config.data.rows
         return [[self.draw(d) for d in self.draws_of_row(row)] for row in range(step * rows, (step + 1) * rows)]
 
@@ -96,7 +97,7 @@ class Pipeline:
         return list(self._rows[row])
 
     def _draw(self, number: int) -> Draw:
-        """Draw `number` of the global order."""
+        """Makes draw `number` of the global order."""
         place = self._order[number]
         source = self._sources[place[0]]
         group = source.groups[place[1]]
@@ -120,12 +121,12 @@ class Pipeline:
         return Draw(place[0], task, tuple(rows), tuple(variants), size)
 
     def record(self, draw: Draw, i: int) -> str:
-        """`<data set>/<id>` of question `i` of a draw."""
+        """Names question `i` of a draw: `<data set>/<id>`."""
         source = self._sources[draw.source]
         return f"{source.dataset.id}/{source.examples[draw.rows[i]].id}"
 
     def batches(self, start_step: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
-        """Batches from `start_step` on, without end: arrays of `layout.training_batch`, B = rows / shares.
+        """Yields batches from `start_step` on, without end: arrays of `layout.training_batch`, B = rows / shares.
 
         Each holds share number `share` of the global batch's rows, cut into `shares` blocks of neighbours.
         """
@@ -144,11 +145,11 @@ class Pipeline:
         return iter(batched[start_step:].to_iter_dataset(options))
 
     def record_ids(self, step: int) -> list[str]:
-        """`<data set>/<record>` of every example in the global batch of `step`."""
+        """Names every example in the global batch of `step`: `<data set>/<record>`."""
         return [self.record(draw, i) for row in self.plan(step) for draw in row for i in range(len(draw.rows))]
 
     def stats(self, batch: Batch) -> dict[str, float]:
-        """Shares of row tokens and of image slots that hold nothing; numbers of examples and of row tokens used."""
+        """Measures the shares of row tokens and image slots that hold nothing, and counts examples and tokens used."""
         used, slots, answered = batch["segments"] > 0, batch["image_tasks"] >= 0, batch["weights"] > 0
         # Between two answers of a row lies at least the end of the first and a prompt.
         first = np.diff(batch["target_index"], axis=1, prepend=-2) != 1
@@ -160,14 +161,14 @@ class Pipeline:
         }
 
     def _assemble(self, rows: Sequence[list[int]]) -> Batch:
-        """Rows of draws -> arrays."""
+        """Turns rows of draws into arrays."""
         draws = [[self.draw(number) for number in row] for row in rows]
         encoded = self._encoded([draw for row in draws for draw in row])
         groups = [[self._load(draw, encoded) for draw in row] for row in draws]
         return layout.training_batch(groups, self.shape, self._pad, str(self._config.loss.reduction))
 
     def _encoded(self, draws: Sequence[Draw]) -> dict[Question, tuple[Encoded, tuple[str, ...]]]:
-        """The draws' questions as tokens, each with its image keys; records are read in one call per source."""
+        """Returns the draws' questions as tokens, each with its image keys; records are read in one call per source."""
         wanted = {(draw.source, *pair) for draw in draws for pair in zip(draw.rows, draw.variants, strict=True)}
         out = {question: found for question in wanted if (found := self._questions.get(question)) is not None}
         missing = sorted(wanted - out.keys())
@@ -184,7 +185,7 @@ class Pipeline:
         return Group(tuple(question for question, _ in own), pixels)
 
     def _fitted(self, source: int, key: str) -> np.ndarray:
-        """uint8 [image_size, image_size, 3] of an image, decoded and fitted, from the cache if it is there."""
+        """Decodes and fits an image to uint8 [image_size, image_size, 3], or takes it from the cache."""
         dataset = self._sources[source].dataset
         cached = self._pixels.get((dataset.id, key))
         if cached is None:
@@ -220,7 +221,7 @@ class _Recent:
 
 
 class _Picked(Sequence[Example]):
-    """Some of a sequence's examples, by number."""
+    """Shows some of a sequence's examples, by number."""
 
     def __init__(self, examples: Sequence[Example], numbers: np.ndarray):
         self._examples, self._numbers = examples, numbers
@@ -233,7 +234,7 @@ class _Picked(Sequence[Example]):
 
 
 class _Source:
-    """What the pipeline knows of one source: its examples by number, their columns, lengths and groups."""
+    """Holds what the pipeline knows of one source: its examples by number, their columns, lengths and groups."""
 
     def __init__(self, dataset: Dataset, source: SourceConfig, split: str, config: Config, tokenizer, shape):
         where = f"config.data.sources: {source.name!r}"
@@ -270,7 +271,7 @@ class _Source:
         self.groups, self.buckets = group_examples(self.columns, weights[numbers])
 
     def read(self, rows: Sequence[int]) -> list[Example]:
-        """Examples by number, in one call if they are on disk."""
+        """Reads examples by number, in one call if they are on disk."""
         if isinstance(self.examples, Rows):
             return list(self.examples.at(np.array(rows)))
         return [self.examples[row] for row in rows]
@@ -282,10 +283,10 @@ def _rule(source: SourceConfig, split: str) -> str:
 
 
 class Groups:
-    """Examples by (images, task, weight), in the order of their first; text alone stays single."""
+    """Groups examples by (images, task, weight), in the order of their first; text alone stays single."""
 
     def __init__(self, members: np.ndarray, starts: np.ndarray):
-        """Group g holds members[starts[g]:starts[g + 1]]."""
+        """Takes the groups one after the other: group g holds members[starts[g]:starts[g + 1]]."""
         self._members, self._starts = members, starts
 
     def __len__(self) -> int:
@@ -296,7 +297,7 @@ class Groups:
 
 
 def group_examples(columns: Columns, weights: np.ndarray) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
-    """-> groups, and buckets (share of the source's draws, group numbers; None: all) of groups that weigh the same."""
+    """Returns groups, and buckets (share of the source's draws, numbers; None: all) of groups that weigh the same."""
     count = len(columns)
     levels, level = np.unique(weights, return_inverse=True)
     keys = (columns.image_set.astype(np.int64) * len(TASKS) + columns.task) * len(levels) + level
@@ -330,8 +331,23 @@ def _say_cut(sources: Sequence[_Source], config: Config) -> None:
         )
 
 
+def _say_dropped(sources: Sequence[_Source], config: Config) -> None:
+    """Says once how many earlier turns the prompt form leaves out, and names records that have some."""
+    for source in sources:
+        (rows,) = np.nonzero(source.lengths.dropped)
+        if not len(rows):
+            continue
+        named = [f"{source.dataset.id}/{source.examples[int(row)].id}" for row in rows[: lengths.NAMED]]
+        more = " ..." if len(rows) > lengths.NAMED else ""
+        processes.say(
+            f"config.text.form={config.text.form!r} trains on the last turn of {len(rows)} conversations and leaves "
+            f"out the {int(source.lengths.dropped.sum())} turns before ({', '.join(named)}{more}); choose stablelm or "
+            "phi to train on all of them."
+        )
+
+
 def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
-    """The source of step 0, 1, ... under per-batch mixing: the published order of Python's own generator."""
+    """Yields the source of step 0, 1, ... under per-batch mixing: the published order of Python's own generator."""
     generator = random.Random(seed)
     while True:
         yield generator.choices(range(len(weights)), weights)[0]
@@ -359,7 +375,7 @@ class _PerBatchOrder:
 
 
 def _order(sources: Sequence[_Source], config: Config) -> "grain.MapDataset | _PerBatchOrder":
-    """The global order: draw -> (source, group)."""
+    """Makes the global order, draw -> (source, group)."""
     weights = [source.weight for source in config.data.sources]
     shuffled = []
     for s, source in enumerate(sources):

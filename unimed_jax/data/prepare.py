@@ -34,7 +34,7 @@ FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that show nothin
 
 
 class Reader(Protocol):
-    """A module of data/datasets, or one that a source names with dots."""
+    """Describes a module of data/datasets, or one that a source names with dots."""
 
     INFO: Info
 
@@ -77,7 +77,7 @@ def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[s
 
 
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
-    """Name, size and time of change of every file that `info.files` names; images are not among them."""
+    """Lists name, size and time of change of every file that `info.files` names; images are not among them."""
     if folder is None or info.self_contained:
         return []
     inside = (path for pattern in info.files for path in folder.glob(pattern))

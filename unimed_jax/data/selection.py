@@ -1,4 +1,4 @@
-"""`Selection`: what the settings take from a data set, by task, template, meta and made splits."""
+"""Selects what the settings take from a data set, by task, template, meta and made splits."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ _RULE = re.compile(r"(\w+)\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\](?: by 
 
 
 class Selection:
-    """One data set as the sources that name it see it: an example is in if any of them lets it through."""
+    """Shows one data set as the sources that name it see it: an example is in if any of them lets it through."""
 
     def __init__(self, store: Store, id: str, info: Info, sources: Sequence[SourceConfig]):
-        """`sources` agree in all but tasks, filters and weights. Raises UserError for a rule or filter that fails."""
+        """Takes sources alike but for tasks, filters and weights; raises UserError for a rule or filter that fails."""
         self._store, self.id, self.name, self.info = store, id, id, info
         self._splits = _made_splits(store, sources[0].splits, id)
         for split, numbers in self._splits.items():
@@ -44,7 +44,7 @@ class Selection:
         return self._store.image(key)
 
     def encoded(self, key: str) -> bytes:
-        """The image's bytes as they were found."""
+        """Returns the image's bytes as they were found."""
         return self._store.encoded(key)
 
     def _numbers(self, split: str) -> np.ndarray:
@@ -57,7 +57,7 @@ class Selection:
 
 
 def chosen(columns: Columns, source: SourceConfig) -> np.ndarray:
-    """bool [N]: the examples that pass the source's tasks and filters."""
+    """Marks the examples that pass the source's tasks and filters, bool [N]."""
     keep = np.ones(len(columns), bool)
     if source.tasks:
         keep &= np.isin(columns.task, [TASKS.index(task) for task in source.tasks])
@@ -67,7 +67,7 @@ def chosen(columns: Columns, source: SourceConfig) -> np.ndarray:
 
 
 def draw_weights(columns: Columns, source: SourceConfig) -> np.ndarray:
-    """float64 [N]: how often each example is drawn, relative to the others of its source."""
+    """Says how often each example is drawn, relative to the others of its source, float64 [N]."""
     weight = np.ones(len(columns))
     for key, of_value in source.weights.items():
         column = columns.meta(key)
@@ -81,6 +81,12 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
     where = f"config.data.sources: data set {data.id!r}"
     everything = data._store.all_columns()
     for source in sources:
+        lacking = [task for task in source.tasks if TASKS.index(task) not in everything.task]
+        if lacking:
+            have = [task for task in TASKS if TASKS.index(task) in everything.task]
+            raise UserError(
+                f"{where}: tasks names {lacking[0]!r}, of which it has no example; choose from {', '.join(have)}."
+            )
         for setting, given in (("only", source.only), ("weights", source.weights)):
             for key, values in given.items():
                 if key not in everything.meta_keys:
@@ -101,7 +107,7 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
 
 
 def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, np.ndarray]:
-    """Split -> example numbers, int32. What a made split takes is taken out of its origin, unless that is made too."""
+    """Returns split -> example numbers, int32; what a made split takes leaves its origin, unless that is made too."""
     numbers = {split: np.arange(*store.rows(split), dtype=np.int32) for split in store.splits}
     made: dict[str, np.ndarray] = {}
     taken: dict[str, np.ndarray] = {}
@@ -128,7 +134,7 @@ def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, n
 
 
 def _places(columns: Columns, by: str | None, where: str) -> np.ndarray:
-    """float64 [N] in 0..1: a hash of each example's cluster, meta value or id, which added examples leave as it is."""
+    """Hashes each example's cluster, meta value or id to float64 [N] in 0..1, which added examples leave as it is."""
     own = columns.ids.astype(np.float64) / 2.0**64
     if by is None:
         return own

@@ -1,4 +1,4 @@
-"""`Store`: a prepared data set on disk, read at random from an index that is memory-mapped.
+"""Reads a prepared data set from disk, at random, by an index that is memory-mapped.
 
     <cache>/<name>-<set>-<version>/
       manifest.json     what the set is, its splits, the size of every file
@@ -40,7 +40,7 @@ _AGAIN = "delete that folder and run again: it is prepared again from the source
 
 
 class Store:
-    """A prepared data set: `examples(split)` and `image(key)` read from disk, `columns(split)` from the index."""
+    """Reads a prepared data set: `examples(split)` and `image(key)` from disk, `columns(split)` from the index."""
 
     def __init__(self, folder: str | Path):
         """Opens what `prepare` wrote. Raises UserError if files are missing, cut or of another form."""
@@ -55,19 +55,20 @@ class Store:
             self.splits = tuple(self._bounds)
             self._meta_keys = tuple(manifest["meta_keys"])
             _check_files(self.folder, manifest["files"])
+            self._examples = _Shards(self.folder, manifest["files"], "examples")
+            self._images = _Shards(self.folder, manifest["files"], "images")
+            _check_bounds(self._bounds, len(self._examples))
+            self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
+            self._key_texts = self._strings("keys")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / MANIFEST} is not what was written ({error!r}); {_AGAIN}.") from error
-        self._examples = _Shards(self.folder, manifest["files"], "examples")
-        self._images = _Shards(self.folder, manifest["files"], "images")
-        self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
-        self._key_texts = self._strings("keys")
 
     def examples(self, split: str) -> "Rows":
         start, stop = self._bound(split)
         return Rows(self, np.arange(start, stop, dtype=np.int32))
 
     def rows(self, split: str) -> tuple[int, int]:
-        """First and last + 1 example number of a split."""
+        """Returns the first and last + 1 example number of a split."""
         return self._bound(split)
 
     def columns(self, split: str) -> Columns:
@@ -75,7 +76,7 @@ class Store:
         return self.all_columns().at(slice(start, stop))
 
     def all_columns(self) -> Columns:
-        """Columns of all splits, one after the other."""
+        """Returns the columns of all splits, one after the other."""
         return Columns(
             self._array("task"),
             self._array("image_count"),
@@ -87,7 +88,7 @@ class Store:
         )
 
     def image(self, key: str) -> np.ndarray:
-        """uint8 [H, W, 3] of an image key. Raises UserError if there is none, or its bytes are no image."""
+        """Decodes the image of a key, uint8 [H, W, 3]; raises UserError if there is none, or its bytes are no image."""
         data = self.encoded(key)
         try:
             return read_image(data)
@@ -95,7 +96,7 @@ class Store:
             raise UserError(f"data set {self.id}, image {key!r}: {error}") from error
 
     def encoded(self, key: str) -> bytes:
-        """The image's bytes as they were found (PNG, JPEG, DICOM ...)."""
+        """Returns the image's bytes as they were found (PNG, JPEG, DICOM ...)."""
         wanted = np.uint64(hash_of(key))
         at = int(np.searchsorted(self._keys, wanted))
         while at < len(self._keys) and self._keys[at] == wanted:
@@ -147,7 +148,7 @@ class Store:
 
 
 class _Shards:
-    """The records of some array_record files, counted through; files are opened when first read."""
+    """Reads the records of some array_record files, counted through; files are opened when first read."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], kind: str):
         names = sorted(name for name in files if name.startswith(f"{kind}-"))
@@ -156,8 +157,11 @@ class _Shards:
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """Records by number; neighbours of one file are read together."""
+        """Reads records by number; neighbours of one file are read together."""
         shards = np.searchsorted(self._ends, numbers, side="right") - 1
         out: list[bytes] = []
         for shard, group in itertools.groupby(zip(shards.tolist(), numbers, strict=True), key=lambda pair: pair[0]):
@@ -173,7 +177,7 @@ class _Shards:
 
 
 class Rows(Sequence[Example]):
-    """Some examples of a store by number, read from disk as they are asked for."""
+    """Shows some examples of a store by number, read from disk as they are asked for."""
 
     def __init__(self, store: Store, numbers: np.ndarray):
         self._store, self.numbers = store, numbers
@@ -182,7 +186,7 @@ class Rows(Sequence[Example]):
         return len(self.numbers)
 
     def at(self, places: np.ndarray) -> "Rows":
-        """The examples at some places."""
+        """Returns the examples at some places."""
         return Rows(self._store, self.numbers[places])
 
     def __getitem__(self, i):
@@ -196,13 +200,13 @@ class Rows(Sequence[Example]):
 
 
 def pack(example: Example) -> bytes:
-    """An example as JSON, the same bytes for the same example."""
+    """Writes an example as JSON, the same bytes for the same example."""
     fields = {k: v for k, v in dataclasses.asdict(example).items() if v}
     return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def unpack(data: bytes) -> Example:
-    """What `pack` wrote."""
+    """Reads what `pack` wrote."""
     fields = json.loads(data)
     for key in ("images", "box"):
         if key in fields:
@@ -213,7 +217,7 @@ def unpack(data: bytes) -> Example:
 
 
 def info_of(fields: dict[str, Any]) -> Info:
-    """What `dataclasses.asdict` made of an Info, as it comes out of JSON."""
+    """Makes an Info of what `dataclasses.asdict` made of it, as it comes out of JSON."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Info(**plain)
 
@@ -255,6 +259,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("crc32") != crc_of(manifest):
         raise UserError(f"{path} is not what was written; {_AGAIN}.")
     return manifest
+
+
+def _check_bounds(bounds: Mapping[str, tuple[int, int]], count: int) -> None:
+    """Raises ValueError unless the splits follow each other and hold all examples."""
+    ends = [0, *(end for _, end in bounds.values())]
+    if any(start != before or end < start for (start, end), before in zip(bounds.values(), ends, strict=False)):
+        raise ValueError(f"splits {bounds}")
+    if ends[-1] != count:
+        raise ValueError(f"{count} examples, and {ends[-1]} in the splits")
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:

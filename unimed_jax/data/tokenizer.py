@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,23 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from unimed_jax.config import TextConfig
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import TAGS, form_of, runs_of
+from unimed_jax.data.tokenizer_probe import ENDING, SMALL, is_plain, trouble
 from unimed_jax.errors import UserError
 from unimed_jax.files import read_json
+from unimed_jax.foreign_config import read_sizes
 
 # Their ids are 0..3. They alone are "special": dropped from decoded text, and never read out of a text.
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+FILES = (  # that a tokenizer's folder may hold
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 MARKERS = ("[INST]", "[/INST]", "<Img>", "</Img>", *TAGS.values(), "{", "}")
 COORDINATES = tuple(f"<{i}>" for i in range(101))
 
@@ -80,11 +94,25 @@ def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
         yield from (run.text for run in runs_of(form.training(example, i)) if run.text)
 
 
+LARGEST = 256 << 20  # bytes of a tokenizer.json
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS_BYTES = 16 << 20  # of each of them, at most
+
+
 def _from_folder(folder: Path) -> Any:
     """Loads the folder's tokenizer with transformers, which is imported only here: it takes a second or more."""
-    config = folder / "tokenizer_config.json"
-    plain = config.is_file() and not (folder / "config.json").exists()
-    if plain and read_json(config).get("tokenizer_class") == "PreTrainedTokenizerFast":
+    advice = "give a folder with a Hugging Face tokenizer"
+    settings = {name: read_json(folder / name, advice, SETTINGS_BYTES) for name in SETTINGS if (folder / name).exists()}
+    if (folder / "config.json").exists():
+        read_sizes(folder / "config.json", advice)  # transformers reads it too
+    if (folder / "tokenizer.json").exists():
+        _check_program(folder / "tokenizer.json", advice)
+    elif (folder / "tokenizer.model").exists():
+        _check_whole(folder / "tokenizer.model")
+    config = settings.get("tokenizer_config.json", {})
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'tokenizer_config.json'} holds no object of settings; {advice}.")
+    if config.get("tokenizer_class") == "PreTrainedTokenizerFast" and not (folder / "config.json").exists():
         # As `train_tokenizer` writes it. The automatic class would import torch, where that is installed.
         from transformers import PreTrainedTokenizerFast
 
@@ -95,11 +123,61 @@ def _from_folder(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
+def _check_program(file: Path, advice: str) -> None:
+    """Raises UserError for a tokenizer.json whose steps may take endless time or memory."""
+    size = file.stat().st_size
+    if size > LARGEST:
+        raise UserError(f"{file} has {size} bytes, more than the {LARGEST} that are read; {advice}.")
+    if size <= SMALL and is_plain(read_json(file, advice), ENDING | {_SINGLE}):
+        return
+    found = _tried(file, file.stat().st_mtime_ns)
+    if found is not None:
+        raise UserError(f"{file} cannot be used ({found}); {advice}.")
+
+
+def _check_whole(file: Path) -> None:
+    """Raises UserError for a model of SentencePiece that is cut short: a protocol buffer, field after field."""
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} has {file.stat().st_size} bytes, more than the {LARGEST} that are read; get another.")
+    data = file.read_bytes()
+    at = pieces = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80:
+                return value
+
+    try:
+        while at < len(data):
+            tag = number()
+            if tag & 7 != 2:  # everything at the top is a message of its own
+                raise IndexError
+            pieces += tag >> 3 == 1
+            length = number()
+            at += length
+    except IndexError:
+        at = -1
+    if at != len(data) or not pieces:
+        raise UserError(f"{file} is no model of SentencePiece, or is cut short or damaged; get it again.")
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(f"{file}: reading it needs the package sentencepiece; run pip install sentencepiece.")
+
+
+@functools.lru_cache(maxsize=64)
+def _tried(file: Path, changed: int) -> str | None:
+    return trouble(file)
+
+
 class Tokenizer:
     """A Hugging Face tokenizer as the rest of the code sees it.
 
     `bos`, `eos`, `pad`: ids. Without a beginning of text `bos` is `eos`; without padding `pad` is the unknown
-    token or, failing that, `eos`. `size`: number of ids, added tokens included. `coordinate_start`: the id of
+    token or, failing that, `eos`. `size`: the rows that an embedding needs, which is the highest id + 1, as ids may
+    have gaps. `coordinate_start`: the id of
     `<0>` where `<0>`..`<100>` are single tokens with contiguous ids, else None. `dropped`: ids left out of texts.
     """
 
@@ -113,7 +191,7 @@ class Tokenizer:
             self._rust.no_truncation()
             self._rust.no_padding()
             self._rust.encode_special_tokens = True
-        self.size = len(tokenizer)
+        self.size = 1 + max(tokenizer.get_vocab().values(), default=-1)
         self.eos: int = tokenizer.eos_token_id
         self.bos: int = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         spare = self.eos if tokenizer.unk_token_id is None else tokenizer.unk_token_id
@@ -131,8 +209,12 @@ class Tokenizer:
             return cls(_from_folder(Path(folder)), f"tokenizer folder {folder}")
         except UserError:
             raise
-        except Exception as error:  # transformers raises many kinds here
+        except BaseException as error:  # transformers raises many kinds here
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is one of Rust
+                raise
             reason = " ".join(str(error).split())
+            if "tiktoken" in reason:  # what transformers tries last, whatever failed before
+                reason = "its tokenizer.model is damaged"
             raise UserError(
                 f"tokenizer folder {folder} cannot be read ({reason[:200]}); give a folder with a Hugging Face "
                 "tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."
@@ -143,6 +225,60 @@ class Tokenizer:
         if self._rust is not None:
             return self._rust.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    @functools.cached_property
+    def together(self) -> Callable[[Sequence[str], bool], list[list[int]]] | None:
+        """`encode_together`, or None if ids of texts that meet before a blank are those of the texts one by one.
+
+        That is so if the tokenizer itself cuts before a blank, and puts nothing before a text.
+        """
+        if self._rust is None:
+            return self.encode_together
+        normalizer, words = self._rust.normalizer, self._rust.pre_tokenizer
+        text = normalizer.normalize_str("is: y") if normalizer else "is: y"
+        cut = text.find(":") + 1
+        parts = words.pre_tokenize_str(text) if words else [(text, (0, len(text)))]
+        cuts = cut > 0 and not any(start < cut < end for _, (start, end) in parts) and parts[0][0].startswith("is")
+        alone = self.encode("is:") + self.encode(" y")
+        return None if cuts and alone == self.encode("is: y") else self.encode_together
+
+    def encode_together(self, texts: Sequence[str], begins: bool) -> list[list[int]]:
+        """Encodes the texts as one and gives each its ids; one that two of them share goes to the later one.
+
+        Of the later one it must hold more than the blanks before it. begins: whether a text begins here, or goes on
+        after an end of text.
+        """
+        whole = "".join(texts)
+        if self._rust is None:
+            ends = [len(self._shared(whole, "".join(texts[:i]))) for i in range(1, len(texts))]
+            ids = self.encode(whole)
+            return [ids[a:b] for a, b in zip([0, *ends], [*ends, len(ids)], strict=True)]
+        encoding = (self._rust if begins else self._going_on).encode(whole, add_special_tokens=False)
+        found: list[list[int]] = [[] for _ in texts]
+        borders = [sum(map(len, texts[:i])) for i in range(1, len(texts))]
+        blanks = [len(text) - len(text.lstrip(" ")) for text in texts[1:]]
+        place = 0
+        for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            while place < len(borders) and (start >= borders[place] or end > borders[place] + blanks[place]):
+                place += 1
+            found[place].append(number)
+        return found
+
+    def _shared(self, whole: str, part: str) -> list[int]:
+        """Gives the ids with which both texts begin."""
+        pairs = zip(self.encode(whole), self.encode(part), strict=False)
+        return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+    @functools.cached_property
+    def _going_on(self) -> tokenizers.Tokenizer:
+        """The tokenizer as it is after an end of text: a sign that stands before the first word only is left out."""
+        assert self._rust is not None
+        facts = self._rust.to_str()
+        if '"prepend_scheme":"first"' not in facts:
+            return self._rust
+        made = tokenizers.Tokenizer.from_str(facts.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        made.encode_special_tokens = True
+        return made
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control tokens are dropped, markers and coordinates kept."""
@@ -157,6 +293,26 @@ class Tokenizer:
         else:  # a tokenizer in Python: its class and all its pieces
             facts = json.dumps([type(self._tokenizer).__name__, self._tokenizer.get_vocab()], sort_keys=True)
         return hashlib.sha256(f"{self.bos}/{self.eos}/{facts}".encode()).hexdigest()
+
+    def check_fits(self, vocab: int) -> None:
+        """Raises UserError if a decoder of `vocab` rows has none for one of the ids."""
+        if self.size > vocab:
+            raise UserError(
+                f"config.model.decoder.vocab={vocab} is less than the {self.size} rows that the tokenizer needs (its "
+                f"highest id is {self.size - 1}); raise it."
+            )
+
+    def state(self, folder: str | Path) -> str:
+        """Names the tokenizer in two parts, by its files in `folder` and by its `fingerprint`.
+
+        Two states that agree in one part are of one tokenizer: the second outlives a harmless edit of the files, the
+        first another version of the libraries.
+        """
+        digest = hashlib.sha256()
+        for name in FILES:
+            if (Path(folder) / name).is_file():
+                digest.update(f"{name}\0".encode() + hashlib.sha256((Path(folder) / name).read_bytes()).digest())
+        return f"{digest.hexdigest()}/{self.fingerprint}"
 
     def _find_coordinates(self) -> int | None:
         unknown = self._tokenizer.unk_token_id

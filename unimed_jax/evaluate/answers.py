@@ -18,6 +18,7 @@ import numpy as np
 
 from unimed_jax import files, processes
 from unimed_jax.data.example import Example
+from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Unit, permute_images
 
 # Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one answer each.
@@ -45,6 +46,8 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: str):
         self._file, self._fingerprint = folder / JOURNAL, fingerprint
         self.found: dict[str, Answered] = {}  # id in predictions -> answer
+        if processes.leads():
+            folder.mkdir(parents=True, exist_ok=True)
         for line in processes.from_leader(self._read() if processes.leads() else None):
             name = line.pop("id")
             self.found[name] = Answered(**line)
@@ -80,12 +83,17 @@ class Journal:
         """Notes the answers of one batch; they survive a kill of this process."""
         if not processes.leads():
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         lines = [self._line({"id": name, **dataclasses.asdict(answer)}) for name, answer in answered.items()]
-        with self._file.open("ab") as file:
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._file.open("ab") as file:
+                file.write(b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self._file.parent} was deleted or moved while its answers were written there; put it back, or "
+                "choose another folder, and give the same command again."
+            ) from error
 
     def remove(self) -> None:
         """Deletes the file, after the answers have been written elsewhere."""

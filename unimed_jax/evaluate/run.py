@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from unimed_jax import processes
+from unimed_jax import files, processes
 from unimed_jax.config import Config, to_dict
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import text_to_box
@@ -26,41 +26,76 @@ from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
-from unimed_jax.evaluate.tasks import Source, Training, Unit, open_sets, units_of
+from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.files import json_lines, read_text
+from unimed_jax.interruption import claim
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.provenance import code_version, plain, protocol_id
+from unimed_jax.runs import inputs
+from unimed_jax.runs.folder import read_config
 from unimed_jax.runs.open import Run, initial_leaves
 
 LARGEST_PREDICTIONS = 8 << 30  # bytes of a file of answers
 
 
-def evaluate_run(run: Run, config: Config) -> dict[str, Any]:
-    """Answers and scores the units of `config.evaluate` and writes the report into the run's folder.
+def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[str, Any]:
+    """Answers and scores the units of `config.evaluate` and writes the report into `folder`, by default the run's.
 
     `config` is the run's own, except for `config.evaluate` and `config.text.max_prompt`. To be called inside
     `run.inside()`, on all processes. Returns the content of metrics.json, {} on processes other than 0 and if
-    nothing is to be scored. A killed evaluation continues where it stood.
+    nothing is to be scored. A killed evaluation continues where it stood. Raises UserError if another process
+    trains the run or writes there.
     """
+    folder = claim_results(folder or run.folder)
     if not config.evaluate.entries and not config.evaluate.splits:
         return {}
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
-    journal = Journal(run.folder, _fingerprint(run, config, sets))
-    answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
+    notes += data_notes(units)
     training = Training(config, sets)
+    notes += dict.fromkeys([*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)])
+    journal = Journal(folder, _fingerprint(run, config, sets))
+    answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
     scored = answer_and_score(units, training, answer_of, journal, config)
     routing = _routing(run, config, sets, scored)
     if not processes.leads():
         return {}
     notes += training.notes
     metrics = summarise(config, scored, _about(sets, units), notes, run.step, routing)
-    write_report(run.folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
+    write_report(folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
     journal.remove()
-    _say(metrics, run.folder)
+    _say(metrics, folder)
     return metrics
+
+
+def claim_results(folder: Path) -> Path:
+    """Locks the folder of results against other processes, and removes what killed ones left; on all processes.
+
+    Raises UserError if a run trains there.
+    """
+
+    def lock() -> None:
+        if processes.leads():
+            claim(folder, "write the results elsewhere with --out=FOLDER")
+            files.remove_leftovers(folder)
+
+    _shared(lock)
+    return folder
+
+
+def _changed_inputs(
+    folder: Path, own: Config, config: Config, sets: Mapping[str, Source], training: Training
+) -> list[str]:
+    """Says what the results of a run must say of data that changed since it was trained.
+
+    own: the run's settings. Raises UserError where `config.data.changed` does not accept a change.
+    """
+    train = [source.data for source in training.sets.values()] if training.opened else []
+    # Other held-out sets than the run's have no state to compare with.
+    held_out = [source.data for source in sets.values()] if config.held_out.sources == own.held_out.sources else []
+    return inputs.compare(folder, config, inputs.state_of_data(config, train, held_out))
 
 
 def answer_and_score(
@@ -77,12 +112,12 @@ def answer_and_score(
     return _scored(units, found, blind, config)
 
 
-def evaluate_predictions(config: Config, file: Path, folder: Path) -> dict[str, Any]:
+def evaluate_predictions(config: Config, file: Path, folder: Path, run: Path | None = None) -> dict[str, Any]:
     """Scores the predictions of any tool, as JSON lines {"id": "<set>/<split>/<id within the set>", "prediction": ...}.
 
     Missing answers count as empty ones; ids that are unknown or doubled (the first line counts) are counted and the
-    first five named, in the report too. Returns the content of metrics.json. Raises UserError for a file that cannot
-    be read and if no id is known.
+    first five named, in the report too. run: the folder of a run whose data must be as it was. Returns the content of
+    metrics.json. Raises UserError for a file that cannot be read and if no id is known.
     """
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
@@ -98,8 +133,11 @@ def evaluate_predictions(config: Config, file: Path, folder: Path) -> dict[str, 
     for what, names in (("unknown", unknown), ("missing, counted as wrong", missing), ("doubled", doubled)):
         if names:
             notes.append(f"{file.name}: {len(names)} ids {what}: {', '.join(names[:5])}")
+    notes += data_notes(units)
     training = Training(config, sets)
     notes += training.notes
+    if run is not None:
+        notes += _changed_inputs(run, read_config(run), config, sets, training)
     blind = _shared(lambda: _blind_answers(units, training))
     found = {}
     for unit in units:
@@ -166,10 +204,11 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
 
 
 def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
-    """What answers depend on: settings (not devices), weights, data and code."""
+    """Names all that answers depend on: settings (not devices), weights, data, tokenizer and code."""
     settings = {key: value for key, value in to_dict(config).items() if key != "mesh"}
     checksums = {name: source.data.checksum for name, source in sets.items()}
-    text = json.dumps([settings, run.step, checksums, code_version()], sort_keys=True, default=str)
+    facts = [settings, run.step, checksums, run.tokenizer.fingerprint, code_version()]
+    text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """Writes the README.md of an exported model: what it is, where it comes from, how well it does, its limits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unimed_jax.config import Config
@@ -26,10 +26,17 @@ print(model.answer(tokenizer, Image.open("image.png"), task="vqa", text="Which p
 ```"""
 
 
-def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> str:
+def model_card(
+    config: Config,
+    size: int,
+    metrics: Mapping[str, Any] | None,
+    notes: Sequence[str] = (),
+    inputs: Mapping[str, str] | None = None,
+) -> str:
     """Writes the card as Markdown, with the header that the Hugging Face Hub reads.
 
-    size: number of parameters. metrics: the content of metrics.json.
+    size: number of parameters. metrics: the content of metrics.json. notes: what changed of data and tokenizer since
+    the training began. inputs: the states of both (runs/inputs.py).
     """
     what = {kind: source.what for kind, source in SOURCES.items()} | {"run": "the folder of a run of unimed_jax"}
     bases = [f"- {what[kind]}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
@@ -60,7 +67,8 @@ def model_card(config: Config, size: int, metrics: Mapping[str, Any] | None) -> 
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
-        f"## Data\n\n{_data(config, metrics)}",
+        f"## Data\n\n{_data(config, metrics)}{_states(inputs or {})}",
+        *(f"**Note:** {note}." for note in notes),
         f"## Scores\n\n{_scores(metrics)}",
         "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, ablation, teaching.",
         "## Limitations\n\n"
@@ -83,6 +91,12 @@ def _data(config: Config, metrics: Mapping[str, Any] | None) -> str:
     notes = [entry["note"] for entry in (metrics or {}).get("data", {}).values() if entry.get("note")]
     lines += [f"\n{note}" for note in notes]
     return "\n".join(lines) if lines else "Not named in the settings."
+
+
+def _states(inputs: Mapping[str, str]) -> str:
+    """Lists the checksums of what it was trained with."""
+    listed = ", ".join(f"`{name}@{state[:8]}`" for name, state in inputs.items())
+    return f"\n\nTrained with {listed}." if listed else ""
 
 
 def _scores(metrics: Mapping[str, Any] | None) -> str:

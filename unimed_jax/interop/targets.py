@@ -4,7 +4,7 @@ The mirror of sources.py. A new format is a writer in families/ and one entry of
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,12 @@ class Content:
     trained: frozenset[str] = frozenset()  # paths of the leaves that trained
     moments: Any = None  # Adam's state of each of them (fields count, mean, square); only for a target that wants it
     metrics: Mapping[str, Any] | None = None  # the run's metrics.json, for the model card
+    notes: Sequence[str] = ()  # what the card must say of changed data and of a changed tokenizer
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # states of both, for the card (runs/inputs.py)
 
     def ids(self) -> dict[str, int]:
         tokenizer = Tokenizer.load(self.tokenizer)
+        tokenizer.check_fits(self.config.model.decoder.vocab)
         return {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
 
 
@@ -58,7 +61,8 @@ def _model_refuses(config: Config) -> str | None:
 
 
 def _write_model(out: str | Path, content: Content) -> None:
-    export_unimed_hf(out, content.config, content.leaves, content.tokenizer, content.metrics)
+    about = content.metrics, content.notes, content.inputs
+    export_unimed_hf(out, content.config, content.leaves, content.tokenizer, *about)
 
 
 def _write_decoder(out: str | Path, content: Content) -> None:

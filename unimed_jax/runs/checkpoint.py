@@ -7,8 +7,10 @@ renamed, so it is there whole or not at all; what happens to it later (a lost fi
 is read, and the one before is used.
 """
 
+import contextlib
 import functools
 import json
+import os
 import shutil
 import sys
 import time
@@ -24,8 +26,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
+from unimed_jax import processes
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json, read_text
+from unimed_jax.files import full_disk, parse_json, read_text
+from unimed_jax.finite import refuse_not_finite
 
 Leaves = dict[str, Any]  # path -> array
 
@@ -33,6 +37,30 @@ NOTE = "note.json"
 SETTLE_SECONDS = 2.0  # after a save that failed
 UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # endings of folders' names
 SAVE_SECONDS = 3600  # after which a save has failed
+
+
+def newest_note(folder: Path) -> tuple[int, dict]:
+    """Returns (steps done, what the caller noted) of the newest checkpoint with a readable note; (0, {}) without."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+        with contextlib.suppress(ValueError):
+            return step, _note_of(folder / str(step))["note"]
+    return 0, {}
+
+
+def _note_of(checkpoint: Path) -> dict:
+    """Reads what was saved beside a checkpoint's arrays; raises ValueError where it is not that."""
+    try:
+        content = parse_json(read_text(checkpoint / "note" / NOTE), NOTE, finite=False)
+    except UserError as error:  # an older checkpoint may serve
+        raise ValueError(str(error)) from error
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        raise ValueError(f"{NOTE} is not as it was saved")
+    return content
+
+
+class Replaced(UserError):
+    """Says that a run that trains has deleted the checkpoint that was being read."""
 
 
 class Checkpoints:
@@ -46,15 +74,16 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"{self.folder} does not exist; give the folder of a run that has saved a checkpoint.")
-        self._keep = keep
+        self._keep, self._read_only = keep, read_only
         self._writes = not read_only and jax.process_index() == 0
         self._saving: int | None = None
         self._best: int | None = None
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Kept open, so that a folder that somebody makes in the place of a deleted one is another one.
+            self._opened: int | None = os.open(self.folder, os.O_RDONLY)
             self._remove_leftovers()
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        self._steps = sorted(int(name) for name in names if name.isdecimal())
+        self._steps = self._on_disk()
         self._handler = ocp.CompositeCheckpointHandler(
             weights=ocp.StandardCheckpointHandler(),
             optimizer=ocp.StandardCheckpointHandler(),
@@ -77,6 +106,11 @@ class Checkpoints:
         content = self._newest_note()
         return {} if content is None else content["note"]
 
+    def _on_disk(self) -> list[int]:
+        """Steps of the checkpoints in the folder, in order."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal())
+
     # ---- writing -----------------------------------------------------------------------------------
     def save(self, step: int, weights: Leaves, optimizer: Any, note: dict, best: int | None = None) -> None:
         """Copies the arrays and writes them in the background.
@@ -85,6 +119,7 @@ class Checkpoints:
         is; one that was the best before goes when this one is on disk.
         """
         self.wait()
+        refuse_not_finite(weights, f"step {step}", "nothing is saved, and the checkpoints before it stay")
         self._best = best
         items = {"weights": weights, "optimizer": optimizer}
         content = {"note": note, "best": best, "arrays": {item: _describe(tree) for item, tree in items.items()}}
@@ -112,18 +147,38 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._orbax.close()
+        if self._writes and self._opened is not None:
+            os.close(self._opened)
+            self._opened = None
 
     def _attempt(self, call: Callable, *arguments) -> None:
+        """Calls orbax; what fails leaves nothing of the save that was under way."""
+        self._check_folder()
         try:
             call(*arguments)
-        except Exception:
-            self._saving = None
-            # Gives a full disk some space. Threads of the failed save, which nothing waits for, make its folder again.
+        except Exception as error:
+            saving, self._saving = self._saving, None
+            self._check_folder()
+            full = full_disk(error, self.folder)  # asked before what makes space
+            # Threads of the failed save, which nothing waits for, make its folder again.
             end = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < end:
                 self._remove_leftovers()
                 time.sleep(0.05)
-            raise
+            if arguments or full or not isinstance(error, (OSError, ValueError)):
+                raise
+            raise UserError(  # the arrays were fit to be saved; what failed is the writing, in the background
+                f"checkpoint {self.folder}/{saving} could not be written ({_first_cause(error)}); see that nothing "
+                "else removes files there, and give the same command again."
+            ) from error
+
+    def _check_folder(self) -> None:
+        """Raises UserError if somebody has deleted the folder, even if threads of orbax have made it again since."""
+        if self._writes and self._opened is not None and not _is_folder(self.folder, self._opened):
+            raise UserError(
+                f"{self.folder} was deleted or moved while its run went on, so nothing more can be saved there; put it "
+                "back, or choose another --workdir, and give the same command again."
+            )
 
     def _move(self, step: int, ending: str) -> None:
         """Renames a checkpoint; a name without an ending never stands for a half of one."""
@@ -143,7 +198,9 @@ class Checkpoints:
     def restore(self, weights: Leaves, optimizer: Any = None, only: int | None = None) -> tuple[Leaves, Any, dict]:
         """-> (weights, optimizer, note) of the newest checkpoint that is whole; `latest()` then names it.
 
-        `only`: of that checkpoint, and of no other if it is damaged.
+        `only`: of that checkpoint, and of no other if it is damaged. A run that trains meanwhile deletes old
+        checkpoints: opened read-only, the newest is looked for again where that has happened to the one being read;
+        where it has happened to `only`, `Replaced` is raised.
 
         The arguments are trees of arrays or jax.ShapeDtypeStruct: what comes back has their shapes, dtypes and,
         where they have one, sharding (else it lies on this process's first device), whatever it was saved with.
@@ -153,8 +210,10 @@ class Checkpoints:
         """
         wanted = {"weights": weights} if optimizer is None else {"weights": weights, "optimizer": optimizer}
         reasons: dict[int, str] = {}
-        for step in reversed(self._steps if only is None else [only]):
-            reason, note, found = "", {}, {}
+        if self._read_only:
+            self._steps = processes.from_leader(self._steps)
+        while left := [step for step in (self._steps if only is None else [only]) if step not in reasons]:
+            step, reason, note, found = left[-1], "", {}, {}
             try:
                 note = self._note(step)
                 for item, like in wanted.items():
@@ -172,6 +231,14 @@ class Checkpoints:
                     found = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, wanted)
                     return found["weights"], found.get("optimizer"), note["note"]
                 reason = f"{changed[0]} is not as it was saved"
+            if self._read_only and not _everywhere((self.folder / str(step)).is_dir()):
+                if only is not None:
+                    raise Replaced(
+                        f"{self.folder}/{step} was deleted by the run that trains there while it was read; give the "
+                        "same command again, or wait until that run has ended."
+                    )
+                self._steps = processes.from_leader(self._on_disk())
+                continue
             reasons[step] = reason or "another process cannot read it"
         if not reasons:
             raise UserError(f"{self.folder} holds no checkpoint; train first, or give another run.")
@@ -184,22 +251,18 @@ class Checkpoints:
         return set() if content is None else set(content["arrays"]["weights"])
 
     def _newest_note(self) -> dict | None:
-        for step in reversed(self._steps):
-            try:
-                return self._note(step)
-            except ValueError:
-                continue
-        return None
+        """Reads the newest note that can be read; None without one."""
+        while True:
+            for step in reversed(self._steps):
+                with contextlib.suppress(ValueError):
+                    return self._note(step)
+            steps = self._on_disk()
+            if not self._read_only or steps == self._steps:
+                return None
+            self._steps = steps  # a run that trains has deleted those before
 
     def _note(self, step: int) -> dict:
-        """Reads what was saved beside the arrays; raises ValueError where it is not that."""
-        try:
-            content = parse_json(read_text(self.folder / str(step) / "note" / NOTE), NOTE, finite=False)
-        except UserError as error:  # an older checkpoint may serve
-            raise ValueError(str(error)) from error
-        if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
-            raise ValueError(f"{NOTE} is not as it was saved")
-        return content
+        return _note_of(self.folder / str(step))
 
     def _read(self, step: int, wanted: dict[str, Any], saved: dict[str, dict]) -> dict[str, Any]:
         """The arrays as saved, with the shardings of `wanted`."""
@@ -238,6 +301,14 @@ class Checkpoints:
                 f"checkpoint {where} belongs to another model: {name} is {saved.get(name, 'absent')} there and "
                 f"{wanted.get(name, 'absent')} here ({len(wrong)} arrays differ); use the settings it was trained with."
             )
+
+
+def _is_folder(path: Path, descriptor: int) -> bool:
+    """Whether the path still leads to the folder that was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 @jax.jit

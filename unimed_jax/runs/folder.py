@@ -3,18 +3,18 @@
 config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
 checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
 contact_sheet.png images with their boxes               tensorboard/, lock: who trains here
+inputs.json       data and tokenizer (inputs.py)
 metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from unimed_jax import files
-from unimed_jax.config import Config, to_dict
-from unimed_jax.data.datasets import missing
-from unimed_jax.data.example import Dataset
-from unimed_jax.data.joined import joined
+from unimed_jax.config import Changed, Config, to_dict
+from unimed_jax.data.datasets import distinct, missing
+from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import read_json
@@ -38,6 +38,7 @@ def write_config(folder: Path, config: Config) -> None:
     if file.exists():
         old = read_config(folder)
         old = dataclasses.replace(old, mesh=config.mesh)  # a run may continue on other devices
+        old = with_changed(old, config.data.changed, config.text.changed)
         if old == config:
             return
         now = config.train
@@ -55,11 +56,20 @@ def write_config(folder: Path, config: Config) -> None:
     files.write_json(file, to_dict(config))
 
 
+def with_changed(config: Config, data: Changed, text: Changed) -> Config:
+    """Returns the settings with others of what becomes of changed data and of a changed tokenizer."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, changed=data),
+        text=dataclasses.replace(config.text, changed=text),
+    )
+
+
 def read_config(folder: Path) -> Config:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
-    return from_config_dict(read_json(file, "restore it or train again"))
+    return from_config_dict(read_json(file, "restore it or train again"), effects=False)
 
 
 def _difference(old: dict, new: dict, where: str = "config") -> str:
@@ -108,8 +118,15 @@ def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Toke
         write_tokenizer(config.text.tokenizer, path)
     elif path == folder / "tokenizer":
         with files.new_folder(path) as unfinished:
-            train_tokenizer(corpus(joined(datasets).examples("train"), config.text), config.text, unfinished)
+            train_tokenizer(corpus(_training_examples(datasets), config.text), config.text, unfinished)
     return Tokenizer.load(path)
+
+
+def _training_examples(datasets: Sequence[Dataset]) -> Iterator[Example]:
+    """Yields the training examples of all data sets, in their order."""
+    for dataset in distinct(datasets):
+        if "train" in dataset.splits:
+            yield from dataset.examples("train")
 
 
 def tokenizer_folder(folder: Path, config: Config) -> Path:

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from unimed_jax.config import Config, MeshConfig
+from unimed_jax.config import Changed, Config, MeshConfig
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.interop.families.unimed_hf import exported_config, is_exported, load_exported
+from unimed_jax.finite import refuse_not_finite
+from unimed_jax.interop.families.unimed_hf import exported_config, exported_tokenizer, is_exported, load_exported
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import folded
@@ -30,8 +31,10 @@ from unimed_jax.model.dispatch import upcycled
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import UniMed, order_coordinates
 from unimed_jax.rules import leaf_dtypes, leaf_rules
-from unimed_jax.runs.checkpoint import Checkpoints, fingerprints
-from unimed_jax.runs.folder import load_text, missing_inputs, read_config, tokenizer_folder
+from unimed_jax.runs import inputs
+from unimed_jax.runs.checkpoint import Checkpoints, Replaced, fingerprints
+from unimed_jax.runs.folder import load_text, missing_inputs, read_config, tokenizer_folder, with_changed
+from unimed_jax.runs.inputs import Inputs
 
 
 @dataclasses.dataclass
@@ -44,6 +47,7 @@ class Run:
     model: UniMed
     step: int
     mesh: Mesh | None = None
+    notes: tuple[str, ...] = ()  # what its results must say of inputs that changed
 
     def inside(self) -> contextlib.AbstractContextManager:
         """Gives the context in which the model is to be called, so that it finds its mesh."""
@@ -80,11 +84,7 @@ def initial_leaves(
     Only what is wanted, and of that only what no later source replaces, is made or read. Without a mesh all of it
     lies on this process's first device.
     """
-    if tokenizer.size > config.model.decoder.vocab:
-        raise UserError(
-            f"config.model.decoder.vocab={config.model.decoder.vocab} is less than the tokenizer's {tokenizer.size} "
-            "tokens; raise it."
-        )
+    tokenizer.check_fits(config.model.decoder.vocab)
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
     dtypes = leaf_dtypes(rules, config.model.frozen_dtype)
@@ -103,6 +103,11 @@ def initial_leaves(
                 f"config.init: {kind!r} is not a source of weights{nearest(kind, known)} Choose from {known}."
             )
         elif not SOURCES[kind].among(still):
+            if tuple(wanted) == ("*",):
+                raise UserError(
+                    f"config.init: ({kind!r}, {path!r}) gives no parameter of this model that a later source leaves; "
+                    "leave it out, or put it later."
+                )
             continue
         else:
             found = SOURCES[kind].load(path, config.model, to)
@@ -139,7 +144,7 @@ def _leaves_of_run(
 
     If only this model has experts, each of them starts as a copy of the other decoder's MLP of that layer.
     """
-    other = _open(folder, mesh)
+    other = _open(folder, mesh, changed="accept" if config.text.changed == "accept" else None)
     theirs, moe, depth = parameters(other.model), config.model.moe, config.model.decoder.depth
     becomes_experts = moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth
     del other  # so that each leaf is freed when it has been taken
@@ -194,40 +199,67 @@ def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict])
         )
 
 
-def open_run(path: str | Path, mesh: Mesh | None = None, which: Literal["newest", "best"] = "newest") -> Run:
+def open_run(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    which: Literal["newest", "best"] = "newest",
+    changed: Changed | None = None,
+) -> Run:
     """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint, or of its best one.
 
     The best one is that of the highest or lowest `config.train.best`, measured while training.
     The model is laid over `mesh`; without one over all devices found (see `found_mesh`). Leaves that the checkpoint
     does not hold are read again from where `config.init` says. A folder that `export --format=model` wrote is opened
-    too. Raises UserError for whatever is missing, damaged or does not fit.
+    too. Raises UserError for whatever is missing, damaged or does not fit; for a tokenizer that is not the run's,
+    unless `changed` (without it: the run's config.text.changed) accepts that.
     """
     folder = Path(path)
-    return _open(folder, mesh or found_mesh(_settings(folder), trains=not is_exported(folder)), which)
+    return _open(folder, mesh or found_mesh(settings_of(folder), trains=not is_exported(folder)), which, changed)
 
 
-def _settings(folder: Path) -> Config:
+def settings_of(folder: Path) -> Config:
+    """Reads the settings of a run's folder, or of an exported model's."""
     return exported_config(folder) if is_exported(folder) else read_config(folder)
 
 
-def _open(folder: Path, mesh: Mesh | None, which: str = "newest") -> Run:
+def _open(folder: Path, mesh: Mesh | None, which: str = "newest", changed: Changed | None = None) -> Run:
     """Opens a run on this mesh, or on one device if that is None."""
-    config = _settings(folder)
+    config = settings_of(folder)
+    if changed is not None:
+        config = with_changed(config, config.data.changed, changed)
+    notes: list[str] = []
     shapes = parameters(abstract(config.model))
     places = None if mesh is None else sharding.parameter_shardings(shapes, mesh)
     if is_exported(folder):
         tokenizer = Tokenizer.load(folder)
+        tokenizer.check_fits(config.model.decoder.vocab)
+        exported = Inputs({inputs.TOKENIZER: state} if (state := exported_tokenizer(folder)) else {})
+        notes = inputs.compare(folder, config, inputs.state_of_tokenizer(folder, tokenizer), exported)
         leaves, step = load_exported(folder, config.model, Destination(shapes, places)), 0
     else:
-        tokenizer = Tokenizer.load(tokenizer_folder(folder, config))
+        place = tokenizer_folder(folder, config)
+        tokenizer = Tokenizer.load(place)
+        notes = inputs.compare(folder, config, inputs.state_of_tokenizer(place, tokenizer))
         leaves, step = _saved_leaves(folder, config, tokenizer, mesh, which)
-    return Run(folder, config, tokenizer, with_parameters(abstract(config.model), leaves), step, mesh)
+    refuse_not_finite(leaves, str(folder), "train again, or give another run")
+    return Run(folder, config, tokenizer, with_parameters(abstract(config.model), leaves), step, mesh, tuple(notes))
 
 
 def _saved_leaves(
     folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
 ) -> tuple[dict[str, jax.Array], int]:
     """Reads all leaves at the newest or best checkpoint and the steps done there, each straight into its shards."""
+    while True:
+        try:
+            return _leaves_at(folder, config, tokenizer, mesh, which)
+        except Replaced:  # there is another best one
+            continue
+
+
+def _leaves_at(
+    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
+) -> tuple[dict[str, jax.Array], int]:
+    """Reads as `_saved_leaves` does; raises Replaced if a run that trains deletes the best checkpoint meanwhile."""
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
@@ -269,6 +301,7 @@ def open_config(config: Config) -> Run:
         for path, source in sources.items()
         if source == "seed" and not any(fnmatch.fnmatchcase(path, pattern) for pattern in harmless)
     ]
+    refuse_not_finite(parameters(model), "the weights of config.init", "give others")
     if random:
         raise UserError(
             f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source of trained ones "

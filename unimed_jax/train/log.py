@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,15 +19,19 @@ from tqdm import tqdm
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, config_hash, to_dict
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json
+from unimed_jax.files import parse_json, written_whole
+
+DAMAGED = "log.damaged"  # in the run's folder
+NAMED = 5  # damaged lines that a message names
 
 
 class Log:
-    """Writes scalars by step, from step `first` on; lines that a killed run wrote beyond are dropped."""
+    """Writes scalars by step, from step `first` on, behind the lines of the steps before (`continue_lines`)."""
 
     def __init__(self, folder: Path, config: Config, first: int, bar_to: TextIO | None = None):
-        self._lines = (folder / "log.jsonl").open("a+", buffering=1)
-        _drop_from(self._lines, first)
+        file = folder / "log.jsonl"
+        continue_lines(file, first)
+        self._lines = file.open("a", buffering=1, encoding="utf-8")
         (folder / "tensorboard").mkdir(exist_ok=True)
         # Not its SummaryWriter, whose thread dies on a full disk, after which training would wait for it forever.
         self._board = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
@@ -80,22 +85,68 @@ class Silence:
     def close(self) -> None: ...
 
 
-def _drop_from(lines: TextIO, first: int) -> None:
-    """Cuts the file at the first line of a step from `first` on, or that a kill or a full disk cut off."""
-    lines.seek(0)
-    kept = 0  # bytes
-    for line in lines:
-        if not line.endswith("\n") or _step(line) >= first:
-            break
-        kept += len(line.encode())
-    lines.truncate(kept)
+# ---- the log of the run so far ---------------------------------------------------------------------
+def continue_lines(file: Path, first: int) -> None:
+    """Leaves in the log the lines of steps before `first`, from which the run goes on; says which are damaged.
 
-
-def _step(line: str) -> float:
+    What a killed run wrote beyond goes, and so does a last line without an end. A damaged line (no JSON, not UTF-8,
+    no step, or a later step between earlier ones) is moved to log.damaged, the good lines after it stay.
+    """
     try:
-        return int(parse_json(line, "log.jsonl")["step"])
-    except (UserError, ValueError, KeyError, TypeError):
-        return float("inf")  # no line of ours
+        size = file.stat().st_size
+    except FileNotFoundError:
+        return
+    end = 0  # bytes up to the last line of an earlier step
+    odd: list[tuple[int, int, bytes, bool]] = []  # number, place, content, whether it can be read
+    with file.open("rb") as lines:
+        place = 0
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            step = _step(line)
+            if step is None or step >= first:
+                odd.append((number, place, line, step is not None))
+            else:
+                end = place + len(line)
+            place += len(line)
+    damaged = [(number, place, line) for number, place, line, readable in odd if place < end or not readable]
+    if damaged:
+        _set_aside(file, end, damaged)
+    elif end < size:
+        os.truncate(file, end)
+
+
+def _step(line: bytes) -> int | None:
+    """Reads a line's step; None if it is not a line as `Log.write` makes them."""
+    try:
+        entry = parse_json(line, "log.jsonl")
+    except UserError:
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if type(step) is int and step >= 0 else None
+
+
+def _set_aside(file: Path, end: int, damaged: Sequence[tuple[int, int, bytes]]) -> None:
+    """Moves damaged lines (number, place, content) out of the log, and cuts it at `end`."""
+    kept = file.with_name(DAMAGED)
+    with kept.open("ab") as aside:  # first, so that no kill loses them
+        aside.writelines(line for _, _, line in damaged)
+        aside.flush()
+        os.fsync(aside.fileno())
+    places = {place for _, place, _ in damaged}
+    with written_whole(file) as again, file.open("rb") as lines, again.open("wb") as out:
+        place = 0
+        for line in lines:
+            if place < end and place not in places:
+                out.write(line)
+            place += len(line)
+    numbers = ", ".join(str(number) for number, _, _ in damaged[:NAMED]) + (", ..." if len(damaged) > NAMED else "")
+    one = len(damaged) == 1
+    print(
+        f"unimed_jax: {file}: line{'' if one else 's'} {numbers} {'is' if one else 'are'} damaged and kept in {kept}; "
+        "the other lines stay.",
+        file=sys.stderr,
+    )
 
 
 def _wandb_run(folder: Path, config: Config):

@@ -4,7 +4,7 @@ The published recipe: an image with its prompt is the mean over all hidden state
 cross-entropy, Adam. What it finds goes into every layer with experts (`config.init` kind "router").
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from unimed_jax import files, processes
 from unimed_jax.config import Config, config_hash
-from unimed_jax.data.datasets import open_sources
+from unimed_jax.data.datasets import distinct, open_sources
 from unimed_jax.data.example import Dataset, Example
-from unimed_jax.data.joined import joined
 from unimed_jax.data.layout import Encoder
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.evaluate.tasks import open_held_out
+from unimed_jax.finite import refuse_not_finite
 from unimed_jax.interop.families.med_moe import export_router
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
@@ -30,15 +31,19 @@ from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
 from unimed_jax.predict.predictor import prompt_batch
-from unimed_jax.provenance import code_version, plain
-from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.provenance import code_version, joint_checksum, plain
+from unimed_jax.runs import inputs
+from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
 from unimed_jax.runs.open import initial_model
 
 REPORT, ROUTER, PICTURE = "router.json", "router", "router.png"  # in the run's folder
 
 
 class Labelled(NamedTuple):
-    examples: list[Example]  # one of each image that has a label, in the drawn order
+    """Holds one example of each image that has a label, in the drawn order."""
+
+    examples: list[Example]
+    datasets: list[Dataset]  # that of each example
     classes: Int[np.ndarray, "N"]
     left_out: int  # images without a label
 
@@ -58,12 +63,15 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
             return files.read_json(folder / REPORT, "remove it and train again")
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
-    dataset = joined(datasets)
-    held_out = joined(open_sources(config.held_out)) if config.evaluate.sources else dataset
+        now = inputs.state_of_tokenizer(tokenizer_folder(folder, config), tokenizer)
+        now |= inputs.state_of_data(config, datasets, open_held_out(config))
+        trained_on = inputs.keep(folder, config, now)
+    datasets = distinct(datasets)
+    held_out = distinct(open_sources(config.held_out)) if config.evaluate.sources else datasets
     key = config.router_fit.key
-    found = {e.meta[key] for e in dataset.examples("train") if e.images and key in e.meta}
-    classes = config.router_fit.classes or tuple(sorted(found))
-    train = labelled(dataset, "train", config, classes)
+    images = [example for _, example in _with_images(datasets, "train")]
+    classes = config.router_fit.classes or tuple(sorted({e.meta[key] for e in images if key in e.meta}))
+    train = labelled(datasets, "train", config, classes)
     held = {split: labelled(held_out, split, config, classes) for split in config.evaluate.splits}
     counts = _counts(config, len(train.examples))
 
@@ -73,12 +81,12 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     with sharding.inside(mesh):
         model, _ = initial_model(config, tokenizer, mesh)
         embed = embedder(model, config, tokenizer)
-        inputs = embed(train.examples[: counts[-1]], dataset)
-        held_inputs = {split: embed(some.examples, held_out) for split, some in held.items()}
+        rows = embed(train.examples[: counts[-1]], train.datasets)
+        held_inputs = {split: embed(some.examples, some.datasets) for split, some in held.items()}
 
     results: dict[str, Any] = {split: {"images": len(some.examples), "accuracy": []} for split, some in held.items()}
     for count in counts:
-        kernel, bias = fit(inputs[:count], train.classes[:count], len(classes), config)
+        kernel, bias = fit(rows[:count], train.classes[:count], len(classes), config)
         for split, some in held.items():
             guessed = (held_inputs[split] @ kernel + bias[None]).argmax(axis=1)
             results[split]["accuracy"].append({"labels": count, **_accuracy(guessed, some, config)})
@@ -89,13 +97,16 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     report = {
         "name": config.name,
         "config_hash": config_hash(config),
-        "data_checksum": held_out.checksum,
+        "data_checksum": joint_checksum([dataset.checksum for dataset in held_out]),
         "code_version": code_version(),
         "key": key,
         "classes": classes,
         "images": {"train": len(train.examples), "without label": train.left_out},
         "splits": results,
     }
+    if trained_on.changes:
+        report["notes"] = trained_on.notes()
+    refuse_not_finite({"kernel": kernel, "bias": bias}, f"the router of {folder}", "lower config.router_fit.lr")
     if processes.leads():
         ours = "decoder/layers/moe/router"
         with files.written_together(folder, (ROUTER, PICTURE, REPORT)) as place:
@@ -116,16 +127,25 @@ def summary(report: dict[str, Any]) -> str:
 
 
 # ---- labels ----------------------------------------------------------------------------------------
-def labelled(dataset: Dataset, split: str, config: Config, classes: Sequence[str]) -> Labelled:
-    """One prompt of each image whose examples carry the label, drawn and ordered by `config.seed`."""
+def _with_images(datasets: Sequence[Dataset], split: str) -> Iterator[tuple[Dataset, Example]]:
+    """Yields the examples of a split that have an image, each after its data set."""
+    for dataset in datasets:
+        if split in dataset.splits:
+            yield from ((dataset, example) for example in dataset.examples(split) if example.images)
+
+
+def labelled(datasets: Sequence[Dataset], split: str, config: Config, classes: Sequence[str]) -> Labelled:
+    """Draws one prompt of each image whose examples have the label, and their order, by `config.seed`.
+
+    Raises UserError if there is none, or if a label is not one of `classes`.
+    """
     key, rng = config.router_fit.key, np.random.default_rng([config.seed % 2**32, 3])
-    prompts: dict[tuple[str, ...], list[Example]] = {}
-    for example in dataset.examples(split):
-        if example.images:
-            prompts.setdefault(example.images, []).append(example)
+    prompts: dict[tuple[str, ...], list[tuple[Dataset, Example]]] = {}
+    for dataset, example in _with_images(datasets, split):
+        prompts.setdefault((dataset.id, *example.images), []).append((dataset, example))
     chosen, classes_of = [], []
     for some in prompts.values():
-        example = some[rng.integers(len(some))]
+        dataset, example = some[rng.integers(len(some))]
         label = example.meta.get(key)
         if label is None:
             continue
@@ -134,14 +154,16 @@ def labelled(dataset: Dataset, split: str, config: Config, classes: Sequence[str
                 f"record {dataset.id}/{example.id}: {key}={label!r} is none of config.router_fit.classes "
                 f"({', '.join(classes)}); name it there, or mend the record."
             )
-        chosen.append(example)
+        chosen.append((dataset, example))
         classes_of.append(classes.index(label))
     if not chosen:
         raise UserError(
-            f"config.router_fit.key={key!r}: no {split} image of {dataset.id} has this label; name a key of their meta."
+            f"config.router_fit.key={key!r}: no {split} image of {', '.join(d.id for d in datasets)} has this label; "
+            "name a key of their meta."
         )
     order = rng.permutation(len(chosen))
-    return Labelled([chosen[i] for i in order], np.array(classes_of)[order], len(prompts) - len(chosen))
+    sets, examples = zip(*(chosen[i] for i in order), strict=True)
+    return Labelled(list(examples), list(sets), np.array(classes_of)[order], len(prompts) - len(chosen))
 
 
 def _counts(config: Config, available: int) -> tuple[int, ...]:
@@ -156,9 +178,11 @@ def _counts(config: Config, available: int) -> tuple[int, ...]:
 # ---- embeddings and classifier ---------------------------------------------------------------------
 def embedder(
     model: UniMed, config: Config, tokenizer: Tokenizer
-) -> Callable[[Sequence[Example], Dataset], Float[np.ndarray, "N D"]]:
-    """-> embed(examples, their data set): the mean of each prompt's hidden states, embeddings included, over all of
-    them and all its tokens."""
+) -> Callable[[Sequence[Example], Sequence[Dataset]], Float[np.ndarray, "N D"]]:
+    """Makes embed(examples, the data set of each) -> the mean of each prompt's hidden states [N, D].
+
+    The mean is over all layers, the embeddings included, and all tokens of the prompt.
+    """
     encoder = Encoder(tokenizer, config.text, config.model.tokens_per_image)
 
     @jax.jit
@@ -171,11 +195,12 @@ def embedder(
         mean = total / (len(states) * real.sum(axis=1, keepdims=True))
         return constrain(mean, None, None)  # every process reads all of it
 
-    def embed(examples: Sequence[Example], dataset: Dataset) -> Float[np.ndarray, "N D"]:
+    def embed(examples: Sequence[Example], datasets: Sequence[Dataset]) -> Float[np.ndarray, "N D"]:
         out = []
         for start in range(0, len(examples), config.evaluate.batch):
-            part = examples[start : start + config.evaluate.batch]
-            pixels = [[dataset.image(key) for key in example.images] for example in part]
+            rows = slice(start, start + config.evaluate.batch)
+            part = examples[rows]
+            pixels = [[d.image(key) for key in e.images] for d, e in zip(datasets[rows], part, strict=True)]
             batch = prompt_batch(encoder, config, tokenizer.pad, part, pixels)
             out.append(np.asarray(means(model, batch))[: len(part)])
         return np.concatenate(out)
@@ -225,7 +250,7 @@ def fit(
 def _accuracy(guessed: np.ndarray, some: Labelled, config: Config) -> dict[str, Any]:
     """Accuracy and its bootstrap 95 % interval over clusters."""
     measure = Measure.mean((guessed == some.classes).astype(float))
-    clusters = [example.cluster or example.id for example in some.examples]
+    clusters = [f"{d.id}/{e.cluster or e.id}" for d, e in zip(some.datasets, some.examples, strict=True)]
     (draws,) = resample([measure], clusters, config.evaluate.bootstrap, config.seed)
     return {"value": measure.value, "ci95": interval(draws)}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from unimed_jax import files, processes
 from unimed_jax.config import Config, config_hash
@@ -14,15 +15,23 @@ from unimed_jax.data.example import Dataset
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.tasks import check_evaluation
+from unimed_jax.evaluate.tasks import check_evaluation, open_held_out
+from unimed_jax.finite import refuse_not_finite
+from unimed_jax.interop.families.unimed_pth import load_moments
+from unimed_jax.interop.tensors.load import Destination
+from unimed_jax.interop.tensors.table import folded
 from unimed_jax.interruption import claim
+from unimed_jax.memory import check_training
 from unimed_jax.model import sharding
-from unimed_jax.model.parameters import with_parameters
+from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import UniMed
+from unimed_jax.runs import inputs
 from unimed_jax.runs.checkpoint import Checkpoints
-from unimed_jax.runs.folder import load_text, write_config
+from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
+from unimed_jax.runs.inputs import Inputs
 from unimed_jax.runs.open import base_note, check_base, initial_leaves
-from unimed_jax.train.optimizer import learning_rate
+from unimed_jax.train.checks import check_start
+from unimed_jax.train.optimizer import AdamState, learning_rate
 from unimed_jax.train.program import Program, build, make_mesh
 from unimed_jax.train.step import TrainState, first_state
 from unimed_jax.train.validate import Validation
@@ -70,6 +79,7 @@ class Start:
     base: Mapping[str, dict]  # leaves that checkpoints do not hold: source and fingerprint of each
     checkpoints: Checkpoints
     progress: Progress
+    inputs: Inputs  # data and tokenizer
 
     @property
     def done(self) -> int:
@@ -96,6 +106,7 @@ class Start:
             "rows_read": done * self.config.data.rows,
             "base": self.base,
             "progress": dataclasses.asdict(self.progress),
+            "inputs": self.inputs.plain(),
         }
         moments = (self.state.step, self.state.moments)
         self.checkpoints.save(done, self.saved_leaves(), moments, note, best=self.progress.best_step)
@@ -113,32 +124,69 @@ def prepare(config: Config, folder: Path) -> Start:
         write_config(folder, config)
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
+        now = inputs.state_of_tokenizer(tokenizer_folder(folder, config), tokenizer)
+        now |= inputs.state_of_data(config, datasets, open_held_out(config))
+        trained_on = inputs.keep(folder, config, now)
+    check_start(config, tokenizer, parameters(abstract(config.model)))
     check_evaluation(config, tokenizer)
     pipeline = Pipeline(datasets, config, tokenizer)
 
     # ---- program -----------------------------------------------------------------------------------
     program = build(config, make_mesh(config), tokenizer.coordinate_start)
+    check_training(config, program.state, program.frozen, program.batch)
     validation = Validation(config, tokenizer, program)
 
     # ---- weights -----------------------------------------------------------------------------------
     with sharding.inside(program.mesh):
         leaves, sources = initial_leaves(config, tokenizer, program.mesh)
+        refuse_not_finite(leaves, "the weights of config.init", "give others")
         frozen = {path: leaves[path] for path in program.frozen}
         base = base_note({path: leaf for path, leaf in frozen.items() if sources[path] != "seed"}, sources)
         state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer, program.mesh)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     start = Start(
         config, folder, datasets, tokenizer, pipeline, validation, program, state, frozen, sources, base, checkpoints,
-        Progress(steps=config.train.steps),
+        Progress(steps=config.train.steps), trained_on,
     )  # fmt: skip
 
     # ---- where it stopped --------------------------------------------------------------------------
     if checkpoints.latest() is not None:
         _continue(start)
+    elif config.train.moments == "init":
+        start.state = start.state._replace(moments=_moments_of_init(config, start.state, program.mesh))
     if program.mesh is None:
         # Restored arrays belong to a device, fresh ones do not: without this the step would compile twice.
         start.state, start.frozen = jax.device_put((start.state, start.frozen), jax.local_devices()[0])
     return start
+
+
+def _moments_of_init(config: Config, state: TrainState, mesh: Mesh | None) -> AdamState:
+    """Reads AdamW's state from the last original checkpoint that `config.init` names.
+
+    It is placed as `state.moments` is. Raises UserError if there is no such file, if it lacks the state
+    of a parameter that trains here, or if our optimizer does not count the steps of each parameter.
+    """
+    path = next((path for kind, path in reversed(config.init) if kind == "unimed"), None)
+    if path is None:
+        raise UserError(
+            'config.train.moments="init" needs an original checkpoint; name one in config.init: ("unimed", FILE).'
+        )
+    if not config.optimizer.skip_unused:
+        raise UserError(
+            f'config.train.moments="init": {path} counts the steps of each parameter; set '
+            "config.optimizer.skip_unused=True."
+        )
+    shapes = parameters(abstract(config.model))
+    places = None if mesh is None else sharding.parameter_shardings(shapes, mesh)
+    found = load_moments(path, config.model, Destination(shapes, places))
+    lacking = [leaf for leaf in state.leaves if leaf not in found.mean]
+    if lacking:
+        raise UserError(
+            f'config.train.moments="init": {path} holds no state of {", ".join(folded(lacking)[:3])}; freeze it by '
+            "config.train.rules, or start with zeros."
+        )
+    moments = AdamState(*({leaf: part[leaf] for leaf in state.leaves} for part in found))
+    return moments if mesh is None else jax.device_put(moments, sharding.state_shardings(moments, mesh))
 
 
 def _continue(start: Start) -> None:

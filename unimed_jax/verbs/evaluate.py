@@ -1,19 +1,26 @@
 """Scores a finished run again, or predictions that another tool made (--predictions).
 
-A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N only. Predictions are JSON lines
-{"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data export` writes the questions.
+A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N only; --config.data.changed=accept and
+--config.text.changed=accept score it on data or with a tokenizer that changed since its training. Predictions are JSON
+lines {"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data export` writes the questions.
 """
 
 from pathlib import Path
 from typing import Literal
 
-import ml_collections
-
-from unimed_jax.config import Config, to_dict
+from unimed_jax.config import Config
 from unimed_jax.errors import UserError
-from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config, with_overrides
+from unimed_jax.files import no_file
+from unimed_jax.paths import check_run_folder
+from unimed_jax.processes import start
+from unimed_jax.verbs.options import CONFIG_HELP, changed, parser, read_config
 
-CHANGEABLE = ("--config.evaluate.", "--config.text.max_prompt=")
+CHANGEABLE = (
+    "--config.evaluate.",
+    "--config.text.max_prompt=",
+    "--config.text.changed=",
+    "--config.data.changed=",
+)
 
 
 def run(arguments: list[str]) -> None:
@@ -23,48 +30,54 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--which", choices=("newest", "best"), help="with --run: which checkpoint (default: newest)")
     options.add_argument("--predictions", help="a file of JSON lines; needs --config=FILE or --run=DIR")
     options.add_argument("--config", help=f"with --predictions: {CONFIG_HELP}")
-    options.add_argument("--out", help="with --predictions: folder of the report (default: next to the file)")
+    options.add_argument("--out", help="folder of the report (default: the run's, or next to the predictions)")
     known, overrides = options.parse_known_args(arguments)
-    if known.predictions is None and (known.run is None or known.config or known.out):
+    if known.predictions is None and (known.run is None or known.config):
         raise UserError("evaluate takes --run=DIR, or --predictions=FILE with --config=FILE; give one of them.")
     if known.predictions is None:
-        _of_run(known.run, known.which or "newest", overrides)
+        _of_run(known.run, known.out, known.which or "newest", overrides)
         return
     if known.which:
         raise UserError("--which chooses a checkpoint of --run=DIR, but --predictions reads none; leave it out.")
     if (known.run is None) == (known.config is None):
         raise UserError("--predictions needs --config=FILE or --run=DIR, which say what was asked; give one of them.")
 
+    file = Path(known.predictions)
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; give a file of JSON lines as --predictions.")
+    out = check_run_folder(file.with_suffix(".scores") if known.out is None else known.out, "--out")
+    start()
+
     from unimed_jax.evaluate.run import evaluate_predictions
     from unimed_jax.runs.folder import read_config as config_of_run
 
-    file = Path(known.predictions)
-    if known.config:
+    if known.config is not None:
         config = read_config(known.config, overrides)
     else:
-        config = _changed(config_of_run(Path(known.run)), overrides)
-    evaluate_predictions(config, file, Path(known.out or file.with_suffix(".scores")))
+        config = changed(config_of_run(Path(known.run)), overrides, CHANGEABLE)
+    _refuse_nothing(config)
+    evaluate_predictions(config, file, out, None if known.run is None else Path(known.run))
 
 
-def _of_run(folder: str, which: Literal["newest", "best"], overrides: list[str]) -> None:
-    from unimed_jax.evaluate.run import evaluate_run
-    from unimed_jax.runs.open import open_run
+def _of_run(folder: str, out: str | None, which: Literal["newest", "best"], overrides: list[str]) -> None:
+    place = check_run_folder(folder, "--run") if out is None else check_run_folder(out, "--out")
+    start()
 
-    _refuse_others(overrides)
-    run = open_run(folder, which=which)
+    from unimed_jax.evaluate.run import claim_results, evaluate_run
+    from unimed_jax.runs.open import open_run, settings_of
+
+    config = changed(settings_of(Path(folder)), overrides, CHANGEABLE)
+    _refuse_nothing(config)
+    claim_results(place)  # before the model is opened, which takes minutes if it is large
+    run = open_run(folder, which=which, changed=config.text.changed)
     with run.inside():
-        evaluate_run(run, _changed(run.config, overrides))
+        evaluate_run(run, config, place)
 
 
-def _changed(config: Config, overrides: list[str]) -> Config:
-    _refuse_others(overrides)
-    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides)
-
-
-def _refuse_others(overrides: list[str]) -> None:
-    for word in overrides:
-        if not word.startswith(CHANGEABLE):
-            raise UserError(
-                f"argument {word!r} cannot change a finished run; only --config.evaluate.key=value and "
-                "--config.text.max_prompt=N can."
-            )
+def _refuse_nothing(config: Config) -> None:
+    """Raises UserError if nothing would be scored, because an empty report would replace that of the run."""
+    if not config.evaluates:
+        raise UserError(
+            "config.evaluate.splits and config.evaluate.entries are empty, so that nothing would be scored; name a "
+            "split."
+        )

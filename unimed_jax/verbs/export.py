@@ -1,29 +1,40 @@
-"""Writes a run's weights in a format that other programs read."""
+"""Writes a run's weights in a format that other programs read.
+
+--config.text.changed=accept writes them with a tokenizer that changed since the run was trained.
+"""
+
+from pathlib import Path
 
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import read_json
-from unimed_jax.verbs.options import parser
+from unimed_jax.paths import check_output
+from unimed_jax.processes import start
+from unimed_jax.verbs.options import ACCEPTING, changed, parser
 
 
 def run(arguments: list[str]) -> None:
     """Opens the run on the devices found and writes it to --out, one tensor at a time."""
-    options = parser(__name__, f"{__doc__}\nThe formats are those of unimed_jax/interop/targets.py.")
+    options = parser(__name__, f"{__doc__}The formats are those of unimed_jax/interop/targets.py.")
     options.add_argument("--run", required=True, help="a run's folder")
     options.add_argument("--out", required=True, help="the new folder (unimed: file)")
     options.add_argument("--format", required=True, help="model, decoder, peft, unimed or med_moe")
-    known = options.parse_args(arguments)
+    known, overrides = options.parse_known_args(arguments)
+    check_output(known.out, "--out")
+    start()
 
     from unimed_jax.interop.targets import TARGETS, Content
     from unimed_jax.model.parameters import parameters
     from unimed_jax.runs.folder import tokenizer_folder
-    from unimed_jax.runs.open import open_run
+    from unimed_jax.runs.inputs import kept
+    from unimed_jax.runs.open import open_run, settings_of
     from unimed_jax.train.loop import saved_state
 
     if known.format not in TARGETS:
         choices = "; ".join(f"{name}: {target.what}" for name, target in TARGETS.items())
         raise UserError(f"--format={known.format} is not a format{nearest(known.format, TARGETS)} Choose {choices}.")
     target = TARGETS[known.format]
-    run = open_run(known.run)
+    config = changed(settings_of(Path(known.run)), overrides, ACCEPTING)
+    run = open_run(known.run, changed=config.text.changed)
     reason = target.refuse(run.config)
     if reason:
         raise UserError(f"--format={known.format}: {reason}")
@@ -35,7 +46,11 @@ def run(arguments: list[str]) -> None:
         tokenizer=tokenizer_folder(run.folder, run.config),
         trained=frozenset(trained),
         moments=moments,
+        notes=run.notes,
+        inputs=kept(run.folder).inputs,
         metrics=read_json(scores, "evaluate the run again") if scores.is_file() else None,
     )
     target.write(known.out, content)
+    for note in run.notes:
+        print(f"{known.run}: {note}")
     print(f"wrote {known.out}")

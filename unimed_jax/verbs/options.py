@@ -7,11 +7,14 @@ from typing import Any
 
 import ml_collections
 
-from unimed_jax.config import Config
+from unimed_jax.config import Config, default_config, to_dict
 from unimed_jax.config_file import load_config_file
+from unimed_jax.effects import refuse_without_effect
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.settings import from_config_dict
+from unimed_jax.settings import FIDELITY, from_config_dict
 
+# What may be said of a finished run's tokenizer.
+ACCEPTING = ("--config.text.changed=",)
 CONFIG_HELP = "a file of configs/, with :argument if it takes one"
 
 
@@ -24,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(module: str, description: str | None) -> Parser:
     """Returns the parser of the verb whose file is `module` (give __name__ and __doc__)."""
-    verb = module.rpartition(".")[2]
+    verb = module.partition(".verbs.")[2].replace(".", " ")  # "data check" for verbs/data/check.py
     return Parser(
         prog=f"python -m unimed_jax.main {verb}",
         description=description,
@@ -33,11 +36,13 @@ def parser(module: str, description: str | None) -> Parser:
     )
 
 
-def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]) -> Config:
+def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str], of_run: bool = False) -> Config:
     """Lays each `--config.a.b=value` over the settings and builds the Config.
 
-    Raises UserError for an unknown key or word.
+    Raises UserError for an unknown key or word, for a value that is none of the setting's, and for a setting without
+    effect; of those of a run that exists (`of_run`) only for one that an override names.
     """
+    named = []
     for word in overrides:
         key, equals, value = word.partition("=")
         if not key.startswith("--config.") or not equals:
@@ -45,13 +50,50 @@ def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]
         *groups, name = key.removeprefix("--config.").split(".")
         place: Any = settings
         for part in [*groups, name]:
+            if isinstance(place, (list, tuple)):
+                raise UserError(f"{key}: its group is a list; change it in the config file, or give the whole list.")
             if not isinstance(place, ml_collections.ConfigDict) or part not in place:
                 choices = list(place.keys()) if isinstance(place, ml_collections.ConfigDict) else []
                 raise UserError(f"{key} is not a setting{nearest(part, choices)}")
             parent, place = place, place[part]
-        with parent.ignore_type():
-            parent[name] = _literal(value, place)
-    return from_config_dict(settings)
+        if isinstance(place, ml_collections.ConfigDict) and _is_group([*groups, name]):
+            keys = ", ".join(list(place.keys())[:3])
+            raise UserError(f"{key} is a group of settings; give one of its keys ({key}.KEY=value; {keys}, ...).")
+        new = _literal(value, place)
+        if isinstance(place, (list, tuple)) and not isinstance(new, (list, tuple)):
+            raise UserError(
+                f"{key} takes a list, not {value!r}; write it in the config file, or as Python would, in quotes: "
+                f"{key}=\"('first', 'second')\"."
+            )
+        try:
+            with parent.unlocked(), parent.ignore_type():
+                parent[name] = new
+        except (TypeError, ValueError, KeyError, AttributeError) as error:  # keys that a ConfigDict does not take
+            raise UserError(f"{key}={value!r} is not a value of this setting ({error}).") from error
+        named.append(".".join([*groups, name]))
+    config = from_config_dict(settings, effects=not of_run)
+    if of_run:
+        refuse_without_effect(config, FIDELITY[config.fidelity], only=named)
+    return config
+
+
+def changed(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
+    """Lays overrides over the settings of a finished run.
+
+    Raises UserError for one that starts with none of `allowed`.
+    """
+    for word in overrides:
+        if not word.startswith(tuple(allowed)):
+            raise UserError(f"argument {word!r} cannot change a finished run; only {', '.join(allowed)} can.")
+    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides, of_run=True)
+
+
+def _is_group(path: Sequence[str]) -> bool:
+    """Says whether a path leads to settings of their own, not to a mapping whose keys a person chooses."""
+    place: Any = default_config()
+    for part in path:
+        place = place.get(part)
+    return isinstance(place, ml_collections.ConfigDict) and len(place) > 0
 
 
 def read_config(file: str, overrides: Sequence[str] = ()) -> Config:
@@ -71,5 +113,5 @@ def _literal(value: str, old: Any) -> Any:
         return value
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # TypeError: {[]: 1}
         return {"true": True, "false": False}.get(value.lower(), value)

@@ -1,14 +1,22 @@
 """Answers one question with a trained model; a box in the question or the answer is drawn on the image.
 
 --run names the folder of a run, or one that `export --format=model` wrote. --config takes its place if config.init
-names all weights (those of an original checkpoint and its base model, say).
+names all weights (those of an original checkpoint and its base model, say). --config.text.changed=accept answers with a
+tokenizer that changed since the run was trained.
 """
 
+import argparse
+import sys
 from pathlib import Path
 
 from unimed_jax.config import TASKS
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
+from unimed_jax.interruption import owner
+from unimed_jax.paths import check_output_file
+from unimed_jax.processes import start
+from unimed_jax.verbs.options import ACCEPTING, CONFIG_HELP, changed, parser, read_config
+
+PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 def run(arguments: list[str]) -> None:
@@ -21,7 +29,8 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
     options.add_argument("--out", help="refer, identify: where to draw the box (default: in the run's folder)")
     known, overrides = options.parse_known_args(arguments)
-    if (known.run is None) == (known.config is None) or (overrides and known.run):
+    others = [word for word in overrides if not word.startswith(ACCEPTING)]
+    if (known.run is None) == (known.config is None) or (others and known.run):
         raise UserError(
             "predict takes either --run=DIR or --config=FILE with its --config.key=value; give one of them."
         )
@@ -32,16 +41,29 @@ def run(arguments: list[str]) -> None:
     if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
         raise UserError(f"task {known.task!r} needs --text.")
 
-    from unimed_jax.data.forms import text_to_box
+    config = read_config(known.config, overrides) if known.config is not None else None
+    picture = _picture(known, known.run if config is None else f"runs/{config.name}")
+    start()
+
+    from unimed_jax.data.forms import valid_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
     from unimed_jax.predict.predictor import Predictor, Request
-    from unimed_jax.runs.open import open_config, open_run
+    from unimed_jax.runs.open import open_config, open_run, settings_of
 
-    if known.task == "identify" and text_to_box(known.text) is None:
-        raise UserError(f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
+    if known.task == "identify" and valid_box(known.text) is None:
+        raise UserError(
+            f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image, with x1 < x2 "
+            "and y1 < y2, at most 100."
+        )
     image = read_image(known.image) if known.image else None
-    run = open_run(known.run) if known.run else open_config(read_config(known.config, overrides))
+    if config is None:
+        own = changed(settings_of(Path(known.run)), overrides, ACCEPTING)
+        run = open_run(known.run, changed=own.text.changed)
+    else:
+        run = open_config(config)
+    for note in run.notes:
+        print(f"{known.run}: {note}", file=sys.stderr)
     predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
     request = Request(known.task, known.text, () if image is None else (image,), id="--text")
     text = ""
@@ -49,8 +71,31 @@ def run(arguments: list[str]) -> None:
         print(piece, end="", flush=True)
         text += piece
     print()
-    box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
-    if box and image is not None:
-        out = Path(known.out or run.folder / f"{Path(known.image).stem}_{known.task}.png")
-        draw_box(out, image, box, known.text if known.task == "refer" else text)
-        print(f"drew {out}")
+    box = valid_box({"refer": text, "identify": known.text}.get(known.task, ""))
+    if known.task == "refer" and box is None:
+        print("The answer holds no valid box ({<x1><y1><x2><y2>}, x1 < x2, y1 < y2, at most 100): nothing is drawn.")
+    if box and image is not None and picture is not None:
+        draw_box(picture, image, box, known.text if known.task == "refer" else text)
+        print(f"drew {picture}")
+
+
+def _picture(known: argparse.Namespace, folder: str) -> Path | None:
+    """Returns where the box will be drawn, None for a task without one; refuses what cannot be written.
+
+    Before the model is opened, which takes minutes if it is large.
+    """
+    if known.out is not None and Path(known.out).suffix.lower() not in PICTURES:
+        raise UserError(f"--out={known.out} is not the name of a picture; let it end in {', '.join(PICTURES)}.")
+    if known.task not in ("refer", "identify") or not known.image:
+        return None
+    if known.out is not None:
+        return check_output_file(known.out, "--out")
+    picture = Path(folder, f"{Path(known.image).stem}_{known.task}.png")
+    if trainer := owner(Path(folder)):
+        raise UserError(f"{folder} is in use by the run of {trainer}; name another file for the picture with --out.")
+    try:
+        return check_output_file(picture, "--out")
+    except UserError as error:
+        if known.run is not None and not Path(folder).is_dir():
+            return picture  # no run at all, which opening it says better
+        raise UserError(f"{str(error).partition(';')[0]}; name another file for the picture with --out.") from error

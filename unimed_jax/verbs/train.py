@@ -3,10 +3,10 @@
 A config with `stages` is a chain: each stage in turn, finished ones are skipped.
 """
 
-from pathlib import Path
-
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
+from unimed_jax.paths import check_run_folder
+from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, with_overrides
 
 
@@ -20,13 +20,16 @@ def run(arguments: list[str]) -> None:
     if "://" in (known.workdir or ""):
         raise UserError(f"--workdir={known.workdir} is not a folder; mount the bucket, and give its path there.")
     settings = load_config_file(known.config)
-    folder = Path(known.workdir or f"runs/{settings.name}")
     if "stages" in settings:
+        folder = check_run_folder(f"runs/{settings.name}" if known.workdir is None else known.workdir, "--workdir")
+        start()
         from unimed_jax.analyze.chain import run_chain
 
         run_chain(settings, overrides, folder)
         return
     config = with_overrides(settings, overrides)
+    folder = check_run_folder(f"runs/{config.name}" if known.workdir is None else known.workdir, "--workdir")
+    start()
 
     from unimed_jax.analyze.chain import train_and_evaluate
     from unimed_jax.runs.folder import missing_inputs
@@ -34,4 +37,4 @@ def run(arguments: list[str]) -> None:
     lacks = missing_inputs(config)
     if lacks:
         raise UserError(lacks)
-    train_and_evaluate(config, Path(known.workdir or f"runs/{config.name}"))
+    train_and_evaluate(config, folder)

@@ -1,4 +1,4 @@
-"""Data sets: one file each with `INFO` and `read`, found by name here or by a dotted name anywhere.
+"""Opens data sets: one file each with `INFO` and `read`, found by name here or by a dotted name anywhere.
 
 `read(folder, split, options, skipped)` yields (Example, sources of its images); see data/prepare.py.
 """
@@ -6,7 +6,7 @@
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +34,8 @@ def open_sources(data: DataConfig) -> list[Dataset]:
     return [opened[_identity(source, data)] for source in data.sources]
 
 
-def distinct(datasets: list[Dataset]) -> list[Dataset]:
-    """The data sets without repetition, one per id."""
+def distinct(datasets: Iterable[Dataset]) -> list[Dataset]:
+    """Gives the data sets without repetition, one per id."""
     return list({dataset.id: dataset for dataset in datasets}.values())
 
 
@@ -46,7 +46,7 @@ def path_of(source: SourceConfig, data: DataConfig) -> str:
 
 
 def missing(source: SourceConfig, data: DataConfig) -> bool:
-    """Whether the files that the source's set is read from are not there."""
+    """Says whether the files that the source's set is read from are not there."""
     known = source.name in _names() or "." in source.name
     if known and reader_of(source.name).INFO.self_contained:
         return False
@@ -82,7 +82,7 @@ def _names() -> list[str]:
 
 
 def _identity(source: SourceConfig, data: DataConfig) -> str:
-    """What sources of one set have in common."""
+    """Names what sources of one set have in common."""
     fields: list[Any] = [source.id, source.name, path_of(source, data)]
     fields += [_plain(m) for m in (source.options, source.splits, source.info)]
     return json.dumps(fields, sort_keys=True, default=str)
@@ -97,7 +97,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str]:
-    """The id of each set: as given, else the last part of its name, with its path if two sets have the same."""
+    """Gives each set its id: as given, else the last part of its name, with its path if two sets have the same."""
     default = {identity: s[0].id or s[0].name.rpartition(".")[2] for identity, s in sets.items()}
     out: dict[str, str] = {}
     for identity, sources in sets.items():

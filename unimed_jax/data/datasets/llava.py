@@ -7,7 +7,6 @@ too); images lie in `images` next to it, or right there.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.forms import IMAGE, turns_of
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
+from unimed_jax.data.records import inside, records, short, word
 from unimed_jax.errors import UserError
-from unimed_jax.files import json_lines, parse_json, read_text
 
-LARGEST = 8 << 30  # bytes of a file of records; the largest public ones have one
 ENDINGS = (".json", ".jsonl")
 FORM = "give a list of records in LLaVA's form, or one record a line"
 
@@ -45,9 +43,9 @@ def read(
     images = file.parent / "images"
     if not images.is_dir():
         images = file.parent
-    for number, (where, record) in enumerate(_records(file)):
+    for number, (where, record) in enumerate(records(file, FORM)):
         example = _example(record, where, f"{split}/{number}")
-        paths = tuple(_inside(file.parent, images, name, where) for name in example.images)
+        paths = tuple(inside(file.parent, images, name, where) for name in example.images)
         lost = next(filter(None, map(no_image, paths)), "")
         if lost:
             skipped.append(f"{record.get('id', number)}: {lost}")
@@ -73,41 +71,13 @@ def _file(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each record with the words that name it in errors."""
-    text = read_text(file, "restore it", LARGEST)
-    if re.match(r"\s*\{", text):
-        numbered = json_lines(text, str(file), FORM, characters=False)
-        named = ((f"{file}, line {number}", record) for number, record in numbered)
-    else:
-        records = parse_json(text, str(file), "restore it", characters=False)
-        if not isinstance(records, list):
-            raise UserError(f"{file} is not a list of records; {FORM}.")
-        named = ((f"{file}, record {number}", record) for number, record in enumerate(records))
-    for where, record in named:
-        if not isinstance(record, dict):
-            raise UserError(f"{where} is no object, so this is not a list of records; {FORM}.")
-        yield where, record
-
-
-def _inside(folder: Path, images: Path, name: str, where: str) -> Path:
-    """Returns the path of an image; raises UserError for one outside the data folder, whose pictures are nobody's data.
-
-    By the path alone: a link that lies in the folder is followed, wherever it leads.
-    """
-    path = Path(os.path.normpath(images / name))
-    if not path.is_relative_to(os.path.normpath(folder)):
-        raise UserError(f"{where}: image {name!r} lies outside {folder}; give its path within {images}.")
-    return path
-
-
 def _example(record: dict[str, Any], where: str, name: str) -> Example:
     """Turns the record into an example; its image keys are the names of the files. `where` is for errors."""
     messages = record.get("conversations", record.get("conversatons"))  # the second is LLaVA-Med's own spelling
     image = record.get("image") or []
     images = [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(entry, str) for entry in images):
-        raise UserError(f"{where}: 'image' is {_short(image)}; give a file's name, or a list of them.")
+        raise UserError(f"{where}: 'image' is {short(image)}; give a file's name, or a list of them.")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise UserError(f"{where}: 'conversations' must be a list of {{'from': ..., 'value': ...}}; mend the record.")
     # An answer that is null counts as an empty one, which whoever prepares the set leaves out.
@@ -120,7 +90,7 @@ def _example(record: dict[str, Any], where: str, name: str) -> Example:
         )
     asked = [(question.replace(IMAGE, "").strip(), answer) for question, answer in turns]
     *history, (question, answer) = asked
-    kind = _word(record, "answer_type", where)
+    kind = word(record, "answer_type", where)
     facts = {"template": kind.lower(), "answer_type": kind, "modality": _modality(record, where)}
     meta = {key: value for key, value in facts.items() if value}
     task = "vqa" if images else "qa"
@@ -135,22 +105,8 @@ def _is_message(message: Any) -> bool:
     return isinstance(message["value"], str) or (message["value"] is None and message["from"] == "gpt")
 
 
-def _word(record: dict[str, Any], key: str, where: str) -> str:
-    """Returns the text of a key, empty where it is absent or null."""
-    value = record.get(key)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {_short(value)}; give a text, or leave it out.")
-    return (value or "").strip()
-
-
 def _modality(record: dict[str, Any], where: str) -> str:
     """Returns `modality`, or the one that is true of LLaVA-Med's {"domain": {"mri": true, "ct_scan": false, ...}}."""
     domain = record.get("domain")
     true = [name for name, holds in domain.items() if holds is True] if isinstance(domain, dict) else []
-    return _word(record, "modality", where) or (true[0] if len(true) == 1 else "")
-
-
-def _short(value: Any) -> str:
-    """Writes a value for an error's sentence, in ASCII and at most 80 characters."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return word(record, "modality", where) or (true[0] if len(true) == 1 else "")

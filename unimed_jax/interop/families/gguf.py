@@ -41,15 +41,38 @@ READ = {
     "rope.dimension_count",
     "rope.scaling.type",
     "rope.scaling.factor",
+    "rope.scale_linear",
+}
+# Keys that change no number, whatever they say: what was done before, or what this architecture does not read.
+DESCRIPTIVE = {
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "attention.layer_norm_epsilon",
+    "attention.group_norm_epsilon",
+    "attention.group_norm_groups",
 }
 # Keys that change nothing at these values. Any other value, and any other key, is refused.
 NEUTRAL = {
     "attention.causal": True,
     "attention.sliding_window": 0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logit_scale": 1.0,
     "expert_count": 0,
     "expert_used_count": 0,
-    "rope.scale_linear": 1.0,
+    "expert_shared_count": 0,
+    "leading_dense_block_count": 0,
+    "pooling_type": 0,
+    "rope.scaling.attn_factor": 1.0,
+    "use_parallel_residual": False,
 }
+# The largest counts that are believed; a file may say anything.
+LARGEST = {"block_count": 10_000, "attention.head_count": 1 << 16, "attention.head_count_kv": 1 << 16}
 # Our linear -> its name within a block of the file.
 LINEARS = {
     "q": "attn_q",
@@ -71,7 +94,7 @@ def decoder_from_gguf(file: GgufFile) -> DecoderConfig:
 
     def count(word: str, default: int | None = None) -> int:
         number = file.value(f"llama.{word}", int, default)
-        if number < 1:
+        if not 1 <= number <= LARGEST.get(word, 1 << 24):
             raise UserError(f"{file.origin}: llama.{word} is {number}; get the file again.")
         return number
 
@@ -110,7 +133,7 @@ def _refuse_unknown_keys(file: GgufFile) -> None:
         raise UserError(f"{file.origin}: architecture {architecture!r} is not supported; give a file of 'llama'.")
     for key in file.fields:
         word = key.removeprefix("llama.")
-        if word == key or word in READ:
+        if word == key or word in READ | DESCRIPTIVE:
             continue
         value = file.value(key, object)
         if word not in NEUTRAL or value != NEUTRAL[word]:
@@ -123,11 +146,14 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
     GGUF stores Llama 3's scaling as one divisor per frequency (`rope_freqs.weight`), from which its
     factor is taken.
     """
-    kind = file.value("llama.rope.scaling.type", str, "none")
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=file.value("llama.rope.scaling.factor", float))
-    if kind != "none":
+    kind = file.value("llama.rope.scaling.type", str, "linear")  # the format's default
+    if kind not in ("linear", "none"):
         raise UserError(f"{file.origin}: llama.rope.scaling.type={kind} is not supported; choose from none, linear.")
+    factor = _rope_factor(file) if kind == "linear" else 1.0
+    if factor != 1 and "rope_freqs.weight" in file.stored:
+        raise UserError(f"{file.origin} scales its positions twice, by rope.scaling.factor and by rope_freqs.weight.")
+    if factor != 1:
+        return RopeScaling(kind="linear", factor=factor)
     if "rope_freqs.weight" not in file.stored:
         return None
     divisors = file.read("rope_freqs.weight")  # [head_dim / 2]
@@ -140,6 +166,15 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
             f"{divisors.max()} over {scaling.original_positions} positions), and so is not supported."
         )
     return scaling
+
+
+def _rope_factor(file: GgufFile) -> float:
+    """Reads the factor of linear scaling, 1 if the file has none; 0 means none too, as in llama.cpp."""
+    old = file.value("llama.rope.scale_linear", float, 0.0)  # what the key was called at first
+    factor = file.value("llama.rope.scaling.factor", float, old) or 1.0
+    if not 0 < factor < float("inf"):
+        raise UserError(f"{file.origin}: llama.rope.scaling.factor is {factor}; get the file again.")
+    return factor
 
 
 def gguf_decoder_table(d: DecoderConfig, moe: MoeConfig = MoeConfig()) -> Table:

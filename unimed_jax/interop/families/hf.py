@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax.config import DecoderConfig, ModelConfig, MoeConfig
+from unimed_jax.data import tokenizer
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf_config import (
     POSITIONS,
@@ -116,14 +117,12 @@ def hf_decoder_table(
             table += _norm_entries(d, f"{layer}.{theirs}", f"decoder/layers/{ours}", (i,))
     last_norm = "norm" if d.gated_mlp else "final_layernorm"
     table += _norm_entries(d, f"{prefix}model.{last_norm}", "decoder/norm")
-    ignored = ["*.rotary_emb.inv_freq"]
-    if d.tied_head:
-        ignored.append(f"{prefix}lm_head.weight")  # the embedding again
-    else:
+    if not d.tied_head:
         table.append(Entry(f"{prefix}lm_head.weight", "decoder/head", layout="transpose"))
     if d.head_bias:
         table.append(Entry(f"{prefix}lm_head.bias", "decoder/head_bias"))
-    return Table(tuple(table), tuple(ignored))
+    repeated = ((f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"),) if d.tied_head else ()
+    return Table(tuple(table), ("*.rotary_emb.inv_freq",), repeated)
 
 
 def _norm_entries(d: DecoderConfig, theirs: str, ours: str, index: tuple[int, ...] = ()) -> list[Entry]:
@@ -136,17 +135,6 @@ def _norm_entries(d: DecoderConfig, theirs: str, ours: str, index: tuple[int, ..
 # --------------------------------------------------------------------------------------------------
 # Folders
 # --------------------------------------------------------------------------------------------------
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def load_decoder(folder: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
@@ -162,7 +150,7 @@ def load_decoder(folder: str | Path, config: ModelConfig, to: Destination) -> di
     if theirs.head_bias and not d.head_bias:
         say(f"{folder}: the bias of its head is left out, as config.model.decoder.head_bias=False says")
         theirs = dataclasses.replace(theirs, head_bias=False)
-        table = Table(table.entries, (*table.ignored, "lm_head.bias"))
+        table = dataclasses.replace(table, ignored=(*table.ignored, "lm_head.bias"))
     refuse_other_decoder(theirs, d, folder)
     return load_leaves(table, open_weights(folder), to)
 
@@ -200,6 +188,6 @@ def widest_dtype(stored: Mapping[str, Stored]) -> str:
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """Copies the files of a tokenizer from one folder to another."""
-    for name in TOKENIZER_FILES:
+    for name in tokenizer.FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)

@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from unimed_jax.config import DecoderConfig, RopeScaling
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json
+from unimed_jax.foreign_config import read_sizes
+from unimed_jax.interop.families.foreign import checked_decoder, understood
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PretrainedConfig
@@ -24,6 +25,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
+TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")  # the other kinds that are read: see towers.py
 POSITIONS = 4096  # max_position_embeddings of an export: rotary embeddings have no limit, but the field is required
 
 
@@ -159,10 +161,13 @@ FAMILIES: dict[str, Family] = {
 
 def read_hf_config(folder: str | Path) -> "PretrainedConfig":
     """Reads a folder's config.json; raises UserError if there is none, or if it is of an unknown kind."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    file = Path(folder) / "config.json"
+    if not file.is_file():
         raise UserError(f"{folder} holds no config.json; give the folder of a Hugging Face model.")
-    read_json(folder / "config.json", "give the folder of a Hugging Face model")  # transformers says less
+    kind = read_sizes(file, "give the folder of a Hugging Face model").get("model_type")
+    if kind not in (*FAMILIES, *TOWERS):  # transformers builds what a config of any other kind asks for
+        known = ", ".join((*FAMILIES, *TOWERS))
+        raise UserError(f"{file} cannot be read: model_type {repr(kind)[:60]} is not supported; choose from {known}.")
     try:
         # Without trust, a config that asks for code of its own is refused instead of asked about.
         from transformers import AutoConfig
@@ -170,7 +175,7 @@ def read_hf_config(folder: str | Path) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}/config.json cannot be read ({reason}); check the folder.") from error
+        raise UserError(f"{file} cannot be read ({reason}); check the folder.") from error
 
 
 def decoder_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> DecoderConfig:
@@ -178,19 +183,29 @@ def decoder_from_hf(settings: "PretrainedConfig", where: str = "config.json") ->
 
     Raises UserError, naming the field, for what is not supported.
     """
+    if settings.model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {settings.model_type!r} is not supported; choose from {', '.join(FAMILIES)}."
+        )
+    with understood(where):
+        decoder = _translated(settings, where)
+    return checked_decoder(decoder, where)
+
+
+def _translated(settings: "PretrainedConfig", where: str) -> DecoderConfig:
     kind = settings.model_type
-    if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported; choose from {', '.join(FAMILIES)}.")
     family = FAMILIES[kind]
     if getattr(settings, "quantization_config", None):
         raise UserError(f"{where}: the weights are quantised (quantization_config); give the original ones.")
     for name in family.unsupported:
         value = getattr(settings, name)
         if value:
-            raise UserError(f"{where}: {name}={value!r} is not supported for {kind}; give a model without it.")
+            raise UserError(f"{where}: {name}={repr(value)[:60]} is not supported for {kind}; give a model without it.")
     act = getattr(settings, family.activation)
     if act not in ACTIVATIONS:
-        raise UserError(f"{where}: {family.activation} {act!r} is not supported; choose from {', '.join(ACTIVATIONS)}.")
+        raise UserError(
+            f"{where}: {family.activation} {repr(act)[:60]} is not supported; choose from {', '.join(ACTIVATIONS)}."
+        )
     heads = settings.num_attention_heads
     fields: dict[str, Any] = {
         "vocab": settings.vocab_size,

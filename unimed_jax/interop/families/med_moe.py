@@ -16,8 +16,10 @@ from unimed_jax.config import (
     VisionConfig,
 )
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_folder, read_json
+from unimed_jax.files import new_folder
+from unimed_jax.foreign_config import read_sizes
 from unimed_jax.interop.families import hf
+from unimed_jax.interop.families.foreign import understood
 from unimed_jax.interop.families.hf_config import ACTIVATIONS, decoder_differences, differences_text
 from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
@@ -53,10 +55,7 @@ STABLELM, PHI = "moe_llava_stablelm", "moe_llava_phi"  # kinds of checkpoints (m
 def read_med_moe_config(folder: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's config.json; raises UserError if there is none."""
     file = Path(folder) / "config.json"
-    settings = read_json(file, "give the folder of a Med-MoE checkpoint")
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} holds no object of settings; give the folder of a Med-MoE checkpoint.")
-    return settings
+    return read_sizes(file, "give the folder of a Med-MoE checkpoint")
 
 
 def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE, where: str = "") -> ModelConfig:
@@ -73,17 +72,20 @@ def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_
         )
     if s.get("mm_vision_select_feature", "patch") != "patch":
         raise UserError(f"{where}: mm_vision_select_feature must be 'patch': no class token reaches the decoder.")
-    try:
-        config = ModelConfig(
-            vision=dataclasses.replace(vision, feature_layer=s.get("mm_vision_select_layer", -2)),
-            connector=ConnectorConfig(kind=s["image_projector_type"], rate=1, task_tokens=0),
-            decoder=_decoder_from_med_moe(s, where),
-            moe=_experts_from_med_moe(s.get("moe") or {}, where),
-            lora=LoraConfig(rank=0),
-        )
-    except KeyError as error:
-        raise UserError(f"{where} lacks {error.args[0]!r}; give the config.json of a Med-MoE checkpoint.") from error
-    check_model(config)
+    with understood(where):
+        try:
+            config = ModelConfig(
+                vision=dataclasses.replace(vision, feature_layer=s.get("mm_vision_select_layer", -2)),
+                connector=ConnectorConfig(kind=s["image_projector_type"], rate=1, task_tokens=0),
+                decoder=_decoder_from_med_moe(s, where),
+                moe=_experts_from_med_moe(s.get("moe") or {}, where),
+                lora=LoraConfig(rank=0),
+            )
+        except KeyError as error:
+            raise UserError(
+                f"{where} lacks {error.args[0]!r}; give the config.json of a Med-MoE checkpoint."
+            ) from error
+        check_model(config)
     return config
 
 
@@ -249,7 +251,7 @@ def med_moe_decoder_table(config: ModelConfig) -> Table:
     """Lists the decoder's tensors: Hugging Face's names, and DeepSpeed's in the layers that have experts."""
     dense = hf.hf_decoder_table(config.decoder, moe=config.moe)
     outside = [entry for entry in dense if not entry.path.startswith("decoder/layers/moe/")]
-    table = Table(tuple(outside), dense.ignored)
+    table = dataclasses.replace(dense, entries=tuple(outside))
     for nth, layer in enumerate(config.moe.numbers(config.decoder.depth)):
         table += expert_layer_table(config, f"model.layers.{layer}.mlp", nth)
     return table

@@ -12,8 +12,10 @@ from unimed_jax.files import new_folder, read_json
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
-from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_published, published_shapes
+from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_published, first_of, published_shapes
 
+SETTINGS_BYTES = 1 << 20  # of an adapter_config.json, at most
+HIGHEST_RANK = 1 << 16
 PREFIX = "base_model.model.model.layers"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # The linears in the order of Hugging Face's modules.
@@ -40,7 +42,16 @@ HARMLESS = (
     "lora_dropout",
     "megatron_core",
     "qalora_group_size",
+    "runtime_config",
+    "exclude_modules",  # which linears carry adapters is seen in the weights
+    "layers_pattern",
+    "megatron_config",
+    "ensure_weight_tying",
+    # How the adapters start, which matters only with their kind of init_lora_weights.
     "eva_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
 )
 # Values of init_lora_weights with which PEFT leaves the base model's weights as they are.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -102,17 +113,19 @@ def _rank_and_alpha(folder: Path) -> tuple[int, float]:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist; give the folder of a PEFT adapter.")
+    settings = read_json(file, "get it again", SETTINGS_BYTES)
     try:
-        settings = read_json(file, "get it again")
         rank, alpha = settings["r"], settings["lora_alpha"]
-        if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
-            raise ValueError(f"r is {rank!r} and lora_alpha {alpha!r}")
+        if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
+            raise ValueError(f"r is {repr(rank)[:60]}, not a whole number from 1 to {HIGHEST_RANK}")
+        if type(alpha) not in (int, float) or not -1e30 < alpha < 1e30:
+            raise ValueError(f"lora_alpha is {repr(alpha)[:60]}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} does not describe a LoRA adapter ({error!r}); get it again.") from error
-    unsupported = [f"{key}={value!r}" for key, value in settings.items() if not _is_plain(key, value)]
+    unsupported = [f"{key}={repr(value)[:60]}" for key, value in settings.items() if not _is_plain(key, value)]
     if unsupported:
         raise UserError(
-            f"{file} describes more than plain LoRA on linears ({', '.join(unsupported)}), which cannot be represented "
+            f"{file} describes more than plain LoRA on linears ({first_of(unsupported)}), which cannot be represented "
             "here; merge it into its model with PEFT and give that."
         )
     # Rank-stabilised LoRA divides alpha by the root of the rank, LoRA by the rank.

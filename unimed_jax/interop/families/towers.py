@@ -8,6 +8,7 @@ import numpy as np
 
 from unimed_jax.config import ModelConfig, VisionConfig
 from unimed_jax.errors import UserError
+from unimed_jax.interop.families.foreign import checked_tower, understood
 from unimed_jax.interop.families.hf_config import ACTIVATIONS, differences_text, read_hf_config
 from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.interop.tensors.load import Destination, load_leaves
@@ -34,10 +35,15 @@ def tower_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> V
         raise UserError(
             f"{where}: {settings.model_type!r} is not a vision tower that can be read here; give CLIP or SigLIP."
         )
-    tower = getattr(settings, "vision_config", settings)
+    with understood(where):
+        vision = _translated(getattr(settings, "vision_config", settings), kind, where)
+    return checked_tower(vision, where)
+
+
+def _translated(tower: Any, kind: str, where: str) -> VisionConfig:
     act = {**ACTIVATIONS, "quick_gelu": "quick_gelu"}.get(tower.hidden_act)
     if act is None:
-        raise UserError(f"{where}: hidden_act {tower.hidden_act!r} of the vision tower is not supported.")
+        raise UserError(f"{where}: hidden_act {repr(tower.hidden_act)[:60]} of the vision tower is not supported.")
     common: dict[str, Any] = {
         "image_size": tower.image_size // tower.patch_size * tower.patch_size,
         "patch_size": tower.patch_size,

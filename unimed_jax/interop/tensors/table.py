@@ -12,19 +12,17 @@ same numbers, and in which layout:
 
 import dataclasses
 import fnmatch
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from unimed_jax.errors import UserError
+from unimed_jax.interop.tensors.layouts import ALL, LAYOUTS, Region, Shape
 
-Shape = tuple[int, ...]
-Region = tuple[slice, ...]  # a start and a stop in every dimension of a leaf, or of an entry's block of it
-ALL = slice(None)
+STRIP = 64 << 20  # bytes of a tensor that are compared at a time
 FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.float64))
 
 
@@ -65,94 +63,6 @@ class Arrays(Tensors):
             return self.arrays[name][index]
         assert self.base is not None
         return self.base.read(name, index)
-
-
-# --------------------------------------------------------------------------------------------------
-# Layouts
-# --------------------------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """Converts between a block of one of our leaves and the tensor that a file publishes for it."""
-
-    published_shape: Callable[[Shape], Shape]  # of our block's shape
-    # A region of our block -> the region of the published tensor to read, and the part to keep after
-    # `to_ours` (() keeps all): a layout that cannot be cut exactly reads more than it needs.
-    to_read: Callable[[Region], tuple[Region, Region]]
-    to_ours: Callable[[np.ndarray, int], np.ndarray]  # the second argument is Entry.heads
-    to_published: Callable[[np.ndarray, int], np.ndarray]
-
-
-def _patch_shape(block: Shape) -> Shape:
-    side = math.isqrt(block[0] // 3)
-    return (block[1], 3, side, side)
-
-
-def _patch_to_ours(tensor: np.ndarray, _: int) -> np.ndarray:
-    return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])  # [p * p * 3, out]
-
-
-def _patch_to_published(block: np.ndarray, _: int) -> np.ndarray:
-    side = math.isqrt(block.shape[0] // 3)
-    return block.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)  # [out, 3, p, p]
-
-
-def _pairs_to_ours(tensor: np.ndarray, heads: int) -> np.ndarray:
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])  # [heads, d / 2, 2, in]
-    return pairs.swapaxes(1, 2).reshape(tensor.shape).T  # [in, heads * d]
-
-
-def _pairs_to_published(block: np.ndarray, heads: int) -> np.ndarray:
-    tensor = block.T  # [heads * d, in]
-    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])  # [heads, 2, d / 2, in]
-    return halves.swapaxes(1, 2).reshape(tensor.shape)  # [heads * d, in]
-
-
-LAYOUTS: dict[str, Layout] = {
-    "same": Layout(
-        published_shape=lambda block: block,
-        to_read=lambda region: (region, ()),
-        to_ours=lambda tensor, _: tensor,
-        to_published=lambda block, _: block,
-    ),
-    # [out, in] <-> [in, out]
-    "transpose": Layout(
-        published_shape=lambda block: block[::-1],
-        to_read=lambda region: (region[::-1], ()),
-        to_ours=lambda tensor, _: tensor.T,
-        to_published=lambda block, _: block.T,
-    ),
-    # [1, 1, c] <-> [c]
-    "row": Layout(
-        published_shape=lambda block: (1, 1, *block),
-        to_read=lambda region: ((ALL, ALL, *region), ()),
-        to_ours=lambda tensor, _: tensor.reshape(-1),
-        to_published=lambda block, _: block[None, None],
-    ),
-    # [1, n, c] <-> [n, c]
-    "batch": Layout(
-        published_shape=lambda block: (1, *block),
-        to_read=lambda region: ((ALL, *region), ()),
-        to_ours=lambda tensor, _: tensor[0],
-        to_published=lambda block, _: block[None],
-    ),
-    # A convolution over patches, [out, 3, p, p] <-> [p * p * 3, out].
-    "patch": Layout(
-        published_shape=_patch_shape,
-        to_read=lambda region: ((region[1],), (region[0],)),
-        to_ours=_patch_to_ours,
-        to_published=_patch_to_published,
-    ),
-    # GGUF's queries and keys, [heads * (d / 2, 2), in] <-> [in, heads * (2, d / 2)]: a file holds the
-    # two channels of a rotary pair next to each other, we hold the first channels of all pairs, then
-    # the second. Of a bias the dimension `in` is absent.
-    "pairs": Layout(
-        published_shape=lambda block: block[::-1],
-        to_read=lambda region: ((ALL, *region[:-1]), (*(ALL for _ in region[:-1]), region[-1])),
-        to_ours=_pairs_to_ours,
-        to_published=_pairs_to_published,
-    ),
-}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,9 +160,11 @@ class Table:
 
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
+    # (tensor, the one that it repeats): not needed either, but a file that has it must have the same numbers in it.
+    repeated: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: "Table") -> "Table":
-        return Table(self.entries + other.entries, self.ignored + other.ignored)
+        return Table(self.entries + other.entries, self.ignored + other.ignored, self.repeated + other.repeated)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -260,7 +172,8 @@ class Table:
     def prefixed(self, prefix: str) -> "Table":
         """Puts a prefix before every published name."""
         entries = tuple(dataclasses.replace(entry, name=prefix + entry.name) for entry in self)
-        return Table(entries, tuple(prefix + pattern for pattern in self.ignored))
+        repeated = tuple((prefix + name, prefix + of) for name, of in self.repeated)
+        return Table(entries, tuple(prefix + pattern for pattern in self.ignored), repeated)
 
     def paths(self) -> list[str]:
         """Lists the leaves that the table fills."""
@@ -283,25 +196,55 @@ class Table:
 # --------------------------------------------------------------------------------------------------
 
 
+NAMED = 12  # tensors of one kind that a sentence names, at most
+LONGEST = 100  # characters of a name in it
+
+
 def check(table: Table, tensors: Tensors, leaves: Mapping[str, Any], differences: Iterable[str] = ()) -> None:
-    """Raises one UserError that names every missing, unexpected, mis-shaped and unreadable tensor.
+    """Raises one UserError that names the missing, unexpected, mis-shaped and unreadable tensors.
 
     leaves: anything with a shape, by path, for every path of the table.
     differences: what else does not fit, in words; it joins the same sentence.
     """
     expected = {name: stored.shape for name, stored in published_shapes(table, leaves).items()}
     problems = [*differences, *_wrong_names(table, tensors, expected), *_wrong_tensors(tensors, expected)]
+    if len(problems) > NAMED:
+        problems[NAMED:] = [f"{len(problems) - NAMED} more faults"]
     if problems:
         raise UserError(f"{tensors.origin} does not fit the model: {'; '.join(problems)}; check config.model.")
+    for name, of in table.repeated:
+        if name in tensors.stored and not _same_numbers(tensors, name, of):
+            raise UserError(
+                f"{tensors.origin}: {name} differs from {of}, though the settings say that they are one "
+                f"(tie_word_embeddings); to keep it, say false there and set config.model.decoder.tied_head=False, or "
+                f"remove {name} from the file."
+            )
+
+
+def _same_numbers(tensors: Tensors, a: str, b: str) -> bool:
+    """Says whether two matrices of a file are equal, in whatever types they are stored; read a strip at a time."""
+    one, two = tensors.stored[a], tensors.stored[b]
+    if one.shape != two.shape or one.dtype not in FLOATS or two.dtype not in FLOATS:
+        return False
+    rows = max(1, STRIP // max(1, 8 * int(np.prod(one.shape[1:], dtype=np.int64))))
+    for start in range(0, one.shape[0], rows):
+        region = (slice(start, min(start + rows, one.shape[0])), *whole(one.shape[1:]))
+        left, right = (tensors.read(name, region).astype(np.float64) for name in (a, b))
+        if not np.array_equal(left, right):
+            return False
+    return True
 
 
 def _wrong_names(table: Table, tensors: Tensors, expected: Mapping[str, Shape]) -> list[str]:
     """Describes the tensors that the file lacks, and those that the model does not know."""
+    repeated = {name for name, _ in table.repeated}
     missing = [name for name in expected if name not in tensors.stored]
     unexpected = [
         name
         for name in tensors.stored
-        if name not in expected and not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored)
+        if name not in expected
+        and name not in repeated
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored)
     ]
     problems = []
     if missing:
@@ -328,14 +271,30 @@ def _wrong_tensors(tensors: Tensors, expected: Mapping[str, Shape]) -> list[str]
 
 
 def _they_are(names: list[str], what: str) -> str:
-    return f"{', '.join(folded(names))} {'is' if len(names) == 1 else 'are'} {what}"
+    return f"{listed(names)} {'is' if len(names) == 1 else 'are'} {what}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names tensors as a sentence does: alike ones as one, and of very many only the first."""
+    return first_of(folded(names))
+
+
+def first_of(words: Sequence[str]) -> str:
+    """Joins the first names of a list and counts the others."""
+    more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
+    return ", ".join(map(_cut, words[:NAMED])) + more
+
+
+def _cut(name: str) -> str:
+    """Leaves the middle of a very long name out."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 20]}...{name[-17:]}"
 
 
 def folded(names: Iterable[str]) -> list[str]:
     """Writes names that differ only in their first number as one: `layers.{0-3,7}.weight`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        first = re.search(r"\d+", name)
+        first = re.search("[0-9]{1,9}", name)
         key = (name[: first.start()], name[first.end() :]) if first else (name, "")
         groups.setdefault(key, []).extend([int(first.group())] if first else [])
     return [f"{before}{_ranges(sorted(set(numbers)))}{after}" for (before, after), numbers in groups.items()]

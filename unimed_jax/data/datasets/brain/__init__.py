@@ -1,4 +1,4 @@
-"""The brain set: six tasks on slices of a real head, split by slabs, and questions about ICD-10-CM.
+"""Makes the brain set: six tasks on slices of a real head, split by slabs, and questions about ICD-10-CM.
 
 The head is the ICBM152 average (T1 and its grey and white matter maps) inside nilearn: one average brain, so
 that what is measured on it holds across slices and jitter, never across patients.
@@ -27,6 +27,7 @@ INFO = Info(
     citation="Fonov et al. 2009, Unbiased nonlinear average age-appropriate brain templates from birth to adulthood",
     note="Slices of ONE average brain: results hold across slices and jitter, and say nothing about patients.",
     cluster_word="slab",
+    counts={"train": 80425, "val": 709, "test": 2392},
     version="2",
 )
 SPLITS = INFO.splits
@@ -41,7 +42,7 @@ _SEEDS = {"train": 1, "val": 2, "test": 3}
 
 
 def draw_slices(split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[Slice]:
-    """All jittered slices of a split.
+    """Yields all jittered slices of a split.
 
     Val and test have two jitters a slice; sagittal slices, which are rarer and may be mirrored, have twice as
     many as the others.
@@ -62,7 +63,7 @@ def draw_slices(split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[S
 
 
 def plain_slices(slab: Slab) -> Iterator[Slice]:
-    """The slices of a slab in all maps, without jitter."""
+    """Yields the slices of a slab in all maps, without jitter."""
     for position in slab.positions:
         for name in MAPS:
             yield render(slab, position, name, Jitter(), f"{slab.plane}_{position:+04d}_{name}")
@@ -71,7 +72,7 @@ def plain_slices(slab: Slab) -> Iterator[Slice]:
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
-    """Examples about slices by image key, then those about codes by category. Options: `jitters`, `seed`."""
+    """Yields examples about slices by image key, then those about codes by category; options `jitters`, `seed`."""
     jitters, seed = options.get("jitters", JITTERS), options.get("seed", 0)
     for piece, examples in sorted(asked(split, jitters, seed), key=lambda pair: pair[0].key):
         for example in examples:
@@ -82,13 +83,13 @@ def read(
 
 
 def asked(split: str, jitters: int = JITTERS, seed: int = 0) -> list[tuple[Slice, list[Example]]]:
-    """The slices of a split with their examples, as drawn."""
+    """Returns the slices of a split with their examples, as drawn."""
     slices = list(draw_slices(split, jitters, seed))
     found = brain_questions.ask(slices, split, generator(seed, _SEEDS[split], "questions"))
     return list(zip(slices, found, strict=True))
 
 
 def generator(*words: object) -> np.random.Generator:
-    """Random numbers that follow from the words alone."""
+    """Makes random numbers that follow from the words alone."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, np.uint32))

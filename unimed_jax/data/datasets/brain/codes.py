@@ -1,4 +1,4 @@
-"""Text-only questions from ICD-10-CM: which block or chapter a code or a medical term belongs to.
+"""Makes text-only questions from ICD-10-CM: which block or chapter a code or a medical term belongs to.
 
 Codes are spelt character by character ("G 3 0 . 1"), so that any tokenizer shows the model their characters.
 A three-character category, with all its codes and terms, belongs to exactly one split.
@@ -28,14 +28,14 @@ def spell(code: str) -> str:
 
 
 def split_of(category: str, seed: int) -> str:
-    """The split of a three-character category: a hash, so that it depends on nothing else."""
+    """Gives the split of a three-character category, by a hash, so that it depends on nothing else."""
     share = int.from_bytes(hashlib.sha256(f"{seed}/{category}".encode()).digest()[:4]) % 100
     return "test" if share < _SPLIT["test"] else "val" if share < sum(_SPLIT.values()) else "train"
 
 
 @functools.cache
 def ask(seed: int) -> dict[str, dict[str, list[Example]]]:
-    """split -> category -> its questions. ids are `icd/<category>/<number>`; `cluster` is the category."""
+    """Returns split -> category -> its questions; ids are `icd/<category>/<number>`, `cluster` is the category."""
     if importlib.util.find_spec("simple_icd_10_cm") is None:
         raise UserError("the brain set's text questions need simple_icd_10_cm; run pip install -e '.[demo]'.")
     import simple_icd_10_cm as icd
@@ -77,7 +77,7 @@ def ask(seed: int) -> dict[str, dict[str, list[Example]]]:
 
 
 def _thin(asked: dict[str, list[Example]], each: int, rng: np.random.Generator) -> dict[str, list[Example]]:
-    """`each` questions of every template; within a template the answers take turns, so that none prevails."""
+    """Draws `each` questions of every template; within a template the answers take turns, so that none prevails."""
     keep = set()
     for template in TEMPLATES:
         rows = [e for examples in asked.values() for e in examples if e.meta["template"] == template]

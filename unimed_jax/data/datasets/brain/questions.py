@@ -1,4 +1,4 @@
-"""What is asked about the brain slices: five visual tasks, generated from a seed.
+"""Asks about the brain slices: five visual tasks, generated from a seed.
 
 Every answer follows from the picture's own geometry (`Slice`): nothing is asked of structures that are tiny or
 cut off, and no side is named in a sagittal slice. Questions of vqa are balanced: for each wording, every answer
@@ -56,7 +56,7 @@ _LEVELS = {
 
 
 class Candidate(NamedTuple):
-    """A question that could be asked of slice number `at`; balanced among the answers of its `group`."""
+    """Holds a question that could be asked of slice number `at`, balanced among the answers of its `group`."""
 
     group: Hashable
     at: int
@@ -74,7 +74,7 @@ def level(plane: str, position: int) -> str:
 
 
 def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[list[Example]]:
-    """The questions of each slice of one split, in the order of `slices`; ids are `<slice>/<task>/<number>`."""
+    """Asks about each slice of one split, in the order of `slices`; ids are `<slice>/<task>/<number>`."""
     limits = PER_IMAGE["train" if split == "train" else "held_out"]
     drafts: dict[str, list[_Draft]] = {task: [] for task in VISUAL_TASKS}
     for at, piece in enumerate(slices):
@@ -113,7 +113,7 @@ def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[l
 
 
 def take_turns(kinds: Sequence[Hashable], total: int, rng: np.random.Generator) -> list[int]:
-    """Indices, ascending, of `total` items drawn so that kinds take turns: none prevails while others are left."""
+    """Draws `total` items so that kinds take turns: none prevails while others are left; returns rising indices."""
     queues: dict[Hashable, list[int]] = defaultdict(list)
     for i in rng.permutation(len(kinds)).tolist():
         queues[kinds[i]].append(i)
@@ -122,7 +122,7 @@ def take_turns(kinds: Sequence[Hashable], total: int, rng: np.random.Generator) 
 
 
 def balanced(candidates: list[Candidate], total: int, rng: np.random.Generator) -> list[Candidate]:
-    """About `total` candidates in which, within each group, every answer occurs equally often.
+    """Draws about `total` candidates in which, within each group, every answer occurs equally often.
 
     Groups take turns; each turn adds one candidate of every answer. A group with a single answer gives none.
     """
@@ -149,7 +149,7 @@ def balanced(candidates: list[Candidate], total: int, rng: np.random.Generator) 
 
 
 def _vqa(slices: Sequence[Slice], rng: np.random.Generator) -> dict[str, list[Candidate]]:
-    """Template -> all that could be asked."""
+    """Returns template -> all that could be asked."""
     found: dict[str, list[Candidate]] = {template: [] for template in VQA_SHARE}
     add: Callable = lambda template, *rest: found[template].append(Candidate(*rest))  # noqa: E731
     for i, piece in enumerate(slices):
@@ -190,7 +190,7 @@ def _article(plane: str) -> str:
 
 
 def report(piece: Slice) -> str:
-    """Findings of one image: what it is, then up to four structures (both of a pair count as one): where, how large.
+    """Reports one image: what it is, then place and size of up to four structures (a pair counts as one).
 
     Places are thirds of the image; sizes are those of the box in mm as shown, to the nearest 5 mm.
     """

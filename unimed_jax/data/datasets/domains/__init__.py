@@ -1,4 +1,4 @@
-"""The domains set: questions about images of four domains, for Med-MoE's stages at a tiny size.
+"""Makes the domains set: questions about images of four domains, for Med-MoE's stages at a tiny size.
 
 Two domains are slices of the brain set, with its questions; two are views of the pictures in images.py. All have
 as many images in a split. `meta["modality"]` names the domain: what a router is taught.
@@ -23,6 +23,7 @@ INFO = Info(
     note="Slices of ONE average brain and 27 pictures of test files: it shows that the stages work, and says nothing "
     "about patients.",
     cluster_word="source image",
+    counts={"train": 13609, "val": 474, "test": 1074},
     version="2",
 )
 SPLITS = INFO.splits
@@ -35,7 +36,7 @@ _DOMAIN_QUESTION = "Brain T1, brain tissue map, other scan or optical image?"
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
-    """vqa and cls in all splits, caption in train only. Options: `seed`; `jitters` and `brain_seed` of the slices."""
+    """Yields vqa and cls in all splits, caption in train only; options `seed`, `jitters`, `brain_seed`."""
     rng = brain.generator("domains", options.get("seed", 0), split)
     slices = brain.asked(split, options.get("jitters", brain.JITTERS), options.get("brain_seed", 0))
     slices.sort(key=lambda pair: pair[0].key)
@@ -49,7 +50,7 @@ def read(
 
 
 def _of_pictures(split: str, each: int, rng: np.random.Generator) -> tuple[list[Example], dict[str, np.ndarray]]:
-    """Views of the split's pictures with their questions, and their pixels; a domain's pictures take turns."""
+    """Makes views of the split's pictures with their questions, and their pixels; a domain's pictures take turns."""
     pixels: dict[str, np.ndarray] = {}  # uint8 [64, 64, 3]
     views: list[tuple[str, Source]] = []
     for modality in (SCAN, OPTICAL):
@@ -97,7 +98,7 @@ def _capital(words: str) -> str:
 
 
 def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) -> list[Example]:
-    """The vqa, cls and caption of `each` T1 slices and as many tissue maps (slabs take turns), and their domain."""
+    """Takes vqa, cls and caption of `each` T1 slices and as many tissue maps, slabs in turn, and asks their domain."""
     clusters = {key: e.cluster for e in examples for key in e.images}
     modality = {key: T1 if e.meta["map"] == "t1" else TISSUE for e in examples for key in e.images}
     chosen: set[str] = set()

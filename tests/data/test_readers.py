@@ -1,0 +1,482 @@
+"""Every reader on a twin of its data set in each layout, on its quirks, and on deliberate damage."""
+
+import json
+import os
+import pickle
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimed_jax.config import DataConfig, SourceConfig
+from unimed_jax.data.datasets import jsonl, medmnist, open_sources
+from unimed_jax.data.forms import text_to_box
+from unimed_jax.data.store import pack
+from unimed_jax.data.twins import TWINS, write_twin
+from unimed_jax.errors import UserError
+
+NEEDED = {"medmnist": {"name": "dermamnist"}, "medqa/four": {"options": 4}}  # options of a reader or layout
+LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
+
+
+def opened(place, name, cache=None, **fields):
+    source = SourceConfig(name, path=str(place), **fields)
+    (found,) = open_sources(DataConfig((source,), cache=str(cache or place.parent / "cache")))
+    return found
+
+
+def everything(data):
+    return [(split, example) for split in data.splits for example in data.examples(split)]
+
+
+def left_out(data):
+    return (data.folder / "skipped.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name, layout", LAYOUTS)
+def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
+    for place in ("one", "two"):
+        write_twin(name, tmp_path / place, records=9, layout=layout)
+    write_twin(name, tmp_path / "other", records=9, layout=layout, seed=1)
+    options = NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
+    one, two, other = (opened(tmp_path / place, name, options=options) for place in ("one", "two", "other"))
+    assert set(one.splits) == set(one.info.splits)
+    assert one.checksum == two.checksum != other.checksum
+    found = everything(one)
+    assert {example.task for _, example in found} == ({"cls"} if name == "tfds" else set(one.info.tasks))
+    assert all(example.answer for _, example in found)
+    assert len({example.id for _, example in found}) == len(found)
+    for _, example in found:
+        assert example.meta.get("template") or name in ("jsonl", "llava"), example
+        for key in example.images:
+            pixels = one.image(key)
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3
+        if example.box:
+            text = example.question if example.task == "identify" else example.answer
+            height, width, _ = one.image(example.images[0]).shape
+            x1, y1, x2, y2 = text_to_box(text)
+            assert np.allclose([x1, y1, x2, y2], np.array(example.box) / (width, height, width, height) * 100, atol=1)
+
+
+def test_two_layouts_of_boxes_give_the_same_questions(tmp_path):
+    """One set of scenes as Pascal VOC and as COCO in two layouts gives the same examples, to the byte."""
+    data = []
+    for name, layout in (("voc", "original"), ("coco", "instances"), ("coco", "roboflow")):
+        write_twin(name, tmp_path / layout, records=12, layout=layout)
+        rules = ["unique", "largest", "leftmost"]
+        data.append(opened(tmp_path / layout, name, id=layout, options={"refer": rules, "per_image": 0}))
+    ours, *others = ([(split, pack(example)) for split, example in everything(d)] for d in data)
+    assert ours and all(found == ours for found in others)
+
+
+def test_vqa_rad_splits_by_phrase_type_and_reads_numbers(tmp_path):
+    write_twin("vqa_rad", tmp_path / "set", records=30)
+    rows = json.loads((tmp_path / "set/VQA_RAD Dataset Public.json").read_text())
+    data = opened(tmp_path / "set", "vqa_rad")
+    tests = [row for row in rows if row["phrase_type"].startswith("test_")]
+    assert [len(data.examples(split)) for split in ("train", "test")] == [len(rows) - len(tests), len(tests)]
+    by_id = {example.id: example for _, example in everything(data)}
+    number = next(row for row in rows if row["answer"] == 3)
+    split = "test" if number["phrase_type"].startswith("test_") else "train"
+    assert by_id[f"{split}/{number['qid']}"].answer == "3"
+    assert {example.meta["answer_type"] for example in by_id.values()} == {"OPEN", "CLOSED"}
+    assert not any("\t" in example.question or example.answer.endswith(" ") for example in by_id.values())
+
+
+def test_images_of_another_set_are_left_out_by_name(tmp_path):
+    write_twin("vqa_rad", tmp_path / "set", records=30)
+    names = sorted(path.name for path in (tmp_path / "set/VQA_RAD Image Folder").iterdir())
+    (tmp_path / "set/shared.txt").write_text(f"{names[0]}\n")
+    whole = opened(tmp_path / "set", "vqa_rad")
+    data = opened(tmp_path / "set", "vqa_rad", options={"without": "shared.txt"})
+    lost = [e.id for _, e in everything(whole) if e.images == (names[0],)]
+    assert lost and len(everything(whole)) - len(lost) == len(everything(data))
+    assert [line.split(": ")[1] for line in left_out(data)] == lost and "`without`" in left_out(data)[0]
+
+
+def test_medpix2_asks_what_its_fields_say(tmp_path):
+    write_twin("medpix2", tmp_path / "set", records=30)
+    data = opened(tmp_path / "set", "medpix2")
+    of_image = {}
+    for split, example in everything(data):
+        of_image.setdefault(example.images[0], {})[example.meta["template"]] = (split, example)
+    lines = (tmp_path / "set/splitted_dataset/descriptions_dev.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        asked = of_image[record["image"]]
+        plane = {"Axial": "axial", "Transverse": "axial"}.get(record["Description"]["Plane"])
+        assert asked["modality"][0] == "val" and asked["modality"][1].answer == record["Type"]
+        assert plane is None or asked["plane"][1].answer == plane
+        assert ("plain" in asked) == (not record["Description"]["Caption"].startswith("Replace this"))
+        assert asked["region"][1].cluster == record["U_id"]
+    assert sum("placeholder" in line for line in left_out(data)) == data.skipped > 0
+    facts = opened(tmp_path / "set", "medpix2", id="facts", options={"caption": "facts"})
+    assert all(e.answer.startswith(e.meta["modality"]) for _, e in everything(facts) if e.task == "caption")
+
+
+def test_pubmedqa_follows_the_official_test_list(tmp_path):
+    write_twin("pubmedqa", tmp_path / "set", records=8)
+    test = json.loads((tmp_path / "set/test_ground_truth.json").read_text())
+    plain = opened(tmp_path / "set", "pubmedqa")
+    assert {e.cluster for e in plain.examples("test")} == set(test) and len(plain.examples("train")) == 8
+    assert [e.answer for e in plain.examples("test")] == list(test.values())
+    told = opened(tmp_path / "set", "pubmedqa", id="told", options={"context": "conclusion", "words": 4})
+    for short, long in zip(plain.examples("test"), told.examples("test"), strict=True):
+        assert long.question.endswith(f" {short.question}") and len(long.question.split()) == 4 + len(
+            short.question.split()
+        )
+
+
+def test_both_layouts_of_slake_give_the_same_examples(tmp_path):
+    data = []
+    for layout in ("original", "flat"):
+        write_twin("slake", tmp_path / layout, records=9, layout=layout)
+        data.append(opened(tmp_path / layout, "slake", id=layout))
+    one, two = ([(split, pack(example)) for split, example in everything(d)] for d in data)
+    assert one == two and {e.meta.get("language") for _, e in everything(data[0]) if e.task == "vqa"} == {"en"}
+    both = opened(tmp_path / "flat", "slake", id="both", options={"language": "all"})
+    assert sum(e.task == "vqa" for _, e in everything(both)) == 3 / 2 * sum(
+        e.task == "vqa" for _, e in everything(data[0])
+    )
+
+
+def test_medmnist_streams_any_set_and_names_several_labels(tmp_path):
+    write_twin("medmnist", tmp_path / "set", records=6)
+    small = opened(tmp_path / "set", "medmnist", id="small", options={"name": "dermamnist", "size": 28})
+    stored = np.load(tmp_path / "set/dermamnist.npz")
+    for number, example in enumerate(small.examples("val")):
+        np.testing.assert_array_equal(small.image(example.images[0]), stored["val_images"][number])
+        assert example.answer == medmnist.CLASSES["dermamnist"][int(stored["val_labels"][number, 0])]
+    chest = opened(tmp_path / "set", "medmnist", id="chest", options={"name": "chestmnist"})
+    labels = np.load(tmp_path / "set/chestmnist_224.npz")["train_labels"]
+    for row, example in zip(labels, chest.examples("train"), strict=True):
+        named = [name for name, there in zip(medmnist.CLASSES["chestmnist"], row, strict=True) if there]
+        assert example.answer == (", ".join(named) or "no finding")
+    with pytest.raises(UserError, match="option name='dermanist' of medmnist is none of 'pathmnist'"):
+        opened(tmp_path / "set", "medmnist", options={"name": "dermanist"})
+
+
+def test_reports_keep_their_views_and_patients(tmp_path):
+    write_twin("iu_xray", tmp_path / "iu", records=10)
+    views = [len(e.images) for e in opened(tmp_path / "iu", "iu_xray").examples("train")]
+    assert views == [1, 2, 3, 4, 5] * 2
+    write_twin("mimic_cxr", tmp_path / "mimic", records=10)
+    mimic = opened(tmp_path / "mimic", "mimic_cxr")
+    assert [len(e.images) for e in mimic.examples("train")] == [1] * 10
+    assert len({e.cluster for e in mimic.examples("train")}) == 5  # patients
+
+
+def test_a_set_of_tensorflow_datasets_reads_by_its_features(tmp_path):
+    write_twin("tfds", tmp_path / "set", records=9)
+    data = opened(tmp_path / "set", "tfds", id="classes", options={"cluster": "patient"})
+    assert [len(data.examples(split)) for split in ("train", "val", "test")] == [9, 3, 3]
+    assert {e.answer for _, e in everything(data)} <= {"clear", "with fluid"}
+    assert len({e.cluster for e in data.examples("train")}) == 5
+    asked = {"task": "vqa", "question": "question", "answer": "answer"}
+    found = opened(tmp_path / "set", "tfds", id="asked", options=asked).examples("val")[0]
+    assert found.question.endswith("?") and found.images == ("val/0",)
+    text = opened(tmp_path / "set", "tfds", id="text", options=asked | {"task": "qa"}).examples("val")[0]
+    assert text.images == () and text.question == found.question
+    with pytest.raises(UserError, match="has no feature 'lable'; did you mean 'label'"):
+        opened(tmp_path / "set", "tfds", options={"answer": "lable"})
+    (tmp_path / "set/features.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a set that tensorflow-datasets has prepared"):
+        opened(tmp_path / "set", "tfds", id="broken")
+
+
+def test_a_pickle_is_never_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/executed",))
+
+    write_twin("path_vqa", tmp_path / "set", records=6)
+    rows = [{"img_id": "a", "sent": Bomb(), "label": {"yes": 1}}]
+    (tmp_path / "set/qas/train_vqa.pkl").write_bytes(pickle.dumps(rows))
+    with pytest.raises(UserError, match=r"train_vqa.pkl holds code or objects"):
+        opened(tmp_path / "set", "path_vqa")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickles_reads(tmp_path, protocol):
+    write_twin("path_vqa", tmp_path / "set", records=6)
+    file = tmp_path / "set/qas/train_vqa.pkl"
+    rows = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps(rows, protocol=protocol))
+    asked = [(e.question, e.answer) for e in opened(tmp_path / "set", "path_vqa").examples("train")]
+    assert asked == [(row["sent"], next(iter(row["label"]))) for row in rows]
+
+
+def test_refer_names_one_thing_without_doubt(tmp_path):
+    things = [["disc", 0, 0, 10, 10], ["disc", 20, 0, 40, 20], ["bar", 0, 24, 8, 30], ["bar", 40, 24, 48, 30]]
+    things = [{"label": label, "box": box} for label, *box in things]
+    (tmp_path / "set").mkdir()
+    Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(tmp_path / "set/a.png")
+    line = {"id": "a", "images": ["a.png"], "split": "train", "boxes": things}
+    (tmp_path / "set/data.jsonl").write_text(json.dumps(line))
+    rules = ["unique", "largest", "smallest", "leftmost", "topmost"]
+    options = {"refer": rules, "names": {"bar": "rod"}, "frame": 12, "per_image": 3}
+    examples = opened(tmp_path / "set", "jsonl", options=options).examples("train")
+    asked = {e.question: e.box for e in examples if e.task == "refer"}
+    # The rods are of one size and one height; no class has a single thing.
+    assert asked == {
+        "largest disc": (20, 0, 40, 20),
+        "smallest disc": (0, 0, 10, 10),
+        "leftmost disc": (0, 0, 10, 10),
+        "topmost disc": (0, 0, 10, 10),
+        "leftmost rod": (0, 24, 8, 30),
+    }
+    shown = [e for e in examples if e.task == "identify"]
+    assert Counter(e.answer for e in shown) in (Counter(rod=2, disc=1), Counter(rod=1, disc=2))  # in turn
+    assert {(e.box[2] - e.box[0], e.box[3] - e.box[1]) for e in shown} == {(12, 12)}  # the size tells nothing
+
+
+def test_a_study_keeps_its_images_in_order(tmp_path):
+    write_twin("jsonl", tmp_path / "set", records=6)
+    data = opened(tmp_path / "set", "jsonl")
+    study = next(e for e in data.examples("train") if e.id == "train/study")
+    assert study.images == ("images/train_00000.jpg", "images/train_00001.jpg") and study.answer == "2"
+
+
+def test_the_schema_is_what_the_reader_takes(tmp_path):
+    write_twin("jsonl", tmp_path / "set", records=3)
+    keys = {key for line in (tmp_path / "set/data.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert keys == set(jsonl.SCHEMA["properties"])
+    validator = pytest.importorskip("jsonschema", reason="pip install jsonschema").Draft202012Validator(jsonl.SCHEMA)
+    for line in (tmp_path / "set/data.jsonl").read_text().splitlines():
+        validator.validate(json.loads(line))
+
+
+# ---- damage ----------------------------------------------------------------------------------------
+def change_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def change_line(path, change, line=0):
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[line])
+    change(record)
+    lines[line] = json.dumps(record)
+    path.write_text("\n".join(lines))
+
+
+RAD, MEDPIX = "VQA_RAD Dataset Public.json", "splitted_dataset/descriptions_train.jsonl"
+DAMAGE = {
+    "a list that is cut short": (
+        "vqa_rad",
+        RAD,
+        lambda p: p.write_text(p.read_text()[:-50]),
+        r"Public.json.* is not JSON",
+    ),
+    "an object for a list": ("vqa_rad", RAD, lambda p: p.write_text("3"), "is not a list of records"),
+    "a misspelt key": (
+        "vqa_rad",
+        RAD,
+        lambda p: change_json(p, lambda c: c[0].update(questoin=c[0].pop("question"))),
+        r"record 0: 'question' is missing; did you mean 'questoin'\?",
+    ),
+    "a question that is a list": (
+        "vqa_rad",
+        RAD,
+        lambda p: change_json(p, lambda c: c[0].update(question=["a"])),
+        r"record 0: 'question' is \['a'\]",
+    ),
+    "a path out of the folder": (
+        "vqa_rad",
+        RAD,
+        lambda p: change_json(p, lambda c: c[0].update(image_name="../../x.jpg")),
+        "lies outside",
+    ),
+    "a doubled id": ("vqa_rad", RAD, lambda p: change_json(p, lambda c: c.append(c[-1])), "stands twice"),
+    "no such file": ("vqa_rad", RAD, lambda p: p.unlink(), "holds neither 'VQA_RAD Dataset Public.json' nor"),
+    "a pointer of Git-LFS": (
+        "medpix2",
+        MEDPIX,
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "is a pointer of Git-LFS",
+    ),
+    "a web page": ("medpix2", MEDPIX, lambda p: p.write_text("<!DOCTYPE html><html></html>"), "is a web page"),
+    "a text for an object": (
+        "medpix2",
+        MEDPIX,
+        lambda p: change_line(p, lambda c: c.update(Description="x")),
+        "line 1: 'Description' is 'x'",
+    ),
+    "no test list": (
+        "pubmedqa",
+        "test_ground_truth.json",
+        lambda p: p.unlink(),
+        "test_ground_truth.json does not exist; get it too",
+    ),
+    "an unknown article": (
+        "pubmedqa",
+        "test_ground_truth.json",
+        lambda p: change_json(p, lambda c: c.update({"1": "yes"})),
+        "names 1 and 0 more",
+    ),
+    "XML cut short": ("voc", "Annotations/train_00000.xml", lambda p: p.write_text(p.read_text()[:90]), "is not XML"),
+    "XML with entities": (
+        "voc",
+        "Annotations/train_00000.xml",
+        lambda p: p.write_text("<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>"),
+        "declares entities",
+    ),
+    "a word for a corner": (
+        "voc",
+        "Annotations/train_00000.xml",
+        lambda p: p.write_text(p.read_text().replace("<xmin>", "<xmin>x", 1)),
+        "bndbox/xmin is 'x",
+    ),
+    "a list without its annotation": (
+        "voc",
+        "Annotations/val_00000.xml",
+        lambda p: p.unlink(),
+        "does not exist; restore it",
+    ),
+    "a box of three numbers": (
+        "coco",
+        "annotations/instances_train2017.json",
+        lambda p: change_json(p, lambda c: c["annotations"][1]["bbox"].pop()),
+        "give .x, y, width, height",
+    ),
+    "an unknown category": (
+        "coco",
+        "annotations/instances_train2017.json",
+        lambda p: change_json(p, lambda c: c["annotations"][1].update(category_id=99)),
+        "annotation 2: its category_id",
+    ),
+    "two files of a split": (
+        "coco",
+        "annotations/instances_val2017.json",
+        lambda p: p.with_name("instances_val2014.json").write_bytes(p.read_bytes()),
+        "has several files for val",
+    ),
+    "a row with more fields": (
+        "classes/csv",
+        "train.csv",
+        lambda p: p.write_bytes(p.read_bytes() + b"a,b,c,d\r\n"),
+        "line 11 has 4 fields, not 3",
+    ),
+    "an open quotation mark": (
+        "classes/csv",
+        "train.csv",
+        lambda p: p.write_bytes(p.read_bytes() + b'"a,b'),
+        "not a table",
+    ),
+    "no label": (
+        "classes/csv",
+        "train.csv",
+        lambda p: p.write_bytes(p.read_bytes().replace(b"label", b"lable")),
+        "line 2: 'class' is missing",
+    ),
+    "an unknown key": (
+        "jsonl",
+        "data.jsonl",
+        lambda p: change_line(p, lambda c: c.update(anwser="x")),
+        "line 1: key 'anwser' is unknown; did you mean 'answer'",
+    ),
+    "a task with a box too many": (
+        "jsonl",
+        "data.jsonl",
+        lambda p: change_line(p, lambda c: c.update(box=[0, 0, 1, 1])),
+        "'vqa' takes no box",
+    ),
+    "a task without its box": (
+        "jsonl",
+        "data.jsonl",
+        lambda p: change_line(p, lambda c: c.pop("box"), 3),
+        "line 4: task 'refer' needs a box",
+    ),
+    "an unknown split": (
+        "jsonl",
+        "data.jsonl",
+        lambda p: change_line(p, lambda c: c.update(split="dev")),
+        "split 'dev' is none of train, val",
+    ),
+    "meta that is no text": (
+        "jsonl",
+        "data.jsonl",
+        lambda p: change_line(p, lambda c: c.update(meta={"a": 1})),
+        "'meta' is {'a': 1}",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_sentence_with_file_and_record(tmp_path, damage):
+    name, file, change, match = DAMAGE[damage]
+    name, _, layout = name.partition("/")
+    write_twin(name, tmp_path / "set", records=9, layout=layout)
+    change(tmp_path / "set" / file)
+    with pytest.raises(UserError, match=match) as caught:
+        opened(tmp_path / "set", name)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "cache").glob("*") if path.is_dir()]
+
+
+SKIPPED = {
+    "a missing image": ("voc", "JPEGImages/val_00001.jpg", lambda p: p.unlink(), "val: val_00001: no image"),
+    "an image of another size": (
+        "voc",
+        "JPEGImages/val_00001.jpg",
+        lambda p: Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(p),
+        "has 9 x 9 pixels, its annotation says 64 x 48",
+    ),
+    "a box outside": (
+        "voc",
+        "Annotations/val_00001.xml",
+        lambda p: p.write_text(p.read_text().replace("<xmax>", "<xmax>9", 1)),
+        "leaves its image of 64 x 48 pixels",
+    ),
+    "an annotation of no image": (
+        "coco",
+        "annotations/instances_val2017.json",
+        lambda p: change_json(p, lambda c: c["annotations"].append(c["annotations"][1] | {"image_id": 4, "id": 9999})),
+        "val: annotation 9999: there is no image 4",
+    ),
+    "an empty answer": (
+        "jsonl",
+        "data.jsonl",
+        lambda p: change_line(p, lambda c: c.update(answer=" ")),
+        "its answer is empty",
+    ),
+    "a box without area": (
+        "jsonl",
+        "data.jsonl",
+        lambda p: change_line(p, lambda c: c.update(box=[5, 5, 5, 9]), 3),
+        "box .* is empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_a_record_that_cannot_be_used_is_counted_and_named(tmp_path, case):
+    name, file, change, match = SKIPPED[case]
+    write_twin(name, tmp_path / "whole", records=9)
+    whole = opened(tmp_path / "whole", name)
+    write_twin(name, tmp_path / "set", records=9)
+    change(tmp_path / "set" / file)
+    data = opened(tmp_path / "set", name)
+    new = [
+        line for line in left_out(data) if line.replace(f"{tmp_path}/set", f"{tmp_path}/whole") not in left_out(whole)
+    ]
+    assert len(new) == 1 and data.skipped == whole.skipped + 1
+    assert re.search(match, new[0]), new[0]
+
+
+def test_options_are_checked(tmp_path):
+    write_twin("voc", tmp_path / "set", records=3)
+    for options, match in (
+        ({"refr": []}, r"voc has no option 'refr'; did you mean 'refer'"),
+        ({"refer": ["biggest"]}, "option refer='biggest' of voc is none of 'unique'"),
+        ({"frame": -1}, "option frame=-1 of voc"),
+    ):
+        with pytest.raises(UserError, match=match):
+            opened(tmp_path / "set", "voc", options=options)
+    with pytest.raises(UserError, match="there is no twin of 'vqarad'; did you mean 'vqa_rad'"):
+        write_twin("vqarad", tmp_path / "x")
+    with pytest.raises(UserError, match="voc has no layout 'x'"):
+        write_twin("voc", tmp_path / "x", layout="x")

@@ -1,0 +1,81 @@
+"""The readers on the real files: published counts, splits and known traps. Skipped where the data is not there."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from unimed_jax.config import DataConfig, SourceConfig
+from unimed_jax.data.datasets import open_sources
+
+NAMES = {"RBC": "red blood cell", "WBC": "white blood cell", "Platelets": "platelet"}
+
+
+def opened(root, cache, name, folder, **options):
+    if not (root / folder).is_dir():
+        pytest.skip(f"needs {root / folder}, which does not exist (docs/real_data.md)")
+    source = SourceConfig(name, path=folder, options=options)
+    (data,) = open_sources(DataConfig((source,), root=str(root), cache=cache))
+    return data
+
+
+def tasks(data, split):
+    return Counter((e.task, e.meta["template"]) for e in data.examples(split))
+
+
+def test_vqa_rad(real_data, cache):
+    data = opened(real_data, cache, "vqa_rad", "vqa_rad")
+    assert tasks(data, "train") == {("vqa", "closed"): 1027, ("vqa", "open"): 770} and data.skipped == 0
+    assert tasks(data, "test") == {("vqa", "closed"): 272, ("vqa", "open"): 179}
+    images = {split: {e.images for e in data.examples(split)} for split in data.splits}
+    assert len(images["train"] | images["test"]) == 314
+    # The published split is by question.
+    assert sum(e.images in images["train"] for e in data.examples("test")) == 446
+
+
+def test_vqa_rad_in_the_layout_of_mmq(real_data, cache):
+    data = opened(real_data, cache, "vqa_rad", "vqa_rad_mmq", images="../vqa_rad/VQA_RAD Image Folder")
+    assert [len(data.examples(split)) for split in ("train", "test")] == [3064, 451]
+    official = opened(real_data, cache, "vqa_rad", "vqa_rad")
+
+    def asked(some):
+        return Counter((e.images, e.question, e.answer) for e in some.examples("test"))
+
+    assert asked(data) == asked(official)
+
+
+def test_medpix2(real_data, cache):
+    data = opened(real_data, cache, "medpix2", "medpix2")
+    of_split = {split: {e.images for e in data.examples(split)} for split in data.splits}
+    assert {split: len(images) for split, images in of_split.items()} == {"train": 1653, "val": 197, "test": 200}
+    cases = {split: {e.cluster for e in data.examples(split)} for split in data.splits}
+    assert {split: len(some) for split, some in cases.items()} == {"train": 535, "val": 67, "test": 69}
+    assert not cases["train"] & cases["test"] and not cases["train"] & cases["val"]
+
+
+def test_images_of_vqa_rad_are_found_in_medpix2(real_data, cache):
+    whole = opened(real_data, cache, "medpix2", "medpix2")
+    data = opened(real_data, cache, "medpix2", "medpix2", without="../vqa_rad/VQA_RAD Image Folder")
+    lost = {
+        split: len({e.images for e in whole.examples(split)} - {e.images for e in data.examples(split)})
+        for split in data.splits
+    }
+    assert lost == {"train": 17, "val": 1, "test": 1}
+    rad = opened(real_data, cache, "vqa_rad", "vqa_rad")
+    tested = {Path(key).stem for e in rad.examples("test") for key in e.images}
+    trained = {key.rpartition("_")[2] for e in whole.examples("train") for key in e.images}
+    assert len(tested & trained) == 9
+
+
+def test_pubmedqa(real_data, cache):
+    data = opened(real_data, cache, "pubmedqa", "pubmedqa")
+    assert Counter(e.answer for e in data.examples("test")) == {"yes": 276, "no": 169, "maybe": 55}
+    assert Counter(e.answer for s in data.splits for e in data.examples(s)) == {"yes": 552, "no": 338, "maybe": 110}
+
+
+def test_bccd(real_data, cache):
+    data = opened(real_data, cache, "voc", "bccd", names=NAMES, per_image=0)
+    assert {s: len({e.images for e in data.examples(s)}) for s in data.splits} == {"train": 205, "val": 87, "test": 72}
+    boxes = Counter(e.meta["class"] for s in data.splits for e in data.examples(s) if e.task == "identify")
+    assert boxes == {"RBC": 4155 - 2, "WBC": 372, "Platelets": 361} and data.skipped == 2  # two boxes are empty
+    assert sum(e.task == "refer" for e in data.examples("test")) == 84

@@ -1,0 +1,59 @@
+"""Images in classes (task cls): one folder a class, or a table with a path and a label a line.
+
+<split>/<class>/<image>      or
+<split>.csv                  columns `path` (or `image`) and `label` (or `class`); others, such as `cluster`
+                             (a patient), may stand beside them
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.data.example import Example
+from unimed_jax.data.info import Info
+from unimed_jax.data.records import chosen_options, inside, records, word
+from unimed_jax.errors import UserError
+
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+
+INFO = Info(
+    name="classes",
+    tasks=("cls",),
+    cluster_word="image",
+    files=(*(f"{split}{ending}" for split in ("train", "val", "test") for ending in TABLES), "train", "val", "test"),
+)
+OPTIONS = {
+    "question": "",  # what is asked; empty: the instruction says it all
+    "names": {},  # class in the data -> words for it
+}
+
+
+def read(
+    folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
+) -> Iterator[tuple[Example, tuple[Path, ...]]]:
+    """Yields an example for each image, in the order of the table or of the paths."""
+    assert folder is not None  # INFO names files
+    chosen = chosen_options(options, OPTIONS, "classes")
+    for name, path, label, cluster in _labelled(folder, split):
+        answer = str(chosen["names"].get(label, label))
+        facts = {"template": "class", "class": label}
+        yield Example(f"{split}/{name}", "cls", str(chosen["question"]), answer, (name,), None, cluster, facts), (path,)
+
+
+def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
+    """Yields (name, path, class, cluster) of each image of a split."""
+    tables = [path for ending in TABLES if (path := folder / f"{split}{ending}").is_file()]
+    here = folder / split
+    if len(tables) + here.is_dir() > 1:
+        raise UserError(f"{folder} has {split} as {tables[0].name} and in another form; leave one of them.")
+    if tables:
+        for where, record in records(tables[0], "give a table with the columns path and label"):
+            name = word(record, "path" if "path" in record else "image", where, required=True)
+            label = word(record, "label" if "label" in record else "class", where, required=True, numbers=True)
+            path = inside(folder, folder, name, where)
+            yield name, path, label, word(record, "cluster", where) or name
+    elif here.is_dir():
+        for place in sorted(path for path in here.iterdir() if path.is_dir()):
+            for path in sorted(path for path in place.rglob("*") if path.is_file() and path.name[0] != "."):
+                name = str(path.relative_to(folder))
+                yield name, path, place.name, name

@@ -1,0 +1,93 @@
+"""Path-VQA: questions about pictures of pathology (task vqa).
+
+The layout is chosen by what lies in the folder:
+
+    qas/{train,val,test}_vqa.pkl, images/<split>/<img_id>.jpg     the original; its pickles are never executed
+    PathVQA_{TRAIN,VAL,TEST}.tsv                                  columns index, image (base64), question, answer
+
+Without a field for it, a question is closed if its answer is yes or no, which is exact for this set.
+"""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.data.example import Example
+from unimed_jax.data.info import Info
+from unimed_jax.data.records import chosen_options, inside, records, short, word
+from unimed_jax.errors import UserError
+from unimed_jax.interop.tensors.torch_pickle import Refused, read_pickle
+
+PICKLES = {split: f"qas/{split}_vqa.pkl" for split in ("train", "val", "test")}
+TABLES = {split: f"PathVQA_{split.upper()}.tsv" for split in PICKLES}
+ENDINGS = (".jpg", ".jpeg", ".png", "")
+
+INFO = Info(
+    name="path_vqa",
+    tasks=("vqa",),
+    licence="MIT",
+    citation="He et al., PathVQA: 30000+ questions for medical visual question answering, 2020",
+    cluster_word="image",
+    files=(*PICKLES.values(), *TABLES.values()),
+    counts={"train": 19654, "val": 6259, "test": 6719},
+)
+
+Found = Iterator[tuple[Example, tuple[Path | bytes, ...]]]
+
+
+def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]) -> Found:
+    """Yields the questions of a split in the order of its file; the template is open or closed."""
+    assert folder is not None  # INFO names files
+    chosen_options(options, {}, "path_vqa")
+    if (folder / PICKLES[split]).exists():
+        yield from _from_pickle(folder, split)
+    elif (folder / TABLES[split]).exists():
+        yield from _from_table(folder / TABLES[split], split)
+    elif not any((folder / name).exists() for name in INFO.files):
+        raise UserError(f"{folder} holds neither {PICKLES[split]} nor {TABLES[split]}; give Path-VQA's folder as path.")
+
+
+def _from_pickle(folder: Path, split: str) -> Found:
+    file = folder / PICKLES[split]
+    try:
+        data = file.read_bytes()
+        content = read_pickle(data, "", len(data))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); get it again.") from error
+    except Refused as error:
+        raise UserError(
+            f"{file} holds code or objects besides plain data ({error}); get it again from where you trust it."
+        ) from error
+    if not isinstance(content, list):
+        raise UserError(f"{file} is not a list of questions; get it again.")
+    for number, record in enumerate(content):
+        where = f"{file}, record {number}"
+        label = record.get("label") if isinstance(record, dict) else None
+        if not isinstance(label, dict) or not label or not all(isinstance(answer, str) for answer in label):
+            raise UserError(f"{where} is no question with its answers ({short(record)}); get the file again.")
+        name = word(record, "img_id", where, required=True)
+        paths = [inside(folder, folder / "images" / split, f"{name}{ending}", where) for ending in ENDINGS]
+        path = next((path for path in paths if path.exists()), paths[0])
+        scores = {answer: score if isinstance(score, (int, float)) else 0 for answer, score in label.items()}
+        answer = max(scores, key=lambda answer: scores[answer])
+        yield _example(split, number, word(record, "sent", where, required=True), answer, f"{split}/{name}"), (path,)
+
+
+def _from_table(file: Path, split: str) -> Found:
+    for number, (where, record) in enumerate(records(file)):
+        try:
+            image = base64.b64decode(word(record, "image", where, required=True), validate=True)
+        except binascii.Error as error:
+            raise UserError(f"{where}: 'image' is not base64 ({error}); get the file again.") from error
+        key = hashlib.sha256(image).hexdigest()[:16]
+        question, answer = word(record, "question", where, required=True), word(record, "answer", where)
+        yield _example(split, number, question, answer, f"{split}/{key}"), (image,)
+
+
+def _example(split: str, number: int, question: str, answer: str, key: str) -> Example:
+    kind = "CLOSED" if answer.strip().lower() in ("yes", "no") else "OPEN"
+    facts = {"template": kind.lower(), "answer_type": kind}
+    return Example(f"{split}/{number}", "vqa", question, answer.strip(), (key,), None, key, facts)

@@ -1,0 +1,54 @@
+"""Writes twins of data sets: synthetic data in the exact layout of a real one, for trying configs without access.
+
+`TWINS` names, for each reader, its layouts. A twin has the keys, file names and quirks of the real files (numbers as
+text, trailing blanks, placeholders, empty boxes), random words and random pixels; nothing in it comes from a patient.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from unimed_jax.data.twins import boxes, medical, prepared, questions
+from unimed_jax.errors import UserError, nearest
+from unimed_jax.files import new_folder
+
+# (folder, number of records of the largest split, random numbers)
+Writer = Callable[[Path, int, np.random.Generator], None]
+
+# reader -> layout -> writer; the first layout is the one that is written by default
+TWINS: Mapping[str, Mapping[str, Writer]] = {
+    "vqa_rad": {"original": questions.vqa_rad, "mmq": questions.vqa_rad_mmq},
+    "medpix2": {"original": questions.medpix2},
+    "pubmedqa": {"original": questions.pubmedqa},
+    "medqa": {"five": questions.medqa, "four": questions.medqa_four},
+    "slake": {"original": medical.slake, "flat": medical.slake_flat},
+    "path_vqa": {"original": medical.path_vqa, "tsv": medical.path_vqa_tsv},
+    "samed": {"regions": medical.samed},
+    "medmnist": {"original": medical.medmnist},
+    "mimic_cxr": {"r2gen": medical.mimic_cxr},
+    "iu_xray": {"r2gen": medical.iu_xray},
+    "medpix": {"radfm": medical.medpix},
+    "llava": {"json": questions.llava, "jsonl": questions.llava_lines},
+    "voc": {"original": boxes.voc},
+    "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
+    "classes": {"folders": questions.classes, "csv": questions.classes_csv},
+    "tfds": {"array_record": prepared.tfds},
+    "jsonl": {"folder": boxes.jsonl},
+}
+
+
+def write_twin(name: str, out: str | Path, records: int = 24, layout: str = "", seed: int = 0) -> None:
+    """Writes a twin of the data set that reader `name` reads into the new folder `out`.
+
+    records: of the training split, about; the others have a third. Raises UserError for an unknown name or layout, and
+    if `out` exists.
+    """
+    if name not in TWINS:
+        raise UserError(f"there is no twin of {name!r}{nearest(name, TWINS)} Choose from {', '.join(TWINS)}.")
+    layouts = TWINS[name]
+    layout = layout or next(iter(layouts))
+    if layout not in layouts:
+        raise UserError(f"{name} has no layout {layout!r}{nearest(layout, layouts)} Choose from {', '.join(layouts)}.")
+    with new_folder(out) as folder:
+        layouts[layout](folder, records, np.random.default_rng(seed))

@@ -1,0 +1,173 @@
+"""Twins of the sets of Uni-Med's recipe that hold pictures: SLAKE, Path-VQA, SA-Med2D, MedMNIST, reports, MedPix."""
+
+import base64
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax.data.twins.random import count, pick, picture, words, write_json
+
+SIZE = (48, 40)  # of most pictures, width and height
+ORGANS = ("Left Lung", "Right Lung", "Heart", "Liver", "Spleen")
+
+
+def _boxes(rng: np.random.Generator) -> list[dict[str, list[int]]]:
+    """Draws labelled boxes as [x, y, width, height]."""
+    found = []
+    for number in rng.permutation(len(ORGANS))[: int(rng.integers(1, 4))]:
+        x, y = int(rng.integers(0, SIZE[0] - 16)), int(rng.integers(0, SIZE[1] - 16))
+        found.append({ORGANS[number]: [x, y, int(rng.integers(4, 16)), int(rng.integers(4, 16))]})
+    return found
+
+
+# ---- SLAKE -----------------------------------------------------------------------------------------
+def slake(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes the original layout: lists of image folders, questions in two languages in each folder."""
+    for split, rows in _slake(folder, records, rng).items():
+        names = list(dict.fromkeys(row["img_name"].removesuffix("/source.jpg") for row in rows))
+        (folder / f"{'validate' if split == 'val' else split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            some = [row for row in rows if row["img_name"] == f"{name}/source.jpg"]
+            write_json(folder / "imgs" / name / "question.json", some)
+
+
+def slake_flat(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes the questions of a split in one list, as mirrors do."""
+    for split, rows in _slake(folder, records, rng).items():
+        write_json(folder / f"{'validate' if split == 'val' else split}.json", rows)
+
+
+def _slake(folder: Path, records: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    """Writes the images and their boxes; returns the questions of each split."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    image = qid = 0
+    for split in ("train", "val", "test"):
+        found[split] = []
+        for _ in range(count(split, records)):
+            image += 1
+            picture(folder / f"imgs/xmlab{image}/source.jpg", rng, SIZE)
+            write_json(folder / f"imgs/xmlab{image}/detection.json", _boxes(rng))
+            about = {
+                "img_id": image,
+                "img_name": f"xmlab{image}/source.jpg",
+                "location": pick(rng, ("Lung", "Abdomen")),
+            }
+            about |= {"modality": pick(rng, ("MRI", "CT", "X-Ray")), "base_type": "vqa", "triple": ["vhead", "_", "_"]}
+            for language in ("en", "en", "zh"):
+                closed = bool(rng.integers(2))
+                row = {"question": f"{words(rng)}?", "answer": pick(rng, ("Yes", "No")) if closed else words(rng, 1, 3)}
+                if language == "zh":
+                    row = {"question": "这张图片的成像方式是什么?", "answer": pick(rng, ("磁共振", "左肺, 右肺"))}
+                row |= {"q_lang": language, "answer_type": "CLOSED" if closed and language == "en" else "OPEN"}
+                found[split].append(about | row | {"content_type": "Organ", "qid": qid})
+                qid += 1
+    return found
+
+
+# ---- Path-VQA --------------------------------------------------------------------------------------
+def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes the original layout: a pickle a split, of questions with scored answers."""
+    (folder / "qas").mkdir()
+    for split in ("train", "val", "test"):
+        rows = []
+        for i in range(count(split, records)):
+            name = f"{split}_{i // 2:04d}"
+            closed = bool(rng.integers(2))
+            answer = pick(rng, ("yes", "no")) if closed else words(rng, 1, 4)
+            rows.append({"img_id": name, "sent": f"what is {words(rng)}?", "label": {answer: 1}, "question_id": 7 * i})
+            rows[-1] |= {"answer_type": "yes/no" if closed else "other", "question_type": "what"}
+            picture(folder / "images" / split / f"{name}.jpg", rng, SIZE)
+        (folder / f"qas/{split}_vqa.pkl").write_bytes(pickle.dumps(rows, protocol=pick(rng, (2, 3, 4))))
+
+
+def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes a table a split with pictures in base64."""
+    for split in ("train", "val", "test"):
+        lines = ["index\timage\tquestion\tanswer"]
+        for i in range(count(split, records)):
+            picture(folder / "picture.jpg", rng, SIZE)
+            image = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
+            lines.append(f"{i}\t{image}\twhat is {words(rng)}?\t{pick(rng, ('yes', 'no', words(rng, 1, 4)))}")
+        (folder / f"PathVQA_{split.upper()}.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "picture.jpg").unlink()
+
+
+# ---- SA-Med2D --------------------------------------------------------------------------------------
+def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes Uni-Med's regions: several slices a case."""
+    for i in range(records):
+        modality = pick(rng, ("ct", "mr"))
+        name = f"{modality}_00--AbdomenCT1K--Case_{i // 3:05d}--x_{i:04d}"
+        picture(folder / "images" / modality / f"{name}.png", rng, SIZE, grey=True)
+        write_json(folder / "regions" / modality / f"{name}.json", _boxes(rng))
+
+
+# ---- MedMNIST --------------------------------------------------------------------------------------
+def medmnist(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes a set in colour, one in grey and the one with several labels, at 28 pixels and at 224."""
+    for name, classes, colour in (("dermamnist", 7, True), ("organsmnist", 11, False), ("pneumoniamnist", 2, False)):
+        for size in (28, 224):
+            _mnist(folder / (f"{name}_{size}.npz" if size > 28 else f"{name}.npz"), records, rng, size, classes, colour)
+    _mnist(folder / "chestmnist_224.npz", records, rng, 224, 14, False, several=True)
+
+
+def _mnist(
+    file: Path, records: int, rng: np.random.Generator, size: int, classes: int, colour: bool, several: bool = False
+) -> None:
+    arrays: dict[str, Any] = {}
+    for split in ("train", "val", "test"):
+        n = count(split, records)
+        shape = (n, size, size, 3) if colour else (n, size, size)
+        arrays[f"{split}_images"] = rng.integers(0, 256, shape, dtype=np.uint8)
+        labels = rng.integers(0, 2, (n, classes)) if several else rng.integers(0, classes, (n, 1))
+        arrays[f"{split}_labels"] = labels.astype(np.uint8)
+    np.savez(file, **arrays)
+
+
+# ---- reports ---------------------------------------------------------------------------------------
+def mimic_cxr(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes R2Gen's annotation of MIMIC-CXR: patients and studies in folders."""
+    content: dict[str, list[dict[str, Any]]] = {}
+    for part, split in enumerate(("train", "val", "test")):
+        content[split] = []
+        for i in range(count(split, records)):
+            patient, study = 10_000_000 + 1000 * part + i // 2, 50_000_000 + 1000 * part + i
+            name = f"{rng.integers(1 << 32):08x}-{i:04d}"
+            image = f"p10/p{patient}/s{study}/{name}.jpg"
+            picture(folder / "files" / image, rng, SIZE, grey=True)
+            content[split].append({"id": name, "study_id": study, "subject_id": patient, "image_path": [image]})
+            content[split][-1] |= {"report": f"{words(rng, 10, 20)}.\n {words(rng, 4, 9)}.", "split": split}
+    write_json(folder / "annotation.json", content)
+
+
+def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes R2Gen's annotation of IU X-Ray: one to five views a study, removed words as XXXX."""
+    content: dict[str, list[dict[str, Any]]] = {}
+    for part, split in enumerate(("train", "val", "test")):
+        content[split] = []
+        for i in range(count(split, records)):
+            name = f"CXR{1000 * part + i}_IM-{i:04d}"
+            images = [f"{name}/{view}.png" for view in range(1 + i % 5)]
+            for image in images:
+                picture(folder / "images" / image, rng, SIZE, grey=True)
+            content[split].append({"id": name, "report": f"{words(rng, 6, 15)} XXXX.", "image_path": images})
+    write_json(folder / "annotation.json", content)
+
+
+# ---- MedPix ----------------------------------------------------------------------------------------
+def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes RadFM's tables: captions with commas and line breaks, rows of other types, one row without its image."""
+    for split in ("train", "test"):
+        lines = ["name,context,type"]
+        for i in range(count(split, records)):
+            name = f"{split}_{i:05d}.jpg"
+            caption = json.dumps(f"{words(rng)}, {words(rng)}.")
+            lines += [f"{name},{caption}", f'{name},"{words(rng)}\n{words(rng)}"'][i % 2 : i % 2 + 1]
+            lines[-1] += ",caption"
+            lines.append(f"{name},CT,modality")
+            if not (split == "train" and i == 1):
+                picture(folder / "images" / name, rng, SIZE)
+        (folder / f"MedPix_single_{split}.csv").write_text("\n".join(lines) + "\n")
