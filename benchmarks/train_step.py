@@ -1,4 +1,4 @@
-"""One training step, ours against plain torch: the same model, weights, examples and machine.
+"""Times a training step, ours against plain torch: same model, weights, examples, machine.
 
     python benchmarks/train_step.py --size=small --threads=2 --out=train_step.json
 
@@ -73,12 +73,12 @@ RATE = 1e-5  # and of the timed ones
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model, and the shapes of the rows that it trains on."""
+    """Holds a model and the shapes of the rows that it trains on."""
 
     model: ModelConfig
     padded: int  # tokens of a row of the case `padded`
     # Tokens, images and answer tokens of a packed row, one a step; with space for as many examples as a batch of
-    # torch, where each has an image of its own (`ours`) and where some share one (`ours_shared`).
+    # torch, each with an image of its own (`ours`), or some with a common one (`ours_shared`).
     packed: dict[str, tuple[int, int, int]]
 
 
@@ -124,14 +124,14 @@ LENGTHS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 }
 # Batches out of 25: Uni-Med's data sets are drawn 4, 10, 8, 8, 16 and 4 times out of 50.
 MIXTURE = {"qa": 2, "vqa": 5, "refer": 4, "identify": 4, "caption": 8, "cls": 2}
-# Questions of one image, where it is not one. The brain set has 5.4, 2.8 and 2.8; SLAKE 10.9, Path-VQA 6.6 (vqa).
+# Questions of one image, if they are several. The brain set has 5.4, 2.8 and 2.8; SLAKE 10.9, Path-VQA 6.6 (vqa).
 QUESTIONS = {"vqa": 4, "refer": 2, "identify": 2}
 BATCH = 4  # examples
 BOS, EOS, PAD = 1, 2, 0
 
 
 def examples(model: ModelConfig, tasks: list[str]) -> list[layout.Group]:
-    """`BATCH` examples for each entry of `tasks`; those in a row that ask about one image hold the same array."""
+    """Makes `BATCH` examples for each entry of `tasks`; questions of one image hold one array."""
     rng = np.random.default_rng(0)
 
     def ids(count: int) -> list[int]:
@@ -156,7 +156,7 @@ def examples(model: ModelConfig, tasks: list[str]) -> list[layout.Group]:
 
 
 def batches(chosen: Size, case: str, side: str) -> list[layout.Batch]:
-    """The batches of a round, arrays of `layout.training_batch`; the same examples for every side."""
+    """Makes the batches of a round from the same examples for every side."""
     model = chosen.model
     order = np.random.default_rng(1)
     shares = dict.fromkeys(VISUAL_TASKS, 1) if case == "padded" else MIXTURE
@@ -184,7 +184,7 @@ def batches(chosen: Size, case: str, side: str) -> list[layout.Batch]:
 
 
 def shared(groups: list[layout.Group]) -> list[layout.Group]:
-    """Neighbours that ask about one image as one group."""
+    """Groups neighbours that ask about one image."""
     out: list[layout.Group] = []
     for g in groups:
         if out and g.images and out[-1].images and g.images[0] is out[-1].images[0]:
@@ -195,7 +195,7 @@ def shared(groups: list[layout.Group]) -> list[layout.Group]:
 
 
 def extent(g: layout.Group) -> tuple[int, int, int]:
-    """Tokens, images and answer tokens."""
+    """Counts tokens, images and answer tokens."""
     tokens = len(g.questions[0].prefix) + sum(len(q.suffix) for q in g.questions)
     return tokens, len(g.images), sum(q.answer for q in g.questions)
 
@@ -204,7 +204,7 @@ def extent(g: layout.Group) -> tuple[int, int, int]:
 
 
 def write_weights(model: ModelConfig, folder: Path) -> None:
-    """The same random weights under our names and under the published ones; no leaf at 0 or 1 hides a mistake."""
+    """Writes the same random weights under our names and under the published ones."""
     from safetensors.numpy import save_file
 
     from unimed_jax.interop.families.hf import hf_decoder_table
@@ -348,7 +348,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def chosen_size(arguments: argparse.Namespace) -> Size:
-    """The size, computed in and frozen in `--dtype`."""
+    """Returns the size with `--dtype` for computing and for frozen weights."""
     size, dtype = SIZES[arguments.size], arguments.dtype
     return dataclasses.replace(size, model=dataclasses.replace(size.model, compute_dtype=dtype, frozen_dtype=dtype))
 
@@ -357,7 +357,7 @@ def chosen_size(arguments: argparse.Namespace) -> Size:
 
 
 def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All sides on one case -> what the JSON holds of it. Raises harness.Failed where losses differ."""
+    """Measures all sides on one case; raises harness.Failed if losses differ."""
     own = [f"--{name}={getattr(arguments, name)}" for name in ("size", "threads", "device", "dtype")]
     own += [f"--case={case}", f"--folder={folder}"]
     started = {name: harness.Side(name, __file__, own) for name in CASES[case] if name in arguments.sides}
@@ -391,7 +391,7 @@ def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def mean_losses(case: str, losses: list[float], weights: list[float]) -> list[float]:
-    """What the sides must agree on: each step's loss, or where they batch differently the mean over all tokens."""
+    """Returns each step's loss, or the mean over all tokens if the sides batch differently."""
     return losses if case == "padded" else [float(np.average(losses, weights=weights))]
 
 

@@ -7,9 +7,7 @@ StableLM makes of left padding.
 import dataclasses
 import functools
 import hashlib
-import json
 import re
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +16,21 @@ import pytest
 from conftest import golden_folder
 from safetensors.numpy import load_file
 from support import golden_med_moe as golden_files
+from support.med_moe_checks import (
+    check_eval_metrics,
+    check_image_preprocess,
+    check_prompts,
+    check_router_import,
+    close,
+)
 
-from unimed_jax.config import LossConfig, TextConfig
-from unimed_jax.data import forms, images, layout
-from unimed_jax.evaluate.metrics import published
+from unimed_jax.config import LossConfig
 from unimed_jax.interop.families import med_moe
-from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_published
 from unimed_jax.model.generate import extended_span, generate
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.routing import Noise, balance, expert_capacity, positions_in_expert, route
 from unimed_jax.model.unimed import Span, span_of
-from unimed_jax.model.vision import normalise
 from unimed_jax.train.loss import loss_sums
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -44,7 +45,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_files(goldens):
-    """Every listed file is there, with its checksum."""
+    """Checks that every listed file is there, with its checksum."""
     for name, file in golden_files.manifest(goldens)["files"].items():
         assert hashlib.sha256((goldens / name).read_bytes()).hexdigest() == file["sha256"], name
 
@@ -54,24 +55,20 @@ def test_entry(goldens, entry):
     FAMILIES[entry["family"]](goldens, entry)
 
 
-def close(actual, expected, what, atol=2e-5, rtol=1e-4):
-    np.testing.assert_allclose(np.asarray(actual), expected, rtol=rtol, atol=atol, err_msg=what)
-
-
 # --------------------------------------------------------------------------------------------------
 # Gating and layers
 # --------------------------------------------------------------------------------------------------
 
 
 def published_aux(routing, used):
-    """Where the original is told of unused tokens, its loss is a mean over them too."""
+    """Averages the loss over unused tokens too, as the original does if it is given them."""
     first = jax.nn.one_hot(routing.experts[:, 0], routing.logits.shape[1], dtype=bool)
     first = first if used is None else first & used.reshape(-1, 1)
     return balance(jax.nn.softmax(routing.logits), first, jnp.ones(len(first), bool))
 
 
 def spread_out(routing, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Routing as weights and masks [tokens, experts, capacity]."""
+    """Spreads routing out as weights and masks [tokens, experts, capacity]."""
     at = np.asarray(positions_in_expert(routing.experts, routing.kept, len(routing.counts)))
     weights = np.asarray(routing.weights)
     shape = (len(at), routing.counts.shape[0], capacity)
@@ -147,7 +144,7 @@ def check_layer_path(arrays, entry, path):
 
 
 def complete(arrays, prefix):
-    """The weights under a prefix. The residual MLP is the meta expert itself there, and may be listed once."""
+    """Returns the weights under a prefix; the residual MLP is the meta expert, and may be listed once."""
     weights = {k: v for k, v in arrays.items() if k.startswith(prefix)}
     if any("coefficient" in name for name in weights):
         for name, value in list(weights.items()):
@@ -156,14 +153,17 @@ def complete(arrays, prefix):
 
 
 def twin_of(name):
-    """The other name of the MLP that is meta expert and residual MLP at once."""
+    """Returns the other name of the MLP that is both meta expert and residual MLP."""
     if "meta_moe." in name:
         return name.replace("meta_moe.", "mlp.")
     return re.sub(r"(\.mlp|^param)\.mlp\.", r"\1.meta_moe.", name)
 
 
 def check_gradients(ours, weights, grads, what):
-    """`grads`: "grad." + published name. Of two names of one parameter only one is listed, with the sum of both."""
+    """Compares gradients; `grads`: "grad." + published name.
+
+    Of two names of one parameter only one is listed, with the sum of both.
+    """
     assert grads
     for key, expected in grads.items():
         name = key.removeprefix("grad.")
@@ -181,7 +181,7 @@ def check_gradients(ours, weights, grads, what):
 
 @functools.cache
 def model_of(folder, name):
-    """(entry of the weights, config, weights, model)."""
+    """Returns (entry of the weights, config, weights, model)."""
     entries = golden_files.manifest(folder)["entries"]
     (entry,) = (e for e in entries if e["family"] == "model_weights" and e["model"] == name)
     config = golden_files.model_config(entry)
@@ -190,7 +190,7 @@ def model_of(folder, name):
 
 
 def check_model_weights(folder, entry):
-    """Every tensor is known and comes back as it was; so do the settings."""
+    """Checks that every tensor is known and comes back as it was, and so do the settings."""
     entry, config, weights, model = model_of(folder, entry["model"])
     table = med_moe.med_moe_table(config)
     back = to_published(table, parameters(model))
@@ -228,7 +228,7 @@ def forward(model, batch, noise, training):
 
 
 def stacked_noise(arrays, rows, layers, first=0):
-    """Recorded noise of the routers of all layers, from call number `first` on, in our places."""
+    """Stacks the recorded noise of all routers, from call number `first` on, in our places."""
     each = [golden_files.noise(arrays, "in.", first + i) for i in range(layers)]
     if not each or not jax.tree.leaves(each):
         return NOISELESS
@@ -239,9 +239,9 @@ def check_forward(folder, entry):
     arrays = golden_files.arrays_of(folder, entry)
     weights_entry, config, weights, model = model_of(folder, entry["model"])
     left = entry["options"].get("side") == "left"
-    # Left padding of StableLM asks for the tokens behind it, as its mask takes the minimum of fp16.
-    behind = left and not config.decoder.parallel_block
-    rows = golden_files.rows_of(arrays, config, left, arrays["out.attention_mask"].shape[1], behind)
+    # StableLM's left padding sees the tokens after it, as its mask takes the minimum of fp16.
+    after = left and not config.decoder.parallel_block
+    rows = golden_files.rows_of(arrays, config, left, arrays["out.attention_mask"].shape[1], after)
     np.testing.assert_array_equal(rows.real, arrays["out.attention_mask"])
     np.testing.assert_array_equal(rows.labels, arrays["out.labels"])
     if "in.images" in arrays:
@@ -323,7 +323,7 @@ def decode(model, x, span, cache, place, noise):
 
 
 def check_generation(folder, entry):
-    """Greedy tokens of the cached loop, step by step with the recorded noise, and of `generate` where there is none."""
+    """Checks greedy tokens of the cached loop with the recorded noise, and of `generate` without noise."""
     arrays = golden_files.arrays_of(folder, entry)
     _, config, weights, model = model_of(folder, entry["model"])
     rows = golden_files.rows_of(arrays, config, left=True)
@@ -355,7 +355,7 @@ def step_noise(arrays, layers, n):
 
 
 def check_generate(config, weights, rows, scores, new):
-    """The end of text is held back by a bias of the head, as long as the original held it back: to the end."""
+    """Checks `generate` with a bias of the head that holds the end of text back, as the original did."""
     never = (scores < -1e29).all(axis=(0, 1))
     if (scores < -1e29).any(axis=(0, 1)).tolist() != never.tolist():
         return
@@ -365,110 +365,6 @@ def check_generate(config, weights, rows, scores, new):
     model = golden_files.loaded(biased, table, weights)
     tokens = generate(model, rows.batch, max_new_tokens=new.shape[1], eos=-1, pad=0)
     np.testing.assert_array_equal(tokens, new)
-
-
-# --------------------------------------------------------------------------------------------------
-# Text, images, scores, routers
-# --------------------------------------------------------------------------------------------------
-
-
-def check_eval_metrics(folder, entry):
-    data = json.loads((folder / entry["file"]).read_text())
-    for item in data["items"]:
-        pair = item["pred"].lower(), item["gt"].lower()
-        scores = published.medmoe_scores(item["pred"], item["gt"])
-        assert scores == {name: pytest.approx(float(item[name]), rel=1e-12, abs=0) for name in scores}, pair
-        assert published.medmoe_kind(item["answer_type"]) == item["counted"]
-        assert tuple(map(published.normalise_answer, pair)) == (item["norm_pred"], item["norm_gt"])
-    pairs = [(item["pred"], item["gt"]) for item in data["items"]]
-    report = published.medmoe_report(pairs, [item["answer_type"] for item in data["items"]])
-    assert report == {name: pytest.approx(value, rel=1e-12) for name, value in data["aggregate"].items()}
-    assert [float(f"{value:.6g}") for value in report.values()] == list(data["table"].values())
-    wrong = [
-        i
-        for i in data["items"]
-        if i["counted"] == "closed" and not published.medmoe_scores(i["pred"], i["gt"])["contains"]
-    ]
-    said = [(w["correct_answer"], w["predicted_answer"]) for w in data["wrong_answers"]]
-    assert [(i["gt"].lower(), i["pred"].lower()) for i in wrong] == said
-
-
-def check_prompts(folder, entry):
-    data = json.loads((folder / entry["file"]).read_text())
-    pattern, eos, image = re.compile(data["pattern"]), 0, data["image_token_index"]
-
-    def tokenise(text):
-        return [zlib.crc32(piece.encode()) % 50000 + 10 for piece in pattern.findall(text)]
-
-    assert data["cases"]
-    for case in data["cases"]:
-        what = f"{case['version']}, {case['name']}"
-        form = forms.form_of(TextConfig(form=case["version"]))
-        turns = forms.turns_of(case["conversations"])
-        pieces = form.prompt_turns([], turns[0][0])
-        assert forms.text_of(pieces, data["eos_token"]) == case["eval_prompt"], what
-        assert layout.piece_ids(pieces, tokenise, eos, [image])[0] == case["eval_input_ids"], what
-        if "train_input_ids" in case:
-            ids, targets = layout.piece_ids(form.training_turns(turns), tokenise, eos, [image])
-            assert ids == case["train_input_ids"], what
-            labels = [i if target else data["ignore_index"] for i, target in zip(ids, targets, strict=True)]
-            assert labels == case["train_labels"], what
-
-
-def check_image_preprocess(folder, entry):
-    arrays, settings = load_file(folder / entry["file"]), entry["processor"]
-    assert settings["shortest_edge"] == settings["crop"] and settings["resample"] == "bicubic"
-    vision = golden_files.VisionConfig(
-        image_size=settings["crop"], mean=tuple(settings["mean"]), std=tuple(settings["std"])
-    )
-    stored = {key.split(".")[0]: value for key, value in arrays.items() if key.endswith(".image_u8")}
-    assert stored and len(arrays) == 4 * len(stored)
-    for key, image in stored.items():
-        square = images.pad_square(image, tuple(settings["pad_fill"]))
-        np.testing.assert_array_equal(square, arrays[f"{key}.pad_square_u8"])
-        for how, name in (("pad", "pixels_pad"), ("crop", "pixels_nopad")):
-            pixels = normalise(jnp.asarray(images.fit(image, how, vision)), vision, "float32")
-            close(np.asarray(pixels).transpose(2, 0, 1), arrays[f"{key}.{name}"], f"{key}.{name}", atol=1e-5, rtol=0)
-
-
-def check_router_import(folder, entry):
-    """The published files, which lie in data/med_moe of a folder above; else files that agree with all that is told."""
-    for file in json.loads((folder / entry["file"]).read_text()).values():
-        check_router(folder, file)
-
-
-def check_router(folder, file):
-    (experts, width), name = file["keys"]["fc1.weight"][0], file["file"]
-    decoder = golden_files.DecoderConfig(
-        **{"vocab": 2, "heads": 1, "kv_heads": 1, "head_dim": 2, "mlp_width": 1, "depth": 4}, width=width
-    )
-    config = golden_files.ModelConfig(decoder=decoder, moe=golden_files.MoeConfig(experts=experts))
-    leaves = parameters(golden_files.abstract(config))
-    found = [parent / "data" / "med_moe" / name for parent in folder.resolve().parents]
-    path = next((path for path in found if path.is_file()), None)
-    if path is None:
-        weight = np.zeros((experts, width), np.float32)
-        weight[0, :4], weight[3, -2:] = file["first4_row0"], file["last2_row3"]
-        tensors = {"fc1.weight": weight, "fc1.bias": np.array(file["bias"], np.float32)}
-        loaded = golden_files.to_leaves(med_moe.router_table(config), tensors, leaves)
-    else:
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == file["file_sha256"]
-        loaded = med_moe.load_router(path, config, Destination(leaves))
-    kernel, bias = (np.asarray(loaded[f"decoder/layers/moe/router/{part}"]) for part in ("kernel", "bias"))
-    assert kernel.shape == (2, width, experts) and bias.shape == (2, experts)
-    for layer in range(2):
-        close(bias[layer], file["bias"], "bias", atol=0, rtol=1e-7)
-        close(kernel[layer, :4, 0], file["first4_row0"], "row 0", atol=0, rtol=1e-7)
-        close(kernel[layer, -2:, 3], file["last2_row3"], "row 3", atol=0, rtol=1e-7)
-    if path is not None:
-        assert hashlib.sha256(np.ascontiguousarray(kernel[0].T).tobytes()).hexdigest() == file["weight_tensor_sha256"]
-        moe = jax.tree.map(
-            lambda leaf: leaf[1], with_parameters(golden_files.abstract(config), loaded).decoder.layers.moe.router
-        )
-        x = np.sin(0.1 * np.arange(1, width + 1))[None].astype(np.float32)
-        logits = moe(jnp.asarray(x))[0]
-        close(logits, file["golden"]["logits"], "logits")
-        close(jax.nn.softmax(logits), file["golden"]["softmax"], "probabilities")
 
 
 FAMILIES = {

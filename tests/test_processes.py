@@ -345,8 +345,7 @@ def test_others_that_do_not_come_are_one_sentence_in_time(number, place, port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "stop"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_signal_ends_the_wait_for_others(number, stop, place, port):
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
     started = command(place, **address)

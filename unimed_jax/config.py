@@ -17,17 +17,32 @@ if TYPE_CHECKING:
 
 from unimed_jax.bounds import (
     Above,
+    AtLeast,
+    AtMost,
     Between,
+    Characters,
     Count,
     Decay,
     Distinct,
+    Epsilon,
     Filled,
+    FolderName,
     FrozenDict,
+    Length,
+    Matches,
     Name,
     Names,
-    NotNegative,
-    Positive,
+    Paragraph,
+    Part,
+    Place,
+    Rate,
+    Size,
+    Text,
+    Weight,
+    WeightDecay,
+    WeightOrZero,
     Whole,
+    ZeroOr,
 )
 from unimed_jax.config_model import (  # noqa: F401  (all settings are imported from here)
     AttentionLinear,
@@ -47,6 +62,9 @@ Task = Literal[VisualTask, "qa"]
 VISUAL_TASKS: tuple[str, ...] = get_args(VisualTask)
 TASKS: tuple[str, ...] = get_args(Task)
 
+Module = Annotated[str, Filled(), Characters(200), Matches(r"[\w-]+(\.[\w-]+)*", "a name, or names joined by dots")]
+PartOrEmpty = Annotated[str, Characters(200), FolderName()]
+
 
 # ---------------------------------------------------------------------------------------------
 # Text and data
@@ -57,17 +75,17 @@ TASKS: tuple[str, ...] = get_args(Task)
 class TextConfig:
     """Tokenizer and prompt form."""
 
-    tokenizer: str = ""  # a Hugging Face folder or a GGUF file; empty: train a BPE on the training split
-    vocab: Count = 1024  # size of that BPE, special tokens included
+    tokenizer: Place = ""  # a Hugging Face folder or a GGUF file; empty: train a BPE on the training split
+    vocab: Size = 1024  # size of that BPE, special tokens included
     coordinate_tokens: bool = True  # one token per box coordinate 0..100 (only in a BPE trained here)
     # Form of prompts and answers (data/forms.py). unimed: task tags; stablelm, phi: Med-MoE's chat;
     # plain: an image and its caption; simple: LLaVA-Med's chat, only for prompts.
     form: Literal["unimed", "stablelm", "phi", "plain", "simple"] = "unimed"
     chat_template: bool = True  # wrap prompts in [INST] ... [/INST] (form unimed)
-    max_answer: Count = 1024  # tokens, end of text included
-    max_prompt: Count = 512  # tokens, visual ones included; a longer prompt is an error
+    max_answer: Size = 1024  # tokens, end of text included
+    max_prompt: Size = 512  # tokens, visual ones included; a longer prompt is an error
     # Questions and reports are cut to so many words. None: uncut; paper: 50
-    max_words: Count | None = None
+    max_words: Size | None = None
     # Two BOS tokens in evaluation prompts (form unimed). None; paper: True
     double_bos: bool | None = None
     # A blank after the instruction, only in training (form unimed). None; paper: True. A model trained
@@ -81,21 +99,21 @@ class TextConfig:
 class SourceConfig:
     """One data set of the mixture."""
 
-    name: Name = "brain"  # a file or package of data/datasets, or a dotted module: my_lab.my_data
-    id: str = ""  # name of the set in scores and reports; empty: the last part of `name`, made unique
-    path: str = ""  # folder of its files, relative to data.root; empty: <data.root>/<name>
+    name: Module = "brain"  # a file or package of data/datasets, or a dotted module: my_lab.my_data
+    id: PartOrEmpty = ""  # name of the set in scores and reports; empty: the last part of `name`, made unique
+    path: Place = ""  # folder of its files, relative to data.root; empty: <data.root>/<name>
     tasks: Annotated[tuple[Task, ...], Distinct()] = ()  # (): all that it has
-    weight: Positive = 1.0  # share of the draws, relative to the other sources
-    questions: Count = 1  # at most so many questions share one image's tokens (and task) in a row
+    weight: Weight = 1.0  # share of the draws, relative to the other sources
+    questions: Size = 1  # at most so many questions share one image's tokens (and task) in a row
     # Keep only examples with one of these values, by template or by a key of Example.meta: {"template":
     # ("where",)}.
-    only: Mapping[Name, Annotated[tuple[str, ...], Filled(), Distinct()]] = FrozenDict()
+    only: Mapping[Name, Annotated[tuple[Text, ...], Filled(), Distinct()]] = FrozenDict()
     # Relative draw weight of examples by the same keys: {"template": {"where": 2.0}}; unnamed values
     # weigh 1.
-    weights: Mapping[Name, Mapping[str, NotNegative]] = FrozenDict()
-    splits: Mapping[Name, Name] = FrozenDict()  # made splits: {"val": "train[90%:] by cluster"}
+    weights: Mapping[Name, Mapping[Text, WeightOrZero]] = FrozenDict()
+    splits: Mapping[Part, Name] = FrozenDict()  # made splits: {"val": "train[90%:] by cluster"}
     # Licence, citation, note and word for a cluster, for a generic source without info.json.
-    info: Mapping[Literal["licence", "citation", "note", "cluster_word"], str] = FrozenDict()
+    info: Mapping[Literal["licence", "citation", "note", "cluster_word"], Paragraph] = FrozenDict()
     options: Mapping[Name, Any] = FrozenDict()  # given to the set's reader; JSON values
 
 
@@ -104,20 +122,20 @@ class DataConfig:
     """The mixture of data sets, and how batches are made of it."""
 
     sources: tuple[SourceConfig, ...] = ()  # data sets to train on
-    root: str = ""  # folder that holds the data sets, one folder each
+    root: Place = ""  # folder that holds the data sets, one folder each
     # per_example: a batch mixes sources; per_batch: each batch comes from one. None: per_example; paper:
     # per_batch
     mixing: Literal["per_example", "per_batch"] | None = None
     packing: bool | None = None  # several examples in a row. None: True; paper: False
-    rows: Count = 16  # rows of a batch, over all hosts
-    row_tokens: Count = 256  # tokens of a row, visual ones included
-    row_images: Whole = 2  # image slots of a row
-    row_answers: Count = 128  # answer tokens of a row
+    rows: Length = 16  # rows of a batch, over all hosts
+    row_tokens: Size = 256  # tokens of a row, visual ones included
+    row_images: Annotated[int, AtLeast(0), AtMost(4096)] = 2  # image slots of a row
+    row_answers: Size = 128  # answer tokens of a row
     fit: Literal["stretch", "crop", "pad"] = "stretch"  # how an image becomes square (data/images.py)
-    window: Count = 512  # draws that are packed together
+    window: Length = 512  # draws that are packed together
     threads: Annotated[int, Between(0, 1024)] = 2  # that read and decode ahead; 0: none
-    cache: str = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
-    image_cache_mib: Whole = 256  # decoded images kept in memory, in MiB; 0: none
+    cache: Place = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
+    image_cache_mib: Annotated[int, AtLeast(0), AtMost(2**20)] = 256  # decoded images kept in memory, in MiB; 0: none
     # If a data set is another one than the run was trained with. refuse: an error; accept: every result says so.
     changed: Changed = "refuse"
 
@@ -139,23 +157,23 @@ class LossConfig:
     # paper: token
     reduction: Literal["token", "example"] | None = None
     # Spread of soft targets over neighbouring box coordinates, in 1/100; 0: off
-    coordinate_sd: NotNegative = 0.0
-    coordinate_weight: Positive = 1.0  # weight of box coordinate tokens
+    coordinate_sd: Annotated[float, ZeroOr(0.01, 100)] = 0.0
+    coordinate_weight: Weight = 1.0  # weight of box coordinate tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay over all steps (as published)."""
 
-    lr: NotNegative = 1e-5  # learning rate after warm-up
-    min_lr: NotNegative = 1e-7  # learning rate at the end
-    warmup_lr: NotNegative = 1e-6  # learning rate of the first step
+    lr: Rate = 1e-5  # learning rate after warm-up
+    min_lr: Rate = 1e-7  # learning rate at the end
+    warmup_lr: Rate = 1e-6  # learning rate of the first step
     warmup_steps: Whole = 5000  # steps of the linear warm-up
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of Adam's first and second moments
-    eps: Positive = 1e-8  # Adam's epsilon
+    eps: Epsilon = 1e-8  # Adam's epsilon
     # Of all parameters except biases and norm scales, unless a rule sets its own
-    weight_decay: NotNegative = 0.05
-    clip: NotNegative = 0.0  # upper limit of the global gradient norm; 0: none
+    weight_decay: WeightDecay = 0.05
+    clip: Annotated[float, ZeroOr(1e-6, 1e6)] = 0.0  # upper limit of the global gradient norm; 0: none
     # Parameters that did not contribute to the loss are left untouched (value, Adam moments and step
     # count). None; paper: True
     skip_unused: bool | None = None
@@ -167,9 +185,9 @@ class RuleConfig:
 
     match: Name  # shell-style pattern of parameter paths: "connector/*"
     train: bool  # False: frozen
-    lr_scale: NotNegative = 1.0  # factor of the learning rate
+    lr_scale: Annotated[float, AtLeast(0), AtMost(1000)] = 1.0  # factor of the learning rate
     # None: optimizer.weight_decay, and 0 for biases and norm scales (published)
-    weight_decay: NotNegative | None = None
+    weight_decay: WeightDecay | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +208,7 @@ class TrainConfig:
     keep: Count = 2  # newest checkpoints that are kept
     # Metric whose best checkpoint is kept too: "loss/<set>/<split>/<task>" or
     # "<metric>/<set>/<split>/<task>" of an evaluation entry that runs during training; empty: none.
-    best: str = ""
+    best: Text = ""
     best_mode: Literal["max", "min"] = "max"  # whether a high or a low value of `best` is good
     patience: Whole = 0  # stop after so many measurements of `best` without improvement; 0: never
     # If a run goes on with more steps. refuse: an error; restart: warm-up and decay start again over the
@@ -204,10 +222,10 @@ class MeshConfig:
     """Devices along each axis of the mesh (model/sharding.py)."""
 
     auto: bool = True  # choose for the devices found; the numbers below are then ignored
-    data: Count = 1  # copies of the model, each with its share of the batch
-    fsdp: Count = 1  # shares of the batch whose parameters are sharded too
-    tensor: Count = 1  # shares of each layer's width
-    expert: Count = 1  # shares of the experts
+    data: Size = 1  # copies of the model, each with its share of the batch
+    fsdp: Size = 1  # shares of the batch whose parameters are sharded too
+    tensor: Size = 1  # shares of each layer's width
+    expert: Size = 1  # shares of the experts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,14 +237,14 @@ class MeshConfig:
 class EntryConfig:
     """One evaluation: a task of a data set on a split."""
 
-    source: Name  # id of a data set
+    source: Part  # id of a data set
     task: Task  # one of its tasks
-    split: Name  # one of its splits
+    split: Part  # one of its splits
     metrics: Names = ()  # (): those registered for the task
     limit: Whole | None = None  # examples; 0: all; None: evaluate.limit
     every: Whole = 0  # also run during training, each so many steps; 0: only after training
-    max_new_tokens: Count | None = None  # tokens of an answer; None: evaluate.max_new_tokens
-    batch: Count | None = None  # prompts answered at once; None: evaluate.batch
+    max_new_tokens: Length | None = None  # tokens of an answer; None: evaluate.max_new_tokens
+    batch: Length | None = None  # prompts answered at once; None: evaluate.batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,14 +253,14 @@ class EvaluateConfig:
 
     sources: tuple[SourceConfig, ...] = ()  # data sets that are scored; (): data.sources
     entries: tuple[EntryConfig, ...] = ()  # (): every task of every source on `splits`
-    splits: Names = ("val", "test")  # (): no evaluation
-    batch: Count = 64  # prompts answered at once
-    max_new_tokens: Count = 100  # tokens of an answer
+    splits: Annotated[tuple[Part, ...], Distinct()] = ("val", "test")  # (): no evaluation
+    batch: Length = 64  # prompts answered at once
+    max_new_tokens: Length = 100  # tokens of an answer
     limit: Whole = 0  # examples per task and split; 0: all
-    temperature: NotNegative = 0.0  # of sampling; 0: the most probable token (greedy)
+    temperature: Annotated[float, ZeroOr(0.01, 100)] = 0.0  # of sampling; 0: the most probable token (greedy)
     # Sample from the tokens that hold this probability
     top_p: Annotated[float, Above(0), Between(0, 1)] = 1.0
-    bootstrap: Count = 2000  # resamples for each confidence interval
+    bootstrap: Annotated[int, AtLeast(2), AtMost(1_000_000)] = 2000  # resamples for each confidence interval
     # Which scores lead in reports. None: corrected; paper: published
     scoring: Literal["corrected", "published"] | None = None
 
@@ -251,20 +269,21 @@ class EvaluateConfig:
 class RouterFitConfig:
     """Fitting Med-MoE's router as a linear classifier of hidden states (`job="router"`, train/router.py)."""
 
-    key: str = ""  # key of Example.meta whose values are the classes
+    key: Text = ""  # key of Example.meta whose values are the classes
     classes: Names = ()  # in the order of the experts; (): all values that occur, sorted
     # Numbers of labelled images to fit on, rising; the last one gives the router. (): all images.
     labels: tuple[Count, ...] = ()
-    epochs: Count = 10  # passes over the labelled images
-    batch: Count = 32  # images per step
-    lr: Positive = 1e-3  # Adam's learning rate
+    epochs: Annotated[int, AtLeast(1), AtMost(1_000_000)] = 10  # passes over the labelled images
+    batch: Length = 32  # images per step
+    lr: Annotated[float, Above(0), AtMost(10)] = 1e-3  # Adam's learning rate
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A run."""
 
-    name: str = ""  # of the run, and of its folder in runs/; empty: the config file's name
+    # Of the run, and of its folder in runs/; a / makes folders inside it; empty: the config file's name
+    name: Annotated[str, Characters(1000), FolderName(nested=True)] = ""
     # What is trained: the model, or Med-MoE's router by itself (router_fit)
     job: Literal["model", "router"] = "model"
     seed: Annotated[int, Between(0, 2**32 - 1)] = 0  # of everything random
@@ -279,7 +298,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     # Where weights come from, as (kind, path): seed, run, hf, eva ...; later sources overlay earlier
     # ones.
-    init: Annotated[tuple[tuple[Name, str], ...], Filled()] = (("seed", ""),)
+    init: Annotated[tuple[tuple[Name, Place], ...], Filled(), Distinct()] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()
     router_fit: RouterFitConfig = RouterFitConfig()
 
@@ -287,6 +306,11 @@ class Config:
     def held_out(self) -> DataConfig:
         """The data that is scored."""
         return dataclasses.replace(self.data, sources=self.evaluate.sources or self.data.sources)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything is scored after training."""
+        return bool(self.evaluate.entries or self.evaluate.splits)
 
 
 def default_config() -> "ml_collections.ConfigDict":

@@ -6,32 +6,42 @@ from typing import Annotated, Literal, get_args
 from unimed_jax.bounds import (
     Above,
     AtLeast,
+    AtMost,
     Between,
     Count,
-    Decay,
+    Depth,
     Distinct,
+    Dropout,
+    Epsilon,
+    Experts,
+    Factor,
     Matches,
-    NotNegative,
-    Positive,
+    Pixels,
     Share,
+    Size,
     Whole,
 )
 
 Float = Literal["float32", "bfloat16"]
 AttentionLinear = Literal["q", "k", "v", "o"]
 Linear = Literal[AttentionLinear, "gate", "up", "down"]
+Spread = Annotated[float, Above(0), AtLeast(1e-3), AtMost(100)]
+Base = Annotated[float, Above(0), AtLeast(1), AtMost(1e12)]  # of rotary embeddings
+Capacity = Annotated[float, Above(0), AtLeast(1e-3), AtMost(1000)]
+LayerNumber = Annotated[int, AtLeast(0), AtMost(1023)]
+ExpertCount = Annotated[int, AtLeast(0), AtMost(1024)]
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The vision transformer (ViT). The values of EVA-CLIP-g are in `configs/cmoe.py`."""
 
-    image_size: Count = 64  # pixels per side; images are square
-    patch_size: Count = 8  # pixels per side
-    width: Count = 128  # of a patch's features
-    depth: Count = 4  # blocks
-    heads: Count = 4  # of the attention
-    mlp_width: Count = 512  # hidden units of each block's MLP
+    image_size: Pixels = 64  # pixels per side; images are square
+    patch_size: Pixels = 8  # pixels per side
+    width: Size = 128  # of a patch's features
+    depth: Depth = 4  # blocks
+    heads: Size = 4  # of the attention
+    mlp_width: Size = 512  # hidden units of each block's MLP
     # Of the MLP; gelu is the exact one (erf)
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "gelu"
     # Which projections of the attention have a bias; EVA has none on k
@@ -39,17 +49,17 @@ class VisionConfig:
     patch_bias: bool = True  # a bias in the patch embedding
     pre_norm: bool = False  # a LayerNorm before the first block (CLIP)
     cls_token: bool = True  # a class token before the patches
-    norm_eps: Positive = 1e-6  # epsilon of the blocks' LayerNorms
+    norm_eps: Epsilon = 1e-6  # epsilon of the blocks' LayerNorms
     # The block whose output is used, counted from the end; -2 skips the last block
-    feature_layer: int = -1
+    feature_layer: Annotated[int, Between(-1024, -1)] = -1
     # A LayerNorm after the last block (ln_vision: published frozen, scale 1 and bias 0)
     output_norm: bool = True
-    output_norm_eps: Positive = 1e-5  # epsilon of that LayerNorm
+    output_norm_eps: Epsilon = 1e-5  # epsilon of that LayerNorm
     position_init: Literal["normal", "sincos"] = "normal"  # sincos: 2-D sines, for training from scratch
     # Subtracted from red, green, blue (0..1)
     mean: tuple[Share, Share, Share] = (0.48145466, 0.4578275, 0.40821073)
     # Then they are divided by these
-    std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
     def grid(self) -> int:
@@ -68,25 +78,28 @@ class ConnectorConfig:
     # How patches become one visual token. projection: `rate` patches in raster order are concatenated
     # (published); block: a square of patches is concatenated; avgpool, maxpool: 2x2 patches are pooled.
     aggregation: Literal["projection", "block", "avgpool", "maxpool"] = "projection"
-    rate: Count = 4  # patches per visual token
+    rate: Size = 4  # patches per visual token
     # The projection to the decoder's width: a linear layer, an MLP of N layers, or a mixture of experts
     # of either.
     kind: Annotated[
         str,
-        Matches(r"linear|mlp[1-9]\d*x_gelu|moe_linear|moe_mlp", "linear, mlpNx_gelu (N layers), moe_linear or moe_mlp"),
+        Matches(
+            r"linear|mlp[1-9]\d?x_gelu|moe_linear|moe_mlp",
+            "linear, mlpNx_gelu (N = 1 to 99 layers), moe_linear or moe_mlp",
+        ),
     ] = "moe_mlp"
-    experts: Count = 5  # of a mixture
-    hidden: Count | None = None  # hidden units of a moe_mlp expert; None: the decoder's width
+    experts: Experts = 5  # of a mixture
+    hidden: Size | None = None  # hidden units of a moe_mlp expert; None: the decoder's width
     # soft: all experts, by sigmoids divided by their sum; sparse: the `top_k` best, by a softmax over
     # these; hard: one expert per task; constant: all alike.
     router: Literal["soft", "sparse", "hard", "constant"] = "soft"
     # What the router reads: task token and visual token, the visual token, or the task token.
     router_input: Literal["task_token", "token", "task"] = "task_token"
     # Hidden units of the router; None: four times the width of its input
-    router_hidden: Count | None = None
-    top_k: Whole = 2  # experts that the sparse router keeps
+    router_hidden: Size | None = None
+    top_k: ExpertCount = 2  # experts that the sparse router keeps
     task_tokens: Literal[0, 1] = 1  # learned tokens per visual task
-    task_token_width: Count | None = None  # None: as wide as an aggregated visual token
+    task_token_width: Size | None = None  # None: as wide as an aggregated visual token
     activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"  # of experts and router
     # How it is computed; literal is the reference that tests compare with
     form: Literal["fast", "literal"] = "fast"
@@ -110,11 +123,11 @@ class RopeScaling:
     # linear: all frequencies are divided by `factor`, and the fields below it are ignored; llama3: low
     # frequencies are, high ones stay, those in between are interpolated.
     kind: Literal["llama3", "linear"] = "llama3"
-    factor: Positive = 8.0  # how much slower
+    factor: Annotated[float, AtLeast(1), AtMost(1e4)] = 8.0  # how much slower
     # Wavelengths above original_positions / low_freq_factor are low frequencies
-    low_freq_factor: Positive = 1.0
+    low_freq_factor: Factor = 1.0
     # Wavelengths below original_positions / high_freq_factor are high frequencies
-    high_freq_factor: Positive = 4.0
+    high_freq_factor: Factor = 4.0
     original_positions: Count = 8192  # row length of pretraining
 
 
@@ -122,15 +135,15 @@ class RopeScaling:
 class DecoderConfig:
     """A pre-norm decoder. The defaults are LLaMA's; `interop/families/hf_config.py` has those of other families."""
 
-    vocab: Count = 1024  # rows of the embedding table; at least as many as the tokenizer has tokens
-    width: Count = 128  # of the hidden states
-    depth: Count = 4  # layers
-    heads: Count = 4  # query heads
-    kv_heads: Count = 4  # key and value heads (fewer than `heads`: grouped-query attention)
-    head_dim: Annotated[int, AtLeast(2)] = 32  # width of a head
-    mlp_width: Count = 352  # hidden units of the MLP
+    vocab: Size = 1024  # rows of the embedding table; at least as many as the tokenizer has tokens
+    width: Size = 128  # of the hidden states
+    depth: Depth = 4  # layers
+    heads: Size = 4  # query heads
+    kv_heads: Size = 4  # key and value heads (fewer than `heads`: grouped-query attention)
+    head_dim: Annotated[int, AtLeast(2), AtMost(65536)] = 32  # width of a head
+    mlp_width: Size = 352  # hidden units of the MLP
     norm: Literal["rms", "rms_zero", "layer"] = "rms"  # rms_zero multiplies by 1 + scale (Gemma)
-    norm_eps: Positive = 1e-5  # epsilon of all norms
+    norm_eps: Epsilon = 1e-5  # epsilon of all norms
     post_norms: bool = False  # extra norms on the attention and MLP outputs, before the residual add
     parallel_block: bool = False  # attention and MLP read the same norm and are added together (Phi)
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)); else down(act(up(x)))
@@ -138,11 +151,11 @@ class DecoderConfig:
     attention_bias: Annotated[tuple[AttentionLinear, ...], Distinct()] = ()  # which linears have a bias
     mlp_bias: bool = False  # biases in the MLP
     qk_norm: bool = False  # a norm on each head's queries and keys, before they are rotated
-    query_scale: Positive | None = None  # factor of the attention scores; None: head_dim ** -0.5
-    rope_theta: Positive = 10000.0  # base of the rotary embedding
+    query_scale: Factor | None = None  # factor of the attention scores; None: head_dim ** -0.5
+    rope_theta: Base = 10000.0  # base of the rotary embedding
     rope_scaling: RopeScaling | None = None  # slower rotary embedding; None: unscaled
     # Base in layers with a window, unscaled; None: as in the other layers
-    local_rope_theta: Positive | None = None
+    local_rope_theta: Base | None = None
     rotary_fraction: Annotated[float, Above(0), Between(0, 1)] = 1.0  # part of each head that is rotated
     # Text embeddings (not visual tokens) times the square root of the width
     scaled_embedding: bool = False
@@ -151,29 +164,29 @@ class DecoderConfig:
     # Sliding window of each layer in tokens, repeated over the depth; 0: full attention. (): full
     # everywhere.
     windows: tuple[Whole, ...] = ()
-    attention_softcap: Positive | None = None  # attention scores become cap * tanh(score / cap)
-    logit_softcap: Positive | None = None  # the same for output logits
+    attention_softcap: Factor | None = None  # attention scores become cap * tanh(score / cap)
+    logit_softcap: Factor | None = None  # the same for output logits
 
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
     """Experts in place of some decoder layers' MLPs (Med-MoE): the weighted sum of their outputs, and a meta expert."""
 
-    experts: Whole = 0  # per layer; 0: no layer has experts
+    experts: ExpertCount = 0  # per layer; 0: no layer has experts
     # Which layers have experts: sparse is every second one from layer 0, dense is every one.
     placement: Literal["sparse", "first_half", "second_half", "dense"] = "sparse"
-    layers: Annotated[tuple[Whole, ...], Distinct()] = ()  # layer numbers, which replace `placement`
+    layers: Annotated[tuple[LayerNumber, ...], Distinct()] = ()  # layer numbers, which replace `placement`
     # Experts per token. 1: its output is weighted by its probability; 2: by the two probabilities,
     # scaled to sum to 1.
-    top_k: Whole = 1
+    top_k: ExpertCount = 1
     meta: bool = True  # an extra MLP, which every token passes with weight 1
     # A dense MLP next to the experts, mixed by learned coefficients (arXiv 2201.05596)
     residual: bool = False
     # Capacity of an expert in training, as a multiple of tokens * top_k / experts; tokens beyond it skip
     # the expert. None: unlimited.
-    capacity_factor: Positive | None = None
-    eval_capacity_factor: Positive | None = None  # the same at evaluation
-    min_capacity: Whole = 0  # lower limit of that capacity, in tokens
+    capacity_factor: Capacity | None = None
+    eval_capacity_factor: Capacity | None = None  # the same at evaluation
+    min_capacity: Annotated[int, AtLeast(0), AtMost(2**20)] = 0  # lower limit of that capacity, in tokens
     # Random selection in training. top-1: if an expert is full, the tokens that fit are random instead
     # of the first; top-2: the second expert is sampled instead of the runner-up.
     random: bool = True
@@ -183,7 +196,8 @@ class MoeConfig:
     eval_noise: bool | None = None  # `random` at evaluation too. None; paper: True
     # Padding tokens are routed, use capacity and count in the balancing loss. None; paper: True
     route_padding: bool | None = None
-    aux_coef: NotNegative = 0.0  # weight of the balancing loss, which is summed over layers
+    # Weight of the balancing loss, which is summed over layers
+    aux_coef: Annotated[float, AtLeast(0), AtMost(1000)] = 0.0
     # How experts run. dense: all experts on all tokens (the reference); grouped: tokens sorted by
     # expert; capacity: fixed buffers per expert; if `eval_capacity_factor` is None, evaluation has no
     # limit and runs grouped.
@@ -208,9 +222,9 @@ class MoeConfig:
 class LoraConfig:
     """Low-rank adapters of the decoder's linear layers."""
 
-    rank: Whole = 0  # 0: no adapters
-    alpha: Positive = 16.0  # their output is scaled by alpha / rank
-    dropout: Decay = 0.05  # of their input, in training
+    rank: Annotated[int, AtLeast(0), AtMost(65536)] = 0  # 0: no adapters
+    alpha: Factor = 16.0  # their output is scaled by alpha / rank
+    dropout: Dropout = 0.05  # of their input, in training
     # Linear layers with an adapter
     targets: Annotated[tuple[Linear, ...], Distinct()] = get_args(Linear)
 

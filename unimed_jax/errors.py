@@ -1,12 +1,26 @@
 """Defines `UserError`, the one exception whose text is written for the user."""
 
 import difflib
+import re
+
+LONGEST = 1200  # characters of a sentence that are kept: whatever a file says may be quoted in it
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """Reports a mistake that the user can mend: one sentence of what is wrong, where, what to do."""
+    """Reports a mistake that the user can mend: one sentence of what is wrong, where, what to do.
+
+    Control characters that it quotes are escaped, and of a very long one the middle is left out.
+    """
 
     status = 2  # the exit status of the program; launchers do not repeat a command that ended so
+
+    def __init__(self, sentence: str):
+        sentence = " ".join(sentence.splitlines())
+        sentence = _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], sentence)
+        if len(sentence) > LONGEST:
+            sentence = f"{sentence[: LONGEST - 300]} ... {sentence[-295:]}"
+        super().__init__(sentence)
 
 
 class PassingError(UserError):

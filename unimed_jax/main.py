@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             _redirect(closed)
             return 128 + signal.SIGPIPE
         return _say(system_sentence(error), UserError.status)
-    except OSError as error:  # the flush
+    except OSError as error:  # the flush: stdout is on a full disk, say
+        _redirect([1])
         return _say(system_sentence(error), UserError.status)
 
 
@@ -57,7 +58,7 @@ def _answer(argv: list[str]) -> int:
         with processes.quiet(), Stoppable(), claims_end(), explain_system_errors(), processes.explain_lost_process():
             _check_working_directory()
             processes.join()
-            _module(verb).run(argv[1:] if argv[:1] == [verb] else argv)
+            return _module(verb).run(argv[1:] if argv[:1] == [verb] else argv) or 0
     except UserError as error:
         return _say(str(error), error.status)
     except Stopped as stop:

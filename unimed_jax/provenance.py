@@ -72,7 +72,7 @@ def protocol_id(
     """Names all that a score depends on besides the model, so that equal ids can be compared and others cannot.
 
     Set and revision, split (and the rule that made it), rule for closed questions, normaliser, prompt form, image
-    fit, metric: "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower/form=unimed/fit=stretch/exact_match".
+    fit, metric: "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit=stretch/exact_match".
     """
     parts = [
         f"{set_id}@{checksum[:8]}",

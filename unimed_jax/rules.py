@@ -1,7 +1,7 @@
 """Decides which leaves train, and how: `train.rules` applied to parameter paths."""
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from unimed_jax.config import OptimizerConfig, TrainConfig
@@ -50,6 +50,21 @@ def leaf_rules(
                 f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}",
             )
     return rules
+
+
+def refuse_idle_rules(paths: Sequence[str], train: TrainConfig) -> None:
+    """Raises UserError if every leaf is frozen, or a rule other than the last `*` applies to no leaf."""
+    applied = set()
+    for path in paths:
+        applied.add(next((i for i, rule in enumerate(train.rules) if fnmatch.fnmatchcase(path, rule.match)), None))
+    if not any(i is not None and train.rules[i].train for i in applied):
+        raise UserError("config.train.rules freezes every parameter of this model; let some of them train.")
+    for i, rule in enumerate(train.rules):
+        if i not in applied and rule.match != "*":
+            raise UserError(
+                f"config.train.rules[{i}]: {rule.match!r} never applies, because earlier rules match the same "
+                "parameters; put it first, or leave it out."
+            )
 
 
 def leaf_dtypes(rules: Mapping[str, LeafRule], frozen_dtype: str) -> dict[str, str]:

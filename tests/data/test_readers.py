@@ -45,7 +45,8 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     assert set(one.splits) == set(one.info.splits)
     assert one.checksum == two.checksum != other.checksum
     found = everything(one)
-    assert {example.task for _, example in found} == set(one.info.tasks) and all(e.answer for _, e in found)
+    assert {example.task for _, example in found} == ({"cls"} if name == "tfds" else set(one.info.tasks))
+    assert all(example.answer for _, example in found)
     assert len({example.id for _, example in found}) == len(found)
     for _, example in found:
         assert example.meta.get("template") or name in ("jsonl", "llava"), example
@@ -164,6 +165,24 @@ def test_reports_keep_their_views_and_patients(tmp_path):
     mimic = opened(tmp_path / "mimic", "mimic_cxr")
     assert [len(e.images) for e in mimic.examples("train")] == [1] * 10
     assert len({e.cluster for e in mimic.examples("train")}) == 5  # patients
+
+
+def test_a_set_of_tensorflow_datasets_reads_by_its_features(tmp_path):
+    write_twin("tfds", tmp_path / "set", records=9)
+    data = opened(tmp_path / "set", "tfds", id="classes", options={"cluster": "patient"})
+    assert [len(data.examples(split)) for split in ("train", "val", "test")] == [9, 3, 3]
+    assert {e.answer for _, e in everything(data)} <= {"clear", "with fluid"}
+    assert len({e.cluster for e in data.examples("train")}) == 5
+    asked = {"task": "vqa", "question": "question", "answer": "answer"}
+    found = opened(tmp_path / "set", "tfds", id="asked", options=asked).examples("val")[0]
+    assert found.question.endswith("?") and found.images == ("val/0",)
+    text = opened(tmp_path / "set", "tfds", id="text", options=asked | {"task": "qa"}).examples("val")[0]
+    assert text.images == () and text.question == found.question
+    with pytest.raises(UserError, match="has no feature 'lable'; did you mean 'label'"):
+        opened(tmp_path / "set", "tfds", options={"answer": "lable"})
+    (tmp_path / "set/features.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a set that tensorflow-datasets has prepared"):
+        opened(tmp_path / "set", "tfds", id="broken")
 
 
 def test_a_pickle_is_never_executed(tmp_path):

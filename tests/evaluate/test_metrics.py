@@ -42,7 +42,7 @@ def corrected_measures(task, predictions, references, boxes=None, sizes=None, cl
     [
         ("The Left-Lung, is (normal).", "left lung is normal"),
         ("x-ray; CT/MRI", "x ray ct mri"),
-        ("x -ray", "x ray"),  # a mark beside a blank goes ...
+        ("x -ray", "x ray"),  # a mark next to a blank goes ...
         ("a-b x -ray", "ab x ray"),  # ... everywhere it stands
         ("3,000 mg of x-ray", "3000 mg of xray"),  # digit,digit deletes every mark
         ("3.5 cm. None", "3.5 cm 0"),
@@ -103,6 +103,37 @@ def test_iou_with_and_without_the_extra_pixel():
 def test_predicted_box_is_scaled_to_the_image():
     assert boxes.predicted_box("{<10> <20><50><100>} there<unk>", (200, 50)) == (20.0, 10.0, 100.0, 50.0)
     assert boxes.predicted_box("box {<10><20><50><100>}", (200, 50)) is None
+
+
+INVALID = {
+    "inverted": "{<90><90><10><10>}",
+    "inverted in x": "{<90><10><10><90>}",
+    "inverted in y": "{<10><90><90><10>}",
+    "beyond the image": "{<0><0><200><200>}",
+    "beyond it in y": "{<0><0><50><101>}",
+    "outside": "{<300><300><400><400>}",
+    "a point": "{<50><50><50><50>}",
+    "a line": "{<10><50><90><50>}",
+}
+
+
+@pytest.mark.parametrize("answer", INVALID.values(), ids=INVALID)
+def test_an_answer_with_an_invalid_box_has_none(answer):
+    assert boxes.predicted_box(answer, (100, 100)) is None
+    truth = (0.0, 0.0, 100.0, 100.0)
+    found = corrected_measures("refer", [answer], [""], boxes=[truth], sizes=[(100, 100)])
+    assert {name: measure.value for name, measure in found.items()} == {
+        "miou": 0.0,
+        "accuracy_iou50": 0.0,
+        "parsed": 0.0,
+    }
+
+
+def test_an_invalid_box_is_scored_as_published_where_that_is_asked():
+    whole = [(0.0, 0.0, 100.0, 100.0)]
+    beyond = published.refer_report(["{<0><0><200><200>}"], whole, [(100, 100)])
+    assert beyond["miou"] == pytest.approx(101**2 / 201**2, rel=1e-12)
+    assert published.refer_report(["{<50><50><50><50>}"], whole, [(100, 100)])["miou"] == pytest.approx(1 / 101**2)
 
 
 def test_refer_report_counts_unparsed_as_zero_and_half_as_miss():
@@ -316,10 +347,11 @@ def fake_java(tmp_path, monkeypatch):
 
 def test_meteor_speaks_and_leaves_no_process(fake_java):
     started = fake_java(
+        'case "$*" in *PTBTokenizer*) exec cat;; esac\n'
         'while read line; do case "$line" in SCORE*) echo 1 2;; EVAL*) echo .1; echo .9; echo .5;; esac; done'
     )
     assert captions.meteor([("a ||| b", "a"), ("", "b")]) == 0.5
-    assert [process.poll() is None for process in started] == [False]
+    assert [process.poll() is None for process in started] == [False, False]
 
 
 def test_java_that_fails_is_reported_and_closed(fake_java):
@@ -327,6 +359,13 @@ def test_java_that_fails_is_reported_and_closed(fake_java):
     scores = captions.report_scores([("a b", "a b")])
     assert scores["meteor"].startswith("not computed: ") and scores["bleu4"].startswith("not computed: ")
     assert scores["f1"] == 1.0
+    with pytest.raises(RuntimeError, match="the PTB tokeniser returned"):
+        captions.meteor([("a", "a")])
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_meteor_that_ends_early_is_reported_and_closed(fake_java):
+    started = fake_java('case "$*" in *PTBTokenizer*) exec cat;; esac\nexit 3')
     with pytest.raises(RuntimeError, match="ended early"):
         captions.meteor([("a", "a")])
     assert len(started) == 2 and all(process.poll() is not None for process in started)
@@ -339,3 +378,28 @@ def test_ptb_tokens():
         return
     expected = ["the mass -lrb- left -rrb- 3.5 cm no effusion", "", "clear"]
     assert captions.ptb_tokenise([text, "", "Clear."]) == expected
+
+
+@pytest.mark.slow
+def test_meteor_of_contractions_is_that_of_the_original():
+    """The value is that of pycocoevalcap 1.2's own PTBTokenizer and Meteor on normalised texts.
+
+    Without the tokeniser it is .3209: the words stay "isn't" and "there's".
+    """
+    pairs = [
+        (
+            "There isn't any pleural effusion, and the heart's size doesn't look enlarged.",
+            "The heart isn't enlarged; there's no pleural effusion.",
+        ),
+        (
+            "It wasn't possible to exclude a fracture (left rib).",
+            "A fracture of the left rib couldn't be excluded.",
+        ),
+        ("The patient's lungs are clear.", "Lungs are clear, they're well expanded."),
+        ("We can't see the lesion that's 3.5 cm wide.", "The lesion wasn't seen; it's 3.5 cm."),
+        ("No acute findings.", "There are no acute findings."),
+        ("The mass hasn't grown, o'clock position 3.", "The mass didn't grow."),
+    ]
+    found = captions.report_scores(pairs)["meteor"]
+    missing = captions.why_no_java_metrics()
+    assert found == (missing or pytest.approx(0.36137551712135835, abs=1e-9))

@@ -17,6 +17,7 @@ from unimed_jax.runs.open import initial_leaves, initial_model, open_run
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
 from unimed_jax.train.log import Log
+from unimed_jax.train.start import Progress
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -99,9 +100,10 @@ def test_bfloat16_steps_like_float32(straight, tmp_path):
         assert low["train/loss"] == pytest.approx(full["train/loss"], rel=0.02)
 
 
-def test_a_step_that_is_not_finite_stops_the_run_with_its_records(tmp_path):
+def test_a_step_that_is_not_finite_stops_the_run_with_its_records(tmp_path, monkeypatch):
     settings = tiny_config(save_every=1)
-    settings.optimizer.lr, settings.optimizer.warmup_steps = 1e30, 0
+    # No setting allows such a rate, after which the parameters are finite and the next loss is not.
+    monkeypatch.setattr(Progress, "learning_rate", lambda self, step, config: 1e30)
     with pytest.raises(UserError, match=r"step [1-9]: .*not finite.*squares/train\d+/"):
         loop.train(from_config_dict(settings), tmp_path)
     kept = [line["train/loss"] for line in lines(tmp_path)]

@@ -287,7 +287,7 @@ class Chat(Conversation):
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
         before = [piece._replace(target=False) for piece in self._answered(turns)]
         head = "" if turns else self._head()
-        return [*before, *_marked(head + self._question(question))]
+        return [*before, *_marked(head + self._question(image_first(question)))]
 
     def _head(self) -> str:
         t = self.template
@@ -314,7 +314,7 @@ class Plain(Conversation):
         return [Piece(image=True), Piece(turns[0][1] + "\n", target=True)]
 
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
-        return _marked(f"{question}\n")
+        return _marked(f"{image_first(question)}\n")
 
 
 def _marked(text: str) -> list[Piece]:
@@ -354,6 +354,12 @@ def turns_of(messages: Sequence[Mapping[str, str]], where: str = "conversation")
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
+def image_first(question: str) -> str:
+    """Moves the `<image>` marks of a question to its beginning, a line each, as Med-MoE asks wherever they stand."""
+    marks = question.count(IMAGE)
+    return f"{IMAGE}\n" * marks + question.replace(IMAGE, "").strip() if marks else question
+
+
 # ---------------------------------------------------------------------------------------------
 # Boxes as text
 # ---------------------------------------------------------------------------------------------
@@ -383,3 +389,12 @@ def text_to_box(text: str) -> tuple[int, int, int, int] | None:
         return None
     x1, y1, x2, y2 = (int(g) for g in match.groups())
     return x1, y1, x2, y2
+
+
+def valid_box(text: str) -> tuple[int, int, int, int] | None:
+    """Reads the box that `text` begins with if it has an area and lies within the image, else returns None."""
+    box = text_to_box(text)
+    if box is None:
+        return None
+    x1, y1, x2, y2 = box
+    return box if x1 < x2 <= 100 and y1 < y2 <= 100 else None

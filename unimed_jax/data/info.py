@@ -29,6 +29,8 @@ class Info:
     cluster_word: str = "example"  # what `Example.cluster` names: patient, slab, case
     files: tuple[str, ...] = ()  # patterns of files that the raw folder must hold; () if nothing is read from disk
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # split -> examples expected
+    # Leaks between splits that the set is published with, by kind (audit/check.py), and why: no fault of the files.
+    by_design: Mapping[str, str] = dataclasses.field(default_factory=dict)
     version: str = "1"  # raise it with every change to what `read` gives: prepared stores are then built again
 
     @property

@@ -81,6 +81,12 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
     where = f"config.data.sources: data set {data.id!r}"
     everything = data._store.all_columns()
     for source in sources:
+        lacking = [task for task in source.tasks if TASKS.index(task) not in everything.task]
+        if lacking:
+            have = [task for task in TASKS if TASKS.index(task) in everything.task]
+            raise UserError(
+                f"{where}: tasks names {lacking[0]!r}, of which it has no example; choose from {', '.join(have)}."
+            )
         for setting, given in (("only", source.only), ("weights", source.weights)):
             for key, values in given.items():
                 if key not in everything.meta_keys:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -106,6 +107,8 @@ def _from_folder(folder: Path) -> Any:
         read_sizes(folder / "config.json", advice)  # transformers reads it too
     if (folder / "tokenizer.json").exists():
         _check_program(folder / "tokenizer.json", advice)
+    elif (folder / "tokenizer.model").exists():
+        _check_whole(folder / "tokenizer.model")
     config = settings.get("tokenizer_config.json", {})
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'tokenizer_config.json'} holds no object of settings; {advice}.")
@@ -130,6 +133,38 @@ def _check_program(file: Path, advice: str) -> None:
     found = _tried(file, file.stat().st_mtime_ns)
     if found is not None:
         raise UserError(f"{file} cannot be used ({found}); {advice}.")
+
+
+def _check_whole(file: Path) -> None:
+    """Raises UserError for a model of SentencePiece that is cut short: a protocol buffer, field after field."""
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} has {file.stat().st_size} bytes, more than the {LARGEST} that are read; get another.")
+    data = file.read_bytes()
+    at = pieces = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80:
+                return value
+
+    try:
+        while at < len(data):
+            tag = number()
+            if tag & 7 != 2:  # everything at the top is a message of its own
+                raise IndexError
+            pieces += tag >> 3 == 1
+            length = number()
+            at += length
+    except IndexError:
+        at = -1
+    if at != len(data) or not pieces:
+        raise UserError(f"{file} is no model of SentencePiece, or is cut short or damaged; get it again.")
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(f"{file}: reading it needs the package sentencepiece; run pip install sentencepiece.")
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,8 +209,12 @@ class Tokenizer:
             return cls(_from_folder(Path(folder)), f"tokenizer folder {folder}")
         except UserError:
             raise
-        except Exception as error:  # transformers raises many kinds here
+        except BaseException as error:  # transformers raises many kinds here
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is one of Rust
+                raise
             reason = " ".join(str(error).split())
+            if "tiktoken" in reason:  # what transformers tries last, whatever failed before
+                reason = "its tokenizer.model is damaged"
             raise UserError(
                 f"tokenizer folder {folder} cannot be read ({reason[:200]}); give a folder with a Hugging Face "
                 "tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."

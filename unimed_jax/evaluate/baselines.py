@@ -1,4 +1,4 @@
-"""Blind baselines: answers without looking at the image, fitted on training examples only.
+"""Answers questions without looking at the image, by baselines fitted on training examples only.
 
 A model that reads images must beat the best of them. One more needs the model, its answers to other examples' images
 (`permuted_images`), and is made in answers.py. Text is the whole input of `qa`: there the learned baselines read what
@@ -15,7 +15,8 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import text_only
-from unimed_jax.evaluate.metrics.text import bleu, ngrams, tokens
+from unimed_jax.evaluate.metrics.text import bleu, ngrams
+from unimed_jax.evaluate.words import tokens
 
 Baseline = Callable[[Sequence[Example]], list[str]]
 NEIGHBOURS = 25
@@ -24,14 +25,14 @@ MEDOID_SAMPLE = 256  # training reports; the medoid is sought among and against 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The baselines of a task by name."""
+    """Holds the baselines of a task by name."""
 
     blind: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # never read the image
     peers: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # read all that the model reads
 
 
 def fit(task: str, train: Sequence[Example]) -> Fitted:
-    """Fits the baselines of `task`; none without a training example of the task.
+    """Fits the baselines of `task`; there are none without a training example of it.
 
     Raises UserError if a training box cannot be read (refer's answers, identify's questions).
     """
@@ -43,7 +44,7 @@ def fit(task: str, train: Sequence[Example]) -> Fitted:
 
 
 def _simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
-    """Majorities, medians and medoids."""
+    """Fits majorities, medians or medoids, whichever suit the task."""
     if task in ("vqa", "qa", "cls"):
         fitted = {"majority_per_template": _majority(train, _template)}
         if task == "vqa":  # stronger if one template asks about several structures
@@ -63,7 +64,7 @@ def _simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
 
 
 def _learned(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
-    """TF-IDF with logistic regression where answers repeat, and the nearest question."""
+    """Fits TF-IDF with logistic regression if answers repeat, and the nearest question."""
     merges: dict[str, Callable[[Sequence[str]], str]] = {"refer": _median_text, "caption": medoid}
     merge = merges.get(task, most_frequent)
     found: dict[str, Baseline | None] = {"nearest_question": text_only.nearest_question(train, merge)}
@@ -82,12 +83,12 @@ def most_frequent(answers: Sequence[str]) -> str:
 
 
 def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
-    """The report with the highest corpus BLEU-4 against all others of an evenly spaced sample."""
+    """Returns the report with the highest corpus BLEU-4 against an evenly spaced sample."""
     step = max(1, len(reports) / sample)
     chosen = [reports[int(i * step)] for i in range(min(sample, len(reports)))]
     grams = [[ngrams(tokens(report), order) for report in chosen] for order in (1, 2, 3, 4)]
     lengths = np.array([sum(counter.values()) for counter in grams[0]], np.float64)
-    sums = np.zeros((len(chosen), 10))  # as `bleu_sums`, a row per candidate, added over all references
+    sums = np.zeros((len(chosen), 14))  # as `bleu_sums`, a row per candidate, added over all references
     for order, counters in enumerate(grams):
         column = {gram: i for i, gram in enumerate(sorted(set().union(*counters)))}
         counts = np.zeros((len(chosen), len(column)), np.int16)
@@ -96,14 +97,14 @@ def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
         for row in range(len(chosen)):
             present = counts[row] > 0
             sums[row, order] = np.minimum(counts[row, present], counts[:, present]).sum()
-        sums[:, 4 + order] = counts.sum(1) * len(chosen)
+        sums[:, 4 + order], sums[:, 10 + order] = counts.sum(1) * len(chosen), counts.sum()
     sums[:, 8], sums[:, 9] = lengths * len(chosen), lengths.sum()
     scores = bleu(sums)
     return min(zip(-scores, chosen, strict=True))[1]
 
 
 def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
-    """Majority answer of the last key that was seen in training, else of all."""
+    """Answers with the majority of the last key that was seen in training, else of all."""
     tables: list[Mapping[Hashable, str]] = []
     for key in (lambda example: None, *keys):
         groups = defaultdict(list)
@@ -121,7 +122,7 @@ def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) ->
 
 
 def _median_box(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
-    """Median of each coordinate over the boxes of the last key seen in training, else of all, in text form."""
+    """Answers with the median box of the last key that was seen in training, else of all."""
     groups: dict[Hashable, list[tuple[int, ...]]] = defaultdict(list)
     for example in train:
         box = _box_of(example, example.answer)
@@ -143,12 +144,12 @@ def _median(boxes: Sequence[Sequence[int]]) -> str:
 
 
 def _median_text(texts: Sequence[str]) -> str:
-    """The median of boxes in text form (all readable: `_median_box` has read them before)."""
+    """Returns the median of boxes in text form, which `_median_box` has read before."""
     return _median([box for text in texts if (box := text_to_box(text[max(text.find("{"), 0) :]))])
 
 
 def _nearest_boxes(train: Sequence[Example]) -> Baseline:
-    """Majority answer among the training boxes nearest to the asked one; equal votes go to the nearest."""
+    """Answers with the majority of the nearest training boxes; equal votes go to the nearest."""
     boxes = np.array([_box_of(example, example.question) for example in train], np.float64)  # [n, 4]
 
     def answer(example: Example) -> str:

@@ -88,7 +88,9 @@ class Moe(nnx.Module):
             y = run_dense(self.experts, x.reshape(-1, width), routing)  # [N, D]
             return y.reshape(x.shape)  # [B, S, D]
         if self.config.path == "capacity" and capacity is not None:
-            y = run_capacity(self.experts, x.reshape(-1, width), routing, capacity)  # [N, D]
+            tokens = x.reshape(-1, width)  # [N, D]
+            # No expert takes a token twice, so a buffer never needs more places than there are tokens.
+            y = run_capacity(self.experts, tokens, routing, min(capacity, len(tokens)))  # [N, D]
             return y.reshape(x.shape)  # [B, S, D]
         return run_grouped(self.experts, x, routing)  # also "capacity" without a capacity
 

@@ -80,6 +80,11 @@ def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | No
     devices = jax.devices()
     count = len(devices)
     if count == 1:
+        if not config.auto and math.prod(getattr(config, axis) for axis in MESH_AXES) > 1:
+            raise UserError(
+                f"config.mesh asks for {math.prod(getattr(config, axis) for axis in MESH_AXES)} devices, but there is "
+                "one; set config.mesh.auto=True, or all sizes to 1."
+            )
         return None
     if config.auto:
         wide = math.gcd(count, rows)

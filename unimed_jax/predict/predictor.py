@@ -1,4 +1,4 @@
-"""Answers requests with a model: prompts in length buckets, generated batch by batch or streamed one by one.
+"""Answers requests with a model, batch by batch or streamed one by one.
 
 Evaluation, the verb `predict` and everything that serves answers go through `Predictor`.
 """
@@ -18,6 +18,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import is_text
+from unimed_jax.memory import check_answering
 from unimed_jax.model.generate import Sampling, generate, stream
 from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
@@ -28,7 +29,7 @@ CUT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished char
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question to the model; what is None is taken from `config.evaluate`.
+    """Describes one question to the model; what is None is taken from `config.evaluate`.
 
     images: paths, file contents as bytes, or pixels as uint8 [H, W, 3]; history: earlier (question, answer) turns;
     seed: of the draws if the temperature is not 0; id: names the request in messages.
@@ -95,13 +96,14 @@ class Predictor:
             yield text[len(said) :]
 
     def _kind(self, request: Request) -> tuple[int, float]:
-        """What requests of one batch have in common: the most tokens of the answer, and the temperature."""
+        """Returns what requests of a batch share: the most tokens of the answer, the temperature."""
         settings = self._config.evaluate
         temperature = settings.temperature if request.temperature is None else request.temperature
         return request.max_new_tokens or settings.max_new_tokens, temperature
 
     def _together(self, requests: Sequence[Request], batch: int) -> list[str]:
         rows = self._rows(requests, batch)
+        self._check_memory(requests, rows)
         with self._inside():
             tokens = np.asarray(generate(self._model, rows, **self._how(requests, len(rows["tokens"]))))
         return [self._text(row) for row in tokens[: len(requests)]]
@@ -109,6 +111,7 @@ class Predictor:
     def _pieces(self, request: Request, chunk: int) -> Iterator[list[int]]:
         """Yields the ids of the answer as they come."""
         rows = self._rows([request], 1)
+        self._check_memory([request], rows)
         for found in stream(self._model, rows, **self._how([request], 1), chunk=chunk):
             yield found[0].tolist()
 
@@ -117,8 +120,13 @@ class Predictor:
         pixels = [[_pixels(image) for image in request.images] for request in requests]
         return prompt_batch(self._encoder, self._config, self._tokenizer.pad, examples, pixels, batch)
 
+    def _check_memory(self, requests: Sequence[Request], rows: layout.Batch) -> None:
+        """Raises UserError if the answers to these prompts cannot fit in memory."""
+        count, tokens = rows["tokens"].shape
+        check_answering(self._config.model, count, tokens + self._kind(requests[0])[0])
+
     def _how(self, requests: Sequence[Request], rows: int) -> dict:
-        """The arguments of `generate` for requests of one kind; filled-up rows repeat the first request."""
+        """Returns the arguments of `generate` for requests of one kind and copies of the first."""
         new, temperature = self._kind(requests[0])
         key = None
         if temperature:
@@ -145,7 +153,10 @@ class Predictor:
 
 
 def as_example(request: Request) -> Example:
-    """Gives the example whose prompt asks what the request asks; raises UserError for a text that is none."""
+    """Gives the example whose prompt asks what the request asks.
+
+    Raises UserError for a text that is not Unicode and for earlier turns.
+    """
     if not is_text(request.question):
         raise UserError(
             f"request {ascii(request.id or request.question)} holds half of a surrogate pair, which is no character; "
@@ -172,7 +183,7 @@ def prompt_batch(
     pixels: Sequence[Sequence[np.ndarray]],
     batch: int | None = None,
 ) -> layout.Batch:
-    """Makes left-padded prompts, one a row; the rows are filled up to a power of two with copies of the first.
+    """Makes left-padded prompts, one a row, and copies the first up to a power of two rows.
 
     pixels: of each example its images, uint8 [H, W, 3]; batch: the most rows (default: `config.evaluate.batch`).
     """

@@ -29,6 +29,7 @@ from jaxtyping import Array, UInt32
 from unimed_jax import processes
 from unimed_jax.errors import UserError
 from unimed_jax.files import full_disk, parse_json, read_text
+from unimed_jax.finite import refuse_not_finite
 
 Leaves = dict[str, Any]  # path -> array
 
@@ -118,6 +119,7 @@ class Checkpoints:
         is; one that was the best before goes when this one is on disk.
         """
         self.wait()
+        refuse_not_finite(weights, f"step {step}", "nothing is saved, and the checkpoints before it stay")
         self._best = best
         items = {"weights": weights, "optimizer": optimizer}
         content = {"note": note, "best": best, "arrays": {item: _describe(tree) for item, tree in items.items()}}

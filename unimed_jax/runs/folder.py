@@ -69,7 +69,7 @@ def read_config(folder: Path) -> Config:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
-    return from_config_dict(read_json(file, "restore it or train again"))
+    return from_config_dict(read_json(file, "restore it or train again"), effects=False)
 
 
 def _difference(old: dict, new: dict, where: str = "config") -> str:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from unimed_jax.config import Changed, Config, MeshConfig
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.finite import refuse_not_finite
 from unimed_jax.interop.families.unimed_hf import exported_config, exported_tokenizer, is_exported, load_exported
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.load import Destination
@@ -102,6 +103,11 @@ def initial_leaves(
                 f"config.init: {kind!r} is not a source of weights{nearest(kind, known)} Choose from {known}."
             )
         elif not SOURCES[kind].among(still):
+            if tuple(wanted) == ("*",):
+                raise UserError(
+                    f"config.init: ({kind!r}, {path!r}) gives no parameter of this model that a later source leaves; "
+                    "leave it out, or put it later."
+                )
             continue
         else:
             found = SOURCES[kind].load(path, config.model, to)
@@ -235,6 +241,7 @@ def _open(folder: Path, mesh: Mesh | None, which: str = "newest", changed: Chang
         tokenizer = Tokenizer.load(place)
         notes = inputs.compare(folder, config, inputs.state_of_tokenizer(place, tokenizer))
         leaves, step = _saved_leaves(folder, config, tokenizer, mesh, which)
+    refuse_not_finite(leaves, str(folder), "train again, or give another run")
     return Run(folder, config, tokenizer, with_parameters(abstract(config.model), leaves), step, mesh, tuple(notes))
 
 
@@ -294,6 +301,7 @@ def open_config(config: Config) -> Run:
         for path, source in sources.items()
         if source == "seed" and not any(fnmatch.fnmatchcase(path, pattern) for pattern in harmless)
     ]
+    refuse_not_finite(parameters(model), "the weights of config.init", "give others")
     if random:
         raise UserError(
             f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source of trained ones "

@@ -12,6 +12,7 @@ from unimed_jax import processes
 from unimed_jax.config import Config
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.errors import UserError
+from unimed_jax.finite import named
 from unimed_jax.interruption import Interruption
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
@@ -27,8 +28,9 @@ from unimed_jax.train.start import Start, prepare
 def train(config: Config, folder: Path) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint in `folder` if there is one.
 
-    Raises UserError if the loss or a gradient is not finite, naming the records of that batch; nothing of such a step
-    is saved. Raises `Stopped`, when all is saved, after a signal (see interruption.py).
+    Raises UserError if the loss, a gradient or an updated parameter is not finite, naming the records of that batch or
+    the parameters; nothing of such a step is saved. Raises `Stopped`, when all is saved, after a signal (see
+    interruption.py).
     """
     start = prepare(config, folder)
     describe(start)
@@ -169,6 +171,13 @@ class Reporter:
                 f"step {i}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}: not finite, "
                 f"so the run stops and nothing of this step is saved; look at its records ({shown}) or lower "
                 "config.optimizer.lr."
+            )
+        if not metrics["updated"].all():
+            leaves = zip(self.start.state.leaves, metrics["updated"], strict=True)
+            raise UserError(
+                f"step {i}: {named([path for path, finite in leaves if not finite])} not finite after the update, "
+                "although the loss and its gradient were, so the run stops and nothing of this step is saved; lower "
+                "config.optimizer.lr or weight_decay, or the lr_scale of their rule."
             )
         self.meter.add(stats)
         if (i + 1) % train.log_every == 0 or i + 1 == train.steps:

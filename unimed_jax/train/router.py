@@ -23,6 +23,7 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.statistics import Measure, interval, resample
 from unimed_jax.evaluate.tasks import open_held_out
+from unimed_jax.finite import refuse_not_finite
 from unimed_jax.interop.families.med_moe import export_router
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
@@ -105,6 +106,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     }
     if trained_on.changes:
         report["notes"] = trained_on.notes()
+    refuse_not_finite({"kernel": kernel, "bias": bias}, f"the router of {folder}", "lower config.router_fit.lr")
     if processes.leads():
         ours = "decoder/layers/moe/router"
         with files.written_together(folder, (ROUTER, PICTURE, REPORT)) as place:

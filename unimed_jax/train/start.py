@@ -16,10 +16,12 @@ from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import check_evaluation, open_held_out
+from unimed_jax.finite import refuse_not_finite
 from unimed_jax.interop.families.unimed_pth import load_moments
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import folded
 from unimed_jax.interruption import claim
+from unimed_jax.memory import check_training
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.model.unimed import UniMed
@@ -28,6 +30,7 @@ from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
 from unimed_jax.runs.inputs import Inputs
 from unimed_jax.runs.open import base_note, check_base, initial_leaves
+from unimed_jax.train.checks import check_start
 from unimed_jax.train.optimizer import AdamState, learning_rate
 from unimed_jax.train.program import Program, build, make_mesh
 from unimed_jax.train.step import TrainState, first_state
@@ -124,16 +127,19 @@ def prepare(config: Config, folder: Path) -> Start:
         now = inputs.state_of_tokenizer(tokenizer_folder(folder, config), tokenizer)
         now |= inputs.state_of_data(config, datasets, open_held_out(config))
         trained_on = inputs.keep(folder, config, now)
+    check_start(config, tokenizer, parameters(abstract(config.model)))
     check_evaluation(config, tokenizer)
     pipeline = Pipeline(datasets, config, tokenizer)
 
     # ---- program -----------------------------------------------------------------------------------
     program = build(config, make_mesh(config), tokenizer.coordinate_start)
+    check_training(config, program.state, program.frozen, program.batch)
     validation = Validation(config, tokenizer, program)
 
     # ---- weights -----------------------------------------------------------------------------------
     with sharding.inside(program.mesh):
         leaves, sources = initial_leaves(config, tokenizer, program.mesh)
+        refuse_not_finite(leaves, "the weights of config.init", "give others")
         frozen = {path: leaves[path] for path in program.frozen}
         base = base_note({path: leaf for path, leaf in frozen.items() if sources[path] != "seed"}, sources)
         state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer, program.mesh)

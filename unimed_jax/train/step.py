@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from unimed_jax.config import TASKS, Config
+from unimed_jax.finite import all_finite
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.unimed import Batch, UniMed
@@ -31,7 +32,8 @@ def make_step(
 
     `model` is abstract (its leaves are replaced). On a mesh the state stays where `first_state` put it, and
     every process gets the metrics. metrics, float32: loss [], task_loss [tasks] (NaN where
-    a task has no answer in the batch), grad_norm [], finite [] bool, routing [visual tasks, E] (mean expert
+    a task has no answer in the batch), grad_norm [], finite [] bool, updated [leaves] bool (whether each leaf, in the
+    order of the state's, is finite after the update), routing [visual tasks, E] (mean expert
     weights over the batch's slots of a task), slots [visual tasks]; of the decoder's layers with experts balance
     [layers] and shares [layers, E] (of tokens, by first choice).
     """
@@ -81,6 +83,7 @@ def make_step(
             "task_loss": losses.tasks / losses.weights,
             "grad_norm": norm,
             "finite": jnp.isfinite(loss) & jnp.isfinite(norm),
+            "updated": jnp.stack([all_finite(leaf) for leaf in leaves.values()]),
             "slots": aux["slots"],
         }
         if "routing" in aux:

@@ -8,6 +8,7 @@ lines {"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data ex
 from pathlib import Path
 from typing import Literal
 
+from unimed_jax.config import Config
 from unimed_jax.errors import UserError
 from unimed_jax.files import no_file
 from unimed_jax.paths import check_run_folder
@@ -54,6 +55,7 @@ def run(arguments: list[str]) -> None:
         config = read_config(known.config, overrides)
     else:
         config = changed(config_of_run(Path(known.run)), overrides, CHANGEABLE)
+    _refuse_nothing(config)
     evaluate_predictions(config, file, out, None if known.run is None else Path(known.run))
 
 
@@ -65,7 +67,17 @@ def _of_run(folder: str, out: str | None, which: Literal["newest", "best"], over
     from unimed_jax.runs.open import open_run, settings_of
 
     config = changed(settings_of(Path(folder)), overrides, CHANGEABLE)
+    _refuse_nothing(config)
     claim_results(place)  # before the model is opened, which takes minutes if it is large
     run = open_run(folder, which=which, changed=config.text.changed)
     with run.inside():
         evaluate_run(run, config, place)
+
+
+def _refuse_nothing(config: Config) -> None:
+    """Raises UserError if nothing would be scored, because an empty report would replace that of the run."""
+    if not config.evaluates:
+        raise UserError(
+            "config.evaluate.splits and config.evaluate.entries are empty, so that nothing would be scored; name a "
+            "split."
+        )

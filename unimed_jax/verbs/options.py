@@ -9,8 +9,9 @@ import ml_collections
 
 from unimed_jax.config import Config, default_config, to_dict
 from unimed_jax.config_file import load_config_file
+from unimed_jax.effects import refuse_without_effect
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.settings import from_config_dict
+from unimed_jax.settings import FIDELITY, from_config_dict
 
 # What may be said of a finished run's tokenizer.
 ACCEPTING = ("--config.text.changed=",)
@@ -26,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(module: str, description: str | None) -> Parser:
     """Returns the parser of the verb whose file is `module` (give __name__ and __doc__)."""
-    verb = module.rpartition(".")[2]
+    verb = module.partition(".verbs.")[2].replace(".", " ")  # "data check" for verbs/data/check.py
     return Parser(
         prog=f"python -m unimed_jax.main {verb}",
         description=description,
@@ -35,11 +36,13 @@ def parser(module: str, description: str | None) -> Parser:
     )
 
 
-def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]) -> Config:
+def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str], of_run: bool = False) -> Config:
     """Lays each `--config.a.b=value` over the settings and builds the Config.
 
-    Raises UserError for an unknown key or word, and for a value that is none of the setting's.
+    Raises UserError for an unknown key or word, for a value that is none of the setting's, and for a setting without
+    effect; of those of a run that exists (`of_run`) only for one that an override names.
     """
+    named = []
     for word in overrides:
         key, equals, value = word.partition("=")
         if not key.startswith("--config.") or not equals:
@@ -67,7 +70,11 @@ def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]
                 parent[name] = new
         except (TypeError, ValueError, KeyError, AttributeError) as error:  # keys that a ConfigDict does not take
             raise UserError(f"{key}={value!r} is not a value of this setting ({error}).") from error
-    return from_config_dict(settings)
+        named.append(".".join([*groups, name]))
+    config = from_config_dict(settings, effects=not of_run)
+    if of_run:
+        refuse_without_effect(config, FIDELITY[config.fidelity], only=named)
+    return config
 
 
 def changed(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
@@ -78,7 +85,7 @@ def changed(config: Config, overrides: Sequence[str], allowed: Sequence[str]) ->
     for word in overrides:
         if not word.startswith(tuple(allowed)):
             raise UserError(f"argument {word!r} cannot change a finished run; only {', '.join(allowed)} can.")
-    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides)
+    return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides, of_run=True)
 
 
 def _is_group(path: Sequence[str]) -> bool:

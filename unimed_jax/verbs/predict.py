@@ -45,14 +45,17 @@ def run(arguments: list[str]) -> None:
     picture = _picture(known, known.run if config is None else f"runs/{config.name}")
     start()
 
-    from unimed_jax.data.forms import text_to_box
+    from unimed_jax.data.forms import valid_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
     from unimed_jax.predict.predictor import Predictor, Request
     from unimed_jax.runs.open import open_config, open_run, settings_of
 
-    if known.task == "identify" and text_to_box(known.text) is None:
-        raise UserError(f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image.")
+    if known.task == "identify" and valid_box(known.text) is None:
+        raise UserError(
+            f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image, with x1 < x2 "
+            "and y1 < y2, at most 100."
+        )
     image = read_image(known.image) if known.image else None
     if config is None:
         own = changed(settings_of(Path(known.run)), overrides, ACCEPTING)
@@ -68,7 +71,9 @@ def run(arguments: list[str]) -> None:
         print(piece, end="", flush=True)
         text += piece
     print()
-    box = text_to_box({"refer": text, "identify": known.text}.get(known.task, ""))
+    box = valid_box({"refer": text, "identify": known.text}.get(known.task, ""))
+    if known.task == "refer" and box is None:
+        print("The answer holds no valid box ({<x1><y1><x2><y2>}, x1 < x2, y1 < y2, at most 100): nothing is drawn.")
     if box and image is not None and picture is not None:
         draw_box(picture, image, box, known.text if known.task == "refer" else text)
         print(f"drew {picture}")

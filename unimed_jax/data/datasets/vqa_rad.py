@@ -28,6 +28,7 @@ INFO = Info(
     citation="Lau et al., A dataset of clinically generated visual questions and answers, Scientific Data 2018",
     note="By design of its split, 446 of the 451 test questions are about an image that train asks about too.",
     cluster_word="image",
+    by_design={"image": "the official split is by question"},
     files=(ORIGINAL, *SPLITS.values()),
 )
 OPTIONS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, medical, questions
+from unimed_jax.data.twins import boxes, medical, prepared, questions
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -33,6 +33,7 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     "voc": {"original": boxes.voc},
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},
+    "tfds": {"array_record": prepared.tfds},
     "jsonl": {"folder": boxes.jsonl},
 }
 

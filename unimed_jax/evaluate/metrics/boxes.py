@@ -1,10 +1,10 @@
-"""Boxes in answers, their overlap with the true ones, and the metrics of task `refer` (REC)."""
+"""Reads boxes in answers, measures their overlap with the true ones, and scores task `refer` (REC)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from unimed_jax.data.forms import text_to_box
+from unimed_jax.data.forms import valid_box
 from unimed_jax.evaluate.metrics.registry import Record, metric
 from unimed_jax.evaluate.statistics import Measure
 
@@ -12,21 +12,27 @@ Box = tuple[float, float, float, float]
 
 
 def predicted_box(text: str, size: tuple[int, int]) -> Box | None:
-    """The box at the beginning of an answer, in pixels of an image of `size` (width, height), or None."""
-    percent = text_to_box(text)
-    if percent is None:
-        return None
-    width, height = size
-    x1, y1, x2, y2 = percent
+    """Reads the box at the beginning of an answer, in pixels of an image of `size` (width, height).
+
+    Returns None without a box, and for one without an area or not within the image.
+    """
+    percent = valid_box(text)
+    return in_pixels(percent, size) if percent else None
+
+
+def in_pixels(percent: Sequence[int], size: tuple[int, int]) -> Box:
+    """Scales a box from hundredths of the sides to pixels of an image of `size` (width, height)."""
+    (x1, y1, x2, y2), (width, height) = percent, size
     return x1 / 100 * width, y1 / 100 * height, x2 / 100 * width, y2 / 100 * height
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of boxes x1, y1, x2, y2 whose ends are outside; 0 for an empty or inverted box."""
+    """Computes intersection over union of boxes x1, y1, x2, y2, ends excluded; 0 if `a` is empty."""
     return overlap(a, b, 0.0) if a[2] > a[0] and a[3] > a[1] else 0.0
 
 
 def overlap(a: Sequence[float], b: Sequence[float], extra: float) -> float:
+    """Computes intersection over union of boxes x1, y1, x2, y2 with sides `extra` pixels longer."""
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]) + extra)
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]) + extra)
     areas = [(box[2] - box[0] + extra) * (box[3] - box[1] + extra) for box in (a, b)]
@@ -41,14 +47,14 @@ def _found(record: Record) -> Box | None:
 
 
 def _overlaps(records: Sequence[Record]) -> np.ndarray:
-    """IoU of each predicted box with the true one, 0 without a predicted box: float64 [n]."""
+    """Computes the IoU of each predicted box with the true one, 0 without one: float64 [n]."""
     found = [(_found(record), record["box"]) for record in records]
     return np.array([iou(box, truth) if box and truth else 0.0 for box, truth in found])
 
 
 @metric("miou", primary_for=("refer",))
 def miou(records: Sequence[Record]) -> Measure:
-    """The mean intersection over union; an answer without a box counts 0."""
+    """The mean intersection over union; an answer without a valid box counts 0."""
     return Measure.mean(_overlaps(records).tolist())
 
 
@@ -60,5 +66,5 @@ def accuracy_iou50(records: Sequence[Record]) -> Measure:
 
 @metric("parsed", tasks=("refer",))
 def parsed(records: Sequence[Record]) -> Measure:
-    """The share of answers that begin with a box."""
+    """The share of answers that begin with a valid box: one with an area, within the image."""
     return Measure.mean([_found(record) is not None for record in records])

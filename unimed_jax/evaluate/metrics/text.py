@@ -1,17 +1,14 @@
-"""Corrected scores of text answers: exact match, word F1 and recall, closed questions; BLEU's sums."""
+"""Scores text answers, corrected: exact match, word F1, recall, closed questions; BLEU's sums."""
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from unimed_jax.evaluate.closed import closed_accuracy
 from unimed_jax.evaluate.metrics.registry import Record, metric, per_record
 from unimed_jax.evaluate.statistics import Measure
-
-WORDS = "nfkc-lower-words"  # what `tokens` does, in protocol ids
-
+from unimed_jax.evaluate.words import EXACT, WORDS, canonical, tokens
 
 # ---------------------------------------------------------------------------------------------
 # One answer
@@ -19,74 +16,66 @@ WORDS = "nfkc-lower-words"  # what `tokens` does, in protocol ids
 
 
 def is_closed(meta: Mapping[str, str]) -> bool:
-    """A closed question: answer_type is CLOSED (SLAKE, VQA-RAD), close (Med-MoE's files) or yes/no (Path-VQA)."""
+    """Says whether a question is closed by its answer_type.
+
+    That is CLOSED (SLAKE, VQA-RAD), close (Med-MoE's files) or yes/no (Path-VQA).
+    """
     return meta.get("answer_type", "").strip().lower() in ("closed", "close", "yes/no")
 
 
-def canonical(text: str) -> str:
-    """Lower case, single blanks, no closing punctuation: all that exact match forgives."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split()).rstrip(" .,;:!?")
-
-
-def tokens(text: str) -> list[str]:
-    """Words and numbers: "3.5 cm, T1-weighted." -> ["3.5", "cm", "t1", "weighted"]."""
-    return re.findall(r"\d+(?:\.\d+)+|\w+(?:'\w+)?", unicodedata.normalize("NFKC", text).lower())
-
-
 def exact_match(prediction: str, reference: str) -> bool:
-    """Equality of `canonical` forms; an empty prediction is wrong."""
+    """Says whether the `canonical` forms are equal; an empty prediction is wrong."""
     prediction = canonical(prediction)
     return bool(prediction) and prediction == canonical(reference)
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of token multisets: a word counts as often as both sides hold it, so repetition costs precision."""
+    """Computes F1 of token multisets, so that repeating a word costs precision."""
     candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
     shared = (candidate & target).total()
     return 2 * shared / (candidate.total() + target.total()) if shared else 0.0
 
 
 def token_recall(prediction: str, reference: str) -> float:
-    """The share of the reference's tokens that were said, each as often as it stands there."""
+    """Computes the share of the reference's tokens that were said, each as often as it stands there."""
     candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
     return (candidate & target).total() / target.total() if target else 0.0
 
 
-def closed_accuracy(prediction: str, reference: str) -> bool:
-    """The reference's words stand together in the prediction as whole words; "yes or no" answers neither."""
-    said, wanted = tokens(prediction), tokens(reference)
-    if wanted in (["yes"], ["no"]) and {"yes", "no"} <= set(said):
-        return False
-    starts = range(len(said) - len(wanted) + 1)
-    return bool(wanted) and any(said[i : i + len(wanted)] == wanted for i in starts)
-
-
 def ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    """How often each run of `order` words occurs."""
+    """Counts each run of `order` words."""
     return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
 
 
 def bleu_sums(prediction: Sequence[str], reference: Sequence[str]) -> np.ndarray:
-    """What BLEU adds up: float64 [10] = matched n-grams 1..4, predicted n-grams 1..4, both lengths."""
-    matched, predicted = [], []
+    """Counts what BLEU adds up over items: float64 [14].
+
+    Matched n-grams 1..4, predicted n-grams 1..4, both lengths, n-grams 1..4 of the reference.
+    """
+    matched, predicted, wanted = [], [], []
     for order in (1, 2, 3, 4):
         candidate, target = ngrams(prediction, order), ngrams(reference, order)
         matched.append((candidate & target).total())
         predicted.append(candidate.total())
-    return np.array([*matched, *predicted, len(prediction), len(reference)], np.float64)
+        wanted.append(target.total())
+    return np.array([*matched, *predicted, len(prediction), len(reference), *wanted], np.float64)
 
 
-def bleu(sums: np.ndarray, order: int = 4, floor: float = 0.0) -> np.ndarray:
-    """BLEU with one reference from `bleu_sums` [..., 10] added over items -> [...].
+def bleu(sums: np.ndarray, order: int = 4, floor: float = 0.0, every_order: bool = False) -> np.ndarray:
+    """Computes BLEU with one reference from `bleu_sums` [..., 14] added over items -> [...].
 
-    A precision of zero becomes `floor`; without any matched word the score is 0.
+    A precision of zero becomes `floor`; without any matched word the score is 0. Orders for which neither side has
+    a text long enough are left out, so that identical short texts score 1, unless `every_order` (as published).
     """
-    precision = sums[..., :order] / np.maximum(sums[..., 4 : 4 + order], 1)  # [..., order]
+    predicted = sums[..., 4 : 4 + order]
+    absent = (predicted == 0) & (sums[..., 10 : 10 + order] == 0) & (not every_order)
+    precision = sums[..., :order] / np.maximum(predicted, 1)  # [..., order]
     with np.errstate(divide="ignore"):
-        logs = np.log(np.where(precision > 0, precision, floor))
+        logs = np.where(absent, 0.0, np.log(np.where(precision > 0, precision, floor)))
     length, target = sums[..., 8], sums[..., 9]
     brevity = np.exp(np.minimum(0.0, 1 - target / np.maximum(length, 1e-9)))
-    return np.where(sums[..., 0] > 0, brevity * np.exp(logs.mean(-1)), 0.0)
+    mean = logs.sum(-1) / np.maximum(order - absent.sum(-1), 1)
+    return np.where(sums[..., 0] > 0, brevity * np.exp(mean), 0.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -97,9 +86,9 @@ def bleu(sums: np.ndarray, order: int = 4, floor: float = 0.0) -> np.ndarray:
 _TEXT_TASKS = ("vqa", "identify", "cls", "qa")
 
 
-@metric("exact_match", primary_for=_TEXT_TASKS, normaliser="nfkc-lower")
+@metric("exact_match", primary_for=_TEXT_TASKS, normaliser=EXACT)
 def exact_matches(records: Sequence[Record]) -> Measure:
-    """The share of answers that equal the reference but for case, blanks and closing punctuation.
+    """The share of answers that equal the reference except for spelling (evaluate/words.py).
 
     A recipe for the next metric: one value per record, their mean as a `Measure`, the decorator above.
     """
@@ -116,7 +105,7 @@ def _closed(records: Sequence[Record]) -> np.ndarray:
     return np.array([is_closed(record["meta"]) for record in records], bool)  # [n]
 
 
-@metric("open_exact_match", tasks=("vqa",), normaliser="nfkc-lower")
+@metric("open_exact_match", tasks=("vqa",), normaliser=EXACT)
 def open_exact_match(records: Sequence[Record]) -> Measure:
     """Exact match of open questions; closed ones do not count."""
     return exact_matches(records).where(~_closed(records))
@@ -134,13 +123,18 @@ def open_recall(records: Sequence[Record]) -> Measure:
     return per_record(records, token_recall).where(~_closed(records))
 
 
-@metric("closed_exact_match", tasks=("vqa",), normaliser="nfkc-lower")
+@metric("closed_exact_match", tasks=("vqa",), normaliser=EXACT)
 def closed_exact_match(records: Sequence[Record]) -> Measure:
     """Exact match of closed questions."""
     return exact_matches(records).where(_closed(records))
 
 
-@metric("closed_accuracy", tasks=("vqa",), normaliser=WORDS)
+@metric("closed_accuracy", tasks=("vqa",), normaliser=f"{WORDS}-one-choice")
 def closed_accuracies(records: Sequence[Record]) -> Measure:
-    """The share of closed questions whose reference stands in the answer as whole words."""
+    """The share of closed questions whose answer chooses the reference and nothing else.
+
+    Of yes and no the first one in the answer decides: "Yes, no fracture is seen" is yes, "No evidence of a mass, yes"
+    is no, "yes or no" is neither. Any other reference must stand in the answer as whole words, not denied, and not as
+    one of several: "left or right" is not left (`closed.closed_accuracy`).
+    """
     return per_record(records, closed_accuracy).where(_closed(records))

@@ -219,7 +219,7 @@ def exported_config(folder: str | Path) -> Config:
         settings = read_json(file, "export the model again")["unimed"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is of another kind of model; give what `export --format=model` wrote.") from error
-    config = from_config_dict(settings)
+    config = from_config_dict(settings, effects=False)
     return dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer=str(folder)))
 
 

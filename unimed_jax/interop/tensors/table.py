@@ -275,20 +275,19 @@ def _they_are(names: list[str], what: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names tensors as a sentence does: on one line, alike ones as one, and of very many only the first."""
+    """Names tensors as a sentence does: alike ones as one, and of very many only the first."""
     return first_of(folded(names))
 
 
 def first_of(words: Sequence[str]) -> str:
     """Joins the first names of a list and counts the others."""
     more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
-    return ", ".join(map(printable, words[:NAMED])) + more
+    return ", ".join(map(_cut, words[:NAMED])) + more
 
 
-def printable(name: str) -> str:
-    """Writes a name of a file's on one line; what cannot be printed is escaped, what is long is cut."""
-    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 20]}...{name[-17:]}"
-    return name if name.isprintable() else ascii(name)
+def _cut(name: str) -> str:
+    """Leaves the middle of a very long name out."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 20]}...{name[-17:]}"
 
 
 def folded(names: Iterable[str]) -> list[str]:

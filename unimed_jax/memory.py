@@ -1,0 +1,86 @@
+"""Compares the memory that a run needs at least with what the machine has, before anything is allocated.
+
+What is counted is less than what a run takes, so that no run that fits is refused: weights, moments, gradients, a
+batch, its logits, a cache. It keeps a setting that is wrong by orders of magnitude from ending in a dead machine.
+"""
+
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unimed_jax.config import Config, ModelConfig
+from unimed_jax.errors import UserError
+from unimed_jax.model.parameters import abstract, parameters
+
+MODEL = "the widths, depths and numbers of experts in config.model"
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+def available_bytes() -> float:
+    """Returns the memory of all devices together or, on CPU, that which this machine lets the process have."""
+    devices = jax.devices()
+    if devices[0].platform != "cpu":
+        limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+        known = [limit for limit in limits if limit]
+        return sum(known) * len(devices) / len(limits) if known else math.inf
+    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    found += [float(word) for file in LIMITS if (word := _read(file)).isdecimal()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        found.append(float(limit))
+    return min(found) * jax.process_count()
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text().strip()
+    except OSError:
+        return ""
+
+
+def refuse_too_large(needed: float, what: str, settings: str) -> None:
+    """Raises UserError if `what` needs more bytes than there are; `settings` are those to lower."""
+    have = available_bytes()
+    if needed > have:
+        raise UserError(
+            f"{what} needs at least {needed / 2**30:,.1f} GiB of memory, and there are {have / 2**30:,.1f}; lower "
+            f"{settings}."
+        )
+
+
+def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
+    """Raises UserError if training cannot fit; the arguments are trees of arrays or shapes (see train/program.py)."""
+    data, model = config.data, config.model
+    rows = data.rows // config.train.accumulation
+    logits = 4 * rows * data.row_answers * model.decoder.vocab
+    scores = rows * data.row_tokens**2 if jax.devices()[0].platform == "cpu" else 0  # the mask, a byte each
+    weights = tree_bytes(state) + tree_bytes(state.leaves) + tree_bytes(frozen)
+    refuse_too_large(weights, "training this model", MODEL)
+    refuse_too_large(
+        weights + tree_bytes(batch) + logits + scores,
+        f"training on batches of config.data.rows={data.rows} rows",
+        "config.data.rows, row_tokens, row_images or row_answers, or raise config.train.accumulation",
+    )
+
+
+def check_answering(model: ModelConfig, rows: int, tokens: int) -> None:
+    """Raises UserError if answers in batches of `rows`, each of so many tokens with its prompt, cannot fit."""
+    decoder, width = model.decoder, jnp.dtype(model.compute_dtype).itemsize
+    cache = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim * rows * tokens
+    weights = tree_bytes(parameters(abstract(model)))
+    refuse_too_large(weights, "this model", MODEL)
+    refuse_too_large(
+        weights + cache,
+        f"answering {rows} prompts at once with {tokens} tokens each",
+        "config.evaluate.batch or config.evaluate.max_new_tokens",
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Adds up the bytes of the arrays, or of the shapes in place of arrays, of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,25 @@
+"""Works with data sets; each command has --help.
+
+data show NAME (--path=DIR or --config=FILE) --out=FILE.png   examples with images, questions, answers and boxes
+data check --config=FILE --out=DIR                 counts, faults, leaks between splits and between sets
+data twin NAME --out=DIR [--layout=...] [--n=24]   synthetic data in the exact layout of a real set
+data schema                                        the JSON Schema of our own form of data (the reader jsonl)
+data export --config=FILE --out=DIR [--split=test] questions.jsonl and images/*.png, without the answers
+"""
+
+import importlib
+
+from unimed_jax.errors import UserError, nearest
+from unimed_jax.verbs.options import parser
+
+COMMANDS = ("show", "check", "twin", "schema", "export")  # each a file of this folder
+
+
+def run(arguments: list[str]) -> int | None:
+    """Reads which command is meant and runs it; returns its exit status."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        parser(__name__, __doc__).parse_args(arguments)
+    command = arguments[0] if arguments else ""
+    if command not in COMMANDS:
+        raise UserError(f"data: {command!r} is not one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+    return importlib.import_module(f"{__name__}.{command}").run(arguments[1:])

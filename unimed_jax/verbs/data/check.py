@@ -1,0 +1,34 @@
+"""Audits the data of a config: counts, faults, and leaks between splits and between sets.
+
+Writes check.json, check.md and pairs.png (the worst pairs of images). Its status is 1 if something must be looked at.
+"""
+
+import os
+from pathlib import Path
+
+from unimed_jax.errors import UserError
+from unimed_jax.paths import check_output
+from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
+
+
+def run(arguments: list[str]) -> int:
+    """Audits every set of config.data and config.evaluate."""
+    options = parser(__name__, __doc__)
+    options.add_argument("--config", required=True, help=CONFIG_HELP)
+    options.add_argument("--out", required=True, help="the folder of the report")
+    options.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that look at images")
+    known, overrides = options.parse_known_args(arguments)
+    if known.processes < 1:
+        raise UserError(f"--processes={known.processes} looks at nothing; give 1 or more.")
+    config = read_config(known.config, overrides)
+    check_output(known.out, "--out")
+
+    from unimed_jax.audit.check import audit
+    from unimed_jax.audit.report import write_audit
+
+    content, pairs, sets = audit(config, known.processes)
+    write_audit(Path(known.out), content, pairs, sets)
+    for line in content["look"]:
+        print(line)
+    print(f"wrote {known.out}/check.md and check.json: {len(content['look'])} findings must be looked at")
+    return 1 if content["look"] else 0

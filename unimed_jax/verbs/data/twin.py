@@ -1,0 +1,24 @@
+"""Writes a synthetic twin of a data set, in the exact layout of the real files."""
+
+from unimed_jax.errors import UserError
+from unimed_jax.paths import check_output
+from unimed_jax.verbs.options import parser
+
+
+def run(arguments: list[str]) -> None:
+    """Writes the twin into a new folder."""
+    options = parser(__name__, __doc__)
+    options.add_argument("name", help="a reader (unimed_jax/data/twins)")
+    options.add_argument("--out", required=True, help="the new folder")
+    options.add_argument("--layout", default="", help="one of the set's layouts (default: its first)")
+    options.add_argument("--n", type=int, default=24, help="records of the training split, about")
+    options.add_argument("--seed", type=int, default=0)
+    known = options.parse_args(arguments)
+    if known.n < 1 or known.seed < 0:
+        raise UserError("data twin: --n is at least 1 and --seed at least 0.")
+    check_output(known.out, "--out")
+
+    from unimed_jax.data.twins import write_twin
+
+    write_twin(known.name, known.out, known.n, known.layout, known.seed)
+    print(f"wrote a twin of {known.name} to {known.out}")
