@@ -8,11 +8,13 @@ functions import jax themselves, so that --help does not wait for it.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,16 +32,41 @@ NAME_SECONDS = 30  # for which a coordinator's name may be unknown: a cluster le
 # ---- start -----------------------------------------------------------------------------------------
 def start() -> None:
     """Imports JAX and finds its devices, so that what hinders either is one sentence (UserError)."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if reason := _wrong_flag(flags):
+        raise UserError(f"JAX cannot start with XLA_FLAGS={flags!r} in the environment ({reason}); change or unset it.")
     try:
         import jax
 
         jax.devices()
     except Exception as error:  # whatever JAX and its plugins raise
-        reason = _reason(error) or "no device of the kind that is asked for"
-        wanted = [name for name in os.environ if name.startswith(("JAX_", "XLA_")) and name.lower() in reason.lower()]
-        given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in wanted or ["JAX_PLATFORMS"])
+        # Without its hint, which takes JAX_PLATFORMS for what is wrong.
+        reason = re.sub(r" \((set|you may) .*JAX_PLATFORMS.*\)$", "", _reason(error))
+        reason = reason or "no device of the kind that is asked for"
+        named = [name for name in os.environ if name.startswith("JAX_") and name.lower() in reason.lower()]
+        wanted = named or ["JAX_PLATFORMS", *(["XLA_FLAGS"] if flags else [])]
+        given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in wanted)
         kind = PassingError if os.environ.get("JAX_NUM_PROCESSES", "1") != "1" else UserError
-        raise kind(f"JAX cannot start with {given} in the environment ({reason}); change or unset it.") from error
+        raise kind(f"JAX cannot start with {given} in the environment ({reason}); change or unset them.") from error
+
+
+@functools.cache
+def _wrong_flag(flags: str) -> str:
+    """Says which of XLA's flags is wrong, such as one of another release; empty if none is.
+
+    A wrong one ends the process with a dump of the C++ stack, so another process reads them first.
+    """
+    if not flags:
+        return ""
+    code = "from jaxlib import _jax; _jax.CompileOptions()"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""  # JAX will say what is wrong itself
+    said = done.stderr.decode(errors="replace")
+    found = re.search(r"(?:parse_flags_from_env|command_line_flags)\.cc:\d+\] (.*)", said)
+    return found[1][:300].rstrip(".") if found and done.returncode else ""
 
 
 def _reason(error: BaseException) -> str:

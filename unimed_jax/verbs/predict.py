@@ -26,7 +26,10 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--config", help=f"in place of --run: {CONFIG_HELP}")
     options.add_argument("--task", required=True, help=", ".join(TASKS))
     options.add_argument(
-        "--image", action="append", default=[], help="PNG, JPEG or DICOM (every task but qa); once for each of several"
+        "--image",
+        action="append",
+        default=[],
+        help="PNG, JPEG, TIFF, DICOM ... (every task but qa); once for each of several",
     )
     options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
     options.add_argument("--out", help="refer, identify: where to draw the box (default: in the run's folder)")
