@@ -182,7 +182,7 @@ def test_a_death_ends_all_with_a_sentence_and_the_run_goes_on_even_with_fewer(pl
     assert "has lost another one" in said(place, "death", 0) and "Traceback" not in said(place, "death", 0)
     again = start(place, "death", 2, 1, *more)
     wait_for_step(place, "death", again, 40)
-    again[1].send_signal(signal.SIGTERM)  # one is told, both save
+    again[1].send_signal(signal.SIGTERM)  # one gets the signal, both save
     for number, process in enumerate(again):
         assert process.wait(timeout=120) == 143, said(place, "death", number)[-3000:]
     assert "saved after step" in said(place, "death", 0)

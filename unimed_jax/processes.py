@@ -77,8 +77,8 @@ def _reason(error: BaseException) -> str:
 def join() -> None:
     """Connects to the other processes of the run, if any, before any device is used.
 
-    Raises UserError if the environment is incomplete or the coordinator's port is taken, PassingError if the others
-    have not come in time. A signal ends the wait.
+    Raises UserError if the environment is incomplete or the coordinator's port is taken,
+    PassingError if the others have not come in time. A signal ends the wait.
     """
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     if not count or count == "1":
@@ -127,7 +127,7 @@ def _check_port(port: int, address: str) -> None:
 
 
 def _await_coordinator(host: str, port: int, end: float) -> None:
-    """Waits until something listens at the coordinator's address; JAX itself would end the process with a dump."""
+    """Waits until something listens at the coordinator's address; JAX would end with a dump."""
     begun, reason = time.monotonic(), "no answer"
     while True:
         left = end - time.monotonic()
@@ -220,12 +220,12 @@ def leader_first(name: str) -> Iterator[None]:
 
 
 def from_leader(value: Any) -> Any:
-    """Returns process 0's `value` (anything JSON holds) on every process; to be called by all of them."""
+    """Returns process 0's `value` (anything JSON holds) on every process; all of them call it."""
     return gathered(value if leads() else None)[0]
 
 
 def gathered(value: Any) -> list[Any]:
-    """Returns every process's `value` (anything JSON holds), in the order of processes, on all of them."""
+    """Returns the `value` (anything JSON holds) of each process, in their order, on all of them."""
     import jax
 
     if jax.process_count() == 1:
@@ -266,12 +266,12 @@ def explain_lost_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what libraries print next to the errors that they raise; what was set before comes back at the end.
+    """Silences what libraries print next to the errors that they raise, inside the block.
 
-    orbax reports every file that it touches, and prints through asyncio the errors that it also raises. After a write
-    that failed, writes that finish later hit a closed event loop, and each would print the same error. transformers
-    warns of every tokenizer folder whose config.json is of a model that it does not know, matplotlib of every letter
-    that its font lacks.
+    orbax reports every file that it touches, and prints through asyncio the errors that it also
+    raises. After a write that failed, writes that finish later hit a closed event loop, and each
+    would print the same error. transformers warns of every tokenizer folder whose config.json is of
+    a model that it does not know, matplotlib of every letter that its font lacks.
     """
 
     def keeps_orbax_out(record: logging.LogRecord) -> bool:
