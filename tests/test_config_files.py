@@ -231,7 +231,7 @@ RETURNS = {
     "Dict(name=5)": "config.name must be str, not 5.",
     "Dict(name='caf\\udce9')": "config.name='caf\\udce9' holds half of a surrogate pair",
     "Dict(data=dict(cache='a\\0b'))": "config.data.cache='a\\x00b' holds the character NUL",
-    "Dict(data=dict(sources=[dict(name='x', only=dict(split=['\\ud800']))]))": "holds half of a surrogate pair",
+    "Dict(data=dict(sources=[dict(only=dict(a=['\\ud800']))]))": "holds half of a surrogate pair",
     "Dict(model=5)": "config.model must be a group of settings, not 5.",
     "Dict(model=None)": "config.model must be a group of settings, not None.",
     "Dict(seed=placeholder(int, required=True))": "required",
