@@ -1,4 +1,4 @@
-"""How near the limit of one accelerator full-size Uni-Med comes: ceilings, training step, decoding.
+"""Measures how near full-size Uni-Med comes to the limits of one accelerator.
 
     python benchmarks/accelerator.py --out=accelerator.jsonl --budget=300
     python benchmarks/accelerator.py --out=tiny.jsonl --tiny          # the same rows at toy size, on a CPU in seconds
@@ -9,7 +9,7 @@ say) is noted, and the next one runs.
 
 - `copy`: GB/s of reading and writing the device's memory.
 - `matmul`: TFLOP/s of a bfloat16 product of two random square matrices.
-- `decode, batch B`: tokens/s of greedy generation with the 7B decoder alone (adapters merged, prompts of 32 tokens,
+- `decode, batch B`: tokens/s of greedy generation with only the 7B decoder (adapters merged, prompts of 32 tokens,
   no early end; the prompt's pass counts as one token). The limit is reading all its weights once a token, at the
   copy's bandwidth.
 - `train RxS`: the training step of configs/cmoe.py's model (EVA-CLIP-g, CMoE, LLaMA-2-7B with LoRA) on R full rows of
@@ -95,7 +95,7 @@ TINY = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large the rows are."""
+    """Says how large the rows are."""
 
     model: ModelConfig
     copied: int  # bytes of the array that is copied
@@ -140,7 +140,7 @@ def _random(seed, like: tuple[tuple[str, tuple[int, ...], str], ...]) -> dict[st
 
 
 def random_leaves(shapes: dict[str, Any], seed: int = 0) -> dict[str, jax.Array]:
-    """Arrays of those shapes and dtypes, made on the device, of sizes at which a model neither dies nor explodes."""
+    """Makes random arrays of these shapes on the device, at scales that keep a model finite."""
     like = tuple((path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in shapes.items())
     return _random(np.uint32(seed), like)
 
@@ -278,7 +278,7 @@ class Row:
 
 
 def rows_of(scale: Scale) -> list[Row]:
-    """All rows, the cheapest first."""
+    """Lists all rows, the cheapest first."""
     rows = [
         Row("copy", 5, copy),
         Row("matmul", 10, matmul),
@@ -307,7 +307,7 @@ def machine() -> Values:
 
 
 def table(about: Values, results: Sequence[Values]) -> str:
-    """Markdown: what was measured on, then a line for each row with what it measured."""
+    """Writes Markdown: what was measured on, then a line for each row."""
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), "", "| row | measured |", "| --- | --- |"]
     for result in results:
         result = dict(result)

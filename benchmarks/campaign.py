@@ -11,7 +11,7 @@ def main(arguments: list[str]) -> None:
     names = sorted(file.stem for file in (HERE / "campaigns").glob("*.py") if not file.stem.startswith("fuzz_"))
     if not arguments or arguments[0] not in names:
         sys.exit(f"name a campaign: {', '.join(names)}.")
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
     importlib.import_module(f"campaigns.{arguments[0]}").run(arguments[1:])
 
 

@@ -1,4 +1,4 @@
-"""The connector alone at Uni-Med's full size, ours against plain torch: forward, and forward with backward.
+"""Times only the connector at Uni-Med's full size, ours against plain torch.
 
     python benchmarks/connector.py --threads=2 --out=connector.json
 
@@ -56,7 +56,7 @@ SIZES = {"tiny": model(32, 8, 16, 32), "full": model(224, 14, 1408, 4096)}
 
 
 def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The leaf's random values: uniform, of the variance 1 / inputs, or 0.1 where it is a vector or a table."""
+    """Draws a leaf: uniform, of variance 1 / inputs, or 0.1 for a vector or a table."""
     values = np.random.default_rng(zlib.crc32(path.encode())).random(shape, np.float32)
     values -= 0.5
     kernel = path.split("/")[-1] in ("up", "down") or path.endswith("_kernel")
@@ -65,14 +65,14 @@ def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def inputs(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Patch features [4, patches, width], and what the outputs [4, T, out] are weighed with for the gradient."""
+    """Draws patch features [4, patches, width] and the outputs' cotangents [4, T, out]."""
     rng = np.random.default_rng(0)
     patches = rng.standard_normal((4, config.vision.patches, config.vision.width), np.float32)
     return patches, rng.standard_normal((4, config.tokens_per_image, config.decoder.width), np.float32)
 
 
 def some(part) -> Any:
-    """A grid of at most 128 x 128 entries of a gradient, which may have 508 M."""
+    """Takes a grid of at most 128 x 128 entries of a gradient, which may have 508 M."""
     return part[tuple(slice(None, None, max(1, n // 64)) for n in part.shape)]
 
 
@@ -207,7 +207,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """-> what the JSON holds of each side. Raises harness.Failed where outputs or gradients differ."""
+    """Measures each side; raises harness.Failed if outputs or gradients differ."""
     own = [f"--{name}={getattr(arguments, name)}" for name in ("size", "threads", "device", "dtype")]
     own.append(f"--folder={folder}")
     times: dict[str, dict[str, list[float]]] = {side: {name: [] for name in PASSES} for side in SIDES}
@@ -240,7 +240,7 @@ def ratio(reference: list[float], own: list[float]) -> dict[str, float]:
 
 
 def check(name: str, folder: Path, tolerance: float) -> None:
-    """Outputs and gradients of side `name` against those of the first one."""
+    """Compares outputs and gradients of side `name` with those of the first one."""
     mine, reference = (np.load(folder / f"{side}.npz") for side in (name, SIDES[0]))
     # The tokens of other tasks have a gradient of zero.
     apart = {key: float(np.abs(mine[key] - x).max() / (np.abs(x).max() or 1)) for key, x in reference.items()}

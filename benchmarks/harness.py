@@ -1,4 +1,4 @@
-"""Two sides of a comparison, each in a process of its own, asked in turn: rounds, medians and spread, memory, table.
+"""Runs the sides of a comparison in turn, each in its own process, and tabulates their figures.
 
 A side is a script run with `--side=NAME`; it reads one JSON request a line and answers with one (`serve`). The
 driver starts all sides, then goes round them, so that what else the machine does falls on all alike.
@@ -21,11 +21,11 @@ from typing import Any
 
 
 class Failed(Exception):
-    """A side could not do what it was asked."""
+    """Says that a side could not do what it was asked."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """A script's main; what failed ends it with a sentence."""
+    """Runs a script's main; a failure ends it with one sentence."""
     try:
         main()
     except Failed as error:
@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 class Side:
-    """A running side."""
+    """Holds a running side."""
 
     def __init__(self, name: str, script: str, arguments: Sequence[str]):
         self.name = name
@@ -41,7 +41,7 @@ class Side:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, operation: str, **arguments) -> Any:
-        """What the side's operation returns. Raises Failed where it failed or the side has ended."""
+        """Returns what the side's operation returns; raises Failed if it failed or the side ended."""
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.write(json.dumps({"do": operation, **arguments}) + "\n")
@@ -66,7 +66,7 @@ BOS, PAD = 1, 0  # ids in random batches
 
 
 def full_rows(config: Any, seed: int = 0) -> dict[str, Any]:
-    """A batch without padding: a row holds one question for each of its image slots, all of the same length.
+    """Makes a batch without padding: a question for each image slot, all of the same length.
 
     The arrays are those of `data.layout.training_batch`: BOS, visual tokens, words, answer.
     """
@@ -111,7 +111,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def pin(threads: int, device: str = "cpu") -> None:
-    """Holds this process to `device` and to `threads` cores; to be called before torch or jax is imported."""
+    """Holds this process to a device and some cores; call it before importing torch or jax."""
     # XLA takes as many threads as it may run on, the libraries under torch as many as they are given.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -120,7 +120,7 @@ def pin(threads: int, device: str = "cpu") -> None:
 
 
 def serve(operations: dict[str, Callable[..., Any]]) -> None:
-    """A side's loop: each request names an operation and its arguments."""
+    """Serves a side's requests; each names an operation and its arguments."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
@@ -140,9 +140,9 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def peak_memory(device: str = "cpu") -> float:
-    """GiB: what torch or jax has held of the card at most, or the peak resident set of this process.
+    """Returns the GiB that torch or jax has held of the card at most, or this process of memory.
 
-    ru_maxrss alone would include the driver's, which a child inherits.
+    ru_maxrss would include the driver's memory, which a child inherits.
     """
     if device == "cuda":
         if "torch" in sys.modules:
@@ -160,7 +160,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """What a figure was measured on."""
+    """Describes the machine that a figure was measured on."""
     cpu = next((s.split(":")[1].strip() for s in _lines("/proc/cpuinfo") if s.startswith("model name")), "unknown")
     packages = {}
     for name in ("jax", "jaxlib", "torch", "transformers", "peft"):
@@ -190,7 +190,7 @@ def _lines(path: str) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a Markdown table with aligned columns."""
+    """Lays rows of text out as a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -203,7 +203,7 @@ def figure(values: dict[str, float], digits: int = 2) -> str:
 
 
 def need(*packages: str, install: str = "-e '.[parity]'") -> None:
-    """Raises Failed where a package that the comparison needs is not installed."""
+    """Raises Failed if a package that the comparison needs is not installed."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise Failed(f"this needs the package {name}, which is not installed; pip install {install}.")

@@ -1,4 +1,4 @@
-"""How much host memory loading a safetensors model takes beyond the arrays themselves.
+"""Measures how much host memory loading a safetensors model takes beyond the arrays.
 
 python benchmarks/load_memory.py [--gb=4] [--devices=1]   writes a random LLaMA of that size into a temporary folder
 (disk: that much), loads it in a fresh process and prints one line of JSON.
@@ -18,7 +18,7 @@ CHILD = "UNIMED_LOAD_MEMORY"
 
 
 def decoder(gigabytes: float):
-    """A LLaMA of about that many 10^9 bytes in bfloat16, with the proportions of the 7B one."""
+    """Describes a LLaMA of about that many 10^9 bytes in bfloat16, with the 7B one's proportions."""
     from unimed_jax.config import DecoderConfig
 
     width, depth = 2048, max(1, round(gigabytes * 1e9 / 2 / 50.3e6))
@@ -47,7 +47,7 @@ def table_and_leaves(gigabytes: float):
 
 
 def write(folder: Path, gigabytes: float) -> None:
-    """Random numbers of both signs below 1, a few megabytes of them in turn."""
+    """Writes random numbers between -1 and 1, a few megabytes at a time."""
     import ml_dtypes
     import numpy as np
 
@@ -62,12 +62,12 @@ def write(folder: Path, gigabytes: float) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory, file pages included."""
+    """Returns the bytes of this process in memory, file pages included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Peak(threading.Thread):
-    """The largest `resident()` while it runs, sampled every millisecond or so."""
+    """Samples `resident()` every millisecond or so while it runs, and keeps the largest."""
 
     def __init__(self):
         super().__init__(daemon=True)

@@ -1,4 +1,4 @@
-"""What logging and saving cost of a training run's step time.
+"""Measures what logging and saving cost of a training run's step time.
 
     python benchmarks/logging_and_saving.py --config=configs/brain_tiny.py --out=logging_and_saving.json
 
@@ -46,7 +46,7 @@ class Watch:
         self.until_end = 0.0  # of the steps so far
 
     def at_end(self, reached):
-        """`reached` is asked once a step, after everything else except its save."""
+        """Notes the time; `reached` is asked once a step, after everything else except its save."""
 
         def asked(interruption) -> bool:
             self.ends.append(time.perf_counter())
@@ -72,7 +72,7 @@ CALLS = {"logging": (loop.Log, ("write", "progress")), "saving": (start.Checkpoi
 
 
 def run(side: str, settings: Any, steps: int) -> tuple[float, float]:
-    """-> seconds from the end of the warm-up to the end of the last step; those of them inside the calls."""
+    """Returns the seconds from warm-up to the last step, and those spent inside the calls."""
     settings.train.steps = steps
     settings.train.log_every = 1 if side == "logging" else steps + 1
     settings.train.save_every = steps // 10 if side == "saving" else steps + 1

@@ -1,10 +1,10 @@
-"""What Med-MoE's third stage is worth at a tiny size: its experts against a dense model, and its parts one by one.
+"""Measures what Med-MoE's third stage and its parts are worth, at a tiny size.
 
     python benchmarks/med_moe_chain.py [--out=runs/med_moe_ablation] [--seeds=0,1,2] [--start=runs/brain_tiny] [--smoke]
 
 For each seed the stages of configs/med_moe/all.py:tiny, then variants of the last one, all from the same stage 2:
 dense, for as many steps and for as many FLOPs as the experts take; without the meta expert; with a router that learns
-beside the experts; top-2. Finished runs are skipped, so the same command continues. Writes ablation.json, ablation.md
+next to the experts; top-2. Finished runs are skipped, so the same command continues. Writes ablation.json, ablation.md
 and ablation.png into the folder: paired differences with 95 % intervals, and whether what was published appears here.
 """
 
@@ -28,7 +28,7 @@ from unimed_jax.evaluate.statistics import Measure, interval, resample
 from unimed_jax.settings import from_config_dict
 
 CHAIN = Path(__file__).parents[1] / "configs" / "med_moe" / "all.py"
-BEFORE = ("align", "instruct", "router")  # what all variants of the last stage stand on
+BEFORE = ("align", "instruct", "router")  # stages from which all variants of the last one start
 SCORES = ("open recall", "closed accuracy", "classification accuracy")
 
 # What is compared: left minus right; and the published difference in points, the mean over the paper's three data sets
@@ -44,7 +44,7 @@ PAIRS = (
 
 # ---- runs ------------------------------------------------------------------------------------------
 def activated(config: Config) -> int:
-    """Decoder parameters that a token is multiplied with: its FLOPs in training, but for a factor."""
+    """Counts the decoder parameters that a token is multiplied with (its FLOPs up to a factor)."""
     modules = params.count(config)["modules"]
     return sum(
         row["activated"]
@@ -54,7 +54,7 @@ def activated(config: Config) -> int:
 
 
 def variants(moe: Config) -> dict[str, Config]:
-    """Stage 3 and what it is compared with, by name."""
+    """Lists stage 3 and what it is compared with, by name."""
     experts, rules = moe.model.moe, moe.train.rules
     without = tuple((kind, path) for kind, path in moe.init if kind != "router")
 
@@ -82,7 +82,7 @@ def variants(moe: Config) -> dict[str, Config]:
 
 
 def stages_of(seed: int, out: Path, start: str, smoke: bool) -> list[Stage]:
-    """All runs of one seed, in the order in which they stand on each other."""
+    """Lists all runs of one seed, each after those that it starts from."""
     configs = {}
     for file in load_config_file(f"{CHAIN}:tiny").stages:
         config = from_config_dict(load_config_file(file))
@@ -93,7 +93,7 @@ def stages_of(seed: int, out: Path, start: str, smoke: bool) -> list[Stage]:
 
 
 def shortened(config: Config) -> Config:
-    """A few steps and answers, to see that all of it runs."""
+    """Shortens the run to a few steps and answers, to see that all of it works."""
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=3),
@@ -105,7 +105,7 @@ def shortened(config: Config) -> Config:
 
 # ---- comparison ------------------------------------------------------------------------------------
 def measures(seeds: Sequence[Sequence[Mapping]]) -> dict[str, Measure]:
-    """Scores of one variant from its records of each seed (the same examples in one order): means over the seeds."""
+    """Scores one variant: means over seeds, from each seed's records of the same examples."""
     kinds = np.array([record["task"] + ("/closed" if is_closed(record["meta"]) else "") for record in seeds[0]])
     rules = {"vqa": token_recall, "vqa/closed": closed_accuracy, "cls": exact_match}
     found = {}
@@ -116,7 +116,9 @@ def measures(seeds: Sequence[Sequence[Mapping]]) -> dict[str, Measure]:
 
 
 def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int = 2000) -> dict:
-    """Variant -> seed -> records, to {"variants": {variant: {score: {value, seeds}}}, "pairs": [...]} in points (%).
+    """Compares variants over their seeds, in points (%).
+
+    `records`: variant -> seed -> records; returned: {"variants": {variant: {score: {value, seeds}}}, "pairs": [...]}.
 
     Each pair: {pair, left, right, scores: {score: {value, ci95, seeds, published, verdict}}}; intervals over clusters
     of test items, the same for both sides; `seeds` are the differences of single seeds.
@@ -156,7 +158,7 @@ def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int 
 
 
 def verdict(ci95: Sequence[float] | None, published: float | None) -> str:
-    """Whether a published gain (all are gains) appears here; without one, which side is ahead."""
+    """Says whether a published gain appears here; without one, which side is ahead."""
     sign = 0 if ci95 is None else 1 if ci95[0] > 0 else -1 if ci95[1] < 0 else 0
     if published is None:
         return ("undecided", "left ahead", "right ahead")[sign]
@@ -164,7 +166,7 @@ def verdict(ci95: Sequence[float] | None, published: float | None) -> str:
 
 
 def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequence[int]) -> str:
-    """`costs`: steps and activated decoder parameters of each variant."""
+    """Writes the report; `costs` holds steps and activated decoder parameters of each variant."""
     rows = []
     for variant, scores in result["variants"].items():
         values = [
@@ -193,7 +195,7 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
 
 
 def draw(result: Mapping, path: Path) -> None:
-    """Each difference with its interval, beside those of single seeds and what was published."""
+    """Draws each difference with its interval, next to single seeds' and the published one."""
     from matplotlib.figure import Figure
 
     pairs = result["pairs"]

@@ -1,4 +1,4 @@
-"""What the decoder's experts cost: a training step of each dispatch path against the number of experts.
+"""Times a training step of each dispatch path against the number of experts.
 
     python benchmarks/moe_dispatch.py --threads=2 --out=moe_dispatch.json
     python benchmarks/moe_dispatch.py --compile-for=v5e:4x4 --size=stablelm      # needs libtpu, no TPU
@@ -55,7 +55,7 @@ SIZES = ("tiny", "small", "stablelm", "phi2")
 
 
 def settings(size: str, path: str, experts: int) -> Config:
-    """Stage 3 at that size; `small` is `tiny` with a decoder of StableLM-2's proportions, a quarter as wide."""
+    """Sets up stage 3: `small` is `tiny` with StableLM-2's proportions, a quarter as wide."""
     config = from_config_dict(load_config_file(f"{STAGE}:{'tiny' if size == 'small' else size}"))
     moe = dataclasses.replace(config.model.moe, experts=experts)
     if path != NONE:
@@ -74,7 +74,7 @@ def settings(size: str, path: str, experts: int) -> Config:
 
 
 class Step:
-    """The step on this machine."""
+    """Runs the step on this machine."""
 
     def __init__(self, config: Config):
         import jax
@@ -104,7 +104,7 @@ class Step:
 
 
 def compiled_for(topology: str, config: Config) -> dict[str, Any]:
-    """What the step needs of a chip of that slice, GiB, and the seconds that compiling took."""
+    """Compiles the step for a chip of that slice; returns the GiB it needs and the seconds it took."""
     from jax.experimental import topologies
     from jax.sharding import Mesh
 
@@ -146,13 +146,13 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def names(experts: Sequence[int], paths: Sequence[str] = (NONE, *PATHS)) -> list[str]:
-    """A side is `path/experts`."""
+    """Names the sides: `path/experts`."""
     found = [f"{path}/{count}" for count in experts for path in PATHS if path in paths]
     return [NONE, *found] if NONE in paths else found
 
 
 def check(first: dict[str, dict[str, float]]) -> None:
-    """Raises harness.Failed where the paths that drop nothing differ in their first step."""
+    """Raises harness.Failed if the paths that drop nothing differ in their first step."""
     for name, values in first.items():
         path, _, experts = name.partition("/")
         if path in DROPLESS:
@@ -192,7 +192,7 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
 
 
 def compile_all(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
-    """One at a time, each in a new process; what does not fit the chip is reported, not raised."""
+    """Compiles one at a time, each in a new process; what does not fit the chip is reported."""
     # libtpu reads XLA_FLAGS too, and an unknown one ends it.
     os.environ |= {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
@@ -210,7 +210,7 @@ def compile_all(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]
 
 
 def rows(sides: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Header and rows of the table."""
+    """Returns header and rows of the table."""
     ours = [(*name.partition("/")[::2], found) for name, found in sides.items()]
     if any("x no experts" in found for *_, found in ours):
         header = ("path", "experts", "s/step", "x no experts", "temporaries GiB", "peak GiB", "largest share")

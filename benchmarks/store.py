@@ -1,4 +1,4 @@
-"""Measures a store of many synthetic examples: time to open, memory of index and grouping, random reads per second.
+"""Measures a large store: time to open, memory of index and grouping, random reads a second.
 
     python benchmarks/store.py --cache=DIR     # builds the store and says how long that took
     python benchmarks/store.py --cache=DIR     # the same again opens it, in a process that did not build it
@@ -27,7 +27,7 @@ PIXEL = np.zeros((1, 1, 3), np.uint8)
 
 
 def read(folder, split, options, skipped):
-    """Four questions to an image, a patient to four images; every fifth example is text only."""
+    """Yields four questions an image, four images a patient; every fifth example is text only."""
     for i in range(options["examples"]):
         image, patient, meta = f"image-{i // 4}", f"patient-{i // 16}", {"template": f"t{i % 20}"}
         if i % 5 == 0:
@@ -37,7 +37,7 @@ def read(folder, split, options, skipped):
 
 
 def resident() -> float:
-    """MiB of memory that this process holds now."""
+    """Returns the MiB of memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 

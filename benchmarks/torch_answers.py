@@ -1,13 +1,13 @@
-"""A run against its export in torch: greedy tokens and logits of test examples of every task.
+"""Compares a run with its export in torch: greedy tokens and logits of test examples.
 
     HF_HUB_OFFLINE=1 python benchmarks/torch_answers.py --run=runs/brain_tiny --examples=50 --out=answers.json
 
 Needs torch: pip install -e '.[parity]'.
 
-The folder is written by `export_model` where it is not there yet, and loaded as a user loads it:
+The folder is written by `export_model` if it does not exist yet, and loaded as a user loads it:
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Both sides make prompt and pixels themselves and
 answer in left-padded batches. `tokens` counts examples whose greedy tokens are all the same; `logits` is the largest
-difference of any logit that predicts a token of the answer, over whole passes without a cache, beside the largest
+difference of any logit that predicts a token of the answer, over whole passes without a cache, next to the largest
 logit; `gap` is the least distance of the best two, which a difference would have to reach to turn a token.
 """
 
@@ -39,7 +39,7 @@ Pixels = Sequence[Sequence[np.ndarray]]  # the images of each example, uint8 [H,
 
 
 def ended(row: Sequence[int], eos: int) -> list[int]:
-    """The ids up to and with the end of text."""
+    """Cuts the ids after the end of text."""
     row = [int(i) for i in row]
     return row[: row.index(eos) + 1] if eos in row else row
 
@@ -57,7 +57,7 @@ class Ours:
         return [ended(row, eos) for row in np.asarray(rows)[: len(examples)]]
 
     def logits(self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]) -> list[np.ndarray]:
-        """Of each example [answer tokens, vocab]: what predicts each token of the given answer."""
+        """Computes for each example the logits [answer tokens, vocab] that predict its given answer."""
         size, groups = self.config.model.vision.image_size, []
         for example, shown, answer in zip(examples, pixels, answers, strict=True):
             prompt = self.encoder.prompt(example)
@@ -108,7 +108,7 @@ class Torch:
 
 
 def compare(ours: Ours, theirs: Torch, examples: Sequence[Example], pixels: Pixels) -> list[dict[str, Any]]:
-    """A record per example; the logits are those along our own answer."""
+    """Compares example by example; the logits are those along our own answer."""
     here, there = ours.tokens(examples, pixels), theirs.tokens(examples, pixels)
     logits = ours.logits(examples, pixels, here), theirs.logits(examples, pixels, here)
     records = []

@@ -15,7 +15,7 @@ from unimed_jax.interop.families.hf import linear_names
 
 
 class Attention(nn.Module):
-    """EVA's: one product for q, k, v, a bias on q and v only."""
+    """Attends as EVA does: one product for q, k, v, a bias on q and v only."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -64,7 +64,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Normalised pixels [N, 3, H, W] -> patch features [N, patches, width]."""
+    """Encodes normalised pixels [N, 3, H, W] into patch features [N, patches, width]."""
 
     def __init__(self, config):
         super().__init__()
@@ -93,7 +93,7 @@ class Router(nn.Module):
 
 
 class Connector(nn.Module):
-    """CMoE: soft router on task token + visual token, `moe_mlp` experts, strips of `rate` patches."""
+    """Routes softly by task and visual token (CMoE): `moe_mlp` experts, strips of `rate` patches."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -106,7 +106,7 @@ class Connector(nn.Module):
         self.moe_layers = nn.ModuleList(experts)
 
     def connect(self, patches, task_token):
-        """Patch features [N, patches, width] of images of one task -> [N, patches / rate, decoder width]."""
+        """Connects patch features [N, patches, width] -> [N, patches / rate, decoder width]."""
         images, count, width = patches.shape
         x = patches.reshape(images, count // self.rate, self.rate * width)  # [N, T, features]
         repeated = task_token.expand(images, x.shape[1], -1)
@@ -116,7 +116,7 @@ class Connector(nn.Module):
 
 
 class UniMed(Connector):
-    """The whole model in training mode; encoder and decoder frozen, adapters and connector trainable."""
+    """Holds the whole model: encoder and decoder frozen, adapters and connector trainable."""
 
     def __init__(self, config: ModelConfig):
         from peft import LoraConfig, get_peft_model
@@ -149,9 +149,9 @@ class UniMed(Connector):
         self.llm_model = get_peft_model(LlamaForCausalLM(settings), adapters)
 
     def forward(self, pixels, task_token, tokens, mask, labels, start: int):
-        """Mean cross entropy over the labels that are not -100.
+        """Returns the mean cross entropy over the labels that are not -100.
 
-        pixels [B, 3, H, W] of a batch of one task, or None (text alone); tokens, mask, labels int64 [B, S];
+        pixels [B, 3, H, W] of a batch of one task, or None (text only); tokens, mask, labels int64 [B, S];
         the visual tokens of each row stand at `start`.
         """
         x = self.llm_model.get_input_embeddings()(tokens)
@@ -162,7 +162,7 @@ class UniMed(Connector):
 
 
 def optimizer(model: nn.Module, weight_decay: float, betas, eps: float) -> torch.optim.Optimizer:
-    """The original's AdamW: no decay for vectors and for names with bias, ln or bn; torch's own default loop."""
+    """Makes the original's AdamW: no decay for vectors and for names with bias, ln or bn."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

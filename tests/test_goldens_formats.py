@@ -1,4 +1,4 @@
-"""Variants of the golden folders that the format allows: each is a change to a file of tests/goldens."""
+"""Checks variants of the golden folders that the format allows, as changes to tests/goldens."""
 
 import json
 from types import SimpleNamespace

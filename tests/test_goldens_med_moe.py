@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_files(goldens):
-    """Every listed file is there, with its checksum."""
+    """Checks that every listed file is there, with its checksum."""
     for name, file in golden_files.manifest(goldens)["files"].items():
         assert hashlib.sha256((goldens / name).read_bytes()).hexdigest() == file["sha256"], name
 
@@ -61,14 +61,14 @@ def test_entry(goldens, entry):
 
 
 def published_aux(routing, used):
-    """Where the original is told of unused tokens, its loss is a mean over them too."""
+    """Averages the loss over unused tokens too, as the original does if it is given them."""
     first = jax.nn.one_hot(routing.experts[:, 0], routing.logits.shape[1], dtype=bool)
     first = first if used is None else first & used.reshape(-1, 1)
     return balance(jax.nn.softmax(routing.logits), first, jnp.ones(len(first), bool))
 
 
 def spread_out(routing, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Routing as weights and masks [tokens, experts, capacity]."""
+    """Spreads routing out as weights and masks [tokens, experts, capacity]."""
     at = np.asarray(positions_in_expert(routing.experts, routing.kept, len(routing.counts)))
     weights = np.asarray(routing.weights)
     shape = (len(at), routing.counts.shape[0], capacity)
@@ -144,7 +144,7 @@ def check_layer_path(arrays, entry, path):
 
 
 def complete(arrays, prefix):
-    """The weights under a prefix. The residual MLP is the meta expert itself there, and may be listed once."""
+    """Returns the weights under a prefix; the residual MLP is the meta expert, and may be listed once."""
     weights = {k: v for k, v in arrays.items() if k.startswith(prefix)}
     if any("coefficient" in name for name in weights):
         for name, value in list(weights.items()):
@@ -153,14 +153,17 @@ def complete(arrays, prefix):
 
 
 def twin_of(name):
-    """The other name of the MLP that is meta expert and residual MLP at once."""
+    """Returns the other name of the MLP that is both meta expert and residual MLP."""
     if "meta_moe." in name:
         return name.replace("meta_moe.", "mlp.")
     return re.sub(r"(\.mlp|^param)\.mlp\.", r"\1.meta_moe.", name)
 
 
 def check_gradients(ours, weights, grads, what):
-    """`grads`: "grad." + published name. Of two names of one parameter only one is listed, with the sum of both."""
+    """Compares gradients; `grads`: "grad." + published name.
+
+    Of two names of one parameter only one is listed, with the sum of both.
+    """
     assert grads
     for key, expected in grads.items():
         name = key.removeprefix("grad.")
@@ -178,7 +181,7 @@ def check_gradients(ours, weights, grads, what):
 
 @functools.cache
 def model_of(folder, name):
-    """(entry of the weights, config, weights, model)."""
+    """Returns (entry of the weights, config, weights, model)."""
     entries = golden_files.manifest(folder)["entries"]
     (entry,) = (e for e in entries if e["family"] == "model_weights" and e["model"] == name)
     config = golden_files.model_config(entry)
@@ -187,7 +190,7 @@ def model_of(folder, name):
 
 
 def check_model_weights(folder, entry):
-    """Every tensor is known and comes back as it was; so do the settings."""
+    """Checks that every tensor is known and comes back as it was, and so do the settings."""
     entry, config, weights, model = model_of(folder, entry["model"])
     table = med_moe.med_moe_table(config)
     back = to_published(table, parameters(model))
@@ -225,7 +228,7 @@ def forward(model, batch, noise, training):
 
 
 def stacked_noise(arrays, rows, layers, first=0):
-    """Recorded noise of the routers of all layers, from call number `first` on, in our places."""
+    """Stacks the recorded noise of all routers, from call number `first` on, in our places."""
     each = [golden_files.noise(arrays, "in.", first + i) for i in range(layers)]
     if not each or not jax.tree.leaves(each):
         return NOISELESS
@@ -236,9 +239,9 @@ def check_forward(folder, entry):
     arrays = golden_files.arrays_of(folder, entry)
     weights_entry, config, weights, model = model_of(folder, entry["model"])
     left = entry["options"].get("side") == "left"
-    # Left padding of StableLM asks for the tokens behind it, as its mask takes the minimum of fp16.
-    behind = left and not config.decoder.parallel_block
-    rows = golden_files.rows_of(arrays, config, left, arrays["out.attention_mask"].shape[1], behind)
+    # StableLM's left padding sees the tokens after it, as its mask takes the minimum of fp16.
+    after = left and not config.decoder.parallel_block
+    rows = golden_files.rows_of(arrays, config, left, arrays["out.attention_mask"].shape[1], after)
     np.testing.assert_array_equal(rows.real, arrays["out.attention_mask"])
     np.testing.assert_array_equal(rows.labels, arrays["out.labels"])
     if "in.images" in arrays:
@@ -320,7 +323,7 @@ def decode(model, x, span, cache, place, noise):
 
 
 def check_generation(folder, entry):
-    """Greedy tokens of the cached loop, step by step with the recorded noise, and of `generate` where there is none."""
+    """Checks greedy tokens of the cached loop with the recorded noise, and of `generate` without noise."""
     arrays = golden_files.arrays_of(folder, entry)
     _, config, weights, model = model_of(folder, entry["model"])
     rows = golden_files.rows_of(arrays, config, left=True)
@@ -352,7 +355,7 @@ def step_noise(arrays, layers, n):
 
 
 def check_generate(config, weights, rows, scores, new):
-    """The end of text is held back by a bias of the head, as long as the original held it back: to the end."""
+    """Checks `generate` with a bias of the head that holds the end of text back, as the original did."""
     never = (scores < -1e29).all(axis=(0, 1))
     if (scores < -1e29).any(axis=(0, 1)).tolist() != never.tolist():
         return

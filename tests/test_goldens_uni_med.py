@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_files(goldens):
-    """Every listed file is there, with its checksum."""
+    """Checks that every listed file is there, with its checksum."""
     for name, entry in golden_files.manifest(goldens)["files"].items():
         assert hashlib.sha256((goldens / name).read_bytes()).hexdigest() == entry["sha256"], name
 
@@ -97,7 +97,7 @@ decode = jax.jit(lambda decoder, x, span, cache, place: decoder(x, span, cache, 
 
 @jax.jit
 def forward(model, batch):
-    """-> logits [B, S, vocab], routing, mean loss []."""
+    """Returns logits [B, S, vocab], routing and mean loss []."""
     out = model(batch)
     nll, _ = cross_entropy(answer_logits(model, out.hidden, batch), batch["targets"], LossConfig(), None)
     loss = (nll * batch["weights"]).sum() / batch["weights"].sum()
@@ -125,7 +125,7 @@ def check_forward(golden):
 
 
 def used(batch):
-    """Which of the batch's B * M image slots hold an image."""
+    """Returns which of the batch's B * M image slots hold an image."""
     return batch["image_tasks"].reshape(-1) >= 0
 
 
@@ -153,7 +153,7 @@ def specials(golden) -> SimpleNamespace:
 
 
 def check_layout(golden):
-    """data/layout.py lays the golden's segments and answers out as the original did."""
+    """Checks that data/layout.py lays the golden's segments and answers out as the original did."""
     case, arrays, pad = golden.case, golden.arrays, golden.base["pad_id"]
     segments = [s if s and isinstance(s[0], list) else [s] for s in case["prompt_segments"]]
     answers = [np.trim_zeros(np.array(row) - pad, "b") + pad for row in case["answer_ids"]]
@@ -254,7 +254,7 @@ def check_train_sequence(golden):
     tiny = to_published(table, tiny)
     assert sum(map(np.sum, tiny.values())) < 0.01 * sum(map(np.size, tiny.values()))
     for name, value in final.items():
-        # Adam's first step is the gradient's sign, also where rounding alone made it (the manifest's exception).
+        # Adam's first step is the gradient's sign, even if only rounding made it (the manifest's exception).
         expected = arrays.get(f"final/{name}", golden.weights[name])
         close(value, np.where(tiny[name], value, expected), 2e-5, f"{name} after the last step")
         close(value, expected, 2 * optimizer.lr, f"{name} after the last step")
@@ -262,7 +262,7 @@ def check_train_sequence(golden):
 
 
 def published_schedule(args) -> tuple[OptimizerConfig, int]:
-    """The published schedule's arguments -> ours, and the number of all steps."""
+    """Translates the published schedule's arguments, and counts all steps."""
     start = args["warmup_start_lr"] if args["warmup_start_lr"] >= 0 else args["init_lr"]
     optimizer = OptimizerConfig(
         lr=args["init_lr"], min_lr=args["min_lr"], warmup_lr=start, warmup_steps=args["warmup_steps"]
@@ -271,7 +271,7 @@ def published_schedule(args) -> tuple[OptimizerConfig, int]:
 
 
 def check_generate(golden):
-    """Greedy tokens of the jitted loop; every step's logits from the cache, teacher-forced; positions."""
+    """Checks greedy tokens of the jitted loop, every step's teacher-forced logits, and positions."""
     case, arrays, base, model = golden.case, golden.arrays, golden.base, golden.model()
     tokens_per_image = golden.config.tokens_per_image
     segments, calls = [], list(case["token_calls"])
@@ -379,13 +379,13 @@ def aux_identify_report(value, tensors, entries):
 
 
 def published_scores(value) -> dict:
-    """The original's names of a report's scores -> ours."""
+    """Translates the original's names of a report's scores."""
     names = {"f1": value["f1_score"]} | ({"accuracy": value["acc_score"]} if "acc_score" in value else {})
     return {name: approx(score) for name, score in {**value["bleu_scores"], **names}.items()}
 
 
 def approx(value):
-    """Relative alone: unsmoothed BLEU is as small as 1e-154."""
+    """Compares only relatively, as unsmoothed BLEU is as small as 1e-154."""
     return pytest.approx(value, rel=1e-9, abs=0)
 
 

@@ -161,6 +161,17 @@ def test_predict_draws_the_box(run, tmp_path, capsys):
     assert np.asarray(Image.open(out)).std() > 0
 
 
+def test_predict_answers_about_several_images(run, tmp_path, capsys):
+    files = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, file in enumerate(files):
+        Image.fromarray(Squares().image(f"test{i}")).save(file)
+    words = ["predict", f"--run={run}", "--task=vqa", "--text=Are both squares red?"]
+    assert cli.main([*words, *(f"--image={file}" for file in files)]) == 0
+    assert capsys.readouterr().out.strip()
+    assert cli.main([*words[:2], "--task=refer", "--text=red", *(f"--image={file}" for file in files)]) == 2
+    assert "task 'refer' is about one image, not 2" in capsys.readouterr().err
+
+
 def test_predict_answers_text_alone(run, capsys):
     assert cli.main(["predict", f"--run={run}", "--task=qa", "--text=What is 3 plus 1?"]) == 0
     assert capsys.readouterr().out.strip()

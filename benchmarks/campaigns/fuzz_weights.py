@@ -373,7 +373,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TOKENIZER_VALUES = [
     *VALUES, {"type": "Prepend", "prepend": "x" * 1000}, 4294967295, 1 << 32,
     {"type": "Replace", "pattern": {"String": ""}, "content": "aa"}, {"type": "Digits", "individual_digits": True},
-    {"type": "Split", "pattern": {"Regex": "(.*)(.*)(.*)(.*)(.*)\x01"}, "behavior": "Isolated", "invert": False},
+    {"type": "Split", "pattern": {"Regex": "\\w*\\w*\\w*\\w*(?!.|$)"}, "behavior": "Isolated", "invert": False},
     {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "aaaaaaaaaa"},
     {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 50},
     {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 3000},

@@ -23,7 +23,7 @@ def get_config(size=""):
 
     # Questions about images padded to a square.
     config.data.fit = "pad"
-    config.data.sources = config.evaluate.sources
+    config.data.sources = common.MED_MOE_QUESTIONS
 
     # Nine epochs of 44,000 in batches of 64. All MLPs train, with experts or not, and the projector.
     config.optimizer.lr = 2e-5
@@ -37,8 +37,5 @@ def get_config(size=""):
     )
 
     if size == "tiny":
-        config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=3),)
-        config.optimizer.lr = 1e-3
-        config.optimizer.warmup_steps = 12
-        config.train.steps = 400
+        common.tiny_questions(config)
     return config

@@ -13,12 +13,12 @@ def get_config(size=""):
     config.init = (("run", f"runs/med_moe_{size}/instruct"),)
     config.train.rules = (dict(match="*", train=False),)
 
-    # Prompts of stage 3, each image with its modality; the classes in the order of the experts.
+    # Prompts of stage 3, each image with its modality (VQA-RAD names none); the classes in the order of the experts.
     config.data.fit = "pad"
-    config.data.sources = config.evaluate.sources
+    config.data.sources = common.MED_MOE_QUESTIONS
     router = config.router_fit
     router.key = "modality"
-    router.classes = ("MRI", "CT", "pathology", "X-ray")
+    router.classes = ("MRI", "CT", "pathology", "X-Ray")
     router.labels = (50, 100, 200, 500, 1000)
     router.epochs = 10
     router.batch = 32

@@ -1,4 +1,4 @@
-"""Answers are written as they come: a cut evaluation continues where it stood and ends in the same bytes."""
+"""Answers are written as they come: a cut evaluation continues and ends in the same bytes."""
 
 import json
 import random

@@ -42,7 +42,7 @@ def corrected_measures(task, predictions, references, boxes=None, sizes=None, cl
     [
         ("The Left-Lung, is (normal).", "left lung is normal"),
         ("x-ray; CT/MRI", "x ray ct mri"),
-        ("x -ray", "x ray"),  # a mark beside a blank goes ...
+        ("x -ray", "x ray"),  # a mark next to a blank goes ...
         ("a-b x -ray", "ab x ray"),  # ... everywhere it stands
         ("3,000 mg of x-ray", "3000 mg of xray"),  # digit,digit deletes every mark
         ("3.5 cm. None", "3.5 cm 0"),

@@ -232,6 +232,37 @@ def test_what_is_no_plain_lora_is_refused(folder, base, key, value):
     assert f"{key}={value!r}" in refused(folder, base, "more than plain LoRA")
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("exclude_modules", ["lm_head"]), ("exclude_modules", "lm_head"), ("layers_pattern", "layers")),
+        *(
+            ("runtime_config", {"ephemeral_gpu_offload": False}),
+            ("corda_config", {}),
+            ("loftq_config", {"loftq_bits": 4}),
+        ),
+        *(
+            ("megatron_core", "megatron.core"),
+            ("lora_dropout", 0.5),
+            ("revision", "main"),
+            ("ensure_weight_tying", True),
+        ),
+        *(("init_lora_weights", "orthogonal"), ("eva_config", {"rho": 2.0}), ("layer_replication", None)),
+    ],
+)
+def test_settings_that_change_no_number(folder, base, key, value):
+    """They load, and what is loaded is the same."""
+    config = settings_of(base, LORA)
+    to = Destination(parameters(abstract(config)))
+    expected = peft.load_peft(folder, config, to)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    found = peft.load_peft(folder, config, to)
+    assert found.keys() == expected.keys()
+    for path in found:
+        np.testing.assert_array_equal(found[path], expected[path])
+
+
 def test_broken_folders(folder, base, tmp_path):
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     good = load_file(weights)

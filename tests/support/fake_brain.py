@@ -1,4 +1,4 @@
-"""A model small enough to train on tests/support/squares.py in seconds."""
+"""Makes a model small enough to train on tests/support/squares.py in seconds."""
 
 import getpass
 import tempfile
@@ -14,7 +14,7 @@ CACHE = Path(tempfile.gettempdir()) / f"unimed_jax-squares-{getpass.getuser()}" 
 
 
 def tiny_config(**train):
-    """Settings (a ConfigDict) of a model that compiles and steps in seconds on `Squares`."""
+    """Returns settings (a ConfigDict) of a model that trains on `Squares` in seconds."""
     config = default_config()
     config.name = "squares"
     vision, connector, decoder = config.model.vision, config.model.connector, config.model.decoder

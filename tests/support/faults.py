@@ -46,7 +46,7 @@ WORK: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]]
 
 
 def meet(kind: str, number: int) -> None:
-    """From now on this process meets the fault at its operation `number` (from 1); "full": also at later ones."""
+    """Makes this process meet the fault at its operation `number` ("full": also at later ones)."""
     count = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -64,7 +64,7 @@ def meet(kind: str, number: int) -> None:
 
 
 def run(kind: str, number: int, work: Callable[[], None]) -> int:
-    """Does the work in a child that meets the fault; returns 0, 2 (a sentence), 3 (another error) or minus a signal."""
+    """Works in a child that meets the fault; returns 0, 2 (a sentence), 3 (an error) or -signal."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

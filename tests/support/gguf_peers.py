@@ -1,4 +1,4 @@
-"""GGUF files that tests write as llama.cpp's converter does, from random torch LLaMAs, and our reading of them."""
+"""Writes GGUF files as llama.cpp's converter does, from random torch LLaMAs, and reads them."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ NAMES = {
 
 
 def settings_of(config) -> dict:
-    """What llama.cpp's converter says of a Hugging Face LLaMA."""
+    """Returns what llama.cpp's converter says of a Hugging Face LLaMA."""
     linear = config.rope_parameters["rope_type"] == "linear"
     return {
         **({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0} if linear else {}),
@@ -73,7 +73,7 @@ def settings_of(config) -> dict:
 
 
 def tensors_of(model) -> dict[str, np.ndarray]:
-    """Its tensors under llama.cpp's names; rows of q and k so that the two of a rotary pair are neighbours."""
+    """Renames tensors as llama.cpp does, with the rows of each rotary pair next to each other."""
     out, c = {}, model.config
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
@@ -92,7 +92,7 @@ def tensors_of(model) -> dict[str, np.ndarray]:
 
 
 def write(path, kind="F32", settings=None, tensors=None, architecture="llama", tokenizer=None) -> None:
-    """A file of these settings and tensors; matrices stored as `kind`."""
+    """Writes a file of these settings and tensors; matrices are stored as `kind`."""
     writer = gguf.GGUFWriter(path, architecture)
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in {**(settings or {}), **(tokenizer or {})}.items():

@@ -31,7 +31,7 @@ def name_of(entry: dict) -> str:
 
 
 def arrays_of(folder: Path, entry: dict) -> dict[str, np.ndarray]:
-    """The tensors of a case, all those and only those that the manifest names (of a model's gradients the number)."""
+    """Reads the tensors of a case and checks that they are those that the manifest names."""
     prefix = entry.get("prefix", entry["case"]) + "/"
     arrays = {k.removeprefix(prefix): v for k, v in load_file(folder / entry["file"]).items() if k.startswith(prefix)}
     described = {k: [list(v.shape), str(v.dtype)] for k, v in arrays.items()}
@@ -44,7 +44,7 @@ def arrays_of(folder: Path, entry: dict) -> dict[str, np.ndarray]:
 
 
 def trainable(entry: dict, names) -> set[str]:
-    """Which of a model's published names train: a list of them, or "all except PATTERN and PATTERN"."""
+    """Returns which published names train: a list, or "all except PATTERN and PATTERN"."""
     said = entry["trainable_parameter_names"]
     if not isinstance(said, str):
         return set(said)
@@ -54,33 +54,33 @@ def trainable(entry: dict, names) -> set[str]:
 
 
 def noise(arrays: dict[str, np.ndarray], prefix: str, number: int = 0) -> Noise:
-    """The recorded random numbers of the router's call of that number."""
+    """Returns the recorded random numbers of the router's call of that number."""
     keys = {ours: f"{prefix}noise.{theirs}.{number}" for ours, theirs in NOISE.items()}
     return Noise(**{ours: jnp.asarray(arrays[key]) for ours, key in keys.items() if key in arrays})
 
 
 def used(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Which tokens are to be routed, where a case says it."""
+    """Returns which tokens are routed, if a case says it."""
     found = [v for k, v in arrays.items() if "used_token" in k]
     return found[0].astype(bool) if found else None
 
 
 def limits(top_k: int, drop: bool | None, factor: float, eval_factor: float, least: int) -> dict:
-    """The fields of MoeConfig that say what is dropped; the original's top-2 always has a limit."""
+    """Returns the MoeConfig fields that say what is dropped; top-2 always has a limit."""
     if top_k == 1 and not drop:
         factor = eval_factor = None
     return {"capacity_factor": factor, "eval_capacity_factor": eval_factor, "min_capacity": least}
 
 
 def loaded(config: ModelConfig, table, weights: dict[str, np.ndarray]) -> UniMed:
-    """The model with the leaves of the table; what no table names is NaN, and would spoil every number."""
+    """Loads the model's leaves by the table; what no table names is NaN and spoils every number."""
     model = abstract(config)
     empty = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()}
     return with_parameters(model, empty | to_leaves(table, weights, empty))
 
 
 def layer_config(entry: dict, path: str) -> ModelConfig:
-    """A decoder of one layer, the case's."""
+    """Describes a decoder of one layer, the case's."""
     return ModelConfig(
         decoder=DecoderConfig(
             **{"vocab": 2, "depth": 1, "heads": 1, "kv_heads": 1, "head_dim": 2},
@@ -111,7 +111,7 @@ def layer_config(entry: dict, path: str) -> ModelConfig:
 
 
 def model_config(weights: dict) -> ModelConfig:
-    """From the entry of a model's weights: its config.json and tower, and what the code sets besides."""
+    """Reads a model's settings from the entry of its weights: config.json, tower, fixed values."""
     clip, built = weights["clip"], weights["moe_layer_settings_hardcoded"]
     vision = VisionConfig(
         image_size=clip["image_size"],
@@ -136,7 +136,7 @@ def model_config(weights: dict) -> ModelConfig:
 
 @dataclasses.dataclass
 class Rows:
-    """A model case's rows as our batch, and where the original's columns stand in them."""
+    """Holds a case's rows as our batch, and where the original's columns stand in them."""
 
     batch: dict[str, np.ndarray]
     order: np.ndarray  # [B, W]: the original's column at each of our places
@@ -144,7 +144,10 @@ class Rows:
     labels: np.ndarray  # [B, W], in the original's columns
 
     def back(self, array) -> np.ndarray:
-        """Ours [..., B, W, ...] -> the original's columns; the axis of rows is found by its length and the next's."""
+        """Brings an array [..., B, W, ...] from our columns to the original's.
+
+        The axis of the rows is found by its length and that of the next one.
+        """
         array = np.asarray(array)
         rows, width = self.order.shape
         axis = next(i for i in range(array.ndim) if array.shape[i : i + 2] == (rows, width))
@@ -154,17 +157,19 @@ class Rows:
         return np.moveaxis(out, (0, 1), (axis, axis + 1))
 
     def ours(self, tokens: np.ndarray) -> np.ndarray:
-        """The original's [B * W, ...] -> our places."""
+        """Brings the original's [B * W, ...] to our places."""
         rows = np.arange(len(self.order))[:, None]
         return tokens.reshape(*self.order.shape, -1)[rows, self.order].reshape(tokens.shape)
 
 
 def rows_of(
-    arrays: dict, config: ModelConfig, left: bool, width: int | None = None, padding_behind: bool = False
+    arrays: dict, config: ModelConfig, left: bool, width: int | None = None, padding_last: bool = False
 ) -> Rows:
-    """`left`: the side of the padding. `width`: where rows are cut; None: as long as the longest.
+    """Lays a case's rows out as our batch.
 
-    `padding_behind`: left padding stands behind its row here, where it sees all of it.
+    `left`: the side of the padding. `width`: where rows are cut; None: as long as the longest.
+
+    `padding_last`: left padding comes after its row here, so that it sees all of it.
     """
     ids = arrays["in.input_ids"]
     mask = arrays.get("in.attention_mask", np.ones_like(ids)).astype(bool)
@@ -180,7 +185,7 @@ def rows_of(
         count = int((row[seen] == IMAGE).sum())
         slots.append([next(images) for _ in range(count)])
         if not count:
-            next(images, None)  # text alone comes with an image that is not used
+            next(images, None)  # text without an image comes with one that is not used
         rows.append((stream, targets))
     assert next(images, None) is None, "the case has more images than places for them"
     width = min(width or 10**9, max(len(stream) for stream, _ in rows))
@@ -191,7 +196,7 @@ def rows_of(
         here = slice(width - len(row), width) if left else slice(0, len(row))
         stream[b, here], out_labels[b, here], real[b, here] = row, targets, True
     order = np.tile(np.arange(width), (len(rows), 1))
-    if padding_behind:
+    if padding_last:
         order = np.argsort(~real, axis=1, kind="stable")
     pick = lambda a: np.take_along_axis(a, order, axis=1)  # noqa: E731
     stream, segments, targets = pick(stream), pick(real).astype(int), pick(out_labels)

@@ -37,7 +37,7 @@ class Golden:
         return VISUAL_TASKS.index(self.case["task"]) if self.case["task"] in VISUAL_TASKS else -1
 
     def model(self) -> UniMed:
-        """The golden weights: what trains by way of a checkpoint in the original's format, the rest by the tables."""
+        """Loads the golden weights: trained ones from an original checkpoint, others by the tables."""
         model = abstract(self.config)
         # A leaf that no table names would stay NaN and spoil every number.
         empty = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()}
@@ -51,12 +51,12 @@ class Golden:
             return with_parameters(model, leaves | unimed_pth.load_unimed(path, self.config, Destination(empty)))
 
     def trainable(self) -> dict[str, np.ndarray]:
-        """The weights that the original trains, a router that the routing does not read among them."""
+        """Returns the weights that the original trains, including a router that nothing reads."""
         starts = ("task_tokens.", "moe_layers.", "llm_proj.", "router.")
         return {k: v for k, v in self.weights.items() if k.startswith(starts) or ".lora_" in k}
 
     def slots(self, index, counts) -> tuple[np.ndarray, np.ndarray]:
-        """Images [B, M, H, W, 3] from the pool's [n, 3, H, W], and their tasks [B, M].
+        """Returns images [B, M, H, W, 3] from the pool's [n, 3, H, W], and their tasks [B, M].
 
         `index` names the images in order, one list or one list a row; row b takes the next counts[b] of them.
         """
@@ -71,7 +71,7 @@ class Golden:
 
 
 def flat(index) -> list[int]:
-    """`image_index` of a case as one list; null is a batch of text."""
+    """Returns a case's `image_index` as one list; null is a batch of text."""
     if index is None:
         return []
     return [i for entry in index for i in (entry if isinstance(entry, list) else [entry])]
@@ -138,7 +138,7 @@ def connector_config(settings: dict) -> ConnectorConfig:
 
 
 def training_batch(golden: Golden, layout_ids, attention_mask, targets, image_index) -> dict[str, np.ndarray]:
-    """The golden's padded rows as our batch arrays (row = example).
+    """Returns the golden's padded rows as our batch arrays (row = example).
 
     Rows are padded further to a multiple of 32 and answers to one of 16, so that batches share compiled programs.
     """

@@ -1,4 +1,4 @@
-"""Hugging Face decoders of every family, tiny and with every leaf random, as peers of ours."""
+"""Makes tiny Hugging Face decoders of every family, all leaves random, as peers of ours."""
 
 import dataclasses
 import functools
@@ -139,7 +139,7 @@ def settings(name: str):
 
 @functools.cache
 def peer(name: str, folder: Path):
-    """The torch model, with random weights, and the folder that it was saved in."""
+    """Makes the torch model with random weights and saves it; returns it and its folder."""
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def peer(name: str, folder: Path):
 
 
 def randomise(torch, model) -> None:
-    """Kernels of gain 1, biases away from 0, norms' gains away from 1 (which Gemma's store without the 1)."""
+    """Draws kernels of gain 1, biases away from 0, norm gains away from 1 (Gemma: from 0)."""
     one = 0 if type(model).__name__.startswith("Gemma") else 1
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -170,7 +170,7 @@ def load_leaves(folder, config: DecoderConfig) -> dict:
 
 
 def padded(side: str, lengths=(160, 97, 5), first: int = 0):
-    """-> random tokens [B, S], mask [B, S] and positions [B, S] from `first` on, of rows of several lengths."""
+    """Draws rows of several lengths: tokens, mask and positions from `first` on, [B, S] each."""
     rng = np.random.default_rng(1)
     longest = max(lengths)
     tokens, mask = np.zeros((len(lengths), longest), np.int32), np.zeros((len(lengths), longest), np.int32)

@@ -1,4 +1,4 @@
-"""Checks of Med-MoE's golden cases that need no model: scores, prompts, image preprocessing, router files."""
+"""Checks Med-MoE's golden cases that need no model: scores, prompts, images, router files."""
 
 import hashlib
 import json
@@ -88,7 +88,7 @@ def check_image_preprocess(folder, entry):
 
 
 def check_router_import(folder, entry):
-    """Reads the published files in data/med_moe of a folder above, or else made-up files that fit the description."""
+    """Reads the published files in data/med_moe of a folder above, or made-up ones that fit."""
     for file in json.loads((folder / entry["file"]).read_text()).values():
         check_router(folder, file)
 

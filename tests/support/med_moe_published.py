@@ -1,4 +1,4 @@
-"""The settings of Med-MoE's two published models, as their config.json has them."""
+"""Holds the settings of Med-MoE's two published models, as their config.json has them."""
 
 STABLELM = {
     **{"model_type": "moe_llava_stablelm", "vocab_size": 100352, "hidden_size": 2048, "num_hidden_layers": 24},

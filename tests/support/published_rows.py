@@ -17,7 +17,7 @@ def training_rows(
 ) -> Batch:
     """Lays out published training rows: one example a row, all as long as the longest; images are left zero.
 
-    segments[b]: ids around the images of example b (one list: text alone); answers[b]: ids as they stand in the
+    segments[b]: ids around the images of example b (one list: text only); answers[b]: ids as they stand in the
     row, end of text included. Returns what `training_batch` does, with M the most images of an example.
     """
     encoded = [

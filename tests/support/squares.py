@@ -1,4 +1,7 @@
-"""Coloured squares with all six tasks, as a reader: `name="support.squares"`. Options: `images`, `long` (an image)."""
+"""Reads coloured squares with all six tasks: `name="support.squares"`.
+
+Options: `images`, and `long` (the key of an image).
+"""
 
 import dataclasses
 
@@ -52,7 +55,7 @@ def _split(split, images, rng):
 
 
 class Squares:
-    """The same set in memory."""
+    """Holds the same set in memory."""
 
     id, name, info, checksum = "squares", "squares", INFO, "0" * 64
 

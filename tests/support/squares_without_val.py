@@ -1,4 +1,4 @@
-"""Squares with two of the six tasks and without a validation split: `name="support.squares_without_val"`."""
+"""Reads squares of two tasks without a validation split: `support.squares_without_val`."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Tiny models whose every leaf is random, so that no zero or one hides a mistake."""
+"""Makes tiny models whose every leaf is random, so that no zero or one hides a mistake."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ TOKENS = CONFIG.tokens_per_image  # 4
 
 
 def config(**parts) -> ModelConfig:
-    """The tiny configuration with fields of its parts replaced: config(decoder={"tied_head": True})."""
+    """Replaces fields of the tiny configuration: config(decoder={"tied_head": True})."""
     changed = {name: dataclasses.replace(getattr(CONFIG, name), **fields) for name, fields in parts.items()}
     out = dataclasses.replace(CONFIG, **changed)
     check_model(out)
@@ -45,7 +45,7 @@ def config(**parts) -> ModelConfig:
 
 
 def model(settings: ModelConfig = CONFIG, seed: int = 0) -> UniMed:
-    """Kernels of gain 0.7, norm scales around 1, biases, task tokens and adapters away from 0."""
+    """Draws kernels of gain 0.7, norm scales around 1, and the rest away from 0."""
     rng = np.random.default_rng(seed)
     leaves = {}
     for path, leaf in parameters(abstract(settings)).items():
@@ -61,7 +61,7 @@ def model(settings: ModelConfig = CONFIG, seed: int = 0) -> UniMed:
 
 
 def encoded(rng, task: str = "vqa", question: int = 5, answer: int = 3, images: int = 1, left=None) -> layout.Encoded:
-    """Random ids around the images (none for text alone) and of the answer, which ends with EOS."""
+    """Draws ids around the images (none for text only) and of the answer, which ends with EOS."""
     low, high = COORDINATE_START + 101, CONFIG.decoder.vocab
     ids = rng.integers(low, high, question + answer)
     left = [[low, low + 1]] * images if left is None else left
@@ -75,7 +75,7 @@ def image(rng) -> np.ndarray:
 
 
 def group(rng, task: str = "vqa", questions: int = 1, images: int = 1, **lengths) -> layout.Group:
-    """Questions that share their images; the q-th is q tokens longer than the first."""
+    """Makes questions that share their images; the q-th is q tokens longer than the first."""
     length = lengths.pop("question", 5)
     asked = [encoded(rng, task, length + q, images=images, **lengths) for q in range(questions)]
     return layout.Group(tuple(asked), tuple(image(rng) for _ in range(images)))
@@ -86,7 +86,7 @@ def shape(tokens: int = 48, images: int = 2, answers: int = 16) -> layout.RowSha
 
 
 def mixed_batch(rng, rows: int = 4, reduction: str = "token") -> dict[str, np.ndarray]:
-    """One example a row, tasks in turn (text alone too), answers of 2, 3, ... tokens."""
+    """Makes one example a row, tasks in turn (text only too), answers of 2, 3, ... tokens."""
     groups = []
     for row in range(rows):
         task = (*VISUAL_TASKS, TASKS[-1])[row % len(TASKS)]
@@ -98,7 +98,7 @@ ADAPT = (RuleConfig("connector/*", True), RuleConfig("*/lora_?", True), RuleConf
 
 
 def training(model: ModelConfig | None = None, rows: int = 8, **train) -> Config:
-    """Settings that train connector and adapters of a model of one layer on the rows of `mixed_batch`."""
+    """Returns settings that train connector and adapters of one layer on `mixed_batch`."""
     row = shape()
     return Config(
         model=model or config(vision={"depth": 1}, decoder={"depth": 1}),

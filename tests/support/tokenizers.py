@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that are found: what each does with blanks, and whether it cuts words."""
+"""Makes small tokenizers of the usual kinds, which treat blanks and words differently."""
 
 import functools
 
@@ -50,12 +50,12 @@ def _trained(kind: str) -> str:
 
 
 def made(kind: str) -> tokenizers.Tokenizer:
-    """A new tokenizer of the kind."""
+    """Makes a tokenizer of the kind."""
     return tokenizers.Tokenizer.from_str(_trained(kind))
 
 
 def saved(kind: str, folder):
-    """The kind's tokenizer as a Hugging Face folder; returns the folder."""
+    """Saves the kind's tokenizer as a Hugging Face folder; returns the folder."""
     special = dict(zip(("bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=made(kind), **special).save_pretrained(folder)
     return folder

@@ -1,20 +1,31 @@
-"""A toy data set of all six tasks whose images alone tell the answers, and a model that sees them."""
+"""Makes a toy data set of all six tasks whose answers only the images hold, and a model for it."""
 
 import numpy as np
 
-from unimed_jax.config import TASKS
+from unimed_jax.config import TASKS, Config, default_config
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.info import Info
 from unimed_jax.evaluate.answers import Journal
 from unimed_jax.evaluate.run import answer_and_score
 from unimed_jax.evaluate.tasks import Source, Training, units_of
+from unimed_jax.settings import from_config_dict
 
 SIZE = (48, 32)  # width, height: not square, so that mixing them up shows
 
 
+def toy_config() -> Config:
+    """Returns settings that score the test split of the toy data set."""
+    settings = default_config()
+    settings.name = "toy"
+    settings.evaluate.bootstrap = 200
+    settings.evaluate.batch = 16
+    settings.evaluate.splits = ("test",)
+    return from_config_dict(settings)
+
+
 class Toy:
-    """Twelve images in six slabs a split."""
+    """Holds twelve images in six slabs a split."""
 
     checksum, splits = "c" * 64, ("train", "val", "test")
 
@@ -85,7 +96,7 @@ class Model:
 
 
 class Says:
-    """A model that says the same function of every example."""
+    """Answers every example by one function."""
 
     def __init__(self, say):
         self.say = say
@@ -99,7 +110,7 @@ def sets_of(*toys):
 
 
 def evaluated(model, toys, config, folder, fingerprint="f"):
-    """The scored units of the toys, in the order of the settings."""
+    """Scores the toys' units, in the order of the settings."""
     sets = sets_of(*(toys if isinstance(toys, (list, tuple)) else [toys]))
     units, _ = units_of(config, sets)
     return answer_and_score(units, Training(config, sets), model, Journal(folder, fingerprint), config)

@@ -1,4 +1,4 @@
-"""Names of the original Uni-Med's frozen weights, which its checkpoints leave out but the golden files hold."""
+"""Names the original Uni-Med's frozen weights, which only the golden files hold."""
 
 from unimed_jax.config import ModelConfig
 from unimed_jax.interop.families.hf import hf_decoder_table

@@ -1,4 +1,4 @@
-"""The original Uni-Med's checkpoint among the golden files, and our model of its settings."""
+"""Loads the original Uni-Med's golden checkpoint, and our model of its settings."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from unimed_jax.model.parameters import abstract, parameters
 
 @dataclasses.dataclass
 class Reference:
-    """The original's file, what the manifest says of it, and our model of the same settings."""
+    """Holds the original's file, what the manifest says of it, and our model of its settings."""
 
     path: Path
     entry: dict

@@ -1,4 +1,4 @@
-"""Checks of weight files, and pickles of which some would run code."""
+"""Checks weight files, and makes pickles of which some would run code."""
 
 import struct
 import zipfile
@@ -26,7 +26,7 @@ def assert_reads(path, expected):
 
 
 def refused(path, match):
-    """The file is refused with one sentence that names it."""
+    """Checks that the file is refused with one sentence that names it."""
     with pytest.raises(UserError, match=match) as error:
         file = open_weights(path)
         for name in file.stored:
@@ -42,7 +42,7 @@ def archive(path, pickled: bytes, records=(), compression=zipfile.ZIP_STORED):
 
 
 def tensor_pickle(size, offset, shape, strides, key="0") -> bytes:
-    """{"a": tensor}, as torch.save pickles it."""
+    """Pickles {"a": tensor} as torch.save does."""
     out = bytearray(b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(")
 
     def number(n):

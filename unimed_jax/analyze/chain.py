@@ -1,4 +1,4 @@
-"""A chain of runs, each from the weights of those before: what a config with `stages` names, and its table of scores.
+"""Trains a chain of runs, each from the weights of those before it, and tabulates their scores.
 
 Stage `runs/<name>` of a chain in `<workdir>` lives in `<workdir>/<last part of name>`, wherever its config is named
 in another one's `init`.
@@ -42,10 +42,10 @@ class Stage:
 
 
 def read_stages(settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path) -> list[Stage]:
-    """The stages in their order, in the folder of the chain.
+    """Reads the stages in their order, in the folder of the chain.
 
-    Raises UserError for overrides, for what a stage lacks, and where a stage's folder holds other settings, so that
-    nothing begins that could not end.
+    Raises UserError for overrides, for what a stage lacks, and if a stage's folder holds other settings, so that no
+    chain begins that could not end.
     """
     if overrides:
         raise UserError(
@@ -80,16 +80,19 @@ def _stage_config(file: str) -> Config:
 
 
 def linked(configs: Sequence[Config], folder: Path) -> list[Stage]:
-    """Configs as the stages of one chain in `folder`, each `init` led to those before. Names must differ."""
+    """Makes configs the stages of one chain in `folder`; their `init` leads to earlier stages.
+
+    Raises UserError if two of them have the same name.
+    """
     stages: list[Stage] = []
-    alone: dict[Path, Path] = {}  # where a stage would live alone -> where it does
+    moved: dict[Path, Path] = {}  # folder of a stage that is run by itself -> its folder in the chain
     for config in configs:
         name = Path(config.name).name
         if any(stage.name == name for stage in stages):
             raise UserError(f"two stages are called {name!r}; give each config another name.")
-        init = tuple((kind, _moved(path, alone)) for kind, path in config.init)
+        init = tuple((kind, _moved(path, moved)) for kind, path in config.init)
         stages.append(Stage(name, dataclasses.replace(config, init=init), folder / name))
-        alone[Path("runs") / config.name] = folder / name
+        moved[Path("runs") / config.name] = folder / name
     return stages
 
 
@@ -101,7 +104,7 @@ def _moved(path: str, folders: Mapping[Path, Path]) -> str:
 
 
 def _result(stage: Stage) -> dict | None:
-    """The scores that the stage ended with, None where it has not."""
+    """Reads the scores that the stage ended with; None if it has not ended."""
     try:
         name = "router.json" if stage.config.job == "router" else "metrics.json"
         return read_json(stage.folder / name)
@@ -121,12 +124,12 @@ def trained(stage: Stage) -> bool:
 
 
 def finished(stage: Stage) -> bool:
-    """Whether it is trained and scored."""
+    """Says whether the stage is trained and scored."""
     return trained(stage) and _result(stage) is not None
 
 
 def run_chain(settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path) -> None:
-    """Trains and scores the stages that are not finished; the same command continues an interrupted chain."""
+    """Trains and scores all unfinished stages; the same command continues a chain."""
     stages, table = read_stages(settings, overrides, folder), ""
     for i, stage in enumerate(stages):
         done = finished(stage)
@@ -151,9 +154,9 @@ def train_and_evaluate(config: Config, folder: Path) -> None:
 
 
 def write_table(folder: Path, stages: Sequence[Stage]) -> str:
-    """stages.json and stages.md: the scores of the stages so far on their held-out set. Returns the table.
+    """Writes the stages' scores so far to stages.json and stages.md, and returns the table.
 
-    Raises UserError where they were scored on different data.
+    Raises UserError if they were scored on different data.
     """
     rows, kept, checksums = [], {}, {}
     for stage in stages:
@@ -191,7 +194,7 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
 
 
 def _entry(result: Mapping, task: str) -> Mapping:
-    """A task's scores over all sets on the leading split of metrics.json; {} if it was not scored."""
+    """Returns a task's scores over all sets on the leading split; {} if it was not scored."""
     return result["pooled"].get(result["split"], {}).get(task, {})
 
 
@@ -200,7 +203,7 @@ def _score(result: Mapping, task: str, where: tuple[str, str]) -> Mapping | floa
 
 
 def _blind(result: Mapping, task: str, metric: str) -> float | None:
-    """The best of the baselines that see no image of their own."""
+    """Returns the best of the baselines that do not see the example's image."""
     baselines = _entry(result, task).get("blind", {}).values()
     return max((scores[metric] for scores in baselines if metric in scores), default=None)
 

@@ -209,7 +209,9 @@ class Tokenizer:
             return cls(_from_folder(Path(folder)), f"tokenizer folder {folder}")
         except UserError:
             raise
-        except Exception as error:  # transformers raises many kinds here
+        except BaseException as error:  # transformers raises many kinds here
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is one of Rust
+                raise
             reason = " ".join(str(error).split())
             if "tiktoken" in reason:  # what transformers tries last, whatever failed before
                 reason = "its tokenizer.model is damaged"

@@ -22,6 +22,7 @@ STEPS = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAcce
 STEPS |= {"ByteLevel", "Whitespace", "WhitespaceSplit", "Metaspace", "BertPreTokenizer", "Digits", "Punctuation"}
 STEPS |= {"ByteFallback", "Fuse", "WordPiece", "BPEDecoder", "CTC", "UnicodeScripts", "CharDelimiterSplit"}
 MOST_STEPS = 16
+MOST_GROWTH = 100  # of a text, by replacements
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -161,6 +162,23 @@ def patterns_in(spec: Any) -> list[str]:
     return found
 
 
+def growth(spec: Any) -> float:
+    """Says how many times as long the replacements of a tokenizer.json can make a text, at most."""
+    times, left = 1.0, [spec.get("normalizer"), spec.get("decoder")]
+    while left:
+        step = left.pop()
+        if isinstance(step, list):
+            left += step
+        elif isinstance(step, dict):
+            left += [value for value in step.values() if isinstance(value, (dict, list))]
+            new, pattern = step.get("content"), step.get("pattern")
+            if step.get("type") == "Replace" and isinstance(new, str):
+                old = pattern.get("String") if isinstance(pattern, dict) else None
+                times *= max(1.0, (len(new.encode()) + (not old)) / max(1, len(str(old or "").encode())))
+                times = min(times, 1e9)
+    return times
+
+
 def texts_against(patterns: list[str]) -> list[str]:
     """Makes texts that repeat what the patterns look for, and then do not match."""
     words = {*" \n\ta0é!.-_日", "aA1 ", "Is the left lung clear? "}
@@ -179,10 +197,14 @@ def main(file: str) -> int:
 
     try:
         with open(file, encoding="utf-8") as opened:
-            patterns = patterns_in(json.load(opened))
+            spec = json.load(opened)
+        patterns = patterns_in(spec)
         bad = next((pattern for pattern in patterns if repeats_within_repeats(pattern)), None)
         if bad is not None:
             print(f"its pattern {ascii(bad)[:100]} may take forever")
+            return 1
+        if growth(spec) > MOST_GROWTH:
+            print("its replacements make a text hundreds of times as long")
             return 1
         tokenizer = tokenizers.Tokenizer.from_file(file)
         tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""Blind baselines: answers without looking at the image, fitted on training examples only.
+"""Answers questions without looking at the image, by baselines fitted on training examples only.
 
 A model that reads images must beat the best of them. One more needs the model, its answers to other examples' images
 (`permuted_images`), and is made in answers.py. Text is the whole input of `qa`: there the learned baselines read what
@@ -25,14 +25,14 @@ MEDOID_SAMPLE = 256  # training reports; the medoid is sought among and against 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The baselines of a task by name."""
+    """Holds the baselines of a task by name."""
 
     blind: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # never read the image
     peers: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # read all that the model reads
 
 
 def fit(task: str, train: Sequence[Example]) -> Fitted:
-    """Fits the baselines of `task`; none without a training example of the task.
+    """Fits the baselines of `task`; there are none without a training example of it.
 
     Raises UserError if a training box cannot be read (refer's answers, identify's questions).
     """
@@ -44,7 +44,7 @@ def fit(task: str, train: Sequence[Example]) -> Fitted:
 
 
 def _simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
-    """Majorities, medians and medoids."""
+    """Fits majorities, medians or medoids, whichever suit the task."""
     if task in ("vqa", "qa", "cls"):
         fitted = {"majority_per_template": _majority(train, _template)}
         if task == "vqa":  # stronger if one template asks about several structures
@@ -64,7 +64,7 @@ def _simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
 
 
 def _learned(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
-    """TF-IDF with logistic regression where answers repeat, and the nearest question."""
+    """Fits TF-IDF with logistic regression if answers repeat, and the nearest question."""
     merges: dict[str, Callable[[Sequence[str]], str]] = {"refer": _median_text, "caption": medoid}
     merge = merges.get(task, most_frequent)
     found: dict[str, Baseline | None] = {"nearest_question": text_only.nearest_question(train, merge)}
@@ -83,7 +83,7 @@ def most_frequent(answers: Sequence[str]) -> str:
 
 
 def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
-    """The report with the highest corpus BLEU-4 against all others of an evenly spaced sample."""
+    """Returns the report with the highest corpus BLEU-4 against an evenly spaced sample."""
     step = max(1, len(reports) / sample)
     chosen = [reports[int(i * step)] for i in range(min(sample, len(reports)))]
     grams = [[ngrams(tokens(report), order) for report in chosen] for order in (1, 2, 3, 4)]
@@ -104,7 +104,7 @@ def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
 
 
 def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
-    """Majority answer of the last key that was seen in training, else of all."""
+    """Answers with the majority of the last key that was seen in training, else of all."""
     tables: list[Mapping[Hashable, str]] = []
     for key in (lambda example: None, *keys):
         groups = defaultdict(list)
@@ -122,7 +122,7 @@ def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) ->
 
 
 def _median_box(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
-    """Median of each coordinate over the boxes of the last key seen in training, else of all, in text form."""
+    """Answers with the median box of the last key that was seen in training, else of all."""
     groups: dict[Hashable, list[tuple[int, ...]]] = defaultdict(list)
     for example in train:
         box = _box_of(example, example.answer)
@@ -144,12 +144,12 @@ def _median(boxes: Sequence[Sequence[int]]) -> str:
 
 
 def _median_text(texts: Sequence[str]) -> str:
-    """The median of boxes in text form (all readable: `_median_box` has read them before)."""
+    """Returns the median of boxes in text form, which `_median_box` has read before."""
     return _median([box for text in texts if (box := text_to_box(text[max(text.find("{"), 0) :]))])
 
 
 def _nearest_boxes(train: Sequence[Example]) -> Baseline:
-    """Majority answer among the training boxes nearest to the asked one; equal votes go to the nearest."""
+    """Answers with the majority of the nearest training boxes; equal votes go to the nearest."""
     boxes = np.array([_box_of(example, example.question) for example in train], np.float64)  # [n, 4]
 
     def answer(example: Example) -> str:

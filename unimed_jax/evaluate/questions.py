@@ -1,4 +1,4 @@
-"""Questions and images of an evaluation as files, for tools that answer them elsewhere."""
+"""Writes the questions and images of an evaluation, for tools that answer them elsewhere."""
 
 import json
 from pathlib import Path

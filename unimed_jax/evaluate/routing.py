@@ -1,4 +1,4 @@
-"""How the connector routes by task: the same images under each task's token."""
+"""Measures how the connector routes by task: the same images under each task's token."""
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -17,7 +17,7 @@ from unimed_jax.model.unimed import UniMed
 
 @jax.jit
 def _weights(model: UniMed, pixels: jax.Array) -> jax.Array:
-    """Expert weights [images, visual tasks, T, E] of images [N, H, W, 3] under every task's token."""
+    """Computes expert weights [N, visual tasks, T, E] of images [N, H, W, 3] under each task's token."""
     tasks = jnp.arange(len(VISUAL_TASKS), dtype=jnp.int32)
     each = jnp.tile(tasks, len(pixels))
     repeated = pixels.repeat(len(tasks), axis=0)  # [N * tasks, H, W, 3]
@@ -28,8 +28,11 @@ def _weights(model: UniMed, pixels: jax.Array) -> jax.Array:
 
 
 def total_variation(weights: np.ndarray) -> np.ndarray:
-    """Per image, the mean over pairs of tasks and visual tokens of half the summed absolute difference of the
-    two tasks' expert weights: 0 where tasks route alike, 1 where they share no expert. [N, tasks, T, E] -> [N]."""
+    """Measures how far apart the tasks route each image: 0 is alike, 1 is without a common expert.
+
+    It is half the summed absolute difference of two tasks' expert weights, averaged over pairs of tasks and visual
+    tokens: [N, tasks, T, E] -> [N].
+    """
     pairs = combinations(range(weights.shape[1]), 2)
     return np.mean([0.5 * np.abs(weights[:, a] - weights[:, b]).sum(-1).mean(-1) for a, b in pairs], axis=0)
 
@@ -43,7 +46,7 @@ def routing_report(
     clusters: Sequence[str],
     batch: int = 64,
 ) -> dict | None:
-    """What evaluate/report shows of the routing; None for a connector without experts.
+    """Measures what evaluate/report shows of the routing; None for a connector without experts.
 
     `read(key)` gives an image, uint8 [H, W, 3]; only `batch` of them are held at once, at the model's size.
     `tv_token_router` is measured too: the trained weights without the router's task half, if it has one.
@@ -79,7 +82,7 @@ def routing_report(
 
 
 def without_task_half(model: UniMed) -> UniMed:
-    """A copy of the model whose router reads only visual tokens; leaves are shared, the model stays as it is."""
+    """Copies the model, without its leaves, so that its router reads only visual tokens."""
     copy = jax.tree.map(lambda leaf: leaf, model)
     router = copy.connector.router
     assert router is not None

@@ -1,4 +1,4 @@
-"""Scores of records: one unit's, several sets' pooled, and the content of metrics.json.
+"""Scores records: those of one unit, those of several sets pooled, and all of metrics.json.
 
 Records are the lines of predictions.jsonl (metrics.Record), so that kept predictions can be scored again.
 """
@@ -37,7 +37,7 @@ Measures = dict[str, Measure]  # metric -> measure
 def score(
     task: str, records: Sequence[Record], config: Config, metrics: Sequence[Metric] = (), protocol: str = ""
 ) -> dict[str, Any]:
-    """Scores of one task's records.
+    """Scores the records of one task.
 
     {n, clusters, primary, corrected: {metric: {value, ci95}}, published: {metric: value}, blind and peers:
     {baseline: {metric: value}}, margin and peer_margin: {baseline, value, ci95}, protocol, notes: [str],
@@ -45,62 +45,63 @@ def score(
     ci95 is None for fewer than two clusters, a margin without a baseline. vqa also counts n_open and n_closed.
     """
     metrics = metrics or of_task(task)
-    primary = metrics[0].name
     table = _Table(records, metrics, config)
     blind, peers = table.of_baselines("blind"), table.of_baselines("peers")
-    templates = sorted({record["template"] for record in records} - {""})
-    masks = {name: np.array([record["template"] == name for record in records]) for name in templates}
-    for name, measure in table.model.items():
-        table.add(("model", name), measure)
-    for kind, baselines in (("blind", blind), ("peers", peers)):
-        for name, measures in baselines.items():
-            table.add((kind, name), measures[primary])
-            for template, mask in masks.items():
-                table.add((kind, name, template), measures[primary].where(mask), mask)
-    for template, mask in masks.items():
-        table.add(("model", primary, template), table.model[primary].where(mask), mask)
+    masks = _template_masks(records)
+    table.enter(blind, peers, masks)
     table.draw()
-    out = {
+    return {
         "n": len(records),
         "clusters": table.clusters,
-        "primary": primary,
+        "primary": table.primary,
         "corrected": {name: table.estimate(("model", name)) for name in table.model},
         "published": _published(task, records, config.text),
         "blind": {name: _values(measures) for name, measures in blind.items()},
         "peers": {name: _values(measures) for name, measures in peers.items()},
-        "margin": table.margin(primary, "blind", list(blind)),
-        "peer_margin": table.margin(primary, "peers", list(peers)),
+        "margin": table.margin("blind", list(blind)),
+        "peer_margin": table.margin("peers", list(peers)),
         "protocol": protocol,
         "notes": _notes(task, blind, table.clusters),
-        "templates": {
-            template: {
-                "n": int(mask.sum()),
-                **table.estimate(("model", primary, template)),
-                "blind": {name: table.value(("blind", name, template)) for name in blind},
-                "margin": table.margin(primary, "blind", list(blind), template),
-            }
-            for template, mask in masks.items()
-        },
+        "templates": {name: _template_score(table, name, mask, list(blind)) for name, mask in masks.items()},
+        **(_answer_types(records) if task == "vqa" else {}),
     }
-    if task == "vqa":
-        closed = sum(is_closed(record["meta"]) for record in records)
-        out |= {"n_open": len(records) - closed, "n_closed": closed}
-    return out
+
+
+def _template_masks(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Returns for each template which records are asked by it: bool [n]."""
+    names = sorted({record["template"] for record in records} - {""})
+    return {name: np.array([record["template"] == name for record in records]) for name in names}
+
+
+def _template_score(table: "_Table", template: str, mask: np.ndarray, blind: Sequence[str]) -> dict[str, Any]:
+    """Scores the records of one template on the primary metric, model and blind baselines."""
+    return {
+        "n": int(mask.sum()),
+        **table.estimate(("model", table.primary, template)),
+        "blind": {name: table.value(("blind", name, template)) for name in blind},
+        "margin": table.margin("blind", blind, template),
+    }
+
+
+def _answer_types(records: Sequence[Record]) -> dict[str, int]:
+    """Counts open and closed questions."""
+    closed = sum(is_closed(record["meta"]) for record in records)
+    return {"n_open": len(records) - closed, "n_closed": closed}
 
 
 class _Table:
-    """Named measures of the same records, drawn together so that differences are paired."""
+    """Holds named measures of the same records, drawn together so that differences are paired."""
 
     def __init__(self, records: Sequence[Record], metrics: Sequence[Metric], config: Config):
         self._records, self._metrics = records, metrics
         self._resamples, self._seed = config.evaluate.bootstrap, config.seed
         self._names = np.array([record["cluster"] for record in records])
         self.clusters = len(set(self._names.tolist()))
+        self.primary = metrics[0].name
         every = self._measured([record["prediction"] for record in records])
-        # A metric that no record counts for (open questions, where all are closed) is left out.
-        self.model = {
-            name: measure for name, measure in every.items() if name == metrics[0].name or np.isfinite(measure.value)
-        }
+        # A metric that no record counts for (open questions, if all are closed) is left out.
+        counted = [name for name, measure in every.items() if np.isfinite(measure.value)]
+        self.model = {name: every[name] for name in every if name in (self.primary, *counted)}
         self._measures: dict[tuple[str, ...], Measure] = {}
         self._several: dict[tuple[str, ...], bool] = {}  # whether more than one cluster counts
         self._draws: dict[tuple[str, ...], np.ndarray] = {}
@@ -110,18 +111,37 @@ class _Table:
         return {metric.name: metric(given) for metric in self._metrics}
 
     def of_baselines(self, kind: str) -> dict[str, Measures]:
-        """Baseline -> measures, of the baselines that answered every record."""
+        """Measures the baselines that answered every record, by name."""
         answers = [cast(Mapping[str, Mapping[str, str]], record).get(kind) or {} for record in self._records]
         names = [name for name in answers[0] if all(name in given for given in answers)]
         found = {name: self._measured([given[name] for given in answers]) for name in names}
         return {name: {key: m for key, m in every.items() if key in self.model} for name, every in found.items()}
 
-    def add(self, key: tuple[str, ...], measure: Measure, mask: np.ndarray | None = None) -> None:
+    def enter(
+        self,
+        blind: Mapping[str, Measures],
+        peers: Mapping[str, Measures],
+        templates: Mapping[str, np.ndarray],
+    ) -> None:
+        """Adds all that is drawn: the model's metrics, and model and baselines on the primary one by template."""
+        for name, measure in self.model.items():
+            self._add(("model", name), measure)
+        baselines = [("blind", name, measures) for name, measures in blind.items()]
+        baselines += [("peers", name, measures) for name, measures in peers.items()]
+        for kind, name, measures in baselines:
+            self._add((kind, name), measures[self.primary])
+            for template, mask in templates.items():
+                self._add((kind, name, template), measures[self.primary].where(mask), mask)
+        for template, mask in templates.items():
+            self._add(("model", self.primary, template), self.model[self.primary].where(mask), mask)
+
+    def _add(self, key: tuple[str, ...], measure: Measure, mask: np.ndarray | None = None) -> None:
         self._measures[key] = measure
         counted = self._names if mask is None else self._names[mask]
         self._several[key] = len(set(counted.tolist())) > 1
 
     def draw(self) -> None:
+        """Draws all entered measures together."""
         draws = resample(list(self._measures.values()), self._names.tolist(), self._resamples, self._seed)
         self._draws = dict(zip(self._measures, draws, strict=True))
 
@@ -131,9 +151,9 @@ class _Table:
     def estimate(self, key: tuple[str, ...]) -> dict[str, Any]:
         return {"value": self.value(key), "ci95": interval(self._draws[key]) if self._several[key] else None}
 
-    def margin(self, primary: str, kind: str, names: Sequence[str], *template: str) -> dict[str, Any] | None:
-        """The model minus the best of the baselines on the primary metric, paired; None without a baseline."""
-        ours = ("model", primary, *template)
+    def margin(self, kind: str, names: Sequence[str], *template: str) -> dict[str, Any] | None:
+        """Subtracts the best baseline from the model on the primary metric; None without one."""
+        ours = ("model", self.primary, *template)
 
         def rank(name: str) -> float:
             value = self.value((kind, name, *template))
@@ -198,7 +218,7 @@ def _published(task: str, records: Sequence[Record], text: TextConfig) -> Mappin
 
 
 def _flat(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """{"all": {"f1": 1}, "open": {"f1": 0}} -> {"f1": 1, "open_f1": 0}."""
+    """Flattens {"all": {"f1": 1}, "open": {"f1": 0}} to {"f1": 1, "open_f1": 0}."""
     return {
         name if part == "all" else f"{part}_{name}": value
         for part in ("all", "open", "closed")
@@ -213,7 +233,7 @@ def _flat(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What one unit gave: its place in metrics.json, its metrics, its records and their scores."""
+    """Holds what one unit gave: its place in metrics.json, its metrics, its records and their scores."""
 
     set: str
     split: str
@@ -224,7 +244,7 @@ class Scored:
 
 
 def pooled(parts: Sequence[Scored], config: Config) -> dict[str, Any]:
-    """The scores of one split and task over several sets, as if they were one.
+    """Scores one split and task over several sets as if they were one.
 
     Templates and clusters carry the set's id, so that equal names stay apart. Baselines and metrics are those that
     all sets have.
@@ -253,7 +273,7 @@ def _prefixed(record: Record, name: str) -> Record:
 
 
 def leading_split(splits: Sequence[str]) -> str:
-    """The split that reports show first: test if it was scored, else the first one."""
+    """Returns the split that reports show first: test if it was scored, else the first one."""
     return "test" if "test" in splits or not splits else splits[0]
 
 
@@ -265,7 +285,7 @@ def summarise(
     step: int | None = None,
     routing: Mapping | None = None,
 ) -> dict[str, Any]:
-    """The content of metrics.json.
+    """Returns the content of metrics.json.
 
     `data`: set id -> {checksum, licence, citation, note, cluster_word}. Of `routing` (see report/) everything but the
     arrays is kept.

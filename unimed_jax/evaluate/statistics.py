@@ -1,4 +1,4 @@
-"""Scores of many items as sums, and their bootstrap intervals over clusters of items."""
+"""Computes scores of many items from sums, with bootstrap intervals over clusters of items."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,18 +13,18 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A score of n items that depends only on sums over them, so that a bootstrap is one matrix product."""
+    """Holds a score that depends only on sums over items: a bootstrap is one matrix product."""
 
     items: np.ndarray  # float64 [n, K]
     score: Callable[[np.ndarray], np.ndarray] = _ratio  # sums [..., K] -> [...]; NaN if no item counts
 
     @classmethod
     def mean(cls, values: Sequence[float]) -> "Measure":
-        """The mean of one value per item."""
+        """Makes the mean of one value per item."""
         return cls(np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1))
 
     def where(self, chosen: Sequence[bool] | np.ndarray) -> "Measure":
-        """The same score of the chosen items; the others stay in the rows, with weight 0."""
+        """Restricts the score to the chosen items; the others stay in the rows, with weight 0."""
         return Measure(self.items * np.asarray(chosen, np.float64)[:, None], self.score)
 
     @property
@@ -33,7 +33,7 @@ class Measure:
 
 
 def resample(measures: Sequence[Measure], clusters: Sequence[str], resamples: int, seed: int) -> list[np.ndarray]:
-    """Bootstraps over clusters: float64 [resamples] per measure, the r-th draw the same for all of them.
+    """Bootstraps over clusters: float64 [resamples] per measure, all from the same draws.
 
     Every draw takes as many clusters as there are, with replacement, each with all its items.
     """
@@ -55,7 +55,7 @@ def resample(measures: Sequence[Measure], clusters: Sequence[str], resamples: in
 
 
 def interval(draws: np.ndarray) -> list[float] | None:
-    """The 95 % percentile interval [low, high] of draws.
+    """Returns the 95 % percentile interval [low, high] of draws.
 
     Draws in which no item counts (NaN) are left out; None if none is left.
     """
@@ -64,6 +64,6 @@ def interval(draws: np.ndarray) -> list[float] | None:
 
 
 def with_interval(measure: Measure, clusters: Sequence[str], resamples: int, seed: int) -> dict:
-    """{"value": ..., "ci95": [low, high]} of one measure; ci95 is None for fewer than two clusters."""
+    """Returns {"value", "ci95": [low, high]} of a measure; ci95 is None below two clusters."""
     (draws,) = resample([measure], clusters, resamples, seed)
     return {"value": measure.value, "ci95": interval(draws) if len(set(clusters)) > 1 else None}

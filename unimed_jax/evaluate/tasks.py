@@ -1,4 +1,4 @@
-"""What is scored: units of (data set, split, task), resolved from the settings and checked before training.
+"""Resolves the settings into what is scored: units of (data set, split, task).
 
 Also the choice of a unit's examples and the permutation of their images.
 """
@@ -28,7 +28,7 @@ USUAL = ("val", "test")  # splits that a set may lack, because nobody need have 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set with the tasks that its sources in the settings let through."""
+    """Holds a data set with the tasks that its sources in the settings let through."""
 
     id: str
     data: Dataset
@@ -38,7 +38,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """One evaluation: examples of one task on one split of one set, and how they are answered and scored."""
+    """Describes one evaluation: examples of a task on a split of a set, and how they are scored."""
 
     source: Source
     split: str
@@ -54,12 +54,12 @@ class Unit:
         return f"{self.source.id}/{self.split}/{self.task}"
 
     def id_of(self, example: Example) -> str:
-        """The example's id in predictions, the same for every tool: <set>/<split>/<id within the set>."""
+        """Returns the example's id for every tool: <set>/<split>/<id within the set>."""
         return f"{self.source.id}/{self.split}/{example.id}"
 
 
 def open_sets(data: DataConfig) -> dict[str, Source]:
-    """Opens the data sets of `data.sources`: one entry per set, with the tasks of all sources that name it."""
+    """Opens the data sets of `data.sources`, each once, with the tasks of all its sources."""
     found: dict[str, Source] = {}
     for source, dataset in zip(data.sources, open_sources(data), strict=True):
         name = dataset.id
@@ -71,7 +71,7 @@ def open_sets(data: DataConfig) -> dict[str, Source]:
 
 
 def open_held_out(config: Config) -> list[Dataset]:
-    """Opens the data sets that are evaluated besides those of config.data; empty if nothing is or there are none."""
+    """Opens the data sets that are evaluated in addition to those of config.data, if any."""
     if not config.evaluate.sources or not (config.evaluate.entries or config.evaluate.splits):
         return []
     return [source.data for source in open_sets(config.held_out).values()]
@@ -154,7 +154,7 @@ def _has(source: Source, split: str) -> bool:
 
 
 def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example]]:
-    """The examples of each task that the source lets through; of more than `most` (0: all) evenly spaced ones."""
+    """Groups the source's examples by task; of more than `most` (0: all), evenly spaced ones."""
     examples = source.data.examples(split)
     count = min(len(examples), most) if most else len(examples)
     step = max(1.0, len(examples) / max(count, 1))
@@ -167,7 +167,7 @@ def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example
 
 
 def data_notes(units: Sequence[Unit]) -> list[str]:
-    """Says what of the data is not scored: records that preparing left out, and turns before the question."""
+    """Says what is not scored: records that preparing left out, turns before the question."""
     notes = []
     for source in {unit.source.id: unit.source for unit in units}.values():
         skipped = getattr(source.data, "skipped", 0)
@@ -182,7 +182,7 @@ def data_notes(units: Sequence[Unit]) -> list[str]:
 
 
 class Training:
-    """Training examples for the baselines: those of the scored set if it is trained on, else of all training sets.
+    """Gives baselines their training examples: the scored set's own, or those of all sets.
 
     If the training sources do not open (a run was moved to a machine without them), `notes` says so, and baselines
     are fitted on the training splits of the scored sets.
@@ -203,7 +203,7 @@ class Training:
         self._read: dict[str, dict[str, list[Example]]] = {}
 
     def of(self, unit: Unit) -> list[Example]:
-        """The training examples of the unit's task."""
+        """Returns the training examples of the unit's task."""
         own = self._of_set(unit.source.id).get(unit.task, []) if unit.source.id in self.sets else []
         return own or [example for name in self.sets for example in self._of_set(name).get(unit.task, [])]
 
@@ -246,7 +246,10 @@ def check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def select(examples: Sequence[Example], limit: int) -> list[Example]:
-    """At most `limit` examples (0: all), the same for every seed: one of each cluster in turn, in random order."""
+    """Chooses at most `limit` examples (0: all): one of each cluster in turn, in a fixed order.
+
+    The order is random but the same for every seed, so that runs are scored on the same examples.
+    """
     if not limit or len(examples) <= limit:
         return list(examples)
     rng = np.random.default_rng(0)
@@ -258,7 +261,7 @@ def select(examples: Sequence[Example], limit: int) -> list[Example]:
 
 
 def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
-    """For each example the images of another one with as many; None if that cannot be.
+    """Gives each example the images of another one with as many; None if that cannot be.
 
     The images are permuted, none keeps its place, and none stays within its cluster (slab, patient) unless one
     cluster holds more than half of the examples.
@@ -277,7 +280,7 @@ def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ..
 
 
 def _permuted(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
-    """As `permute_images`, for examples with equally many images.
+    """Permutes the images of examples that have equally many.
 
     Sorted by cluster and turned by the size of the largest cluster, each example lands outside its own.
     """

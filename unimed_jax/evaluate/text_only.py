@@ -1,4 +1,4 @@
-"""Learned text-only baselines: TF-IDF with logistic regression, and the nearest question.
+"""Learns text-only baselines: TF-IDF with logistic regression, and the nearest question.
 
 Both read the question and the name of its template, never an image. Training is bounded, so that a set of a million
 examples is fitted within a minute, and deterministic: equal texts count as one text with a weight, and samples are
@@ -23,15 +23,15 @@ Answers = Callable[[Sequence[Example]], list[str]]
 
 
 def text_of(example: Example) -> str:
-    """All that a text-only baseline reads: the question, and its template as one more word."""
+    """Returns what a text-only baseline reads: the question, and its template as one more word."""
     template = "".join(c if c.isalnum() else "_" for c in example.meta.get("template", ""))
     return f"{example.question} template_{template}" if template else example.question
 
 
 def logistic(train: Sequence[Example]) -> Answers | None:
-    """The most probable answer by logistic regression on TF-IDF of words and pairs of words.
+    """Fits logistic regression on TF-IDF of words and pairs of words; its likeliest answer counts.
 
-    None if the training examples have one answer or one text only, where it could not differ from a majority.
+    None if the training examples have only one answer or one text, so that it could not differ from a majority.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -59,7 +59,7 @@ def logistic(train: Sequence[Example]) -> Answers | None:
 
 
 def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], str]) -> Answers | None:
-    """The answer to the training question with the most similar TF-IDF vector (cosine).
+    """Answers as the training question with the most similar TF-IDF vector (cosine).
 
     `merge` makes one answer of those that one training text has. Equally similar: the first in the alphabet. None
     if there is one training text only.
@@ -86,7 +86,7 @@ def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], 
 
 
 def _vectoriser(texts: Sequence[str]):
-    """A fitted TF-IDF of words and pairs of words; None if the texts hold no word."""
+    """Fits TF-IDF of words and pairs of words; None if the texts hold no word."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(map(tokens, texts)):
@@ -98,7 +98,7 @@ def _vectoriser(texts: Sequence[str]):
 
 
 def _spaced(items: list) -> list:
-    """At most MAX_TEXTS of the items, evenly spaced."""
+    """Takes at most MAX_TEXTS of the items, evenly spaced."""
     step = max(1.0, len(items) / MAX_TEXTS)
     return [items[int(i * step)] for i in range(min(len(items), MAX_TEXTS))]
 

@@ -1,4 +1,4 @@
-"""Answers requests with a model: prompts in length buckets, generated batch by batch or streamed one by one.
+"""Answers requests with a model, batch by batch or streamed one by one.
 
 Evaluation, the verb `predict` and everything that serves answers go through `Predictor`.
 """
@@ -29,7 +29,7 @@ CUT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished char
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question to the model; what is None is taken from `config.evaluate`.
+    """Describes one question to the model; what is None is taken from `config.evaluate`.
 
     images: paths, file contents as bytes, or pixels as uint8 [H, W, 3]; history: earlier (question, answer) turns;
     seed: of the draws if the temperature is not 0; id: names the request in messages.
@@ -96,7 +96,7 @@ class Predictor:
             yield text[len(said) :]
 
     def _kind(self, request: Request) -> tuple[int, float]:
-        """What requests of one batch have in common: the most tokens of the answer, and the temperature."""
+        """Returns what requests of a batch share: the most tokens of the answer, the temperature."""
         settings = self._config.evaluate
         temperature = settings.temperature if request.temperature is None else request.temperature
         return request.max_new_tokens or settings.max_new_tokens, temperature
@@ -126,7 +126,7 @@ class Predictor:
         check_answering(self._config.model, count, tokens + self._kind(requests[0])[0])
 
     def _how(self, requests: Sequence[Request], rows: int) -> dict:
-        """The arguments of `generate` for requests of one kind; filled-up rows repeat the first request."""
+        """Returns the arguments of `generate` for requests of one kind and copies of the first."""
         new, temperature = self._kind(requests[0])
         key = None
         if temperature:
@@ -153,7 +153,10 @@ class Predictor:
 
 
 def as_example(request: Request) -> Example:
-    """Gives the example whose prompt asks what the request asks; raises UserError for a text that is none."""
+    """Gives the example whose prompt asks what the request asks.
+
+    Raises UserError for a text that is not Unicode and for earlier turns.
+    """
     if not is_text(request.question):
         raise UserError(
             f"request {ascii(request.id or request.question)} holds half of a surrogate pair, which is no character; "
@@ -180,7 +183,7 @@ def prompt_batch(
     pixels: Sequence[Sequence[np.ndarray]],
     batch: int | None = None,
 ) -> layout.Batch:
-    """Makes left-padded prompts, one a row; the rows are filled up to a power of two with copies of the first.
+    """Makes left-padded prompts, one a row, and copies the first up to a power of two rows.
 
     pixels: of each example its images, uint8 [H, W, 3]; batch: the most rows (default: `config.evaluate.batch`).
     """

@@ -81,7 +81,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     with sharding.inside(mesh):
         model, _ = initial_model(config, tokenizer, mesh)
         embed = embedder(model, config, tokenizer)
-        rows = embed(train.examples[: counts[-1]], train.datasets)
+        rows = embed(train.examples[: counts[-1]], train.datasets[: counts[-1]])
         held_inputs = {split: embed(some.examples, some.datasets) for split, some in held.items()}
 
     results: dict[str, Any] = {split: {"images": len(some.examples), "accuracy": []} for split, some in held.items()}

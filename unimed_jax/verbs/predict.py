@@ -25,7 +25,9 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--run", help="a run's folder, or that of an exported model")
     options.add_argument("--config", help=f"in place of --run: {CONFIG_HELP}")
     options.add_argument("--task", required=True, help=", ".join(TASKS))
-    options.add_argument("--image", help="PNG, JPEG or DICOM (every task but qa)")
+    options.add_argument(
+        "--image", action="append", default=[], help="PNG, JPEG or DICOM (every task but qa); once for each of several"
+    )
     options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
     options.add_argument("--out", help="refer, identify: where to draw the box (default: in the run's folder)")
     known, overrides = options.parse_known_args(arguments)
@@ -40,6 +42,8 @@ def run(arguments: list[str]) -> None:
         )
     if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
         raise UserError(f"task {known.task!r} needs --text.")
+    if known.task in ("refer", "identify") and len(known.image) > 1:
+        raise UserError(f"task {known.task!r} is about one image, not {len(known.image)}; give one --image.")
 
     config = read_config(known.config, overrides) if known.config is not None else None
     picture = _picture(known, known.run if config is None else f"runs/{config.name}")
@@ -56,7 +60,7 @@ def run(arguments: list[str]) -> None:
             f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image, with x1 < x2 "
             "and y1 < y2, at most 100."
         )
-    image = read_image(known.image) if known.image else None
+    images = tuple(read_image(path) for path in known.image)
     if config is None:
         own = changed(settings_of(Path(known.run)), overrides, ACCEPTING)
         run = open_run(known.run, changed=own.text.changed)
@@ -65,7 +69,7 @@ def run(arguments: list[str]) -> None:
     for note in run.notes:
         print(f"{known.run}: {note}", file=sys.stderr)
     predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
-    request = Request(known.task, known.text, () if image is None else (image,), id="--text")
+    request = Request(known.task, known.text, images, id="--text")
     text = ""
     for piece in predictor.stream(request):
         print(piece, end="", flush=True)
@@ -74,8 +78,8 @@ def run(arguments: list[str]) -> None:
     box = valid_box({"refer": text, "identify": known.text}.get(known.task, ""))
     if known.task == "refer" and box is None:
         print("The answer holds no valid box ({<x1><y1><x2><y2>}, x1 < x2, y1 < y2, at most 100): nothing is drawn.")
-    if box and image is not None and picture is not None:
-        draw_box(picture, image, box, known.text if known.task == "refer" else text)
+    if box and picture is not None:
+        draw_box(picture, images[0], box, known.text if known.task == "refer" else text)
         print(f"drew {picture}")
 
 
@@ -90,7 +94,7 @@ def _picture(known: argparse.Namespace, folder: str) -> Path | None:
         return None
     if known.out is not None:
         return check_output_file(known.out, "--out")
-    picture = Path(folder, f"{Path(known.image).stem}_{known.task}.png")
+    picture = Path(folder, f"{Path(known.image[0]).stem}_{known.task}.png")
     if trainer := owner(Path(folder)):
         raise UserError(f"{folder} is in use by the run of {trainer}; name another file for the picture with --out.")
     try:

@@ -89,5 +89,5 @@ def _from_table(file: Path, split: str) -> Found:
 
 def _example(split: str, number: int, question: str, answer: str, key: str) -> Example:
     kind = "CLOSED" if answer.strip().lower() in ("yes", "no") else "OPEN"
-    facts = {"template": kind.lower(), "answer_type": kind}
+    facts = {"template": kind.lower(), "answer_type": kind, "modality": "pathology"}
     return Example(f"{split}/{number}", "vqa", question, answer.strip(), (key,), None, key, facts)

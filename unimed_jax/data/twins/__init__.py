@@ -29,7 +29,7 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     "mimic_cxr": {"r2gen": medical.mimic_cxr},
     "iu_xray": {"r2gen": medical.iu_xray},
     "medpix": {"radfm": medical.medpix},
-    "llava": {"json": questions.llava, "jsonl": questions.llava_lines},
+    "llava": {"json": questions.llava, "jsonl": questions.llava_lines, "pairs": questions.llava_pairs},
     "voc": {"original": boxes.voc},
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},

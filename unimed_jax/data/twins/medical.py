@@ -107,10 +107,11 @@ def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 # ---- MedMNIST --------------------------------------------------------------------------------------
 def medmnist(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a set in colour, one in grey and the one with several labels, at 28 pixels and at 224."""
-    for name, classes, colour in (("dermamnist", 7, True), ("organsmnist", 11, False), ("pneumoniamnist", 2, False)):
-        for size in (28, 224):
-            _mnist(folder / (f"{name}_{size}.npz" if size > 28 else f"{name}.npz"), records, rng, size, classes, colour)
+    """Writes a set in colour at 28 pixels and at 224, three in grey, and the one with several labels."""
+    for size, ending in ((28, ""), (224, "_224")):
+        _mnist(folder / f"dermamnist{ending}.npz", records, rng, size, 7, colour=True)
+    for name, classes in (("organsmnist", 11), ("organcmnist", 11), ("pneumoniamnist", 2)):
+        _mnist(folder / f"{name}_224.npz", records, rng, 224, classes, colour=False)
     _mnist(folder / "chestmnist_224.npz", records, rng, 224, 14, False, several=True)
 
 

@@ -136,10 +136,21 @@ def llava_lines(folder: Path, records: int, rng: np.random.Generator) -> None:
         write_lines(folder / f"{split}.jsonl", rows)
 
 
+def llava_pairs(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes images with one caption each, as the files for alignment have them; all of it for training."""
+    rows: list[dict[str, Any]] = []
+    for i in range(records):
+        turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": words(rng)}]
+        rows.append({"id": str(i), "image": f"{i}.jpg", "domain": {"ct_scan": i % 2 == 0, "mri": i % 2 == 1}})
+        rows[-1]["conversatons"] = turns  # as LLaVA-Med spells it
+        picture(folder / "images" / f"{i}.jpg", rng)
+    write_json(folder / "train.json", rows)
+
+
 def _conversations(folder: Path, records: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for split in ("train", "val", "test"):
-        rows = []
+        rows: list[dict[str, Any]] = []
         for i in range(count(split, records)):
             turns = [{"from": "human", "value": f"<image>\n{words(rng).capitalize()}?"}]
             turns.append({"from": "gpt", "value": words(rng)})

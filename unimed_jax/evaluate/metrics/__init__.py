@@ -1,4 +1,4 @@
-"""Metrics of answers: corrected ones, registered by name, and those of the published evaluations.
+"""Collects metrics of answers: corrected ones, registered by name, and the published ones.
 
 A *corrected* metric is a registered function from records to a `Measure` (sums over items, so that a bootstrap over
 clusters is one matrix product). Every file of this package is imported here: a new metric is a new file.

@@ -1,4 +1,4 @@
-"""Boxes in answers, their overlap with the true ones, and the metrics of task `refer` (REC)."""
+"""Reads boxes in answers, measures their overlap with the true ones, and scores task `refer` (REC)."""
 
 from collections.abc import Sequence
 
@@ -21,18 +21,18 @@ def predicted_box(text: str, size: tuple[int, int]) -> Box | None:
 
 
 def in_pixels(percent: Sequence[int], size: tuple[int, int]) -> Box:
-    """Scales a box in hundredths of the image's sides to pixels of an image of `size` (width, height)."""
+    """Scales a box from hundredths of the sides to pixels of an image of `size` (width, height)."""
     (x1, y1, x2, y2), (width, height) = percent, size
     return x1 / 100 * width, y1 / 100 * height, x2 / 100 * width, y2 / 100 * height
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Computes intersection over union of boxes x1, y1, x2, y2 whose ends are outside; 0 if `a` is empty."""
+    """Computes intersection over union of boxes x1, y1, x2, y2, ends excluded; 0 if `a` is empty."""
     return overlap(a, b, 0.0) if a[2] > a[0] and a[3] > a[1] else 0.0
 
 
 def overlap(a: Sequence[float], b: Sequence[float], extra: float) -> float:
-    """Computes intersection over union of boxes x1, y1, x2, y2, all sides `extra` pixels longer than their ends say."""
+    """Computes intersection over union of boxes x1, y1, x2, y2 with sides `extra` pixels longer."""
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]) + extra)
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]) + extra)
     areas = [(box[2] - box[0] + extra) * (box[3] - box[1] + extra) for box in (a, b)]
@@ -47,7 +47,7 @@ def _found(record: Record) -> Box | None:
 
 
 def _overlaps(records: Sequence[Record]) -> np.ndarray:
-    """IoU of each predicted box with the true one, 0 without a predicted box: float64 [n]."""
+    """Computes the IoU of each predicted box with the true one, 0 without one: float64 [n]."""
     found = [(_found(record), record["box"]) for record in records]
     return np.array([iou(box, truth) if box and truth else 0.0 for box, truth in found])
 

@@ -1,4 +1,4 @@
-"""Scores of reports: corpus BLEU of our tokens (corrected); BLEU on PTB tokens, METEOR, ROUGE (published).
+"""Scores reports: corpus BLEU of our tokens; as published, BLEU of PTB tokens, METEOR, ROUGE.
 
 PTB tokenisation and METEOR are Java programs inside the package pycocoevalcap. They are started here
 rather than through its wrappers, which write into the installed package, depend on the machine's
@@ -49,7 +49,7 @@ def bleu1_regex_tokens(records: Sequence[Record]) -> Measure:
 
 @functools.cache
 def find_java() -> str | None:
-    """Path of a Java that runs, or None (macOS has a `java` that only asks to install one)."""
+    """Returns the path of a Java that runs, or None (macOS has a `java` that only asks to install one)."""
     path = shutil.which("java")
     if path and subprocess.run([path, "-version"], capture_output=True, stdin=subprocess.DEVNULL).returncode == 0:
         return path
@@ -63,16 +63,16 @@ def _package_folder() -> Path | None:
 
 
 def why_no_java_metrics() -> str | None:
-    """The sentence that stands in place of a score where Java or pycocoevalcap is missing, else None."""
+    """Returns the sentence that replaces a score if Java or pycocoevalcap is missing, else None."""
     if not find_java():
         return NEEDS_JAVA
     return None if _package_folder() else "not computed: needs the package pycocoevalcap"
 
 
 def ptb_tokenise(texts: Sequence[str]) -> list[str]:
-    """Lower-case PTB tokens without punctuation, joined by blanks, as pycocoevalcap 1.2 makes them.
+    """Makes lower-case PTB tokens without punctuation, joined by blanks, as pycocoevalcap 1.2 does.
 
-    Raises RuntimeError where Java fails; ask `why_no_java_metrics` first.
+    Raises RuntimeError if Java fails; ask `why_no_java_metrics` first.
     """
     folder, java = _package_folder(), find_java()
     assert folder and java
@@ -93,7 +93,7 @@ def ptb_tokenise(texts: Sequence[str]) -> list[str]:
 
 
 def corpus_bleu(pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """Corpus BLEU-1..4 of raw (prediction, reference) texts: PTB tokens, pycocoevalcap's BLEU."""
+    """Computes corpus BLEU-1..4 of raw (prediction, reference) texts: PTB tokens, pycocoevalcap."""
     from pycocoevalcap.bleu.bleu import Bleu
 
     tokenised = ptb_tokenise([text for pair in pairs for text in pair])
@@ -157,7 +157,7 @@ def meteor(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def rouge(pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """Mean F of ROUGE-1, -2 and -L over (prediction, reference) texts, by the package `rouge` 1.0.1.
+    """Computes the mean F of ROUGE-1, -2 and -L over text pairs, by the package `rouge` 1.0.1.
 
     A pair with a side without words, which that package refuses, scores 0.
     """
@@ -180,7 +180,7 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def report_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float | str | int]:
-    """The published scores of (prediction, reference) reports; a score that cannot be had says why.
+    """Computes the published scores of (prediction, reference) reports; a missing one says why.
 
     bleu1..4 on raw text, then meteor, rouge_1, rouge_2, rouge_l and f1 on normalised text; pairs with an
     empty side are dropped first, as published, and `pairs_scored` counts the others.

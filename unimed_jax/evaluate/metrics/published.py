@@ -1,4 +1,4 @@
-"""Scores as the published evaluations of Uni-Med and Med-MoE compute them, flaws included."""
+"""Computes scores as the published evaluations of Uni-Med and Med-MoE do, flaws included."""
 
 import re
 import sys
@@ -35,7 +35,7 @@ _CONTRACTIONS = {
 
 
 def normalise_answer(text: str) -> str:
-    """The published answer normaliser (that of the VQA challenge): "The Left-Lung, (2)." -> "left lung 2"."""
+    """Normalises as published (VQA challenge): "The Left-Lung, (2)." -> "left lung 2"."""
     out = text
     digits_with_comma = re.search(r"\d,\d", text) is not None
     for mark in _PUNCTUATION:
@@ -49,17 +49,17 @@ def normalise_answer(text: str) -> str:
 
 
 def clean_prediction(text: str) -> str:
-    """What the published evaluation does to every prediction but a box."""
+    """Cleans a prediction as the published evaluation does, except for boxes."""
     return text.lower().replace("<unk>", "").strip()
 
 
 def published_f1(prediction: str, reference: str) -> float:
-    """Word F1 that counts a shared word as often as the prediction repeats it: "heart heart" / "heart" = 1."""
+    """Computes word F1, counting repetitions as right: "heart heart" for "heart" is 1."""
     return published_overlap(prediction, reference)[0]
 
 
 def published_overlap(prediction: str, reference: str) -> tuple[float, float, float]:
-    """(F1, precision, recall) of normalised words; recall is Med-MoE's score of open questions."""
+    """Computes (F1, precision, recall) of normalised words; Med-MoE scores open questions by recall."""
     candidate, target = (Counter(normalise_answer(text).split()) for text in (prediction, reference))
     hit = sum(n for word, n in candidate.items() if word in target)
     false = sum(n for word, n in candidate.items() if word not in target)
@@ -71,7 +71,7 @@ def published_overlap(prediction: str, reference: str) -> tuple[float, float, fl
 
 
 def published_bleu(prediction: str, reference: str) -> list[float]:
-    """Sentence BLEU-1..4 of normalised words, equal weights, unsmoothed as nltk does it.
+    """Computes sentence BLEU-1..4 of normalised words, equal weights, unsmoothed as nltk does it.
 
     nltk replaces a precision of zero by the smallest double, hence values such as 1e-154.
     """
@@ -80,24 +80,24 @@ def published_bleu(prediction: str, reference: str) -> list[float]:
 
 
 def published_contains(prediction: str, reference: str) -> bool:
-    """Closed accuracy: the reference is a substring of the prediction, both normalised."""
+    """Says whether the reference is a substring of the prediction, both normalised (closed accuracy)."""
     return normalise_answer(reference) in normalise_answer(prediction)
 
 
 def published_equal(prediction: str, reference: str) -> bool:
-    """Accuracy of REG and classification: equality after normalisation."""
+    """Says whether both are equal after normalisation (accuracy of REG and classification)."""
     return normalise_answer(reference) == normalise_answer(prediction)
 
 
 def published_iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes x1, y1, x2, y2 in pixels whose ends count as inside (+1)."""
+    """Computes intersection over union of boxes x1, y1, x2, y2 in pixels, ends included (+1)."""
     return overlap(a, b, 1.0)
 
 
 def answer_report(
     pairs: Sequence[tuple[str, str]], accuracy: Callable[[str, str], bool] | None = None
 ) -> dict[str, float]:
-    """Means over (prediction, reference) pairs: bleu1..bleu4, f1 and, where a rule is given, accuracy."""
+    """Averages bleu1..bleu4, f1 and, given its rule, accuracy over (prediction, reference) pairs."""
     bleus = np.mean([published_bleu(*pair) for pair in pairs], axis=0)
     report = {f"bleu{i + 1}": float(value) for i, value in enumerate(bleus)}
     report["f1"] = float(np.mean([published_f1(*pair) for pair in pairs]))
@@ -107,7 +107,7 @@ def answer_report(
 
 
 def vqa_report(pairs: Sequence[tuple[str, str]], closed: Sequence[bool]) -> dict[str, dict[str, float]]:
-    """The published VQA scores: {"open", "closed", "all"}, a part without a question left out."""
+    """Computes the published VQA scores {"open", "closed", "all"}; parts without a question are absent."""
     parts = {
         "open": [pair for pair, is_closed in zip(pairs, closed, strict=True) if not is_closed],
         "closed": [pair for pair, is_closed in zip(pairs, closed, strict=True) if is_closed],
@@ -118,7 +118,7 @@ def vqa_report(pairs: Sequence[tuple[str, str]], closed: Sequence[bool]) -> dict
 
 
 def identify_report(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """The published REG scores."""
+    """Computes the published REG scores."""
     return answer_report(pairs, published_equal)
 
 
@@ -137,11 +137,15 @@ def refer_report(
 
 
 def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
-    """Med-MoE's published scores of one answer; its means over open questions are `open_*`, over closed `closed_*`.
+    """Computes Med-MoE's published scores of one answer.
 
-    exact_match: distinct words of the reference that were said, over all words said. recall is what its table calls
-    open accuracy. bleu1..3: precision of n-grams of that length alone, of raw words, 0.1 in place of no match, times
-    the brevity penalty. contains: closed accuracy, the reference anywhere in the prediction, also within a word.
+    Their means over open questions are reported as `open_*`, over closed ones as `closed_*`.
+
+    exact_match: distinct words of the reference that were said, over all words said.
+    recall: what the published table calls open accuracy.
+    bleu1..3: precision of n-grams of only that length, of raw words, 0.1 in place of no match, times the brevity
+    penalty.
+    contains: closed accuracy, the reference anywhere in the prediction, also within a word.
     """
     prediction, reference = prediction.lower(), reference.lower()
     said, wanted = normalise_answer(prediction).split(), set(normalise_answer(reference).split())
@@ -158,12 +162,12 @@ def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
 
 
 def medmoe_kind(answer_type: str) -> str:
-    """Names the averages in which Med-MoE counts an answer: "open", "closed", or "ignored" for any other type."""
+    """Names the averages in which Med-MoE counts an answer: "open", "closed" or "ignored"."""
     return {"open": "open", "OPEN": "open", "close": "closed", "CLOSED": "closed"}.get(answer_type, "ignored")
 
 
 def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str]) -> dict[str, float]:
-    """Med-MoE's published table, in per cent, of (prediction, reference) pairs (see `medmoe_kind`)."""
+    """Computes Med-MoE's published table, in per cent, of (prediction, reference) pairs."""
     names = {
         "open": ("exact_match", "f1", "precision", "recall", "bleu1", "bleu2", "bleu3"),
         "closed": ("contains", "f1", "precision", "recall"),

@@ -1,4 +1,4 @@
-"""The registry of metrics: what a metric is, which tasks it scores, and how one is found by name."""
+"""Registers metrics: what a metric is, which tasks it scores, and how one is found by name."""
 
 import dataclasses
 import importlib
@@ -11,7 +11,7 @@ from unimed_jax.evaluate.statistics import Measure
 
 
 class Record(TypedDict):
-    """One answered question: a line of predictions.jsonl."""
+    """Describes one answered question: a line of predictions.jsonl."""
 
     id: str  # <set>/<split>/<id within the set>
     set: str  # id of the data set
@@ -36,7 +36,7 @@ Scorer = Callable[[Sequence[Record]], Measure]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A registered metric."""
+    """Describes a registered metric."""
 
     name: str
     tasks: tuple[str, ...]  # scored with it unless an entry names its metrics
@@ -91,7 +91,7 @@ def metric(
 
 
 def find(name: str) -> Metric:
-    """The metric called `name`, or `module:name` after importing that module.
+    """Returns the metric called `name`, or `module:name` after importing that module.
 
     Raises UserError if there is none of that name, or if the module cannot be imported.
     """
@@ -113,7 +113,7 @@ def find(name: str) -> Metric:
 
 
 def of_task(task: str, names: Sequence[str] = ()) -> tuple[Metric, ...]:
-    """The metrics that `names` lists, or by default those registered for the task; the primary one first."""
+    """Returns the metrics in `names`, or all of the task; the primary one comes first."""
     if names:
         return tuple(dict.fromkeys(find(name) for name in names))
     chosen = [known for known in _METRICS.values() if task in known.tasks]
@@ -121,10 +121,10 @@ def of_task(task: str, names: Sequence[str] = ()) -> tuple[Metric, ...]:
 
 
 def pairs(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """(prediction, reference) of each record."""
+    """Returns (prediction, reference) of each record."""
     return [(record["prediction"], record["reference"]) for record in records]
 
 
 def per_record(records: Sequence[Record], score: Callable[[str, str], Any]) -> Measure:
-    """The mean over records of `score(prediction, reference)`: all that most metrics need."""
+    """Averages `score(prediction, reference)` over records, which is all that most metrics need."""
     return Measure.mean([float(score(*pair)) for pair in pairs(records)])

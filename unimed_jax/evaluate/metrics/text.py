@@ -1,4 +1,4 @@
-"""Corrected scores of text answers: exact match, word F1 and recall, closed questions; BLEU's sums."""
+"""Scores text answers, corrected: exact match, word F1, recall, closed questions; BLEU's sums."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,26 +24,26 @@ def is_closed(meta: Mapping[str, str]) -> bool:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Equality of `canonical` forms; an empty prediction is wrong."""
+    """Says whether the `canonical` forms are equal; an empty prediction is wrong."""
     prediction = canonical(prediction)
     return bool(prediction) and prediction == canonical(reference)
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of token multisets: a word counts as often as both sides hold it, so repetition costs precision."""
+    """Computes F1 of token multisets, so that repeating a word costs precision."""
     candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
     shared = (candidate & target).total()
     return 2 * shared / (candidate.total() + target.total()) if shared else 0.0
 
 
 def token_recall(prediction: str, reference: str) -> float:
-    """The share of the reference's tokens that were said, each as often as it stands there."""
+    """Computes the share of the reference's tokens that were said, each as often as it stands there."""
     candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
     return (candidate & target).total() / target.total() if target else 0.0
 
 
 def ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    """How often each run of `order` words occurs."""
+    """Counts each run of `order` words."""
     return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
 
 
@@ -88,7 +88,7 @@ _TEXT_TASKS = ("vqa", "identify", "cls", "qa")
 
 @metric("exact_match", primary_for=_TEXT_TASKS, normaliser=EXACT)
 def exact_matches(records: Sequence[Record]) -> Measure:
-    """The share of answers that equal the reference except for spelling and closing punctuation (words.py).
+    """The share of answers that equal the reference except for spelling (evaluate/words.py).
 
     A recipe for the next metric: one value per record, their mean as a `Measure`, the decorator above.
     """
