@@ -262,7 +262,7 @@ class EvaluateConfig:
     temperature: Annotated[float, ZeroOr(0.01, 100)] = 0.0  # of sampling; 0: the most probable token (greedy)
     # Sample from the tokens that hold this probability
     top_p: Annotated[float, Above(0), Between(0, 1)] = 1.0
-    bootstrap: Annotated[int, AtLeast(2), AtMost(1_000_000)] = 2000  # resamples for each confidence interval
+    bootstrap: Annotated[int, AtLeast(2), AtMost(100_000)] = 2000  # resamples for each confidence interval
     # Which scores lead in reports. None: corrected; paper: published
     scoring: Literal["corrected", "published"] | None = None
 
