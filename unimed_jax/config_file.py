@@ -26,9 +26,10 @@ MOST_LINES = 3  # that are worth naming
 def load_config_file(path: str) -> ml_collections.ConfigDict:
     """Runs `path.py` or `path.py:argument` and returns its ConfigDict, which has a name.
 
-    The file may import its neighbours, and those of a common.py one folder up, whatever the working directory. Raises
-    UserError, with the file and where possible the line, for a file that cannot be read, for whatever it raises, and
-    for what it returns if that is neither the settings of a run nor the stages of a chain.
+    The file may import its neighbours, and those of a common.py one folder up, whatever the working
+    directory. Raises UserError, with the file and where possible the line, for a file that cannot
+    be read, for whatever it raises, and for what it returns if that is neither the settings of a
+    run nor the stages of a chain.
     """
     file, _, argument = path.partition(":")
     _check_file(file)

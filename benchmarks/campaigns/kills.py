@@ -72,7 +72,7 @@ SUBJECTS = {
     "evaluate": Subject(("evaluate", "--run=run", "--config.evaluate.limit=4"), "run/.metrics*", "train"),
     "export": Subject(("export", "--run=run", "--format=model", "--out=out"), ".out*", "train"),
     "chain": Subject(("--config=chain.py", "--workdir=chain"), "chain/*/checkpoints/*-tmp"),
-    "processes": Subject((*TRAIN, "--config.train.steps=12"), "run/checkpoints/*-tmp", processes=2),
+    "processes": Subject((*TRAIN, "--config.train.steps=6"), "run/checkpoints/*-tmp", processes=2),
 }
 SEQUENCES = {  # how many kills follow each other before the command is left alone
     "train": (5, 5),

@@ -20,6 +20,7 @@ from unimed_jax import files, processes
 from unimed_jax.config import TASKS, VISUAL_TASKS
 from unimed_jax.data.columns import Collector, Column, Strings, hash_of
 from unimed_jax.data.example import Example
+from unimed_jax.data.images import read_bytes
 from unimed_jax.data.info import Info
 from unimed_jax.data.store import MANIFEST, RECORDS, SCHEMA, SKIPPED, Store, crc_of, facts_of, pack, unpack
 from unimed_jax.errors import UserError
@@ -296,9 +297,9 @@ def _encoded(
             return reason
         else:
             try:
-                data = Path(source).read_bytes()
-            except OSError as error:
-                return f"image {source} cannot be read ({error.strerror or error})"
+                data = read_bytes(source)
+            except UserError as error:
+                return str(error).rstrip(".")
             found[key] = data, data
     return found
 

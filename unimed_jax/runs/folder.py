@@ -83,7 +83,7 @@ def _difference(old: dict, new: dict, where: str = "config") -> str:
 
 
 def missing_inputs(config: Config, trains: bool = True) -> str | None:
-    """One sentence that names every weight file and, to train, data folder that the settings still lack, or None."""
+    """Names in one sentence the weight files and, to train, data folders that the settings lack; None if none."""
     lacks = [
         f"{SOURCES[kind].what} (config.init {kind!r})" for kind, path in config.init if kind in SOURCES and not path
     ]
@@ -110,7 +110,7 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """The run's tokenizer (see `tokenizer_folder`); a BPE is trained once, on the training texts."""
+    """Opens the run's tokenizer (see `tokenizer_folder`); a BPE is trained once, on the training texts."""
     path = tokenizer_folder(folder, config)
     if path.exists():
         return Tokenizer.load(path)
@@ -130,7 +130,7 @@ def _training_examples(datasets: Sequence[Dataset]) -> Iterator[Example]:
 
 
 def tokenizer_folder(folder: Path, config: Config) -> Path:
-    """The folder named in the settings, else that of the run it starts from, whose embeddings stand for those tokens.
+    """Returns the folder of the tokenizer: the settings', else that of the run whose embeddings it starts from.
 
     The run's own for a tokenizer that it has trained or read from a GGUF file.
     """
