@@ -77,6 +77,7 @@ def groups(kind: type, path: str) -> list[tuple[type, str]]:
 
 
 def default(field: dataclasses.Field) -> str:
+    """Writes a field's default as code; a group of settings has none."""
     if field.default is dataclasses.MISSING:
         return "(needed)"
     if dataclasses.is_dataclass(field.default):
