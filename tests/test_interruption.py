@@ -467,7 +467,8 @@ class Runs:
     def __init__(self, folder: Path, compiled: Path):
         self.folder, config = folder, folder.with_suffix(".py")
         config.write_text(CONFIG)
-        self.command = f"--config={config} --workdir={folder} --config.train.steps={STEPS} --config.train.save_every=3"
+        self.command = f"--config={config} --workdir={folder} --config.train.steps={STEPS}"
+        self.command += " --config.train.save_every=3"
         self.said = folder.with_suffix(".txt")
         environment = os.environ | {
             "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",

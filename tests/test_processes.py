@@ -47,7 +47,8 @@ def get_config(experts=""):
     config.data.rows = {ROWS}
     config.evaluate.limit = 4
     if experts:
-        config.model.moe.experts, config.model.moe.aux_coef, config.model.lora.rank = int(experts), 0.1, 0
+        config.model.moe.experts, config.model.moe.aux_coef = int(experts), 0.1
+        config.model.lora.rank = 0
     return config
 """
 

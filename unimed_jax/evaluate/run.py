@@ -223,7 +223,7 @@ def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
             assert isinstance(name, str) and isinstance(prediction, str)
         except (KeyError, TypeError, AssertionError):
             raise UserError(
-                f'{file}, line {number}: not of the form {{"id": "...", "prediction": "..."}}; mend the line.'
+                f'{file}, line {number}: not {{"id": "...", "prediction": "..."}}; mend the line.'
             ) from None
         if name in found:
             doubled[name] = None
