@@ -1,4 +1,4 @@
-"""A contact sheet of a data set's images with their labelled boxes, for the eye."""
+"""Draws a contact sheet: a data set's images with their labelled boxes, for the eye."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def contact_sheet(
 
 
 def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset, str, list[Example]]]]:
-    """The images of a set, one queue for each plane and map, with the examples about each."""
+    """Lists the images of a set with the examples about each, one queue for each plane and map."""
     if split not in dataset.splits:
         return []
     examples = dataset.examples(split)
@@ -63,9 +63,9 @@ def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset,
 
 
 def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:
-    """The image with its key above, its boxes in it and their names below, in the boxes' colours."""
+    """Draws an image with its key above, its boxes in it and their names below, in the boxes' colours."""
     scale = _SIDE / max(image.shape[:2])
-    height, width = round(image.shape[0] * scale), round(image.shape[1] * scale)
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])  # a strip keeps a pixel
     tile = Image.new("RGB", (width + 6, _LINE * (1 + _NAMES) + height))
     tile.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (0, _LINE))
     draw = ImageDraw.Draw(tile)

@@ -1,99 +1,249 @@
-"""Image files to arrays: PNG, JPEG and DICOM; resizing as published."""
+"""Reads pictures (PNG, JPEG, TIFF, DICOM ...) as arrays, and brings them to the encoder's size as published."""
 
+import contextlib
+import ctypes
+import functools
 import io
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, _imaging
 
 from unimed_jax.config import VisionConfig
+from unimed_jax.data.pixels import MOST_PIXELS, SCANS, by_depth, check_size, grey, one_line, ramp
 from unimed_jax.errors import UserError
+
+# Pillow opens no other format: EPS, for one, is a program that it hands to Ghostscript.
+READABLE = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+MOST_FILE = 1 << 30  # bytes of a picture's file that are copied into a data set
+_PAPER = "white"  # what shows through transparent pixels
+_ADVICE = "give a whole PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, PNM or DICOM file"
+_BLOCK = 1 << 20  # pixels that change their mode at once
 
 
 def read_image(path: str | Path | bytes) -> np.ndarray:
-    """Reads a file, or the bytes of one, to uint8 [H, W, 3].
+    """Reads a picture's file, or the bytes of one, as uint8 [H, W, 3].
 
-    Grey images are repeated over the three channels. Sixteen-bit grey keeps its zero; white is the smallest
-    2^n - 1 that holds the brightest pixel, so that twelve-bit data in a sixteen-bit file is not black.
-    DICOM: see `read_dicom`. Raises UserError for a file that is missing or cannot be read.
+    Grey is repeated over the three channels, and of several frames or pages the first is taken. The picture is
+    turned upright by its EXIF orientation; what is transparent shows white. Integers of 16 bits are scaled by their
+    depth (see `_deep`), while floats and signed integers span their own range. DICOM: see `dicom.read_dicom`.
+
+    Raises UserError for what is no regular file, cannot be read, or has more than `pixels.MOST_PIXELS` by its header.
     """
     if isinstance(path, bytes):
         return _decoded(io.BytesIO(path), f"of {len(path)} bytes")
-    if not Path(path).is_file():
-        raise UserError(f"image {path} does not exist; check the path.")
-    with Path(path).open("rb") as file:
-        return _decoded(file, str(path))
+    with _opened(path) as file:
+        return _decoded(file, one_line(path))
 
 
-def _decoded(file: BinaryIO, path: str) -> np.ndarray:
-    """Decodes an open file; `path` names it in messages and may say what it is."""
-    dicom = file.read(132)[128:] == b"DICM" or path.lower().endswith((".dcm", ".dicom"))
+def read_bytes(path: str | Path) -> bytes:
+    """Reads a picture's file as it is; raises UserError if it is no regular file or has more than `MOST_FILE` bytes."""
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_FILE:
+            raise UserError(f"image {one_line(path)} has {size} bytes, more than {MOST_FILE}; give a smaller file.")
+        return file.read()
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading; pipes, devices and folders are refused and never waited for."""
+    name = one_line(path)
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(f"image {name} is a folder; give a picture's file.")
+        if not stat.S_ISREG(mode):
+            raise UserError(f"image {name} is a pipe or a device; give a picture's file.")
+        # Not blocking, because a pipe may have taken the file's place by now.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            yield file
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"image {name} does not exist; check the path.") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"image {name} cannot be read ({reason}); check the path and its permissions.") from error
+
+
+def _decoded(file: BinaryIO, name: str) -> np.ndarray:
+    """Decodes an open file; `name` is the picture's in sentences, and its ending may say that it is DICOM."""
+    head = file.read(132)
     file.seek(0)
-    if dicom:
-        return read_dicom(file, path)
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I"):
-                return _grey(_deep(np.asarray(image)))
-            return np.array(image.convert("RGB"))  # [H, W, 3]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read ({error}); give a whole PNG, JPEG or DICOM file.") from error
+    with _explained(name, head):
+        if _is_dicom(head, name):
+            from unimed_jax.data.dicom import read_dicom
+
+            return read_dicom(file, name)
+        with _picture(file, name) as image:
+            _check_scans(file, image, name)
+            return _pixels(image)
 
 
-def read_dicom(file: str | Path | BinaryIO, path: str = "") -> np.ndarray:
-    """Reads a DICOM file (called `path` in messages) to uint8 [H, W, 3].
+def check_header(data: bytes, name: str) -> None:
+    """Raises UserError for bytes that are no picture, or too large a one, by their header alone, which costs little.
 
-    First frame, modality rescale, then the file's first VOI table or window.
-    Without one, data of at most eight bits stays as it is and deeper data spans its range (padding apart).
-    MONOCHROME1 is inverted, palettes and YBR become RGB. PS3.3 C.11.1, C.11.2.
+    `name` as in `_decoded`. Of DICOM, whose header is long, only the first bytes are looked at.
     """
-    path = path or str(file)
+    with _explained(name, data[:132]):
+        if not _is_dicom(data[:132], name):
+            with _picture(io.BytesIO(data), name):
+                pass
+
+
+@contextlib.contextmanager
+def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """Opens a picture of one of the formats that are read, and checks its size before it is decoded."""
+    with Image.open(file, formats=READABLE) as image:
+        samples = 4 if image.mode in ("I", "F") else len(image.getbands())
+        check_size(name, image.height, image.width, samples)
+        yield image
+
+
+@contextlib.contextmanager
+def _explained(name: str, head: bytes) -> Iterator[None]:
+    """Raises UserError for whatever is raised inside; `head` is how the file begins."""
     try:
-        import pydicom
-        from pydicom import pixels
-    except ImportError as error:
-        raise UserError(f"image {path} is DICOM; install pydicom to read it.") from error
-    try:
-        data = pydicom.dcmread(file, force=True)
-        # `pixel_array` of colour images is RGB already where the file holds YBR.
-        array = data.pixel_array
-        colours = int(data.get("SamplesPerPixel", 1))
-        if int(data.get("NumberOfFrames", 1) or 1) > 1:
-            array = array[0]  # [H, W] or [H, W, 3]
-        if data.PhotometricInterpretation == "PALETTE COLOR":
-            array, colours = pixels.apply_color_lut(array, data), 3
-        if colours == 3:
-            return _deep(array)  # [H, W, 3]
-        white = _grey_window(pixels.apply_modality_lut(array, data), data, array)
+        yield
     except UserError:
         raise
-    except Exception as error:  # pydicom raises what its many decoders and fields raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"image {path} cannot be read as DICOM ({reason[:200]}); give a whole file with an image in it."
-        ) from error
-    if data.PhotometricInterpretation == "MONOCHROME1":
-        white = 1 - white
-    return _grey(np.round(white * 255).astype(np.uint8))
+    except UnidentifiedImageError:
+        what = "it is of none of the formats that are read" if head else "it is empty"
+        raise UserError(f"image {name} cannot be read ({what}); {_ADVICE}.") from None
+    except Exception as error:  # decoders raise whatever they come across in a damaged file
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"image {name} cannot be read ({reason}); {_ADVICE}.") from error
+
+
+def _is_dicom(head: bytes, name: str) -> bool:
+    """Says whether a file is DICOM by its mark, its name, or, where both lack, the group of its first element."""
+    if head[128:] == b"DICM" or name.lower().endswith((".dcm", ".dicom")):
+        return True
+    return head[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08") and len(head) == 132
+
+
+def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
+    """Raises UserError for a progressive JPEG that takes minutes, because it goes over the picture too often."""
+    if not image.info.get("progressive"):
+        return
+    place = file.tell()
+    file.seek(0)
+    scans = file.read().count(b"\xff\xda")
+    file.seek(place)
+    if scans > SCANS:
+        raise UserError(f"image {name} has {scans} scans, more than the {SCANS} that are read; save it again.")
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Gives an opened picture of any mode as uint8 [H, W, 3]."""
+    kind, tags = image.format, getattr(image, "tag_v2", {})
+    image.load()
+    with contextlib.suppress(Exception):  # an orientation that cannot be read leaves the picture as it is stored
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I") or image.mode == "F":
+        return grey(_deep(image, kind, tags))
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    step = max(1, _BLOCK // image.width)  # rows at a time: each step of `_rgb` makes a copy
+    for top in range(0, image.height, step):
+        rows = image.crop((0, top, image.width, min(top + step, image.height)))
+        out[top : top + step] = np.asarray(_rgb(rows))
+    return out
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Changes a picture of 8 bits or less to RGB, with paper behind what is transparent."""
+    if image.mode == "LAB":
+        changed = ImageCms.applyTransform(image, _from_lab())
+        assert changed is not None  # as it is not changed in place
+        return changed
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    clear = image.convert("RGBA")
+    paper = Image.new("RGB", clear.size, _PAPER)
+    paper.paste(clear, mask=clear)
+    return paper
+
+
+@functools.cache
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+
+
+def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
+    """Gives a grey picture of more than 8 bits as uint8 [H, W].
+
+    Unsigned integers of 16 bits: 65535 is white, but 4095 is in a PNG or TIFF without any pixel above that, since
+    scanners of 12 bits write such files and their pictures would be black. Signed, 32-bit and float values span their
+    range.
+    """
+    array = np.asarray(image)
+    bits = tags.get(258, (16,))[0] if kind == "TIFF" else 16
+    signed = kind == "TIFF" and tags.get(339, (1,))[0] != 1
+    if image.mode == "F" or signed or bits > 16:
+        if image.mode == "I" and not signed:
+            array = array.view(np.uint32)  # Pillow has no such mode and gives the bits as signed integers
+        plane = ramp(array)
+    else:
+        plane = by_depth(array, 12 if kind in ("PNG", "TIFF") and array.max() < 1 << 12 else 16)
+    if kind == "TIFF" and tags.get(262) == 0 and image.mode.startswith("I;16"):
+        plane = 255 - plane  # white is zero, which Pillow minds in pictures of 8 bits alone
+    clear = image.info.get("transparency")
+    return np.where(array == clear, np.uint8(255), plane) if isinstance(clear, int) else plane
+
+
+def _silence_decoders() -> None:
+    """Keeps what Pillow and pydicom say about odd files off the screen: what matters is in our sentence."""
+    for name in ("PIL", "pydicom"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
+        logging.getLogger(name).propagate = False
+    with contextlib.suppress(AttributeError, OSError):  # libtiff, inside Pillow, writes to the screen itself
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+    warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.|unimed_jax\.data\.(images|dicom)")
+
+
+_silence_decoders()
+
+
+# --------------------------------------------------------------------------------------------------
+# The encoder's size
+# --------------------------------------------------------------------------------------------------
 
 
 def fit(image: np.ndarray, how: str, vision: VisionConfig) -> np.ndarray:
-    """uint8 [H, W, 3] -> the encoder's uint8 [size, size, 3], as `config.data.fit` says.
+    """Brings uint8 [H, W, 3] to the encoder's uint8 [size, size, 3], as `config.data.fit` says.
 
     stretch: the aspect ratio is given up. crop: the shorter side is scaled to size and the middle kept (CLIP).
     pad: a square first, with the mean colour beside or above and below (LLaVA).
+    Memory is bounded for strips too: pad shrinks a side of more than 8192 pixels to that first, and crop looks at
+    the middle of a strip alone.
     """
     if how == "stretch":
         return resize(image, vision.image_size)
     if how == "pad":
         red, green, blue = (int(255 * mean) for mean in vision.mean)
-        image = pad_square(image, (red, green, blue))
+        image = pad_square(_shrunk(image), (red, green, blue))
     return crop_square(image, vision.image_size)
 
 
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    """Scales uint8 [H, W, 3] down until its longer side makes a square of at most `MOST_PIXELS`."""
+    height, width = image.shape[:2]
+    most = int(MOST_PIXELS**0.5)
+    if max(height, width) <= most:
+        return image
+    scale = most / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
 def pad_square(image: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [longer, longer, 3], the image in the middle of one colour."""
+    """Puts uint8 [H, W, 3] in the middle of a square of one colour, uint8 [longer, longer, 3]."""
     height, width = image.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -103,9 +253,14 @@ def pad_square(image: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
 
 
 def crop_square(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]: bicubic to `size` on the shorter side, the middle of the longer."""
+    """Scales the shorter side of uint8 [H, W, 3] to `size`, bicubic, and keeps the middle: uint8 [size, size, 3]."""
     height, width = image.shape[:2]
     short = min(height, width)
+    longest = short * max(1, MOST_PIXELS // size**2)  # what is further out would be cut off anyway
+    if max(height, width) > longest:
+        top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+        image = image[top : top + longest, left : left + longest]
+        height, width = image.shape[:2]
     scaled = (int(size * width / short), int(size * height / short))
     if scaled != (width, height):
         image = np.array(Image.fromarray(image).resize(scaled, Image.Resampling.BICUBIC))
@@ -114,51 +269,7 @@ def crop_square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]: bicubic with antialiasing, aspect ratio not kept."""
+    """Scales uint8 [H, W, 3] to uint8 [size, size, 3], bicubic with antialiasing; the aspect ratio is given up."""
     if image.shape[:2] == (size, size):
         return image
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _grey(plane: np.ndarray) -> np.ndarray:
-    return np.repeat(plane[..., None], 3, axis=-1)  # [H, W, 3]
-
-
-def _deep(array: np.ndarray) -> np.ndarray:
-    """Integers of any depth -> uint8 of the same shape; white is the smallest 2^n - 1 >= 255 that holds them."""
-    if array.dtype == np.uint8:
-        return array
-    white = max(255, 2 ** int(array.max()).bit_length() - 1)
-    return np.round(np.clip(array, 0, None) / white * 255).astype(np.uint8)
-
-
-def _grey_window(values: np.ndarray, data, stored: np.ndarray) -> np.ndarray:
-    """Rescaled values [H, W] -> float [H, W] in 0..1. `stored` are the values before the rescale."""
-    from pydicom.pixels import apply_voi
-
-    if data.get("VOILUTSequence"):
-        bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
-        return np.clip(apply_voi(values.astype(stored.dtype), data) / (2**bits - 1), 0, 1)
-
-    def first(name: str) -> float | None:
-        value = data.get(name)
-        if value is None or value == "":
-            return None
-        return float(value if isinstance(value, (int, float)) else value[0])
-
-    centre, width = first("WindowCenter"), first("WindowWidth")
-    if centre is not None and width is not None:
-        function = data.get("VOILUTFunction") or "LINEAR"
-        if function == "SIGMOID":
-            return 1 / (1 + np.exp(-4 * (values - centre) / width))
-        if function == "LINEAR" and width > 1:
-            return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
-        return np.clip((values - centre) / max(width, 1e-6) + 0.5, 0, 1)
-    top = 2 ** int(data.BitsStored) - 1
-    if top <= 255 and values.min() >= 0 and values.max() <= top:
-        return values / top
-    inside = values[stored != data.PixelPaddingValue] if "PixelPaddingValue" in data else values
-    if not inside.size:
-        return np.zeros(values.shape)
-    low, high = float(inside.min()), float(inside.max())
-    return np.clip((values - low) / max(high - low, 1e-6), 0, 1)

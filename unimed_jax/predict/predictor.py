@@ -117,7 +117,7 @@ class Predictor:
 
     def _rows(self, requests: Sequence[Request], batch: int) -> layout.Batch:
         examples = [as_example(request) for request in requests]
-        pixels = [[_pixels(image) for image in request.images] for request in requests]
+        pixels = [[_pixels(image, request) for image in request.images] for request in requests]
         return prompt_batch(self._encoder, self._config, self._tokenizer.pad, examples, pixels, batch)
 
     def _check_memory(self, requests: Sequence[Request], rows: layout.Batch) -> None:
@@ -171,8 +171,19 @@ def as_example(request: Request) -> Example:
     return Example(request.id or "request", request.task, request.question, "", images=keys)
 
 
-def _pixels(image: str | Path | bytes | np.ndarray) -> np.ndarray:
-    return image if isinstance(image, np.ndarray) else images.read_image(image)
+def _pixels(image: str | Path | bytes | np.ndarray, request: Request) -> np.ndarray:
+    """Reads an image of a request as uint8 [H, W, 3]; raises UserError with the request's name if it is none."""
+    name = request.id or repr(request.question)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(
+                f"request {name} has an image of {image.dtype} {list(image.shape)}; give uint8 [height, width, 3]."
+            )
+        return image
+    try:
+        return images.read_image(image)
+    except UserError as error:
+        raise UserError(f"request {name}: {error}") from error
 
 
 def prompt_batch(

@@ -1,8 +1,8 @@
 """Answers one question with a trained model; a box in the question or the answer is drawn on the image.
 
---run names the folder of a run, or one that `export --format=model` wrote. --config takes its place if config.init
-names all weights (those of an original checkpoint and its base model, say). --config.text.changed=accept answers with a
-tokenizer that changed since the run was trained.
+--run names the folder of a run, or one that `export --format=model` wrote. --config takes its place
+if config.init names all weights (those of an original checkpoint and its base model, say).
+--config.text.changed=accept answers with a tokenizer that changed since the run was trained.
 """
 
 import argparse
@@ -26,7 +26,10 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--config", help=f"in place of --run: {CONFIG_HELP}")
     options.add_argument("--task", required=True, help=", ".join(TASKS))
     options.add_argument(
-        "--image", action="append", default=[], help="PNG, JPEG or DICOM (every task but qa); once for each of several"
+        "--image",
+        action="append",
+        default=[],
+        help="PNG, JPEG, TIFF, DICOM ... (every task but qa); once for each of several",
     )
     options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
     options.add_argument("--out", help="refer, identify: where to draw the box (default: in the run's folder)")

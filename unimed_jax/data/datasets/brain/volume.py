@@ -31,6 +31,7 @@ STRUCTURES = (*(f"{side} {name}" for name in PAIRED for side in SIDES), *SINGLE)
 # The T1 holds fluid near 90, grey matter near 170 and white matter up to 236: black and white just outside.
 _T1_WINDOW = (60, 250)
 _ORIGIN = (-98, -134, -72)  # world coordinates of voxel 0, 0, 0
+_SHAPE = (197, 233, 189)  # voxels
 _CENTRE = (0.0, -17.0, 5.0)  # middle of the brain's extent, world
 _AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -42,7 +43,7 @@ _AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-    """Neighbouring slices of one plane, first to last mm inclusive (sagittal: of |x|), all in one split."""
+    """Holds neighbouring slices of one plane, first to last mm inclusive (sagittal: of |x|), all in one split."""
 
     plane: str
     split: str
@@ -88,7 +89,10 @@ SLABS = _lay()
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """maps: name -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into STRUCTURES + 1."""
+    """Holds the maps and what lies where.
+
+    maps: name -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into STRUCTURES + 1.
+    """
 
     maps: Mapping[str, np.ndarray]
     labels: np.ndarray
@@ -100,17 +104,12 @@ def load_volume() -> Volume:
     spec = importlib.util.find_spec("nilearn")
     if spec is None or spec.origin is None:
         raise UserError("the brain set reads the ICBM152 volumes inside nilearn; run pip install -e '.[demo]'.")
-    import nibabel
-
     raw = {}
     for name, short in (("t1", "t1"), ("grey", "gm"), ("white", "wm")):
         path = Path(spec.origin).parent / "datasets" / "data" / f"mni_icbm152_{short}_tal_nlin_sym_09a_converted.nii.gz"
         if not path.is_file():
             raise UserError(f"{path} is missing from nilearn; install a nilearn that carries it (0.11 or newer).")
-        image = nibabel.Nifti1Image.from_filename(path)
-        if tuple(image.affine[:3, 3]) != _ORIGIN or not np.array_equal(image.affine[:3, :3], np.eye(3)):
-            raise UserError(f"{path} does not lie in the expected 1 mm grid; install another nilearn.")
-        raw[name] = np.asarray(image.dataobj)  # uint8 [X, Y, Z]
+        raw[name] = _read_map(path)
     # Only this part of the head holds structures; the rest would cost four times the work.
     low, high = np.array((-64, -102, -72)), np.array((64, 46, 40))  # world mm
     part = tuple(slice(a - o, b - o + 1) for a, b, o in zip(low, high, _ORIGIN, strict=True))
@@ -122,8 +121,23 @@ def load_volume() -> Volume:
     return Volume(maps, labels)
 
 
+def _read_map(path: Path) -> np.ndarray:
+    """Reads a NIfTI map, uint8 [X, Y, Z]; raises UserError unless its header says the shape, type and place known."""
+    import nibabel
+
+    try:
+        image = nibabel.Nifti1Image.from_filename(path)
+        place = tuple(image.affine[:3, 3]) == _ORIGIN and np.array_equal(image.affine[:3, :3], np.eye(3))
+        if image.shape == _SHAPE and image.get_data_dtype() == np.uint8 and place:
+            return np.asarray(image.dataobj)
+    except Exception as error:  # nibabel raises what it comes across in a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read ({reason}); install nilearn again.") from error
+    raise UserError(f"{path} does not lie in the expected 1 mm grid of bytes; install another nilearn.")
+
+
 def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """Seed shapes (MNI mm) met with the most probable tissue; checked by eye and against an atlas.
+    """Labels the structures by seed shapes (MNI mm) met with the most probable tissue, checked against an atlas.
 
     Maps [X, Y, Z] whose first voxel lies at `origin` -> labels, uint8 [X, Y, Z].
     """
@@ -142,7 +156,7 @@ def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarr
     labels = np.zeros(t1.shape, np.uint8)
 
     def put(name: str, mask: np.ndarray, opening: int = 0) -> None:
-        """The largest piece of `mask` that no structure has taken yet; earlier ones keep what they have."""
+        """Labels the largest piece of `mask` that no structure has taken yet; earlier ones keep what they have."""
         mask = mask & (labels == 0)
         core = ndimage.binary_opening(mask, iterations=opening) if opening else mask
         pieces, count = ndimage.label(core)
@@ -181,7 +195,7 @@ def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class Jitter:
-    """How a slice is changed. The defaults change nothing."""
+    """Says how a slice is changed; the defaults change nothing."""
 
     rotation: float = 0.0  # degrees
     scale: float = 1.0
@@ -207,7 +221,7 @@ class Jitter:
         )
 
     def matrix(self) -> np.ndarray:
-        """[2, 2] float: (row, column) mm of the slice -> mm of the image, both from their centres."""
+        """Gives [2, 2] float: (row, column) mm of the slice -> mm of the image, both from their centres."""
         angle = np.deg2rad(self.rotation)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         return self.scale * turn @ np.diag([1.0, -1.0 if self.mirrored else 1.0])
@@ -215,7 +229,7 @@ class Jitter:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One image and what is known of it. Names carry a side in axial and coronal slices only."""
+    """Holds one image and what is known of it; names carry a side in axial and coronal slices only."""
 
     key: str
     slab: Slab
@@ -232,7 +246,7 @@ class Slice:
 
 
 def show(array: np.ndarray, plane: str, position: int) -> np.ndarray:
-    """[X, Y, Z] -> the slice at `position` mm as shown, [rows, columns], 1 mm each."""
+    """Cuts the slice at `position` mm out of [X, Y, Z] as it is shown, [rows, columns], 1 mm each."""
     index = position - _ORIGIN[_AXIS[plane]]
     if plane == "axial":
         return array[::-1, ::-1, index].T  # [Y, X]
@@ -242,9 +256,8 @@ def show(array: np.ndarray, plane: str, position: int) -> np.ndarray:
 
 
 def _middle(plane: str) -> np.ndarray:
-    """(row, column) of the brain's middle in `show`'s slices, whose axes all run downwards in world mm."""
-    shape = (197, 233, 189)
-    index = [n - 1 - (c - o) for n, c, o in zip(shape, _CENTRE, _ORIGIN, strict=True)]
+    """Gives (row, column) of the brain's middle in `show`'s slices, whose axes all run downwards in world mm."""
+    index = [n - 1 - (c - o) for n, c, o in zip(_SHAPE, _CENTRE, _ORIGIN, strict=True)]
     rows, columns = {"axial": (1, 0), "coronal": (2, 0), "sagittal": (2, 1)}[plane]
     return np.array([index[rows], index[columns]])
 
@@ -257,7 +270,7 @@ def _plane_map(plane: str, position: int, name: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _plane_masks(plane: str, position: int) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Structure -> its pixels, int [n, 2] (row, column), specks left out; and the names that are absent."""
+    """Gives each structure's pixels, int [n, 2] (row, column), specks left out; and the names that are absent."""
     labels = show(load_volume().labels, plane, position)
     masks, absent = {}, []
     for name in STRUCTURES:
@@ -281,7 +294,7 @@ def _plane_masks(plane: str, position: int) -> tuple[dict[str, np.ndarray], tupl
 def render(
     slab: Slab, position: int, name: str, jitter: Jitter, key: str = "", rng: np.random.Generator | None = None
 ) -> Slice:
-    """The slice at `position` mm of map `name` under `jitter`; `rng` draws its noise."""
+    """Draws the slice at `position` mm of map `name` under `jitter`; `rng` draws its noise."""
     plane, forward, middle = slab.plane, jitter.matrix(), _middle(slab.plane)
     back = np.linalg.inv(forward)
     # Centre of image pixel (r, c), in mm from the image's centre: (r + .5) PIXEL - FIELD / 2.
@@ -307,7 +320,7 @@ def render(
 def _box(
     pixels: np.ndarray, forward: np.ndarray, middle: np.ndarray, jitter: Jitter
 ) -> tuple[int, int, int, int] | None:
-    """x1, y1, x2, y2 of mask pixels [n, 2] under the jitter; None where that is too small or cut off."""
+    """Finds x1, y1, x2, y2 of mask pixels [n, 2] under the jitter; None where that is too small or cut off."""
     at = ((pixels - middle) @ forward.T + jitter.shift) / PIXEL + SIZE / 2  # [n, 2]
     half = 0.5 * jitter.scale / PIXEL  # a voxel reaches half a mm around its centre
     inside = ((at >= 0) & (at <= SIZE)).all(1).mean()

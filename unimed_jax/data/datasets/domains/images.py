@@ -1,4 +1,4 @@
-"""Images of other kinds than the brain set's: those inside the packages pydicom and scikit-image, cut to many views.
+"""Cuts images of other kinds than the brain set's, those inside pydicom and scikit-image, to many views.
 
 There are few of them, so each belongs to one split with all its views: what is measured holds for these images.
 """
@@ -18,7 +18,7 @@ SIZE = 64  # pixels of a view, square
 
 
 class Source(NamedTuple):
-    """One picture of a package. `shown` is empty where no training picture shows the like."""
+    """Names one picture of a package; `shown` is empty where no training picture shows the like."""
 
     file: str
     split: str
@@ -76,7 +76,7 @@ SOURCES = (
 
 @functools.cache
 def pixels(file: str) -> np.ndarray:
-    """The picture, uint8 [H, W, 3], as the installed package has it; nothing is downloaded."""
+    """Reads a picture, uint8 [H, W, 3], as the installed package has it; nothing is downloaded."""
     package, folder = ("pydicom", "data/test_files") if file.endswith(".dcm") else ("skimage", "data")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -88,7 +88,7 @@ def pixels(file: str) -> np.ndarray:
 
 
 def view(source: Source, rng: np.random.Generator) -> np.ndarray:
-    """A square of 60 to 100 % of the shorter side, anywhere -> uint8 [64, 64, 3].
+    """Cuts a square of 60 to 100 % of the shorter side, anywhere, and scales it to uint8 [64, 64, 3].
 
     Mirrored by chance but for writing; gamma, gain and grey noise are drawn too.
     """

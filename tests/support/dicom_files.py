@@ -1,0 +1,62 @@
+"""Small DICOM files made by code: an array, and whatever else the header shall say."""
+
+import io
+
+import numpy as np
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+
+def item(**fields) -> Dataset:
+    """Makes an item of a sequence; a name that starts with x is a tag with its VR and value, x00283006=("OW", b"")."""
+    data = Dataset()
+    put(data, fields)
+    return data
+
+
+def put(data: Dataset, fields: dict) -> None:
+    """Sets fields by keyword or tag; None removes one."""
+    for name, value in fields.items():
+        if name.startswith("x"):
+            data.add_new(int(name[1:], 16), *value)
+        elif value is None:
+            data.pop(name, None)
+        else:
+            setattr(data, name, value)
+
+
+def dicom_file(array: np.ndarray, syntax: str = ExplicitVRLittleEndian, **fields) -> bytes:
+    """Writes one frame [H, W] or [H, W, 3] of integers; fields come on top, with the rules of `item`."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax
+    data.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data.SOPClassUID = SecondaryCaptureImageStorage
+    bits = array.dtype.itemsize * 8
+    data.Rows, data.Columns = array.shape[:2]
+    data.BitsAllocated = data.BitsStored = bits
+    data.HighBit = bits - 1
+    data.PixelRepresentation = int(array.dtype.kind == "i")
+    data.SamplesPerPixel = 1 if array.ndim == 2 else 3
+    data.PhotometricInterpretation = "MONOCHROME2" if array.ndim == 2 else "RGB"
+    if array.ndim == 3:
+        data.PlanarConfiguration = 0
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    data.PixelData = array.astype(array.dtype.newbyteorder(order)).tobytes()
+    put(data, fields)
+    if "PixelData" in data:
+        data["PixelData"].VR = (
+            "OB" if data.BitsAllocated <= 8 or data.file_meta.TransferSyntaxUID.is_compressed else "OW"
+        )
+    file = io.BytesIO()
+    data.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def float_file(array: np.ndarray, **fields) -> bytes:
+    """Writes one frame of float32 or float64, which has no BitsStored."""
+    keyword = {4: "FloatPixelData", 8: "DoubleFloatPixelData"}[array.dtype.itemsize]
+    absent = dict.fromkeys(("PixelData", "BitsStored", "HighBit", "PixelRepresentation"))
+    return dicom_file(array, **absent, **{keyword: array.tobytes()}, **fields)
