@@ -172,7 +172,7 @@ def test_a_run_that_patience_ended_is_finished(constant):
 
 def test_evaluate_scores_the_checkpoint_that_which_names(constant, monkeypatch, capsys):
     scored = []
-    monkeypatch.setattr("unimed_jax.evaluate.run.evaluate_run", lambda run, config: scored.append(run.step))
+    monkeypatch.setattr("unimed_jax.evaluate.run.evaluate_run", lambda run, config, place: scored.append(run.step))
     command = ["evaluate", f"--run={constant[1].folder}"]
     for words in ([], ["--which=newest"], ["--which=best"]):
         assert main([*command, *words]) == 0
