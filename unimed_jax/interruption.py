@@ -225,9 +225,9 @@ _claims: dict[Path, TextIO] = {}  # lock file -> the open file that holds the lo
 def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
     """Locks `folder` against other runs until this process or its command ends, however it ends.
 
-    The lock outlives training, because the evaluation writes there, too. If a run has several
-    processes, the first one locks for all. Raises UserError if another run has the lock
-    (`otherwise` is what can be done instead of waiting), or if there can be no such folder.
+    Whoever trains and then evaluates claims the folder before both. If a run has several processes, the first one
+    locks for all. Raises UserError if another run has the lock (`otherwise` is what can be done instead of waiting),
+    or if there can be no such folder.
     """
     import jax
 
@@ -261,7 +261,7 @@ def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
 
 @contextlib.contextmanager
 def claims_end() -> Iterator[None]:
-    """Gives back, at the end of the block, the folders that were claimed inside it."""
+    """Gives back, at the end of the block or of the function that it decorates, the folders claimed inside."""
     before = set(_claims)
     try:
         yield

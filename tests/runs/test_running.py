@@ -47,7 +47,9 @@ def finished(patched, built_once):
         config.evaluate.splits, config.evaluate.limit, config.evaluate.max_new_tokens = ("test",), 2, 2
         loop.train(from_config_dict(config), folder / "run")
 
-    return built_once("running", start) / "run"
+    folder = built_once("running", start) / "run"
+    assert not owner(folder)  # training has ended
+    return folder
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
 from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.files import read_json
+from unimed_jax.interruption import claim
 from unimed_jax.paths import check_run_folder
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
@@ -148,6 +149,7 @@ def train_and_evaluate(config: Config, folder: Path) -> None:
         report = router.train_router(config, folder)
         processes.say(f"{router.summary(report)}\nwrote {folder / router.REPORT}")
         return
+    claim(folder)  # from here to the end of the evaluation, which writes there, too
     run = train(config, folder)
     with run.inside():
         evaluate_run(run, config)

@@ -28,7 +28,7 @@ from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.files import json_lines, read_text
-from unimed_jax.interruption import claim
+from unimed_jax.interruption import claim, claims_end
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import Predictor, Request
@@ -40,6 +40,7 @@ from unimed_jax.runs.open import Run, initial_leaves
 LARGEST_PREDICTIONS = 8 << 30  # bytes of a file of answers
 
 
+@claims_end()
 def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[str, Any]:
     """Answers and scores the units of `config.evaluate` and writes the report into `folder`, by default the run's.
 

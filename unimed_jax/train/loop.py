@@ -13,7 +13,7 @@ from unimed_jax.config import Config
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.errors import UserError
 from unimed_jax.finite import named
-from unimed_jax.interruption import Interruption
+from unimed_jax.interruption import Interruption, claims_end
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.rules import leaf_rules
@@ -25,6 +25,7 @@ from unimed_jax.train.program import build
 from unimed_jax.train.start import Start, prepare
 
 
+@claims_end()
 def train(config: Config, folder: Path) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint in `folder` if there is one.
 
