@@ -66,10 +66,14 @@ def with_changed(config: Config, data: Changed, text: Changed) -> Config:
 
 
 def read_config(folder: Path) -> Config:
+    """Reads the settings of a run's folder; raises UserError if they are missing, damaged or of another kind."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
-    return from_config_dict(read_json(file, "restore it or train again"), effects=False)
+    settings = read_json(file, "restore it or train again")
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds no settings of a run; restore it or train again.")
+    return from_config_dict(settings, effects=False)
 
 
 def _difference(old: dict, new: dict, where: str = "config") -> str:
