@@ -331,9 +331,7 @@ def measure(scale: Scale, budget: float, out: Path, only: Sequence[str] = ()) ->
         begun = time.perf_counter()
         left = budget - (begun - start)
         if row.estimate > left:
-            values: Values = {
-                "skipped": f"it takes about {row.estimate:.0f} s, and {left:.0f} s of the budget are left"
-            }
+            values: Values = {"skipped": f"it takes about {row.estimate:.0f} s, and {left:.0f} s are left"}
         else:
             try:
                 values = earlier[row.name] = row.run(scale, earlier)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 _SERVER = """
 import json, os, sys
-import jax, orbax.checkpoint, transformers, array_record.python.array_record_module, matplotlib.figure, PIL.Image
+import jax, orbax.checkpoint, transformers
+import array_record.python.array_record_module, matplotlib.figure, PIL.Image
 from unimed_jax import main as cli
 from unimed_jax.analyze import chain
 from unimed_jax.interop import targets

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from harness import table
 
+from unimed_jax import files
 from unimed_jax.analyze import params
 from unimed_jax.analyze.chain import Stage, finished, linked, train_and_evaluate
 from unimed_jax.config import Config
@@ -248,9 +249,10 @@ def main() -> None:
     result = compared(records)
     text = report(result, costs, seeds)
     kept = {"seeds": seeds, "smoke": known.smoke, "steps and activated": costs, **result}
-    (known.out / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (known.out / "ablation.md").write_text(text, encoding="utf-8")
-    draw(result, known.out / "ablation.png")
+    with files.written_together(known.out, ("ablation.png", "ablation.md", "ablation.json")) as place:
+        draw(result, place / "ablation.png")
+        files.write_text(place / "ablation.md", text)
+        files.write_json(place / "ablation.json", kept)
     print(text)
 
 

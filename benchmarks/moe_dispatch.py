@@ -70,7 +70,7 @@ def settings(size: str, path: str, experts: int) -> Config:
     return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, rules=rules))
 
 
-# ---- a side: one path, one number of experts -----------------------------------------------------------
+# ---- a side: one path, one number of experts -----------------------------------------------------
 
 
 class Step:
@@ -142,7 +142,7 @@ def serve(arguments: argparse.Namespace) -> None:
     harness.serve({"run": step.run, "time": timed, "temporaries": step.temporaries, "memory": harness.peak_memory})
 
 
-# ---- the comparison ------------------------------------------------------------------------------------
+# ---- the comparison ------------------------------------------------------------------------------
 
 
 def names(experts: Sequence[int], paths: Sequence[str] = (NONE, *PATHS)) -> list[str]:

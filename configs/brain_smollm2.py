@@ -54,14 +54,9 @@ def get_config():
     data.row_images = 2
     data.row_answers = 104
 
-    optimizer = config.optimizer
-    optimizer.lr = 2e-3
-    optimizer.min_lr = 0.0
-    optimizer.warmup_lr = 0.0
-    optimizer.warmup_steps = 20
-    optimizer.betas = (0.9, 0.98)
-    optimizer.weight_decay = 0.0
-    optimizer.clip = 1.0
+    common.tiny_optimizer(config)
+    config.optimizer.warmup_steps = 20
+    config.optimizer.weight_decay = 0.0
     config.train.rules = common.ADAPTERS_AND_CONNECTOR
     config.train.steps = 300
     config.train.save_every = 100

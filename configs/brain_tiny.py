@@ -28,14 +28,9 @@ def get_config():
     config.loss.coordinate_sd = 1.5
     config.loss.coordinate_weight = 1.5
 
-    optimizer = config.optimizer
-    optimizer.lr = 2e-3
-    optimizer.min_lr = 0.0
-    optimizer.warmup_lr = 0.0
-    optimizer.warmup_steps = 40
-    optimizer.betas = (0.9, 0.98)
-    optimizer.weight_decay = 0.05
-    optimizer.clip = 1.0
+    common.tiny_optimizer(config)
+    config.optimizer.warmup_steps = 40
+    config.optimizer.weight_decay = 0.05
 
     # At the common rate the task tokens hardly leave their small start within so short a run.
     train = config.train

@@ -12,8 +12,10 @@ ADAPTERS_AND_CONNECTOR = (
 
 
 # ---- Uni-Med -----------------------------------------------------------------------------------
+
+
 def brain_mixture():
-    """The six tasks of the brain set: share of the draws, and how many questions share an image."""
+    """Lists the six tasks of the brain set: share of the draws, questions that share an image."""
     return (
         dict(name="brain", tasks=("refer",), weight=9.0, questions=6),
         dict(name="brain", tasks=("identify",), weight=5.0, questions=6),
@@ -25,7 +27,7 @@ def brain_mixture():
 
 
 def tiny_vision(config):
-    """A ViT for 64 pixels in patches of 8, that is 64 patches; trained without weights from outside."""
+    """Sets a ViT for 64 pixels in 64 patches, trained from random weights."""
     vision = config.model.vision
     vision.image_size = 64
     vision.patch_size = 8
@@ -41,7 +43,7 @@ def tiny_vision(config):
 
 
 def tiny_connector(config):
-    """4x4 patches -> 4 visual tokens; five experts, a soft router on task token and visual token.
+    """Sets 4 visual tokens of 4x4 patches, five experts, a soft router on task and visual token.
 
     Wide tokens: the experts see where each patch lies, and the encoder learns in a third of the steps that 16 take.
     """
@@ -56,7 +58,7 @@ def tiny_connector(config):
 
 
 def tiny_decoder(config):
-    """A LLaMA in small, with a vocabulary of 1024 trained on the data."""
+    """Sets a small LLaMA with a vocabulary of 1024, trained on the data."""
     decoder = config.model.decoder
     decoder.vocab = 1024
     decoder.width = 128
@@ -69,12 +71,22 @@ def tiny_decoder(config):
 
 
 def adapters(config, dropout):
-    """LoRA of rank 8 on all seven linear layers of the decoder."""
+    """Sets LoRA of rank 8 on all seven linear layers of the decoder."""
     lora = config.model.lora
     lora.rank = 8
     lora.alpha = 16.0
     lora.dropout = dropout
     lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def tiny_optimizer(config):
+    """Sets AdamW for the short runs on the brain set: linear warm-up, cosine to 0."""
+    optimizer = config.optimizer
+    optimizer.lr = 2e-3
+    optimizer.min_lr = 0.0
+    optimizer.warmup_lr = 0.0
+    optimizer.betas = (0.9, 0.98)
+    optimizer.clip = 1.0
 
 
 # ---- Med-MoE (arXiv 2404.10237) ----------------------------------------------------------------
@@ -102,7 +114,7 @@ MED_MOE_CLASSES = (
 
 
 def med_moe(size):
-    """What the four stages share: align -> instruct -> router -> moe.
+    """Makes what the four stages share: align -> instruct -> router -> moe.
 
     Sizes are :stablelm and :phi2 (published), and :tiny, on CPU from the vision encoder and decoder of a finished run
     of configs/brain_tiny.py. A stage starts from the run that its `init` names.
@@ -137,7 +149,7 @@ def med_moe(size):
 
 
 def clip(config):
-    """CLIP ViT-L/14 at 336 pixels, features of layer -2, 576 visual tokens; an example a row of 2048."""
+    """Sets CLIP ViT-L/14 at 336 pixels, features of layer -2, and rows of one example."""
     vision = config.model.vision
     vision.image_size = 336
     vision.patch_size = 14
@@ -179,7 +191,7 @@ def clip(config):
 
 
 def stablelm(config):
-    """StableLM-2-1.6B."""
+    """Sets StableLM-2-1.6B."""
     clip(config)
     decoder = config.model.decoder
     decoder.vocab = 100352
@@ -196,7 +208,7 @@ def stablelm(config):
 
 
 def phi2(config):
-    """Phi-2, without the bias of its head, which Med-MoE leaves out."""
+    """Sets Phi-2, without the bias of its head, which Med-MoE leaves out."""
     clip(config)
     decoder = config.model.decoder
     decoder.vocab = 51200
@@ -217,7 +229,7 @@ def phi2(config):
 
 
 def tiny(config):
-    """The shapes and the vocabulary of configs/brain_tiny.py; 2x2 patches -> 16 visual tokens an image."""
+    """Sets shapes and vocabulary of configs/brain_tiny.py, and 16 visual tokens of 2x2 patches."""
     tiny_vision(config)
     tiny_decoder(config)
     config.model.connector.aggregation = "block"
@@ -234,3 +246,11 @@ def tiny(config):
     config.evaluate.splits = ("test",)
     config.evaluate.batch = 128
     config.evaluate.max_new_tokens = 16
+
+
+def tiny_questions(config):
+    """Sets what stages 2 and 3 learn from at the tiny size, and for how long."""
+    config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=3),)
+    config.optimizer.lr = 1e-3
+    config.optimizer.warmup_steps = 12
+    config.train.steps = 400

@@ -11,10 +11,12 @@ from unimed_jax.settings import FIDELITY
 
 HEAD = """# Settings
 
-Generated from `unimed_jax/config.py` by `python docs/make_settings.py > docs/settings.md`; a test compares the two.
+Generated from `unimed_jax/config.py` by `python docs/make_settings.py > docs/settings.md`; \
+a test compares the two.
 
 A config file sets them (`config.model.vision.width = 128`), and so does the command line
-(`--config.model.vision.width=128`). An unknown name, a wrong type or a value out of bounds is refused in one sentence.
+(`--config.model.vision.width=128`). An unknown name, a wrong type or a value out of bounds is \
+refused in one sentence.
 Where the default is None, `fidelity` may fill the value in; the last table says with what.
 """
 WORDS = {int: "whole number", float: "number", str: "text", bool: "True or False", typing.Any: "JSON value"}
@@ -70,6 +72,7 @@ def groups(kind: type, path: str) -> list[tuple[type, str]]:
 
 
 def default(field: dataclasses.Field) -> str:
+    """Writes a field's default as code; a group of settings has none."""
     if field.default is dataclasses.MISSING:
         return "(needed)"
     if dataclasses.is_dataclass(field.default):

@@ -158,7 +158,8 @@ def test_a_missing_package_is_a_sentence():
 def test_peak_memory_is_of_the_process_itself():
     """A child that does nothing has a small peak, whatever its parent holds."""
     held = np.ones(2**26)  # 0.5 GiB
-    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import harness; print(harness.peak_memory())"
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); "
+    code += "import harness; print(harness.peak_memory())"
     small = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.005 < small < 0.2 < held.nbytes / 2**30 <= harness.peak_memory()
 

@@ -187,7 +187,7 @@ MODELS = {
         {"connector__aggregation": "maxpool", "vision__image_size": 24, "connector__rate": 4},
         ["grid of 3"],
     ),
-    "a block that is no square": ({"connector__aggregation": "block", "connector__rate": 2}, ["square", "rate=2"]),
+    "a block that is not square": ({"connector__aggregation": "block", "connector__rate": 2}, ["square", "rate=2"]),
     "a rate that does not divide": ({"connector__rate": 3}, ["rate=3", "64 patches"]),
     "a rate of nothing": ({"connector__rate": 0}, ["config.model.connector.rate=0"]),
     "no experts": ({"connector__experts": 0}, ["config.model.connector.experts=0"]),
@@ -208,8 +208,8 @@ MODELS = {
         {"decoder__gated_mlp": False, "lora__rank": 2},
         ["config.model.lora.targets: ", "'gate'", "gated_mlp=False"],
     ),
-    "a bias of what is no linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
-    "an adapter of what is no linear": (
+    "a bias of an unknown linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
+    "an adapter of an unknown linear": (
         {"lora__targets": ("q", "gates")},
         ["lora.targets[1]: 'gates' is unknown", "gate, up, down"],
     ),

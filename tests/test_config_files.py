@@ -91,6 +91,16 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, body, line):
     assert str(error.value).startswith(f"--config={path}{f', line {line}' if line else ''}: config.")
 
 
+def test_a_setting_that_is_assigned_twice_is_named_with_both_lines(tmp_path):
+    path = write(tmp_path, "config.seed = 4\nconfig.model.decoder.depth = 0\nconfig.seed -= 5")
+    with pytest.raises(UserError, match=r"mine.py, line 7: config.model.decoder.depth=0|lines 6 and 8: config.seed=-1"):
+        load_config_file(path)
+    path = write(tmp_path, "config.seed = 4\nconfig.seed = -1")
+    with pytest.raises(UserError) as error:
+        load_config_file(path)
+    assert str(error.value) == f"--config={path}, lines 6 and 7: config.seed=-1: set 0 to 4294967295."
+
+
 def test_missing_file(tmp_path):
     path = write(tmp_path, "pass")
     with pytest.raises(UserError, match=r"--config=.*mina.py does not exist; did you mean '.*mine.py'\?$"):
@@ -231,7 +241,7 @@ RETURNS = {
     "Dict(name=5)": "config.name must be str, not 5.",
     "Dict(name='caf\\udce9')": "config.name='caf\\udce9' holds half of a surrogate pair",
     "Dict(data=dict(cache='a\\0b'))": "config.data.cache='a\\x00b' holds the character NUL",
-    "Dict(data=dict(sources=[dict(name='x', only=dict(split=['\\ud800']))]))": "holds half of a surrogate pair",
+    "Dict(data=dict(sources=[dict(only=dict(a=['\\ud800']))]))": "holds half of a surrogate pair",
     "Dict(model=5)": "config.model must be a group of settings, not 5.",
     "Dict(model=None)": "config.model must be a group of settings, not None.",
     "Dict(seed=placeholder(int, required=True))": "required",

@@ -7,8 +7,20 @@ import pytest
 
 from unimed_jax import files
 from unimed_jax.config import default_config
+from unimed_jax.data.datasets import llava
+from unimed_jax.data.datasets.llava import INFO
+from unimed_jax.data.info import described
+from unimed_jax.data.store import Store
+from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.interop.families import peft
+from unimed_jax.interop.families.hf_config import read_hf_config
+from unimed_jax.interop.families.med_moe import read_med_moe_config
+from unimed_jax.interop.families.unimed_hf import exported_config
+from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.predict.predictor import Request, as_example
+from unimed_jax.runs import inputs
+from unimed_jax.runs.folder import read_config
 from unimed_jax.settings import from_config_dict
 
 
@@ -96,3 +108,44 @@ def test_half_a_surrogate_pair_is_refused_in_settings_and_requests():
 
 def test_not_finite_numbers_where_they_are_meant():
     assert files.parse_json(json.dumps([float("inf")]), "x", finite=False) == [float("inf")]
+
+
+# Everything in the library that reads somebody's JSON: the file's name, and who reads it in a folder.
+JSON_READERS = {
+    "a run": ("config.json", read_config),
+    "an exported model": ("config.json", exported_config),
+    "a Med-MoE checkpoint": ("config.json", read_med_moe_config),
+    "a Hugging Face decoder": ("config.json", read_hf_config),
+    "an index of weights": ("model.safetensors.index.json", open_weights),
+    "an adapter": ("adapter_config.json", lambda folder: peft._rank_and_alpha(folder)),
+    "a tokenizer": ("tokenizer_config.json", Tokenizer.load),
+    "the inputs of a run": ("inputs.json", inputs.kept),
+    "a prepared set": ("manifest.json", Store),
+    "a set's passport": ("info.json", lambda folder: described(INFO, folder, {})),
+    "records": ("train.json", lambda folder: list(llava.read(folder, "train", {}, []))),
+}
+NO_JSON = {
+    "nested lists": b"[" * 100_000,
+    "nested objects": b'{"a":' * 2000 + b"1" + b"}" * 2000,
+    "Latin-1": '{"model_type": "caf\u00e9"}'.encode("latin-1"),
+    "UTF-16": '{"model_type": "x"}'.encode("utf-16"),
+    "half a surrogate": b'{"model_type": "\\ud800"}',
+    "a doubled key": b'{"model_type": "llama", "model_type": "phi"}',
+    "not a number": b'{"model_type": NaN}',
+    "a long number": b'{"r": ' + b"9" * 6000 + b"}",
+    "cut": b'{"model_type": "lla',
+    "nothing": b"",
+    "a list": b"[1]",
+    "a number": b"7",
+}
+
+
+@pytest.mark.parametrize("damage", NO_JSON)
+@pytest.mark.parametrize("name", JSON_READERS)
+def test_whoever_reads_json_says_in_a_sentence_what_is_wrong(tmp_path, name, damage):
+    file, read = JSON_READERS[name]
+    (tmp_path / file).write_bytes(NO_JSON[damage])
+    with pytest.raises(UserError) as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value) and str(error.value).isprintable()
+    assert file in str(error.value) or name == "a tokenizer"

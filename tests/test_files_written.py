@@ -152,3 +152,16 @@ def test_a_full_disk_is_noticed_whatever_a_library_says(tmp_path, small_disk):
             file.write_bytes(bytes(1 << 30))
         raise RuntimeError("chunk writer")
     assert not list(small_disk.iterdir())
+
+
+def test_twenty_kills_leave_no_more_on_the_disk_than_the_last_one_wrote(tmp_path):
+    """Each start removes what the one before left, so that the disk does not fill."""
+    code = "import pathlib, sys; from support import faults\n"
+    code += "work = lambda: faults.one_folder(place)\n"
+    code += "for number in range(20): print(faults.run('kill', 6 + number % 5, work))"
+    code = code.replace("\nfor", "\nplace = pathlib.Path(sys.argv[1])\nfor")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split().count("-9") == 20 and len(hidden(tmp_path)) <= 1
+    faults.one_folder(tmp_path)
+    on_disk = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in on_disk) == 2 * len(TEXT["new"])

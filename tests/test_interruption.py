@@ -81,7 +81,7 @@ def losses(folder) -> list[tuple]:
 
 
 def at_step(monkeypatch, step, action):
-    """Calls `action` in the training, before step `step` (from 0) is logged; the step behind it is under way."""
+    """Calls `action` in the training, before step `step` (from 0) is logged; the next step is under way by then."""
     write = Log.write
 
     def acting(self, at, values):
@@ -390,22 +390,22 @@ def test_what_the_system_refuses_becomes_one_sentence_and_a_defect_stays_one():
             raise TypeError("a defect")  # noqa: B904
 
 
-def fill(disk: Path, room: int) -> None:
-    """Leaves `room` bytes, once the checkpoint under way is written."""
+def fill(disk: Path, free: int) -> None:
+    """Leaves `free` bytes, once the checkpoint under way is written."""
     while not (disk / "run/checkpoints/4").exists():
         time.sleep(0.01)
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    (disk / "ballast").write_bytes(bytes(free - room))
+    there = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "ballast").write_bytes(bytes(there - free))
 
 
 def test_a_full_disk_stops_the_run_with_a_sentence_and_costs_nothing_saved(
     straight, patched, command, small_disk, monkeypatch, capsys
 ):
-    """First no checkpoint fits any more, then no line of the log does; then there is room again."""
+    """First no checkpoint fits any more, then no line of the log does; then there is space again."""
     command[-1] = f"--workdir={small_disk / 'run'}"
-    for room, step, place in ((64 << 10, 5, "checkpoints/8"), (0, 6, "")):
+    for free, step, place in ((64 << 10, 5, "checkpoints/8"), (0, 6, "")):
         with monkeypatch.context() as patch:
-            at_step(patch, step, lambda room=room: fill(small_disk, room))
+            at_step(patch, step, lambda free=free: fill(small_disk, free))
             assert cli.main(command) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith("unimed_jax: No space left on device") and place in said, said
@@ -467,7 +467,8 @@ class Runs:
     def __init__(self, folder: Path, compiled: Path):
         self.folder, config = folder, folder.with_suffix(".py")
         config.write_text(CONFIG)
-        self.command = f"--config={config} --workdir={folder} --config.train.steps={STEPS} --config.train.save_every=3"
+        self.command = f"--config={config} --workdir={folder} --config.train.steps={STEPS}"
+        self.command += " --config.train.save_every=3"
         self.said = folder.with_suffix(".txt")
         environment = os.environ | {
             "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",

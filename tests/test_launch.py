@@ -27,7 +27,8 @@ def stop(number, frame):
     sys.exit(128 + number)
 
 signal.signal(signal.SIGTERM, stop)
-seen = {"arguments": sys.argv[1:]} | {key: value for key, value in os.environ.items() if key.startswith(("JAX", "XLA"))}
+seen = {"arguments": sys.argv[1:]}
+seen |= {key: value for key, value in os.environ.items() if key.startswith(("JAX", "XLA"))}
 if what == "join":
     import jax
     address, processes = os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"])
@@ -259,7 +260,8 @@ fi
 CURL = """
 cat <<"END"
 printf '#!/usr/bin/env bash\necho "uv $@" >>~/calls\n' >$UV_UNMANAGED_INSTALL/uv
-echo '[[ $1 == pip ]] || { mkdir -p "${@: -1}/bin" && cp ~/python "${@: -1}/bin"; }' >>$UV_UNMANAGED_INSTALL/uv
+uv=$UV_UNMANAGED_INSTALL/uv
+echo '[[ $1 == pip ]] || { mkdir -p "${@: -1}/bin" && cp ~/python "${@: -1}/bin"; }' >>$uv
 chmod +x $UV_UNMANAGED_INSTALL/uv
 END
 """

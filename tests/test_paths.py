@@ -306,6 +306,18 @@ def test_a_sentence_stays_on_one_line_whatever_it_quotes(capsys):
     assert "\x1b" not in said
 
 
+def test_a_defect_is_no_sentence(place, monkeypatch):
+    """What no person caused keeps its traceback."""
+    for error in (TypeError("a defect"), KeyError("x"), ValueError("y"), AssertionError(), RuntimeError("z")):
+
+        def broken(*_, error=error):
+            raise error
+
+        monkeypatch.setattr("unimed_jax.verbs.params.read_config", broken)
+        with pytest.raises(type(error)):
+            cli.main(["params", f"--config={place}/squares.py"])
+
+
 # A process without the rights that let root read and write everything.
 UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
@@ -349,7 +361,9 @@ def test_no_permission_is_one_sentence(place, tmp_path):
 @pytest.mark.slow
 def test_training_whose_output_nobody_reads_ends_quietly(place, tmp_path):
     writer = without_reader()
-    done = program(f"--config={place}/squares.py", f"--workdir={tmp_path}/run", stdout=writer)
+    done = program(
+        f"--config={place}/squares.py", f"--workdir={tmp_path}/run", stdout=writer, environment={"XLA_FLAGS": ""}
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 

@@ -241,7 +241,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "limit": any_count,
         "temperature": number(0.01, 100, zero=True),
         "top_p": number(1e-37, 1),
-        "bootstrap": whole(2, 10**6),
+        "bootstrap": whole(2, 10**5),
         "scoring": optional(one_of("corrected", "published")),
     },
     "evaluate.entries[0]": {

@@ -1,7 +1,7 @@
-"""Bounds that settings carry in their type, as `Annotated[int, AtLeast(1)]`, and a dict that can be hashed.
+"""Defines the bounds that settings carry in their type, as in `Annotated[int, AtLeast(1)]`.
 
-`settings.py` asks every bound of a field for its `refusal` of a value: None if the value is allowed, else the end of
-the sentence that begins with the setting's name.
+`settings.py` asks every bound of a field for its `refusal` of a value: None if the value is allowed,
+else the end of the sentence that begins with the setting's name. Also defines a dict that can be hashed.
 """
 
 import dataclasses
@@ -123,7 +123,10 @@ class Filled:
 
 @dataclasses.dataclass(frozen=True)
 class Characters:
-    """Allows text of at most `most` characters without control characters; if it is not `one_line`, with line ends."""
+    """Allows text of at most `most` characters, none of them a control character.
+
+    Text that is not `one_line` may have line ends and tabs.
+    """
 
     most: int
     one_line: bool = True
@@ -144,7 +147,10 @@ def _is_control(character: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FolderName:
-    """Allows text that can name a folder inside another one; with `nested` several such names with / between them."""
+    """Allows text that can name a folder inside another one.
+
+    With `nested` it may be several such names, with / between them.
+    """
 
     nested: bool = False
 
@@ -180,7 +186,7 @@ class Distinct:
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Allows text that matches the regular expression as a whole; `choices` says in words what that is."""
+    """Allows text that matches a regular expression as a whole; `choices` says in words what that is."""
 
     pattern: str
     choices: str
@@ -194,7 +200,7 @@ class Matches:
 
 
 class FrozenDict(dict):
-    """A dict that never changes and can be hashed, so that settings which hold one stay frozen and hashable."""
+    """Keeps its first content and can be hashed, so that settings with a dict are frozen and hashable."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))

@@ -1,7 +1,8 @@
-"""Settings of a run as typed, frozen dataclasses: each field with its choices or bounds, default and meaning.
+"""Declares the settings of a run: each field with its choices or bounds, default and meaning.
 
-A config file returns a ConfigDict that starts from `default_config()`; `settings.from_config_dict` turns it into a
-checked `Config`. Choices are `Literal`, bounds stand in `Annotated`; docs/settings.md is generated from this file.
+They are frozen dataclasses. A config file returns a ConfigDict that starts from `default_config()`;
+`settings.from_config_dict` turns it into a checked `Config`. Choices are written as `Literal`, bounds in
+`Annotated`; docs/settings.md is generated from this file.
 "None; paper: X" marks a setting that `fidelity` fills in: what it becomes is in `settings.FIDELITY`.
 """
 
@@ -73,7 +74,7 @@ PartOrEmpty = Annotated[str, Characters(200), FolderName()]
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Tokenizer and prompt form."""
+    """Says which tokenizer is used and how prompts and answers are written."""
 
     tokenizer: Place = ""  # a Hugging Face folder or a GGUF file; empty: train a BPE on the training split
     vocab: Size = 1024  # size of that BPE, special tokens included
@@ -97,7 +98,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One data set of the mixture."""
+    """Describes one data set of the mixture, and what is taken from it."""
 
     name: Module = "brain"  # a file or package of data/datasets, or a dotted module: my_lab.my_data
     id: PartOrEmpty = ""  # name of the set in scores and reports; empty: the last part of `name`, made unique
@@ -119,7 +120,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The mixture of data sets, and how batches are made of it."""
+    """Lists the data sets of the mixture, and says how batches are made of them."""
 
     sources: tuple[SourceConfig, ...] = ()  # data sets to train on
     root: Place = ""  # folder that holds the data sets, one folder each
@@ -141,6 +142,7 @@ class DataConfig:
 
     @property
     def cache_folder(self) -> Path:
+        """Returns the folder of prepared data sets."""
         return Path(self.cache).expanduser() if self.cache else Path.home() / ".cache" / "unimed_jax"
 
 
@@ -151,7 +153,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Cross-entropy of answer tokens."""
+    """Shapes the cross-entropy of answer tokens."""
 
     # token: mean over all answer tokens; example: mean per example, then over examples. None: example;
     # paper: token
@@ -163,7 +165,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay over all steps (as published)."""
+    """Sets AdamW, with linear warm-up and cosine decay over all steps (as published)."""
 
     lr: Rate = 1e-5  # learning rate after warm-up
     min_lr: Rate = 1e-7  # learning rate at the end
@@ -181,7 +183,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RuleConfig:
-    """Whether and how the parameters whose path matches a pattern train."""
+    """Says whether and how the parameters whose path matches a pattern train."""
 
     match: Name  # shell-style pattern of parameter paths: "connector/*"
     train: bool  # False: frozen
@@ -192,7 +194,7 @@ class RuleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The training loop: what trains, for how long, and what is kept."""
+    """Sets the training loop: what trains, for how long, and what is kept."""
 
     steps: Count = 50000  # optimizer steps
     accumulation: Count = 1  # micro-batches per step; the batch is divided, its loss unchanged
@@ -219,7 +221,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh (model/sharding.py)."""
+    """Numbers the devices along each axis of the mesh (model/sharding.py)."""
 
     auto: bool = True  # choose for the devices found; the numbers below are then ignored
     data: Size = 1  # copies of the model, each with its share of the batch
@@ -235,7 +237,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EntryConfig:
-    """One evaluation: a task of a data set on a split."""
+    """Describes one evaluation: a task of a data set on a split."""
 
     source: Part  # id of a data set
     task: Task  # one of its tasks
@@ -249,7 +251,7 @@ class EntryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What is scored after training and by the verb `evaluate`, and how answers are generated."""
+    """Says what is scored after training and by the verb `evaluate`, and how answers are generated."""
 
     sources: tuple[SourceConfig, ...] = ()  # data sets that are scored; (): data.sources
     entries: tuple[EntryConfig, ...] = ()  # (): every task of every source on `splits`
@@ -260,14 +262,14 @@ class EvaluateConfig:
     temperature: Annotated[float, ZeroOr(0.01, 100)] = 0.0  # of sampling; 0: the most probable token (greedy)
     # Sample from the tokens that hold this probability
     top_p: Annotated[float, Above(0), Between(0, 1)] = 1.0
-    bootstrap: Annotated[int, AtLeast(2), AtMost(1_000_000)] = 2000  # resamples for each confidence interval
+    bootstrap: Annotated[int, AtLeast(2), AtMost(100_000)] = 2000  # resamples for each confidence interval
     # Which scores lead in reports. None: corrected; paper: published
     scoring: Literal["corrected", "published"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterFitConfig:
-    """Fitting Med-MoE's router as a linear classifier of hidden states (`job="router"`, train/router.py)."""
+    """Sets how Med-MoE's router is fitted as a linear classifier of hidden states (`job="router"`)."""
 
     key: Text = ""  # key of Example.meta whose values are the classes
     classes: Names = ()  # in the order of the experts; (): all values that occur, sorted
@@ -280,7 +282,7 @@ class RouterFitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run."""
+    """Holds all settings of a run."""
 
     # Of the run, and of its folder in runs/; a / makes folders inside it; empty: the config file's name
     name: Annotated[str, Characters(1000), FolderName(nested=True)] = ""
@@ -304,17 +306,17 @@ class Config:
 
     @property
     def held_out(self) -> DataConfig:
-        """The data that is scored."""
+        """Returns the data settings with the sources that are scored in place of the trained ones."""
         return dataclasses.replace(self.data, sources=self.evaluate.sources or self.data.sources)
 
     @property
     def evaluates(self) -> bool:
-        """Whether anything is scored after training."""
+        """Says whether anything is scored after training."""
         return bool(self.evaluate.entries or self.evaluate.splits)
 
 
 def default_config() -> "ml_collections.ConfigDict":
-    """Every setting at its default, as the mutable form that config files fill in."""
+    """Returns every setting at its default, in the mutable form that config files fill in."""
     # Here, because the model and the training program are used on machines without it.
     import ml_collections
 
@@ -328,7 +330,7 @@ def to_dict(config) -> dict:
 
 
 def config_hash(config: Config) -> str:
-    """Returns the first 16 hex digits of the settings' sha256; what becomes of changed inputs is not among them."""
+    """Returns the first 16 hex digits of the sha256 of the settings, all but those named `changed`."""
     settings = to_dict(config)
     for group in ("data", "text"):
         del settings[group]["changed"]

@@ -20,14 +20,16 @@ from unimed_jax.interruption import Stopped
 from unimed_jax.settings import check_values
 
 LONGEST = 300  # characters of what a config file raises that are shown
+MOST_LINES = 3  # that are worth naming
 
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:
     """Runs `path.py` or `path.py:argument` and returns its ConfigDict, which has a name.
 
-    The file may import its neighbours, and those of a common.py one folder up, whatever the working directory. Raises
-    UserError, with the file and where possible the line, for a file that cannot be read, for whatever it raises, and
-    for what it returns if that is neither the settings of a run nor the stages of a chain.
+    The file may import its neighbours, and those of a common.py one folder up, whatever the working
+    directory. Raises UserError, with the file and where possible the line, for a file that cannot
+    be read, for whatever it raises, and for what it returns if that is neither the settings of a
+    run nor the stages of a chain.
     """
     file, _, argument = path.partition(":")
     _check_file(file)
@@ -161,23 +163,29 @@ def _place(error: BaseException, file: str, folders: list[Path]) -> str:
 
 
 def _line_of(sentence: str, file: str, folders: list[Path]) -> str:
-    """Finds where a file assigns the setting that the sentence begins with; empty if that is not one line alone."""
+    """Finds the lines that assign the setting that the sentence begins with; empty for none or more than three."""
     setting = "." + re.sub(r"\[.*?\]", "", re.split(r"[ =:,]", sentence, maxsplit=1)[0])
-    if len(lines := _assigned(Path(file), setting)) == 1:
-        return f", line {lines.pop()}"
+    if lines := _assigned(Path(file), setting):
+        return f", {_lines(lines)}" if len(lines) <= MOST_LINES else ""
     for shared in (folder / "common.py" for folder in folders if (folder / "common.py").is_file()):
-        if not lines and len(there := _assigned(shared, setting)) == 1:
-            return f" ({shared}, line {there.pop()})"
+        if 0 < len(lines := _assigned(shared, setting)) <= MOST_LINES:
+            return f" ({shared}, {_lines(lines)})"
     return ""
 
 
+def _lines(numbers: set[int]) -> str:
+    *others, last = map(str, sorted(numbers))
+    return f"lines {', '.join(others)} and {last}" if others else f"line {last}"
+
+
 def _assigned(file: Path, setting: str) -> set[int]:
-    """Returns the lines with `group.setting = ...` or, without any, those with `dict(setting=...)`."""
+    """Returns the lines with `group.setting = ...` or, without any, the one with `dict(setting=...)`."""
     attributes, keywords = set(), set()
     for node in ast.walk(ast.parse(file.read_bytes())):
-        for target in node.targets if isinstance(node, ast.Assign) else ():
+        targets = node.targets if isinstance(node, ast.Assign) else ()
+        for target in [node.target] if isinstance(node, ast.AugAssign) else targets:
             if isinstance(target, ast.Attribute) and setting.endswith(f".{ast.unparse(target)}"):
                 attributes.add(target.lineno)
         if isinstance(node, ast.keyword) and setting.endswith(f".{node.arg}"):
             keywords.add(node.lineno)
-    return attributes or keywords
+    return attributes or (keywords if len(keywords) == 1 else set())

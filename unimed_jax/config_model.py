@@ -1,4 +1,4 @@
-"""Settings of the model: vision encoder, connector, decoder, experts and adapters (part of config.py)."""
+"""Declares the settings of the model; config.py has all others, and imports these."""
 
 import dataclasses
 from typing import Annotated, Literal, get_args
@@ -34,7 +34,7 @@ ExpertCount = Annotated[int, AtLeast(0), AtMost(1024)]
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision transformer (ViT). The values of EVA-CLIP-g are in `configs/cmoe.py`."""
+    """Describes the vision transformer (ViT). The values of EVA-CLIP-g are in `configs/cmoe.py`."""
 
     image_size: Pixels = 64  # pixels per side; images are square
     patch_size: Pixels = 8  # pixels per side
@@ -63,17 +63,18 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches per side."""
+        """Counts the patches per side."""
         return self.image_size // self.patch_size
 
     @property
     def patches(self) -> int:
+        """Counts the patches of an image."""
         return self.grid**2
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
-    """Aggregation of patches, projection experts and their router (Uni-Med section 3.2)."""
+    """Describes how patches are joined and projected, by experts and a router (Uni-Med section 3.2)."""
 
     # How patches become one visual token. projection: `rate` patches in raster order are concatenated
     # (published); block: a square of patches is concatenated; avgpool, maxpool: 2x2 patches are pooled.
@@ -106,11 +107,12 @@ class ConnectorConfig:
 
     @property
     def is_moe(self) -> bool:
+        """Says whether the connector is a mixture of experts."""
         return self.kind.startswith("moe_")
 
     @property
     def layers(self) -> int:
-        """Linear layers of a connector without experts: 1 for linear, N for mlpNx_gelu, 0 for a mixture."""
+        """Counts the linear layers: 1 for linear, N for mlpNx_gelu, 0 for a mixture of experts."""
         if self.is_moe:
             return 0
         return 1 if self.kind == "linear" else int(self.kind.removeprefix("mlp").partition("x")[0])
@@ -118,7 +120,7 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotary embeddings, for rows longer than the decoder was pretrained on."""
+    """Slows rotary embeddings down, for rows longer than the decoder was pretrained on."""
 
     # linear: all frequencies are divided by `factor`, and the fields below it are ignored; llama3: low
     # frequencies are, high ones stay, those in between are interpolated.
@@ -133,7 +135,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A pre-norm decoder. The defaults are LLaMA's; `interop/families/hf_config.py` has those of other families."""
+    """Describes a pre-norm decoder, by default one of LLaMA's family.
+
+    `interop/families/hf_config.py` has the values of other families.
+    """
 
     vocab: Size = 1024  # rows of the embedding table; at least as many as the tokenizer has tokens
     width: Size = 128  # of the hidden states
@@ -170,7 +175,10 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """Experts in place of some decoder layers' MLPs (Med-MoE): the weighted sum of their outputs, and a meta expert."""
+    """Puts experts in place of the MLPs of some decoder layers (Med-MoE).
+
+    The output is the weighted sum of the chosen experts' outputs, plus that of a meta expert.
+    """
 
     experts: ExpertCount = 0  # per layer; 0: no layer has experts
     # Which layers have experts: sparse is every second one from layer 0, dense is every one.
@@ -205,12 +213,12 @@ class MoeConfig:
 
     @property
     def trains_otherwise(self) -> bool:
-        """Whether routing in training differs from routing at evaluation."""
+        """Says whether routing in training differs from routing at evaluation."""
         drawn = self.gate_noise != "none" or self.top_k == 2 and self.random
         return self.experts > 0 and (drawn or (self.capacity_factor, self.eval_capacity_factor) != (None, None))
 
     def numbers(self, depth: int) -> tuple[int, ...]:
-        """The numbers of the layers with experts, in a decoder of `depth` layers."""
+        """Lists the numbers of the layers with experts, in a decoder of `depth` layers."""
         if not self.experts:
             return ()
         every, half = range(depth), depth // 2
@@ -220,7 +228,7 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters of the decoder's linear layers."""
+    """Adds low-rank adapters (LoRA) to the decoder's linear layers."""
 
     rank: Annotated[int, AtLeast(0), AtMost(65536)] = 0  # 0: no adapters
     alpha: Factor = 16.0  # their output is scaled by alpha / rank
@@ -231,7 +239,7 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The model: vision encoder, connector, decoder, and how they are computed."""
+    """Describes the model: vision encoder, connector, decoder, and how they are computed."""
 
     vision: VisionConfig = VisionConfig()
     connector: ConnectorConfig = ConnectorConfig()
@@ -249,4 +257,5 @@ class ModelConfig:
 
     @property
     def tokens_per_image(self) -> int:
+        """Counts the visual tokens that an image becomes."""
         return self.vision.patches // self.connector.rate

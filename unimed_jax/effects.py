@@ -1,7 +1,8 @@
-"""Finds settings that change nothing: moved away from their default, where another setting leaves them unread.
+"""Finds settings that change nothing, because another setting leaves them unread.
 
-Some are refused when the settings are read. Others are only named when training starts, because they stay behind in a
-config file when an ablation overrides the setting that they belong to.
+Only settings that differ from their default count. Some are refused when the settings are read. Others
+are only named when training starts: they are what remains in a config file when an ablation overrides
+the setting that they belong to.
 """
 
 import operator

@@ -10,9 +10,9 @@ from unimed_jax.errors import UserError
 
 
 def refuse_not_finite(leaves: Mapping[str, Any], where: str, advice: str) -> None:
-    """Raises UserError, as "<where>: ... ; <advice>.", if a leaf (path -> array of any shape) holds NaN or infinity.
+    """Raises UserError, as "<where>: ... ; <advice>.", if a leaf holds NaN or infinity.
 
-    On a mesh all processes make the same call.
+    `leaves`: path -> array of any shape. On a mesh all processes make the same call.
     """
     if wrong := not_finite(leaves):
         raise UserError(f"{where}: {named(wrong)} not finite (NaN or infinity); {advice}.")
@@ -25,7 +25,7 @@ def not_finite(leaves: Mapping[str, Any]) -> list[str]:
 
 
 def named(paths: list[str]) -> str:
-    """Names parameters by their groups, as the beginning of a sentence: "2 parameters of connector/experts are"."""
+    """Names parameters by their groups, as a sentence begins: "2 parameters of connector/experts are"."""
     groups = list(dict.fromkeys(path.rpartition("/")[0] or path for path in paths))
     shown = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more groups" if len(groups) > 3 else "")
     return f"{len(paths)} parameters of {shown} are" if len(paths) > 1 else f"parameter {paths[0]} is"

@@ -43,10 +43,11 @@ def _name(number: int) -> str:
 class Stoppable:
     """Makes SIGTERM and Ctrl-C raise `Stopped` inside the block, unless `Interruption` delays them.
 
-    Python raises it wherever the main thread is. In a destructor, in a callback of the garbage collector or in a
-    library that catches everything it would be lost; then it is raised again until it leaves the block. The second
-    signal of a kind ends the process at once. Both happen even while the main thread is inside a long call of a
-    library, where Python handles no signals: a thread of its own listens to them.
+    Python raises it wherever the main thread is. In a destructor, in a callback of the garbage
+    collector or in a library that catches everything it would be lost; then it is raised again
+    until it leaves the block. The second signal of a kind ends the process at once. Both happen
+    even while the main thread is inside a long call of a library, where Python handles no signals:
+    a thread of its own listens to them.
     """
 
     current: "Stoppable | None" = None  # the one whose block runs
@@ -102,7 +103,7 @@ class Stoppable:
             raise Stopped(self.number or number)
 
     def _listen(self) -> None:
-        """Counts signals in a thread of its own; sends one again that was lost, and ends a process that is stuck."""
+        """Counts signals in its own thread; sends a lost one again, ends a process that is stuck."""
         seen: dict[int, float] = {}
         echo = False  # a reminder is on its way, and will be read here
         while True:
@@ -225,8 +226,8 @@ def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
     """Locks `folder` against other runs until this process or its command ends, however it ends.
 
     The lock outlives training, because the evaluation writes there, too. If a run has several
-    processes, the first one locks for all. Raises UserError if another run has the lock (`otherwise` is what can be
-    done instead of waiting), or if there can be no such folder.
+    processes, the first one locks for all. Raises UserError if another run has the lock
+    (`otherwise` is what can be done instead of waiting), or if there can be no such folder.
     """
     import jax
 
@@ -290,9 +291,10 @@ def owner(folder: Path) -> str:
 def explain_system_errors() -> Iterator[None]:
     """Turns what the operating system refuses (a full disk, a file, a folder, a socket) into a UserError.
 
-    A full disk is found behind any error that it caused, in whatever words. Of other refusals only the `OSError`
-    itself is turned, and what the library that writes arrays makes of one: an error that follows an `OSError` which
-    was handled is a defect. A broken pipe passes, because it may be that of the program's own output.
+    A full disk is found behind any error that it caused, however it is worded. Of other refusals
+    only the `OSError` itself is turned, and what the library that writes arrays makes of one: an
+    error that follows an `OSError` which was handled is a defect. A broken pipe passes, because it
+    may be that of the program's own output.
     """
     try:
         yield

@@ -1,6 +1,7 @@
 """Runs a verb: `python -m unimed_jax.main [verb] --config=FILE | --run=DIR`.
 
-Every file of verbs/ is a verb; its first line says what it does, and `<verb> --help` lists its arguments.
+Every file of verbs/ is a verb; its first line says what it does, and `<verb> --help` lists its
+arguments.
 """
 
 import importlib
@@ -22,9 +23,10 @@ VERBS = sorted(name for _, name, _ in pkgutil.iter_modules(verbs.__path__) if na
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb (`train` if none is named) and returns the exit status.
 
-    A mistake that the user can mend is one sentence on stderr and status 2, a failure outside this machine status 1;
-    a stop by SIGTERM or Ctrl-C is one sentence and status 143 or 130. If nobody reads the output any more, as in
-    `| head -1`, it ends without a word and status 141, that of SIGPIPE.
+    A mistake that the user can mend is one sentence on stderr and status 2, a failure outside this
+    machine status 1; a stop by SIGTERM or Ctrl-C is one sentence and status 143 or 130. If nobody
+    reads the output any more, as in `| head -1`, it ends without a word and status 141, that of
+    SIGPIPE.
     """
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss PyTorch, which nothing here needs
@@ -75,7 +77,7 @@ def _say(sentence: str, status: int) -> int:
 
 
 def _keep_printable() -> None:
-    """Lets a letter that the terminal's encoding lacks be printed as its code, where Python would raise."""
+    """Lets a letter that the terminal's encoding lacks be printed as its code; Python would raise."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

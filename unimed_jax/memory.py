@@ -1,7 +1,8 @@
 """Compares the memory that a run needs at least with what the machine has, before anything is allocated.
 
-What is counted is less than what a run takes, so that no run that fits is refused: weights, moments, gradients, a
-batch, its logits, a cache. It keeps a setting that is wrong by orders of magnitude from ending in a dead machine.
+Less is counted than a run takes, so that no run that fits is refused: weights, moments, gradients, a
+batch, its logits, a cache. This keeps a setting that is wrong by orders of magnitude from ending in a
+dead machine.
 """
 
 import math
@@ -22,7 +23,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def available_bytes() -> float:
-    """Returns the memory of all devices together or, on CPU, that which this machine lets the process have."""
+    """Returns the bytes of all devices together or, on CPU, those that a process may have here."""
     devices = jax.devices()
     if devices[0].platform != "cpu":
         limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
@@ -54,7 +55,7 @@ def refuse_too_large(needed: float, what: str, settings: str) -> None:
 
 
 def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
-    """Raises UserError if training cannot fit; the arguments are trees of arrays or shapes (see train/program.py)."""
+    """Raises UserError if training cannot fit; the trees are those of `train.program.Program`."""
     data, model = config.data, config.model
     rows = data.rows // config.train.accumulation
     logits = 4 * rows * data.row_answers * model.decoder.vocab

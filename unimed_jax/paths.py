@@ -1,4 +1,4 @@
-"""Checks the paths that a person gives before any work is done, so that an odd one is one sentence that names it."""
+"""Checks the paths that a person gives before any work, so that an odd one is one sentence."""
 
 import os
 import tempfile
@@ -32,8 +32,8 @@ FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
 def check_output(path: str | Path, option: str) -> Path:
     """Returns the path of a file or folder to write; raises UserError where nothing can be written.
 
-    option: the argument that gave it, such as "--out", which starts the sentence of an error. A file or folder that
-    exists there already is not looked at.
+    option: the argument that gave it, such as "--out", which starts the sentence of an error. A
+    file or folder that exists there already is not looked at.
     """
     given, place = f"{option}={path}", _existing(path, option)
     if place == Path(os.path.abspath(path)):
@@ -45,7 +45,7 @@ def check_output(path: str | Path, option: str) -> Path:
 
 
 def check_output_file(path: str | Path, option: str) -> Path:
-    """Returns the path of a file to write, as `check_output` does; a folder, pipe or device is refused, too."""
+    """Returns the path of a file to write, as `check_output` does; refuses a folder or pipe, too."""
     given, file = f"{option}={path}", check_output(path, option)
     if not file.name or file.is_dir() or str(path).endswith("/"):
         raise UserError(f"{given} is a folder; add a file's name.")
@@ -109,7 +109,7 @@ def _existing(path: str | Path, option: str) -> Path:
 
 
 def _check_writable(place: Path, given: str) -> None:
-    """Refuses a folder in which no file can be made: one is made there, without a name where the system can."""
+    """Refuses a folder in which no file can be made, by making one that has no name."""
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

@@ -8,11 +8,13 @@ functions import jax themselves, so that --help does not wait for it.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,16 +32,41 @@ NAME_SECONDS = 30  # for which a coordinator's name may be unknown: a cluster le
 # ---- start -----------------------------------------------------------------------------------------
 def start() -> None:
     """Imports JAX and finds its devices, so that what hinders either is one sentence (UserError)."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if reason := _wrong_flag(flags):
+        raise UserError(f"JAX cannot start with XLA_FLAGS={flags!r} in the environment ({reason}); change or unset it.")
     try:
         import jax
 
         jax.devices()
     except Exception as error:  # whatever JAX and its plugins raise
-        reason = _reason(error) or "no device of the kind that is asked for"
-        wanted = [name for name in os.environ if name.startswith(("JAX_", "XLA_")) and name.lower() in reason.lower()]
-        given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in wanted or ["JAX_PLATFORMS"])
+        # Without its hint, which takes JAX_PLATFORMS for what is wrong.
+        reason = re.sub(r" \((set|you may) .*JAX_PLATFORMS.*\)$", "", _reason(error))
+        reason = reason or "no device of the kind that is asked for"
+        named = [name for name in os.environ if name.startswith("JAX_") and name.lower() in reason.lower()]
+        wanted = named or ["JAX_PLATFORMS", *(["XLA_FLAGS"] if flags else [])]
+        given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in wanted)
         kind = PassingError if os.environ.get("JAX_NUM_PROCESSES", "1") != "1" else UserError
-        raise kind(f"JAX cannot start with {given} in the environment ({reason}); change or unset it.") from error
+        raise kind(f"JAX cannot start with {given} in the environment ({reason}); change or unset them.") from error
+
+
+@functools.cache
+def _wrong_flag(flags: str) -> str:
+    """Says which of XLA's flags is wrong, such as one of another release; empty if none is.
+
+    A wrong one ends the process with a dump of the C++ stack, so another process reads them first.
+    """
+    if not flags:
+        return ""
+    code = "from jaxlib import _jax; _jax.CompileOptions()"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""  # JAX will say what is wrong itself
+    said = done.stderr.decode(errors="replace")
+    found = re.search(r"(?:parse_flags_from_env|command_line_flags)\.cc:\d+\] (.*)", said)
+    return found[1][:300].rstrip(".") if found and done.returncode else ""
 
 
 def _reason(error: BaseException) -> str:
@@ -50,8 +77,8 @@ def _reason(error: BaseException) -> str:
 def join() -> None:
     """Connects to the other processes of the run, if any, before any device is used.
 
-    Raises UserError if the environment is incomplete or the coordinator's port is taken, PassingError if the others
-    have not come in time. A signal ends the wait.
+    Raises UserError if the environment is incomplete or the coordinator's port is taken,
+    PassingError if the others have not come in time. A signal ends the wait.
     """
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     if not count or count == "1":
@@ -100,7 +127,7 @@ def _check_port(port: int, address: str) -> None:
 
 
 def _await_coordinator(host: str, port: int, end: float) -> None:
-    """Waits until something listens at the coordinator's address; JAX itself would end the process with a dump."""
+    """Waits until something listens at the coordinator's address; JAX would end with a dump."""
     begun, reason = time.monotonic(), "no answer"
     while True:
         left = end - time.monotonic()
@@ -193,12 +220,12 @@ def leader_first(name: str) -> Iterator[None]:
 
 
 def from_leader(value: Any) -> Any:
-    """Returns process 0's `value` (anything JSON holds) on every process; to be called by all of them."""
+    """Returns process 0's `value` (anything JSON holds) on every process; all of them call it."""
     return gathered(value if leads() else None)[0]
 
 
 def gathered(value: Any) -> list[Any]:
-    """Returns every process's `value` (anything JSON holds), in the order of processes, on all of them."""
+    """Returns the `value` (anything JSON holds) of each process, in their order, on all of them."""
     import jax
 
     if jax.process_count() == 1:
@@ -239,12 +266,12 @@ def explain_lost_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what libraries print next to the errors that they raise; what was set before comes back at the end.
+    """Silences what libraries print next to the errors that they raise, inside the block.
 
-    orbax reports every file that it touches, and prints through asyncio the errors that it also raises. After a write
-    that failed, writes that finish later hit a closed event loop, and each would print the same error. transformers
-    warns of every tokenizer folder whose config.json is of a model that it does not know, matplotlib of every letter
-    that its font lacks.
+    orbax reports every file that it touches, and prints through asyncio the errors that it also
+    raises. After a write that failed, writes that finish later hit a closed event loop, and each
+    would print the same error. transformers warns of every tokenizer folder whose config.json is of
+    a model that it does not know, matplotlib of every letter that its font lacks.
     """
 
     def keeps_orbax_out(record: logging.LogRecord) -> bool:

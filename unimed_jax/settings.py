@@ -1,4 +1,8 @@
-"""Turns plain settings into a checked `Config`: types, choices, bounds, `fidelity`, and what holds across fields."""
+"""Turns plain settings into a checked `Config`.
+
+Types, choices and bounds are checked here, against the annotations in config.py; what must hold across
+fields in consistency.py, and what changes nothing in effects.py.
+"""
 
 import collections.abc
 import dataclasses
@@ -50,10 +54,11 @@ def _filled(part: typing.Any, path: list[str], value: typing.Any) -> typing.Any:
 
 
 def from_config_dict(settings, effects: bool = True) -> Config:
-    """Turns a ConfigDict (or the dict of a run's config.json) into a Config, `fidelity` expanded and all checked.
+    """Turns a ConfigDict, or the dict of a run's config.json, into a Config, and checks all of it.
 
-    Raises UserError for an unknown key, a wrong type or value, settings that do not go together and, with `effects`,
-    those that change nothing. Runs that exist are read without the last check, so that they open as before.
+    What is None and belongs to `fidelity` is filled in. Raises UserError for an unknown key, a wrong type
+    or value, settings that do not go together and, with `effects`, those that change nothing. Runs that
+    exist are read without the last check, so that they open as before.
     """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
@@ -72,7 +77,7 @@ def check_values(settings: dict) -> None:
 
 
 def _build(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """Turns plain data into the annotated type `kind`, recursively; the one place that checks a value by itself."""
+    """Turns plain data into the annotated type `kind`, recursively, and checks each value by itself."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         built = _build(parts[0], value, where)
@@ -169,6 +174,6 @@ def _scalar(kind: type, value: typing.Any, where: str) -> typing.Any:
 
 
 def check_model(model: ModelConfig) -> None:
-    """Refuses a model that cannot be built, and what the original accepts but cannot run (its `broken` cases)."""
+    """Refuses a model that cannot be built or, as the original's `broken` cases, cannot run."""
     _build(ModelConfig, to_dict(model), "config.model")
     check_parts(model)

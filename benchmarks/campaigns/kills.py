@@ -22,7 +22,8 @@ from PIL import Image
 # Without captions, whose METEOR starts a Java program for each evaluation.
 TASKS = """
 from support.fake_brain import tiny_config
-SQUARES = dict(name="support.squares", id="squares", questions=2, tasks=("vqa", "refer", "identify", "cls", "qa"))
+TASKS = ("vqa", "refer", "identify", "cls", "qa")
+SQUARES = dict(name="support.squares", id="squares", questions=2, tasks=TASKS)
 """
 RUN = """{tasks}
 def get_config(argument=""):
@@ -34,7 +35,8 @@ def get_config(argument=""):
 STAGE = """{tasks}
 def get_config(argument=""):
     config = tiny_config(steps=6, save_every=2)
-    config.name, config.init, config.data.cache, config.data.sources = "chain/{name}", {init}, "cache", (SQUARES,)
+    config.name, config.init = "chain/{name}", {init}
+    config.data.cache, config.data.sources = "cache", (SQUARES,)
     config.evaluate.splits, config.evaluate.limit, config.evaluate.max_new_tokens = ("test",), 1, 2
     return config
 """
@@ -72,7 +74,7 @@ SUBJECTS = {
     "evaluate": Subject(("evaluate", "--run=run", "--config.evaluate.limit=4"), "run/.metrics*", "train"),
     "export": Subject(("export", "--run=run", "--format=model", "--out=out"), ".out*", "train"),
     "chain": Subject(("--config=chain.py", "--workdir=chain"), "chain/*/checkpoints/*-tmp"),
-    "processes": Subject((*TRAIN, "--config.train.steps=12"), "run/checkpoints/*-tmp", processes=2),
+    "processes": Subject((*TRAIN, "--config.train.steps=6"), "run/checkpoints/*-tmp", processes=2),
 }
 SEQUENCES = {  # how many kills follow each other before the command is left alone
     "train": (5, 5),

@@ -22,8 +22,5 @@ def get_config(size=""):
     )
 
     if size == "tiny":
-        config.data.sources = (dict(name="domains", tasks=("vqa", "cls"), questions=3),)
-        config.optimizer.lr = 1e-3
-        config.optimizer.warmup_steps = 12
-        config.train.steps = 400
+        common.tiny_questions(config)
     return config

@@ -39,7 +39,8 @@ CHAIN = """
 import ml_collections
 from pathlib import Path
 def get_config():
-    files = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("align", "instruct", "router", "moe"))
+    names = ("align", "instruct", "router", "moe")
+    files = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in names)
     return ml_collections.ConfigDict(dict(name="med_moe_stablelm", stages=files))
 """
 

@@ -1,6 +1,8 @@
 """LLaVA-Med's and Med-MoE's JSON: every spelling, every record counted, every fault one sentence."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -289,6 +291,33 @@ def test_an_image_that_is_no_file_is_named_for_what_it_is(tmp_path, capsys):
     ):
         assert words.lower() in line.lower(), line
     assert "deep is a folder, where a file belongs" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_picture_is_left_out_before_the_first_step(tmp_path, capsys):
+    """By its header: what nobody can train on is named when the set is prepared, not when its turn comes."""
+    odd = {
+        "text.png": (b"not an image", "none of the formats that are read"),
+        "empty.jpg": (b"", "it is empty"),
+        "page.jpg": (b"<html>404 not found</html>", "none of the formats that are read"),
+        "ps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of the formats that are read"),
+        "large.png": (png_header(60_000, 60_000), "pixels"),
+    }
+    records = [ASKED, *(ASKED | {"id": name, "image": name} for name in odd)]
+    folder = write(tmp_path / "set", train=records)
+    for name, (content, _) in odd.items():
+        (folder / "images" / name).write_bytes(content)
+    data = opened(folder, tmp_path)
+    listed = (data.folder / "skipped.txt").read_text().splitlines()
+    assert len(data.examples("train")) == 1 and len(listed) == data.skipped == 5
+    for line, (name, (_, words)) in zip(listed, odd.items(), strict=True):
+        assert name in line and words in line, line
+    assert "5 records left out, 1 used" in capsys.readouterr().out
+
+
+def png_header(width, height):
+    """Makes the beginning of a PNG, without its pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\1IDAT"
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -318,11 +318,13 @@ def test_questions_are_tokenised_once():
         ({"row_images": 0}, "config.data.row_images=0.*'fake' has images"),
         (
             {"row_tokens": 10},
-            r"need more than config.data.row_tokens=10: fake/.* \(\d+\), .* \.\.\.; set config.data.row_tokens=",
+            r"need more than config.data.row_tokens=10: fake/.* \(\d+\), .* \.\.\.; "
+            r"set config.data.row_tokens=",
         ),
         (
             {"row_answers": 3},
-            r"need more than config.data.row_answers=3: fake/.*; set config.data.row_answers=\d+ or lower",
+            r"need more than config.data.row_answers=3: fake/.*; "
+            r"set config.data.row_answers=\d+ or lower",
         ),
     ],
 )

@@ -348,7 +348,8 @@ def fake_java(tmp_path, monkeypatch):
 def test_meteor_speaks_and_leaves_no_process(fake_java):
     started = fake_java(
         'case "$*" in *PTBTokenizer*) exec cat;; esac\n'
-        'while read line; do case "$line" in SCORE*) echo 1 2;; EVAL*) echo .1; echo .9; echo .5;; esac; done'
+        'while read line; do case "$line" in\nSCORE*) echo 1 2;;\n'
+        "EVAL*) echo .1; echo .9; echo .5;; esac; done"
     )
     assert captions.meteor([("a ||| b", "a"), ("", "b")]) == 0.5
     assert [process.poll() is None for process in started] == [False, False]

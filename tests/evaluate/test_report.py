@@ -81,8 +81,8 @@ def test_report_writes_every_file(config, tmp_path, routed):
         assert metrics["routing"]["tv_trained"]["ci95"][0] == pytest.approx(0.2) and "maps" not in metrics["routing"]
     lines = [strict(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 5 * 24
-    keys = "id set split task template cluster question images reference prediction box image_size meta blind peers"
-    assert set(keys.split()) <= set(lines[0])
+    keys = "id set split task template cluster question images reference prediction box meta blind peers"
+    assert {*keys.split(), "image_size"} <= set(lines[0])
     assert (folder / "predictions.png").stat().st_size > 10_000
     text = (folder / "report.md").read_text()
     for piece in (

@@ -31,7 +31,8 @@ from support.fake_brain import tiny_config
 def get_config(argument=""):
     config = tiny_config(steps=2, save_every=2)
     config.data.rows = 8
-    config.data.sources = (dict(name="support.squares", id="squares", questions=2, options=dict(images=12)),)
+    options = dict(images=12)
+    config.data.sources = (dict(name="support.squares", id="squares", questions=2, options=options),)
     config.evaluate.batch, config.evaluate.max_new_tokens = 8, 6
     return config
 """

@@ -246,13 +246,15 @@ from unimed_jax.runs.checkpoint import Checkpoints
 verb, folder, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 assert len(jax.devices()) == count
 mesh = Mesh(np.array(jax.devices()).reshape(-1, min(count, 2)), ("a", "b"))
-specs = {(16, 24): PartitionSpec("a", "b"), (2, 8, 8): PartitionSpec(None, ("b", "a")), (8,): PartitionSpec("b")}
+specs = {(16, 24): PartitionSpec("a", "b"), (8,): PartitionSpec("b")}
+specs[2, 8, 8] = PartitionSpec(None, ("b", "a"))
 place = lambda leaf: NamedSharding(mesh, specs.get(leaf.shape, PartitionSpec()))
 checkpoints = Checkpoints(folder)
 if verb == "save":
     checkpoints.save(8, *jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), trees(8)), {})
 else:
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), trees())
+    shape_of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf))
+    like = jax.tree.map(shape_of, trees())
     found = checkpoints.restore(*like)[:2]
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(trees(8)), strict=True):
         assert ours.sharding == place(theirs) and ours.dtype == theirs.dtype, ours.sharding
@@ -292,7 +294,8 @@ specs = {(16, 24): PartitionSpec("a"), (64, 64): PartitionSpec("a")}
 def large(step):  # arrays below 1 kB are no files of their own
     return *trees(step), np.random.default_rng(step).standard_normal((64, 64)).astype(np.float32)
 place = lambda leaf: NamedSharding(mesh, specs.get(leaf.shape, PartitionSpec()))
-put = lambda leaf: jax.make_array_from_callback(leaf.shape, place(leaf), lambda index: np.asarray(leaf)[index])
+def put(leaf):
+    return jax.make_array_from_callback(leaf.shape, place(leaf), lambda index: np.asarray(leaf)[index])
 checkpoints = Checkpoints(folder)
 for step in (4, 8):
     weights, optimizer, kernel = jax.tree.map(put, large(step))
@@ -306,7 +309,8 @@ weights, optimizer, kernel = jax.tree.map(put, large(0))
 weights, optimizer, _ = checkpoints.restore(weights | {"large": kernel}, optimizer)
 assert checkpoints.latest() == 4
 kernel = weights.pop("large")
-for ours, theirs in zip(jax.tree.leaves((weights, optimizer, kernel)), jax.tree.leaves(large(4)), strict=True):
+found = jax.tree.leaves((weights, optimizer, kernel))
+for ours, theirs in zip(found, jax.tree.leaves(large(4)), strict=True):
     assert ours.sharding == place(theirs)
     for shard in ours.addressable_shards:
         np.testing.assert_array_equal(shard.data, theirs[shard.index])

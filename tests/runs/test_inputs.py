@@ -243,7 +243,8 @@ DAMAGE = {
     "a number": ('{"inputs": 3, "changes": []}', "inputs.json does not say what the run was trained on"),
     "another run's": (
         '{"inputs": {"tokenizer": "y/z"}, "changes": []}',
-        r"inputs.json is not that of the run's checkpoints \(the tokenizer differs\); restore it, or remove it",
+        r"inputs.json is not that of the run's checkpoints \(the tokenizer differs\); "
+        r"restore it, or remove it",
     ),
 }
 

@@ -172,7 +172,7 @@ def test_a_run_that_patience_ended_is_finished(constant):
 
 def test_evaluate_scores_the_checkpoint_that_which_names(constant, monkeypatch, capsys):
     scored = []
-    monkeypatch.setattr("unimed_jax.evaluate.run.evaluate_run", lambda run, config: scored.append(run.step))
+    monkeypatch.setattr("unimed_jax.evaluate.run.evaluate_run", lambda run, config, place: scored.append(run.step))
     command = ["evaluate", f"--run={constant[1].folder}"]
     for words in ([], ["--which=newest"], ["--which=best"]):
         assert main([*command, *words]) == 0
@@ -252,12 +252,13 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
     unknown = settings()
     unknown.evaluate.entries = (dict(source="squars", task="vqa", split="val", every=1),)
     missing = settings((("vqa", "nowhere", 1),))
-    best = settings(best="recal/squares/val/vqa")
+    name = "recal/squares/val/vqa"
+    best = settings(best=name)
     for number, (config, sentence) in enumerate(
         [
             (unknown, r"config.evaluate.entries: 'squars' is not the id of a data set; did you mean 'squares'"),
             (missing, r"config.evaluate.entries: data set 'squares' has no example in split 'nowhere'"),
-            (best, r"config.train.best='recal/squares/val/vqa' is not measured during training.*loss/squares/val/vqa"),
+            (best, rf"config.train.best='{name}' is not measured during training.*loss/squares/val/vqa"),
         ]
     ):
         with pytest.raises(UserError, match=sentence):

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from unimed_jax.audit.check import Pair
 from unimed_jax.data.example import Dataset
 from unimed_jax.evaluate.report.markdown import markdown_table
-from unimed_jax.files import written_whole
+from unimed_jax.files import write_text, written_together
 
 TILE, LINE, COLUMNS = 160, 13, 3
 PAIRS = 24  # in the picture at most, the kinds in turn
@@ -30,15 +30,12 @@ MEANING = {
 
 def write_audit(folder: Path, content: Mapping[str, Any], pairs: Sequence[Pair], sets: Mapping[str, Dataset]) -> None:
     """Writes check.json, check.md and, if there are pairs, pairs.png into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = _chosen(pairs)
-    if chosen:
-        with written_whole(folder / "pairs.png") as file:
-            _picture(chosen, sets).save(file, "PNG")
-    with written_whole(folder / "check.md") as file:
-        file.write_text(_markdown(content, bool(chosen)), encoding="utf-8")
-    with written_whole(folder / "check.json") as file:
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with written_together(folder, ("pairs.png", "check.md", "check.json")) as place:
+        if chosen:
+            _picture(chosen, sets).save(place / "pairs.png")
+        write_text(place / "check.md", _markdown(content, bool(chosen)))
+        write_text(place / "check.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _markdown(content: Mapping[str, Any], picture: bool) -> str:

@@ -76,16 +76,41 @@ def _decoded(file: BinaryIO, name: str) -> np.ndarray:
     """Decodes an open file; `name` is the picture's in sentences, and its ending may say that it is DICOM."""
     head = file.read(132)
     file.seek(0)
-    try:
+    with _explained(name, head):
         if _is_dicom(head, name):
             from unimed_jax.data.dicom import read_dicom
 
             return read_dicom(file, name)
-        with Image.open(file, formats=READABLE) as image:
-            samples = 4 if image.mode in ("I", "F") else len(image.getbands())
-            check_size(name, image.height, image.width, samples)
+        with _picture(file, name) as image:
             _check_scans(file, image, name)
             return _pixels(image)
+
+
+def check_header(data: bytes, name: str) -> None:
+    """Raises UserError for bytes that are no picture, or too large a one, by their header alone, which costs little.
+
+    `name` as in `_decoded`. Of DICOM, whose header is long, only the first bytes are looked at.
+    """
+    with _explained(name, data[:132]):
+        if not _is_dicom(data[:132], name):
+            with _picture(io.BytesIO(data), name):
+                pass
+
+
+@contextlib.contextmanager
+def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """Opens a picture of one of the formats that are read, and checks its size before it is decoded."""
+    with Image.open(file, formats=READABLE) as image:
+        samples = 4 if image.mode in ("I", "F") else len(image.getbands())
+        check_size(name, image.height, image.width, samples)
+        yield image
+
+
+@contextlib.contextmanager
+def _explained(name: str, head: bytes) -> Iterator[None]:
+    """Raises UserError for whatever is raised inside; `head` is how the file begins."""
+    try:
+        yield
     except UserError:
         raise
     except UnidentifiedImageError:

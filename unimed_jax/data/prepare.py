@@ -20,7 +20,7 @@ from unimed_jax import files, processes
 from unimed_jax.config import TASKS, VISUAL_TASKS
 from unimed_jax.data.columns import Collector, Column, Strings, hash_of
 from unimed_jax.data.example import Example
-from unimed_jax.data.images import read_bytes
+from unimed_jax.data.images import check_header, read_bytes
 from unimed_jax.data.info import Info
 from unimed_jax.data.store import MANIFEST, RECORDS, SCHEMA, SKIPPED, Store, crc_of, facts_of, pack, unpack
 from unimed_jax.errors import UserError
@@ -280,7 +280,8 @@ def _encoded(
 ) -> dict[str, tuple[bytes, bytes]] | str:
     """Reads the images of an example that are not stored yet: key -> (bytes to store, bytes to hash).
 
-    A text instead says why the example is left out: the file of an image cannot be read.
+    A text instead says why the example is left out: the file of an image cannot be read, or is no picture by its
+    header. What lies behind the header is decoded when it is needed.
     """
     found: dict[str, tuple[bytes, bytes]] = {}
     for key, source in zip(example.images, sources, strict=True):
@@ -291,16 +292,15 @@ def _encoded(
             Image.fromarray(source).save(buffer, "PNG")
             # Compression differs between versions of zlib, pixels do not.
             found[key] = buffer.getvalue(), str(source.shape).encode() + source.tobytes()
-        elif isinstance(source, bytes):
-            found[key] = source, source
-        elif reason := no_image(Path(source)):
+            continue
+        if not isinstance(source, bytes) and (reason := no_image(Path(source))):
             return reason
-        else:
-            try:
-                data = read_bytes(source)
-            except UserError as error:
-                return str(error).rstrip(".")
-            found[key] = data, data
+        try:
+            data = source if isinstance(source, bytes) else read_bytes(source)
+            check_header(data, f"{key!r}" if isinstance(source, bytes) else str(source))
+        except UserError as error:
+            return str(error).rstrip(".")
+        found[key] = data, data
     return found
 
 

@@ -28,7 +28,7 @@ JOURNAL = "predictions.partial.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What a model said about one example."""
+    """Holds what a model said about one example."""
 
     prediction: str
     image_size: list[int] | None = None  # width, height of its first image
@@ -37,7 +37,7 @@ class Answered:
 
 
 class Journal:
-    """The answers so far, one line each, in the run's folder; process 0 writes, all processes know its content.
+    """Keeps the answers so far, one line each; process 0 writes the file, all processes know its content.
 
     Lines of another fingerprint (other weights, settings or data) and damaged lines are dropped: a kill cuts the last
     one short, and a disk may change any, which the line's checksum shows.
@@ -134,7 +134,7 @@ def answer_units(
 
 
 def batches(unit: Unit) -> Iterator[list[int]]:
-    """Places of the unit's examples, batch by batch, the shortest questions first."""
+    """Yields the places of the unit's examples, batch by batch, the shortest questions first."""
     order = sorted(range(len(unit.examples)), key=lambda i: len(unit.examples[i].question))
     for start in range(0, len(order), unit.batch):
         yield order[start : start + unit.batch]
@@ -158,7 +158,7 @@ def _answer_batch(
 
 
 def _progress(total: int, shown: bool):
-    """A progress bar with examples/s and the time left, on process 0; in a log file a line every half minute."""
+    """Makes a progress bar with examples/s and the time left, on process 0; in a log file a line every half minute."""
     from tqdm import tqdm
 
     seconds = 0.5 if sys.stderr.isatty() else 30.0

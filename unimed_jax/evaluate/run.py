@@ -182,7 +182,7 @@ def quick_scores(model: UniMed, config: Config, tokenizer: Tokenizer, units: Seq
 
 
 def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Unit) -> Answer:
-    """The model as a function from examples, images and a seed to answers, with the unit's own settings."""
+    """Makes of the model a function from examples, images and a seed to answers, with the unit's settings."""
     settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
     config = dataclasses.replace(config, evaluate=settings)
     predictor = Predictor(model, config, tokenizer)
@@ -213,7 +213,7 @@ def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
 
 
 def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
-    """(id -> prediction, ids that stand there more than once)."""
+    """Reads a file of predictions; returns id -> prediction, and the ids that occur more than once."""
     found: dict[str, str] = {}
     doubled: dict[str, None] = {}
     text = read_text(file, "give a file of JSON lines as --predictions", LARGEST_PREDICTIONS)
@@ -223,7 +223,7 @@ def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
             assert isinstance(name, str) and isinstance(prediction, str)
         except (KeyError, TypeError, AssertionError):
             raise UserError(
-                f'{file}, line {number}: not of the form {{"id": "...", "prediction": "..."}}; mend the line.'
+                f'{file}, line {number}: not {{"id": "...", "prediction": "..."}}; mend the line.'
             ) from None
         if name in found:
             doubled[name] = None
@@ -258,7 +258,7 @@ def _shared(work: Callable[[], Any]) -> Any:
 
 
 def _blind_answers(units: Sequence[Unit], training: Training) -> Blind:
-    """The baselines' answers to this process's units."""
+    """Returns the baselines' answers to this process's units."""
     out: Blind = {}
     for unit in _mine(units):
         fitted = baselines.fit(unit.task, training.of(unit))
@@ -272,7 +272,7 @@ def _blind_answers(units: Sequence[Unit], training: Training) -> Blind:
 def _scored(
     units: Sequence[Unit], found: Mapping[str, Answered], blind: Blind, config: Config, form: str = ""
 ) -> list[Scored]:
-    """Every unit's records and scores, in the order of the units, on all processes."""
+    """Returns every unit's records and scores, in the order of the units, on all processes."""
 
     def work() -> dict[str, Any]:
         out = {}
@@ -289,7 +289,7 @@ def _scored(
 
 
 def _records(unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapping[str, list[str]]]) -> list[Record]:
-    """The lines of predictions.jsonl of one unit."""
+    """Makes the lines of predictions.jsonl of one unit."""
     out = []
     for i, example in enumerate(unit.examples):
         name = unit.id_of(example)
@@ -320,7 +320,7 @@ def _records(unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapp
 
 
 def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
-    """The box of a record in pixels: its own, else (refer) its answer's."""
+    """Returns the box of a record in pixels: its own, else (refer) its answer's."""
     if example.box is not None:
         return [int(value) for value in example.box]
     if example.task != "refer" or size is None:
@@ -352,7 +352,7 @@ def _protocol(unit: Unit, config: Config, metric: Metric, form: str) -> str:
 
 
 def _about(sets: Mapping[str, Source], units: Sequence[Unit]) -> dict[str, dict[str, str]]:
-    """Checksum and passport of each set that was scored."""
+    """Returns checksum and passport of each set that was scored."""
     scored = {unit.source.id for unit in units}
     fields = ("licence", "citation", "note", "cluster_word")
     return {
@@ -363,12 +363,12 @@ def _about(sets: Mapping[str, Source], units: Sequence[Unit]) -> dict[str, dict[
 
 
 def _reader(sets: Mapping[str, Source]) -> Callable:
-    """-> image(set id, key): uint8 [H, W, 3]."""
+    """Returns a function that reads the image (uint8 [H, W, 3]) of a set's id and a key."""
     return lambda name, key: sets[name].data.image(key)
 
 
 def _routing(run: Run, config: Config, sets: Mapping[str, Source], scored: Sequence[Scored]) -> dict | None:
-    """How the connector routes the images of the leading split (routing.py); None without images or experts."""
+    """Measures how the connector routes the images of the leading split; None without images or experts."""
     leading = leading_split([part.split for part in scored])
     shown = {
         (part.set, key): f"{part.set}/{record['cluster']}"

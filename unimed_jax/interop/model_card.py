@@ -1,9 +1,14 @@
 """Writes the README.md of an exported model: what it is, where it comes from, how well it does, its limits."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from unimed_jax.config import Config
+from unimed_jax.data.datasets import path_of, reader_of
+from unimed_jax.data.info import NO_LICENCE, Info, described
+from unimed_jax.errors import UserError
 from unimed_jax.interop.sources import SOURCES
 
 # task -> (the text that it takes, what it answers)
@@ -32,11 +37,12 @@ def model_card(
     metrics: Mapping[str, Any] | None,
     notes: Sequence[str] = (),
     inputs: Mapping[str, str] | None = None,
+    passports: Mapping[str, Info] | None = None,
 ) -> str:
     """Writes the card as Markdown, with the header that the Hugging Face Hub reads.
 
     size: number of parameters. metrics: the content of metrics.json. notes: what changed of data and tokenizer since
-    the training began. inputs: the states of both (runs/inputs.py).
+    the training began. inputs: the states of both (runs/inputs.py). passports: those of the training sources, by name.
     """
     what = {kind: source.what for kind, source in SOURCES.items()} | {"run": "the folder of a run of unimed_jax"}
     bases = [f"- {what[kind]}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
@@ -67,7 +73,7 @@ def model_card(
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
-        f"## Data\n\n{_data(config, metrics)}{_states(inputs or {})}",
+        f"## Data\n\n{_data(config, metrics, passports)}{_states(inputs or {})}",
         *(f"**Note:** {note}." for note in notes),
         f"## Scores\n\n{_scores(metrics)}",
         "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, ablation, teaching.",
@@ -82,14 +88,31 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _data(config: Config, metrics: Mapping[str, Any] | None) -> str:
-    """The training sources, and what the passports of the scored sets say about them."""
+def passports_of(config: Config) -> dict[str, Info]:
+    """Finds what is known of the training sources, by name; of a source that is not there any more nothing."""
+    found: dict[str, Info] = {}
+    for source in config.data.sources:
+        folder = path_of(source, config.data)
+        with contextlib.suppress(UserError):
+            info = described(reader_of(source.name).INFO, Path(folder) if folder else None, source.info)
+            found.setdefault(source.name, info)
+    return found
+
+
+def _data(config: Config, metrics: Mapping[str, Any] | None, passports: Mapping[str, Info] | None) -> str:
+    """Lists the training sources with their licences, and what is to be known of them and of the scored sets."""
     tasks: dict[str, list[str]] = {}
     for source in config.data.sources:
         tasks.setdefault(source.name, []).extend(source.tasks or ("all its tasks",))
-    lines = [f"- `{name}`: {', '.join(dict.fromkeys(listed))}" for name, listed in tasks.items()]
-    notes = [entry["note"] for entry in (metrics or {}).get("data", {}).values() if entry.get("note")]
-    lines += [f"\n{note}" for note in notes]
+    known = dict(passports or {})
+    lines = []
+    for name, listed in tasks.items():
+        licence = known[name].licence if name in known else NO_LICENCE
+        lines.append(f"- `{name}`: {', '.join(dict.fromkeys(listed))} ({licence})")
+    scored = (metrics or {}).get("data", {})
+    notes = [info.note for info in known.values()] + [entry.get("note") for entry in scored.values()]
+    notes += [f"Scored on `{name}`: {entry['licence']}." for name, entry in scored.items() if entry.get("licence")]
+    lines += [f"\n{note}" for note in dict.fromkeys(filter(None, notes))]
     return "\n".join(lines) if lines else "Not named in the settings."
 
 

@@ -197,7 +197,7 @@ def _splash(
     )
 
     def row(q, k, v, mask):
-        """q [S, heads, d], k and v [kv_heads, S, d], mask [S, S] -> [S, heads, d]."""
+        """Attends one row: q [S, heads, d], k and v [kv_heads, S, d], mask [S, S] -> [S, heads, d]."""
         everything = splash.MultiHeadMask([splash.FullMask((length, length))] * heads)
         seen = everything if mask is None else mask[None]  # [1, S, S]: one for all heads
         kernel = splash.make_splash_mha_single_device(

@@ -1,4 +1,4 @@
-"""Says which tokens see which: the tokens of packed rows, and those that a cache holds from earlier steps.
+"""Says which tokens see which, in packed rows and in a cache of earlier steps.
 
 Shapes: B rows, S tokens per row, K keys that are attended (S, or the C places of a cache).
 """

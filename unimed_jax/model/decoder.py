@@ -1,4 +1,4 @@
-"""The language decoder: one pre-norm block for all families, with layers stacked and scanned.
+"""Implements the language decoder: one pre-norm block for all families, with layers stacked and scanned.
 
 Shapes: B rows, S tokens per row, D channels, K keys that are attended (S, or the C places of a
 cache).

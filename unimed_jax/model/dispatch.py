@@ -1,4 +1,4 @@
-"""The decoder's mixture of experts (Med-MoE, arXiv 2404.10237) and three ways to run its experts.
+"""Implements the decoder's mixture of experts (Med-MoE, arXiv 2404.10237), with three ways to run it.
 
 `routing.route` decides where tokens go; this file takes them there and back:
 

@@ -1,4 +1,4 @@
-"""Text generation: one jitted program for the prompt, one for token after token over a key-value cache.
+"""Generates text by two jitted programs: one for the prompt, one for token after token over a cache.
 
 Shapes: B rows, P tokens of a prompt, `new` tokens of an answer.
 """

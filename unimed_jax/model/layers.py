@@ -1,4 +1,4 @@
-"""Building blocks that the vision encoder, the connector and the decoder share.
+"""Defines building blocks that the vision encoder, the connector and the decoder share.
 
 Every module is a pytree of `nnx.Param` leaves. Stacked layers are one module whose leaves have a
 leading [layers] axis (`stack`), which `scan_layers` runs over. No forward pass changes a module.

@@ -1,4 +1,4 @@
-"""Routing for the decoder's experts: which experts a token goes to, within their capacity.
+"""Routes tokens to the decoder's experts: which ones a token goes to, within their capacity.
 
 Nothing here runs an expert; `dispatch.py` does. The rules are those of GShard (arXiv 2006.16668)
 and DeepSpeed-MoE (arXiv 2201.05596), which Med-MoE (arXiv 2404.10237) uses. Shapes: N tokens, E

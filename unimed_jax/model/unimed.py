@@ -1,4 +1,4 @@
-"""The whole model: vision encoder -> connector -> decoder.
+"""Joins the parts into the whole model: vision encoder -> connector -> decoder.
 
 Shapes: B rows of S tokens with M image slots each, T visual tokens per image, A answer tokens per
 row, D channels.

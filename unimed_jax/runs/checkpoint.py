@@ -64,7 +64,7 @@ class Replaced(UserError):
 
 
 class Checkpoints:
-    """The numbered checkpoints in `folder`; the `keep` newest stay, and the best one if `save` names it.
+    """Saves and reads the numbered checkpoints in `folder`, of which the `keep` newest and the best one stay.
 
     With several processes all of them make the same calls; the arrays may be global, and each process writes and
     reads its own shards.
@@ -92,7 +92,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(self._handler, timeout_secs=SAVE_SECONDS)
 
     def latest(self) -> int | None:
-        """Steps done at the newest checkpoint, None where there is none."""
+        """Returns the steps done at the newest checkpoint, None where there is none."""
         return self._steps[-1] if self._steps else None
 
     def best(self) -> int | None:
@@ -107,7 +107,7 @@ class Checkpoints:
         return {} if content is None else content["note"]
 
     def _on_disk(self) -> list[int]:
-        """Steps of the checkpoints in the folder, in order."""
+        """Lists the steps of the checkpoints in the folder, in order."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -196,7 +196,7 @@ class Checkpoints:
 
     # ---- reading -----------------------------------------------------------------------------------
     def restore(self, weights: Leaves, optimizer: Any = None, only: int | None = None) -> tuple[Leaves, Any, dict]:
-        """-> (weights, optimizer, note) of the newest checkpoint that is whole; `latest()` then names it.
+        """Reads weights, optimizer and note of the newest checkpoint that is whole; `latest()` then names it.
 
         `only`: of that checkpoint, and of no other if it is damaged. A run that trains meanwhile deletes old
         checkpoints: opened read-only, the newest is looked for again where that has happened to the one being read;
@@ -246,7 +246,7 @@ class Checkpoints:
         raise UserError(f"{self.folder} holds only damaged checkpoints ({listed}); restore it, or train again.")
 
     def saved_weights(self) -> set[str]:
-        """Paths of the leaves that the newest checkpoint with a readable note holds."""
+        """Returns the paths of the leaves that the newest checkpoint with a readable note holds."""
         content = self._newest_note()
         return set() if content is None else set(content["arrays"]["weights"])
 
@@ -265,7 +265,7 @@ class Checkpoints:
         return _note_of(self.folder / str(step))
 
     def _read(self, step: int, wanted: dict[str, Any], saved: dict[str, dict]) -> dict[str, Any]:
-        """The arrays as saved, with the shardings of `wanted`."""
+        """Reads the arrays as saved, with the shardings of `wanted`."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def place(item: str, path, leaf) -> jax.ShapeDtypeStruct:
@@ -304,7 +304,7 @@ class Checkpoints:
 
 
 def _is_folder(path: Path, descriptor: int) -> bool:
-    """Whether the path still leads to the folder that was opened."""
+    """Tells whether the path still leads to the folder that was opened."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError:
@@ -313,12 +313,12 @@ def _is_folder(path: Path, descriptor: int) -> bool:
 
 @jax.jit
 def fingerprints(tree: Any) -> Any:
-    """A number (uint32 []) for each array of the tree, the same on any mesh: integer sums have no order."""
+    """Makes a number (uint32 []) of each array of the tree, the same on any mesh: integer sums have no order."""
     return jax.tree.map(_fingerprint, tree)
 
 
 def _fingerprint(x: Array) -> UInt32[Array, ""]:
-    """The sum, modulo 2^32, of a hash of every value's bits and place.
+    """Returns the sum, modulo 2^32, of a hash of every value's bits and place.
 
     For a given place the hash is one to one, so a single changed value never goes unseen.
     """
@@ -334,7 +334,7 @@ def _fingerprint(x: Array) -> UInt32[Array, ""]:
 
 
 def _describe(tree: Any) -> dict[str, dict]:
-    """Path -> shape, dtype and fingerprint, as JSON holds them."""
+    """Returns shape, dtype and fingerprint of each array by path, as JSON holds them."""
     numbers = jax.tree.leaves(jax.device_get(fingerprints(tree)))
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -344,7 +344,7 @@ def _describe(tree: Any) -> dict[str, dict]:
 
 
 def _changed(found: dict[str, Any], saved: dict[str, dict]) -> list[str]:
-    """Arrays that are not those that the note describes."""
+    """Names the arrays that are not those that the note describes."""
     return [
         f"{item}/{name}"
         for item, tree in found.items()
@@ -354,14 +354,14 @@ def _changed(found: dict[str, Any], saved: dict[str, dict]) -> list[str]:
 
 
 def _first_cause(error: BaseException) -> str:
-    """What came first, shortly; what was made of it later quotes whole descriptions of stores."""
+    """Says in few words what came first; what was made of it later quotes whole descriptions of stores."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _everywhere(true: bool) -> bool:
-    """Whether it holds in every process."""
+    """Tells whether it holds in every process."""
     if jax.process_count() == 1:
         return true
     return bool(multihost_utils.process_allgather(np.asarray(true)).all())

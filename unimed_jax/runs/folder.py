@@ -66,10 +66,14 @@ def with_changed(config: Config, data: Changed, text: Changed) -> Config:
 
 
 def read_config(folder: Path) -> Config:
+    """Reads the settings of a run's folder; raises UserError if they are missing, damaged or of another kind."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
-    return from_config_dict(read_json(file, "restore it or train again"), effects=False)
+    settings = read_json(file, "restore it or train again")
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds no settings of a run; restore it or train again.")
+    return from_config_dict(settings, effects=False)
 
 
 def _difference(old: dict, new: dict, where: str = "config") -> str:
@@ -83,7 +87,7 @@ def _difference(old: dict, new: dict, where: str = "config") -> str:
 
 
 def missing_inputs(config: Config, trains: bool = True) -> str | None:
-    """One sentence that names every weight file and, to train, data folder that the settings still lack, or None."""
+    """Names in one sentence the weight files and, to train, data folders that the settings lack; None if none."""
     lacks = [
         f"{SOURCES[kind].what} (config.init {kind!r})" for kind, path in config.init if kind in SOURCES and not path
     ]
@@ -110,7 +114,7 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """The run's tokenizer (see `tokenizer_folder`); a BPE is trained once, on the training texts."""
+    """Opens the run's tokenizer (see `tokenizer_folder`); a BPE is trained once, on the training texts."""
     path = tokenizer_folder(folder, config)
     if path.exists():
         return Tokenizer.load(path)
@@ -130,7 +134,7 @@ def _training_examples(datasets: Sequence[Dataset]) -> Iterator[Example]:
 
 
 def tokenizer_folder(folder: Path, config: Config) -> Path:
-    """The folder named in the settings, else that of the run it starts from, whose embeddings stand for those tokens.
+    """Returns the folder of the tokenizer: the settings', else that of the run whose embeddings it starts from.
 
     The run's own for a tokenizer that it has trained or read from a GGUF file.
     """

@@ -39,7 +39,7 @@ from unimed_jax.runs.inputs import Inputs
 
 @dataclasses.dataclass
 class Run:
-    """A model with what belongs to it; `mesh` is that over which its leaves lie (None: one device)."""
+    """Holds a model with what belongs to it; `mesh`: over which its leaves lie (None: one device)."""
 
     folder: Path
     config: Config

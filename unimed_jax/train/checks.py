@@ -12,7 +12,10 @@ from unimed_jax.settings import FIDELITY
 
 
 def check_start(config: Config, tokenizer: Tokenizer, paths: Iterable[str]) -> None:
-    """Raises UserError for settings that would have no effect on the parameters at `paths`; says minor ones."""
+    """Raises UserError for settings without effect on a model whose leaves lie at `paths`.
+
+    Minor ones are only printed.
+    """
     refuse_idle_rules(list(paths), config.train)
     loss = config.loss
     if tokenizer.coordinate_start is None and (loss.coordinate_sd or loss.coordinate_weight != 1):

@@ -1,9 +1,9 @@
-"""How the gradients of several tasks become one: `config.train.gradients` names a strategy.
+"""Combines the gradients of several tasks into one, by the strategy in `config.train.gradients`.
 
-A step differentiates a vector of losses: one for each task and, last, the balancing loss of the decoder's experts. A
-strategy says along which `directions` (rows of weights over these losses) the gradient is taken, and how the results
-are combined. A new strategy is one class here and its name in `config.py`; one that needs every task's own gradient
-has the identity as its directions:
+A step differentiates a vector of losses: one for each task and, last, the balancing loss of the
+decoder's experts. A strategy says along which `directions` (rows of weights over these losses) the
+gradient is taken, and how the results are combined. A new strategy is one class here and its name in
+`config.py`; one that needs every task's own gradient has the identity as its directions:
 
     class EqualNorm:
         def directions(self, losses):
@@ -28,11 +28,14 @@ class Strategy(Protocol):
     """Combines gradients of several losses into the one that the optimizer follows."""
 
     def directions(self, losses: int) -> Float[Array, "k losses"]:
-        """The weighted sums of losses whose gradients are taken; each costs one backward pass and its memory."""
+        """Gives the weighted sums of losses whose gradients are taken.
+
+        Each costs one backward pass and its memory.
+        """
         ...
 
     def combine(self, gradients: Leaves) -> Leaves:
-        """The gradient [*shape] of each leaf from those along the directions, [k, *shape].
+        """Makes the gradient [*shape] of each leaf from those along the directions, [k, *shape].
 
         They are gradients of the batch's losses divided by its whole weight, so that their sum is the gradient of the
         total loss. A task without an answer in the batch has zeros.
@@ -56,7 +59,10 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {"sum": Sum}
 def along(
     directions: Float[Array, "k losses"], run: Callable[[Leaves], tuple[Losses, Any]], leaves: Leaves
 ) -> tuple[Leaves, Losses, Any]:
-    """Gradients [k, *shape] of the losses of `run(leaves)` along each direction, the losses, and its other result."""
+    """Computes gradients [k, *shape] of the losses of `run(leaves)` along each direction.
+
+    Also returns the losses, and the other result of `run`.
+    """
 
     def vector(leaves):
         losses, aux = run(leaves)

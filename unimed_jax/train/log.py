@@ -26,7 +26,7 @@ NAMED = 5  # damaged lines that a message names
 
 
 class Log:
-    """Writes scalars by step, from step `first` on, behind the lines of the steps before (`continue_lines`)."""
+    """Writes scalars by step, from step `first` on, after the lines of the steps before (`continue_lines`)."""
 
     def __init__(self, folder: Path, config: Config, first: int, bar_to: TextIO | None = None):
         file = folder / "log.jsonl"
@@ -43,7 +43,7 @@ class Log:
         self._bar = tqdm(total=steps, initial=first, unit="step", file=bar_to or sys.stderr, mininterval=1.0, ncols=110)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
-        """Values of one step, named `group/name`; None stands for what the step did not have."""
+        """Writes the values of one step, named `group/name`; None stands for what the step did not have."""
         self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         present = {name: value for name, value in values.items() if value is not None}
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in present.items()]
@@ -74,7 +74,7 @@ class Log:
 
 
 class Silence:
-    """The log of a process that leaves logging to another."""
+    """Takes what a process reports that leaves logging to another, and writes nothing."""
 
     def write(self, step: int, values: dict[str, float | None]) -> None: ...
 
@@ -159,7 +159,7 @@ def _wandb_run(folder: Path, config: Config):
 
 
 def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """The train step's metrics as named scalars; a task or routing weight that the batch lacked is None."""
+    """Names the train step's metrics; a task or routing weight that the batch lacked is None."""
     values: dict[str, float | None] = {
         "train/loss": float(metrics["loss"]),
         "train/grad_norm": float(metrics["grad_norm"]),
@@ -179,7 +179,7 @@ def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
 
 
 def peak_memory() -> float:
-    """GiB: the device's peak where it reports one, else this process's peak resident set."""
+    """Returns the peak memory in GiB: the device's where it reports one, else this process's resident set."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30

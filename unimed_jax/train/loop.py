@@ -88,7 +88,7 @@ def run_steps(start: Start) -> None:
 
 
 def measure(start: Start, log: "Log | Silence", meter: "Meter", done: int) -> bool:
-    """Logs the entries that are due after `done` steps; returns whether config.train.best has a new best value."""
+    """Logs the entries that are due after `done` steps; returns whether `best` has a new best value."""
     begun = time.perf_counter()
     found = start.validation.measure(done, start.state, start.frozen)
     # A NaN is not JSON; None stands for what a step did not have.
@@ -101,7 +101,7 @@ def measure(start: Start, log: "Log | Silence", meter: "Meter", done: int) -> bo
 
 
 def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
-    """Reads the trained leaves and Adam's state of each, by path, of the checkpoint that the run was opened at."""
+    """Reads the trained leaves and Adam's state of each, by path, from the checkpoint of an opened run."""
     config, leaves = run.config, parameters(run.model)
     rules = leaf_rules(leaves, config.train, config.optimizer)
     trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
@@ -114,7 +114,10 @@ def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
 
 
 class Meter:
-    """Examples, tokens and time since the last logged step; each of `shares` processes sees its part of a batch."""
+    """Counts examples, tokens and time since the last logged step.
+
+    Each of `shares` processes sees its part of a batch.
+    """
 
     def __init__(self, shares: int = 1) -> None:
         self.shares = shares
@@ -125,7 +128,7 @@ class Meter:
         self.padding = self.vision = 0.0
 
     def leave_out(self, seconds: float) -> None:
-        """Does not count time in which no step was taken."""
+        """Leaves out time in which no step was taken."""
         self.start += seconds
 
     def add(self, stats: dict[str, float]) -> None:
@@ -188,7 +191,7 @@ class Reporter:
 
 
 def describe(start: Start) -> None:
-    """Says the devices, what trains and where every leaf came from: a line for each module, source and rule."""
+    """Prints the devices, what trains, and where every leaf came from."""
     mesh, rules = start.program.mesh, start.program.rules
     if mesh is not None:
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)

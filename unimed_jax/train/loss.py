@@ -13,7 +13,7 @@ from unimed_jax.model.unimed import COORDINATES, Batch, UniMed
 
 
 def answer_logits(model: UniMed, hidden: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B A vocab"]:
-    """Logits that predict the answer tokens; the head never runs on the other positions."""
+    """Computes the logits that predict answer tokens; the head never runs on other positions."""
     picked = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)  # [B, A, D]
     return constrain(model.decoder.logits(picked), "batch", None, "vocab")
 
@@ -21,7 +21,7 @@ def answer_logits(model: UniMed, hidden: Float[Array, "B S D"], batch: Batch) ->
 def cross_entropy(
     logits: Float[Array, "B A vocab"], targets: Int[Array, "B A"], loss: LossConfig, coordinate_start: int | None
 ) -> tuple[Float[Array, "B A"], Float[Array, "B A"]]:
-    """Per answer token: cross entropy and weight factor.
+    """Computes, for each answer token, its cross entropy and weight factor.
 
     With `loss.coordinate_sd` a coordinate's target is a Gaussian over the 101 coordinates around it, and
     `loss.coordinate_weight` its weight; other tokens have a one-hot target and weight 1.
@@ -35,7 +35,7 @@ def cross_entropy(
     factor = jnp.where(is_coordinate, loss.coordinate_weight, 1.0)
     if loss.coordinate_sd == 0:
         return nll, factor
-    # Clipped, so that the Gaussian of a token that is no coordinate is finite too (no NaN hidden by the where).
+    # Clipped, so that the Gaussian of other tokens is finite too, and `where` hides no NaN.
     centre = jnp.clip(offset, 0, COORDINATES - 1)[..., None]
     soft = jax.nn.softmax(-0.5 * ((jnp.arange(COORDINATES)[None, None] - centre) / loss.coordinate_sd) ** 2, axis=-1)
     log_c = jax.lax.dynamic_slice_in_dim(log_p, coordinate_start, COORDINATES, axis=-1)
@@ -43,7 +43,7 @@ def cross_entropy(
 
 
 class Losses(NamedTuple):
-    """Sums over a batch, so that batches can be added: the loss of any set of them is `total` / `weight`.
+    """Holds sums over a batch, so that batches can be added: their loss is `total` / `weight`.
 
     It stays the same however a batch is divided over micro-steps and devices.
     """
@@ -54,11 +54,12 @@ class Losses(NamedTuple):
 
     @property
     def total(self) -> Array:
-        """What is minimised, times the weight: the tasks' sums and the balancing loss."""
+        """Adds up what is minimised, times the weight: the tasks' sums and the balancing loss."""
         return self.tasks.sum() + self.balance
 
     @property
     def weight(self) -> Array:
+        """Adds up the weights of all tasks."""
         return self.weights.sum()
 
 
@@ -97,7 +98,9 @@ def task_losses(
 
 
 def loss_sums(model: UniMed, *arguments, **keywords) -> tuple[Array, dict[str, Array]]:
-    """The total of `task_losses` as a number that `jax.grad` takes; the dict also holds weight, task_loss, task_weight.
+    """Returns the total of `task_losses` as a number that `jax.grad` takes.
+
+    The dict also holds weight, task_loss and task_weight.
 
     For tests and analyses of a model without a training program.
     """

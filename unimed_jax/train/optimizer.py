@@ -1,4 +1,4 @@
-"""AdamW and its schedule as published (facts of Uni-Med's optimisation), over a flat dict of trainable leaves."""
+"""Implements AdamW and its schedule as Uni-Med publishes them, over a flat dict of trainable leaves."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,8 +15,11 @@ Leaves = dict[str, Any]
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of step `step` (from 0) of `steps`: linear warm-up, then a cosine over ALL steps, which is not
-    offset by the warm-up, hence a small drop at the joint (as published)."""
+    """Computes the rate of step `step` (from 0) of `steps`: linear warm-up, then a cosine.
+
+    The cosine spans all steps and is not offset by the warm-up, hence a small drop at the joint (as
+    published).
+    """
     if step < config.warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * step / steps))
@@ -30,9 +33,11 @@ class AdamState(NamedTuple):
 
 
 def adam(betas: tuple[float, float], eps: float, skip_unused: bool) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction. With `skip_unused`, `update(..., used=...)` names by path which leaves (or rows of
-    a leaf) took part in the step's graph; the others keep moments and count and get a zero update, as torch
-    leaves parameters whose gradient is None. A gradient of exact zeros does take part.
+    """Computes Adam's direction.
+
+    With `skip_unused`, `update(..., used=...)` names by path which leaves (or rows of a leaf) took part in
+    the step's graph; the others keep moments and count and get a zero update, as torch leaves parameters
+    whose gradient is None. A gradient of exact zeros does take part.
     """
     plain = optax.scale_by_adam(*betas, eps=eps)
     if not skip_unused:
@@ -62,19 +67,22 @@ def adam(betas: tuple[float, float], eps: float, skip_unused: bool) -> optax.Gra
 
 
 def per_leaf(state: Any) -> AdamState:
-    """The state of `adam`, either way of keeping it, with a count for every leaf."""
+    """Returns the state of `adam`, whichever way it is kept, with a count for every leaf."""
     if isinstance(state, AdamState):
         return state
     return AdamState(dict.fromkeys(state.mu, state.count), state.mu, state.nu)
 
 
 def count_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The published model has one parameter per task token; ours is one leaf [tasks, C] with a count per row."""
+    """Gives the shape of a leaf's count: one per task token, which are parameters of their own as published."""
     return (shape[0], 1) if path == "connector/task_tokens" else ()
 
 
 class Optimizer:
-    """Clip, Adam, decoupled weight decay, per-leaf rate; the rate of a step is an argument (host float)."""
+    """Clips gradients and applies Adam, decoupled weight decay and a rate per leaf.
+
+    The rate of a step is an argument, a float on the host.
+    """
 
     def __init__(self, config: OptimizerConfig, rules: dict[str, LeafRule]):
         self.config, self.rules = config, rules
@@ -84,7 +92,7 @@ class Optimizer:
         return self.adam.init(leaves)
 
     def update(self, gradients: Leaves, state, leaves: Leaves, lr: Float[Array, ""], used: Leaves):
-        """-> (new leaves, new state, gradient norm before clipping)."""
+        """Returns (new leaves, new state, gradient norm before clipping)."""
         norm = optax.tree.norm(gradients)
         if self.config.clip:
             shrink = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
@@ -100,8 +108,11 @@ class Optimizer:
 
 
 def participation(leaves: Leaves, image_tasks: Array, reads_task_token: bool) -> Leaves:
-    """Which leaves the loss of a batch depends on (0 or 1, broadcastable to the leaf): the connector only
-    with an image, a task token only with an image of its task and a router that reads it."""
+    """Says which leaves the loss of a batch depends on: 0 or 1, broadcastable to the leaf.
+
+    It depends on the connector only with an image, and on a task token only with an image of its task and
+    a router that reads it.
+    """
     tasks = jnp.arange(len(VISUAL_TASKS))[:, None]
     present = jnp.any(image_tasks.reshape(1, -1) == tasks, axis=1, keepdims=True).astype(jnp.int32)  # [visual tasks, 1]
     some = jnp.any(image_tasks >= 0).astype(jnp.int32)

@@ -169,7 +169,7 @@ def _moments_of_init(config: Config, state: TrainState, mesh: Mesh | None) -> Ad
     path = next((path for kind, path in reversed(config.init) if kind == "unimed"), None)
     if path is None:
         raise UserError(
-            'config.train.moments="init" needs an original checkpoint; name one in config.init: ("unimed", FILE).'
+            'config.train.moments="init" needs an original checkpoint; add ("unimed", FILE) to config.init.'
         )
     if not config.optimizer.skip_unused:
         raise UserError(
@@ -182,8 +182,8 @@ def _moments_of_init(config: Config, state: TrainState, mesh: Mesh | None) -> Ad
     lacking = [leaf for leaf in state.leaves if leaf not in found.mean]
     if lacking:
         raise UserError(
-            f'config.train.moments="init": {path} holds no state of {", ".join(folded(lacking)[:3])}; freeze it by '
-            "config.train.rules, or start with zeros."
+            f'config.train.moments="init": {path} holds no state of {", ".join(folded(lacking)[:3])}; '
+            "freeze it by config.train.rules, or start with zeros."
         )
     moments = AdamState(*({leaf: part[leaf] for leaf in state.leaves} for part in found))
     return moments if mesh is None else jax.device_put(moments, sharding.state_shardings(moments, mesh))

@@ -1,4 +1,4 @@
-"""One training step, jitted once: losses and gradients of the trainable leaves, then AdamW."""
+"""Makes the training step, jitted once: losses and gradients of the trainable leaves, then AdamW."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from unimed_jax.train.optimizer import Leaves, Optimizer, participation
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint must hold so that the next step is the same: leaves, moments, number of steps done."""
+    """Holds what a checkpoint must hold so that the next step is the same."""
 
     step: Array  # int32 []
     leaves: Leaves  # trainable, float32
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 def make_step(
     model: UniMed, config: Config, optimizer: Optimizer, coordinate_start: int | None, mesh: Mesh | None = None
 ):
-    """-> jitted step(state, frozen leaves, batch, learning rate) -> (state, metrics).
+    """Makes the jitted step(state, frozen leaves, batch, learning rate) -> (state, metrics).
 
     `model` is abstract (its leaves are replaced). On a mesh the state stays where `first_state` put it, and
     every process gets the metrics. metrics, float32: loss [], task_loss [tasks] (NaN where
@@ -46,7 +46,7 @@ def make_step(
     directions = combination.directions(len(TASKS) + 1)
 
     def gradients(leaves: Leaves, frozen: Leaves, batch: Batch, key):
-        """(gradients [k, *shape] along the strategy's directions, losses, sums to log) of some rows."""
+        """Computes, for some rows, gradients [k, *shape] along the directions, losses, and sums to log."""
 
         def run(leaves: Leaves):
             full = with_parameters(model, {**frozen, **leaves})
@@ -55,7 +55,7 @@ def make_step(
         return along(directions, run, leaves)
 
     def accumulated(leaves: Leaves, frozen: Leaves, batch: Batch, key):
-        """The same of the whole batch, in `accumulation` micro-batches one after another."""
+        """Computes the same for the whole batch, in `accumulation` micro-batches one after another."""
         micro = config.train.accumulation
         if micro == 1:
             return gradients(leaves, frozen, batch, key)
@@ -103,7 +103,7 @@ def make_step(
 
 
 def first_state(trainable: Leaves, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
-    """The state before step 0; moments lie where their parameters do."""
+    """Makes the state before step 0; moments lie where their parameters do."""
     if mesh is None:
         return _first(trainable, optimizer)
     places = sharding.state_shardings(jax.eval_shape(lambda leaves: _first(leaves, optimizer), trainable), mesh)

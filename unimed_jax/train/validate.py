@@ -1,7 +1,7 @@
-"""Measures losses and metrics on held-out data while training: the evaluation entries with `every` above 0.
+"""Measures losses and metrics on held-out data while training, for the entries with `every` above 0.
 
-The loss of an entry is that of its answers as in training, summed over fixed batches in the shape of training rows, so
-that one more program is compiled, and the training step is not compiled again.
+The loss of an entry is that of its answers as in training, summed over fixed batches in the shape of
+training rows, so that one more program is compiled, and the training step is not compiled again.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from unimed_jax.train.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One value of a unit (a task of a data set on a split)."""
+    """Holds one value of a unit (a task of a data set on a split)."""
 
     metric: str  # "loss", or the name of a metric
     unit: Unit
@@ -36,17 +36,17 @@ class Measured:
 
     @property
     def name(self) -> str:
-        """As config.train.best names it."""
+        """Names the value as config.train.best does."""
         return f"{self.metric}/{self.unit.name}"
 
     @property
     def logged(self) -> str:
-        """As the log names it, next to the training curves."""
+        """Names the value as the log does, next to the training curves."""
         return f"{self.unit.split}/{self.unit.source.id}/{self.unit.task}/{self.metric}"
 
 
 class Validation:
-    """The units that run during training, with their examples laid out as rows."""
+    """Measures the units that run during training; their examples are laid out as rows once."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, program: Program):
         """Raises UserError for an entry that cannot be measured."""
@@ -70,7 +70,7 @@ class Validation:
         self._sums: Any = jax.jit(sums) if mesh is None else jax.jit(sums, out_shardings=sharding.everywhere(mesh))
 
     def due(self, done: int) -> bool:
-        """Whether some unit is measured after `done` steps."""
+        """Says whether some unit is measured after `done` steps."""
         return any(done % unit.every == 0 for unit in self.units)
 
     def measure(self, done: int, state: TrainState, frozen: Leaves) -> list[Measured]:
@@ -94,11 +94,11 @@ class Validation:
         return float(total / weight)
 
     def compiled(self) -> int:
-        """How many programs the losses took."""
+        """Counts the programs that were compiled for the losses."""
         return self._sums._cache_size()
 
     def _planned(self, unit: Unit) -> list[list[int]]:
-        """Rows of example numbers, as many as whole batches need; the last ones are empty."""
+        """Plans rows of example numbers, as many as whole batches need; the last ones are empty."""
         data = self._config.data
         capacity = np.array((data.row_tokens, data.row_images, data.row_answers))
         sizes = []
@@ -117,7 +117,7 @@ class Validation:
         return rows + [[]] * (-len(rows) % data.rows)
 
     def _batches(self, unit: Unit) -> Iterator[layout.Batch]:
-        """This process's rows of each batch."""
+        """Yields this process's rows of each batch."""
         data, model = self._config.data, self._config.model
         own = data.rows // self._shares
         sizes = (data.row_tokens, data.row_images, data.row_answers)

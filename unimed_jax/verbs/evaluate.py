@@ -1,8 +1,9 @@
 """Scores a finished run again, or predictions that another tool made (--predictions).
 
-A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N only; --config.data.changed=accept and
---config.text.changed=accept score it on data or with a tokenizer that changed since its training. Predictions are JSON
-lines {"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data export` writes the questions.
+A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N only;
+--config.data.changed=accept and --config.text.changed=accept score it on data or with a tokenizer
+that changed since its training. Predictions are JSON lines
+{"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data export` writes the questions.
 """
 
 from pathlib import Path

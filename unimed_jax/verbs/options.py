@@ -1,4 +1,4 @@
-"""What the verbs share: the parser of their arguments, and settings with `--config.key=value` laid over them."""
+"""Parses the arguments of every verb, and lays each `--config.key=value` over the settings."""
 
 import argparse
 import ast
@@ -39,8 +39,9 @@ def parser(module: str, description: str | None) -> Parser:
 def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str], of_run: bool = False) -> Config:
     """Lays each `--config.a.b=value` over the settings and builds the Config.
 
-    Raises UserError for an unknown key or word, for a value that is none of the setting's, and for a setting without
-    effect; of those of a run that exists (`of_run`) only for one that an override names.
+    Raises UserError for an unknown key or word, for a value that is none of the setting's, and for
+    a setting without effect; of those of a run that exists (`of_run`) only for one that an override
+    names.
     """
     named = []
     for word in overrides:
@@ -89,7 +90,7 @@ def changed(config: Config, overrides: Sequence[str], allowed: Sequence[str]) ->
 
 
 def _is_group(path: Sequence[str]) -> bool:
-    """Says whether a path leads to settings of their own, not to a mapping whose keys a person chooses."""
+    """Says whether a path leads to a group of settings, not to a mapping whose keys are free."""
     place: Any = default_config()
     for part in path:
         place = place.get(part)

@@ -1,8 +1,8 @@
 """Answers one question with a trained model; a box in the question or the answer is drawn on the image.
 
---run names the folder of a run, or one that `export --format=model` wrote. --config takes its place if config.init
-names all weights (those of an original checkpoint and its base model, say). --config.text.changed=accept answers with a
-tokenizer that changed since the run was trained.
+--run names the folder of a run, or one that `export --format=model` wrote. --config takes its place
+if config.init names all weights (those of an original checkpoint and its base model, say).
+--config.text.changed=accept answers with a tokenizer that changed since the run was trained.
 """
 
 import argparse

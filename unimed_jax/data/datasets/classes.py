@@ -1,8 +1,8 @@
 """Images in classes (task cls): one folder a class, or a table with a path and a label a line.
 
 <split>/<class>/<image>      or
-<split>.csv                  columns `path` (or `image`) and `label` (or `class`); others, such as `cluster`
-                             (a patient), may stand beside them
+<split>.csv                  columns `path` (or `image`) and `label` (or `class`); there may be
+                             others, such as `cluster` (a patient)
 """
 
 from collections.abc import Iterator, Mapping

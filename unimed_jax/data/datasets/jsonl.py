@@ -1,6 +1,7 @@
 """Any lab's own data, one JSON object a line: all six tasks, 0 to n images, boxes in pixels.
 
-    {"id": "case7/1", "images": ["case7/a.png"], "task": "vqa", "question": "Is there a fracture?", "answer": "no",
+    {"id": "case7/1", "images": ["case7/a.png"], "task": "vqa",
+     "question": "Is there a fracture?", "answer": "no",
      "split": "train", "cluster": "case7", "meta": {"modality": "X-ray"}}
 
 `path` is such a file, or a folder of them; images lie in the file's folder. SCHEMA says what each key may hold, and

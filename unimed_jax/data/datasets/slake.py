@@ -2,10 +2,11 @@
 
 The layout is chosen by what lies in the folder:
 
-    train.txt, validate.txt, test.txt      names of image folders, one a line: the original split, by image
+    train.txt, validate.txt, test.txt    names of image folders, one a line (the original split)
     imgs/<name>/{source.jpg, question.json, detection.json}
 or
-    train.json, validate.json (or validation.json), test.json, imgs/<name>/...    the questions of a split in one list
+    train.json, validate.json (or validation.json), test.json    the questions of a split in one list
+    imgs/<name>/...
 
 The two split the images of the Chinese questions differently: in the second 142 images are in train in one language and
 in test in the other, so `language="all"` is only sound in the first.

@@ -46,7 +46,8 @@ def read(
     decoders = {names["image"]: tensorflow_datasets.decode.SkipDecoding()} if "image" in names else None
     labels = getattr(builder.info.features[names["answer"]], "names", None)
     for number, record in enumerate(builder.as_data_source(found, decoders=decoders)):
-        texts = {role: _text(record[name], labels if role == "answer" else None) for role, name in names.items()
+        known = {"answer": labels}
+        texts = {role: _text(record[name], known.get(role)) for role, name in names.items()
                  if role != "image"}  # fmt: skip
         key = f"{split}/{number}"
         keys, image = ((key,), (record[names["image"]],)) if "image" in names else ((), ())

@@ -182,6 +182,7 @@ def classes_csv(folder: Path, records: int, rng: np.random.Generator) -> None:
     for split in ("train", "val", "test"):
         lines = ["path,label,cluster"]
         for i in range(count(split, records)):
-            lines.append(f"images/{split}{i}.png,{pick(rng, ('clear', chr(34) + 'fluid, left' + chr(34)))},p{i // 2}")
+            label = pick(rng, ("clear", '"fluid, left"'))
+            lines.append(f"images/{split}{i}.png,{label},p{i // 2}")
             picture(folder / "images" / f"{split}{i}.png", rng)
         (folder / f"{split}.csv").write_bytes(("\r\n".join(lines) + "\r\n").encode("utf-8-sig"))

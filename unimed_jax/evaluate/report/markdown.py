@@ -17,7 +17,7 @@ Rows = Sequence[tuple[str, str, Mapping[str, Any]]]
 
 
 def verdict(margin: Mapping | None) -> str:
-    """What a margin over the best blind baseline allows to say."""
+    """Says what a margin over the best blind baseline allows."""
     if margin is None or margin["ci95"] is None:
         return "no verdict"
     low, high = margin["ci95"]
@@ -25,12 +25,12 @@ def verdict(margin: Mapping | None) -> str:
 
 
 def number(value, sign: str = "") -> str:
-    """Three decimals, or what stands in place of a number."""
+    """Writes three decimals, or what stands in place of a number."""
     return f"{value:{sign}.3f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def with_interval(entry: Mapping | None, sign: str = "") -> str:
-    """ "0.512 [0.401, 0.623]"; a dash without an entry."""
+    """Writes "0.512 [0.401, 0.623]"; a dash without an entry."""
     if entry is None:
         return "-"
     ends = "no interval" if entry["ci95"] is None else ", ".join(number(end, sign) for end in entry["ci95"])
@@ -38,20 +38,20 @@ def with_interval(entry: Mapping | None, sign: str = "") -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown; bars inside cells are escaped."""
+    """Makes a table in Markdown; bars inside cells are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
 
 
 def score_line(name: str, task: str, entry: Mapping[str, Any]) -> str:
-    """One line for the terminal: "brain vqa       exact_match  0.912  +0.401 over majority_per_question"."""
+    """Makes a line for the terminal: "brain vqa       exact_match  0.912  +0.401 over majority_per_question"."""
     value, margin = entry["corrected"][entry["primary"]]["value"], entry["margin"]
     over = f"{number(margin['value'], '+')} over {margin['baseline']}" if margin else "no blind baseline"
     return f"{name} {task:9s} {entry['primary']:12s} {number(value)}  {over}"
 
 
 def routing_line(routing: Mapping) -> str:
-    """How far the tasks route apart: trained, at step 0, and without the router's task half."""
+    """Says how far the tasks route apart: trained, at step 0, and without the router's task half."""
     parts = [
         f"{name} {with_interval(routing[key])}"
         for key, name in (("tv_trained", "trained"), ("tv_step0", "at step 0"))
@@ -68,7 +68,7 @@ def routing_line(routing: Mapping) -> str:
 
 
 def rows_of(metrics: Mapping[str, Any], split: str) -> Rows:
-    """(set, task, scores) of one split; with several sets also the pooled ones."""
+    """Lists (set, task, scores) of one split; with several sets also the pooled ones."""
     rows = [
         (name, task, entry) for name, splits in metrics["sets"].items() for task, entry in splits.get(split, {}).items()
     ]
@@ -131,7 +131,7 @@ _TEMPLATES_HEAD = ("template", "n", "value [95 %]", "best blind", "margin [95 %]
 
 
 def markdown(again: str, config: Config, metrics: Mapping[str, Any], pictures: Sequence[str], note: str) -> str:
-    """The text of report.md; `again`: the argument of `evaluate` that makes the same scores."""
+    """Writes the text of report.md; `again`: the argument of `evaluate` that makes the same scores."""
     leading = metrics["split"]
     rows = rows_of(metrics, leading)
     parts = [
@@ -158,7 +158,7 @@ def markdown(again: str, config: Config, metrics: Mapping[str, Any], pictures: S
 
 
 def data_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Each set's own caveat and licence, from its passport."""
+    """Lists each set's own caveat and licence, from its passport."""
     return [
         f"Data `{name}`: {' '.join(part for part in (entry['note'], _sentence(entry['licence'])) if part)}"
         for name, entry in metrics.get("data", {}).items()
@@ -171,7 +171,7 @@ def _sentence(licence: str) -> str:
 
 
 def _leading(config: Config, rows: Rows, split: str) -> list[str]:
-    """Corrected and published scores, in the order of config.evaluate.scoring."""
+    """Writes corrected and published scores, in the order of config.evaluate.scoring."""
     corrected = (
         f"## Corrected scores on {split}\n\n"
         f"{_table(_CORRECTED_HEAD, rows, _corrected)}\n\n"

@@ -55,7 +55,7 @@ def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[st
 
 
 def _rows(records: Sequence[Mapping]) -> list[list[Mapping]]:
-    """The examples that are drawn: a row per task and set."""
+    """Chooses the examples that are drawn: a row per task and set."""
     rows = []
     for t, task in enumerate(TASKS):
         for name in dict.fromkeys(record["set"] for record in records):
@@ -110,7 +110,7 @@ def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
 
 
 def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: str) -> None:
-    """One image (uint8 [H, W, 3]) with the box in hundredths that an answer or a question holds, and words."""
+    """Draws an image (uint8 [H, W, 3]) with the box in hundredths of an answer or a question, and words."""
     from matplotlib.figure import Figure
 
     height, width = pixels.shape[:2]
@@ -124,7 +124,7 @@ def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: st
 
 
 def _caption(record: Mapping) -> str:
-    """Question, true and given answer, wrapped to a panel; right and wrong in words and not in colour alone."""
+    """Wraps question, true and given answer to a panel; right and wrong are words, not colours alone."""
     task, prediction = record["task"], record["prediction"].strip()
     if task == "refer":
         box = predicted_box(prediction, record["image_size"])
@@ -140,7 +140,7 @@ def _caption(record: Mapping) -> str:
 
 
 def token_grid(config: Config) -> tuple[int, int]:
-    """(rows, columns) in which a picture's visual tokens lie; one row where strips wrap over image rows."""
+    """Returns (rows, columns) of a picture's visual tokens; one row where strips wrap over image rows."""
     grid, connector = config.model.vision.grid, config.model.connector
     shapes: dict[str, tuple[int, int]] = {
         "projection": (grid, grid // connector.rate),
@@ -152,7 +152,7 @@ def token_grid(config: Config) -> tuple[int, int]:
 
 
 def draw_routing(path: Path, routing: Mapping, grid: tuple[int, int]) -> None:
-    """Heat maps of the mean routing weight per visual token: a row per task, a column per expert."""
+    """Draws heat maps of the mean routing weight per visual token: a row per task, a column per expert."""
     from matplotlib.figure import Figure
 
     maps = np.asarray(routing["maps"], np.float64)  # [tasks, T, E]

@@ -26,7 +26,8 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
 }
 TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")  # the other kinds that are read: see towers.py
-POSITIONS = 4096  # max_position_embeddings of an export: rotary embeddings have no limit, but the field is required
+# max_position_embeddings of an export: rotary embeddings have no limit, but the field is required.
+POSITIONS = 4096
 
 
 # --------------------------------------------------------------------------------------------------

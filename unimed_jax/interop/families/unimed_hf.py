@@ -28,7 +28,7 @@ from unimed_jax.interop.families.hf import copy_tokenizer, hf_decoder_table, wid
 from unimed_jax.interop.families.hf_config import POSITIONS, decoder_to_hf
 from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.families.unimed_names import connector_table
-from unimed_jax.interop.model_card import model_card
+from unimed_jax.interop.model_card import model_card, passports_of
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Stored, Table, each_published, published_shapes
@@ -82,7 +82,8 @@ def export_unimed_hf(
         for name, content in parts.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         size = sum(int(np.prod(s.shape, dtype=np.int64)) for s in stored.values())
-        (folder / "README.md").write_text(model_card(settings, size, metrics, notes, inputs or {}), encoding="utf-8")
+        card = model_card(settings, size, metrics, notes, inputs, passports_of(config))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.copyfile(CODE, folder / CODE.name)
         copy_tokenizer(tokenizer, folder)
         write_safetensors(folder, stored, each_published(table, leaves))

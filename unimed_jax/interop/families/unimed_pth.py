@@ -191,10 +191,11 @@ def export_unimed(
     """Writes a checkpoint in the original's format (which names its files checkpoint_{epoch}.pth).
 
     leaves: adapters and connector, by path, and nothing else that trained.
-    moments: Adam's state of the same leaves, with fields as in `Moments`; with None the optimizer starts new.
-    like: an original checkpoint, which gives what is not ours: tensors that our model does not hold, settings,
-        groups, scaler, epoch. Without it those tensors are absent, which the original's loader allows, and the
-        settings are those of `config`.
+    moments: Adam's state of the same leaves, with fields as in `Moments`; with None the optimizer
+        starts new.
+    like: an original checkpoint, which gives what is not ours: tensors that our model does not
+        hold, settings, groups, scaler, epoch. Without it those tensors are absent, which the
+        original's loader allows, and the settings are those of `config`.
 
     Raises UserError for what the format cannot hold, and if `out` exists already.
     """

@@ -26,8 +26,8 @@ class UniMedConfig(PretrainedConfig):
 
     text_config: the decoder's settings, in the words of its own family.
     unimed: all settings of the run, in unimed_jax's words.
-    prompts: task -> {image: text before the image (None: the task takes no image), before, body, after}; the body
-        holds "{question}".
+    prompts: task -> {image: text before the image (None: the task takes no image), before, body, after};
+        the body holds "{question}".
     visual_tasks: the tasks with an image, in the order of the task tokens.
     image_token_id: stands in `input_ids` for each visual token; it is not an id of the tokenizer.
     dropped_token_ids: are left out of an answer's text.
@@ -67,7 +67,7 @@ def activation(name):
     return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "silu": nn.SiLU()}[name]
 
 
-# ---- vision encoder: a pre-norm ViT under the names of Hugging Face's CLIP ------------------------------
+# ---- vision encoder: a pre-norm ViT under the names of Hugging Face's CLIP -----------------------
 
 
 class VisionEmbeddings(nn.Module):
@@ -160,7 +160,7 @@ class VisionModel(nn.Module):
         return x if self.post_layernorm is None else self.post_layernorm(x)
 
 
-# ---- connector: aggregation, router, projection experts (Uni-Med section 3.2), under its published names -----
+# ---- connector: aggregation, router, projection experts (Uni-Med section 3.2), under its published
 
 
 def aggregate(x, kind, rate):
@@ -247,7 +247,7 @@ class Connector(nn.Module):
         return torch.zeros_like(logits).scatter(-1, kept, values.softmax(dim=-1))
 
 
-# ---- the whole -------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 
 def collapse(text):
@@ -284,7 +284,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 
-    # ---- arrays in, logits or ids out --------------------------------------------------------------------
+    # ---- arrays in, logits or ids out ------------------------------------------------------------
 
     def image_tokens(self, pixel_values, task):
         """Turns normalised pixels [N, 3, size, size] into visual tokens [N, T, width].
@@ -359,14 +359,14 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
                 kwargs["attention_mask"] = torch.ones_like(input_ids)
         return super().generate(**kwargs)
 
-    # ---- questions in, answers out -----------------------------------------------------------------------
+    # ---- questions in, answers out ---------------------------------------------------------------
 
     def answer(self, tokenizer, image=None, task="vqa", text="", **kwargs):
         """Answers one question, greedily, under the prompt of unimed_jax's evaluation.
 
         image: PIL image or uint8 array [H, W, 3]; None if the task takes none.
-        text: the question (vqa, qa), what to find (refer), or a box as {<x1><y1><x2><y2>} in hundredths of the image
-            (identify); caption and cls need none.
+        text: the question (vqa, qa), what to find (refer), or a box as {<x1><y1><x2><y2>} in
+            hundredths of the image (identify); caption and cls need none.
         """
         return self.answers(tokenizer, [(image, task, text)], **kwargs)[0]
 

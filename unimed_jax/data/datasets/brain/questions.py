@@ -209,7 +209,8 @@ def report(piece: Slice) -> str:
         if name not in merged:
             row = _third((box[1] + box[3]) / 2, ("upper ", "", "lower "))
             column = _third((box[0] + box[2]) / 2, ("left", "centre", "right"))
-            text = f"The {name} is at the {row}{column}, {_mm(box[2] - box[0])} x {_mm(box[3] - box[1])} mm."
+            size = f"{_mm(box[2] - box[0])} x {_mm(box[3] - box[1])} mm"
+            text = f"The {name} is at the {row}{column}, {size}."
             found.append((_area(box), text))
     found.sort(key=lambda item: (-item[0], item[1]))
     sentences = [f"{piece.plane.capitalize()} {MAPS[piece.map]}, {level(piece.plane, piece.position)} level."]

@@ -1,0 +1,1 @@
+from support.exported_model import asked, exported, tokenizer_folder, torch  # noqa: F401 (fixtures)
