@@ -22,6 +22,11 @@ Where the default is None, `fidelity` may fill the value in; the last table says
 WORDS = {int: "whole number", float: "number", str: "text", bool: "True or False", typing.Any: "JSON value"}
 
 
+def described(kind: type) -> str:
+    """Returns a class's docstring on one line."""
+    return " ".join((inspect.getdoc(kind) or "").split())
+
+
 def comments(kind: type) -> dict[str, str]:
     """Reads the comments of a class's fields: the lines above each, and what stands beside it."""
     source = inspect.getsource(kind)
@@ -94,10 +99,10 @@ def page() -> str:
     for kind, paths in where.items():
         words, hints = comments(kind), typing.get_type_hints(kind, include_extras=True)
         named = ", ".join(f"`config.{path}`" if path else "`config`" for path in paths)
-        out += [f"## {kind.__name__}", "", f"{named}: {inspect.getdoc(kind)}", ""]
+        out += [f"## {kind.__name__}", "", f"{named}: {described(kind)}", ""]
         out += ["| setting | type | default | meaning |", "|---|---|---|---|"]
         for field in dataclasses.fields(kind):
-            what = words[field.name] or inspect.getdoc(type(field.default)) or ""
+            what = words[field.name] or described(type(field.default))
             cells = (f"`{field.name}`", meaning(hints[field.name]), default(field), what)
             out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         out.append("")

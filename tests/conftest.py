@@ -16,11 +16,10 @@ os.environ.setdefault(
 
 import jax
 import pytest
+from support.golden_folders import golden_folder
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-GOLDENS = Path(__file__).parent / "goldens"
 
 
 def pytest_addoption(parser):
@@ -60,11 +59,6 @@ def pytest_unconfigure(config):
     if _compiled in config.stash:
         shutil.rmtree(config.stash[_compiled], ignore_errors=True)
         del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
-
-
-def golden_folder(config, module) -> Path:
-    """`--goldens`, or the folder in tests/goldens that a test file names as its GOLDENS (Uni-Med's without)."""
-    return Path(config.getoption("--goldens") or GOLDENS / getattr(module, "GOLDENS", "uni_med"))
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import test_goldens_uni_med
-from conftest import GOLDENS
 from support import med_moe_checks
+from support.golden_folders import GOLDENS
 
 MED_MOE = GOLDENS / "med_moe"
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_folder
 from safetensors.numpy import load_file
 from support import golden_med_moe as golden_files
+from support.golden_folders import golden_folder
 from support.med_moe_checks import (
     check_eval_metrics,
     check_image_preprocess,

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_folder
 from flax import nnx
 from safetensors.numpy import load_file
 from support import golden_uni_med as golden_files
+from support.golden_folders import golden_folder
 from support.published_rows import training_rows
 
 from unimed_jax.config import (

@@ -323,6 +323,7 @@ def test_tokenizers_that_are_refused(tmp_path):
     refused("says nothing under tokenizer.ggml.tokens", tokens=None)
     refused("holds a token twice", tokens=["a", "a"])
     refused("tokenizer.ggml.tokens is not a list of any number of str", tokens=[1, 2])
+    refused("holds a token of 1000000 characters", tokens=["a", "b" * 1_000_000])
     refused("its merges do not fit its tokens", merges=["a c"])
     refused("tokenizer.ggml.token_type is not a list of 4 int", token_type=[1, 1])
     refused("tokenizer.ggml.scores is not a list of 4 float", model="llama", scores=[0.5])

@@ -3,7 +3,7 @@
     python benchmarks/campaign.py fuzz --cases=10000 --seed=0 --reader=pth
 
 A case may take 10 seconds of a processor and 1 GiB of memory. The cases of a reader run one after the other in a
-process of their own; if that ends or hangs, the case is a finding and the next process goes on behind it. A case can
+process of their own; if that ends or hangs, the case is a finding and the next process goes on after it. A case can
 be run again by the seed and number that its finding names: add --from=NUMBER --cases=1.
 """
 

@@ -57,6 +57,7 @@ def _one(reader: str, seed: int, number: int) -> None:
 
 
 def read_all(path: Path) -> None:
+    """Reads all tensors of a file or folder."""
     tensors = open_weights(path)
     for name in tensors.stored:
         tensors.read(name)
@@ -88,6 +89,12 @@ def _archive(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -
         for name, data in records.items():
             archive.writestr(name, data)
     return out.getvalue()
+
+
+def good_pickle() -> bytes:
+    """Gives the pickle of an ordinary checkpoint."""
+    with zipfile.ZipFile(io.BytesIO(_torch_bytes())) as archive:
+        return archive.read("archive/data.pkl")
 
 
 def _program(rng: np.random.Generator) -> bytes:
@@ -176,7 +183,8 @@ def _index(rng: np.random.Generator, number: int, folder: Path) -> None:
 
 
 @functools.cache
-def _gguf_bytes() -> bytes:
+def gguf_bytes() -> bytes:
+    """Gives a small file in the format GGUF, tokenizer included."""
     import gguf
 
     path = place() / "good.gguf"
@@ -210,7 +218,7 @@ def _gguf_bytes() -> bytes:
 
 
 def _gguf(rng: np.random.Generator, number: int, folder: Path) -> None:
-    data = _gguf_bytes()
+    data = gguf_bytes()
     head = data.index(b"blk.0.ffn_up.weight") + 60
     words = [b"llama.", b"tokenizer.ggml."]
     changed = changed_bytes(rng, data[:head]) + data[head:] if number % 3 else changed_bytes(rng, data)

@@ -184,7 +184,7 @@ def test_files_that_are_cut_short(tmp_path):
         b"x",
     ):
         (tmp_path / "tokenizer.model").write_bytes(data)
-        with pytest.raises(UserError, match="tokenizer.model is no model of SentencePiece, or is cut short"):
+        with pytest.raises(UserError, match="tokenizer.model is not a model of SentencePiece, or is cut short"):
             Tokenizer.load(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,6 +64,35 @@ def test_a_finding_is_found():
     assert fuzz.outcome(lambda: None) == ("read", "")
     again = [fuzz.outcome(read) for _, read in itertools.islice(fuzz_weights.cases("pth", 3), 8)]
     assert again == [fuzz.outcome(read) for _, read in itertools.islice(fuzz_weights.cases("pth", 3), 8)]
+
+
+@pytest.mark.slow
+def test_the_campaign_goes_on_after_a_process_that_ends(monkeypatch, tmp_path):
+    """A case that ends its process, or fills the memory, is a finding; those after it still run."""
+    module = tmp_path / "campaigns/fuzz_ending.py"
+    for name in ("fuzz.py", "fuzz_changes.py"):
+        module.parent.mkdir(exist_ok=True)
+        (module.parent / name).write_text((Path(fuzz.__file__).parent / name).read_text())
+    module.write_text(
+        "import os\n"
+        "from unimed_jax.errors import UserError\n"
+        "def refuse():\n    raise UserError('no.')\n"
+        "def fill():\n    bytearray(3 << 30)\n"
+        "def cases(seed):\n"
+        "    for number in range(6):\n"
+        "        yield f'case {number}', (lambda: os._exit(7)) if number == 2 else fill if number == 4 else refuse\n"
+    )
+    own = (module.parent / "fuzz.py").read_text()
+    (module.parent / "fuzz.py").write_text(own.replace('"fuzz_weights", "fuzz_images", "fuzz_data"', '"fuzz_ending",'))
+    found = subprocess.run(
+        [sys.executable, module.parent / "fuzz.py", "--cases=6"],
+        env={**os.environ, "PYTHONPATH": str(Path(fuzz.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert "| ending | 6 | 4 | 0 |" in found.stdout, found.stdout + found.stderr
+    assert "case 2: the process ended (7)" in found.stdout and "case 4: MemoryError" in found.stdout
+    assert "6 cases, 2 findings, seed 0" in found.stdout
 
 
 def with_number(codes: list[bytes], size: int, numbers):

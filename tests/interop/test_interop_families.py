@@ -78,7 +78,7 @@ def test_step_by_step_as_at_once(name):
 
 
 def test_rope_scaling_matters():
-    """The llama3 case above is no llama2 in disguise: all three ranges of wavelengths are there."""
+    """The llama3 case above differs from llama2: all three ranges of wavelengths are there."""
     scaling = RopeScaling(**LLAMA3, original_positions=128)
     ratio = np.asarray(rope_frequencies(8, 1e4, scaling) / rope_frequencies(8, 1e4, None))
     assert ratio[0] == 1 and 0.2 < ratio[1] < 0.9 and ratio[3] == pytest.approx(1 / 8)

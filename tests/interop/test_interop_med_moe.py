@@ -71,8 +71,8 @@ def test_published_sizes(published, dense, whole, projector):
         assert config.tokens_per_image == 576
         sizes: dict[str, int] = {}
         for path, leaf in parameters(abstract(config)).items():
-            room = path.split("/")[0]
-            sizes[room] = sizes.get(room, 0) + leaf.size
+            part = path.split("/")[0]
+            sizes[part] = sizes.get(part, 0) + leaf.size
         assert sizes["connector"] == projector
         assert sizes["decoder"] == expected
         six = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=6))

@@ -48,7 +48,7 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
 
 
 def test_answers_end_within_these_tests(exported, asked, torch):
-    """Some rows above end before the others, so that what stands behind their end is covered."""
+    """Some rows above end before the others, so that what follows their end is covered."""
     names = ("as published", "phi")
     lengths = {len(row) for name in names for row in torch_answers.Torch(exported(name)[2]).tokens(*asked)}
     assert 8 in lengths and min(lengths) < 8

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 LORA = LoraConfig(3, 12.0, 0.0, ALL)
-# What PEFT is told, and what our settings say of the same adapter.
+# What PEFT is given, and what our settings say of the same adapter.
 ADAPTERS = {
     "all linears": (dict(r=3, lora_alpha=12, target_modules="all-linear"), LORA),
     "two, by a pattern": (
@@ -203,7 +203,7 @@ def refused(folder, base, match, lora: LoraConfig = LORA) -> str:
     return str(error.value)
 
 
-def test_other_settings_are_told_at_once(folder, base):
+def test_other_settings_are_named_at_once(folder, base):
     text = refused(folder, base, "rank is 3, not 2", LoraConfig(2, 16.0, 0.0, ("q", "v")))
     for part in ("alpha is 12, not 16", "targets are q, k, v, o, gate, down, up, not q, v", "of shape", "not known"):
         assert part in text

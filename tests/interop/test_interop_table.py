@@ -176,12 +176,12 @@ def test_an_open_part_of_a_leaf_is_a_mistake_of_the_table():
 class Spy(Tensors):
     """Counts the bytes that are read, but for the patch kernel, which is small and always read whole."""
 
-    def __init__(self, behind):
-        self.behind, self.origin, self.stored = behind, behind.origin, behind.stored
+    def __init__(self, inner):
+        self.inner, self.origin, self.stored = inner, inner.origin, inner.stored
         self.sizes = []
 
     def read(self, name, index=()):
-        out = self.behind.read(name, index)
+        out = self.inner.read(name, index)
         if "patch_embed.proj.weight" not in name:
             self.sizes.append(out.nbytes)
         return out

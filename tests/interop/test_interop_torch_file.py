@@ -61,7 +61,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, call, where):
         "torch": (zipfile.ZipFile, str(made), "w"),
     }
     bomb = Touch(*calls[call])
-    pickle.loads(pickle.dumps(bomb))  # it is no dud
+    pickle.loads(pickle.dumps(bomb))  # it goes off
     assert made.exists() == (call != "getattr")
     if made.exists():
         made.rmdir() if made.is_dir() else made.unlink()

@@ -185,7 +185,7 @@ def test_eva_file(tmp_path, size):
 def test_eva_file_of_another_model(tmp_path):
     torch = pytest.importorskip("torch", reason=NEEDS)
     tensors = eva_tensors(np.random.default_rng(0), depth=4)
-    tensors["pos_embed"] = tensors["pos_embed"][:, :13]  # 12 patches are no square
+    tensors["pos_embed"] = tensors["pos_embed"][:, :13]  # 12 patches do not make a square
     torch.save({name: torch.tensor(x) for name, x in tensors.items()}, tmp_path / "eva.pth")
     config = tiny.config(vision={"depth": 2})
     with pytest.raises(UserError) as error:

@@ -165,14 +165,14 @@ def test_order_of_the_optimizer_by_values():
         before = (weights[name] + lr * update(other)) / (1 - lr * decay)
         return np.abs(before - before.astype(np.float16).astype(np.float32)).max()
 
-    told_apart = 0
+    distinct = 0
     for name in once:
         assert distance(name, name) < 1e-6, name
         for other in once:  # the experts' last biases had gradients of the same signs, hence the same first step
             if weights[other].shape == weights[name].shape and np.abs(update(other) - update(name)).max() > 0.1:
                 assert distance(name, other) > 1e-5, (name, other)
-                told_apart += 1
-    assert told_apart > 50
+                distinct += 1
+    assert distinct > 50
 
 
 def test_export_is_equal_to_the_bit(reference, tmp_path):
@@ -218,8 +218,8 @@ def test_exported_numbers_are_ours(reference, tmp_path):
         for kind in ("exp_avg", "exp_avg_sq"):
             np.testing.assert_array_equal(state[kind].numpy(), published[kind][name], name)
 
-    unimed_pth.export_unimed(tmp_path / "anew.pth", reference.config, ours, like=reference.path)
-    assert torch.load(tmp_path / "anew.pth", weights_only=True)["optimizer"]["state"] == {}
+    unimed_pth.export_unimed(tmp_path / "new.pth", reference.config, ours, like=reference.path)
+    assert torch.load(tmp_path / "new.pth", weights_only=True)["optimizer"]["state"] == {}
 
 
 def test_training_goes_on_as_in_torch(reference):
@@ -264,16 +264,16 @@ def test_training_goes_on_as_in_torch(reference):
 def modules_in_order(goldens, names) -> list[str]:
     """Published names in the order of the original's modules, as the manifest lists them for one model."""
     listed = golden_files.manifest(goldens)["full_model_state_keys_K"]
-    rooms = list(dict.fromkeys(name.split(".")[0] for name in listed))
+    parts = list(dict.fromkeys(name.split(".")[0] for name in listed))
     within = [re.sub(r"layers\.\d+", "layers", name) for name in listed]
     kinds = ["weight", "bias"]
 
     def place(name):
-        room = name.split(".")[0]
+        part = name.split(".")[0]
         numbers = [int(n) for n in re.findall(r"\.(\d+)(?=\.)", name)]
-        if room in ("llm_model", "task_tokens"):
-            return rooms.index(room), numbers, within.index(re.sub(r"layers\.\d+", "layers", name))
-        return rooms.index(room), numbers, name.split(".")[-2], kinds.index(name.split(".")[-1])
+        if part in ("llm_model", "task_tokens"):
+            return parts.index(part), numbers, within.index(re.sub(r"layers\.\d+", "layers", name))
+        return parts.index(part), numbers, name.split(".")[-2], kinds.index(name.split(".")[-1])
 
     return sorted(names, key=place)
 

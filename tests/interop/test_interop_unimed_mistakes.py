@@ -57,7 +57,7 @@ def first(tree, ending, group="model"):
     return next(name for name in tree[group] if name.endswith(ending))
 
 
-def test_renamed_transposed_and_missing_tensors_are_told_at_once(damage, reference):
+def test_renamed_transposed_and_missing_tensors_are_named_at_once(damage, reference):
     renamed = list(reference.table.by_name())[-1]
 
     def change(tree):

@@ -17,18 +17,18 @@ TAKEN = {
     "--config.evaluate.splits=('test',)": ("evaluate.splits", ("test",)),
     "--config.evaluate.splits=()": ("evaluate.splits", ()),
 }
-GROUP, SOURCES = "is a group of settings", "config.data.sources"
+GROUP, LIST = "is a group of settings", "config.data.sources"
 REFUSED = {
     "--config.model={}": f"--config.model {GROUP}; give one of its keys (--config.model.KEY=value; ",
     "--config.model=5": "--config.model is a group of settings",
     "--config.model.vision={'depth': 3}": "--config.model.vision is a group of settings",
     "--config.train=None": "--config.train is a group of settings",
-    "--config.data.sources=brain": f"--{SOURCES} takes a list, not 'brain'; write it in the config file",
+    "--config.data.sources=brain": f"--{LIST} takes a list, not 'brain'; write it in the config file",
     "--config.data.sources=": "--config.data.sources takes a list, not ''",
     "--config.data.sources={'name': 'brain'}": "--config.data.sources takes a list",
     "--config.data.sources={[]: 1}": "--config.data.sources takes a list",
-    "--config.data.sources=('brain',)": f"{SOURCES}[0] must be a group of settings, not 'brain'.",
-    "--config.data.sources.0.name=brain": f"{SOURCES}.0.name: its group is a list; change it in the config",
+    "--config.data.sources=('brain',)": f"{LIST}[0] must be a group of settings, not 'brain'.",
+    "--config.data.sources.0.name=brain": f"{LIST}.0.name: its group is a list; change it in the config",
     "--config.data.sources[0].name=brain": "--config.data.sources[0].name is not a setting",
     "--config.evaluate.splits=test": "--config.evaluate.splits takes a list, not 'test'",
     "--config.init=seed": "--config.init takes a list",

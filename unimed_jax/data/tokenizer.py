@@ -94,7 +94,7 @@ def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
         yield from (run.text for run in runs_of(form.training(example, i)) if run.text)
 
 
-LARGEST = 256 << 20  # bytes of a tokenizer.json
+LARGEST = 64 << 20  # bytes of a tokenizer.json, twice those of the largest published ones
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SETTINGS_BYTES = 16 << 20  # of each of them, at most
 
@@ -162,7 +162,7 @@ def _check_whole(file: Path) -> None:
     except IndexError:
         at = -1
     if at != len(data) or not pieces:
-        raise UserError(f"{file} is no model of SentencePiece, or is cut short or damaged; get it again.")
+        raise UserError(f"{file} is not a model of SentencePiece, or is cut short or damaged; get it again.")
     if importlib.util.find_spec("sentencepiece") is None:
         raise UserError(f"{file}: reading it needs the package sentencepiece; run pip install sentencepiece.")
 

@@ -250,6 +250,7 @@ WORD_RULES: dict[str, tuple[str | None, bool]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", True)),  # every digit by itself
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3, False)),
 }
+LONGEST_TOKEN = 1000  # characters; every way to cut a token in two is looked at
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 # Hugging Face's name of a special token -> the word for it in tokenizer.ggml.<word>_token_id.
 SPECIAL_TOKENS = {
@@ -272,6 +273,9 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise UserError(f"{file.origin} holds a token twice (tokenizer.ggml.tokens); get the file again.")
+    longest = max(map(len, tokens), default=0)
+    if longest > LONGEST_TOKEN:
+        raise UserError(f"{file.origin} holds a token of {longest} characters (tokenizer.ggml.tokens); get it again.")
     special = _special_tokens(file, tokens)
     made = _tokenizer(file, vocabulary, special)
     with new_folder(folder) as place:

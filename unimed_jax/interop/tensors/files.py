@@ -40,7 +40,7 @@ SAFETENSORS_DTYPES = {
 }
 SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_BYTES = 32 << 20  # of a safetensors file's list of tensors, at most: some 300,000 of them
-INDEX_BYTES = 64 << 20  # of an index, at most
+INDEX_BYTES = 24 << 20  # of an index, at most
 SHARD_BYTES = 2 << 30  # of a written file, at most
 
 

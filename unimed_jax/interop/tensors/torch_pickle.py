@@ -62,7 +62,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Known:
-    """Stands for a name of torch's that a pickle may use; it is no class or function of any library."""
+    """Stands for a name of torch's that a pickle may use; no class or function of any library is used."""
 
     name: str
 
@@ -158,7 +158,7 @@ def _called(function: Any, arguments: Any) -> Any:
         return _tensor(*arguments)
     if name == "_rebuild_parameter" and arguments and isinstance(arguments[0], TorchTensor):
         return arguments[0]
-    raise pickle.UnpicklingError("a call of something that is no function")
+    raise pickle.UnpicklingError("a call of something other than a function")
 
 
 def _key(key: Any) -> Any:
@@ -184,6 +184,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
+        """Runs the opcodes until the last one and returns the value on top."""
         data, steps = self.data, STEPS
         for _ in range(OPCODES):
             code = data[self.at]
@@ -225,68 +226,81 @@ class _Machine:
         return values
 
     def push(self, value: Any) -> None:
+        """Puts a value on the stack."""
         self.stack.append(value)
 
     def tuple_of(self, count: int) -> None:
+        """Makes a tuple of the last values."""
         if len(self.stack) < count:
             raise pickle.UnpicklingError("too few values")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def long(self, length: int) -> None:
+        """Puts a number of so many bytes on the stack."""
         if length > LONGEST_NUMBER:
             raise pickle.UnpicklingError("a number of too many digits")
         self.push(int.from_bytes(self.take(length), "little", signed=True))
 
     def integer(self) -> None:
+        """Puts a number that is written as text on the stack."""
         word = self.line().removesuffix(b"L")
         if len(word) > 2 * LONGEST_NUMBER:
             raise pickle.UnpicklingError("a number of too many digits")
         self.push({b"00": False, b"01": True}[word] if word in (b"00", b"01") else int(word))
 
     def extend(self, values: list[Any]) -> None:
+        """Adds values to the list on top."""
         target = self.stack[-1]
         if type(target) is not list:
-            raise pickle.UnpicklingError("entries are added to something that is no list")
+            raise pickle.UnpicklingError("entries are added to something other than a list")
         target.extend(values)
 
     def entries(self, parts: list[Any]) -> None:
+        """Adds keys and values, in turn, to the dict on top."""
         target = self.stack[-1]
         if type(target) not in (dict, collections.OrderedDict) or len(parts) % 2:
-            raise pickle.UnpicklingError("entries are added to something that is no dict")
+            raise pickle.UnpicklingError("entries are added to something other than a dict")
         for key, value in zip(parts[::2], parts[1::2], strict=True):
             target[_key(key)] = value
 
     def pair(self) -> None:
+        """Adds the last two values, a key and its value, to the dict under them."""
         value, key = self.stack.pop(), self.stack.pop()
         self.entries([key, value])
 
     def pop(self) -> None:
+        """Drops the last value, or a mark."""
         if self.stack:
             self.stack.pop()
         else:
             self.marked()
 
     def open_mark(self) -> None:
+        """Sets a mark: what comes is a part of its own."""
         self.below.append(self.stack)
         self.stack = []
 
     def new_dict(self) -> None:
+        """Makes a dict of the values above the last mark."""
         parts = self.marked()
         self.push({})
         self.entries(parts)
 
     def name(self, module: str, name: str) -> None:
+        """Puts what a name stands for on the stack."""
         if (module, name) not in NAMES:
             raise Refused(f"{module}.{name}"[:100])
         self.push(NAMES[module, name])
 
     def stack_name(self) -> None:
+        """Takes a module and a name from the stack, and puts what they stand for there."""
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
-            raise pickle.UnpicklingError("a name that is no text")
+            raise pickle.UnpicklingError("a name other than a text")
         self.name(module, name)
 
     def call(self) -> None:
+        """Calls one of `NAMES` with the arguments on top."""
         arguments, function = self.stack.pop(), self.stack.pop()
         self.push(_called(function, arguments))
 
