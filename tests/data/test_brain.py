@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unimed_jax.config import TASKS, DataConfig, SourceConfig
+from unimed_jax.data import contact_sheet as contact_sheet_module
 from unimed_jax.data import datasets
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.data.datasets import brain
@@ -331,6 +332,40 @@ def test_tasks_can_be_chosen(cache, data):
     source = SourceConfig("brain", options={"jitters": 1}, tasks=("refer", "qa"))
     (some,) = datasets.open_sources(DataConfig((source,), cache=str(cache)))
     assert {e.task for e in every(some)} == {"refer", "qa"} and some.checksum == data.checksum
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    {
+        "huge": (lambda image: image.header.set_data_shape((30000, 30000, 30000)), "does not lie in the expected"),
+        "floats": (lambda image: image.set_data_dtype(np.float64), "does not lie in the expected"),
+        "elsewhere": (lambda image: image.affine.__setitem__((0, 3), 0), "does not lie in the expected"),
+        "cut": (lambda image: None, "cannot be read"),
+    }.values(),
+)
+def test_maps_are_refused_by_their_header(tmp_path, change, sentence):
+    import nibabel
+
+    from unimed_jax.data.datasets.brain import volume
+
+    affine = np.eye(4)
+    affine[:3, 3] = volume._ORIGIN
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), affine)
+    image.header.set_data_shape(volume._SHAPE)
+    change(image)
+    image.header.set_sform(image.affine, 1)
+    image.header["magic"], image.header["vox_offset"] = b"n+1", 352
+    (tmp_path / "map.nii").write_bytes(image.header.binaryblock + bytes(4) + bytes(8))
+    with pytest.raises(UserError, match=f"map.nii {sentence}"):
+        volume._read_map(tmp_path / "map.nii")
+    (tmp_path / "map.nii").write_bytes(b"no volume")
+    with pytest.raises(UserError, match="map.nii cannot be read"):
+        volume._read_map(tmp_path / "map.nii")
+
+
+def test_a_strip_has_a_tile_too():
+    for shape in ((1, 30000, 3), (30000, 1, 3)):
+        assert min(contact_sheet_module._tile(np.zeros(shape, np.uint8), "strip", []).size) > 0
 
 
 def test_contact_sheet(data, tmp_path):

@@ -517,12 +517,6 @@ def test_files_without_meta_information():
     )
 
 
-def available(syntax: str) -> bool:
-    from pydicom.pixels import get_decoder
-
-    return get_decoder(syntax).is_available
-
-
 NEEDS_CODEC = ("SC_rgb_jpeg_gdcm.dcm", "MR_small_jpeg_ls_lossless.dcm", "JPEGLSNearLossless_08.dcm", "JPGExtended.dcm")
 
 

@@ -159,3 +159,18 @@ def test_eight_devices_answer_as_one(model, config, tokenizer, requests, answers
     assert predictor.answers(requests) == answers
     assert "".join(predictor.stream(requests[0])) == answers[0]
     assert np.prod(list(mesh.shape.values())) == 8
+
+
+@pytest.mark.parametrize(
+    "image, sentence",
+    [
+        (np.zeros((4, 4, 3), np.float32), r"request who has an image of float32 \[4, 4, 3\]; give uint8"),
+        (np.zeros((4, 4), np.uint8), r"request who has an image of uint8 \[4, 4\]; give uint8"),
+        (np.zeros((0, 4, 3), np.uint8), r"request who has an image of uint8 \[0, 4, 3\]"),
+        (b"no picture", "request who: image of 10 bytes cannot be read"),
+        ("/dev/zero", "request who: image /dev/zero is a pipe or a device"),
+    ],
+)
+def test_images_that_are_none_are_refused_by_the_requests_name(predictor, image, sentence):
+    with pytest.raises(UserError, match=sentence):
+        predictor.answers([Request("vqa", "What?", (image,), id="who")])
