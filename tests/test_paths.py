@@ -20,6 +20,7 @@ from unimed_jax.analyze import chain
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.pictures import draw_box
 from unimed_jax.processes import quiet
+from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import load_text, write_config
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train.log import Log
@@ -180,6 +181,25 @@ def test_a_run_whose_files_are_of_another_kind_is_not_opened(verb, name, place, 
         strange.write_text("a file")
     more = {"predict": ["--task=qa", "--text=why"], "export": ["--format=model", f"--out={tmp_path}/out"]}
     refused([verb, f"--run={tmp_path}/run", *more[verb]], capsys, name)
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "loop", "device", "folder"])
+@pytest.mark.parametrize("place_of", ["4", "4/note", "4/note/note.json"])
+def test_a_checkpoint_of_another_kind_is_damaged(kind, place_of, place, tmp_path):
+    """And is looked at once: nothing waits for it to become one."""
+    strange = tmp_path / place_of
+    strange.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(strange)
+    elif kind == "folder":
+        strange.mkdir()
+    else:
+        strange.symlink_to("/dev/zero" if kind == "device" else place / kind)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.saved_weights() == set() and checkpoints.newest_note() == {}
+    with pytest.raises(UserError, match="holds only damaged checkpoints"):
+        checkpoints.restore({"weight": np.zeros(3, np.float32)})
+    checkpoints.close()
 
 
 # ---- what is read ----------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ class Checkpoints:
                     found = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, wanted)
                     return found["weights"], found.get("optimizer"), note["note"]
                 reason = f"{changed[0]} is not as it was saved"
-            if self._read_only and not _everywhere((self.folder / str(step)).is_dir()):
+            if self._read_only and not _everywhere(os.path.lexists(self.folder / str(step))):
                 if only is not None:
                     raise Replaced(
                         f"{self.folder}/{step} was deleted by the run that trains there while it was read; give the "
