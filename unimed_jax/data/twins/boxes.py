@@ -70,7 +70,10 @@ def coco(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def coco_roboflow(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes COCO as Roboflow exports it: <split>/_annotations.coco.json among the images; val is `valid`."""
+    """Writes COCO as Roboflow exports it: <split>/_annotations.coco.json among the images.
+
+    Val is `valid`.
+    """
     for split in ("train", "val", "test"):
         place = folder / ("valid" if split == "val" else split)
         write_json(place / "_annotations.coco.json", _coco_of(_scenes(place, split, records, rng)))
@@ -82,11 +85,20 @@ def _coco_of(scenes: list[Scene]) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes):
-        images.append({"id": 17 * number + 5, "file_name": f"{scene.name}.jpg", "width": WIDTH, "height": HEIGHT})
+        images.append(
+            {"id": 17 * number + 5, "file_name": f"{scene.name}.jpg", "width": WIDTH, "height": HEIGHT}
+        )
         for label, x1, y1, x2, y2 in scene.things:
             box = [x1, y1, x2 - x1, y2 - y1]
-            annotations.append({"id": 11 * len(annotations) + 2, "image_id": 17 * number + 5, "bbox": box})
-            annotations[-1] |= {"category_id": ids[label], "area": box[2] * box[3], "iscrowd": 0, "segmentation": []}
+            annotations.append(
+                {"id": 11 * len(annotations) + 2, "image_id": 17 * number + 5, "bbox": box}
+            )
+            annotations[-1] |= {
+                "category_id": ids[label],
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "segmentation": [],
+            }
     crowd = annotations[0] | {"id": 1, "bbox": [0, 0, WIDTH, HEIGHT], "iscrowd": 1}
     categories = [{"id": found, "name": label, "supercategory": "none"} for label, found in ids.items()]
     return {
@@ -105,7 +117,11 @@ def jsonl(folder: Path, records: int, rng: np.random.Generator) -> None:
         scenes = _scenes(folder / "images", split, records, rng)
         for number, scene in enumerate(scenes):
             label, *box = scene.things[-1]
-            about = {"images": [f"images/{scene.name}.jpg"], "split": split, "cluster": f"p{number // 2}"}
+            about = {
+                "images": [f"images/{scene.name}.jpg"],
+                "split": split,
+                "cluster": f"p{number // 2}",
+            }
             meta = {"meta": {"modality": pick(rng, ("CT", "MR"))}}
             for task, more in (
                 ("vqa", {"question": "What is in front?", "answer": label} | meta),
@@ -117,7 +133,9 @@ def jsonl(folder: Path, records: int, rng: np.random.Generator) -> None:
                 lines.append({"id": f"{scene.name}/{task}", "task": task, **about, **more})
             things = [{"label": label, "box": box} for label, *box in scene.things]
             lines.append({"id": f"{scene.name}/boxes", "boxes": things, **about})
-            lines.append({"id": f"{scene.name}/qa", "task": "qa", "question": f"{number} and 1?", "split": split})
+            lines.append(
+                {"id": f"{scene.name}/qa", "task": "qa", "question": f"{number} and 1?", "split": split}
+            )
             lines[-1]["answer"] = str(number + 1)
         two = [f"images/{scene.name}.jpg" for scene in scenes[:2]]
         lines.append({"id": f"{split}/study", "task": "vqa", "images": two, "split": split})
