@@ -10,6 +10,7 @@ from unimed_jax.data.twins.random import count, pick, words, write_json, write_l
 
 CLASSES = {"disc": (230, 60, 60), "bar": (60, 230, 60), "spot": (80, 80, 240)}
 WIDTH, HEIGHT = 64, 48
+_UNKNOWN = "<pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>"
 
 
 class Scene(NamedTuple):
@@ -51,12 +52,13 @@ def voc(folder: Path, records: int, rng: np.random.Generator) -> None:
             if split == "train" and number == 0:
                 objects.append(("disc", 5, 5, 5, 5))
             lines = [
-                f"<object><name>{label}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>"
-                f"<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                f"<object><name>{label}</name>{_UNKNOWN}<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"
+                f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
                 for label, x1, y1, x2, y2 in objects
             ]
             (annotations / f"{scene.name}.xml").write_text(
-                f"<annotation><folder>JPEGImages</folder><filename>{scene.name}.jpg</filename><path></path>"
+                "<annotation><folder>JPEGImages</folder>"
+                f"<filename>{scene.name}.jpg</filename><path></path>"
                 f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
                 f"<segmented>0</segmented>{''.join(lines)}</annotation>\n"
             )

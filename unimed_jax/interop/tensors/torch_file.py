@@ -298,7 +298,8 @@ class _Pickled:
         shape, dtype = self.tensors[key].stored
         strides = tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
         size = int(np.prod(shape, dtype=np.int64))
-        offset, needs_gradient, hooks = 0, False, collections.OrderedDict()  # type: ignore[var-annotated]
+        hooks: collections.OrderedDict = collections.OrderedDict()
+        offset, needs_gradient = 0, False
         self.out += _name("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + pickle.MARK
         self._write("storage")
         self.out += _name("torch", STORAGES[np.dtype(dtype)])
