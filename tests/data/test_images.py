@@ -279,7 +279,7 @@ def test_transparent_gif_and_opaque_alpha():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_pictures_are_turned_upright(kind, orientation):
+def test_pictures_are_turned_upright(kind, orientation, tmp_path):
     # Stored as a camera held that way would, its upright picture is always the same (EXIF 2.3, tag 274).
     upright = np.full((32, 48), 200, np.uint8)
     upright[:8, :16] = 0  # a dark corner at the top left, wider than high
@@ -296,7 +296,9 @@ def test_pictures_are_turned_upright(kind, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
-    image = images.read_image(saved(np.ascontiguousarray(stored), kind, exif=exif, **options))
+    (tmp_path / "held").write_bytes(saved(np.ascontiguousarray(stored), kind, exif=exif, **options))
+    assert images.upright_size(tmp_path / "held") == (48, 32)
+    image = images.read_image(tmp_path / "held")
     assert image.shape == (32, 48, 3)
     assert np.abs(image[..., 0].astype(int) - upright).max() < 12
 
@@ -372,7 +374,7 @@ def test_only_regular_files_are_opened(tmp_path):
         tmp_path / "no\0name": "cannot be read .*null",
         tmp_path / "half\ud800": "does not exist|cannot be read",
     }.items():
-        for read in (images.read_image, images.read_bytes):
+        for read in (images.read_image, images.read_bytes, images.upright_size):
             with pytest.raises(UserError, match=sentence) as caught:
                 read(path)
             assert str(caught.value).isprintable() and len(str(caught.value)) < 700

@@ -112,6 +112,22 @@ def check_header(data: bytes, name: str) -> None:
                 pass
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Reads (width, height) from a picture's header as `read_image` gives it, turned upright; not of DICOM.
+
+    Raises UserError if it is no regular file or no picture.
+    """
+    name = one_line(path)
+    with _opened(path) as file, _explained(name, b"picture"), _picture(file, name) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # whose size Pillow may have turned already
+            width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
+        turned = False
+        with contextlib.suppress(Exception):  # as in `_pixels`
+            turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
 @contextlib.contextmanager
 def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     """Opens a picture of one of the formats that are read, and checks its size before it is decoded."""

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from unimed_jax.data.images import READABLE
+from unimed_jax.data.images import upright_size
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import json_lines, parse_json, read_text
 
@@ -162,12 +160,9 @@ def size_of(path: Path) -> tuple[int, int] | None:
     None if it is not a picture file.
     """
     try:
-        with Image.open(path, formats=READABLE) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError):
+        return upright_size(path)
+    except UserError:
         return None
-    return (height, width) if turned else (width, height)
 
 
 def left_out_names(given: str, folder: Path) -> frozenset[str]:
