@@ -1,7 +1,9 @@
-"""Damages small pictures of every kind that is read, and reads them: an array or one sentence must come of it.
+"""Damages small pictures of every kind that is read, and reads them: an array or one sentence must
+come of it.
 
-`cases(seed)` yields names and calls without an end; the same seed gives the same cases. A call raises UserError if
-the picture was refused, and AssertionError if something else than a picture came of it.
+`cases(seed)` yields names and calls without an end; the same seed gives the same cases. A call
+raises UserError if the picture was refused, and AssertionError if something else than a picture
+came of it.
 """
 
 import io
@@ -38,11 +40,16 @@ def cases(seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
 def read(data: bytes) -> None:
     """Reads bytes as a picture; raises UserError as `read_image` does."""
     image = read_image(data)
-    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size, image.shape
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size, (
+        image.shape
+    )
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flips, overwrites, inserts, repeats or cuts some bytes; most of it near the start, where headers are."""
+    """Flips, overwrites, inserts, repeats or cuts some bytes.
+
+    Most of it near the start, where headers are.
+    """
     out = bytearray(data)
     for _ in range(int(rng.integers(1, 6))):
         length = max(1, len(out))
@@ -68,7 +75,9 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _with_sums(data: bytes) -> bytes:
-    """Writes the checksums of a PNG's chunks anew, or the decoder would look at nothing behind a damaged one."""
+    """Writes the checksums of a PNG's chunks anew, or the decoder would look at nothing behind a
+    damaged one.
+    """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, at = bytearray(data), 8
@@ -168,7 +177,13 @@ def _dicom_files() -> dict[str, bytes]:
         "dicom segments": dicom_file(eight % 8, **coloured, **segments),
         "dicom mask": dicom_file(eight[:, :8], BitsAllocated=1, BitsStored=1, HighBit=0),
         "dicom jpeg": dicom_file(eight, "1.2.840.10008.1.2.4.50", PixelData=encapsulate([jpeg, jpeg])),
-        "dicom jpeg 2000": dicom_file(eight, "1.2.840.10008.1.2.4.90", PixelData=encapsulate([wavelets])),
-        "dicom jpeg 2000 boxes": dicom_file(eight, "1.2.840.10008.1.2.4.91", PixelData=encapsulate([boxes])),
-        "dicom rle": dicom_file(eight, "1.2.840.10008.1.2.5", PixelData=encapsulate([rle], has_bot=False)),
+        "dicom jpeg 2000": dicom_file(
+            eight, "1.2.840.10008.1.2.4.90", PixelData=encapsulate([wavelets])
+        ),
+        "dicom jpeg 2000 boxes": dicom_file(
+            eight, "1.2.840.10008.1.2.4.91", PixelData=encapsulate([boxes])
+        ),
+        "dicom rle": dicom_file(
+            eight, "1.2.840.10008.1.2.5", PixelData=encapsulate([rle], has_bot=False)
+        ),
     }
