@@ -1,22 +1,24 @@
 """Measures how near full-size Uni-Med comes to the limits of one accelerator.
 
-    python benchmarks/accelerator.py --out=accelerator.jsonl --budget=300
-    python benchmarks/accelerator.py --out=tiny.jsonl --tiny          # the same rows at toy size, on a CPU in seconds
+    python benchmarks/accelerator.py --out=accelerator.jsonl --budget=300 python
+    benchmarks/accelerator.py --out=tiny.jsonl --tiny          # the same rows at toy size, on a CPU
+    in seconds
 
-Rows, cheapest first, each written as soon as it is measured: a JSON line to --out, and the table so far to the same
-name with the ending .md. A row that would not end within --budget seconds is skipped, one that fails (out of memory,
-say) is noted, and the next one runs.
+Rows, cheapest first, each written as soon as it is measured: a JSON line to --out, and the table so
+far to the same name with the ending .md. A row that would not end within --budget seconds is
+skipped, one that fails (out of memory, say) is noted, and the next one runs.
 
 - `copy`: GB/s of reading and writing the device's memory.
 - `matmul`: TFLOP/s of a bfloat16 product of two random square matrices.
-- `decode, batch B`: tokens/s of greedy generation with only the 7B decoder (adapters merged, prompts of 32 tokens,
-  no early end; the prompt's pass counts as one token). The limit is reading all its weights once a token, at the
-  copy's bandwidth.
-- `train RxS`: the training step of configs/cmoe.py's model (EVA-CLIP-g, CMoE, LLaMA-2-7B with LoRA) on R full rows of
-  S tokens, of which one image in 256 tokens and 64 answer tokens each; frozen weights in bfloat16, full remat, AdamW.
-  MFU is useful FLOPs (unimed_jax/train/flops.py: 4N a token for the frozen decoder) over the chip's published dense
-  bfloat16 peak; `of matmul` is the same over the measured product. `plain attention` and `no dropout` say what the
-  fused kernel saves and what drawing random numbers costs.
+- `decode, batch B`: tokens/s of greedy generation with only the 7B decoder (adapters merged,
+  prompts of 32 tokens, no early end; the prompt's pass counts as one token). The limit is reading
+  all its weights once a token, at the copy's bandwidth.
+- `train RxS`: the training step of configs/cmoe.py's model (EVA-CLIP-g, CMoE, LLaMA-2-7B with LoRA)
+  on R full rows of S tokens, of which one image in 256 tokens and 64 answer tokens each; frozen
+  weights in bfloat16, full remat, AdamW. MFU is useful FLOPs (unimed_jax/train/flops.py: 4N a token
+  for the frozen decoder) over the chip's published dense bfloat16 peak; `of matmul` is the same
+  over the measured product. `plain attention` and `no dropout` say what the fused kernel saves and
+  what drawing random numbers costs.
 
 All numbers of weights and batch are random, made on the device. Needs jax, flax, optax and numpy only.
 """
@@ -78,7 +80,14 @@ FULL = ModelConfig(
     vision=VisionConfig(image_size=224, patch_size=14, width=1408, depth=39, heads=16, mlp_width=6144),
     connector=ConnectorConfig(),
     decoder=DecoderConfig(
-        vocab=32000, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11008, norm_eps=1e-5
+        vocab=32000,
+        width=4096,
+        depth=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        mlp_width=11008,
+        norm_eps=1e-5,
     ),
     lora=LoraConfig(rank=8, alpha=16.0, dropout=0.05),
     compute_dtype="bfloat16",
@@ -106,7 +115,13 @@ class Scale:
     repeats: int
 
 
-FULL_ROWS = ((16, 256, ""), (4, 1024, ""), (4, 1024, "no dropout"), (4, 1024, "plain attention"), (16, 1024, ""))
+FULL_ROWS = (
+    (16, 256, ""),
+    (4, 1024, ""),
+    (4, 1024, "no dropout"),
+    (4, 1024, "plain attention"),
+    (16, 1024, ""),
+)
 SCALES = {
     "full": Scale(FULL, 4 << 30, 8192, 128, 256, FULL_ROWS, 5),
     "tiny": Scale(TINY, 1 << 20, 64, 4, 16, ((2, 64, ""),), 2),
@@ -125,7 +140,8 @@ def _random(seed, like: tuple[tuple[str, tuple[int, ...], str], ...]) -> dict[st
         place = jnp.full(shape, seed + np.uint32(n), jnp.uint32)
         for axis, size in enumerate(shape):
             place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        for shift in (16, 15, 16):  # a hash of the place: far cheaper than jax.random, and as good for this
+        # a hash of the place: far cheaper than jax.random, and as good for this
+        for shift in (16, 15, 16):
             place = (place ^ place >> shift) * np.uint32(0x9E3779B9)
         uniform = (place >> 8).astype(jnp.float32) * 2**-23 - 1  # [-1, 1)
         name = path.split("/")[-1]
@@ -134,7 +150,11 @@ def _random(seed, like: tuple[tuple[str, tuple[int, ...], str], ...]) -> dict[st
         elif name.endswith("bias") or len(shape) < 2:
             leaves[path] = (0.1 * uniform).astype(dtype)
         else:
-            std = 0.02 if name in ("embedding", "positions", "task_tokens", "lora_b") else shape[-2] ** -0.5
+            std = (
+                0.02
+                if name in ("embedding", "positions", "task_tokens", "lora_b")
+                else shape[-2] ** -0.5
+            )
             leaves[path] = (math.sqrt(3) * std * uniform).astype(dtype)
     return leaves
 
@@ -175,15 +195,21 @@ def matmul(scale: Scale, earlier: dict[str, Values]) -> Values:
     product, chain = jax.jit(jnp.matmul), 10
     seconds(lambda: product(a, b), 2)
     # Several at once, so that starting one costs nothing.
-    median = statistics.median(seconds(lambda: [product(a, b) for _ in range(chain)], scale.repeats)) / chain
+    median = (
+        statistics.median(seconds(lambda: [product(a, b) for _ in range(chain)], scale.repeats)) / chain
+    )
     return {"seconds": median, "TFLOP/s": 2 * scale.side**3 / median / 1e12}
 
 
 def decode(scale: Scale, earlier: dict[str, Values], rows: int) -> Values:
     # The decoder only, next to the smallest encoder and connector that build.
     model = dataclasses.replace(TINY, decoder=scale.model.decoder, lora=LoraConfig(), remat="none")
-    model = dataclasses.replace(model, connector=dataclasses.replace(TINY.connector, hidden=8, router_hidden=8))
-    shapes = {p: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for p, x in parameters(abstract(model)).items()}
+    model = dataclasses.replace(
+        model, connector=dataclasses.replace(TINY.connector, hidden=8, router_hidden=8)
+    )
+    shapes = {
+        p: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for p, x in parameters(abstract(model)).items()
+    }
     filled: nnx.Module = with_parameters(abstract(model), random_leaves(shapes))
     side = model.vision.image_size
     ones = np.ones((rows, PROMPT), np.int32)
@@ -200,9 +226,16 @@ def decode(scale: Scale, earlier: dict[str, Values], rows: int) -> Values:
     run = functools.partial(generate, filled, batch, max_new_tokens=scale.new, eos=-1, pad=PAD)
     (compiled,) = seconds(run, 1)
     median = statistics.median(seconds(run, scale.repeats))
-    read = sum(2 * x.size for p, x in shapes.items() if p.startswith("decoder/") and p != "decoder/embedding")
+    read = sum(
+        2 * x.size for p, x in shapes.items() if p.startswith("decoder/") and p != "decoder/embedding"
+    )
     per_token = median / scale.new
-    out = {"seconds": median, "ms/token": 1e3 * per_token, "tokens/s": rows / per_token, "compile s": compiled - median}
+    out = {
+        "seconds": median,
+        "ms/token": 1e3 * per_token,
+        "tokens/s": rows / per_token,
+        "compile s": compiled - median,
+    }
     out["weights GB/s"] = read / per_token / 1e9
     if "GB/s" in earlier.get("copy", {}):
         out["of copy"] = out["weights GB/s"] / earlier["copy"]["GB/s"]
@@ -217,11 +250,17 @@ def training(scale: Scale, rows: int, tokens: int, variant: str = "") -> Config:
         model = dataclasses.replace(model, lora=dataclasses.replace(model.lora, dropout=0.0))
     return Config(
         model=model,
-        data=DataConfig(rows=rows, row_tokens=tokens, row_images=images, row_answers=images * scale.image_every // 4),
+        data=DataConfig(
+            rows=rows, row_tokens=tokens, row_images=images, row_answers=images * scale.image_every // 4
+        ),
         loss=LossConfig(reduction="token"),
         optimizer=OptimizerConfig(skip_unused=True),
         train=TrainConfig(
-            rules=(RuleConfig("decoder/*/lora_?", True), RuleConfig("connector/*", True), RuleConfig("*", False))
+            rules=(
+                RuleConfig("decoder/*/lora_?", True),
+                RuleConfig("connector/*", True),
+                RuleConfig("*", False),
+            )
         ),
     )
 
@@ -303,17 +342,28 @@ def machine() -> Values:
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 0) / 2**30
     versions = {package.__name__: package.__version__ for package in (jax, flax, optax, np)}
-    return {"device": device.device_kind, "platform": device.platform, "memory GiB": round(memory, 1), **versions}
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "memory GiB": round(memory, 1),
+        **versions,
+    }
 
 
 def table(about: Values, results: Sequence[Values]) -> str:
     """Writes Markdown: what was measured on, then a line for each row."""
-    lines = [", ".join(f"{key} {value}" for key, value in about.items()), "", "| row | measured |", "| --- | --- |"]
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in about.items()),
+        "",
+        "| row | measured |",
+        "| --- | --- |",
+    ]
     for result in results:
         result = dict(result)
         name = result.pop("row")
         shown = (
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in result.items()
         )
         lines.append(f"| {name} | {', '.join(shown)} |")
     return "\n".join(lines) + "\n"
@@ -331,7 +381,9 @@ def measure(scale: Scale, budget: float, out: Path, only: Sequence[str] = ()) ->
         begun = time.perf_counter()
         left = budget - (begun - start)
         if row.estimate > left:
-            values: Values = {"skipped": f"it takes about {row.estimate:.0f} s, and {left:.0f} s are left"}
+            values: Values = {
+                "skipped": f"it takes about {row.estimate:.0f} s, and {left:.0f} s are left"
+            }
         else:
             try:
                 values = earlier[row.name] = row.run(scale, earlier)
@@ -339,8 +391,11 @@ def measure(scale: Scale, budget: float, out: Path, only: Sequence[str] = ()) ->
                 traceback.print_exc()
                 values = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             jax.clear_caches()
-            gc.collect()  # models refer to themselves: their arrays would stay until some later collection
-            values["peak GiB so far"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+            # models refer to themselves: their arrays would stay until some later collection
+            gc.collect()
+            values["peak GiB so far"] = (jax.devices()[0].memory_stats() or {}).get(
+                "peak_bytes_in_use", 0
+            ) / 2**30
         values = {"row": row.name, **values, "row s": time.perf_counter() - begun}
         results.append(values)
         with out.open("a") as lines:
@@ -351,13 +406,19 @@ def measure(scale: Scale, budget: float, out: Path, only: Sequence[str] = ()) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines; the table is written next to it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file of JSON lines; the table is written next to it"
+    )
     parser.add_argument("--budget", type=float, default=300, help="seconds, for all rows together")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for a test on any machine")
     parser.add_argument("--only", nargs="+", default=(), help="beginnings of the names of rows to run")
     arguments = parser.parse_args()
-    results = measure(SCALES["tiny" if arguments.tiny else "full"], arguments.budget, arguments.out, arguments.only)
+    results = measure(
+        SCALES["tiny" if arguments.tiny else "full"], arguments.budget, arguments.out, arguments.only
+    )
     print(arguments.out.with_suffix(".md").read_text())
     sys.exit(any("failed" in result for result in results))
 

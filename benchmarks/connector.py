@@ -4,17 +4,20 @@
 
 Needs torch: pip install -e '.[parity]'.
 
-Four images of one task as EVA-CLIP-g leaves them (256 patches of 1408) -> 4 x 64 tokens of 5632 -> five experts
-5632 -> 4096 -> 4096 and a soft router 11264 -> 45056 -> 5 over task token and visual token, in float32: 707 M weights.
+Four images of one task as EVA-CLIP-g leaves them (256 patches of 1408) -> 4 x 64 tokens of 5632 ->
+five experts 5632 -> 4096 -> 4096 and a soft router 11264 -> 45056 -> 5 over task token and visual
+token, in float32: 707 M weights.
 
-- `ours`: unimed_jax/model/connector.py, jitted: all experts as two products, the router's task half once per task.
+- `ours`: unimed_jax/model/connector.py, jitted: all experts as two products, the router's task half
+  once per task.
 - `ours_literal`: the same module run as the original's loop (`form="literal"`), jitted.
 - `torch`: the original's loop in torch, eager (benchmarks/torch_unimed.py).
 
-All hold the same weights; outputs, and a grid of entries of every weight's gradient, must agree before a figure is
-given. The gradient is by all weights and not by the patches, whose encoder is frozen. A side needs 6 GiB and more, so
-one runs at a time: each round starts every side again, warms it and times it. A figure is the median over rounds
-(min .. max); the ratio is taken round by round.
+All hold the same weights; outputs, and a grid of entries of every weight's gradient, must agree
+before a figure is given. The gradient is by all weights and not by the patches, whose encoder is
+frozen. A side needs 6 GiB and more, so one runs at a time: each round starts every side again,
+warms it and times it. A figure is the median over rounds (min .. max); the ratio is taken round by
+round.
 """
 
 import argparse
@@ -35,8 +38,8 @@ from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, DecoderConfig, Mode
 
 SIDES = ("ours", "ours_literal", "torch")
 PASSES = ("forward", "backward")  # backward: forward and backward together
-# Of the largest output and, weight by weight, of the largest entry of the gradient: what rounding explains, TF32's on
-# a card.
+# Of the largest output and, weight by weight, of the largest entry of the gradient: what rounding
+# explains, TF32's on a card.
 TOLERANCE = {
     **{("cpu", "float32"): 1e-4, ("cuda", "float32"): 1e-2},
     **{("cpu", "bfloat16"): 5e-2, ("cuda", "bfloat16"): 5e-2},
@@ -76,7 +79,8 @@ def some(part) -> Any:
     return part[tuple(slice(None, None, max(1, n // 64)) for n in part.shape)]
 
 
-Values = dict[str, np.ndarray]  # `tokens`, and a published tensor's (or half's) name -> `some` of its gradient
+# `tokens`, and a published tensor's (or half's) name -> `some` of its gradient
+Values = dict[str, np.ndarray]
 
 # ---- sides -------------------------------------------------------------------------------------------
 
@@ -93,7 +97,9 @@ class Ours:
         shapes = {path: x.shape for path, x in parameters(module).items()}
         self.table = connector_table(config)
         self.leaves = {path: jax.device_put(leaf(path, shape)) for path, shape in shapes.items()}
-        self.patches, self.cotangent, self.tasks = jax.device_put((*inputs(config), np.full(4, TASK, np.int32)))
+        self.patches, self.cotangent, self.tasks = jax.device_put(
+            (*inputs(config), np.full(4, TASK, np.int32))
+        )
         dtype = config.compute_dtype
 
         def tokens(leaves, patches, tasks):
@@ -140,13 +146,20 @@ class Torch:
         self.weights = dict(self.module.named_parameters())
         # One leaf in memory at a time.
         self.table = sorted(connector_table(config), key=lambda entry: entry.path)
-        shapes = {f"connector/{path}": x.shape for path, x in parameters(abstract(config).connector).items()}
+        shapes = {
+            f"connector/{path}": x.shape for path, x in parameters(abstract(config).connector).items()
+        }
         held, values = "", np.empty(0)
         with torch.no_grad():
             for entry in self.table:
                 if entry.path != held:
-                    held, values = entry.path, leaf(entry.path.removeprefix("connector/"), shapes[entry.path])
-                self._part(self.weights[entry.name], entry).copy_(torch.from_numpy(entry.to_published(values)))
+                    held, values = (
+                        entry.path,
+                        leaf(entry.path.removeprefix("connector/"), shapes[entry.path]),
+                    )
+                self._part(self.weights[entry.name], entry).copy_(
+                    torch.from_numpy(entry.to_published(values))
+                )
         patches, cotangent = inputs(config)
         self.patches, self.cotangent = (torch.from_numpy(x).to(device) for x in (patches, cotangent))
 
@@ -164,8 +177,11 @@ class Torch:
         found = {"tokens": out.detach().float().cpu().numpy()}
         for entry in self.table:
             weight = self.weights[entry.name]
-            gradient = self.torch.zeros_like(weight) if weight.grad is None else weight.grad  # another task's token
-            found[f"{entry.name} {entry.columns}"] = some(self._part(gradient, entry)).cpu().numpy().copy()
+            # another task's token
+            gradient = self.torch.zeros_like(weight) if weight.grad is None else weight.grad
+            found[f"{entry.name} {entry.columns}"] = (
+                some(self._part(gradient, entry)).cpu().numpy().copy()
+            )
         self.module.zero_grad()
         return found
 
@@ -200,7 +216,13 @@ def serve(arguments: argparse.Namespace) -> None:
         run()
         return [harness.seconds(run) for _ in range(repeats)]
 
-    harness.serve({"values": values, "time": time, "memory": functools.partial(harness.peak_memory, arguments.device)})
+    harness.serve(
+        {
+            "values": values,
+            "time": time,
+            "memory": functools.partial(harness.peak_memory, arguments.device),
+        }
+    )
 
 
 # ---- the comparison ----------------------------------------------------------------------------------
@@ -220,14 +242,23 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     side.ask("values")
                     check(name, folder, TOLERANCE[arguments.device, arguments.dtype])
                 for what in PASSES:
-                    times[name][what].append(statistics.median(side.ask("time", name=what, repeats=arguments.repeats)))
+                    times[name][what].append(
+                        statistics.median(side.ask("time", name=what, repeats=arguments.repeats))
+                    )
                 memory[name] = max(memory[name], side.ask("memory"))
             finally:
                 side.close()
-            print(f"round {i + 1}, {name}: " + ", ".join(f"{w} {times[name][w][-1]:.4g} s" for w in PASSES), flush=True)
+            print(
+                f"round {i + 1}, {name}: "
+                + ", ".join(f"{w} {times[name][w][-1]:.4g} s" for w in PASSES),
+                flush=True,
+            )
     return {
         name: {
-            **{what: {"seconds": harness.spread(times[name][what]), "rounds": times[name][what]} for what in PASSES},
+            **{
+                what: {"seconds": harness.spread(times[name][what]), "rounds": times[name][what]}
+                for what in PASSES
+            },
             **{f"{what}_ratio": ratio(times["torch"][what], times[name][what]) for what in PASSES},
             "peak_gib": memory[name],
         }
@@ -243,15 +274,29 @@ def check(name: str, folder: Path, tolerance: float) -> None:
     """Compares outputs and gradients of side `name` with those of the first one."""
     mine, reference = (np.load(folder / f"{side}.npz") for side in (name, SIDES[0]))
     # The tokens of other tasks have a gradient of zero.
-    apart = {key: float(np.abs(mine[key] - x).max() / (np.abs(x).max() or 1)) for key, x in reference.items()}
+    apart = {
+        key: float(np.abs(mine[key] - x).max() / (np.abs(x).max() or 1)) for key, x in reference.items()
+    }
     tokens = apart.pop("tokens")
-    print(f"{name}: outputs within {tokens:.1e} of {SIDES[0]}'s largest, gradients within {max(apart.values()):.1e}")
+    print(
+        f"{name}: outputs within {tokens:.1e} of {SIDES[0]}'s largest, gradients within "
+        f"{max(apart.values()):.1e}"
+    )
     wrong = [key for key, value in {"outputs": tokens, **apart}.items() if not value < tolerance]
     if wrong:
-        raise harness.Failed(f"{name} and {SIDES[0]} differ ({', '.join(wrong)}), so there is no ratio to give.")
+        raise harness.Failed(
+            f"{name} and {SIDES[0]} differ ({', '.join(wrong)}), so there is no ratio to give."
+        )
 
 
-HEADER = ("side", "forward s", "forward + backward s", "peak GiB", "x torch, forward", "x torch, forward + backward")
+HEADER = (
+    "side",
+    "forward s",
+    "forward + backward s",
+    "peak GiB",
+    "x torch, forward",
+    "x torch, forward + backward",
+)
 
 
 def rows(sides: dict[str, Any]) -> Iterator[list[str]]:
@@ -266,13 +311,17 @@ def rows(sides: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--threads", type=int, default=2, help="of a side")
     parser.add_argument("--device", choices=harness.DEVICES, default="cpu")
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=3, help="starts of every side")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a pass in a round; their median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs of a pass in a round; their median counts"
+    )
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

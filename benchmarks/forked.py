@@ -1,4 +1,6 @@
-"""Runs commands of unimed_jax in processes forked from one that has imported everything: half the time of a start."""
+"""Runs commands of unimed_jax in processes forked from one that has imported everything: half the
+time of a start.
+"""
 
 import contextlib
 import json
@@ -56,13 +58,20 @@ class Commands:
         self.said = Path(tempfile.mkstemp(prefix="said-")[1])
 
     def start(self, words: Sequence[str], folder: Path, **environment: str) -> None:
-        asked = {"words": list(words), "folder": str(folder), "environment": environment, "said": str(self.said)}
+        asked = {
+            "words": list(words),
+            "folder": str(folder),
+            "environment": environment,
+            "said": str(self.said),
+        }
         self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()
         self.child = int(self._server.stdout.readline())
 
     def alive(self) -> bool:
-        """Whether the command still runs (a child that has ended stays until `end` asks for its status)."""
+        """Whether the command still runs (a child that has ended stays until `end` asks for its
+        status).
+        """
         try:
             return Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except OSError:

@@ -1,7 +1,8 @@
 """Runs the sides of a comparison in turn, each in its own process, and tabulates their figures.
 
-A side is a script run with `--side=NAME`; it reads one JSON request a line and answers with one (`serve`). The
-driver starts all sides, then goes round them, so that what else the machine does falls on all alike.
+A side is a script run with `--side=NAME`; it reads one JSON request a line and answers with one
+(`serve`). The driver starts all sides, then goes round them, so that what else the machine does
+falls on all alike.
 """
 
 import importlib.util
@@ -38,7 +39,9 @@ class Side:
     def __init__(self, name: str, script: str, arguments: Sequence[str]):
         self.name = name
         command = [sys.executable, script, f"--side={name}", *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ask(self, operation: str, **arguments) -> Any:
         """Returns what the side's operation returns; raises Failed if it failed or the side ended."""
@@ -50,7 +53,9 @@ class Side:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise Failed(f"{self.name} ended with exit code {self._process.wait()}; what it said stands above.")
+            raise Failed(
+                f"{self.name} ended with exit code {self._process.wait()}; what it said stands above."
+            )
         reply = json.loads(answer)
         if "failed" in reply:
             raise Failed(f"{self.name}: {reply['failed']}")
@@ -161,7 +166,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """Describes the machine that a figure was measured on."""
-    cpu = next((s.split(":")[1].strip() for s in _lines("/proc/cpuinfo") if s.startswith("model name")), "unknown")
+    cpu = next(
+        (s.split(":")[1].strip() for s in _lines("/proc/cpuinfo") if s.startswith("model name")),
+        "unknown",
+    )
     packages = {}
     for name in ("jax", "jaxlib", "torch", "transformers", "peft"):
         try:
@@ -194,7 +202,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
     )
 
 
@@ -206,4 +215,6 @@ def need(*packages: str, install: str = "-e '.[parity]'") -> None:
     """Raises Failed if a package that the comparison needs is not installed."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise Failed(f"this needs the package {name}, which is not installed; pip install {install}.")
+            raise Failed(
+                f"this needs the package {name}, which is not installed; pip install {install}."
+            )

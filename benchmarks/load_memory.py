@@ -1,7 +1,7 @@
 """Measures how much host memory loading a safetensors model takes beyond the arrays.
 
-python benchmarks/load_memory.py [--gb=4] [--devices=1]   writes a random LLaMA of that size into a temporary folder
-(disk: that much), loads it in a fresh process and prints one line of JSON.
+python benchmarks/load_memory.py [--gb=4] [--devices=1]   writes a random LLaMA of that size into a
+temporary folder (disk: that much), loads it in a fresh process and prints one line of JSON.
 """
 
 import argparse
@@ -23,7 +23,14 @@ def decoder(gigabytes: float):
 
     width, depth = 2048, max(1, round(gigabytes * 1e9 / 2 / 50.3e6))
     return DecoderConfig(
-        vocab=32000, width=width, depth=depth, heads=16, kv_heads=16, head_dim=128, mlp_width=5504, tied_head=True
+        vocab=32000,
+        width=width,
+        depth=depth,
+        heads=16,
+        kv_heads=16,
+        head_dim=128,
+        mlp_width=5504,
+        tied_head=True,
     )
 
 
@@ -93,7 +100,9 @@ def load(folder: Path, gigabytes: float, devices: int) -> dict:
     shardings = None if mesh is None else parameter_shardings(leaves, mesh)
     watch, before, start = Peak(), resident(), time.monotonic()
     watch.start()
-    loaded = jax.block_until_ready(load_leaves(table, open_weights(folder), Destination(leaves, shardings)))
+    loaded = jax.block_until_ready(
+        load_leaves(table, open_weights(folder), Destination(leaves, shardings))
+    )
     seconds = time.monotonic() - start
     watch.running = False
     watch.join()
@@ -111,7 +120,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--gb", type=float, default=4.0)
     options.add_argument("--devices", type=int, default=1)
-    options.add_argument("--folder", default="", help="where to write the model (default: a temporary folder)")
+    options.add_argument(
+        "--folder", default="", help="where to write the model (default: a temporary folder)"
+    )
     known = options.parse_args()
     if os.environ.get(CHILD):
         print(json.dumps(load(Path(known.folder), known.gb, known.devices)))
@@ -120,7 +131,13 @@ def main() -> None:
         write(Path(folder), known.gb)
         flags = f"--xla_force_host_platform_device_count={known.devices}"
         environment = os.environ | {CHILD: "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        words = [sys.executable, __file__, f"--gb={known.gb}", f"--devices={known.devices}", f"--folder={folder}"]
+        words = [
+            sys.executable,
+            __file__,
+            f"--gb={known.gb}",
+            f"--devices={known.devices}",
+            f"--folder={folder}",
+        ]
         subprocess.run(words, check=True, env=environment)
 
 

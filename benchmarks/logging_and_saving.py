@@ -2,7 +2,8 @@
 
     python benchmarks/logging_and_saving.py --config=configs/brain_tiny.py --out=logging_and_saving.json
 
-Sides, taken in turn so that what else the machine does falls on all alike, each a call of `train` in a new folder:
+Sides, taken in turn so that what else the machine does falls on all alike, each a call of `train`
+in a new folder:
 
 - `neither`: no step is logged and none saved;
 - `logging`: every step is logged;
@@ -11,10 +12,11 @@ Sides, taken in turn so that what else the machine does falls on all alike, each
 Two figures for each, medians over rounds (min .. max), in ms a logged step or a save:
 
 - *inside*: how long the loop waits in the calls that log and save;
-- *more*: how much longer the same steps took than in the same round's `neither`. This has the work in the background
-  too, and the machine's noise.
+- *more*: how much longer the same steps took than in the same round's `neither`. This has the work
+  in the background too, and the machine's noise.
 
-The shares are of the step time, at the intervals that the config sets (`train.log_every`, `train.save_every`).
+The shares are of the step time, at the intervals that the config sets (`train.log_every`,
+`train.save_every`).
 """
 
 import argparse
@@ -96,7 +98,10 @@ def run(side: str, settings: Any, steps: int) -> tuple[float, float]:
 def measure(config: Config, settings: Any, steps: int, rounds: int) -> dict[str, Any]:
     counted = steps - WARM_UP
     # The last step's save, which every side makes, comes after its end.
-    events = {"logging": counted, "saving": len([done for done in range(WARM_UP, steps) if done % (steps // 10) == 0])}
+    events = {
+        "logging": counted,
+        "saving": len([done for done in range(WARM_UP, steps) if done % (steps // 10) == 0]),
+    }
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     inside: dict[str, list[float]] = {side: [] for side in SIDES}
     run("neither", settings, WARM_UP + 1)  # compiles
@@ -116,13 +121,17 @@ def measure(config: Config, settings: Any, steps: int, rounds: int) -> dict[str,
             "every": intervals[side],
         }
         for name in ("inside", "more"):
-            figures[f"{name}_share"] = figures[f"{name}_ms"]["median"] / intervals[side] / step_ms["median"]
+            figures[f"{name}_share"] = (
+                figures[f"{name}_ms"]["median"] / intervals[side] / step_ms["median"]
+            )
         result[side] = figures
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/brain_tiny.py")
     parser.add_argument("--steps", type=int, default=60, help="of a run")
     parser.add_argument("--rounds", type=int, default=5)
@@ -152,7 +161,11 @@ def main() -> None:
         ]
         for side in SIDES[1:]
     ]
-    print(harness.table(["", "inside, ms each", "more, ms each", "every", "inside, share", "more, share"], rows))
+    print(
+        harness.table(
+            ["", "inside, ms each", "more, ms each", "every", "inside, share", "more, share"], rows
+        )
+    )
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,11 +1,13 @@
 """Measures what Med-MoE's third stage and its parts are worth, at a tiny size.
 
-    python benchmarks/med_moe_chain.py [--out=runs/med_moe_ablation] [--seeds=0,1,2] [--start=runs/brain_tiny] [--smoke]
+    python benchmarks/med_moe_chain.py [--out=runs/med_moe_ablation] [--seeds=0,1,2]
+    [--start=runs/brain_tiny] [--smoke]
 
-For each seed the stages of configs/med_moe/all.py:tiny, then variants of the last one, all from the same stage 2:
-dense, for as many steps and for as many FLOPs as the experts take; without the meta expert; with a router that learns
-next to the experts; top-2. Finished runs are skipped, so the same command continues. Writes ablation.json, ablation.md
-and ablation.png into the folder: paired differences with 95 % intervals, and whether what was published appears here.
+For each seed the stages of configs/med_moe/all.py:tiny, then variants of the last one, all from the
+same stage 2: dense, for as many steps and for as many FLOPs as the experts take; without the meta
+expert; with a router that learns next to the experts; top-2. Finished runs are skipped, so the same
+command continues. Writes ablation.json, ablation.md and ablation.png into the folder: paired
+differences with 95 % intervals, and whether what was published appears here.
 """
 
 import argparse
@@ -32,8 +34,8 @@ CHAIN = Path(__file__).parents[1] / "configs" / "med_moe" / "all.py"
 BEFORE = ("align", "instruct", "router")  # stages from which all variants of the last one start
 SCORES = ("open recall", "closed accuracy", "classification accuracy")
 
-# What is compared: left minus right; and the published difference in points, the mean over the paper's three data sets
-# (arXiv 2404.10237: recall of open, accuracy of closed questions).
+# What is compared: left minus right; and the published difference in points, the mean over the
+# paper's three data sets (arXiv 2404.10237: recall of open, accuracy of closed questions).
 PAIRS = (
     ("experts - dense, as many steps", "moe", "dense", (3.50, 1.82, None)),
     ("experts - dense, as many FLOPs", "moe", "dense_flops", (None, None, None)),
@@ -65,11 +67,15 @@ def variants(moe: Config) -> dict[str, Config]:
         )
 
     def trained(config: Config, **fields) -> Config:
-        return dataclasses.replace(config, init=without, train=dataclasses.replace(config.train, **fields))
+        return dataclasses.replace(
+            config, init=without, train=dataclasses.replace(config.train, **fields)
+        )
 
     dense = trained(changed(experts=0), rules=tuple(rule for rule in rules if "/moe/" not in rule.match))
     longer = round(moe.train.steps * activated(moe) / activated(dense))
-    learns = tuple(dataclasses.replace(rule, train=True) if "/router/" in rule.match else rule for rule in rules)
+    learns = tuple(
+        dataclasses.replace(rule, train=True) if "/router/" in rule.match else rule for rule in rules
+    )
     found = {
         "moe": moe,
         "dense": dense,
@@ -90,7 +96,9 @@ def stages_of(seed: int, out: Path, start: str, smoke: bool) -> list[Stage]:
         init = tuple((kind, start if path == "runs/brain_tiny" else path) for kind, path in config.init)
         config = dataclasses.replace(config, seed=seed, init=init)
         configs[Path(config.name).name] = shortened(config) if smoke else config
-    return linked([*(configs[name] for name in BEFORE), *variants(configs["moe"]).values()], out / f"seed{seed}")
+    return linked(
+        [*(configs[name] for name in BEFORE), *variants(configs["moe"]).values()], out / f"seed{seed}"
+    )
 
 
 def shortened(config: Config) -> Config:
@@ -100,14 +108,18 @@ def shortened(config: Config) -> Config:
         train=dataclasses.replace(config.train, steps=3),
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
         evaluate=dataclasses.replace(config.evaluate, limit=24, bootstrap=100),
-        router_fit=dataclasses.replace(config.router_fit, labels=(40,) if config.job == "router" else ()),
+        router_fit=dataclasses.replace(
+            config.router_fit, labels=(40,) if config.job == "router" else ()
+        ),
     )
 
 
 # ---- comparison ------------------------------------------------------------------------------------
 def measures(seeds: Sequence[Sequence[Mapping]]) -> dict[str, Measure]:
     """Scores one variant: means over seeds, from each seed's records of the same examples."""
-    kinds = np.array([record["task"] + ("/closed" if is_closed(record["meta"]) else "") for record in seeds[0]])
+    kinds = np.array(
+        [record["task"] + ("/closed" if is_closed(record["meta"]) else "") for record in seeds[0]]
+    )
     rules = {"vqa": token_recall, "vqa/closed": closed_accuracy, "cls": exact_match}
     found = {}
     for name, kind in zip(SCORES, rules, strict=True):
@@ -119,14 +131,18 @@ def measures(seeds: Sequence[Sequence[Mapping]]) -> dict[str, Measure]:
 def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int = 2000) -> dict:
     """Compares variants over their seeds, in points (%).
 
-    `records`: variant -> seed -> records; returned: {"variants": {variant: {score: {value, seeds}}}, "pairs": [...]}.
+    `records`: variant -> seed -> records; returned: {"variants": {variant: {score: {value,
+    seeds}}}, "pairs": [...]}.
 
-    Each pair: {pair, left, right, scores: {score: {value, ci95, seeds, published, verdict}}}; intervals over clusters
-    of test items, the same for both sides; `seeds` are the differences of single seeds.
+    Each pair: {pair, left, right, scores: {score: {value, ci95, seeds, published, verdict}}};
+    intervals over clusters of test items, the same for both sides; `seeds` are the differences of
+    single seeds.
     """
     ids = {tuple(r["id"] for r in some) for seeds in records.values() for some in seeds}
     if len(ids) != 1:
-        raise UserError("the variants answered different questions; remove the folder and run all of it again.")
+        raise UserError(
+            "the variants answered different questions; remove the folder and run all of it again."
+        )
     clusters = [record["cluster"] for record in next(iter(records.values()))[0]]
     every = {variant: measures(seeds) for variant, seeds in records.items()}
     single = {variant: [measures([some]) for some in seeds] for variant, seeds in records.items()}
@@ -142,7 +158,8 @@ def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int 
                 "value": 100 * (every[left][score].value - every[right][score].value),
                 "ci95": ci95,
                 "seeds": [
-                    100 * (a[score].value - b[score].value) for a, b in zip(single[left], single[right], strict=True)
+                    100 * (a[score].value - b[score].value)
+                    for a, b in zip(single[left], single[right], strict=True)
                 ],
                 "published": known,
                 "verdict": verdict(ci95, known),
@@ -150,7 +167,10 @@ def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int 
         pairs.append({"pair": pair, "left": left, "right": right, "scores": scores})
     shown = {
         variant: {
-            score: {"value": 100 * every[variant][score].value, "seeds": [100 * one[score].value for one in some]}
+            score: {
+                "value": 100 * every[variant][score].value,
+                "seeds": [100 * one[score].value for one in some],
+            }
             for score in SCORES
         }
         for variant, some in single.items()
@@ -171,7 +191,8 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
     rows = []
     for variant, scores in result["variants"].items():
         values = [
-            f"{s['value']:.1f} ({min(s['seeds']):.1f} .. {max(s['seeds']):.1f})" for s in (scores[n] for n in SCORES)
+            f"{s['value']:.1f} ({min(s['seeds']):.1f} .. {max(s['seeds']):.1f})"
+            for s in (scores[n] for n in SCORES)
         ]
         rows.append([variant, str(costs[variant][0]), f"{costs[variant][1]:,}", *values])
     pairs = []
@@ -189,9 +210,10 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
         f"{table(('variant', 'steps', 'activated in the decoder', *SCORES), rows)}\n\n"
         "Per cent on the held-out set, mean over seeds (lowest .. highest).\n\n"
         f"{table(('difference in points', *SCORES), pairs)}\n\n"
-        "Paired by example, 95 % intervals by a bootstrap over source images and slabs of the means over seeds; few "
-        "source images, so they are wide. Published: the mean over the paper's three data sets. FLOPs: the decoder "
-        "parameters that a token is multiplied with, times steps.\n"
+        "Paired by example, 95 % intervals by a bootstrap over source images and slabs of the "
+        "means over seeds; few source images, so they are wide. Published: the mean over the "
+        "paper's three data sets. FLOPs: the decoder parameters that a token is multiplied with, "
+        "times steps.\n"
     )
 
 
@@ -208,9 +230,13 @@ def draw(result: Mapping, path: Path) -> None:
             low, high = s["ci95"] or (s["value"], s["value"])
             axes.plot([low, high], [at, at], color="tab:blue")
             here = axes.plot(s["value"], at, "o", color="tab:blue", label="here")
-            seeds = axes.plot(s["seeds"], [at + 0.22] * len(s["seeds"]), ".", color="0.5", label="single seeds")
+            seeds = axes.plot(
+                s["seeds"], [at + 0.22] * len(s["seeds"]), ".", color="0.5", label="single seeds"
+            )
             if s["published"] is not None:
-                known = axes.plot(s["published"], at, "D", color="tab:orange", fillstyle="none", label="published")
+                known = axes.plot(
+                    s["published"], at, "D", color="tab:orange", fillstyle="none", label="published"
+                )
         axes.set(title=score, xlabel="difference in points")
         axes.set_yticks(range(len(pairs)), [entry["pair"] for entry in pairs])
     axes.invert_yaxis()
@@ -222,14 +248,21 @@ def test_records(stage: Stage) -> list[dict]:
     lines = (stage.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     records = [{**record, "cluster": f"{record['set']}/{record['cluster']}"} for record in records]
-    return sorted((r for r in records if r["split"] == "test" and r["task"] in ("vqa", "cls")), key=lambda r: r["id"])
+    return sorted(
+        (r for r in records if r["split"] == "test" and r["task"] in ("vqa", "cls")),
+        key=lambda r: r["id"],
+    )
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--out", type=Path, default=Path("runs/med_moe_ablation"))
     options.add_argument("--seeds", default="0,1,2")
-    options.add_argument("--start", default="runs/brain_tiny", help="a finished run of configs/brain_tiny.py")
+    options.add_argument(
+        "--start", default="runs/brain_tiny", help="a finished run of configs/brain_tiny.py"
+    )
     options.add_argument("--smoke", action="store_true", help="a few steps and answers of each run")
     known = options.parse_args()
     seeds = [int(seed) for seed in known.seeds.split(",")]

@@ -3,8 +3,9 @@
     python benchmarks/moe_dispatch.py --threads=2 --out=moe_dispatch.json
     python benchmarks/moe_dispatch.py --compile-for=v5e:4x4 --size=stablelm      # needs libtpu, no TPU
 
-The step is that of Med-MoE's third stage (configs/med_moe/moe.py): forward, backward, AdamW; experts in every second
-layer, one of them and the meta expert for every token; routers are random, so experts get about as many tokens each.
+The step is that of Med-MoE's third stage (configs/med_moe/moe.py): forward, backward, AdamW;
+experts in every second layer, one of them and the meta expert for every token; routers are random,
+so experts get about as many tokens each.
 
 - `dense`: every expert on every token, the reference.
 - `grouped`: tokens sorted by expert, one grouped product a linear; nothing is dropped.
@@ -12,12 +13,14 @@ layer, one of them and the meta expert for every token; routers are random, so e
 - `capacity, 1.25`: buffers of 1.25 times an expert's even share; tokens beyond are dropped.
 - `no experts`: the same model with its plain MLPs.
 
-Every side is a process of its own, and all are asked in turn, so that what else the machine does falls on all alike.
-Losses and gradient norms of the sides that drop nothing must agree before a figure is given. A figure is the median
-over rounds (min .. max). Temporaries are what the compiler sets aside beyond state and batch; the peak is the process'.
+Every side is a process of its own, and all are asked in turn, so that what else the machine does
+falls on all alike. Losses and gradient norms of the sides that drop nothing must agree before a
+figure is given. A figure is the median over rounds (min .. max). Temporaries are what the compiler
+sets aside beyond state and batch; the peak is the process'.
 
-With --compile-for no step is run: each side's program, at a published size, is compiled for a TPU slice (the batch of
-the config, rows over all chips, experts over up to four), and what it holds of a chip's memory is shown.
+With --compile-for no step is run: each side's program, at a published size, is compiled for a TPU
+slice (the batch of the config, rows over all chips, experts over up to four), and what it holds of
+a chip's memory is shown.
 """
 
 import argparse
@@ -39,7 +42,8 @@ from unimed_jax.config_file import load_config_file
 from unimed_jax.settings import from_config_dict
 
 EXPERTS = (2, 4, 8, 16)
-# Settings of config.model.moe; "capacity, all" holds all tokens in every buffer: a factor of the experts.
+# Settings of config.model.moe; "capacity, all" holds all tokens in every buffer: a factor of the
+# experts.
 PATHS: dict[str, dict[str, Any]] = {
     "dense": {"path": "dense"},
     "grouped": {"path": "grouped"},
@@ -139,7 +143,9 @@ def serve(arguments: argparse.Namespace) -> None:
     def timed(repeats: int) -> float:
         return statistics.median(harness.seconds(step.run) for _ in range(repeats))
 
-    harness.serve({"run": step.run, "time": timed, "temporaries": step.temporaries, "memory": harness.peak_memory})
+    harness.serve(
+        {"run": step.run, "time": timed, "temporaries": step.temporaries, "memory": harness.peak_memory}
+    )
 
 
 # ---- the comparison ------------------------------------------------------------------------------
@@ -157,16 +163,21 @@ def check(first: dict[str, dict[str, float]]) -> None:
         path, _, experts = name.partition("/")
         if path in DROPLESS:
             reference = first[f"dense/{experts}"]
-            wrong = [what for what, x in reference.items() if not abs(values[what] - x) <= TOLERANCE * abs(x)]
+            wrong = [
+                what for what, x in reference.items() if not abs(values[what] - x) <= TOLERANCE * abs(x)
+            ]
             if wrong:
-                raise harness.Failed(f"{name} differs from the dense path in {', '.join(wrong)}: no figure to give.")
+                raise harness.Failed(
+                    f"{name} differs from the dense path in {', '.join(wrong)}: no figure to give."
+                )
 
 
 def measure(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
     sides: dict[str, harness.Side] = {}
     times: dict[str, list[float]] = {}
     try:
-        for name in names(arguments.experts, arguments.paths):  # one after another: compiling takes all cores
+        # one after another: compiling takes all cores
+        for name in names(arguments.experts, arguments.paths):
             sides[name] = harness.Side(name, __file__, own)
             sides[name].ask("temporaries")
             print(f"{name} is ready", flush=True)
@@ -179,7 +190,9 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
         return {
             name: {
                 "seconds": harness.spread(times[name]),
-                "x no experts": harness.spread([a / b for a, b in zip(times[name], times[NONE], strict=True)]),
+                "x no experts": harness.spread(
+                    [a / b for a, b in zip(times[name], times[NONE], strict=True)]
+                ),
                 "temporaries_gib": side.ask("temporaries"),
                 "peak_gib": side.ask("memory"),
                 **first[name],
@@ -195,7 +208,11 @@ def compile_all(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]
     """Compiles one at a time, each in a new process; what does not fit the chip is reported."""
     # libtpu reads XLA_FLAGS too, and an unknown one ends it.
     os.environ |= {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+    os.environ |= {
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }
     found: dict[str, Any] = {}
     for name in names(arguments.experts, arguments.paths):
         side = harness.Side(name, __file__, own)
@@ -213,7 +230,15 @@ def rows(sides: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Returns header and rows of the table."""
     ours = [(*name.partition("/")[::2], found) for name, found in sides.items()]
     if any("x no experts" in found for *_, found in ours):
-        header = ("path", "experts", "s/step", "x no experts", "temporaries GiB", "peak GiB", "largest share")
+        header = (
+            "path",
+            "experts",
+            "s/step",
+            "x no experts",
+            "temporaries GiB",
+            "peak GiB",
+            "largest share",
+        )
         return header, [
             [
                 path,
@@ -226,7 +251,14 @@ def rows(sides: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
             ]
             for path, experts, f in ours
         ]
-    header = ("path", "experts", "mesh", "state and batch GiB a chip", "temporaries GiB a chip", "compiled in s")
+    header = (
+        "path",
+        "experts",
+        "mesh",
+        "state and batch GiB a chip",
+        "temporaries GiB a chip",
+        "compiled in s",
+    )
     table = []
     for path, experts, f in ours:
         if "failed" in f:
@@ -239,14 +271,22 @@ def rows(sides: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--experts", type=lambda text: tuple(map(int, text.split(","))), default=EXPERTS)
-    parser.add_argument("--paths", nargs="+", choices=(NONE, *PATHS), default=(NONE, *PATHS), help="what is compiled")
+    parser.add_argument(
+        "--paths", nargs="+", choices=(NONE, *PATHS), default=(NONE, *PATHS), help="what is compiled"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of a side")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of a side in a round; their median counts")
-    parser.add_argument("--compile-for", metavar="TOPOLOGY", help="a TPU slice, as v5e:4x4; nothing is timed")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed steps of a side in a round; their median counts"
+    )
+    parser.add_argument(
+        "--compile-for", metavar="TOPOLOGY", help="a TPU slice, as v5e:4x4; nothing is timed"
+    )
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -264,7 +304,12 @@ def main() -> None:
     print(json.dumps(machine))
     print(harness.table(*rows(sides)))
     if arguments.out:
-        result = {"size": arguments.size, "compiled for": arguments.compile_for, "machine": machine, "sides": sides}
+        result = {
+            "size": arguments.size,
+            "compiled for": arguments.compile_for,
+            "machine": machine,
+            "sides": sides,
+        }
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

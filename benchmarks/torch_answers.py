@@ -1,14 +1,16 @@
 """Compares a run with its export in torch: greedy tokens and logits of test examples.
 
-    HF_HUB_OFFLINE=1 python benchmarks/torch_answers.py --run=runs/brain_tiny --examples=50 --out=answers.json
+    HF_HUB_OFFLINE=1 python benchmarks/torch_answers.py --run=runs/brain_tiny --examples=50
+    --out=answers.json
 
 Needs torch: pip install -e '.[parity]'.
 
 The folder is written by `export_model` if it does not exist yet, and loaded as a user loads it:
-`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Both sides make prompt and pixels themselves and
-answer in left-padded batches. `tokens` counts examples whose greedy tokens are all the same; `logits` is the largest
-difference of any logit that predicts a token of the answer, over whole passes without a cache, next to the largest
-logit; `gap` is the least distance of the best two, which a difference would have to reach to turn a token.
+`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Both sides make prompt and
+pixels themselves and answer in left-padded batches. `tokens` counts examples whose greedy tokens
+are all the same; `logits` is the largest difference of any logit that predicts a token of the
+answer, over whole passes without a cache, next to the largest logit; `gap` is the least distance of
+the best two, which a difference would have to reach to turn a token.
 """
 
 import argparse
@@ -56,7 +58,9 @@ class Ours:
         rows = generate(self.model, batch, max_new_tokens=new, eos=eos, pad=pad)
         return [ended(row, eos) for row in np.asarray(rows)[: len(examples)]]
 
-    def logits(self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]) -> list[np.ndarray]:
+    def logits(
+        self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]
+    ) -> list[np.ndarray]:
         """Computes for each example the logits [answer tokens, vocab] that predict its given answer."""
         size, groups = self.config.model.vision.image_size, []
         for example, shown, answer in zip(examples, pixels, answers, strict=True):
@@ -67,7 +71,8 @@ class Ours:
             )
             groups.append(layout.Group((given,), tuple(images.resize(image, size) for image in shown)))
         shape = layout.RowShape(
-            tokens=self.config.text.max_prompt + self.config.evaluate.max_new_tokens,  # one shape for all batches
+            # one shape for all batches
+            tokens=self.config.text.max_prompt + self.config.evaluate.max_new_tokens,
             images=1,
             answers=self.config.evaluate.max_new_tokens,
             tokens_per_image=self.config.model.tokens_per_image,
@@ -92,10 +97,14 @@ class Torch:
         return [(image, e.task, e.question) for e, image in zip(examples, shown, strict=True)]
 
     def tokens(self, examples: Sequence[Example], pixels: Pixels) -> list[list[int]]:
-        rows = self.model.generate(**self.model.prepare(self.tokenizer, self._questions(examples, pixels)))
+        rows = self.model.generate(
+            **self.model.prepare(self.tokenizer, self._questions(examples, pixels))
+        )
         return [ended(row, self.model.config.eos_token_id) for row in rows.tolist()]
 
-    def logits(self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]) -> list[np.ndarray]:
+    def logits(
+        self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]
+    ) -> list[np.ndarray]:
         out = []
         for question, answer in zip(self._questions(examples, pixels), answers, strict=True):
             batch = self.model.prepare(self.tokenizer, [question])
@@ -107,7 +116,9 @@ class Torch:
         return out
 
 
-def compare(ours: Ours, theirs: Torch, examples: Sequence[Example], pixels: Pixels) -> list[dict[str, Any]]:
+def compare(
+    ours: Ours, theirs: Torch, examples: Sequence[Example], pixels: Pixels
+) -> list[dict[str, Any]]:
     """Compares example by example; the logits are those along our own answer."""
     here, there = ours.tokens(examples, pixels), theirs.tokens(examples, pixels)
     logits = ours.logits(examples, pixels, here), theirs.logits(examples, pixels, here)
@@ -147,14 +158,27 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             worst, largest = max(r["logits"] for r in of_task), max(r["largest"] for r in of_task)
             same, words = sum(r["same"] for r in of_task), sum(r["length"] for r in of_task)
             gap = min(r["gap"] for r in of_task)
-            rows.append([task, f"{same} of {len(of_task)}", str(words), f"{worst:.1e}", f"{largest:.1f}", f"{gap:.1e}"])
+            rows.append(
+                [
+                    task,
+                    f"{same} of {len(of_task)}",
+                    str(words),
+                    f"{worst:.1e}",
+                    f"{largest:.1f}",
+                    f"{gap:.1e}",
+                ]
+            )
     return harness.table(("task", "tokens", "tokens of answers", "logits", "largest logit", "gap"), rows)
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--run", required=True, help="a run's folder")
-    options.add_argument("--export", help="its exported folder, written if it is not there (default: a temporary one)")
+    options.add_argument(
+        "--export", help="its exported folder, written if it is not there (default: a temporary one)"
+    )
     options.add_argument("--examples", type=int, default=50, help="test examples, spread over the tasks")
     options.add_argument("--batch", type=int, default=8, help="examples that are answered together")
     options.add_argument("--out", help="a JSON file for the records")
@@ -173,7 +197,11 @@ def main() -> None:
             scores = run.folder / "metrics.json"
             metrics = json.loads(scores.read_text()) if scores.is_file() else None
             export_unimed_hf(
-                folder, run.config, parameters(run.model), tokenizer_folder(run.folder, run.config), metrics
+                folder,
+                run.config,
+                parameters(run.model),
+                tokenizer_folder(run.folder, run.config),
+                metrics,
             )
         there = [(d, e) for d in distinct(open_sources(run.config.data)) for e in d.examples("test")]
         picked = chosen(there, known.examples)
@@ -185,10 +213,15 @@ def main() -> None:
             records += compare(*sides, examples[part], pixels[part])
     print(table(records))
     if known.out:
-        Path(known.out).write_text(json.dumps({"machine": harness.machine(1), "records": records}, indent=1) + "\n")
+        Path(known.out).write_text(
+            json.dumps({"machine": harness.machine(1), "records": records}, indent=1) + "\n"
+        )
     failed = [r for r in records if not r["same"] or r["logits"] > TOLERANCE]
     if failed:
-        sys.exit(f"{len(failed)} of {len(records)} examples differ: {', '.join(r['id'] for r in failed[:5])} ...")
+        sys.exit(
+            f"{len(failed)} of {len(records)} examples differ: "
+            f"{', '.join(r['id'] for r in failed[:5])} ..."
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Uni-Med in plain torch, the peer that the benchmarks compare with: the connector as the original runs it
-(every expert in a loop, the router on task token and visual token side by side for every token), a plain ViT,
-Hugging Face's LLaMA wrapped by PEFT.
+"""Uni-Med in plain torch, the peer that the benchmarks compare with: the connector as the original
+runs it (every expert in a loop, the router on task token and visual token side by side for every
+token), a plain ViT, Hugging Face's LLaMA wrapped by PEFT.
 
-Modules are named so that a state dict holds the names of `unimed_jax/interop/families/unimed_names.py`: our weights
-cross by that table, and `load_state_dict` is strict.
+Modules are named so that a state dict holds the names of
+`unimed_jax/interop/families/unimed_names.py`: our weights cross by that table, and
+`load_state_dict` is strict.
 """
 
 import torch
@@ -29,7 +30,8 @@ class Attention(nn.Module):
         images, patches, width = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.view(images, patches, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [N, heads, P, d] each
+        # [N, heads, P, d] each
+        q, k, v = qkv.view(images, patches, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(images, patches, width))  # [N, P, width]
 
@@ -72,7 +74,9 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, width))
         self.patch_embed = PatchEmbed(width, config.patch_size)
-        blocks = [Block(width, config.heads, config.mlp_width, config.norm_eps) for _ in range(config.depth)]
+        blocks = [
+            Block(width, config.heads, config.mlp_width, config.norm_eps) for _ in range(config.depth)
+        ]
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, pixels):
@@ -102,7 +106,10 @@ class Connector(nn.Module):
         self.task_tokens = nn.ParameterDict({task: torch.zeros(1, 1, width) for task in VISUAL_TASKS})
         self.router = Router(2 * width, 8 * width, c.experts)
         hidden = c.hidden or out
-        experts = [nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out)) for _ in range(c.experts)]
+        experts = [
+            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+            for _ in range(c.experts)
+        ]
         self.moe_layers = nn.ModuleList(experts)
 
     def connect(self, patches, task_token):
@@ -125,7 +132,9 @@ class UniMed(Connector):
         super().__init__(config)
         d, lora = config.decoder, config.lora
         self.visual_encoder = VisionTransformer(config.vision).requires_grad_(False)
-        self.ln_vision = nn.LayerNorm(config.vision.width, eps=config.vision.output_norm_eps).requires_grad_(False)
+        self.ln_vision = nn.LayerNorm(
+            config.vision.width, eps=config.vision.output_norm_eps
+        ).requires_grad_(False)
         settings = LlamaConfig(
             vocab_size=d.vocab,
             hidden_size=d.width,
@@ -151,8 +160,8 @@ class UniMed(Connector):
     def forward(self, pixels, task_token, tokens, mask, labels, start: int):
         """Returns the mean cross entropy over the labels that are not -100.
 
-        pixels [B, 3, H, W] of a batch of one task, or None (text only); tokens, mask, labels int64 [B, S];
-        the visual tokens of each row stand at `start`.
+        pixels [B, 3, H, W] of a batch of one task, or None (text only); tokens, mask, labels int64
+        [B, S]; the visual tokens of each row stand at `start`.
         """
         x = self.llm_model.get_input_embeddings()(tokens)
         if pixels is not None:
@@ -166,9 +175,14 @@ def optimizer(model: nn.Module, weight_decay: float, betas, eps: float) -> torch
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim >= 2 and not any(part in name for part in ("bias", "ln", "bn"))].append(parameter)
+            groups[
+                parameter.ndim >= 2 and not any(part in name for part in ("bias", "ln", "bn"))
+            ].append(parameter)
     return torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        [
+            {"params": groups[True], "weight_decay": weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
         betas=betas,
         eps=eps,
     )

@@ -7,28 +7,31 @@ Needs torch and PEFT: pip install -e '.[parity]'.
 Sides, each a process of its own, asked in turn so that what else the machine does falls on all alike:
 
 - `ours`: `unimed_jax/train/step.py`, jitted: forward, backward, AdamW on adapters and connector.
-- `ours_shared` (in `mixture`): the same, questions of one image sharing its tokens, as `config.data` allows.
-- `torch_eager`: Hugging Face's LLaMA with PEFT's LoRA on all seven linears, the connector as the original runs it,
-  a plain frozen ViT (benchmarks/torch_unimed.py), torch.optim.AdamW.
+- `ours_shared` (in `mixture`): the same, questions of one image sharing its tokens, as
+  `config.data` allows.
+- `torch_eager`: Hugging Face's LLaMA with PEFT's LoRA on all seven linears, the connector as the
+  original runs it, a plain frozen ViT (benchmarks/torch_unimed.py), torch.optim.AdamW.
 - `torch_compiled`: the same under torch.compile.
 
 Cases:
 
-- `padded`: the same padded rows for all, so that only the program differs: a batch of four for each visual task.
-- `mixture`: 100 examples, tasks in the shares of Uni-Med's published mixture. Torch trains on them as the original
-  does: four of one task a batch, one a row, padded to the longest of the batch. Ours packs them into rows of mixed
-  tasks, of which one holds as many examples as a batch of torch has (four, nearly).
+- `padded`: the same padded rows for all, so that only the program differs: a batch of four for each
+  visual task.
+- `mixture`: 100 examples, tasks in the shares of Uni-Med's published mixture. Torch trains on them
+  as the original does: four of one task a batch, one a row, padded to the longest of the batch.
+  Ours packs them into rows of mixed tasks, of which one holds as many examples as a batch of torch
+  has (four, nearly).
 
-All run without dropout (two generators' masks would differ), images decoded beforehand. `--dtype=bfloat16` stores
-what is frozen and computes in bfloat16 (torch: under autocast) and keeps what trains in float32; on a card float32
-means TF32 products for all sides. Text lengths are
-those of the brain set's training records in LLaMA's kind of vocabulary (`train_step_rows.LENGTHS`); which ids they
-have changes no cost, so they are random.
+All run without dropout (two generators' masks would differ), images decoded beforehand.
+`--dtype=bfloat16` stores what is frozen and computes in bfloat16 (torch: under autocast) and keeps
+what trains in float32; on a card float32 means TF32 products for all sides. Text lengths are those
+of the brain set's training records in LLaMA's kind of vocabulary (`train_step_rows.LENGTHS`); which
+ids they have changes no cost, so they are random.
 
-Losses must agree before anything is timed: `padded` trains on its batches and compares every loss, which the updates
-of the steps before have moved; `mixture` compares the mean loss over all answer tokens. A figure is the median over
-rounds (min .. max); the ratio is taken round by round. Memory is the peak of each process, or what it has held of the
-card.
+Losses must agree before anything is timed: `padded` trains on its batches and compares every loss,
+which the updates of the steps before have moved; `mixture` compares the mean loss over all answer
+tokens. A figure is the median over rounds (min .. max); the ratio is taken round by round. Memory
+is the peak of each process, or what it has held of the card.
 """
 
 import argparse
@@ -93,9 +96,13 @@ class Ours:
         )
         # Its step also takes batches of other shapes than those that it describes.
         program = build(config, None)
-        leaves = {path: jnp.asarray(leaf) for path, leaf in load_file(folder / "ours.safetensors").items()}
+        leaves = {
+            path: jnp.asarray(leaf) for path, leaf in load_file(folder / "ours.safetensors").items()
+        }
         self.frozen = {path: leaves[path].astype(leaf.dtype) for path, leaf in program.frozen.items()}
-        self.state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer)
+        self.state = first_state(
+            {path: leaves[path] for path in program.state.leaves}, program.optimizer
+        )
         self.step = program.step
         self.batches = batches(chosen, case, side)
 
@@ -149,7 +156,9 @@ class Torch:
             self.batches.append((task, pixels, tokens, mask, labels, start))
 
     def losses(self, lr: float) -> Pass:
-        return [float(loss) for loss in self._run(lr)], [float((batch[4] != -100).sum()) for batch in self.batches]
+        return [float(loss) for loss in self._run(lr)], [
+            float((batch[4] != -100).sum()) for batch in self.batches
+        ]
 
     def round(self) -> float:
         return harness.seconds(lambda: [float(loss) for loss in list(self._run(RATE))])
@@ -174,7 +183,8 @@ def serve(arguments: argparse.Namespace) -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as XLA multiplies by default
+        # as XLA multiplies by default
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
         runner: Ours | Torch = Torch(chosen, arguments.case, side, arguments.folder, arguments.device)
     else:
@@ -186,7 +196,9 @@ def serve(arguments: argparse.Namespace) -> None:
 def chosen_size(arguments: argparse.Namespace) -> Size:
     """Returns the size with `--dtype` for computing and for frozen weights."""
     size, dtype = SIZES[arguments.size], arguments.dtype
-    return dataclasses.replace(size, model=dataclasses.replace(size.model, compute_dtype=dtype, frozen_dtype=dtype))
+    return dataclasses.replace(
+        size, model=dataclasses.replace(size.model, compute_dtype=dtype, frozen_dtype=dtype)
+    )
 
 
 # ---- the comparison ----------------------------------------------------------------------------------
@@ -196,13 +208,17 @@ def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     """Measures all sides on one case; raises harness.Failed if losses differ."""
     own = [f"--{name}={getattr(arguments, name)}" for name in ("size", "threads", "device", "dtype")]
     own += [f"--case={case}", f"--folder={folder}"]
-    started = {name: harness.Side(name, __file__, own) for name in CASES[case] if name in arguments.sides}
+    started = {
+        name: harness.Side(name, __file__, own) for name in CASES[case] if name in arguments.sides
+    }
     sides, absent = dict(started), {}
     try:
         losses = {}
         for name, side in started.items():
             try:
-                losses[name] = mean_losses(case, *side.ask("losses", lr=CHECK_RATE if case == "padded" else 0.0))
+                losses[name] = mean_losses(
+                    case, *side.ask("losses", lr=CHECK_RATE if case == "padded" else 0.0)
+                )
             except harness.Failed as error:
                 if name != "torch_compiled":
                     raise
@@ -222,7 +238,9 @@ def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     return {
         "losses": losses,
         "absent": absent,
-        "sides": {name: figures(SIZES[arguments.size], case, name, rounds, memory[name]) for name in sides},
+        "sides": {
+            name: figures(SIZES[arguments.size], case, name, rounds, memory[name]) for name in sides
+        },
     }
 
 
@@ -242,7 +260,9 @@ def check(case: str, losses: dict[str, list[float]], tolerance: float) -> None:
             )
 
 
-def figures(chosen: Size, case: str, name: str, rounds: dict[str, list[float]], memory: float) -> dict[str, Any]:
+def figures(
+    chosen: Size, case: str, name: str, rounds: dict[str, list[float]], memory: float
+) -> dict[str, Any]:
     made = batches(chosen, case, name)
     own, reference = np.array(rounds[name]), np.array(rounds["torch_eager"])
     count = BATCH * (len(VISUAL_TASKS) if case == "padded" else sum(MIXTURE.values()))
@@ -263,24 +283,43 @@ def rows(case: str, result: dict[str, Any]) -> Iterator[list[str]]:
     for name, f in result["sides"].items():
         step = harness.figure(f["seconds_per_step"], 4 if f["seconds_per_step"]["median"] < 0.1 else 2)
         yield [
-            *(case, name, harness.figure(f["examples_per_second"]), f"{f['tokens_per_second']['median']:.0f}", step),
+            *(
+                case,
+                name,
+                harness.figure(f["examples_per_second"]),
+                f"{f['tokens_per_second']['median']:.0f}",
+                step,
+            ),
             *(f"{100 * f['padding_waste']:.0f} %", f"{f['peak_gib']:.2f}", harness.figure(f["ratio"])),
         ]
     for name, reason in result["absent"].items():
         yield [case, name, reason, *[""] * (len(HEADER) - 3)]
 
 
-HEADER = ("case", "side", "useful examples/s", "useful tokens/s", "s/step", "padding", "peak GiB", "x torch_eager")
+HEADER = (
+    "case",
+    "side",
+    "useful examples/s",
+    "useful tokens/s",
+    "s/step",
+    "padding",
+    "peak GiB",
+    "x torch_eager",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     parser.add_argument("--device", choices=harness.DEVICES, default="cpu")
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=5, help="timed passes over a case's batches")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="torch_eager always runs")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES, help="torch_eager always runs"
+    )
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
@@ -292,13 +331,22 @@ def main() -> None:
     harness.need("torch", "peft", "transformers")
     arguments.sides = {*arguments.sides, "torch_eager"}
     machine = harness.machine(arguments.threads, arguments.device)
-    result: dict[str, Any] = {"size": arguments.size, "dtype": arguments.dtype, "machine": machine, "cases": {}}
+    result: dict[str, Any] = {
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+        "machine": machine,
+        "cases": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         write_weights(SIZES[arguments.size].model, Path(folder))
         for case in CASES:
             result["cases"][case] = compare(case, arguments, Path(folder))
     print(json.dumps(result["machine"]))
-    print(harness.table(HEADER, [row for case, found in result["cases"].items() for row in rows(case, found)]))
+    print(
+        harness.table(
+            HEADER, [row for case, found in result["cases"].items() for row in rows(case, found)]
+        )
+    )
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 

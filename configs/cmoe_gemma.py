@@ -1,6 +1,7 @@
 """Uni-Med's recipe (configs/cmoe.py) around Gemma-7B-it: only the decoder differs.
 
-Needs the weights and data named in `init`, `text.tokenizer` and `data.root`; without them the run says so.
+Needs the weights and data named in `init`, `text.tokenizer` and `data.root`; without them the run
+says so.
 """
 
 import cmoe

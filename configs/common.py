@@ -45,7 +45,8 @@ def tiny_vision(config):
 def tiny_connector(config):
     """Sets 4 visual tokens of 4x4 patches, five experts, a soft router on task and visual token.
 
-    Wide tokens: the experts see where each patch lies, and the encoder learns in a third of the steps that 16 take.
+    Wide tokens: the experts see where each patch lies, and the encoder learns in a third of the
+    steps that 16 take.
     """
     connector = config.model.connector
     connector.aggregation = "block"
@@ -103,7 +104,10 @@ MED_MOE_CLASSES = (
     dict(
         name="medmnist",
         id="pneumoniamnist",
-        options={"name": "pneumoniamnist", "question": "Is this chest X-ray normal, or does it show pneumonia?"},
+        options={
+            "name": "pneumoniamnist",
+            "question": "Is this chest X-ray normal, or does it show pneumonia?",
+        },
     ),
     dict(
         name="medmnist",
@@ -116,12 +120,14 @@ MED_MOE_CLASSES = (
 def med_moe(size):
     """Makes what the four stages share: align -> instruct -> router -> moe.
 
-    Sizes are :stablelm and :phi2 (published), and :tiny, on CPU from the vision encoder and decoder of a finished run
-    of configs/brain_tiny.py. A stage starts from the run that its `init` names.
+    Sizes are :stablelm and :phi2 (published), and :tiny, on CPU from the vision encoder and decoder
+    of a finished run of configs/brain_tiny.py. A stage starts from the run that its `init` names.
     """
     if size not in SIZES:
         known = ", ".join(f":{name}" for name in SIZES)
-        raise UserError(f"Med-MoE's configs come in sizes, not {size!r}; add one of {known} after the file's name.")
+        raise UserError(
+            f"Med-MoE's configs come in sizes, not {size!r}; add one of {known} after the file's name."
+        )
     config = default_config()
     {"stablelm": stablelm, "phi2": phi2, "tiny": tiny}[size](config)
 
@@ -180,9 +186,11 @@ def clip(config):
     data.row_tokens = 2048
     data.row_images = 1
     data.row_answers = 1024
-    config.train.accumulation = 8  # 8 rows at a time: logits of 1024 answers over 100,352 words are large
+    # 8 rows at a time: logits of 1024 answers over 100,352 words are large
+    config.train.accumulation = 8
 
-    # Every stage is scored on what stage 3 learns from, and on two sets of classes that none learns from.
+    # Every stage is scored on what stage 3 learns from, and on two sets of classes that none learns
+    # from.
     evaluate = config.evaluate
     evaluate.sources = (*MED_MOE_QUESTIONS, *MED_MOE_CLASSES)
     evaluate.splits = ("test",)

@@ -1,4 +1,6 @@
-"""Writes docs/settings.md from unimed_jax/config.py: `python docs/make_settings.py > docs/settings.md`."""
+"""Writes docs/settings.md from unimed_jax/config.py: `python docs/make_settings.py >
+docs/settings.md`.
+"""
 
 import ast
 import dataclasses
@@ -19,7 +21,13 @@ A config file sets them (`config.model.vision.width = 128`), and so does the com
 refused in one sentence.
 Where the default is None, `fidelity` may fill the value in; the last table says with what.
 """
-WORDS = {int: "whole number", float: "number", str: "text", bool: "True or False", typing.Any: "JSON value"}
+WORDS = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "True or False",
+    typing.Any: "JSON value",
+}
 
 
 def described(kind: type) -> str:
@@ -85,7 +93,8 @@ def default(field: dataclasses.Field) -> str:
     value = field.default
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
         value = tuple(
-            {f.name: v for f in dataclasses.fields(e) if (v := getattr(e, f.name)) != f.default} for e in value
+            {f.name: v for f in dataclasses.fields(e) if (v := getattr(e, f.name)) != f.default}
+            for e in value
         )
     return f"`{value!r}`"
 

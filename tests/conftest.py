@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The second compiles tiny programs in half the time; later versions lack it, and an unknown flag ends the process.
+# The second compiles tiny programs in half the time; later versions lack it, and an unknown flag
+# ends the process.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8"
@@ -23,22 +24,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)")
-    parser.addoption("--real-data", default=None, help="folder of real data sets, as docs/real_data.md lays them out")
+    parser.addoption(
+        "--goldens", default=None, help="folder of golden cases (default: those in tests/goldens)"
+    )
+    parser.addoption(
+        "--real-data", default=None, help="folder of real data sets, as docs/real_data.md lays them out"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_cmdline_main(config):
     """Runs a whole lane in two processes if pytest-xdist is installed: half the time on two cores.
 
-    Not the slow tests, which start and kill processes of their own, and not what was asked for by file. `-n 0` turns
-    it off.
+    Not the slow tests, which start and kill processes of their own, and not what was asked for by
+    file. `-n 0` turns it off.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:  # one of the two, which must not start two of its own
         return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS or len(config.args) > 5
     options = config.option
-    if whole and options.markexpr == "not slow" and getattr(options, "numprocesses", 0) is None and not options.usepdb:
+    if (
+        whole
+        and options.markexpr == "not slow"
+        and getattr(options, "numprocesses", 0) is None
+        and not options.usepdb
+    ):
         options.numprocesses, options.dist = 2, "worksteal"
 
 
@@ -46,7 +56,9 @@ _compiled = pytest.StashKey[str]()
 
 
 def pytest_configure(config):
-    """Lets all tests share what they compile: here, in pytest-xdist's workers, in processes that tests start."""
+    """Lets all tests share what they compile: here, in pytest-xdist's workers, in processes that
+    tests start.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker's, which uses its starter's
         folder = config.stash[_compiled] = tempfile.mkdtemp(prefix="unimed_jax_compiled_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
@@ -58,7 +70,10 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if _compiled in config.stash:
         shutil.rmtree(config.stash[_compiled], ignore_errors=True)
-        del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+        del (
+            os.environ["JAX_COMPILATION_CACHE_DIR"],
+            os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"],
+        )
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +92,8 @@ def goldens(request) -> Path:
 
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory):
-    """Gives built_once(name, build) -> a folder that `build(folder)` filled once for all tests, whatever worker asks.
+    """Gives built_once(name, build) -> a folder that `build(folder)` filled once for all tests,
+    whatever worker asks.
 
     Tests only read it; what a test changes is a copy.
     """
@@ -105,7 +121,9 @@ def cache(built_once) -> str:
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """Compiles with few optimisations: half the time where tiny programs are compiled once and run once."""
+    """Compiles with few optimisations: half the time where tiny programs are compiled once and run
+    once.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -116,7 +134,9 @@ def small_disk(tmp_path):
     """A disk of 32 MB that can be filled."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"needs the right to mount a small disk ({done.stderr.strip()})")
     yield disk

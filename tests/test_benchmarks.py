@@ -1,4 +1,6 @@
-"""The benchmarks compare like with like: both sides compute the same, and nothing is timed that does not."""
+"""The benchmarks compare like with like: both sides compute the same, and nothing is timed that
+does not.
+"""
 
 import json
 import subprocess
@@ -60,9 +62,12 @@ def test_all_sides_get_the_same_examples(size):
     """The same answers, of the same tasks; a packed row a step, and as many steps as torch takes."""
     chosen = train_step.SIZES[size]
     made = {side: train_step.batches(chosen, "mixture", side) for side in train_step.SIDES}
-    answers = {side: sorted(pair for batch in found for pair in answered(batch)) for side, found in made.items()}
+    answers = {
+        side: sorted(pair for batch in found for pair in answered(batch)) for side, found in made.items()
+    }
     assert all(found == answers["torch_eager"] for found in answers.values())
-    assert sum(task == 5 for task, _ in answers["ours"]) / len(answers["ours"]) > 0.02  # text alone is there too
+    # text alone is there too
+    assert sum(task == 5 for task, _ in answers["ours"]) / len(answers["ours"]) > 0.02
     used = {side: sum(int((b["image_tasks"] >= 0).sum()) for b in found) for side, found in made.items()}
     assert used["ours"] == used["torch_eager"] == 92 and used["ours_shared"] == 61
     assert {len(batch["tokens"]) for batch in made["ours"] + made["ours_shared"]} == {1}
@@ -102,7 +107,8 @@ def test_connectors_agree(torch, tmp_path):
         np.savez(tmp_path / f"{side}.npz", **runner.values())
         connector.check(side, tmp_path, 1e-4)
     found = dict(np.load(tmp_path / "torch.npz"))
-    assert len(found) == 1 + 5 + 5 * 4 + 2 + 3  # tokens, task tokens, experts, halves of the router, the rest of it
+    # tokens, task tokens, experts, halves of the router, the rest of it
+    assert len(found) == 1 + 5 + 5 * 4 + 2 + 3
     assert np.abs(found["task_tokens.refer None"]).max() > 0 and not found["task_tokens.vqa None"].any()
     for wrong in ("tokens", "router.fc1.weight (0, 64)"):
         np.savez(tmp_path / "torch.npz", **{**found, wrong: found[wrong] * 1.001})
@@ -151,7 +157,9 @@ def test_a_side_that_fails_is_named(tmp_path):
 
 
 def test_a_missing_package_is_a_sentence():
-    with pytest.raises(harness.Failed, match=r"needs the package no_such_peer.*pip install -e '\.\[parity\]'"):
+    with pytest.raises(
+        harness.Failed, match=r"needs the package no_such_peer.*pip install -e '\.\[parity\]'"
+    ):
         harness.need("json", "no_such_peer")
 
 
@@ -160,7 +168,9 @@ def test_peak_memory_is_of_the_process_itself():
     held = np.ones(2**26)  # 0.5 GiB
     code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); "
     code += "import harness; print(harness.peak_memory())"
-    small = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    small = float(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
     assert 0.005 < small < 0.2 < held.nbytes / 2**30 <= harness.peak_memory()
 
 
@@ -168,7 +178,10 @@ def test_peak_memory_is_of_the_process_itself():
 @pytest.mark.parametrize(
     ("script", "sides"),
     [
-        ("train_step", {"padded": ["ours", "torch_eager"], "mixture": ["ours", "ours_shared", "torch_eager"]}),
+        (
+            "train_step",
+            {"padded": ["ours", "torch_eager"], "mixture": ["ours", "ours_shared", "torch_eager"]},
+        ),
         ("connector", ["ours", "ours_literal", "torch"]),
         ("moe_dispatch", ["no experts", "dense/3", "grouped/3", "capacity, all/3", "capacity, 1.25/3"]),
     ],
@@ -188,12 +201,20 @@ def test_script(torch, tmp_path, script, sides):
     assert result["machine"]["threads"] == 1 and result["size"] == "tiny"
     if script == "moe_dispatch":
         assert list(result["sides"]) == sides
-        assert all(f["x no experts"]["median"] > 0 and f["temporaries_gib"] > 0.01 for f in result["sides"].values())
-        assert result["sides"]["grouped/3"]["temporaries_gib"] < result["sides"]["capacity, all/3"]["temporaries_gib"]
+        assert all(
+            f["x no experts"]["median"] > 0 and f["temporaries_gib"] > 0.01
+            for f in result["sides"].values()
+        )
+        assert (
+            result["sides"]["grouped/3"]["temporaries_gib"]
+            < result["sides"]["capacity, all/3"]["temporaries_gib"]
+        )
         return
     if script == "connector":
         assert list(result["sides"]) == sides
-        assert all(f["backward_ratio"]["median"] > 0 and f["peak_gib"] > 0.1 for f in result["sides"].values())
+        assert all(
+            f["backward_ratio"]["median"] > 0 and f["peak_gib"] > 0.1 for f in result["sides"].values()
+        )
         assert result["sides"]["torch"]["backward_ratio"]["median"] == 1
         return
     for case, expected in sides.items():

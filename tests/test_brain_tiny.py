@@ -13,7 +13,11 @@ from unimed_jax.config import TASKS
 def test_the_default_config_goes_from_mri_to_a_scored_answer(tmp_path):
     """A few steps of configs/brain_tiny.py in a process of its own; continued; asked one question."""
     cli = [sys.executable, "-m", "unimed_jax.main"]
-    settings = [f"--config.data.cache={tmp_path}", "--config.evaluate.limit=24", "--config.train.save_every=10"]
+    settings = [
+        f"--config.data.cache={tmp_path}",
+        "--config.evaluate.limit=24",
+        "--config.train.save_every=10",
+    ]
     train = [*cli, "--config=configs/brain_tiny.py", f"--workdir={tmp_path / 'run'}", *settings]
     done = subprocess.run([*train, "--config.train.steps=20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -24,5 +28,11 @@ def test_the_default_config_goes_from_mri_to_a_scored_answer(tmp_path):
     assert {"contact_sheet.png", "predictions.png", "routing.png", "report.md"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
-    ask = [*cli, "predict", f"--run={tmp_path / 'run'}", "--task=qa", "--text=Which chapter holds G 3 0 . 1?"]
+    ask = [
+        *cli,
+        "predict",
+        f"--run={tmp_path / 'run'}",
+        "--task=qa",
+        "--text=Which chapter holds G 3 0 . 1?",
+    ]
     assert subprocess.run(ask, capture_output=True, text=True).returncode == 0

@@ -1,4 +1,6 @@
-"""Five kills of the campaign (benchmarks/campaigns/kills.py): in training, building, evaluating and exporting."""
+"""Five kills of the campaign (benchmarks/campaigns/kills.py): in training, building, evaluating and
+exporting.
+"""
 
 import subprocess
 import sys

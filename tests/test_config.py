@@ -39,7 +39,9 @@ def refused(settings, *words: str) -> str:
 def test_defaults_stand():
     config = from_config_dict(default_config())
     knobs = dataclasses.replace(config.model.moe, eval_noise=None, route_padding=None)
-    assert dataclasses.replace(config.model, moe=knobs) == Config().model and config.fidelity == "default"
+    assert (
+        dataclasses.replace(config.model, moe=knobs) == Config().model and config.fidelity == "default"
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,11 @@ def test_unknown_keys(key, right):
         ("optimizer__lr", "1e-3", "config.optimizer.lr must be float, not '1e-3'."),
         ("optimizer__betas", (0.9,), "config.optimizer.betas must have 2 entries, not 1: (0.9,)."),
         ("optimizer__skip_unused", 1, "config.optimizer.skip_unused must be bool, not 1."),
-        ("model__decoder__attention_bias", "q", "config.model.decoder.attention_bias must be a tuple, not 'q'."),
+        (
+            "model__decoder__attention_bias",
+            "q",
+            "config.model.decoder.attention_bias must be a tuple, not 'q'.",
+        ),
         ("model__decoder__windows", (1, "2"), "config.model.decoder.windows[1] must be int, not '2'."),
         ("model__vision", 3, "config.model.vision must be a group of settings, not 3."),
         ("model__connector__hidden", "wide", "config.model.connector.hidden must be int, not 'wide'."),
@@ -76,7 +82,11 @@ def test_unknown_keys(key, right):
             (("*", "train", 1.0),),
             "config.train.rules[0] must be a group of settings, not ('*', 'train', 1.0).",
         ),
-        ("train__rules", ({"match": "*"},), "config.train.rules[0] needs train; add it to {'match': '*'}."),
+        (
+            "train__rules",
+            ({"match": "*"},),
+            "config.train.rules[0] needs train; add it to {'match': '*'}.",
+        ),
     ],
 )
 def test_wrong_types(key, value, sentence):
@@ -95,7 +105,9 @@ def test_whole_numbers_are_floats_too():
 
 @pytest.mark.parametrize("fidelity", ["default", "paper"])
 def test_fidelity_is_expanded_once(fidelity):
-    """Every knob that it names is None by default, has its value afterwards, and nothing else differs."""
+    """Every knob that it names is None by default, has its value afterwards, and nothing else
+    differs.
+    """
     before, config = Config(), from_config_dict(with_settings(fidelity=fidelity))
     for key, value in FIDELITY[fidelity].items():
         at = operator.attrgetter(key)
@@ -106,9 +118,18 @@ def test_fidelity_is_expanded_once(fidelity):
 
 
 def test_fidelity_yields_to_what_is_set():
-    config = from_config_dict(with_settings(fidelity="paper", text__max_words=9, optimizer__skip_unused=False))
-    assert config.text.max_words == 9 and config.optimizer.skip_unused is False and config.text.double_bos is True
-    refused(with_settings(fidelity="published"), "config.fidelity: 'published' is unknown; choose from default, paper.")
+    config = from_config_dict(
+        with_settings(fidelity="paper", text__max_words=9, optimizer__skip_unused=False)
+    )
+    assert (
+        config.text.max_words == 9
+        and config.optimizer.skip_unused is False
+        and config.text.double_bos is True
+    )
+    refused(
+        with_settings(fidelity="published"),
+        "config.fidelity: 'published' is unknown; choose from default, paper.",
+    )
 
 
 def test_round_trip_and_hash():
@@ -119,8 +140,16 @@ def test_round_trip_and_hash():
             model__decoder__rope_scaling={"factor": 4.0},
             data__sources=(
                 {
-                    **{"name": "brain", "tasks": ("vqa", "cls"), "weight": 2, "only": {"template": ["where", "what"]}},
-                    **{"weights": {"organ": {"liver": 2}}, "options": {"jitters": [8, {"seed": 0}], "fast": True}},
+                    **{
+                        "name": "brain",
+                        "tasks": ("vqa", "cls"),
+                        "weight": 2,
+                        "only": {"template": ["where", "what"]},
+                    },
+                    **{
+                        "weights": {"organ": {"liver": 2}},
+                        "options": {"jitters": [8, {"seed": 0}], "fast": True},
+                    },
                 },
             ),
         )
@@ -129,7 +158,10 @@ def test_round_trip_and_hash():
     backwards = {key: stored[key] for key in reversed(stored)}
     again = from_config_dict(backwards)
     assert again == config and config_hash(again) == config_hash(config)
-    assert config.data.sources[0].weight == 2.0 and config.model.decoder.rope_scaling.original_positions == 8192
+    assert (
+        config.data.sources[0].weight == 2.0
+        and config.model.decoder.rope_scaling.original_positions == 8192
+    )
     assert config.data.sources[0].options == {"jitters": (8, {"seed": 0}), "fast": True}
     assert len(config_hash(config)) == 16 and hash(config) == hash(again)
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
@@ -181,13 +213,22 @@ MODELS = {
     ),
     "unknown connector": ({"connector__kind": "mlp"}, ["'mlp' is unknown", "mlpNx_gelu"]),
     "connector of no layer": ({"connector__kind": "mlp0x_gelu"}, ["'mlp0x_gelu' is unknown"]),
-    "two task tokens": ({"connector__task_tokens": 2}, ["config.model.connector.task_tokens: 2", "0, 1"]),
-    "pools of another rate": ({"connector__aggregation": "avgpool", "connector__rate": 2}, ["avgpool", "rate=4"]),
+    "two task tokens": (
+        {"connector__task_tokens": 2},
+        ["config.model.connector.task_tokens: 2", "0, 1"],
+    ),
+    "pools of another rate": (
+        {"connector__aggregation": "avgpool", "connector__rate": 2},
+        ["avgpool", "rate=4"],
+    ),
     "pools of an odd grid": (
         {"connector__aggregation": "maxpool", "vision__image_size": 24, "connector__rate": 4},
         ["grid of 3"],
     ),
-    "a block that is not square": ({"connector__aggregation": "block", "connector__rate": 2}, ["square", "rate=2"]),
+    "a block that is not square": (
+        {"connector__aggregation": "block", "connector__rate": 2},
+        ["square", "rate=2"],
+    ),
     "a rate that does not divide": ({"connector__rate": 3}, ["rate=3", "64 patches"]),
     "a rate of nothing": ({"connector__rate": 0}, ["config.model.connector.rate=0"]),
     "no experts": ({"connector__experts": 0}, ["config.model.connector.experts=0"]),
@@ -208,7 +249,10 @@ MODELS = {
         {"decoder__gated_mlp": False, "lora__rank": 2},
         ["config.model.lora.targets: ", "'gate'", "gated_mlp=False"],
     ),
-    "a bias of an unknown linear": ({"decoder__attention_bias": ("q", "query")}, ["attention_bias", "'query'"]),
+    "a bias of an unknown linear": (
+        {"decoder__attention_bias": ("q", "query")},
+        ["attention_bias", "'query'"],
+    ),
     "an adapter of an unknown linear": (
         {"lora__targets": ("q", "gates")},
         ["lora.targets[1]: 'gates' is unknown", "gate, up, down"],
@@ -219,11 +263,18 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_cannot_be(name):
     settings, words = MODELS[name]
-    refused(with_settings(**{f"model__{key}": value for key, value in settings.items()}), "config.model.", *words)
+    refused(
+        with_settings(**{f"model__{key}": value for key, value in settings.items()}),
+        "config.model.",
+        *words,
+    )
 
 
 ALLOWED = {
-    "the image alone, without task tokens": {"connector__task_tokens": 0, "connector__router_input": "token"},
+    "the image alone, without task tokens": {
+        "connector__task_tokens": 0,
+        "connector__router_input": "token",
+    },
     "hard, without task tokens": {"connector__task_tokens": 0, "connector__router": "hard"},
     "all experts kept": {"connector__router": "sparse", "connector__top_k": 5},
     "dense, whatever the router says": {
@@ -243,7 +294,9 @@ ALLOWED = {
 @pytest.mark.parametrize("name", ALLOWED)
 def test_models_that_can_be(name):
     sources = ({"tasks": ("cls", "qa")},)
-    from_config_dict(with_settings(data__sources=sources, **{f"model__{k}": v for k, v in ALLOWED[name].items()}))
+    from_config_dict(
+        with_settings(data__sources=sources, **{f"model__{k}": v for k, v in ALLOWED[name].items()})
+    )
 
 
 RUNS = {
@@ -261,7 +314,10 @@ RUNS = {
         },
         ["'cls' to expert 4"],
     ),
-    "one source a batch, packed": ({"data__mixing": "per_batch", "data__packing": True}, ["data.packing=False"]),
+    "one source a batch, packed": (
+        {"data__mixing": "per_batch", "data__packing": True},
+        ["data.packing=False"],
+    ),
     "paper, packed": ({"fidelity": "paper", "data__packing": True}, ["per_batch", "data.packing=False"]),
     "micro-batches that do not divide": ({"train__accumulation": 3}, ["accumulation=3", "rows=16"]),
     "no micro-batches": ({"train__accumulation": 0}, ["config.train.accumulation=0"]),
@@ -295,12 +351,20 @@ BOUNDS = [
     ("model__vision__std", (0.2, 0.0, 0.2), "config.model.vision.std[1]=0.0: set a number above 0."),
     ("model__decoder__windows", (8, -1), "config.model.decoder.windows[1]=-1: set at least 0."),
     ("model__decoder__rotary_fraction", 1.5, "config.model.decoder.rotary_fraction=1.5: set 0 to 1."),
-    ("model__decoder__attention_softcap", 0.0, "config.model.decoder.attention_softcap=0.0: set a number above 0."),
+    (
+        "model__decoder__attention_softcap",
+        0.0,
+        "config.model.decoder.attention_softcap=0.0: set a number above 0.",
+    ),
     ("model__moe__capacity_factor", -1, "config.model.moe.capacity_factor=-1.0: set a number above 0."),
     ("data__image_cache_mib", -1, "config.data.image_cache_mib=-1: set at least 0."),
     ("evaluate__top_p", 0.0, "config.evaluate.top_p=0.0: set a number above 0."),
     ("evaluate__splits", ("test", " "), "config.evaluate.splits[1] is empty (' '); name at least one."),
-    ("train__rules", ({"match": "", "train": True},), "config.train.rules[0].match is empty (''); name at least one."),
+    (
+        "train__rules",
+        ({"match": "", "train": True},),
+        "config.train.rules[0].match is empty (''); name at least one.",
+    ),
     ("router_fit__labels", (0, 3), "config.router_fit.labels[0]=0: set at least 1."),
     *(
         ("data__sources", ({"name": "brain", **wrong},), f"config.data.sources[0].{sentence}")
@@ -312,12 +376,19 @@ BOUNDS = [
             ({"only": {"template": ()}}, "only['template'] is empty (()); name at least one."),
             ({"only": {"template": "where"}}, "only['template'] must be a tuple, not 'where'."),
             ({"only": ("template",)}, "only must be a dict, not ('template',)."),
-            ({"weights": {"template": {"where": -1}}}, "weights['template']['where']=-1.0: set at least 0."),
+            (
+                {"weights": {"template": {"where": -1}}},
+                "weights['template']['where']=-1.0: set at least 0.",
+            ),
             (
                 {"info": {"license": "CC0"}},
-                "info, key 'license': 'license' is unknown; choose from licence, citation, note, cluster_word.",
+                "info, key 'license': 'license' is unknown; choose from licence, citation, note, "
+                "cluster_word.",
             ),
-            ({"options": {"jitters": math.nan}}, "options['jitters']=nan: set a number that float32 can hold."),
+            (
+                {"options": {"jitters": math.nan}},
+                "options['jitters']=nan: set a number that float32 can hold.",
+            ),
             (
                 {"options": {"part": [print]}},
                 f"options['part'][0] must be text, a number, a list or a dict, not {print!r}.",
@@ -356,7 +427,10 @@ RUNS |= {
         {"train__best": "loss/brain/val/vqa", "evaluate__entries": (ENTRY | {"every": 10},)},
         ["best_mode='min'"],
     ),
-    "an entry twice": ({"evaluate__entries": (ENTRY, ENTRY)}, ["config.evaluate.entries names brain/val/vqa twice"]),
+    "an entry twice": (
+        {"evaluate__entries": (ENTRY, ENTRY)},
+        ["config.evaluate.entries names brain/val/vqa twice"],
+    ),
     "a scaling upside down": (
         {"model__decoder__rope_scaling": {"low_freq_factor": 4.0}},
         ["high_freq_factor=4.0", "low_freq_factor=4.0"],
@@ -375,4 +449,6 @@ def test_runs_that_cannot_be(name):
 
 
 def test_nearest():
-    assert nearest("grte", ["gate", "up"]) == "; did you mean 'gate'?" and nearest("xyz", ["gate"]) == "."
+    assert (
+        nearest("grte", ["gate", "up"]) == "; did you mean 'gate'?" and nearest("xyz", ["gate"]) == "."
+    )

@@ -1,4 +1,7 @@
-"""Config files: found from anywhere, with what they share; mistakes named with file and line; docs/settings.md."""
+"""Config files: found from anywhere, with what they share; mistakes named with file and line.
+
+docs/settings.md.
+"""
 
 import importlib.util
 import json
@@ -38,10 +41,16 @@ def test_config_file(tmp_path):
 
 
 CONFIGS = ROOT / "configs"
-STAGES = [f"med_moe/{stage}.py:{size}" for stage in ("align", "instruct", "router", "moe") for size in ("phi2", "tiny")]
+STAGES = [
+    f"med_moe/{stage}.py:{size}"
+    for stage in ("align", "instruct", "router", "moe")
+    for size in ("phi2", "tiny")
+]
 
 
-@pytest.mark.parametrize("name", ["brain_tiny.py", "brain_smollm2.py", "cmoe.py", "cmoe_gemma.py", *STAGES])
+@pytest.mark.parametrize(
+    "name", ["brain_tiny.py", "brain_smollm2.py", "cmoe.py", "cmoe_gemma.py", *STAGES]
+)
 def test_configs_of_the_repository(name, tmp_path, monkeypatch):
     """From any folder, and without a trace of the modules that they share."""
     monkeypatch.chdir(tmp_path)
@@ -50,23 +59,37 @@ def test_configs_of_the_repository(name, tmp_path, monkeypatch):
     config = from_config_dict(load_config_file(f"{CONFIGS / name}"))
     file, _, size = name.partition(":")
     assert config.name == (f"med_moe_{size}/{Path(file).stem}" if size else Path(file).stem)
-    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config == pickle.loads(pickle.dumps(config))
+    assert (
+        from_config_dict(json.loads(json.dumps(to_dict(config))))
+        == config
+        == pickle.loads(pickle.dumps(config))
+    )
     assert sys.modules["common"] is mine and "cmoe" not in sys.modules and sys.path == path
 
 
 def test_a_folder_of_configs(tmp_path):
-    """Neighbours and common.py above are imported; a mistake in them is named with its own file and line."""
+    """Neighbours and common.py above are imported.
+
+    A mistake in them is named with its own file and line.
+    """
     (tmp_path / "mine").mkdir()
-    (tmp_path / "common.py").write_text("def small(config):\n    config.model.decoder.depth = 0\n    return 1 / ONE\n")
+    (tmp_path / "common.py").write_text(
+        "def small(config):\n    config.model.decoder.depth = 0\n    return 1 / ONE\n"
+    )
     (tmp_path / "mine" / "beside.py").write_text("ONE = 1\n")
-    path = write(tmp_path / "mine", "import beside, common\ncommon.ONE = beside.ONE\ncommon.small(config)")
+    path = write(
+        tmp_path / "mine", "import beside, common\ncommon.ONE = beside.ONE\ncommon.small(config)"
+    )
     with pytest.raises(UserError) as error:
         load_config_file(path)
     assert str(error.value) == (
-        f"--config={path} ({tmp_path / 'common.py'}, line 2): config.model.decoder.depth=0: set at least 1."
+        f"--config={path} ({tmp_path / 'common.py'}, line 2): config.model.decoder.depth=0: set at "
+        "least 1."
     )
     with pytest.raises(UserError) as error:
-        load_config_file(write(tmp_path / "mine", "import beside, common\ncommon.ONE = 0\ncommon.small(config)"))
+        load_config_file(
+            write(tmp_path / "mine", "import beside, common\ncommon.ONE = 0\ncommon.small(config)")
+        )
     assert str(error.value) == f"--config={tmp_path / 'common.py'}, line 3: division by zero"
     (tmp_path / "common.py").write_text("def small(:\n")
     with pytest.raises(UserError, match=r"--config=.*common.py, line 1: "):
@@ -93,7 +116,9 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, body, line):
 
 def test_a_setting_that_is_assigned_twice_is_named_with_both_lines(tmp_path):
     path = write(tmp_path, "config.seed = 4\nconfig.model.decoder.depth = 0\nconfig.seed -= 5")
-    with pytest.raises(UserError, match=r"mine.py, line 7: config.model.decoder.depth=0|lines 6 and 8: config.seed=-1"):
+    with pytest.raises(
+        UserError, match=r"mine.py, line 7: config.model.decoder.depth=0|lines 6 and 8: config.seed=-1"
+    ):
         load_config_file(path)
     path = write(tmp_path, "config.seed = 4\nconfig.seed = -1")
     with pytest.raises(UserError) as error:
@@ -103,7 +128,9 @@ def test_a_setting_that_is_assigned_twice_is_named_with_both_lines(tmp_path):
 
 def test_missing_file(tmp_path):
     path = write(tmp_path, "pass")
-    with pytest.raises(UserError, match=r"--config=.*mina.py does not exist; did you mean '.*mine.py'\?$"):
+    with pytest.raises(
+        UserError, match=r"--config=.*mina.py does not exist; did you mean '.*mine.py'\?$"
+    ):
         load_config_file(path.replace("mine", "mina"))
     with pytest.raises(UserError, match="does not exist"):
         load_config_file("nowhere/at_all.py")
@@ -113,9 +140,15 @@ def test_missing_file(tmp_path):
     "body, words",
     [
         ("config.model.vison.width = 3", ["vison", "vision"]),
-        ("config.model.vision.widht = 3", ["config.model.vision.widht is not a setting; did you mean 'width'?"]),
+        (
+            "config.model.vision.widht = 3",
+            ["config.model.vision.widht is not a setting; did you mean 'width'?"],
+        ),
         ("config.model.vision.width = 'wide'", ["config.model.vision.width must be int, not 'wide'."]),
-        ("config.optimizer.betas = [0.9, 0.98]\nconfig.seed = 1.5", ["config.seed must be int, not 1.5."]),
+        (
+            "config.optimizer.betas = [0.9, 0.98]\nconfig.seed = 1.5",
+            ["config.seed must be int, not 1.5."],
+        ),
     ],
     ids=["a group misspelt", "a key misspelt", "a word for a number", "a fraction for a whole number"],
 )
@@ -133,7 +166,9 @@ def test_the_page_of_settings_is_that_of_config():
     make_settings = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_settings)
     page = make_settings.page()
-    assert (ROOT / "docs" / "settings.md").read_text() == page, "run python docs/make_settings.py > docs/settings.md"
+    assert (ROOT / "docs" / "settings.md").read_text() == page, (
+        "run python docs/make_settings.py > docs/settings.md"
+    )
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) > 180 and not [row for row in rows if row.endswith("|  |")]
 
@@ -211,7 +246,9 @@ def test_a_file_that_is_not_python_is_one_sentence(content, words, tmp_path):
     with pytest.raises(UserError) as error:
         load_config_file(str(path))
     sentence = str(error.value)
-    assert sentence.startswith(f"--config={path}") and words in sentence and "\n" not in sentence, sentence
+    assert sentence.startswith(f"--config={path}") and words in sentence and "\n" not in sentence, (
+        sentence
+    )
 
 
 # What the next ones begin with.
@@ -293,7 +330,8 @@ def test_settings_in_part_or_frozen_are_taken_and_named(made, tmp_path):
 def test_an_argument_too_many_or_too_few_is_one_sentence(signature, argument, words, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        f"from unimed_jax.config import default_config\n\n\ndef get_config({signature}):\n    return default_config()\n"
+        f"from unimed_jax.config import default_config\n\n\ndef get_config({signature}):\n    "
+        "return default_config()\n"
     )
     with pytest.raises(UserError) as error:
         load_config_file(f"{path}{argument}")

@@ -71,7 +71,9 @@ def test_read_json_refuses(tmp_path, data, sentence):
 
 
 def test_read_text_refuses_what_is_no_file(tmp_path):
-    """A folder, a pipe (which would wait for ever), nothing, names that no file has, too large a file."""
+    """A folder, a pipe (which would wait for ever), nothing, names that no file has, too large a
+    file.
+    """
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "large").write_bytes(b"1" * 100)
@@ -100,7 +102,9 @@ def test_json_lines_name_the_line():
 def test_half_a_surrogate_pair_is_refused_in_settings_and_requests():
     settings = default_config()
     settings.data.sources = (dict(name="brain", info=dict(note="a \ud800")),)
-    with pytest.raises(UserError, match=r"sources\[0\].info\['note'\]='a .ud800' holds half of a surrogate"):
+    with pytest.raises(
+        UserError, match=r"sources\[0\].info\['note'\]='a .ud800' holds half of a surrogate"
+    ):
         from_config_dict(settings)
     with pytest.raises(UserError, match=r"request 'q.udfff' holds half of a surrogate pair"):
         as_example(Request("qa", "q\udfff"))

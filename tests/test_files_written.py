@@ -1,4 +1,6 @@
-"""Files and folders are written whole or not at all, whatever happens at whichever operation on files."""
+"""Files and folders are written whole or not at all, whatever happens at whichever operation on
+files.
+"""
 
 import contextlib
 import errno
@@ -18,7 +20,9 @@ from unimed_jax.interruption import explain_system_errors
 
 def at_every_operation(kind: str, what: str, place: Path) -> list[tuple[Path, int]]:
     """-> (folder, exit status) of each number of an operation."""
-    done = subprocess.run([sys.executable, faults.__file__, kind, what, place], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, faults.__file__, kind, what, place], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return [(place / number, int(status)) for number, status in map(str.split, done.stdout.splitlines())]
 
@@ -48,7 +52,8 @@ def test_a_kill_at_any_operation_leaves_the_old_or_the_new(what, tmp_path):
     seen = [words(folder) for folder, _ in killed]
     assert old in seen and new in seen
     for found in seen:
-        if found not in (old, new):  # while a set changes places: a part of one of them, without its last name
+        # while a set changes places: a part of one of them, without its last name
+        if found not in (old, new):
             assert what == "set" and len(set(found.values())) <= 1 and "c.json" not in found
     for folder, _ in killed:  # the next start
         does(folder)
@@ -136,9 +141,15 @@ def test_a_set_does_not_replace_a_folder_by_a_file(tmp_path):
 def test_a_full_disk_is_one_sentence_in_the_words_of_any_library(error, tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
-    with pytest.raises(UserError, match="x could not be written .* free some space"), files.written_whole(path):
+    with (
+        pytest.raises(UserError, match="x could not be written .* free some space"),
+        files.written_whole(path),
+    ):
         raise error
-    with pytest.raises(UserError, match="free some space and give the same command again"), explain_system_errors():
+    with (
+        pytest.raises(UserError, match="free some space and give the same command again"),
+        explain_system_errors(),
+    ):
         raise KeyError from error
     assert path.read_text() == "old"
 
@@ -146,7 +157,9 @@ def test_a_full_disk_is_one_sentence_in_the_words_of_any_library(error, tmp_path
 def test_a_full_disk_is_noticed_whatever_a_library_says(tmp_path, small_disk):
     with pytest.raises(RuntimeError, match="chunk"), files.written_whole(tmp_path / "x"):
         raise RuntimeError("chunk writer")
-    sentence = "x could not be written .No space left on device. and nothing of it was kept; free some space"
+    sentence = (
+        "x could not be written .No space left on device. and nothing of it was kept; free some space"
+    )
     with pytest.raises(UserError, match=sentence), files.written_whole(small_disk / "x") as file:
         with contextlib.suppress(OSError):
             file.write_bytes(bytes(1 << 30))
@@ -160,7 +173,9 @@ def test_twenty_kills_leave_no_more_on_the_disk_than_the_last_one_wrote(tmp_path
     code += "work = lambda: faults.one_folder(place)\n"
     code += "for number in range(20): print(faults.run('kill', 6 + number % 5, work))"
     code = code.replace("\nfor", "\nplace = pathlib.Path(sys.argv[1])\nfor")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split().count("-9") == 20 and len(hidden(tmp_path)) <= 1
     faults.one_folder(tmp_path)
     on_disk = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -43,7 +43,9 @@ def test_an_ignored_answer_that_is_counted_is_noticed(changed):
         med_moe_checks.check_eval_metrics(*changed("eval_metrics.json", change))
 
 
-@pytest.mark.parametrize("question", ["Is there a pleural effusion?\n<image>", "Is there a pleural effusion? <image>"])
+@pytest.mark.parametrize(
+    "question", ["Is there a pleural effusion?\n<image>", "Is there a pleural effusion? <image>"]
+)
 def test_med_moe_asks_with_the_image_first_wherever_it_stands(changed, question):
     """Only the prompt moves it; the published training keeps the question as it is."""
 

@@ -1,7 +1,7 @@
 """Med-MoE's numbers, entry by entry; `--goldens=DIR` takes any folder of the format.
 
-Tolerances are the manifest's: 2e-5 + 1e-4 relative for everything in float32, whole numbers exact; 2e-3 for what
-StableLM makes of left padding.
+Tolerances are the manifest's: 2e-5 + 1e-4 relative for everything in float32, whole numbers exact;
+2e-3 for what StableLM makes of left padding.
 """
 
 import dataclasses
@@ -51,7 +51,9 @@ def test_files(goldens):
 
 
 def test_entry(goldens, entry):
-    assert entry["family"] in FAMILIES, f"no check for the family {entry['family']!r}: write check_{entry['family']}"
+    assert entry["family"] in FAMILIES, (
+        f"no check for the family {entry['family']!r}: write check_{entry['family']}"
+    )
     FAMILIES[entry["family"]](goldens, entry)
 
 
@@ -83,7 +85,11 @@ def check_gating(folder, entry):
     arrays = golden_files.arrays_of(folder, entry)
     top_k = {"top1gating": 1, "top2gating": 2}[entry["function"]]
     said = golden_files.limits(
-        top_k, entry["drop_tokens"], entry["capacity_factor"], entry["capacity_factor"], entry["min_capacity"]
+        top_k,
+        entry["drop_tokens"],
+        entry["capacity_factor"],
+        entry["capacity_factor"],
+        entry["min_capacity"],
     )
     capacity = expert_capacity(
         entry["S"], golden_files.MoeConfig(experts=entry["E"], top_k=top_k, **said), training=True
@@ -91,7 +97,9 @@ def check_gating(folder, entry):
     used = golden_files.used(arrays)
     assert (used is not None) == entry["used_token"]
     noise = golden_files.noise(arrays, "")
-    routing = jax.jit(route, static_argnums=(1, 2))(jnp.asarray(arrays["logits"]), top_k, capacity, used, noise)
+    routing = jax.jit(route, static_argnums=(1, 2))(
+        jnp.asarray(arrays["logits"]), top_k, capacity, used, noise
+    )
     np.testing.assert_array_equal(routing.counts, arrays["exp_counts"])
     assert (int(routing.counts.max()) if capacity is None else capacity) == entry["capacity"]
     combine, dispatch = spread_out(routing, entry["capacity"])
@@ -111,13 +119,20 @@ def check_moe_layer(folder, entry):
 def check_layer_path(arrays, entry, path):
     config = golden_files.layer_config(entry, path)
     table = med_moe.expert_layer_table(config, "param", 0)
-    weights, grads = complete(arrays, "param."), {k: v for k, v in arrays.items() if k.startswith("grad.")}
+    weights, grads = (
+        complete(arrays, "param."),
+        {k: v for k, v in arrays.items() if k.startswith("grad.")},
+    )
     model = golden_files.loaded(config, table, weights)
-    leaves = {path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/layers/moe/")}
+    leaves = {
+        path: leaf for path, leaf in parameters(model).items() if path.startswith("decoder/layers/moe/")
+    }
     used, training = golden_files.used(arrays), entry["module_training"]
     used = None if used is None else used.reshape(entry["B"], entry["T"])
     noise = golden_files.noise(arrays, "in.")
-    scale = float(re.search(r"([\d.]+) *\* *l_aux", entry["gradients"])[1]) if entry["gradients"] else 0.0
+    scale = (
+        float(re.search(r"([\d.]+) *\* *l_aux", entry["gradients"])[1]) if entry["gradients"] else 0.0
+    )
 
     def loss(leaves, x, cotangent):
         moe = jax.tree.map(lambda leaf: leaf[0], with_parameters(model, leaves).decoder.layers.moe)
@@ -144,7 +159,10 @@ def check_layer_path(arrays, entry, path):
 
 
 def complete(arrays, prefix):
-    """Returns the weights under a prefix; the residual MLP is the meta expert, and may be listed once."""
+    """Returns the weights under a prefix.
+
+    The residual MLP is the meta expert, and may be listed once.
+    """
     weights = {k: v for k, v in arrays.items() if k.startswith(prefix)}
     if any("coefficient" in name for name in weights):
         for name, value in list(weights.items()):
@@ -208,7 +226,9 @@ def check_model_weights(folder, entry):
 
 
 def golden_plain(config):
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, eval_noise=None, route_padding=None))
+    return dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, eval_noise=None, route_padding=None)
+    )
 
 
 def check_model(folder, entry):
@@ -216,7 +236,9 @@ def check_model(folder, entry):
     (check_generation if "out.sequences" in entry["tensors"] else check_forward)(folder, entry)
 
 
-see = jax.jit(lambda model, images, tasks: (model.vision(images), model.encode_images(images, tasks).tokens))
+see = jax.jit(
+    lambda model, images, tasks: (model.vision(images), model.encode_images(images, tasks).tokens)
+)
 
 
 @functools.partial(jax.jit, static_argnames="training")
@@ -267,7 +289,12 @@ def check_forward(folder, entry):
         capacity = expert_capacity(rows.order.size, config.moe, entry["module_training"])
         here = jax.tree.map(lambda a, nth=nth: a[nth], routing)
         check_routing(here, rows, arrays, f"out.layer{i}.", capacity, exact, loose)
-        close(routing.aux[nth], arrays["out.moe_loss_list"][nth], f"balancing loss of layer {i}", atol=loose)
+        close(
+            routing.aux[nth],
+            arrays["out.moe_loss_list"][nth],
+            f"balancing loss of layer {i}",
+            atol=loose,
+        )
     check_loss(entry, config, weights, model, rows, noise, arrays, loose)
 
 
@@ -279,7 +306,9 @@ def check_routing(routing, rows, arrays, prefix, capacity, exact, loose):
     routing = routing._replace(**{k: jnp.asarray(v) for k, v in in_order.items()})
     exact = exact.reshape(-1)
     close(routing.logits[exact], arrays[f"{prefix}gate_logits"][exact], f"{prefix}gate_logits")
-    close(routing.logits, arrays[f"{prefix}gate_logits"], f"{prefix}gate_logits, padding too", atol=loose)
+    close(
+        routing.logits, arrays[f"{prefix}gate_logits"], f"{prefix}gate_logits, padding too", atol=loose
+    )
     np.testing.assert_array_equal(routing.counts, arrays[f"{prefix}exp_counts"])
     combine, slot = np.zeros((len(exact), count), np.float32), np.full((len(exact), count), -1)
     at = np.asarray(positions_in_expert(routing.experts, routing.kept, len(routing.counts)))
@@ -307,7 +336,9 @@ def check_loss(entry, config, weights, model, rows, noise, arrays, loose):
     grads = {k: v for k, v in arrays.items() if k.startswith("grad.")}
     if grads:
         (value, balancing), d_leaves = jax.jit(jax.value_and_grad(loss, has_aux=True))(leaves)
-        check_gradients(to_published(med_moe.med_moe_table(config), d_leaves), weights, grads, entry["case"])
+        check_gradients(
+            to_published(med_moe.med_moe_table(config), d_leaves), weights, grads, entry["case"]
+        )
     else:
         value, balancing = jax.jit(loss)(leaves)
     close(value, arrays["out.loss"], "loss", atol=max(2e-5, loose * coef))
@@ -323,7 +354,9 @@ def decode(model, x, span, cache, place, noise):
 
 
 def check_generation(folder, entry):
-    """Checks greedy tokens of the cached loop with the recorded noise, and of `generate` without noise."""
+    """Checks greedy tokens of the cached loop with the recorded noise, and of `generate` without
+    noise.
+    """
     arrays = golden_files.arrays_of(folder, entry)
     _, config, weights, model = model_of(folder, entry["model"])
     rows = golden_files.rows_of(arrays, config, left=True)
@@ -361,7 +394,10 @@ def check_generate(config, weights, rows, scores, new):
         return
     biased = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, head_bias=True))
     table = med_moe.med_moe_table(biased)
-    weights = {**weights, "lm_head.bias": np.where(never, -1e30, weights.get("lm_head.bias", 0)).astype(np.float32)}
+    weights = {
+        **weights,
+        "lm_head.bias": np.where(never, -1e30, weights.get("lm_head.bias", 0)).astype(np.float32),
+    }
     model = golden_files.loaded(biased, table, weights)
     tokens = generate(model, rows.batch, max_new_tokens=new.shape[1], eos=-1, pad=0)
     np.testing.assert_array_equal(tokens, new)

@@ -1,7 +1,7 @@
 """The original's numbers, case by case; `--goldens=DIR` takes any folder of the format.
 
-Tolerances are the manifest's: connector and routing 2e-5, ViT 5e-5, logits 2e-4, loss 2e-5, gradients 1e-3 of
-their tensor's maximum, one AdamW step 5e-6 where |gradient| >= 1e-6.
+Tolerances are the manifest's: connector and routing 2e-5, ViT 5e-5, logits 2e-4, loss 2e-5,
+gradients 1e-3 of their tensor's maximum, one AdamW step 5e-6 where |gradient| >= 1e-6.
 """
 
 import contextlib
@@ -77,15 +77,21 @@ def test_files(goldens):
 
 
 def close(actual, expected, tolerance, what):
-    worst = float(np.max(np.abs(np.asarray(actual) - np.asarray(expected)))) if np.size(expected) else 0.0
-    assert np.shape(actual) == np.shape(expected) and worst <= tolerance, f"{what}: {worst:.2e} > {tolerance:.0e}"
+    worst = (
+        float(np.max(np.abs(np.asarray(actual) - np.asarray(expected)))) if np.size(expected) else 0.0
+    )
+    assert np.shape(actual) == np.shape(expected) and worst <= tolerance, (
+        f"{what}: {worst:.2e} > {tolerance:.0e}"
+    )
 
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_case(goldens, case_name):
     golden = golden_files.load(goldens, case_name)
     kind = golden.case.get("kind", "forward")
-    {"forward": check_forward, "generate": check_generate, "train_sequence": check_train_sequence}[kind](golden)
+    {"forward": check_forward, "generate": check_generate, "train_sequence": check_train_sequence}[kind](
+        golden
+    )
 
 
 # Compiled once per shapes and settings: what the cases of one base share is not compiled again.
@@ -117,7 +123,9 @@ def check_forward(golden):
     assert ("routing_weights" in arrays) == (routing is not None)
     if routing is not None:
         routing = np.asarray(routing)[used(batch)]  # [images, T, E]
-        close(reshape_like(routing, arrays["routing_weights"]), arrays["routing_weights"], 2e-5, "routing")
+        close(
+            reshape_like(routing, arrays["routing_weights"]), arrays["routing_weights"], 2e-5, "routing"
+        )
         close(routing.mean((0, 1)), arrays["routing_weights_logged"], 2e-5, "logged routing")
     close(loss, case["loss"], 2e-5, "loss")
     if case.get("grads"):
@@ -144,7 +152,12 @@ def check_images(golden, model, batch):
         connector = nnx.clone(model.connector)
         connector.config = dataclasses.replace(golden.config.connector, form=form)
         expected = golden.arrays["connector_out"]
-        close(reshape_like(connect(connector, patches, tasks).tokens, expected), expected, 2e-5, f"{form} connector")
+        close(
+            reshape_like(connect(connector, patches, tasks).tokens, expected),
+            expected,
+            2e-5,
+            f"{form} connector",
+        )
 
 
 def specials(golden) -> SimpleNamespace:
@@ -158,12 +171,18 @@ def check_layout(golden):
     segments = [s if s and isinstance(s[0], list) else [s] for s in case["prompt_segments"]]
     answers = [np.trim_zeros(np.array(row) - pad, "b") + pad for row in case["answer_ids"]]
     batch = training_rows(
-        segments, answers, golden.config.tokens_per_image, specials(golden), tasks=[case["task"]] * len(answers)
+        segments,
+        answers,
+        golden.config.tokens_per_image,
+        specials(golden),
+        tasks=[case["task"]] * len(answers),
     )
     ids = np.where(batch["visual"] >= 0, -1, batch["tokens"])
     # The original's rows end with the padding of the longest answer; ours end with the longest row.
     length = ids.shape[1]
-    assert (arrays["layout_ids"][:, length:] == pad).all() and not arrays["attention_mask"][:, length:].any()
+    assert (arrays["layout_ids"][:, length:] == pad).all() and not arrays["attention_mask"][
+        :, length:
+    ].any()
     np.testing.assert_array_equal(ids, arrays["layout_ids"][:, :length])
     np.testing.assert_array_equal(batch["segments"] > 0, arrays["attention_mask"][:, :length] == 1)
     targets = np.full(ids.shape, -100)
@@ -180,14 +199,21 @@ def train_setup(golden, model, optimizer: OptimizerConfig):
         train=TrainConfig(rules=GRAD_RULES),
     )
     config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, lora=dataclasses.replace(config.model.lora, dropout=0.0))
+        config,
+        model=dataclasses.replace(
+            config.model, lora=dataclasses.replace(config.model.lora, dropout=0.0)
+        ),
     )
     leaves = parameters(model)
     rules = leaf_rules(leaves, config.train, config.optimizer)
     trainable = {path: jnp.array(leaf) for path, leaf in leaves.items() if rules[path].train}
     frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
     opt = Optimizer(config.optimizer, rules)
-    return make_step(model, config, opt, None), TrainState(jnp.int32(0), trainable, opt.init(trainable)), frozen
+    return (
+        make_step(model, config, opt, None),
+        TrainState(jnp.int32(0), trainable, opt.init(trainable)),
+        frozen,
+    )
 
 
 def check_gradients(golden, model, batch):
@@ -195,19 +221,26 @@ def check_gradients(golden, model, batch):
     table = unimed_names.trainable_table(golden.config)
     settings = case["optimizer"]
     optimizer = OptimizerConfig(
-        betas=tuple(settings["betas"]), eps=settings["eps"], weight_decay=settings["weight_decay"], skip_unused=True
+        betas=tuple(settings["betas"]),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        skip_unused=True,
     )
     step, state, frozen = train_setup(golden, model, optimizer)
     state, metrics_ = step(state, frozen, batch, settings["lr"])
     # Adam's first mean is (1 - beta1) times the gradient.
-    leaf_grads = {path: np.asarray(mean) / (1 - optimizer.betas[0]) for path, mean in state.moments.mean.items()}
+    leaf_grads = {
+        path: np.asarray(mean) / (1 - optimizer.betas[0]) for path, mean in state.moments.mean.items()
+    }
     grads = to_published(table, leaf_grads)
     after = to_published(table, state.leaves)
     close(metrics_["loss"], case["loss"], 2e-5, "loss of the step")
-    close(metrics_["grad_norm"], case["grad_global_norm"], 1e-4 * case["grad_global_norm"], "gradient norm")
+    close(
+        metrics_["grad_norm"], case["grad_global_norm"], 1e-4 * case["grad_global_norm"], "gradient norm"
+    )
 
-    # The original names parameters that take no part and that ours does not hold (the router under hard routing),
-    # but only among those without a gradient.
+    # The original names parameters that take no part and that ours does not hold (the router under
+    # hard routing), but only among those without a gradient.
     idle = set(case["grad_none"])
     assert {key.removeprefix("grad/") for key in arrays if key.startswith("grad/")} == set(after) - idle
     for name in set(after) - idle:
@@ -246,15 +279,21 @@ def check_train_sequence(golden):
             tiny[path] |= first & (mean != 0) & (np.abs(mean) < 1e-6 * (1 - optimizer.betas[0]))
     table = unimed_names.trainable_table(golden.config)
     final = to_published(table, state.leaves)
-    counts = {path: np.broadcast_to(state.moments.count[path], leaf.shape) for path, leaf in state.leaves.items()}
+    counts = {
+        path: np.broadcast_to(state.moments.count[path], leaf.shape)
+        for path, leaf in state.leaves.items()
+    }
     counted = {name: set(np.unique(n)) for name, n in to_published(table, counts).items()}
     idle = {name for name, count in case["adam_step_counts"].items() if count == 0}
     # As for single steps: what ours does not hold never took part.
-    assert {key.removeprefix("final/") for key in arrays if key.startswith("final/")} - idle == set(final) - idle
+    assert {key.removeprefix("final/") for key in arrays if key.startswith("final/")} - idle == set(
+        final
+    ) - idle
     tiny = to_published(table, tiny)
     assert sum(map(np.sum, tiny.values())) < 0.01 * sum(map(np.size, tiny.values()))
     for name, value in final.items():
-        # Adam's first step is the gradient's sign, even if only rounding made it (the manifest's exception).
+        # Adam's first step is the gradient's sign, even if only rounding made it (the manifest's
+        # exception).
         expected = arrays.get(f"final/{name}", golden.weights[name])
         close(value, np.where(tiny[name], value, expected), 2e-5, f"{name} after the last step")
         close(value, expected, 2 * optimizer.lr, f"{name} after the last step")
@@ -293,7 +332,9 @@ def check_generate(golden):
     np.testing.assert_array_equal(batch["segments"] > 0, mask == 1)
     real = mask == 1
     np.testing.assert_array_equal(batch["positions"][real], arrays["first_position_ids"][real])
-    batch["images"], batch["image_tasks"] = golden.slots(case["image_index"], [len(parts) - 1 for parts in segments])
+    batch["images"], batch["image_tasks"] = golden.slots(
+        case["image_index"], [len(parts) - 1 for parts in segments]
+    )
     embedded = embed(model, batch)
     close(np.asarray(embedded)[real], arrays["left_padded_embs"][real], 2e-5, "prompt embeddings")
 
@@ -361,7 +402,9 @@ def aux_sentence(rows, tensors, entries):
     for row in rows:
         pair = row["answer_pred"], row["answer_gt"]
         assert published.published_f1(*pair) == approx(row["f1"]), pair
-        assert published.published_bleu(*pair) == [approx(row["bleu"][f"bleu{i}"]) for i in (1, 2, 3, 4)], pair
+        assert published.published_bleu(*pair) == [
+            approx(row["bleu"][f"bleu{i}"]) for i in (1, 2, 3, 4)
+        ], pair
         assert published.published_contains(*pair) == row["acc_contains"], pair
         assert published.published_equal(*pair) == row["acc_exact"], pair
 
@@ -369,7 +412,9 @@ def aux_sentence(rows, tensors, entries):
 def aux_vqa_report(value, tensors, entries):
     rows = entries["sentence"]
     pairs = [(row["answer_pred"], row["answer_gt"]) for row in rows]
-    report = published.vqa_report(pairs, [text_scores.is_closed({"answer_type": row["answer_type"]}) for row in rows])
+    report = published.vqa_report(
+        pairs, [text_scores.is_closed({"answer_type": row["answer_type"]}) for row in rows]
+    )
     assert report == {part: published_scores(scores) for part, scores in value.items()}
 
 
@@ -380,7 +425,9 @@ def aux_identify_report(value, tensors, entries):
 
 def published_scores(value) -> dict:
     """Translates the original's names of a report's scores."""
-    names = {"f1": value["f1_score"]} | ({"accuracy": value["acc_score"]} if "acc_score" in value else {})
+    names = {"f1": value["f1_score"]} | (
+        {"accuracy": value["acc_score"]} if "acc_score" in value else {}
+    )
     return {name: approx(score) for name, score in {**value["bleu_scores"], **names}.items()}
 
 
@@ -435,16 +482,23 @@ def test_broken(goldens, broken):
             model=dataclasses.replace(Config().model, connector=golden_files.connector_config(settings)),
             data=dataclasses.replace(Config().data, sources=(SourceConfig(tasks=(task,)),)),
         )
-        refuses = contextlib.nullcontext() if broken["stage"] == "ok" else pytest.raises(UserError, match=task)
+        refuses = (
+            contextlib.nullcontext() if broken["stage"] == "ok" else pytest.raises(UserError, match=task)
+        )
         with refuses:
             from_config_dict(to_dict(config))
     elif broken["stage"] == "ok" and "silently" not in label:
         golden_files.model_config(base, settings)
     elif broken["config"].get("has_moe", True) != settings["projector_type"].startswith("moe_"):
-        golden_files.model_config(base, settings)  # only the contradiction was broken, and it cannot be said here
+        # only the contradiction was broken, and it cannot be said here
+        golden_files.model_config(base, settings)
     else:
         with pytest.raises(UserError):
             golden_files.model_config(base, settings)
 
 
-AUX = {name.removeprefix("aux_"): function for name, function in list(globals().items()) if name.startswith("aux_")}
+AUX = {
+    name.removeprefix("aux_"): function
+    for name, function in list(globals().items())
+    if name.startswith("aux_")
+}

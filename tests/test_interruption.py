@@ -1,4 +1,6 @@
-"""Runs that are stopped, killed, started twice or out of disk: what they say, and that they go on as if nothing was."""
+"""Runs that are stopped, killed, started twice or out of disk: what they say, and that they go on
+as if nothing was.
+"""
 
 import contextlib
 import errno
@@ -77,11 +79,17 @@ def command(tmp_path):
 def losses(folder) -> list[tuple]:
     """Every logged value that does not measure time or memory, by step."""
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [tuple((k, v) for k, v in line.items() if not k.startswith(("speed/", "memory/"))) for line in lines]
+    return [
+        tuple((k, v) for k, v in line.items() if not k.startswith(("speed/", "memory/")))
+        for line in lines
+    ]
 
 
 def at_step(monkeypatch, step, action):
-    """Calls `action` in the training, before step `step` (from 0) is logged; the next step is under way by then."""
+    """Calls `action` in the training, before step `step` (from 0) is logged.
+
+    The next step is under way by then.
+    """
     write = Log.write
 
     def acting(self, at, values):
@@ -93,7 +101,9 @@ def at_step(monkeypatch, step, action):
 
 
 # ---- signals ---------------------------------------------------------------------------------------
-def test_sigterm_saves_and_the_same_command_continues(straight, patched, command, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_the_same_command_continues(
+    straight, patched, command, tmp_path, monkeypatch, capsys
+):
     """Stopped after step 6, whose checkpoint then loses a file: continued from 4."""
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
@@ -113,7 +123,8 @@ def test_sigterm_saves_and_the_same_command_continues(straight, patched, command
 
 
 def test_ctrl_c_waits_for_the_step(capfd):
-    before = signal.getsignal(signal.SIGINT)  # a shell may have started this in the background, deaf to Ctrl-C
+    # a shell may have started this in the background, deaf to Ctrl-C
+    before = signal.getsignal(signal.SIGINT)
     sentence = "stopped by Ctrl-C, saved after step 3; the same command continues"
     with pytest.raises(Stopped, match=sentence) as stopped, Interruption() as stop:
         assert not stop.reached()
@@ -206,7 +217,11 @@ def test_a_signal_is_never_lost(lose, capfd):
         time.sleep(5)
         raise AssertionError("it went on")
     assert capfd.readouterr().err == ""
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook) == handlers
+    assert (
+        signal.getsignal(signal.SIGTERM),
+        signal.getsignal(signal.SIGINT),
+        sys.unraisablehook,
+    ) == handlers
     assert os.listdir("/proc/self/fd") == descriptors and threading.active_count() == threads
 
 
@@ -242,7 +257,9 @@ with interruption.Stoppable():
 """
 
 
-@pytest.mark.parametrize(("numbers", "patience"), [((signal.SIGTERM,), 0.2), ((signal.SIGINT, signal.SIGINT), 60)])
+@pytest.mark.parametrize(
+    ("numbers", "patience"), [((signal.SIGTERM,), 0.2), ((signal.SIGINT, signal.SIGINT), 60)]
+)
 def test_signals_end_a_process_inside_a_long_call(numbers, patience):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", STUCK, str(patience)], **pipes)
@@ -335,7 +352,9 @@ def test_a_kill_while_the_folder_is_made_leaves_no_half_of_it(tmp_path, monkeypa
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, command, capsys):
     code = "import sys, time, pathlib; from unimed_jax.interruption import claim\n"
     code += "claim(pathlib.Path(sys.argv[1])); print('claimed', flush=True); time.sleep(600)"
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "claimed\n"
     assert cli.main(command) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
@@ -344,7 +363,9 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, c
     other.wait()
     claim(tmp_path / "run")
     claim(tmp_path / "run")  # it is ours
-    assert (tmp_path / "run/lock").read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
+    assert (
+        tmp_path / "run/lock"
+    ).read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
 
 
 def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
@@ -442,7 +463,8 @@ except UserError as error:
 
 
 # ---- kill -9 ---------------------------------------------------------------------------------------
-# Importing takes half of a restart, so one process imports, then forks one child for each line that it reads.
+# Importing takes half of a restart, so one process imports, then forks one child for each line that
+# it reads.
 FORKS = """
 import os, sys
 from unimed_jax import main as cli
@@ -475,7 +497,12 @@ class Runs:
             "JAX_COMPILATION_CACHE_DIR": str(compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said.open("w"), "text": True}
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": self.said.open("w"),
+            "text": True,
+        }
         self.forks = subprocess.Popen([sys.executable, "-c", FORKS], env=environment, **pipes)
 
     def __enter__(self) -> "Runs":
@@ -514,7 +541,10 @@ class Runs:
         return any(path.name.endswith("-tmp") for path in self.folder.glob("checkpoints/*"))
 
     def stop(self, seed: int, number: int = signal.SIGKILL) -> str:
-        """Starts, and stops at a moment that the seed chooses; -> "save" (inside one), "step" or "start"."""
+        """Starts, and stops at a moment that the seed chooses.
+
+        -> "save" (inside one), "step" or "start".
+        """
         rng = random.Random(seed)
         moment = rng.choice(["save", "save", "step", "start"])
         starts = self.starts()
@@ -532,7 +562,9 @@ class Runs:
         saving = self.saving()
         os.kill(process, number)
         os.kill(process, signal.SIGCONT)
-        assert self.end() == (-number if number == signal.SIGKILL else 128 + number), self.said.read_text()[-2000:]
+        assert self.end() == (-number if number == signal.SIGKILL else 128 + number), (
+            self.said.read_text()[-2000:]
+        )
         return "save" if saving else moment
 
     def wait(self, what) -> None:
@@ -562,4 +594,7 @@ def test_twenty_kills_leave_the_losses_of_an_unbroken_run(tmp_path):
     assert moments.count("save") >= 4, moments
     for folder in folders:
         assert losses(folder) == losses(unbroken.folder) and len(losses(folder)) == STEPS
-        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [str(STEPS - 3), str(STEPS)]
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+            str(STEPS - 3),
+            str(STEPS),
+        ]

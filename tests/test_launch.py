@@ -1,4 +1,7 @@
-"""The launchers: what they export, how they stop, and what they say; the program itself is a stand-in here."""
+"""The launchers: what they export, how they stop, and what they say.
+
+The program itself is a stand-in here.
+"""
 
 import json
 import os
@@ -15,7 +18,8 @@ import yaml
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
-# The last argument says what it does; `seen-I` holds what process I was given, `saved-I` that it stopped in order.
+# The last argument says what it does; `seen-I` holds what process I was given, `saved-I` that it
+# stopped in order.
 STAND_IN = """
 import json, os, signal, sys, time
 process = os.environ.get("JAX_PROCESS_ID", "0")
@@ -61,7 +65,8 @@ except KeyboardInterrupt:
 def place(tmp_path, monkeypatch):
     """A folder in which `python -m unimed_jax.main` is the stand-in."""
     (tmp_path / "unimed_jax").mkdir()
-    (tmp_path / "unimed_jax/__init__.py").touch()  # without it the installed package would go before this one
+    # without it the installed package would go before this one
+    (tmp_path / "unimed_jax/__init__.py").touch()
     (tmp_path / "unimed_jax/main.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -107,7 +112,9 @@ def test_flags_are_known_to_jaxlib_and_leave_the_users_own(place, monkeypatch):
     """jaxlib for CPU parses the flags of GPUs too; an unknown one would end the process."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
     program = "import jax, os; print(jax.device_count(), os.environ['XLA_FLAGS'])"
-    exports = "".join(f'eval "$({LAUNCH}/xla_flags.sh {platform})"; ' for platform in ("cpu", "gpu-exact", "tpu"))
+    exports = "".join(
+        f'eval "$({LAUNCH}/xla_flags.sh {platform})"; ' for platform in ("cpu", "gpu-exact", "tpu")
+    )
     done = run("bash", "-c", f'{exports} exec python -c "{program}"')
     assert done.returncode == 0, done.stderr[:500]
     devices, *flags = done.stdout.split()
@@ -151,8 +158,9 @@ def test_a_dead_process_ends_the_others(what, status, last_word, place):
     assert Path("saved-2").exists()  # it was asked to stop, and waited for
     assert time.monotonic() - begin < 10
     assert done.stderr == (
-        f"{last_word}local_processes.sh: process 1 of 3 died with status {status} and the others were ended; its "
-        "output is in run/process-1.log, and the same command continues from the last checkpoint.\n"
+        f"{last_word}local_processes.sh: process 1 of 3 died with status {status} and the others "
+        "were ended; its output is in run/process-1.log, and the same command continues from the "
+        "last checkpoint.\n"
     )
 
 
@@ -177,10 +185,20 @@ def test_a_signal_reaches_all_processes(sent, place):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "nothing is not a number of processes; write N [--devices=K] -- and the program's arguments."),
-        (["0", "--"], "0 is not a number of processes; write N [--devices=K] -- and the program's arguments."),
+        (
+            [],
+            "nothing is not a number of processes; write N [--devices=K] -- and the program's "
+            "arguments.",
+        ),
+        (
+            ["0", "--"],
+            "0 is not a number of processes; write N [--devices=K] -- and the program's arguments.",
+        ),
         (["2", "--devices=x", "--"], "--devices=x is not a number of devices; give 1 or more."),
-        (["2", "--config=a.py"], "--config=a.py stands in the place of --; the program's arguments follow --."),
+        (
+            ["2", "--config=a.py"],
+            "--config=a.py stands in the place of --; the program's arguments follow --.",
+        ),
     ],
 )
 def test_wrong_words_are_one_sentence(words, sentence, place):
@@ -194,12 +212,20 @@ def test_wrong_words_are_one_sentence(words, sentence, place):
 @pytest.mark.parametrize(
     "what, status, requeued", [("status=0", 0, False), ("status=1", 1, False), ("status=143", 143, True)]
 )
-def test_slurm_gives_each_task_its_place_and_requeues_what_was_stopped(what, status, requeued, place, monkeypatch):
+def test_slurm_gives_each_task_its_place_and_requeues_what_was_stopped(
+    what, status, requeued, place, monkeypatch
+):
     (place / ".venv/bin").mkdir(parents=True)
     (place / ".venv/bin/activate").touch()
     (place / "launch").symlink_to(LAUNCH)
-    command(place, "scontrol", 'if [[ $1 == show ]]; then printf "n07\\nn08\\n"; else echo "$@" >requeued; fi')
-    command(place, "srun", 'shift; for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "$@"; done')
+    command(
+        place,
+        "scontrol",
+        'if [[ $1 == show ]]; then printf "n07\\nn08\\n"; else echo "$@" >requeued; fi',
+    )
+    command(
+        place, "srun", 'shift; for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "$@"; done'
+    )
     job = {"JOB_ID": "123456", "JOB_NODELIST": "n[07-08]", "NTASKS": "4", "CPUS_PER_TASK": "8"}
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -231,17 +257,26 @@ def test_the_jobset_agrees_with_itself():
     assert given["JAX_COORDINATOR_ADDRESS"] == f"{name}-{replicated['name']}-0-0.{name}:{port}"
     assert (job["completionMode"], job["backoffLimit"], pod["restartPolicy"]) == ("Indexed", 0, "Never")
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
-    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
-    assert pod["terminationGracePeriodSeconds"] >= 300 and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert {volume["name"] for volume in pod["volumes"]} == {
+        mount["name"] for mount in container["volumeMounts"]
+    }
+    assert (
+        pod["terminationGracePeriodSeconds"] >= 300
+        and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    )
 
 
 def test_the_jobsets_command_gives_the_pod_its_place(place, monkeypatch):
     (place / "launch").symlink_to(LAUNCH)
     jobset = yaml.safe_load((LAUNCH / "k8s_jobset.yaml").read_text())
-    container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     assert run(*container["command"], *container["args"]).returncode == 0
-    assert seen(1)["arguments"][0].startswith("--config=") and seen(1)["XLA_CLIENT_MEM_FRACTION"] == "0.9"
+    assert (
+        seen(1)["arguments"][0].startswith("--config=") and seen(1)["XLA_CLIENT_MEM_FRACTION"] == "0.9"
+    )
 
 
 # --- tpu_pod.sh
@@ -272,7 +307,8 @@ def hosts(place, monkeypatch):
     """A `gcloud` that takes this machine for all hosts, and notes its own arguments in `calls`."""
     monkeypatch.setenv("HOME", str(place))
     command(place, "gcloud", GCLOUD)
-    command(place, "tail", f'exec {shutil.which("tail")} -s 0.1 "$@"')  # looks more often than every second
+    # looks more often than every second
+    command(place, "tail", f'exec {shutil.which("tail")} -s 0.1 "$@"')
     return place
 
 
@@ -312,7 +348,8 @@ def test_tpu_hosts_run_the_same_command_until_asked_to_stop(hosts, home, monkeyp
     with subprocess.Popen(start, stdout=subprocess.PIPE, text=True) as shown:
         wait_for(Path("seen-0").exists)
         pid = (hosts / "unimed/pid").read_text()
-        with subprocess.Popen(start, stdout=subprocess.DEVNULL) as again:  # shows the run that is under way
+        # shows the run that is under way
+        with subprocess.Popen(start, stdout=subprocess.DEVNULL) as again:
             wait_for(lambda: (hosts / "calls").read_text().count("tail -n 50") == 2)
             assert (hosts / "unimed/pid").read_text() == pid
             assert run(*pod, "stop").returncode == 0
@@ -327,4 +364,6 @@ def test_tpu_hosts_run_the_same_command_until_asked_to_stop(hosts, home, monkeyp
 def test_tpu_hosts_need_one_folder(hosts):
     done = run(LAUNCH / "tpu_pod.sh", "my-tpu", "zone-a", "--config=a.py", "--workdir=gs://bucket/run")
     assert done.returncode == 2 and not (hosts / "calls").exists()
-    assert done.stderr == "tpu_pod.sh: --workdir=/FOLDER is missing; name a folder that all hosts share.\n"
+    assert (
+        done.stderr == "tpu_pod.sh: --workdir=/FOLDER is missing; name a folder that all hosts share.\n"
+    )

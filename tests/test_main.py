@@ -26,7 +26,8 @@ def get_config(argument=""):
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
+        # programs for eight devices compile slowly
+        patch.setattr(sharding, "make_mesh", lambda *settings: None)
         yield
 
 
@@ -39,10 +40,14 @@ def config_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(patched, config_file, built_once, tmp_path_factory):
-    """A run started as a user would (trained, evaluated, reported): a copy of its own for each worker."""
+    """A run started as a user would (trained, evaluated, reported): a copy of its own for each
+    worker.
+    """
 
     def start(folder):
-        assert cli.main([f"--config={config_file}", f"--workdir={folder}", "--config.train.steps=6"]) == 0
+        assert (
+            cli.main([f"--config={config_file}", f"--workdir={folder}", "--config.train.steps=6"]) == 0
+        )
 
     return shutil.copytree(built_once("main", start), tmp_path_factory.mktemp("main") / "run")
 
@@ -61,7 +66,13 @@ def test_a_run_leaves_scores_in_the_agreed_schema(run):
     assert metrics["routing"]["tv_token_router"] == 0.0
     assert metrics["routing"]["tv_trained"]["ci95"][0] <= metrics["routing"]["tv_trained"]["value"]
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 2 * 6 * 24
-    assert {p.name for p in run.iterdir()} >= {"report.md", "predictions.png", "routing.png", "log.jsonl", "tokenizer"}
+    assert {p.name for p in run.iterdir()} >= {
+        "report.md",
+        "predictions.png",
+        "routing.png",
+        "log.jsonl",
+        "tokenizer",
+    }
     assert "medical device" in (run / "report.md").read_text()
 
 
@@ -74,13 +85,20 @@ def test_evaluate_scores_a_finished_run_again_to_the_same_numbers(run):
 
 def test_a_longer_prompt_may_be_allowed_for_a_finished_run(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
-    words = ["--config.text.max_prompt=300", "--config.evaluate.limit=2", "--config.evaluate.splits=('test',)"]
+    words = [
+        "--config.text.max_prompt=300",
+        "--config.evaluate.limit=2",
+        "--config.evaluate.splits=('test',)",
+    ]
     assert cli.main(["evaluate", f"--run={copy}", *words]) == 0
     assert json.loads((copy / "metrics.json").read_text())["sets"]["squares"]["test"]["vqa"]["n"] == 2
 
 
 def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp_path, capsys):
-    """A run's own predictions, given back as a file, have the run's scores; ids that do not fit are counted."""
+    """A run's own predictions, given back as a file, have the run's scores.
+
+    Ids that do not fit are counted.
+    """
     own = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     own = [record for record in own if record["split"] == "test"]
     test = "--config.evaluate.splits=('test',)"
@@ -99,7 +117,12 @@ def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp
 
     lines = [*lines[6:], lines[-1], {"id": "squares/test/nobody", "prediction": "x"}]
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    words = ["evaluate", f"--predictions={tmp_path / 'some.jsonl'}", f"--run={run}", f"--out={tmp_path / 'some'}"]
+    words = [
+        "evaluate",
+        f"--predictions={tmp_path / 'some.jsonl'}",
+        f"--run={run}",
+        f"--out={tmp_path / 'some'}",
+    ]
     assert cli.main([*words, test, "--config.evaluate.bootstrap=2"]) == 0
     found = json.loads((tmp_path / "some" / "metrics.json").read_text())
     assert {key: found["predictions"][key] for key in ("unknown", "missing", "doubled")} == {
@@ -125,7 +148,9 @@ def test_export_writes_what_another_tool_needs(run, config_file, tmp_path, capsy
         assert line["question"] == record["question"] and line["question"] in line["instruction"]
         for path, key in zip(line["images"], record["images"], strict=True):
             np.testing.assert_array_equal(np.asarray(Image.open(out / path)), Squares().image(key))
-    assert len(list((out / "images").iterdir())) == 24 and "--predictions=FILE" in capsys.readouterr().out
+    assert (
+        len(list((out / "images").iterdir())) == 24 and "--predictions=FILE" in capsys.readouterr().out
+    )
 
 
 def test_overrides_reach_the_run(run):
@@ -142,20 +167,37 @@ def test_predict_answers_from_an_image_file(run, tmp_path, capsys, kind):
         file = tmp_path / f"image.{kind}"
         Image.fromarray(Squares().image("test0")).save(file)
     assert (
-        cli.main(["predict", f"--run={run}", f"--image={file}", "--task=vqa", "--text=What colour is the square?"]) == 0
+        cli.main(
+            [
+                "predict",
+                f"--run={run}",
+                f"--image={file}",
+                "--task=vqa",
+                "--text=What colour is the square?",
+            ]
+        )
+        == 0
     )
     said = capsys.readouterr().out.strip()
     assert said
     if kind == "png":  # the evaluation asked the same of the same pixels
         lines = map(json.loads, (run / "predictions.jsonl").read_text().splitlines())
-        (asked,) = (x for x in lines if x["task"] == "vqa" and x["images"] == ["test0"] and x["split"] == "test")
+        (asked,) = (
+            x for x in lines if x["task"] == "vqa" and x["images"] == ["test0"] and x["split"] == "test"
+        )
         assert said == asked["prediction"]
 
 
 def test_predict_draws_the_box(run, tmp_path, capsys):
     file, out = tmp_path / "image.png", tmp_path / "drawn.png"
     Image.fromarray(Squares().image("test0")).save(file)
-    words = ["predict", f"--run={run}", f"--image={file}", "--task=identify", "--text={<10><10><60><60>}"]
+    words = [
+        "predict",
+        f"--run={run}",
+        f"--image={file}",
+        "--task=identify",
+        "--text={<10><10><60><60>}",
+    ]
     assert cli.main([*words, f"--out={out}"]) == 0
     assert f"drew {out}" in capsys.readouterr().out
     assert np.asarray(Image.open(out)).std() > 0
@@ -168,7 +210,9 @@ def test_predict_answers_about_several_images(run, tmp_path, capsys):
     words = ["predict", f"--run={run}", "--task=vqa", "--text=Are both squares red?"]
     assert cli.main([*words, *(f"--image={file}" for file in files)]) == 0
     assert capsys.readouterr().out.strip()
-    assert cli.main([*words[:2], "--task=refer", "--text=red", *(f"--image={file}" for file in files)]) == 2
+    assert (
+        cli.main([*words[:2], "--task=refer", "--text=red", *(f"--image={file}" for file in files)]) == 2
+    )
     assert "task 'refer' is about one image, not 2" in capsys.readouterr().err
 
 
@@ -183,14 +227,20 @@ def test_a_run_answers_in_torch_as_here(run, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import torch_answers
 
-    words = [f"--run={run}", f"--export={tmp_path}/exported", "--examples=13", f"--out={tmp_path}/records.json"]
+    words = [
+        f"--run={run}",
+        f"--export={tmp_path}/exported",
+        "--examples=13",
+        f"--out={tmp_path}/records.json",
+    ]
     monkeypatch.setattr("sys.argv", ["torch_answers.py", *words])
     torch_answers.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[2:]] == [*TASKS, "all"] and "13 of 13" in lines[-1]
     records = json.loads((tmp_path / "records.json").read_text())["records"]
     assert len({record["id"] for record in records}) == 13
-    assert "| squares | vqa | 24 |" in (tmp_path / "exported" / "README.md").read_text()  # the run's scores
+    # the run's scores
+    assert "| squares | vqa | 24 |" in (tmp_path / "exported" / "README.md").read_text()
 
 
 PREDICT = ["predict", "--run={run}"]
@@ -204,20 +254,35 @@ MISTAKES = {
     "unknown group": (["{config}", "--config.optimiser.lr=1"], ["did you mean 'optimizer'"]),
     "unknown word": (["{config}", "--worker=3"], ["--worker"]),
     "wrong type": (["{config}", "--config.train.steps=many"], ["config.train.steps", "int", "'many'"]),
-    "wrong choice": (["{config}", "--config.model.connector.router=softmax"], ["router", "soft, sparse, hard"]),
+    "wrong choice": (
+        ["{config}", "--config.model.connector.router=softmax"],
+        ["router", "soft, sparse, hard"],
+    ),
     "no such run": (["evaluate", "--run=nowhere"], ["nowhere/config.json"]),
     "changed run": (["evaluate", "--run={run}", "--config.seed=3"], ["config.seed", "config.evaluate"]),
-    "changed data": (["evaluate", "--run={run}", "--config.data.rows=3"], ["config.data.rows", "text.max_prompt"]),
+    "changed data": (
+        ["evaluate", "--run={run}", "--config.data.rows=3"],
+        ["config.data.rows", "text.max_prompt"],
+    ),
     "nothing to evaluate": (["evaluate"], ["--run=DIR", "--predictions=FILE"]),
     "predictions of nothing": (["evaluate", "--predictions=x.jsonl"], ["--config=FILE or --run=DIR"]),
     "no predictions": (
         ["evaluate", "--predictions=no.jsonl", "{config}"],
         ["no.jsonl", "does not exist", "--predictions"],
     ),
-    "broken predictions": (["evaluate", "--predictions={text}", "{config}"], ["text.dcm, line 1", "mend the line"]),
-    "foreign predictions": (["evaluate", "--predictions={foreign}", "{config}"], ["none of its 1 ids", "squares/val/"]),
+    "broken predictions": (
+        ["evaluate", "--predictions={text}", "{config}"],
+        ["text.dcm, line 1", "mend the line"],
+    ),
+    "foreign predictions": (
+        ["evaluate", "--predictions={foreign}", "{config}"],
+        ["none of its 1 ids", "squares/val/"],
+    ),
     "unknown data command": (["data", "exprot"], ["did you mean 'export'"]),
-    "unknown split": (["data", "export", "{config}", "--out={run}/x", "--split=tset"], ["did you mean 'test'"]),
+    "unknown split": (
+        ["data", "export", "{config}", "--out={run}/x", "--split=tset"],
+        ["did you mean 'test'"],
+    ),
     "unknown metric": (
         [
             "{config}",
@@ -227,7 +292,10 @@ MISTAKES = {
         ],
         ["did you mean 'exact_match'"],
     ),
-    "empty split": (["{config}", "--workdir={run}/z", "--config.evaluate.splits=('tset',)"], ["did you mean 'test'"]),
+    "empty split": (
+        ["{config}", "--workdir={run}/z", "--config.evaluate.splits=('tset',)"],
+        ["did you mean 'test'"],
+    ),
     "long test prompt": (
         ["{config}", "--workdir={run}/w", "--config.text.max_prompt=12"],
         ["squares/val/vqa cannot be evaluated", "config.text.max_prompt=12"],
@@ -239,21 +307,31 @@ MISTAKES = {
     "no text": ([*PREDICT, "--task=refer", "--image={image}"], ["--text"]),
     "no image": ([*PREDICT, "--task=cls"], ["needs an image"]),
     "image for qa": ([*PREDICT, "--task=qa", "--text=why", "--image={image}"], ["text only"]),
-    "box is no box": ([*PREDICT, "--task=identify", "--image={image}", "--text=left"], ["'left'", "<x1>"]),
+    "box is no box": (
+        [*PREDICT, "--task=identify", "--image={image}", "--text=left"],
+        ["'left'", "<x1>"],
+    ),
     "long prompt": ([*PREDICT, "--task=qa", "--text=" + "why " * 900], ["tokens", "text.max_prompt"]),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(run, config_file, tmp_path, capsys, name):
-    files = {"broken": tmp_path / "broken.png", "text": tmp_path / "text.dcm", "image": tmp_path / "good.png"}
+    files = {
+        "broken": tmp_path / "broken.png",
+        "text": tmp_path / "text.dcm",
+        "image": tmp_path / "good.png",
+    }
     files["broken"].write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     files["text"].write_text("no image")
     files["foreign"] = tmp_path / "foreign.jsonl"
     files["foreign"].write_text('{"id": "x/test/1", "prediction": "y"}\n')
     Image.fromarray(Squares().image("test0")).save(files["image"])
     arguments, words = MISTAKES[name]
-    assert cli.main([word.format(run=run, config=f"--config={config_file}", **files) for word in arguments]) == 2
+    assert (
+        cli.main([word.format(run=run, config=f"--config={config_file}", **files) for word in arguments])
+        == 2
+    )
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) <= 3 and "Traceback" not in said, said
     for word in words:

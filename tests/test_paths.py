@@ -1,4 +1,6 @@
-"""Odd paths: every verb with every kind of path that cannot be used ends in one sentence that names it."""
+"""Odd paths: every verb with every kind of path that cannot be used ends in one sentence that names
+it.
+"""
 
 import json
 import os
@@ -20,6 +22,7 @@ from unimed_jax.analyze import chain
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.pictures import draw_box
 from unimed_jax.processes import quiet
+from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import load_text, write_config
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train.log import Log
@@ -49,7 +52,10 @@ def place(tmp_path_factory) -> Path:
 
 
 def refused(arguments: list[str], capsys, *words: str, at_once: bool = True) -> str:
-    """The sentence with which the arguments are refused: one line, status 2; `at_once`: nothing printed before."""
+    """The sentence with which the arguments are refused: one line, status 2.
+
+    `at_once`: nothing printed before.
+    """
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     (said,) = err.splitlines()
@@ -93,7 +99,9 @@ UNWRITABLE = {
 def disk(tmp_path_factory) -> Iterator[Path | None]:
     """A file system that takes no writes, None where we may not mount one."""
     folder = tmp_path_factory.mktemp("disk")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", folder], capture_output=True
+    )
     yield None if done.returncode else folder
     if not done.returncode:
         subprocess.run(["umount", "--lazy", folder], check=True)
@@ -123,7 +131,10 @@ def test_an_empty_path_is_refused(verb, place, capsys):
         ("data", "{place}/file", "exists already"),
         *(("params", path, "is a folder") for path in ("{place}/folder", "{place}/new/", "/")),
         *(("params", path, "is a pipe or a device") for path in ("{place}/pipe", "/dev/null")),
-        *(("predict", path, "is not the name of a picture") for path in ("{place}/folder", "a.xyz", "x", "a.npg", ".")),
+        *(
+            ("predict", path, "is not the name of a picture")
+            for path in ("{place}/folder", "a.xyz", "x", "a.npg", ".")
+        ),
         ("predict", "{place}/pictures.png", "is a folder"),
     ],
 )
@@ -148,7 +159,9 @@ def test_a_box_beside_a_read_only_run_is_to_be_drawn_elsewhere(place, disk, tmp_
 
 @pytest.mark.parametrize("name", [*paths.FILES, *paths.FOLDERS])
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
-def test_something_else_in_the_place_of_a_runs_file_or_folder_is_named(verb, name, place, tmp_path, capsys):
+def test_something_else_in_the_place_of_a_runs_file_or_folder_is_named(
+    verb, name, place, tmp_path, capsys
+):
     shutil.copytree(place / "run", tmp_path / "run")
     strange = tmp_path / "run" / name
     if strange.is_dir():
@@ -178,8 +191,30 @@ def test_a_run_whose_files_are_of_another_kind_is_not_opened(verb, name, place, 
     else:
         shutil.rmtree(strange, ignore_errors=True)
         strange.write_text("a file")
-    more = {"predict": ["--task=qa", "--text=why"], "export": ["--format=model", f"--out={tmp_path}/out"]}
+    more = {
+        "predict": ["--task=qa", "--text=why"],
+        "export": ["--format=model", f"--out={tmp_path}/out"],
+    }
     refused([verb, f"--run={tmp_path}/run", *more[verb]], capsys, name)
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "loop", "device", "folder"])
+@pytest.mark.parametrize("place_of", ["4", "4/note", "4/note/note.json"])
+def test_a_checkpoint_of_another_kind_is_damaged(kind, place_of, place, tmp_path):
+    """And is looked at once: nothing waits for it to become one."""
+    strange = tmp_path / place_of
+    strange.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(strange)
+    elif kind == "folder":
+        strange.mkdir()
+    else:
+        strange.symlink_to("/dev/zero" if kind == "device" else place / kind)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.saved_weights() == set() and checkpoints.newest_note() == {}
+    with pytest.raises(UserError, match="holds only damaged checkpoints"):
+        checkpoints.restore({"weight": np.zeros(3, np.float32)})
+    checkpoints.close()
 
 
 # ---- what is read ----------------------------------------------------------------------------------
@@ -234,17 +269,27 @@ SETTINGS = {
     "data.sources path": [SOURCE],
     "text.tokenizer": ["--config.text.tokenizer={path}"],
     **{
-        f"init {kind}": [f"--config.init=(('seed', ''), ('{kind}', '{{path}}'))", "--config.model.lora.rank=2"]
+        f"init {kind}": [
+            f"--config.init=(('seed', ''), ('{kind}', '{{path}}'))",
+            "--config.model.lora.rank=2",
+        ]
         for kind in ("run", "hf", "eva", "clip", "siglip", "unimed", "med_moe", "gguf", "peft")
     },
-    "init router": ["--config.init=(('seed', ''), ('router', '{path}'))", "--config.model.moe.experts=2"],
+    "init router": [
+        "--config.init=(('seed', ''), ('router', '{path}'))",
+        "--config.model.moe.experts=2",
+    ],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nothing", "a folder", "a file", "a link loop", "a pipe", "a device", "a long path"])
+@pytest.mark.parametrize(
+    "kind", ["nothing", "a folder", "a file", "a link loop", "a pipe", "a device", "a long path"]
+)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_path_in_the_settings_that_cannot_be_read_is_one_sentence(setting, kind, place, tmp_path, capsys):
+def test_a_path_in_the_settings_that_cannot_be_read_is_one_sentence(
+    setting, kind, place, tmp_path, capsys
+):
     path = UNREADABLE[kind].format(place=place)
     if setting == "data.cache" and kind in ("nothing", "a folder"):
         return  # a folder for the cache may be new
@@ -285,18 +330,29 @@ def test_the_working_directory_is_gone(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     for words in WRITERS.values():
-        refused([*(word.format(place=place) for word in words[:-1]), f"{words[-1]}x.png"], capsys, "working directory")
+        refused(
+            [*(word.format(place=place) for word in words[:-1]), f"{words[-1]}x.png"],
+            capsys,
+            "working directory",
+        )
 
 
 def test_a_working_directory_whose_name_is_no_text(place, tmp_path, monkeypatch, capsys):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     monkeypatch.chdir(folder)
-    refused([f"--config={place}/squares.py", "--workdir=run"], capsys, "--workdir=run is not UTF-8", "caf\\udce9")
+    refused(
+        [f"--config={place}/squares.py", "--workdir=run"],
+        capsys,
+        "--workdir=run is not UTF-8",
+        "caf\\udce9",
+    )
 
 
 @pytest.mark.parametrize("verb", [*cli.VERBS, ""])
-@pytest.mark.parametrize("word", ["--text=caf\udce9", "--config.name=caf\udce9", "\ud800", "--run=\udcff"])
+@pytest.mark.parametrize(
+    "word", ["--text=caf\udce9", "--config.name=caf\udce9", "\ud800", "--run=\udcff"]
+)
 def test_an_argument_that_is_no_text_is_one_sentence(verb, word, capsys):
     refused([*([verb] if verb else []), word], capsys, "is not text in utf-8")
 
@@ -308,7 +364,13 @@ def test_a_sentence_stays_on_one_line_whatever_it_quotes(capsys):
 
 def test_a_defect_is_no_sentence(place, monkeypatch):
     """What no person caused keeps its traceback."""
-    for error in (TypeError("a defect"), KeyError("x"), ValueError("y"), AssertionError(), RuntimeError("z")):
+    for error in (
+        TypeError("a defect"),
+        KeyError("x"),
+        ValueError("y"),
+        AssertionError(),
+        RuntimeError("z"),
+    ):
 
         def broken(*_, error=error):
             raise error
@@ -336,14 +398,21 @@ def test_no_permission_is_one_sentence(place, tmp_path):
         for words in WRITERS.values()
     ]
     for reader, words in READERS.items():
-        file = "secret.py" if "--config" in reader else "secret.png" if "--image" in reader else "closed/run"
+        file = (
+            "secret.py"
+            if "--config" in reader
+            else "secret.png"
+            if "--image" in reader
+            else "closed/run"
+        )
         cases.append([*(w.format(place=place) for w in words[:-1]), f"{words[-1]}{tmp_path}/{file}"])
     for path in ("closed", "secret.py", "secret.png"):
         (tmp_path / path).chmod(0)
     code = (
         "import contextlib, io, json, sys\nfrom unimed_jax import main\nfound = []\n"
         "for words in json.loads(sys.argv[1]):\n"
-        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n        status = main.main(words)\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n        status = "
+        "main.main(words)\n"
         "    found.append((status, said.getvalue()))\nprint(json.dumps(found))\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
@@ -362,7 +431,10 @@ def test_no_permission_is_one_sentence(place, tmp_path):
 def test_training_whose_output_nobody_reads_ends_quietly(place, tmp_path):
     writer = without_reader()
     done = program(
-        f"--config={place}/squares.py", f"--workdir={tmp_path}/run", stdout=writer, environment={"XLA_FLAGS": ""}
+        f"--config={place}/squares.py",
+        f"--workdir={tmp_path}/run",
+        stdout=writer,
+        environment={"XLA_FLAGS": ""},
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
@@ -373,7 +445,12 @@ def test_training_whose_output_nobody_reads_ends_quietly(place, tmp_path):
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_arguments_under_any_locale(words, locale, place):
     done = program(
-        "predict", f"--run={place}/run", "--task=qa", *words, stdout=subprocess.DEVNULL, environment={"LC_ALL": locale}
+        "predict",
+        f"--run={place}/run",
+        "--task=qa",
+        *words,
+        stdout=subprocess.DEVNULL,
+        environment={"LC_ALL": locale},
     )
     said = "caf\\xe9 is not text in utf-8" if isinstance(words[0], bytes) else "does not exist"
     assert done.returncode == 2 and said in done.stderr.decode() and done.stderr.count(b"\n") == 1
@@ -415,7 +492,12 @@ def test_letters_that_a_font_lacks_are_no_warning(tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         with quiet():
-            draw_box(tmp_path / "x.png", np.zeros((8, 8, 3), np.uint8), (1, 1, 50, 50), "\u80ba\u708e \u0e1b\u0e35")
+            draw_box(
+                tmp_path / "x.png",
+                np.zeros((8, 8, 3), np.uint8),
+                (1, 1, 50, 50),
+                "\u80ba\u708e \u0e1b\u0e35",
+            )
     assert not seen and (tmp_path / "x.png").exists()
 
 

@@ -70,10 +70,14 @@ def start(
     for number in range(count):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false",
+            "XLA_FLAGS": (
+                f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+            ),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            ),
         }
         if count > 1:
             environment |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
@@ -81,7 +85,9 @@ def start(
         config = f"--config={place / 'squares.py'}:{experts}"
         command = [sys.executable, "-c", CLI, config, f"--workdir={place / run}", *words]
         output = (place / f"{run}.{number}.txt").open("w")
-        started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        )
     return started
 
 
@@ -117,18 +123,27 @@ def test_a_process_reads_its_block_of_the_one_batch(tmp_path):
     data = [Squares()]
     pipeline = Pipeline(data, config, load_text(tmp_path, config, data))
     for shares in (2, 4):
-        whole, parts = pipeline.batches(3), [pipeline.batches(3, share, shares) for share in range(shares)]
+        whole, parts = (
+            pipeline.batches(3),
+            [pipeline.batches(3, share, shares) for share in range(shares)],
+        )
         for _ in range(2):
             expected, found = next(whole), [next(part) for part in parts]
             for name, value in expected.items():
-                np.testing.assert_array_equal(np.concatenate([part[name] for part in found]), value, err_msg=name)
+                np.testing.assert_array_equal(
+                    np.concatenate([part[name] for part in found]), value, err_msg=name
+                )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(2, 1), (4, 1), (2, 2)])
 def test_processes_train_to_the_losses_of_one(place, alone, count, devices):
     run = f"p{count}x{devices}"
-    finish(place, run, start(place, run, count, devices, *(() if (count, devices) == (2, 1) else ("--unscored",))))
+    finish(
+        place,
+        run,
+        start(place, run, count, devices, *(() if (count, devices) == (2, 1) else ("--unscored",))),
+    )
     np.testing.assert_allclose(losses(place, run), alone, rtol=1e-5)
     first = said(place, run, 0)
     assert f"{count * devices} devices (data {count * devices}) of {count} processes" in first
@@ -136,7 +151,9 @@ def test_processes_train_to_the_losses_of_one(place, alone, count, devices):
         assert "step/s" not in said(place, run, number) and "wrote" not in said(place, run, number)
     if (count, devices) != (2, 1):
         return
-    here, there = (json.loads((place / r / "metrics.json").read_text())["sets"]["squares"] for r in (run, "alone"))
+    here, there = (
+        json.loads((place / r / "metrics.json").read_text())["sets"]["squares"] for r in (run, "alone")
+    )
     assert there.keys() == here.keys() == {"val", "test"}
     for split, tasks in there.items():
         for task, entry in tasks.items():
@@ -154,7 +171,9 @@ def experts_alone(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"expert": 2}, {"expert": 4}, {"data": 2, "expert": 2}], ids=str)
 def test_processes_share_experts(place, experts_alone, axes):
-    """The decoder's experts on two processes, of one device and of two each: the losses of one process."""
+    """The decoder's experts on two processes, of one device and of two each: the losses of one
+    process.
+    """
     name = "_".join(f"{axis}{size}" for axis, size in axes.items())
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
     devices = int(np.prod(list(axes.values()))) // 2
@@ -180,7 +199,9 @@ def test_a_death_ends_all_with_a_sentence_and_the_run_goes_on_even_with_fewer(pl
     wait_for_step(place, "death", started, 9)
     started[1].kill()
     assert started[0].wait(timeout=120) == 1
-    assert "has lost another one" in said(place, "death", 0) and "Traceback" not in said(place, "death", 0)
+    assert "has lost another one" in said(place, "death", 0) and "Traceback" not in said(
+        place, "death", 0
+    )
     again = start(place, "death", 2, 1, *more)
     wait_for_step(place, "death", again, 40)
     again[1].send_signal(signal.SIGTERM)  # one gets the signal, both save
@@ -199,7 +220,10 @@ def test_a_death_ends_all_with_a_sentence_and_the_run_goes_on_even_with_fewer(pl
 
 @pytest.fixture(scope="module")
 def killed(place):
-    """A run of one process and device that was killed in step 10; of its two saves the first is certainly whole."""
+    """A run of one process and device that was killed in step 10.
+
+    Of its two saves the first is certainly whole.
+    """
     (process,) = start(place, "killed", 1, 1, "--unscored", "--killed")
     assert process.wait(timeout=240) == -signal.SIGKILL
     return place / "killed"
@@ -207,7 +231,9 @@ def killed(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(1, 2), (1, 4), (1, 8), (2, 1)])
-def test_a_killed_run_goes_on_elsewhere_with_the_losses_of_the_unbroken_one(place, alone, killed, count, devices):
+def test_a_killed_run_goes_on_elsewhere_with_the_losses_of_the_unbroken_one(
+    place, alone, killed, count, devices
+):
     run = f"killed{count}x{devices}"
     shutil.copytree(killed, place / run)
     finish(place, run, start(place, run, count, devices, "--unscored"))
@@ -251,21 +277,29 @@ def as_process(monkeypatch, number: int, address: str, seconds: str = "1") -> No
 
 def test_a_taken_port_is_refused_at_once(port, monkeypatch):
     as_process(monkeypatch, 0, f"localhost:{port}")
-    with socket.create_server(("", port)), pytest.raises(UserError, match="Address already in use.; choose another"):
+    with (
+        socket.create_server(("", port)),
+        pytest.raises(UserError, match="Address already in use.; choose another"),
+    ):
         processes.join()
 
 
 def test_a_coordinator_that_nobody_is_at_is_waited_for_no_longer_than_said(port, monkeypatch):
     as_process(monkeypatch, 1, f"localhost:{port}")
     begun = time.monotonic()
-    with pytest.raises(PassingError, match=f"=localhost:{port} within 1 s .Connection refused.; start it"):
+    with pytest.raises(
+        PassingError, match=f"=localhost:{port} within 1 s .Connection refused.; start it"
+    ):
         processes.join()
     assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70, "two..dots", "\u80ba", "256.256.256.256"])
 def test_a_host_that_nobody_knows_is_named_soon(host, monkeypatch):
-    """Not as late as a coordinator that has a name; a cluster may learn the names of its machines late."""
+    """Not as late as a coordinator that has a name.
+
+    A cluster may learn the names of its machines late.
+    """
     monkeypatch.setattr(processes, "NAME_SECONDS", 0)
     as_process(monkeypatch, 1, f"{host}:1234", "60")
     with pytest.raises(PassingError, match=r"cannot be reached at .*\((the host is unknown: )?"):
@@ -287,7 +321,9 @@ def test_a_host_that_does_not_answer_is_named(monkeypatch):
 )
 def test_an_address_that_is_none_is_refused(address, monkeypatch):
     as_process(monkeypatch, 1, address)
-    with pytest.raises(UserError, match="needs JAX_PROCESS_ID below it .* and JAX_COORDINATOR_ADDRESS=host:port"):
+    with pytest.raises(
+        UserError, match="needs JAX_PROCESS_ID below it .* and JAX_COORDINATOR_ADDRESS=host:port"
+    ):
         processes.join()
 
 
@@ -300,23 +336,53 @@ def test_a_wait_that_is_no_number_is_refused(seconds, monkeypatch):
 
 def command(place: Path, **environment: str) -> subprocess.Popen:
     """`params` with this environment."""
-    names = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"} | environment
+    names = (
+        os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"} | environment
+    )
     words = [sys.executable, "-m", "unimed_jax.main", "params", f"--config={place / 'squares.py'}"]
     return subprocess.Popen(words, env=names, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 # The environment, the exit status, and what the sentence says.
 CANNOT_START = {
-    "no such platform": ({"JAX_PLATFORMS": "nonsense"}, 2, "(Unable to initialize backend 'nonsense': Backend"),
+    "no such platform": (
+        {"JAX_PLATFORMS": "nonsense"},
+        2,
+        "(Unable to initialize backend 'nonsense': Backend",
+    ),
     "no GPU": ({"JAX_PLATFORMS": "cuda"}, 2, "JAX cannot start with JAX_PLATFORMS='cuda'"),
     "no TPU": ({"JAX_PLATFORMS": "tpu"}, 2, "JAX cannot start with JAX_PLATFORMS='tpu'"),
-    "no truth value": ({"JAX_ENABLE_X64": "maybe"}, 2, "with JAX_ENABLE_X64='maybe' in the environment (invalid"),
+    "no truth value": (
+        {"JAX_ENABLE_X64": "maybe"},
+        2,
+        "with JAX_ENABLE_X64='maybe' in the environment (invalid",
+    ),
     "no precision": ({"JAX_DEFAULT_MATMUL_PRECISION": "foo"}, 2, "JAX_DEFAULT_MATMUL_PRECISION='foo'"),
-    "a flag of another release": ({"XLA_FLAGS": "--xla_nonsense"}, 2, "(Unknown flag in XLA_FLAGS: --xla_nonsense);"),
-    "a wrong value": ({"XLA_FLAGS": "--xla_gpu_autotune_level=x"}, 2, "(Couldn't interpret value x for flag xla_gpu"),
-    "no such file of flags": ({"XLA_FLAGS": "/no/such/file"}, 2, '(Could not open file "/no/such/file" to read flags'),
-    "no number of devices": ({"XLA_FLAGS": "--xla_force_host_platform_device_count=-3"}, 2, "XLA_FLAGS='--xla_force"),
-    "nobody knows the others": ({"JAX_NUM_PROCESSES": "auto"}, 2, "JAX_NUM_PROCESSES=auto: the processes"),
+    "a flag of another release": (
+        {"XLA_FLAGS": "--xla_nonsense"},
+        2,
+        "(Unknown flag in XLA_FLAGS: --xla_nonsense);",
+    ),
+    "a wrong value": (
+        {"XLA_FLAGS": "--xla_gpu_autotune_level=x"},
+        2,
+        "(Couldn't interpret value x for flag xla_gpu",
+    ),
+    "no such file of flags": (
+        {"XLA_FLAGS": "/no/such/file"},
+        2,
+        '(Could not open file "/no/such/file" to read flags',
+    ),
+    "no number of devices": (
+        {"XLA_FLAGS": "--xla_force_host_platform_device_count=-3"},
+        2,
+        "XLA_FLAGS='--xla_force",
+    ),
+    "nobody knows the others": (
+        {"JAX_NUM_PROCESSES": "auto"},
+        2,
+        "JAX_NUM_PROCESSES=auto: the processes",
+    ),
 }
 SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in list(CANNOT_START)[2:]]
 
@@ -331,15 +397,23 @@ def test_a_jax_that_cannot_start_is_one_sentence(case, place):
     started = command(place, **environment)
     out, err = started.communicate(timeout=120)
     (said,) = err.splitlines()
-    assert (started.returncode, out) == (status, "") and said.startswith("unimed_jax: ") and words in said, said
+    assert (
+        (started.returncode, out) == (status, "") and said.startswith("unimed_jax: ") and words in said
+    ), said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_others_that_do_not_come_are_one_sentence_in_time(number, place, port):
-    """Process 0 without process 1, and process 1 at a port where something else than process 0 listens."""
+    """Process 0 without process 1, and process 1 at a port where something else than process 0
+    listens.
+    """
     server = socket.create_server(("", port)) if number else None
-    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    address = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+    }
     started = command(place, UNIMED_START_SECONDS="3", **address)
     out, err = started.communicate(timeout=60)
     if server is not None:
@@ -352,7 +426,11 @@ def test_others_that_do_not_come_are_one_sentence_in_time(number, place, port):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "stop"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_signal_ends_the_wait_for_others(number, stop, place, port):
-    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    address = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+    }
     started = command(place, **address)
     time.sleep(4)
     begun = time.monotonic()
@@ -360,4 +438,6 @@ def test_a_signal_ends_the_wait_for_others(number, stop, place, port):
     out, err = started.communicate(timeout=60)
     assert time.monotonic() - begun < 5
     (said,) = err.splitlines()
-    assert (started.returncode, out) == (128 + stop, "") and said.startswith("unimed_jax: stopped by"), said
+    assert (started.returncode, out) == (128 + stop, "") and said.startswith("unimed_jax: stopped by"), (
+        said
+    )

@@ -1,7 +1,7 @@
 """Every field of the settings with hostile values: refused in one sentence that names it, or meaningful.
 
-What is meaningful is written out here, apart from the bounds in config.py. A field that is missing here, or that has a
-number or text without bounds, fails.
+What is meaningful is written out here, apart from the bounds in config.py. A field that is missing
+here, or that has a number or text without bounds, fails.
 """
 
 import dataclasses
@@ -72,7 +72,9 @@ def json_value(v: Any) -> bool:
 LINE = r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]*"
 flag, maybe = one_of(True, False), optional(one_of(True, False))
 place, filled = text(4096), text(4096, rf"\s*\S{LINE}")
-folder = text(200, r"(?!\.{1,2}$)[^\s/\x00-\x1f\x7f-\x9f\ud800-\udfff]([^/\x00-\x1f\x7f-\x9f\ud800-\udfff]*\S)?")
+folder = text(
+    200, r"(?!\.{1,2}$)[^\s/\x00-\x1f\x7f-\x9f\ud800-\udfff]([^/\x00-\x1f\x7f-\x9f\ud800-\udfff]*\S)?"
+)
 count, size, axis, pixels = whole(1, 2**31 - 1), whole(1, 2**20), whole(1, 65536), whole(1, 8192)
 any_count = whole(0, 2**31 - 1)
 tasks = ("vqa", "refer", "identify", "caption", "cls", "qa")
@@ -88,7 +90,9 @@ source = {
     "only": dict_of(filled, tuple_of(place, least=1)),
     "weights": dict_of(filled, dict_of(place, number(0, 1e6))),
     "splits": dict_of(folder, filled),
-    "info": dict_of(one_of("licence", "citation", "note", "cluster_word"), text(65536, r"[^\x00\ud800-\udfff]*")),
+    "info": dict_of(
+        one_of("licence", "citation", "note", "cluster_word"), text(65536, r"[^\x00\ud800-\udfff]*")
+    ),
     "options": dict_of(filled, json_value),
 }
 group_of_settings = dataclasses.is_dataclass
@@ -98,7 +102,9 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "job": one_of("model", "router"),
         "seed": whole(0, 2**32 - 1),
         "fidelity": one_of("default", "paper"),
-        **dict.fromkeys(("model", "text", "data", "loss", "optimizer", "train", "mesh"), group_of_settings),
+        **dict.fromkeys(
+            ("model", "text", "data", "loss", "optimizer", "train", "mesh"), group_of_settings
+        ),
         **dict.fromkeys(("evaluate", "router_fit"), group_of_settings),
         "init": tuple_of(tuple_of(place, 2, 2, distinct=False), least=1),
     },
@@ -310,7 +316,12 @@ def test_values_are_refused_by_name_or_mean_something(tried):
             owner = "config." + group.removesuffix("[0]")
             by_group = owner in one.sentence and re.search(rf"\b{name}\b", one.sentence)
             named = f"config.{one.field.name}" in one.sentence or by_group
-            if not named or "\n" in one.sentence or len(one.sentence) > 500 or one.sentence[-1] not in ".?":
+            if (
+                not named
+                or "\n" in one.sentence
+                or len(one.sentence) > 500
+                or one.sentence[-1] not in ".?"
+            ):
                 wrong.append((one.field.name, one.value, one.sentence))
         elif not MEANINGFUL[group][name](value_of(one)):
             wrong.append((one.field.name, one.value, "accepted"))
@@ -318,7 +329,9 @@ def test_values_are_refused_by_name_or_mean_something(tried):
 
 
 def test_accepted_values_are_kept_as_they_are(tried):
-    """None is turned into a value by `fidelity` alone, a whole number into a float, lists into tuples."""
+    """None is turned into a value by `fidelity` alone, a whole number into a float, lists into
+    tuples.
+    """
     knobs = ("max_words", "double_bos", "training_blank", "mixing", "packing", "reduction")
     for one in tried:
         kept = value_of(one) if one.config else None
@@ -330,8 +343,13 @@ def test_accepted_values_are_kept_as_they_are(tried):
 
 
 def test_enough_was_tried(tried):
-    """Thousands of pairs; every field has values that are refused and, so that this is no accident, others."""
-    accepted, refused = ({one.field.name for one in tried if bool(one.config) is kept} for kept in (True, False))
+    """Thousands of pairs.
+
+    Every field has values that are refused and, so that this is no accident, others.
+    """
+    accepted, refused = (
+        {one.field.name for one in tried if bool(one.config) is kept} for kept in (True, False)
+    )
     assert len(tried) > 10_000 and accepted == refused == {field.name for field in fields()}
 
 

@@ -138,7 +138,11 @@ class Characters:
         if len(value) > self.most:
             return f"={shown(value)} has {len(value)} characters; set at most {self.most}."
         wrong = next((c for c in value if _is_control(c) and (self.one_line or c not in "\n\t")), None)
-        return None if wrong is None else f"={shown(value)} holds the control character {wrong!r}; leave it out."
+        return (
+            None
+            if wrong is None
+            else f"={shown(value)} holds the control character {wrong!r}; leave it out."
+        )
 
 
 def _is_control(character: str) -> bool:
@@ -200,7 +204,9 @@ class Matches:
 
 
 class FrozenDict(dict):
-    """Keeps its first content and can be hashed, so that settings with a dict are frozen and hashable."""
+    """Keeps its first content and can be hashed, so that settings with a dict are frozen and
+    hashable.
+    """
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
@@ -229,7 +235,8 @@ Depth = Annotated[int, AtLeast(1), AtMost(1024)]
 Experts = Annotated[int, AtLeast(1), AtMost(1024)]
 Length = Annotated[int, AtLeast(1), AtMost(65536)]  # rows of a batch, tokens of an answer
 
-Rate = Annotated[float, AtLeast(0), AtMost(10)]  # of learning: Adam moves a parameter by about so much each step
+# of learning: Adam moves a parameter by about so much each step
+Rate = Annotated[float, AtLeast(0), AtMost(10)]
 Epsilon = Annotated[float, Above(0), AtLeast(1e-20), AtMost(1)]
 WeightDecay = Annotated[float, AtLeast(0), AtMost(10)]
 Factor = Annotated[float, Above(0), AtLeast(1e-6), AtMost(1e6)]

@@ -58,12 +58,15 @@ from unimed_jax.config_model import (  # noqa: F401  (all settings are imported 
 
 # In the published task order (Uni-Med, its five visual tasks) and, last, text-only question answering.
 VisualTask = Literal["vqa", "refer", "identify", "caption", "cls"]
-Changed = Literal["refuse", "accept"]  # what becomes of data or a tokenizer that a run was not trained with
+# what becomes of data or a tokenizer that a run was not trained with
+Changed = Literal["refuse", "accept"]
 Task = Literal[VisualTask, "qa"]
 VISUAL_TASKS: tuple[str, ...] = get_args(VisualTask)
 TASKS: tuple[str, ...] = get_args(Task)
 
-Module = Annotated[str, Filled(), Characters(200), Matches(r"[\w-]+(\.[\w-]+)*", "a name, or names joined by dots")]
+Module = Annotated[
+    str, Filled(), Characters(200), Matches(r"[\w-]+(\.[\w-]+)*", "a name, or names joined by dots")
+]
 PartOrEmpty = Annotated[str, Characters(200), FolderName()]
 
 
@@ -76,7 +79,8 @@ PartOrEmpty = Annotated[str, Characters(200), FolderName()]
 class TextConfig:
     """Says which tokenizer is used and how prompts and answers are written."""
 
-    tokenizer: Place = ""  # a Hugging Face folder or a GGUF file; empty: train a BPE on the training split
+    # a Hugging Face folder or a GGUF file; empty: train a BPE on the training split
+    tokenizer: Place = ""
     vocab: Size = 1024  # size of that BPE, special tokens included
     coordinate_tokens: bool = True  # one token per box coordinate 0..100 (only in a BPE trained here)
     # Form of prompts and answers (data/forms.py). unimed: task tags; stablelm, phi: Med-MoE's chat;
@@ -92,7 +96,8 @@ class TextConfig:
     # A blank after the instruction, only in training (form unimed). None; paper: True. A model trained
     # from scratch on it alone ends boxes after three coordinates at evaluation, where it is missing.
     training_blank: bool | None = None
-    # If the tokenizer is another one than the run was trained with. refuse: an error; accept: every result says so.
+    # If the tokenizer is another one than the run was trained with. refuse: an error; accept: every
+    # result says so.
     changed: Changed = "refuse"
 
 
@@ -101,7 +106,8 @@ class SourceConfig:
     """Describes one data set of the mixture, and what is taken from it."""
 
     name: Module = "brain"  # a file or package of data/datasets, or a dotted module: my_lab.my_data
-    id: PartOrEmpty = ""  # name of the set in scores and reports; empty: the last part of `name`, made unique
+    # name of the set in scores and reports; empty: the last part of `name`, made unique
+    id: PartOrEmpty = ""
     path: Place = ""  # folder of its files, relative to data.root; empty: <data.root>/<name>
     tasks: Annotated[tuple[Task, ...], Distinct()] = ()  # (): all that it has
     weight: Weight = 1.0  # share of the draws, relative to the other sources
@@ -136,8 +142,10 @@ class DataConfig:
     window: Length = 512  # draws that are packed together
     threads: Annotated[int, Between(0, 1024)] = 2  # that read and decode ahead; 0: none
     cache: Place = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
-    image_cache_mib: Annotated[int, AtLeast(0), AtMost(2**20)] = 256  # decoded images kept in memory, in MiB; 0: none
-    # If a data set is another one than the run was trained with. refuse: an error; accept: every result says so.
+    # decoded images kept in memory, in MiB; 0: none
+    image_cache_mib: Annotated[int, AtLeast(0), AtMost(2**20)] = 256
+    # If a data set is another one than the run was trained with. refuse: an error; accept: every
+    # result says so.
     changed: Changed = "refuse"
 
     @property
@@ -259,10 +267,12 @@ class EvaluateConfig:
     batch: Length = 64  # prompts answered at once
     max_new_tokens: Length = 100  # tokens of an answer
     limit: Whole = 0  # examples per task and split; 0: all
-    temperature: Annotated[float, ZeroOr(0.01, 100)] = 0.0  # of sampling; 0: the most probable token (greedy)
+    # of sampling; 0: the most probable token (greedy)
+    temperature: Annotated[float, ZeroOr(0.01, 100)] = 0.0
     # Sample from the tokens that hold this probability
     top_p: Annotated[float, Above(0), Between(0, 1)] = 1.0
-    bootstrap: Annotated[int, AtLeast(2), AtMost(100_000)] = 2000  # resamples for each confidence interval
+    # resamples for each confidence interval
+    bootstrap: Annotated[int, AtLeast(2), AtMost(100_000)] = 2000
     # Which scores lead in reports. None: corrected; paper: published
     scoring: Literal["corrected", "published"] | None = None
 

@@ -62,7 +62,9 @@ def _check_file(file: str) -> None:
     if reason:
         raise UserError(f"--config={file} {reason}; name a Python file, such as one of configs/.")
     if place.suffix != ".py":
-        raise UserError(f"--config={file} is not a Python file, whose name ends in .py; name one of configs/.")
+        raise UserError(
+            f"--config={file} is not a Python file, whose name ends in .py; name one of configs/."
+        )
 
 
 def _module(file: str) -> Any:
@@ -78,7 +80,9 @@ def _call(module: Any, file: str, arguments: list[str]) -> Any:
     """Returns what get_config(argument) or get_config() returns."""
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(f"--config={file} defines no function get_config(); define one that returns a ConfigDict.")
+        raise UserError(
+            f"--config={file} defines no function get_config(); define one that returns a ConfigDict."
+        )
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError:
@@ -86,20 +90,25 @@ def _call(module: Any, file: str, arguments: list[str]) -> Any:
             raise UserError(
                 f"--config={file}: its get_config() takes no argument; leave {arguments[0]!r} out."
             ) from None
-        raise UserError(f"--config={file}: its get_config() needs an argument; write {file}:ARGUMENT.") from None
+        raise UserError(
+            f"--config={file}: its get_config() needs an argument; write {file}:ARGUMENT."
+        ) from None
     except ValueError:  # a function of C has no signature
         pass
     return get_config(*arguments)
 
 
 def _settings(returned: Any, file: str) -> ml_collections.ConfigDict:
-    """Makes sure that a config file returned settings, and gives them the file's name if they have none."""
+    """Makes sure that a config file returned settings, and gives them the file's name if they have
+    none.
+    """
     if isinstance(returned, ml_collections.FrozenConfigDict):
         returned = returned.as_configdict()
     if not isinstance(returned, ml_collections.ConfigDict):
         what = "None" if returned is None else f"a value of type {type(returned).__name__}"
         raise UserError(
-            f"--config={file}: get_config() returned {what}; let it return the ConfigDict that default_config() makes."
+            f"--config={file}: get_config() returned {what}; let it return the ConfigDict that "
+            "default_config() makes."
         )
     try:
         returned.to_dict()  # fails for a value that the file has promised and not given
@@ -114,10 +123,19 @@ def _settings(returned: Any, file: str) -> ml_collections.ConfigDict:
 def _check_chain(settings: ml_collections.ConfigDict, file: str) -> None:
     """Refuses a chain whose name is no text, or whose stages are not the names of config files."""
     stages = settings.stages
-    if not isinstance(stages, (list, tuple)) or not stages or not all(isinstance(s, str) and s for s in stages):
-        given = stages if stages is None or isinstance(stages, (int, str, tuple)) else type(stages).__name__
+    if (
+        not isinstance(stages, (list, tuple))
+        or not stages
+        or not all(isinstance(s, str) and s for s in stages)
+    ):
+        given = (
+            stages if stages is None or isinstance(stages, (int, str, tuple)) else type(stages).__name__
+        )
         given = " ".join(f"{given!r}".split())[:LONGEST]
-        raise UserError(f"--config={file}: stages must name at least one stage, each by its config file, not {given}.")
+        raise UserError(
+            f"--config={file}: stages must name at least one stage, each by its config file, not "
+            f"{given}."
+        )
     if not isinstance(settings.name, str):
         raise UserError(f"--config={file}: config.name must be str, not {settings.name!r}.")
 
@@ -163,7 +181,10 @@ def _place(error: BaseException, file: str, folders: list[Path]) -> str:
 
 
 def _line_of(sentence: str, file: str, folders: list[Path]) -> str:
-    """Finds the lines that assign the setting that the sentence begins with; empty for none or more than three."""
+    """Finds the lines that assign the setting that the sentence begins with.
+
+    Empty for none or more than three.
+    """
     setting = "." + re.sub(r"\[.*?\]", "", re.split(r"[ =:,]", sentence, maxsplit=1)[0])
     if lines := _assigned(Path(file), setting):
         return f", {_lines(lines)}" if len(lines) <= MOST_LINES else ""

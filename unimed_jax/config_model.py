@@ -183,7 +183,8 @@ class MoeConfig:
     experts: ExpertCount = 0  # per layer; 0: no layer has experts
     # Which layers have experts: sparse is every second one from layer 0, dense is every one.
     placement: Literal["sparse", "first_half", "second_half", "dense"] = "sparse"
-    layers: Annotated[tuple[LayerNumber, ...], Distinct()] = ()  # layer numbers, which replace `placement`
+    # layer numbers, which replace `placement`
+    layers: Annotated[tuple[LayerNumber, ...], Distinct()] = ()
     # Experts per token. 1: its output is weighted by its probability; 2: by the two probabilities,
     # scaled to sum to 1.
     top_k: ExpertCount = 1
@@ -194,7 +195,8 @@ class MoeConfig:
     # the expert. None: unlimited.
     capacity_factor: Capacity | None = None
     eval_capacity_factor: Capacity | None = None  # the same at evaluation
-    min_capacity: Annotated[int, AtLeast(0), AtMost(2**20)] = 0  # lower limit of that capacity, in tokens
+    # lower limit of that capacity, in tokens
+    min_capacity: Annotated[int, AtLeast(0), AtMost(2**20)] = 0
     # Random selection in training. top-1: if an expert is full, the tokens that fit are random instead
     # of the first; top-2: the second expert is sampled instead of the runner-up.
     random: bool = True
@@ -215,14 +217,21 @@ class MoeConfig:
     def trains_otherwise(self) -> bool:
         """Says whether routing in training differs from routing at evaluation."""
         drawn = self.gate_noise != "none" or self.top_k == 2 and self.random
-        return self.experts > 0 and (drawn or (self.capacity_factor, self.eval_capacity_factor) != (None, None))
+        return self.experts > 0 and (
+            drawn or (self.capacity_factor, self.eval_capacity_factor) != (None, None)
+        )
 
     def numbers(self, depth: int) -> tuple[int, ...]:
         """Lists the numbers of the layers with experts, in a decoder of `depth` layers."""
         if not self.experts:
             return ()
         every, half = range(depth), depth // 2
-        placed = {"sparse": every[::2], "first_half": every[:half], "second_half": every[half:], "dense": every}
+        placed = {
+            "sparse": every[::2],
+            "first_half": every[:half],
+            "second_half": every[half:],
+            "dense": every,
+        }
         return self.layers or tuple(placed[self.placement])
 
 

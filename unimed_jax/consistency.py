@@ -34,10 +34,13 @@ def _check_experts_of_tasks(config: Config) -> None:
 def _check_data(config: Config) -> None:
     data, micro = config.data, config.train.accumulation
     if data.mixing == "per_batch" and data.packing:
-        raise UserError("config.data: mixing='per_batch' takes one example a row; set data.packing=False.")
+        raise UserError(
+            "config.data: mixing='per_batch' takes one example a row; set data.packing=False."
+        )
     if data.rows % micro:
         raise UserError(
-            f"config.train.accumulation={micro} does not divide config.data.rows={data.rows}; choose a divisor."
+            f"config.train.accumulation={micro} does not divide config.data.rows={data.rows}; "
+            "choose a divisor."
         )
     # With a tokenizer from outside this shows when it is opened (train/checks.py).
     loss, own = config.loss, not config.text.tokenizer
@@ -53,56 +56,70 @@ def _check_init(config: Config) -> None:
     for kind, path in config.init:
         if kind == "seed" and path:
             raise UserError(
-                f"config.init: 'seed' takes its number from config.seed, not from {path!r}; write ('seed', '')."
+                f"config.init: 'seed' takes its number from config.seed, not from {path!r}; write "
+                "('seed', '')."
             )
         if kind == "run" and not path.strip():
-            raise UserError("config.init: 'run' needs the folder of a run; write ('run', 'runs/<name>').")
+            raise UserError(
+                "config.init: 'run' needs the folder of a run; write ('run', 'runs/<name>')."
+            )
 
 
 def _check_rules(config: Config) -> None:
     rules = config.train.rules
     if config.job == "model" and not any(rule.train for rule in rules):
         raise UserError(
-            "config.train.rules freezes every parameter, since each says train=False; let one train, or set "
-            "config.job='router'."
+            "config.train.rules freezes every parameter, since each says train=False; let one "
+            "train, or set config.job='router'."
         )
     for i, rule in enumerate(rules):
         if not rule.train and (rule.lr_scale != 1 or rule.weight_decay is not None):
             name = "lr_scale" if rule.lr_scale != 1 else "weight_decay"
             raise UserError(
-                f"config.train.rules[{i}].{name} has no effect, because train=False freezes {rule.match!r}; "
-                "leave it out, or set train=True."
+                f"config.train.rules[{i}].{name} has no effect, because train=False freezes "
+                f"{rule.match!r}; leave it out, or set train=True."
             )
         if any(earlier.match in (rule.match, "*") for earlier in rules[:i]):
             raise UserError(
-                f"config.train.rules[{i}].match={rule.match!r} never applies, because an earlier rule matches the "
-                "same parameters; put it first, or leave it out."
+                f"config.train.rules[{i}].match={rule.match!r} never applies, because an earlier "
+                "rule matches the same parameters; put it first, or leave it out."
             )
 
 
 def _check_best(config: Config) -> None:
     train = config.train
     if train.patience and not train.best:
-        raise UserError(f"config.train.patience={train.patience} watches a metric; name it in config.train.best.")
+        raise UserError(
+            f"config.train.patience={train.patience} watches a metric; name it in config.train.best."
+        )
     measured = [f"{e.source}/{e.split}/{e.task}" for e in config.evaluate.entries if e.every]
     if train.best and train.best.partition("/")[2] not in measured:
         have = f"it has {', '.join(measured)}" if measured else "it has none"
         raise UserError(
-            f"config.train.best={train.best!r} needs its <set>/<split>/<task> among config.evaluate.entries, "
-            f"with `every`; {have}."
+            f"config.train.best={train.best!r} needs its <set>/<split>/<task> among "
+            f"config.evaluate.entries, with `every`; {have}."
         )
     if train.best.startswith("loss/") and train.best_mode == "max":
-        raise UserError(f"config.train.best={train.best!r}: a loss is best when it is low; set best_mode='min'.")
+        raise UserError(
+            f"config.train.best={train.best!r}: a loss is best when it is low; set best_mode='min'."
+        )
 
 
 def _check_router_fit(config: Config) -> None:
     fit = config.router_fit
     if config.job == "router" and not fit.key.strip():
-        raise UserError("config.job='router' needs classes; set config.router_fit.key to a key of the examples' meta.")
+        raise UserError(
+            "config.job='router' needs classes; set config.router_fit.key to a key of the "
+            "examples' meta."
+        )
     if list(fit.labels) != sorted(set(fit.labels)):
-        raise UserError(f"config.router_fit.labels={fit.labels}: name numbers of images in rising order, or none.")
+        raise UserError(
+            f"config.router_fit.labels={fit.labels}: name numbers of images in rising order, or none."
+        )
     if len(fit.classes) == 1:
-        raise UserError(f"config.router_fit.classes={fit.classes}: name at least two, or none for all that occur.")
+        raise UserError(
+            f"config.router_fit.classes={fit.classes}: name at least two, or none for all that occur."
+        )
 
 
 def _check_evaluation(config: Config) -> None:
@@ -110,7 +127,9 @@ def _check_evaluation(config: Config) -> None:
     for entry in config.evaluate.entries:
         name = f"{entry.source}/{entry.split}/{entry.task}"
         if name in seen:
-            raise UserError(f"config.evaluate.entries names {name} twice; list all its metrics in one entry.")
+            raise UserError(
+                f"config.evaluate.entries names {name} twice; list all its metrics in one entry."
+            )
         seen.add(name)
 
 
@@ -122,11 +141,13 @@ def check_parts(model: ModelConfig) -> None:
     _check_decoder(model.decoder)
     if model.lora.rank and not model.lora.targets:
         raise UserError(
-            f"config.model.lora.targets is empty, but rank={model.lora.rank}; name at least one, or rank=0."
+            f"config.model.lora.targets is empty, but rank={model.lora.rank}; name at least one, or "
+            "rank=0."
         )
     if model.lora.rank and "gate" in model.lora.targets and not model.decoder.gated_mlp:
         raise UserError(
-            "config.model.lora.targets: a decoder with gated_mlp=False has no linear layer 'gate'; leave it out."
+            "config.model.lora.targets: a decoder with gated_mlp=False has no linear layer 'gate'; "
+            "leave it out."
         )
     if model.moe.experts:
         _check_moe(model)
@@ -135,13 +156,15 @@ def check_parts(model: ModelConfig) -> None:
 def _check_vision(model: ModelConfig) -> None:
     vision, where = model.vision, "config.model.vision"
     if vision.image_size % vision.patch_size:
-        raise UserError(f"{where}: patch_size={vision.patch_size} does not divide image_size={vision.image_size}.")
+        raise UserError(
+            f"{where}: patch_size={vision.patch_size} does not divide image_size={vision.image_size}."
+        )
     if vision.width % vision.heads:
         raise UserError(f"{where}: heads={vision.heads} does not divide width={vision.width}.")
     if not -vision.depth <= vision.feature_layer <= -1:
         raise UserError(
-            f"{where}: feature_layer={vision.feature_layer} of depth={vision.depth}; count from the end, "
-            f"-1 (the last block) to -{vision.depth}."
+            f"{where}: feature_layer={vision.feature_layer} of depth={vision.depth}; count from the "
+            f"end, -1 (the last block) to -{vision.depth}."
         )
     if vision.position_init == "sincos" and vision.width % 4:
         raise UserError(f"{where}: position_init='sincos' needs 4 to divide width={vision.width}.")
@@ -157,11 +180,13 @@ def _check_aggregation(model: ModelConfig) -> None:
     side = math.isqrt(connector.rate)
     if connector.aggregation == "block" and (side * side != connector.rate or vision.grid % side):
         raise UserError(
-            f"{where}: block aggregation needs a square rate whose side divides the grid of {vision.grid}, "
-            f"not rate={connector.rate}."
+            f"{where}: block aggregation needs a square rate whose side divides the grid of "
+            f"{vision.grid}, not rate={connector.rate}."
         )
     if vision.patches % connector.rate:
-        raise UserError(f"{where}: rate={connector.rate} does not divide the {vision.patches} patches of an image.")
+        raise UserError(
+            f"{where}: rate={connector.rate} does not divide the {vision.patches} patches of an image."
+        )
 
 
 def _check_router(model: ModelConfig) -> None:
@@ -175,7 +200,8 @@ def _check_router(model: ModelConfig) -> None:
         )
     if connector.router == "sparse" and not 1 <= connector.top_k <= connector.experts:
         raise UserError(
-            f"{where}: top_k={connector.top_k} of {connector.experts} experts; set 1 to {connector.experts}."
+            f"{where}: top_k={connector.top_k} of {connector.experts} experts; set 1 to "
+            f"{connector.experts}."
         )
 
 
@@ -185,13 +211,13 @@ def _check_decoder(decoder: DecoderConfig) -> None:
         raise UserError(f"{where}: kv_heads={decoder.kv_heads} does not divide heads={decoder.heads}.")
     if decoder.head_dim * decoder.rotary_fraction < 2:
         raise UserError(
-            f"{where}: rotary_fraction={decoder.rotary_fraction} of head_dim={decoder.head_dim} leaves no pair of "
-            "numbers to rotate; set a larger one."
+            f"{where}: rotary_fraction={decoder.rotary_fraction} of head_dim={decoder.head_dim} "
+            "leaves no pair of numbers to rotate; set a larger one."
         )
     if len(decoder.windows) > decoder.depth:
         raise UserError(
-            f"{where}.windows names {len(decoder.windows)} layers of depth={decoder.depth}; name at most as many, "
-            "because they are repeated over the layers."
+            f"{where}.windows names {len(decoder.windows)} layers of depth={decoder.depth}; name at "
+            "most as many, because they are repeated over the layers."
         )
     if scaling and scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
         raise UserError(
@@ -205,22 +231,27 @@ def _check_moe(model: ModelConfig) -> None:
     numbers = moe.numbers(depth)
     if not numbers or list(numbers) != sorted(numbers) or numbers[-1] >= depth:
         raise UserError(
-            f"{where}.layers={moe.layers}: name layers of the decoder's {depth} in rising order, 0 to {depth - 1}, or "
-            "leave it empty."
+            f"{where}.layers={moe.layers}: name layers of the decoder's {depth} in rising order, 0 "
+            f"to {depth - 1}, or leave it empty."
         )
     if moe.min_capacity and (moe.capacity_factor, moe.eval_capacity_factor) == (None, None):
         raise UserError(
-            f"{where}.min_capacity={moe.min_capacity} limits a capacity, and there is none; set capacity_factor or "
-            "eval_capacity_factor."
+            f"{where}.min_capacity={moe.min_capacity} limits a capacity, and there is none; set "
+            "capacity_factor or eval_capacity_factor."
         )
     if moe.top_k not in (1, 2) or moe.top_k > moe.experts:
-        raise UserError(f"{where}.top_k={moe.top_k} of {moe.experts} experts; set 1, or 2 with at least 2 experts.")
+        raise UserError(
+            f"{where}.top_k={moe.top_k} of {moe.experts} experts; set 1, or 2 with at least 2 experts."
+        )
     if moe.path == "capacity" and moe.capacity_factor is None:
         raise UserError(f"{where}: path='capacity' needs buffers of a known size; set capacity_factor.")
     if moe.gate_noise == "rsample" and moe.top_k == 2:
-        raise UserError(f"{where}: gate_noise='rsample' draws the choice of top-1; with top_k=2 choose none or jitter.")
+        raise UserError(
+            f"{where}: gate_noise='rsample' draws the choice of top-1; with top_k=2 choose none or "
+            "jitter."
+        )
     if model.lora.rank and {"gate", "up", "down"} & set(model.lora.targets):
         raise UserError(
-            "config.model.lora.targets: experts take no adapters; leave 'gate', 'up' and 'down' out, or set "
-            "config.model.moe.experts=0."
+            "config.model.lora.targets: experts take no adapters; leave 'gate', 'up' and 'down' "
+            "out, or set config.model.moe.experts=0."
         )

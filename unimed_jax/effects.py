@@ -42,7 +42,12 @@ REFUSED = (
     ),
     Need("train", "best_mode", lambda c: c.train.best, "config.train.best is empty"),
     Need("mesh", "data fsdp tensor expert", lambda c: not c.mesh.auto, "config.mesh.auto is True"),
-    Need("evaluate", "top_p", lambda c: c.evaluate.temperature, "nothing is sampled (config.evaluate.temperature=0)"),
+    Need(
+        "evaluate",
+        "top_p",
+        lambda c: c.evaluate.temperature,
+        "nothing is sampled (config.evaluate.temperature=0)",
+    ),
     Need(
         "model.connector",
         "top_k",
@@ -69,13 +74,17 @@ REFUSED = (
     ),
     Need(
         "model.moe",
-        "placement layers top_k meta residual capacity_factor eval_capacity_factor min_capacity random gate_noise "
-        "aux_coef path",
+        "placement layers top_k meta residual capacity_factor eval_capacity_factor min_capacity "
+        "random gate_noise aux_coef path",
         lambda c: c.model.moe.experts,
         "config.model.moe.experts is 0",
     ),
-    Need("model.moe", "placement", lambda c: not c.model.moe.layers, "config.model.moe.layers replaces it"),
-    Need("model.lora", "alpha dropout targets", lambda c: c.model.lora.rank, "config.model.lora.rank is 0"),
+    Need(
+        "model.moe", "placement", lambda c: not c.model.moe.layers, "config.model.moe.layers replaces it"
+    ),
+    Need(
+        "model.lora", "alpha dropout targets", lambda c: c.model.lora.rank, "config.model.lora.rank is 0"
+    ),
 )
 SAID = (
     Need(
@@ -90,7 +99,12 @@ SAID = (
         lambda c: not c.model.connector.is_moe or _routes(c),
         "config.model.connector.router computes nothing",
     ),
-    Need("model.moe", "random", lambda c: not c.model.moe.experts or _limited(c), "no expert is full or sampled"),
+    Need(
+        "model.moe",
+        "random",
+        lambda c: not c.model.moe.experts or _limited(c),
+        "no expert is full or sampled",
+    ),
     Need("text", "vocab", lambda c: not c.text.tokenizer, "config.text.tokenizer names a tokenizer"),
     Need("data", "window", lambda c: c.data.packing, "config.data.packing is False"),
     Need(
@@ -99,8 +113,18 @@ SAID = (
         lambda c: c.job == "router",
         "config.job is 'model'",
     ),
-    Need("evaluate", "splits", lambda c: not c.evaluate.entries, "config.evaluate.entries name their own splits"),
-    Need("optimizer", "warmup_lr", lambda c: c.optimizer.warmup_steps, "config.optimizer.warmup_steps is 0"),
+    Need(
+        "evaluate",
+        "splits",
+        lambda c: not c.evaluate.entries,
+        "config.evaluate.entries name their own splits",
+    ),
+    Need(
+        "optimizer",
+        "warmup_lr",
+        lambda c: c.optimizer.warmup_steps,
+        "config.optimizer.warmup_steps is 0",
+    ),
 )
 _DEFAULT = Config()
 
@@ -123,8 +147,8 @@ def without_effect(
                 yield (
                     name,
                     (
-                        f"config.{name}={shown(value)} has no effect, because {need.without}; change that, or leave it "
-                        f"at {shown(default)}."
+                        f"config.{name}={shown(value)} has no effect, because {need.without}; "
+                        f"change that, or leave it at {shown(default)}."
                     ),
                 )
     if config.evaluate.entries:
@@ -133,13 +157,15 @@ def without_effect(
                 yield (
                     "evaluate.entries",
                     (
-                        f"config.evaluate.entries[{i}].every={entry.every} has no effect, because training takes "
-                        f"config.train.steps={config.train.steps}; lower it."
+                        f"config.evaluate.entries[{i}].every={entry.every} has no effect, because "
+                        f"training takes config.train.steps={config.train.steps}; lower it."
                     ),
                 )
 
 
-def refuse_without_effect(config: Config, knobs: Mapping[str, Any], only: Collection[str] | None = None) -> None:
+def refuse_without_effect(
+    config: Config, knobs: Mapping[str, Any], only: Collection[str] | None = None
+) -> None:
     """Raises UserError for the first setting (of those named in `only`) that changes nothing."""
     for name, sentence in without_effect(config, knobs, REFUSED):
         if only is None or name in only:

@@ -1,9 +1,11 @@
 """Writes files and folders completely or not at all; reads text and JSON that somebody else wrote.
 
-Everything is written under a temporary name next to its place, `.NAME.PID`, and renamed when it is on the disk. The
-temporary one is locked while its process lives; what a killed process left is removed by whoever writes next.
+Everything is written under a temporary name next to its place, `.NAME.PID`, and renamed when it is
+on the disk. The temporary one is locked while its process lives; what a killed process left is
+removed by whoever writes next.
 """
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -21,8 +23,10 @@ from typing import Any
 
 from unimed_jax.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # system errors of a full disk, a quota, a limit on a file's size
-ABANDONED = 24 * 3600.0  # seconds after which a temporary file counts as left over where files cannot be locked
+# system errors of a full disk, a quota, a limit on a file's size
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# seconds after which a temporary file counts as left over where files cannot be locked
+ABANDONED = 24 * 3600.0
 _PROBE = 64 << 10  # bytes that a disk must take to count as not full
 _LONGEST = 200  # bytes of a name that its temporary name repeats; file systems allow 255 in all
 
@@ -30,10 +34,12 @@ _LONGEST = 200  # bytes of a name that its temporary name repeats; file systems 
 # ---- one file, one folder --------------------------------------------------------------------------
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path; the file written there replaces `path` on success and is removed on an error.
+    """Gives a temporary path.
 
-    Its name has no ending that tells the format, so libraries must be given that. Raises UserError if the file cannot
-    be written, whatever the library that writes it raises on a full disk.
+    The file written there replaces `path` on success and is removed on an error.
+
+    Its name has no ending that tells the format, so libraries must be given that. Raises UserError
+    if the file cannot be written, whatever the library that writes it raises on a full disk.
     """
     path = Path(path)
     with _temporary(path, is_folder=False) as temporary:
@@ -77,11 +83,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 # ---- files that belong together --------------------------------------------------------------------
 @contextlib.contextmanager
 def written_together(folder: str | Path, names: Sequence[str]) -> Iterator[Path]:
-    """Gives a temporary folder; what is written there replaces everything in `folder` that `names` lists.
+    """Gives a temporary folder.
 
-    Old files of these names that have no successor go, too. Files of the old set and of the new one never stand side
-    by side: a kill while they change places leaves a part of one set, without the last of `names`, which therefore
-    stands for a whole set. An error leaves the old set. Raises UserError as `written_whole` does.
+    What is written there replaces everything in `folder` that `names` lists.
+
+    Old files of these names that have no successor go, too. Files of the old set and of the new one
+    never stand side by side: a kill while they change places leaves a part of one set, without the
+    last of `names`, which therefore stands for a whole set. An error leaves the old set. Raises
+    UserError as `written_whole` does.
     """
     folder = Path(folder)
     with _temporary(folder / names[-1], is_folder=True) as temporary:
@@ -95,7 +104,9 @@ def written_together(folder: str | Path, names: Sequence[str]) -> Iterator[Path]
 
 
 def _change_places(folder: Path, names: Sequence[str], temporary: Path) -> None:
-    """Moves the old files out of `folder`, the last name first, and the new ones in, the last name last."""
+    """Moves the old files out of `folder`, the last name first, and the new ones in, the last name
+    last.
+    """
     before, placed = temporary / ".before", []
     before.mkdir()
     try:
@@ -120,8 +131,8 @@ def _change_places(folder: Path, names: Sequence[str], temporary: Path) -> None:
 def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
     """Makes an empty file or folder next to `path`, locked inside the block, after which it is removed.
 
-    What a killed process left for the same path is removed before. Raises UserError if anything inside the block
-    cannot be written.
+    What a killed process left for the same path is removed before. Raises UserError if anything
+    inside the block cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +149,8 @@ def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
             full = full_disk(error, path.parent)  # asked before the removal, which makes space
             if full:
                 raise UserError(
-                    f"{path} could not be written ({full}) and nothing of it was kept; free some space and give the "
-                    "same command again."
+                    f"{path} could not be written ({full}) and nothing of it was kept; free some "
+                    "space and give the same command again."
                 ) from error
             if isinstance(error, OSError):
                 raise _unwritable(path, error) from error
@@ -150,7 +161,10 @@ def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
 
 
 def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
-    """Makes the temporary file or folder of `path`; returns its path and the descriptor that holds its lock."""
+    """Makes the temporary file or folder of `path`.
+
+    Returns its path and the descriptor that holds its lock.
+    """
     for attempt in range(1000):
         name = f".{_shortened(path.name)}.{os.getpid()}" + (f"-{attempt}" if attempt else "")
         temporary = path.parent / name
@@ -159,7 +173,8 @@ def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
                 temporary.mkdir()
             else:
                 temporary.touch(exist_ok=False)
-        except FileExistsError:  # of a process on another host, or in another container, that has this number, too
+        # of a process on another host, or in another container, that has this number, too
+        except FileExistsError:
             continue
         try:
             lock = os.open(temporary, os.O_RDONLY)
@@ -174,9 +189,11 @@ def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
 
 
 def remove_leftovers(folder: str | Path, name: str = "") -> None:
-    """Removes what killed processes left in `folder` while they wrote `name` (without one: any file or folder).
+    """Removes what killed processes left in `folder` while they wrote `name` (without one: any file
+    or folder).
 
-    What a living process writes is locked and stays. Where the file system has no locks, age tells (`ABANDONED`).
+    What a living process writes is locked and stays. Where the file system has no locks, age tells
+    (`ABANDONED`).
     """
     pattern = re.compile(rf"\.{re.escape(_shortened(name)) if name else '.+'}\.\d+(-\d+)?")
     try:
@@ -220,10 +237,12 @@ def _remove(path: Path) -> None:
 
 # ---- the disk --------------------------------------------------------------------------------------
 def full_disk(error: BaseException, *folders: Path) -> str:
-    """Says what is full if a full disk caused `error`, directly or through other errors; empty if none did.
+    """Says what is full if a full disk caused `error`, directly or through other errors.
 
-    Libraries raise errors of their own, some of which quote the system's number or words. For any other one each of
-    `folders` is asked to take a few bytes.
+    Empty if none did.
+
+    Libraries raise errors of their own, some of which quote the system's number or words. For any
+    other one each of `folders` is asked to take a few bytes.
     """
     seen: list[BaseException] = []
     cause: BaseException | None = error
@@ -298,8 +317,8 @@ _SPELT = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells one
 def read_text(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> str:
     """Reads a text file as UTF-8; a byte order mark at its start is dropped.
 
-    advice: ends the sentence of an error. Raises UserError if there is no such file, if it cannot be read, has more
-    than `largest` bytes, or is not UTF-8 (then with the line).
+    advice: ends the sentence of an error. Raises UserError if there is no such file, if it cannot
+    be read, has more than `largest` bytes, or is not UTF-8 (then with the line).
     """
     path = Path(path)
     reason = no_file(path)
@@ -346,10 +365,10 @@ def parse_json(
 ) -> Any:
     """Makes of JSON its objects, lists, texts, numbers, booleans and None.
 
-    where: the file, or the file and line, which starts the sentence of an error. finite: whether NaN and infinite
-    numbers are refused. characters: whether halves of surrogate pairs are; else the caller checks the texts, by
-    `is_text`. Raises UserError if the text is not JSON or not UTF-8, is nested more than `DEEPEST` deep,
-    or gives a key of an object twice.
+    where: the file, or the file and line, which starts the sentence of an error. finite: whether
+    NaN and infinite numbers are refused. characters: whether halves of surrogate pairs are; else
+    the caller checks the texts, by `is_text`. Raises UserError if the text is not JSON or not
+    UTF-8, is nested more than `DEEPEST` deep, or gives a key of an object twice.
     """
     text = _decoded(text, where, advice) if isinstance(text, bytes) else text
     constant, number = (_refused_number, _finite_number) if finite else (None, None)
@@ -357,9 +376,13 @@ def parse_json(
         value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=number)
         _check_depth(value)
     except RecursionError:
-        raise UserError(f"{where} is nested too deep (more than {DEEPEST} lists and objects); {advice}.") from None
+        raise UserError(
+            f"{where} is nested too deep (more than {DEEPEST} lists and objects); {advice}."
+        ) from None
     except (ValueError, MemoryError) as error:
-        raise UserError(f"{where} is not JSON ({error or 'no memory is left for it'}); {advice}.") from error
+        raise UserError(
+            f"{where} is not JSON ({error or 'no memory is left for it'}); {advice}."
+        ) from error
     if characters and _SPELT.search(text):
         _check_characters(value, where, advice)
     return value
@@ -368,7 +391,10 @@ def parse_json(
 def json_lines(
     text: str, where: str, advice: str = "mend the line", characters: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """Yields each line's number, from 1, with what `parse_json` makes of it; blank lines are passed over."""
+    """Yields each line's number, from 1, with what `parse_json` makes of it.
+
+    Blank lines are passed over.
+    """
     for number, line in enumerate(io.StringIO(text), start=1):
         if line.strip():
             yield number, parse_json(line, f"{where}, line {number},", advice, characters=characters)
@@ -385,16 +411,15 @@ def _decoded(data: bytes, where: str, advice: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, or "
-            f"{advice}."
+            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file "
+            f"as UTF-8, or {advice}."
         ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        again = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        again, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"an object has the key {again!r} twice")
     return made
 
@@ -411,7 +436,10 @@ def _finite_number(word: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises RecursionError if lists and objects lie more than `DEEPEST` deep; level by level, hence fast."""
+    """Raises RecursionError if lists and objects lie more than `DEEPEST` deep.
+
+    Level by level, hence fast.
+    """
     level, depth = [value], 0
     while level := [v for v in level if type(v) is dict or type(v) is list]:
         depth += 1
@@ -421,15 +449,23 @@ def _check_depth(value: Any) -> None:
 
 
 def _check_characters(value: Any, where: str, advice: str) -> None:
-    """Raises UserError that names the place, as keys and numbers from 0, of the first text that is none."""
+    """Raises UserError that names the place, as keys and numbers from 0, of the first text that is
+    none.
+    """
     still: list[tuple[str, Any]] = [("", value)]
     while still:
         place, found = still.pop()
-        inner = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+        inner = (
+            found.items()
+            if isinstance(found, dict)
+            else enumerate(found)
+            if isinstance(found, list)
+            else ()
+        )
         still += reversed([(f"{place}[{key!r}]", part) for key, part in inner])
         texts = [found] if isinstance(found, str) else list(found) if isinstance(found, dict) else []
         if not all(map(is_text, texts)):
             raise UserError(
-                f"{where}: {ascii(place)[1:-1] or 'the text'} holds half of a surrogate pair, which is no character; "
-                f"{advice}."
+                f"{where}: {ascii(place)[1:-1] or 'the text'} holds half of a surrogate pair, which "
+                f"is no character; {advice}."
             )

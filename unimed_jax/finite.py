@@ -25,7 +25,9 @@ def not_finite(leaves: Mapping[str, Any]) -> list[str]:
 
 
 def named(paths: list[str]) -> str:
-    """Names parameters by their groups, as a sentence begins: "2 parameters of connector/experts are"."""
+    """Names parameters by their groups, as a sentence begins: "2 parameters of connector/experts
+    are".
+    """
     groups = list(dict.fromkeys(path.rpartition("/")[0] or path for path in paths))
     shown = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more groups" if len(groups) > 3 else "")
     return f"{len(paths)} parameters of {shown} are" if len(paths) > 1 else f"parameter {paths[0]} is"

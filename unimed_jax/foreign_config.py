@@ -1,4 +1,6 @@
-"""Reads a config.json that somebody else wrote, and bounds its numbers before anything is built of them."""
+"""Reads a config.json that somebody else wrote, and bounds its numbers before anything is built of
+them.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -53,5 +55,6 @@ def _check_size(key: str, value: Any, file: Path) -> None:
     least = 0 if key in MAY_BE_ZERO else 1
     if type(value) is not int or not least <= value <= LARGEST[key]:
         raise UserError(
-            f"{file}: {key} is {repr(value)[:60]}; it must be a whole number from {least} to {LARGEST[key]}."
+            f"{file}: {key} is {repr(value)[:60]}; it must be a whole number from {least} to "
+            f"{LARGEST[key]}."
         )

@@ -1,4 +1,6 @@
-"""Ends a run in an orderly way: after a signal, if its folder is in use, or if the system refuses something."""
+"""Ends a run in an orderly way: after a signal, if its folder is in use, or if the system refuses
+something.
+"""
 
 import contextlib
 import fcntl
@@ -85,7 +87,11 @@ class Stoppable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leaves = True
         self._context.close()
-        if self.number is not None and not isinstance(error, Stopped) and (error is None or _follows_stop(error)):
+        if (
+            self.number is not None
+            and not isinstance(error, Stopped)
+            and (error is None or _follows_stop(error))
+        ):
             raise Stopped(self.number) from error
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -95,7 +101,9 @@ class Stoppable:
         else:
             _note(self._seen, number)
             if self.delayed:
-                _tell(f"\n{_name(number)}: finishing this step and saving (Ctrl-C twice stops at once)\n")
+                _tell(
+                    f"\n{_name(number)}: finishing this step and saving (Ctrl-C twice stops at once)\n"
+                )
             self.number = self.number or number
             if self.delayed and self.passes_on and number == signal.SIGINT:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -225,9 +233,9 @@ _claims: dict[Path, TextIO] = {}  # lock file -> the open file that holds the lo
 def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
     """Locks `folder` against other runs until this process or its command ends, however it ends.
 
-    The lock outlives training, because the evaluation writes there, too. If a run has several
-    processes, the first one locks for all. Raises UserError if another run has the lock
-    (`otherwise` is what can be done instead of waiting), or if there can be no such folder.
+    Whoever trains and then evaluates claims the folder before both. If a run has several processes,
+    the first one locks for all. Raises UserError if another run has the lock (`otherwise` is what
+    can be done instead of waiting), or if there can be no such folder.
     """
     import jax
 
@@ -261,7 +269,9 @@ def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
 
 @contextlib.contextmanager
 def claims_end() -> Iterator[None]:
-    """Gives back, at the end of the block, the folders that were claimed inside it."""
+    """Gives back, at the end of the block or of the function that it decorates, the folders claimed
+    inside.
+    """
     before = set(_claims)
     try:
         yield
@@ -289,7 +299,8 @@ def owner(folder: Path) -> str:
 # ---- what the system refuses -----------------------------------------------------------------------
 @contextlib.contextmanager
 def explain_system_errors() -> Iterator[None]:
-    """Turns what the operating system refuses (a full disk, a file, a folder, a socket) into a UserError.
+    """Turns what the operating system refuses (a full disk, a file, a folder, a socket) into a
+    UserError.
 
     A full disk is found behind any error that it caused, however it is worded. Of other refusals
     only the `OSError` itself is turned, and what the library that writes arrays makes of one: an
@@ -304,8 +315,8 @@ def explain_system_errors() -> Iterator[None]:
         full = full_disk(error, *(lock.parent for lock in _claims))
         if full:
             raise UserError(
-                f"{full}{_place(error)}; free some space and give the same command again: a run continues from its "
-                "last checkpoint."
+                f"{full}{_place(error)}; free some space and give the same command again: a run "
+                "continues from its last checkpoint."
             ) from error
         if isinstance(error, OSError) or _quoted(error) is not None:
             raise UserError(system_sentence(error)) from error
@@ -317,7 +328,9 @@ def system_sentence(error: BaseException) -> str:
     number = _quoted(error)
     reason = os.strerror(number) if number is not None else getattr(error, "strerror", None)
     reason = reason or " ".join(str(error).split()) or type(error).__name__
-    return f"{reason}{_place(error)}; mend that, or choose another path, and give the same command again."
+    return (
+        f"{reason}{_place(error)}; mend that, or choose another path, and give the same command again."
+    )
 
 
 def _quoted(error: BaseException) -> int | None:
@@ -327,9 +340,14 @@ def _quoted(error: BaseException) -> int | None:
 
 
 def _place(error: BaseException | None) -> str:
-    """Names the file that an error, or what caused it, is about, in parentheses; empty if none names one."""
+    """Names the file that an error, or what caused it, is about, in parentheses.
+
+    Empty if none names one.
+    """
     while error is not None:
-        file = getattr(error, "filename", None) or next(iter(re.findall(r'"(/[^"]+)"', str(error))), None)
+        file = getattr(error, "filename", None) or next(
+            iter(re.findall(r'"(/[^"]+)"', str(error))), None
+        )
         if file:
             return f" ({os.fsdecode(file) if isinstance(file, bytes) else file})"
         error = error.__cause__ or error.__context__

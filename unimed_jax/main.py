@@ -15,7 +15,13 @@ from collections.abc import Sequence
 
 from unimed_jax import processes, verbs
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.interruption import Stoppable, Stopped, claims_end, explain_system_errors, system_sentence
+from unimed_jax.interruption import (
+    Stoppable,
+    Stopped,
+    claims_end,
+    explain_system_errors,
+    system_sentence,
+)
 
 VERBS = sorted(name for _, name, _ in pkgutil.iter_modules(verbs.__path__) if name != "options")
 
@@ -29,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     SIGPIPE.
     """
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss PyTorch, which nothing here needs
+    # it would miss PyTorch, which nothing here needs
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         try:
             return _answer(argv)
@@ -56,8 +63,16 @@ def _answer(argv: list[str]) -> int:
             return 0
         verb = argv[0] if argv and not argv[0].startswith("-") else "train"
         if verb not in VERBS:
-            raise UserError(f"{verb!r} is not a verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}.")
-        with processes.quiet(), Stoppable(), claims_end(), explain_system_errors(), processes.explain_lost_process():
+            raise UserError(
+                f"{verb!r} is not a verb{nearest(verb, VERBS)} Choose from {', '.join(VERBS)}."
+            )
+        with (
+            processes.quiet(),
+            Stoppable(),
+            claims_end(),
+            explain_system_errors(),
+            processes.explain_lost_process(),
+        ):
             _check_working_directory()
             processes.join()
             return _module(verb).run(argv[1:] if argv[:1] == [verb] else argv) or 0
@@ -92,7 +107,8 @@ def _check_words(words: Sequence[str]) -> None:
             shown = word.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")
             encoding = sys.getfilesystemencoding()
             raise UserError(
-                f"argument {shown} is not text in {encoding}; write it in that encoding, or in plain letters."
+                f"argument {shown} is not text in {encoding}; write it in that encoding, or in "
+                "plain letters."
             ) from None
 
 
@@ -101,7 +117,9 @@ def _check_working_directory() -> None:
     try:
         os.getcwd()
     except OSError:
-        raise UserError("the working directory does not exist any more; change to one that does.") from None
+        raise UserError(
+            "the working directory does not exist any more; change to one that does."
+        ) from None
 
 
 def _closed_outputs() -> list[int]:

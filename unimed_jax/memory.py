@@ -49,8 +49,8 @@ def refuse_too_large(needed: float, what: str, settings: str) -> None:
     have = available_bytes()
     if needed > have:
         raise UserError(
-            f"{what} needs at least {needed / 2**30:,.1f} GiB of memory, and there are {have / 2**30:,.1f}; lower "
-            f"{settings}."
+            f"{what} needs at least {needed / 2**30:,.1f} GiB of memory, and there are "
+            f"{have / 2**30:,.1f}; lower {settings}."
         )
 
 
@@ -59,7 +59,8 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
     data, model = config.data, config.model
     rows = data.rows // config.train.accumulation
     logits = 4 * rows * data.row_answers * model.decoder.vocab
-    scores = rows * data.row_tokens**2 if jax.devices()[0].platform == "cpu" else 0  # the mask, a byte each
+    # the mask, a byte each
+    scores = rows * data.row_tokens**2 if jax.devices()[0].platform == "cpu" else 0
     weights = tree_bytes(state) + tree_bytes(state.leaves) + tree_bytes(frozen)
     refuse_too_large(weights, "training this model", MODEL)
     refuse_too_large(
@@ -70,7 +71,9 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
 
 
 def check_answering(model: ModelConfig, rows: int, tokens: int) -> None:
-    """Raises UserError if answers in batches of `rows`, each of so many tokens with its prompt, cannot fit."""
+    """Raises UserError if answers in batches of `rows`, each of so many tokens with its prompt,
+    cannot fit.
+    """
     decoder, width = model.decoder, jnp.dtype(model.compute_dtype).itemsize
     cache = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim * rows * tokens
     weights = tree_bytes(parameters(abstract(model)))

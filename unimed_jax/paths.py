@@ -69,10 +69,15 @@ def check_run_folder(path: str | Path, option: str) -> Path:
     for name in FILES:
         if (folder / name).exists() and not (folder / name).is_file():
             what = "folder" if (folder / name).is_dir() else "pipe or a device"
-            raise UserError(f"{folder / name} is a {what}, where a run keeps a file; remove it, or choose another run.")
+            raise UserError(
+                f"{folder / name} is a {what}, where a run keeps a file; remove it, or choose "
+                "another run."
+            )
     for name in FOLDERS:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
-            raise UserError(f"{folder / name} is no folder, where a run keeps one; remove it, or choose another run.")
+            raise UserError(
+                f"{folder / name} is no folder, where a run keeps one; remove it, or choose another run."
+            )
     return folder
 
 
@@ -91,9 +96,13 @@ def _existing(path: str | Path, option: str) -> Path:
         raise UserError(f"{given} is not UTF-8 ({whole!r}); choose a path of other letters.") from None
     longest = max(len(part) for part in encoded.split(b"/"))
     if longest > LONGEST_NAME:
-        raise UserError(f"{option} has a name of {longest} bytes ({_cut(whole)}); file systems take {LONGEST_NAME}.")
+        raise UserError(
+            f"{option} has a name of {longest} bytes ({_cut(whole)}); file systems take {LONGEST_NAME}."
+        )
     if len(encoded) > LONGEST_PATH:
-        raise UserError(f"{option} is a path of {len(encoded)} bytes ({_cut(whole)}); give at most {LONGEST_PATH}.")
+        raise UserError(
+            f"{option} is a path of {len(encoded)} bytes ({_cut(whole)}); give at most {LONGEST_PATH}."
+        )
     place = Path(whole)
     while True:
         try:
@@ -101,11 +110,15 @@ def _existing(path: str | Path, option: str) -> Path:
             return place
         except (FileNotFoundError, NotADirectoryError):
             if place.is_symlink():
-                raise UserError(f"{given}: {place} is a link to nothing; remove it, or choose another path.") from None
+                raise UserError(
+                    f"{given}: {place} is a link to nothing; remove it, or choose another path."
+                ) from None
             place = place.parent
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{given} cannot be used ({place}: {reason}); choose another path.") from error
+            raise UserError(
+                f"{given} cannot be used ({place}: {reason}); choose another path."
+            ) from error
 
 
 def _check_writable(place: Path, given: str) -> None:
@@ -116,7 +129,9 @@ def _check_writable(place: Path, given: str) -> None:
     except OSError as error:
         if error.errno in FULL:
             raise  # said of any full disk in the same words
-        raise UserError(f"{given} cannot be written ({place}: {error.strerror}); choose another place.") from error
+        raise UserError(
+            f"{given} cannot be written ({place}: {error.strerror}); choose another place."
+        ) from error
 
 
 def _cut(text: str) -> str:

@@ -25,8 +25,10 @@ from typing import Any, NoReturn
 from unimed_jax.errors import PassingError, UserError
 
 DEAD_AFTER = 30  # seconds without a heartbeat until a process counts as dead
-START_SECONDS = 300  # for which processes wait for each other at the start; UNIMED_START_SECONDS changes it
-NAME_SECONDS = 30  # for which a coordinator's name may be unknown: a cluster learns the names of its machines late
+# for which processes wait for each other at the start; UNIMED_START_SECONDS changes it
+START_SECONDS = 300
+# for which a coordinator's name may be unknown: a cluster learns the names of its machines late
+NAME_SECONDS = 30
 
 
 # ---- start -----------------------------------------------------------------------------------------
@@ -34,7 +36,10 @@ def start() -> None:
     """Imports JAX and finds its devices, so that what hinders either is one sentence (UserError)."""
     flags = os.environ.get("XLA_FLAGS", "")
     if reason := _wrong_flag(flags):
-        raise UserError(f"JAX cannot start with XLA_FLAGS={flags!r} in the environment ({reason}); change or unset it.")
+        raise UserError(
+            f"JAX cannot start with XLA_FLAGS={flags!r} in the environment ({reason}); change or "
+            "unset it."
+        )
     try:
         import jax
 
@@ -43,11 +48,15 @@ def start() -> None:
         # Without its hint, which takes JAX_PLATFORMS for what is wrong.
         reason = re.sub(r" \((set|you may) .*JAX_PLATFORMS.*\)$", "", _reason(error))
         reason = reason or "no device of the kind that is asked for"
-        named = [name for name in os.environ if name.startswith("JAX_") and name.lower() in reason.lower()]
+        named = [
+            name for name in os.environ if name.startswith("JAX_") and name.lower() in reason.lower()
+        ]
         wanted = named or ["JAX_PLATFORMS", *(["XLA_FLAGS"] if flags else [])]
         given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in wanted)
         kind = PassingError if os.environ.get("JAX_NUM_PROCESSES", "1") != "1" else UserError
-        raise kind(f"JAX cannot start with {given} in the environment ({reason}); change or unset them.") from error
+        raise kind(
+            f"JAX cannot start with {given} in the environment ({reason}); change or unset them."
+        ) from error
 
 
 @functools.cache
@@ -61,7 +70,9 @@ def _wrong_flag(flags: str) -> str:
     code = "from jaxlib import _jax; _jax.CompileOptions()"
     environment = os.environ | {"XLA_FLAGS": flags}
     try:
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         return ""  # JAX will say what is wrong itself
     said = done.stderr.decode(errors="replace")
@@ -92,8 +103,9 @@ def join() -> None:
     numbers = count.isdecimal() and number.isdecimal() and int(number) < int(count)
     if not (numbers and host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(
-            f"JAX_NUM_PROCESSES={count!r} needs JAX_PROCESS_ID below it (not {number!r}) and JAX_COORDINATOR_ADDRESS="
-            f"host:port (not {address!r}); set all three, or none for a single process."
+            f"JAX_NUM_PROCESSES={count!r} needs JAX_PROCESS_ID below it (not {number!r}) and "
+            f"JAX_COORDINATOR_ADDRESS=host:port (not {address!r}); set all three, or none for a "
+            "single process."
         )
     end = time.monotonic() + seconds
     if int(number) == 0:
@@ -116,13 +128,14 @@ def _check_port(port: int, address: str) -> None:
     """Refuses a port on which another program of this machine listens."""
     kind = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was in use a minute ago is free
+        # a port that was in use a minute ago is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"JAX_COORDINATOR_ADDRESS={address}: this process cannot listen there ({error.strerror}); choose "
-                "another port, the same for all processes."
+                f"JAX_COORDINATOR_ADDRESS={address}: this process cannot listen there "
+                f"({error.strerror}); choose another port, the same for all processes."
             ) from error
 
 
@@ -149,7 +162,11 @@ def _await_coordinator(host: str, port: int, end: float) -> None:
 
 
 def _connect(
-    seconds: float, what: str, address: str | None = None, count: int | None = None, number: int | None = None
+    seconds: float,
+    what: str,
+    address: str | None = None,
+    count: int | None = None,
+    number: int | None = None,
 ) -> None:
     """Calls JAX's own start in a thread, which neither a signal nor the clock could end here."""
     import jax
@@ -160,7 +177,11 @@ def _connect(
         try:
             # Its own time limit ends the process with a dump of the C++ stack; it must never strike.
             jax.distributed.initialize(
-                address, count, number, initialization_timeout=int(seconds) + 3600, heartbeat_timeout_seconds=DEAD_AFTER
+                address,
+                count,
+                number,
+                initialization_timeout=int(seconds) + 3600,
+                heartbeat_timeout_seconds=DEAD_AFTER,
             )
         except Exception as error:
             failure.append(error)
@@ -174,16 +195,23 @@ def _connect(
     except BaseException as stop:  # a signal
         _leave(str(stop), getattr(stop, "status", 1))
     if thread.is_alive():
-        _leave(f"{what}: not all processes of the run came within {seconds:.0f} s; start all of them again.", 1)
+        _leave(
+            f"{what}: not all processes of the run came within {seconds:.0f} s; start all of them "
+            "again.",
+            1,
+        )
     if failure:
         raise UserError(
-            f"{what}: the processes of the run cannot be joined ({_reason(failure[0])}); set JAX_NUM_PROCESSES, "
-            "JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS, or none of them for a single process."
+            f"{what}: the processes of the run cannot be joined ({_reason(failure[0])}); set "
+            "JAX_NUM_PROCESSES, JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS, or none of them for a "
+            "single process."
         ) from failure[0]
 
 
 def _leave(sentence: str, status: int) -> NoReturn:
-    """Ends the process at once: an ordinary end would wait for the thread that waits for other processes."""
+    """Ends the process at once: an ordinary end would wait for the thread that waits for other
+    processes.
+    """
     print(f"unimed_jax: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)
 
@@ -256,8 +284,9 @@ def explain_lost_process() -> Iterator[None]:
         ):
             raise
         print(
-            f"unimed_jax: process {jax.process_index()} of {jax.process_count()} has lost another one "
-            f"({str(error).splitlines()[0][:120]}); start all again: the run continues from its last checkpoint.",
+            f"unimed_jax: process {jax.process_index()} of {jax.process_count()} has lost another "
+            f"one ({str(error).splitlines()[0][:120]}); start all again: the run continues from its "
+            "last checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -24,7 +24,9 @@ def plain(value):
 
 def joint_checksum(checksums: Sequence[str]) -> str:
     """Makes one checksum of several; a single one stays as it is."""
-    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
+    return (
+        checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
+    )
 
 
 def code_version() -> str:
@@ -69,10 +71,12 @@ def protocol_id(
     fit: str,
     metric: str,
 ) -> str:
-    """Names all that a score depends on besides the model, so that equal ids can be compared and others cannot.
+    """Names all that a score depends on besides the model, so that equal ids can be compared and
+    others cannot.
 
-    Set and revision, split (and the rule that made it), rule for closed questions, normaliser, prompt form, image
-    fit, metric: "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit=stretch/exact_match".
+    Set and revision, split (and the rule that made it), rule for closed questions, normaliser,
+    prompt form, image fit, metric:
+    "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit=stretch/exact_match".
     """
     parts = [
         f"{set_id}@{checksum[:8]}",

@@ -40,7 +40,8 @@ def leaf_rules(
                 break
         else:
             raise UserError(
-                f"config.train.rules: no pattern matches the parameter {path!r}; add one, last match='*'.",
+                f"config.train.rules: no pattern matches the parameter {path!r}; add one, last "
+                "match='*'.",
             )
     for pattern in (rule.match for rule in train.rules):
         if pattern in used or pattern == "*":
@@ -56,14 +57,20 @@ def refuse_idle_rules(paths: Sequence[str], train: TrainConfig) -> None:
     """Raises UserError if every leaf is frozen, or a rule other than the last `*` applies to no leaf."""
     applied = set()
     for path in paths:
-        applied.add(next((i for i, rule in enumerate(train.rules) if fnmatch.fnmatchcase(path, rule.match)), None))
+        applied.add(
+            next(
+                (i for i, rule in enumerate(train.rules) if fnmatch.fnmatchcase(path, rule.match)), None
+            )
+        )
     if not any(i is not None and train.rules[i].train for i in applied):
-        raise UserError("config.train.rules freezes every parameter of this model; let some of them train.")
+        raise UserError(
+            "config.train.rules freezes every parameter of this model; let some of them train."
+        )
     for i, rule in enumerate(train.rules):
         if i not in applied and rule.match != "*":
             raise UserError(
-                f"config.train.rules[{i}]: {rule.match!r} never applies, because earlier rules match the same "
-                "parameters; put it first, or leave it out."
+                f"config.train.rules[{i}]: {rule.match!r} never applies, because earlier rules "
+                "match the same parameters; put it first, or leave it out."
             )
 
 

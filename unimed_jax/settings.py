@@ -37,7 +37,9 @@ _KNOBS: dict[str, tuple[typing.Any, typing.Any]] = {
     "evaluate.scoring": ("corrected", "published"),
 }
 DEEPEST = 16  # levels of lists and dicts in a setting of JSON values
-FIDELITY = {name: {key: pair[i] for key, pair in _KNOBS.items()} for i, name in enumerate(("default", "paper"))}
+FIDELITY = {
+    name: {key: pair[i] for key, pair in _KNOBS.items()} for i, name in enumerate(("default", "paper"))
+}
 
 
 def _filled(part: typing.Any, path: list[str], value: typing.Any) -> typing.Any:
@@ -56,9 +58,9 @@ def _filled(part: typing.Any, path: list[str], value: typing.Any) -> typing.Any:
 def from_config_dict(settings, effects: bool = True) -> Config:
     """Turns a ConfigDict, or the dict of a run's config.json, into a Config, and checks all of it.
 
-    What is None and belongs to `fidelity` is filled in. Raises UserError for an unknown key, a wrong type
-    or value, settings that do not go together and, with `effects`, those that change nothing. Runs that
-    exist are read without the last check, so that they open as before.
+    What is None and belongs to `fidelity` is filled in. Raises UserError for an unknown key, a
+    wrong type or value, settings that do not go together and, with `effects`, those that change
+    nothing. Runs that exist are read without the last check, so that they open as before.
     """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
@@ -125,7 +127,9 @@ def _tuple(kinds: tuple, value: typing.Any, where: str) -> tuple:
     kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
     if len(kinds) != len(value):
         raise UserError(f"{where} must have {len(kinds)} entries, not {len(value)}: {shown(value)}.")
-    return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    return tuple(
+        _build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+    )
 
 
 def _mapping(kinds: tuple, value: typing.Any, where: str) -> FrozenDict:
@@ -138,11 +142,15 @@ def _mapping(kinds: tuple, value: typing.Any, where: str) -> FrozenDict:
 def _json(value: typing.Any, where: str, depth: int = 0) -> typing.Any:
     """Returns a JSON value whose lists are tuples and whose dicts are frozen."""
     if depth > DEEPEST:
-        raise UserError(f"{where.partition('[')[0]} is nested more than {DEEPEST} deep; make it flatter.")
+        raise UserError(
+            f"{where.partition('[')[0]} is nested more than {DEEPEST} deep; make it flatter."
+        )
     if isinstance(value, dict):
         for key in value:
             _build(Paragraph, key, f"{where}, key {shown(key)}")
-        return FrozenDict({key: _json(entry, f"{where}[{shown(key)}]", depth + 1) for key, entry in value.items()})
+        return FrozenDict(
+            {key: _json(entry, f"{where}[{shown(key)}]", depth + 1) for key, entry in value.items()}
+        )
     if isinstance(value, (tuple, list)):
         return tuple(_json(entry, f"{where}[{i}]", depth + 1) for i, entry in enumerate(value))
     if value is None or isinstance(value, bool):
@@ -162,10 +170,14 @@ def _scalar(kind: type, value: typing.Any, where: str) -> typing.Any:
         raise UserError(f"{where} must be {kind.__name__}, not {shown(value)}.")
     if isinstance(value, str) and not is_text(value):
         raise UserError(
-            f"{where}={shown(value)} holds half of a surrogate pair, which is no character; write another text."
+            f"{where}={shown(value)} holds half of a surrogate pair, which is no character; write "
+            "another text."
         )
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{where}={shown(value)} holds the character NUL, which no path may have; write another text.")
+        raise UserError(
+            f"{where}={shown(value)} holds the character NUL, which no path may have; write another "
+            "text."
+        )
     if isinstance(value, float) and not (value == 0 or 1e-37 < abs(value) < 1e38):
         raise UserError(f"{where}={value}: set a number that float32 can hold.")
     if isinstance(value, int) and abs(value) >= 2**32:

@@ -1,7 +1,8 @@
-"""Lets atheris search for pickles and GGUF heads that reach new code: benchmarks/campaign.py coverage --runs=100000
+"""Lets atheris search for pickles and GGUF heads that reach new code: benchmarks/campaign.py
+coverage --runs=100000
 
-atheris (pip install atheris; Python 3.11 to 3.13 on Linux) changes bytes and keeps what runs new lines of the readers.
-Without it the campaign says so and ends.
+atheris (pip install atheris; Python 3.11 to 3.13 on Linux) changes bytes and keeps what runs new
+lines of the readers. Without it the campaign says so and ends.
 """
 
 import argparse
@@ -19,7 +20,9 @@ READERS = ("pickle", "gguf")
 
 
 def run(arguments: list[str]) -> None:
-    """Prints, for each reader, how many inputs were run and whether anything but a refusal came of one."""
+    """Prints, for each reader, how many inputs were run and whether anything but a refusal came of
+    one.
+    """
     parser = argparse.ArgumentParser(prog="campaign.py coverage")
     parser.add_argument("--runs", type=int, default=100_000, help="of each reader")
     parser.add_argument("--seed", type=int, default=1)
@@ -27,7 +30,10 @@ def run(arguments: list[str]) -> None:
     try:
         import atheris  # noqa: F401
     except ImportError:
-        print("skipped: the package atheris is not installed (pip install atheris; Python 3.11 to 3.13 on Linux)")
+        print(
+            "skipped: the package atheris is not installed (pip install atheris; Python 3.11 to "
+            "3.13 on Linux)"
+        )
         return
     for reader in READERS:
         with tempfile.TemporaryDirectory() as corpus:
@@ -35,9 +41,16 @@ def run(arguments: list[str]) -> None:
             command = [sys.executable, __file__, reader, corpus, *limits]
             environment = os.environ | {"JAX_PLATFORMS": "cpu"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        last = [line for line in done.stderr.splitlines() if line.startswith(("#", "Done", "Uncaught", "ERROR"))]
+        last = [
+            line
+            for line in done.stderr.splitlines()
+            if line.startswith(("#", "Done", "Uncaught", "ERROR"))
+        ]
         result = "no finding" if done.returncode == 0 else f"a finding (status {done.returncode})"
-        print(f"{reader}: {given.runs} runs, seed {given.seed}, {result}; {last[-1] if last else done.stderr[-300:]}")
+        print(
+            f"{reader}: {given.runs} runs, seed {given.seed}, {result}; "
+            f"{last[-1] if last else done.stderr[-300:]}"
+        )
 
 
 def search(reader: str, arguments: list[str]) -> None:
@@ -57,7 +70,14 @@ def search(reader: str, arguments: list[str]) -> None:
     path = Path(tempfile.mkdtemp()) / "it.gguf"
 
     # What TorchFile makes one sentence of; a crash, a hang or endless memory is a finding.
-    refused = (torch_pickle.Refused, pickle.UnpicklingError, ValueError, LookupError, TypeError, OverflowError)
+    refused = (
+        torch_pickle.Refused,
+        pickle.UnpicklingError,
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+    )
 
     def read_pickle(data: bytes) -> None:
         with contextlib.suppress(*refused):

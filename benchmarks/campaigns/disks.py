@@ -1,8 +1,10 @@
-"""Fills the disk under every command, in bytes and in files, at several points of what it writes; needs root on Linux.
+"""Fills the disk under every command, in bytes and in files, at several points of what it writes.
 
-Each command runs on a small disk in memory that takes only a part of what it writes. It must end with one sentence
-and leave whole files: those of before, or those of the end. On a larger disk the same command must then end with the
-files of one that always had room.
+Needs root on Linux.
+
+Each command runs on a small disk in memory that takes only a part of what it writes. It must end
+with one sentence and leave whole files: those of before, or those of the end. On a larger disk the
+same command must then end with the files of one that always had room.
 """
 
 import argparse
@@ -21,7 +23,14 @@ from forked import commands
 PARTS = (0.0, 0.3, 0.6, 0.9)  # of what the command writes
 LARGE = 256 << 20  # bytes
 MANY = 1 << 16  # files
-BOX = ("predict", "--run=run", "--image=image.png", "--task=identify", "--text={<10><10><60><60>}", "--out=box.png")
+BOX = (
+    "predict",
+    "--run=run",
+    "--image=image.png",
+    "--task=identify",
+    "--text={<10><10><60><60>}",
+    "--out=box.png",
+)
 STAGES = {name: kills.SUBJECTS[name] for name in ("build", "train", "evaluate", "export", "chain")} | {
     "picture": kills.Subject(BOX, ".box*", "train"),
     "params": kills.Subject(("params", "--config=run.py", "--json=params.json"), ".params*"),
@@ -50,13 +59,20 @@ def run(arguments: list[str]) -> None:
                 for part in PARTS:
                     status, lines = _trial(campaign, name, what, part, needed)
                     trials, refused, wrong = trials + 1, refused + (status == 2), wrong + len(lines)
-                    print(f"{name:10s} {part:.0%} of its {what}: {'; '.join(lines) or f'status {status}'}", flush=True)
-    print(f"{trials} full disks, {refused} sentences, {wrong} findings, {time.monotonic() - began:.0f} s")
+                    print(
+                        f"{name:10s} {part:.0%} of its {what}: {'; '.join(lines) or f'status {status}'}",
+                        flush=True,
+                    )
+    print(
+        f"{trials} full disks, {refused} sentences, {wrong} findings, {time.monotonic() - began:.0f} s"
+    )
     if wrong:
         raise SystemExit(1)
 
 
-def _trial(campaign: kills.Campaign, name: str, what: str, part: float, needed: Room) -> tuple[int, list[str]]:
+def _trial(
+    campaign: kills.Campaign, name: str, what: str, part: float, needed: Room
+) -> tuple[int, list[str]]:
     """Runs the command on a disk with room for a part of what it writes, then on one with enough."""
     unbroken, worker = campaign.unbroken(name), campaign.workers[0]
     with _disk(campaign.place / "disk") as disk:
@@ -104,9 +120,13 @@ def _disk(place: Path) -> Iterator[Path]:
     """Mounts a disk in memory."""
     place.mkdir(exist_ok=True)
     options = f"size={LARGE},nr_inodes={MANY}"
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True
+    )
     if done.returncode:
-        raise SystemExit(f"a small disk cannot be mounted here ({done.stderr.strip()}); run this as root on Linux.")
+        raise SystemExit(
+            f"a small disk cannot be mounted here ({done.stderr.strip()}); run this as root on Linux."
+        )
     try:
         yield place
     finally:

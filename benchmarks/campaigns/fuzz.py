@@ -1,10 +1,12 @@
-"""Gives every reader thousands of damaged and hostile files: each must be read or refused in one sentence.
+"""Gives every reader thousands of damaged and hostile files: each must be read or refused in one
+sentence.
 
     python benchmarks/campaign.py fuzz --cases=10000 --seed=0 --reader=pth
 
-A case may take 10 seconds of a processor and 1 GiB of memory. The cases of a reader run one after the other in a
-process of their own; if that ends or hangs, the case is a finding and the next process goes on after it. A case can
-be run again by the seed and number that its finding names: add --from=NUMBER --cases=1.
+A case may take 10 seconds of a processor and 1 GiB of memory. The cases of a reader run one after
+the other in a process of their own; if that ends or hangs, the case is a finding and the next
+process goes on after it. A case can be run again by the seed and number that its finding names: add
+--from=NUMBER --cases=1.
 """
 
 import argparse
@@ -61,7 +63,12 @@ def outcome(read: Callable[[], Any]) -> tuple[str, str]:
             return "refused", ""
     except UserError as error:
         said = str(error)
-        wrong = "\n" in said or len(said) > LONGEST or any(ord(c) < 32 for c in said) or not said.endswith((".", "?"))
+        wrong = (
+            "\n" in said
+            or len(said) > LONGEST
+            or any(ord(c) < 32 for c in said)
+            or not said.endswith((".", "?"))
+        )
         return ("finding", f"not one sentence: {said[:200]!r}") if wrong else ("refused", said)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -69,7 +76,10 @@ def outcome(read: Callable[[], Any]) -> tuple[str, str]:
         return "finding", "MemoryError"
     except BaseException as error:  # also panics of packages in other languages
         last = traceback.extract_tb(error.__traceback__)[-1]
-        return "finding", f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:150]}"
+        return (
+            "finding",
+            f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:150]}",
+        )
     return "read", ""
 
 
@@ -147,7 +157,14 @@ def _lines(process: subprocess.Popen) -> Iterator[dict[str, Any] | None]:
 
 def campaign(reader: str, seed: int, start: int, count: int) -> dict[str, Any]:
     """Runs the cases of one reader; returns counts, the worst seconds and bytes, and the findings."""
-    total: dict[str, Any] = {"cases": 0, "refused": 0, "read": 0, "seconds": 0.0, "memory": 0, "findings": []}
+    total: dict[str, Any] = {
+        "cases": 0,
+        "refused": 0,
+        "read": 0,
+        "seconds": 0.0,
+        "memory": 0,
+        "findings": [],
+    }
     number, end = start, start + count
     while number < end:
         command = [sys.executable, __file__, f"--child={reader}", f"--seed={seed}", f"--from={number}"]
@@ -178,7 +195,9 @@ def campaign(reader: str, seed: int, start: int, count: int) -> dict[str, Any]:
             process.kill()
         process.wait()
         if number < end:
-            what = "says nothing any more" if process.returncode == -9 else f"ended ({process.returncode})"
+            what = (
+                "says nothing any more" if process.returncode == -9 else f"ended ({process.returncode})"
+            )
             total["findings"].append(f"{name or reader}: the process {what}")
             if number == began and not name:
                 break  # it cannot even start
@@ -204,7 +223,11 @@ def run(arguments: list[str]) -> None:
         if reader not in known:
             sys.exit(f"--reader={reader} is not known; choose from {', '.join(known)}.")
     print(f"seed {given.seed}; at most {SECONDS} s and {MEMORY >> 20} MiB a case")
-    print("| reader | cases | refused | read | worst seconds | worst MiB | findings |\n| --- " + "| ---: " * 6 + "|")
+    print(
+        "| reader | cases | refused | read | worst seconds | worst MiB | findings |\n| --- "
+        + "| ---: " * 6
+        + "|"
+    )
     cases = findings = 0
     for reader in given.reader or known:
         total = campaign(reader, given.seed, given.start, given.cases)

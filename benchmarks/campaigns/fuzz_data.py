@@ -1,7 +1,8 @@
-"""Makes damaged data files without end: records of LLaVA, info.json, the manifest and the index of a prepared set.
+"""Makes damaged data files without end: records of LLaVA, info.json, the manifest and the index of
+a prepared set.
 
-`cases(seed)` yields (name, call); a call reads one damaged input and returns, or raises UserError. Anything else that
-it raises is a finding.
+`cases(seed)` yields (name, call); a call reads one damaged input and returns, or raises UserError.
+Anything else that it raises is a finding.
 """
 
 import contextlib
@@ -35,14 +36,33 @@ TALK = [
 RECORDS: list[Any] = [
     {"id": "1", "image": "a.png", "conversations": TALK, "answer_type": "CLOSED", "modality": "MRI"},
     {"id": 2, "image": ["a.png"], "conversations": TALK[:2], "domain": {"mri": True, "ct_scan": False}},
-    {"id": "3", "conversations": [{"from": "human", "value": "What is a lung?"}, {"from": "gpt", "value": "an organ"}]},
+    {
+        "id": "3",
+        "conversations": [
+            {"from": "human", "value": "What is a lung?"},
+            {"from": "gpt", "value": "an organ"},
+        ],
+    },
 ]
 INFO: Any = {"licence": "CC0", "citation": "nobody", "note": "made up", "cluster_word": "image"}
 
 # What takes the place of any value, or of a key.
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 2**63, 10**400, 1.5, 1e308, float("nan"), float("inf")),
-    *("", " ", "\u200b", "\ud800", "\udcff", "\0", "\ufeff", "x" * 5000, "../../a.png", "/etc/passwd", ".", "<image>"),
+    *(
+        "",
+        " ",
+        "\u200b",
+        "\ud800",
+        "\udcff",
+        "\0",
+        "\ufeff",
+        "x" * 5000,
+        "../../a.png",
+        "/etc/passwd",
+        ".",
+        "<image>",
+    ),
     *([], {}, [[]], [None], ["\ud800"], {"\ud800": 1}, {"": ""}, [[[[[]]]]], ["a.png", "a.png"]),
 ]
 # What takes the place of any byte, or comes between two.
@@ -52,13 +72,33 @@ BYTES = [
 ]
 # Files that are damaged as a whole.
 WHOLES = [
-    *(b"", b"\0" * 64, b"{", b"[", b"[]", b"{}", b"null", b"NaN", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe[\0]\0"),
-    *(b"[" + b"1," * 50_000 + b"1]", b'["' + b"\\u0000" * 1000 + b'"]', b"9" * 10_000, b"\x93NUMPY\x01\0"),
+    *(
+        b"",
+        b"\0" * 64,
+        b"{",
+        b"[",
+        b"[]",
+        b"{}",
+        b"null",
+        b"NaN",
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b"\xff\xfe[\0]\0",
+    ),
+    *(
+        b"[" + b"1," * 50_000 + b"1]",
+        b'["' + b"\\u0000" * 1000 + b'"]',
+        b"9" * 10_000,
+        b"\x93NUMPY\x01\0",
+    ),
 ]
 
 
 def cases(seed: int) -> Iterator[tuple[str, Call]]:
-    """Yields (name, call) without end, the same for the same seed; the files lie in a folder that goes at the end."""
+    """Yields (name, call) without end, the same for the same seed.
+
+    The files lie in a folder that goes at the end.
+    """
     with tempfile.TemporaryDirectory(prefix="unimed_jax_fuzz_") as name:
         place = Path(name)
         raw, whole = place / "raw", place / "whole"
@@ -127,7 +167,9 @@ def _info(raw: Path, place: Path) -> Callable[[random.Random], tuple[str, Call]]
                 shutil.copytree(raw, here)
             (here / "info.json").write_bytes(text)
             (data,) = _opened(here, place / "info-cache")
-            "\n".join([data.info.licence, data.info.note, data.info.citation, data.info.cluster_word]).encode()
+            "\n".join(
+                [data.info.licence, data.info.note, data.info.citation, data.info.cluster_word]
+            ).encode()
 
         return f"info.json, {how}", call
 
@@ -137,7 +179,8 @@ def _info(raw: Path, place: Path) -> Callable[[random.Random], tuple[str, Call]]
 def _manifest(whole: Path, place: Path) -> Callable[[random.Random], tuple[str, Call]]:
     def make(rng: random.Random) -> tuple[str, Call]:
         content = json.loads((whole / "manifest.json").read_text())
-        signed = rng.random() < 0.5  # half of them with the right checksum, as one who knows it would write them
+        # half of them with the right checksum, as one who knows it would write them
+        signed = rng.random() < 0.5
         if signed:
             changed = _changed(content, rng)
             if isinstance(changed, dict):

@@ -1,4 +1,6 @@
-"""Hostile weights, settings and tokenizers: for each reader endless cases, each a function of a seed and a number."""
+"""Hostile weights, settings and tokenizers: for each reader endless cases, each a function of a
+seed and a number.
+"""
 
 import collections
 import functools
@@ -34,7 +36,8 @@ from unimed_jax.runs.folder import read_config
 from unimed_jax.settings import from_config_dict
 
 Case = tuple[str, Callable[[], None]]  # its name, and what reads it; raises UserError if it is refused
-Make = Callable[[np.random.Generator, int, Path], None]  # writes and reads case number n in an empty folder
+# writes and reads case number n in an empty folder
+Make = Callable[[np.random.Generator, int, Path], None]
 
 
 @functools.cache
@@ -74,7 +77,10 @@ def _torch_bytes() -> bytes:
     moments = {"step": np.array(3, np.float32), "exp_avg": np.ones((3, 4), np.float32)}
     tree = {
         "model": collections.OrderedDict(values),
-        "optimizer": {"state": {0: moments}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}]},
+        "optimizer": {
+            "state": {0: moments},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}],
+        },
         "config": {"model": {"lora_r": 8, "name": "é"}, "run": {"flags": [True, None]}},
         "epoch": 3,
     }
@@ -100,18 +106,80 @@ def good_pickle() -> bytes:
 def _program(rng: np.random.Generator) -> bytes:
     """Makes a pickle of random opcodes, most of them with sensible arguments."""
     word = b"X\x01\x00\x00\x00a"
-    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x0ctQ"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x03K\x04\x86K\x04K\x01\x86\x89}tR"
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x0ctQ"
+    )
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x03K\x04\x86K\x04K\x01\x86\x89}tR"
+    )
     parts = [
-        *(b"(", b"0", b"1", b"2", b")", b"]", b"}", b"t", b"l", b"d", b"a", b"e", b"s", b"u", b"N", b"\x88", b"b"),
-        *(b"\x85", b"\x86", b"\x87", b"R", b"\x81", b"Q", b"\x94", b"\x93", b".", word, word, tensor, tensor, storage),
-        *(b"q\x00", b"h\x00", b"r" + struct.pack("<I", int(rng.integers(1 << 32))), b"j\x00\x00\x00\x00"),
-        *(b"K\x03", b"J" + rng.bytes(4), b"\x8a\x08" + rng.bytes(8), b"G" + rng.bytes(8), b"I5\n", b"Vab\n", b"g0\n"),
-        *(b"X" + struct.pack("<I", int(rng.integers(1 << 32))), b"\x8b" + rng.bytes(4), b"\x95" + rng.bytes(8)),
-        *(b"ccollections\nOrderedDict\n", b"ctorch\nSize\n", b"cos\nsystem\n", b"\x8e" + rng.bytes(8), b"\x8f"),
+        *(
+            b"(",
+            b"0",
+            b"1",
+            b"2",
+            b")",
+            b"]",
+            b"}",
+            b"t",
+            b"l",
+            b"d",
+            b"a",
+            b"e",
+            b"s",
+            b"u",
+            b"N",
+            b"\x88",
+            b"b",
+        ),
+        *(
+            b"\x85",
+            b"\x86",
+            b"\x87",
+            b"R",
+            b"\x81",
+            b"Q",
+            b"\x94",
+            b"\x93",
+            b".",
+            word,
+            word,
+            tensor,
+            tensor,
+            storage,
+        ),
+        *(
+            b"q\x00",
+            b"h\x00",
+            b"r" + struct.pack("<I", int(rng.integers(1 << 32))),
+            b"j\x00\x00\x00\x00",
+        ),
+        *(
+            b"K\x03",
+            b"J" + rng.bytes(4),
+            b"\x8a\x08" + rng.bytes(8),
+            b"G" + rng.bytes(8),
+            b"I5\n",
+            b"Vab\n",
+            b"g0\n",
+        ),
+        *(
+            b"X" + struct.pack("<I", int(rng.integers(1 << 32))),
+            b"\x8b" + rng.bytes(4),
+            b"\x95" + rng.bytes(8),
+        ),
+        *(
+            b"ccollections\nOrderedDict\n",
+            b"ctorch\nSize\n",
+            b"cos\nsystem\n",
+            b"\x8e" + rng.bytes(8),
+            b"\x8f",
+        ),
     ]
     chosen = [parts[i] for i in rng.integers(0, len(parts), rng.integers(1, 60))]
-    return b"\x80\x02" + b"".join(chosen) + (b"}" + word + tensor + b"s." if rng.random() < 0.7 else b".")
+    return (
+        b"\x80\x02" + b"".join(chosen) + (b"}" + word + tensor + b"s." if rng.random() < 0.7 else b".")
+    )
 
 
 def _pth(rng: np.random.Generator, number: int, folder: Path) -> None:
@@ -130,7 +198,9 @@ def _pth(rng: np.random.Generator, number: int, folder: Path) -> None:
     else:
         name = list(records)[rng.integers(len(records))]
         if rng.random() < 0.5:
-            records[name] = bytes(int(rng.choice([0, 1, 100, 3 << 20]))) + records[name] * int(rng.integers(0, 3))
+            records[name] = bytes(int(rng.choice([0, 1, 100, 3 << 20]))) + records[name] * int(
+                rng.integers(0, 3)
+            )
         else:
             records[f"{name}{rng.integers(3)}"] = records.pop(name)
         path.write_bytes(_archive(records, int(rng.choice([0, 8]))))
@@ -141,7 +211,9 @@ def _pth(rng: np.random.Generator, number: int, folder: Path) -> None:
 
 @functools.cache
 def _safetensors_bytes() -> bytes:
-    return save({"a": np.ones((3, 4), np.float32), "b": np.ones(5, np.int64), "c": np.array(3, np.float16)})
+    return save(
+        {"a": np.ones((3, 4), np.float32), "b": np.ones(5, np.int64), "c": np.array(3, np.float16)}
+    )
 
 
 def _with_header(header: bytes, length: int | None = None) -> bytes:
@@ -177,8 +249,13 @@ def _index(rng: np.random.Generator, number: int, folder: Path) -> None:
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in names:
         (folder / name).write_bytes(_safetensors_bytes())
-    index = {"metadata": {"total_size": 100}, "weight_map": {"a": names[0], "b": names[1], "c": names[0]}}
-    (folder / "model.safetensors.index.json").write_bytes(changed_json(rng, index, [*VALUES, *names, "/etc/passwd"]))
+    index = {
+        "metadata": {"total_size": 100},
+        "weight_map": {"a": names[0], "b": names[1], "c": names[0]},
+    }
+    (folder / "model.safetensors.index.json").write_bytes(
+        changed_json(rng, index, [*VALUES, *names, "/etc/passwd"])
+    )
     read_all(folder)
 
 
@@ -189,7 +266,12 @@ def gguf_bytes() -> bytes:
 
     path = place() / "good.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    sizes = {"block_count": 1, "embedding_length": 32, "feed_forward_length": 32, "attention.head_count": 2}
+    sizes = {
+        "block_count": 1,
+        "embedding_length": 32,
+        "feed_forward_length": 32,
+        "attention.head_count": 2,
+    }
     for key, value in {**sizes, "context_length": 64, "attention.key_length": 16}.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
@@ -226,7 +308,9 @@ def _gguf(rng: np.random.Generator, number: int, folder: Path) -> None:
         word = words[rng.integers(2)]
         at = data.index(word, int(rng.integers(head // 4)))
         end = at + int(rng.integers(40))
-        changed = data[:end] + struct.pack("<Q", int(rng.choice([0, 9, 1 << 31, 1 << 60]))) + data[end + 8 :]
+        changed = (
+            data[:end] + struct.pack("<Q", int(rng.choice([0, 9, 1 << 31, 1 << 60]))) + data[end + 8 :]
+        )
     path = folder / "it.gguf"
     path.write_bytes(changed)
     file = GgufFile(path)
@@ -261,10 +345,17 @@ def _family(kind: str) -> dict:
     """Gives a small config.json of a family."""
     from transformers import CONFIG_MAPPING
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     if kind in ("clip", "siglip"):
         tower = {**sizes, "image_size": 16, "patch_size": 4}
-        return CONFIG_MAPPING[kind](vision_config=tower, text_config={**sizes, "vocab_size": 64}).to_dict()
+        return CONFIG_MAPPING[kind](
+            vision_config=tower, text_config={**sizes, "vocab_size": 64}
+        ).to_dict()
     return CONFIG_MAPPING[kind](**sizes, vocab_size=64, num_key_value_heads=2).to_dict()
 
 
@@ -282,13 +373,19 @@ def _towers(rng: np.random.Generator, number: int, folder: Path) -> None:
 MED_MOE = {
     "model_type": "moe_llava_stablelm", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 24, "rope_theta": 10000,
-    "tie_word_embeddings": False, "hidden_act": "silu", "rope_pct": 0.5, "norm_eps": 1e-5, "use_qkv_bias": True,
+    "tie_word_embeddings": False, "hidden_act": "silu", "rope_pct": 0.5, "norm_eps": 1e-5,
+    "use_qkv_bias": True,
     "image_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024, "mm_vision_select_layer": -2,
     "mm_vision_select_feature": "patch",
     "moe": {"moe_enable": True, "moe_layers_idx": [1, 3], "num_experts": [4, 4], "top_k_experts": 2,
             "use_residual": False, "router_aux_loss_coef": 0.01},
 }  # fmt: skip
-PHI = {"model_type": "moe_llava_phi", "hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}
+PHI = {
+    "model_type": "moe_llava_phi",
+    "hidden_act": "gelu_new",
+    "partial_rotary_factor": 0.5,
+    "layer_norm_eps": 1e-5,
+}
 
 
 def _med_moe(rng: np.random.Generator, number: int, folder: Path) -> None:
@@ -319,14 +416,24 @@ def _adapter() -> tuple[ModelConfig, dict, bytes]:
     decoder = DecoderConfig(vocab=16, width=8, depth=2, heads=2, kv_heads=2, head_dim=4, mlp_width=8)
     config = ModelConfig(decoder=decoder, lora=LoraConfig(rank=2, targets=("q", "v")))
     shapes = {"a": (2, 8, 2), "b": (2, 2, 8)}
-    leaves = {f"decoder/layers/attention/{x}/lora_{y}": np.ones(shapes[y], np.float32) for x in "qv" for y in "ab"}
+    leaves = {
+        f"decoder/layers/attention/{x}/lora_{y}": np.ones(shapes[y], np.float32)
+        for x in "qv"
+        for y in "ab"
+    }
     return config, leaves, save(to_published(peft_table(config), leaves))
 
 
 def _peft(rng: np.random.Generator, number: int, folder: Path) -> None:
     config, leaves, tensors = _adapter()
     settings = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": config.lora.alpha, "bias": "none"},
+        **{
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": 2,
+            "lora_alpha": config.lora.alpha,
+            "bias": "none",
+        },
         **{
             "target_modules": ["q_proj", "v_proj"],
             "use_rslora": False,
@@ -345,7 +452,9 @@ def _peft(rng: np.random.Generator, number: int, folder: Path) -> None:
     (folder / "adapter_config.json").write_bytes(
         json.dumps(settings).encode() if weights else changed_json(rng, settings)
     )
-    (folder / "adapter_model.safetensors").write_bytes(changed_bytes(rng, tensors) if weights else tensors)
+    (folder / "adapter_model.safetensors").write_bytes(
+        changed_bytes(rng, tensors) if weights else tensors
+    )
     load_peft(folder, config, Destination(leaves))
 
 
@@ -363,12 +472,24 @@ def _tokenizers() -> list[dict]:
 
     train_tokenizer(["the left lung is clear", "a b c"] * 9, TextConfig(vocab=400), place() / "trained")
     trained = json.loads((place() / "trained/tokenizer.json").read_text())
-    steps = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.NFC()])
-    llama = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(WORDS)}, [("a", "b")], unk_token="<unk>"))
-    llama.normalizer, llama.decoder = steps, decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    unigram = tokenizers.Tokenizer(models.Unigram([(w, -float(i)) for i, w in enumerate(WORDS)], unk_id=0))
+    steps = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.NFC()]
+    )
+    llama = tokenizers.Tokenizer(
+        models.BPE({w: i for i, w in enumerate(WORDS)}, [("a", "b")], unk_token="<unk>")
+    )
+    llama.normalizer, llama.decoder = (
+        steps,
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()]),
+    )
+    unigram = tokenizers.Tokenizer(
+        models.Unigram([(w, -float(i)) for i, w in enumerate(WORDS)], unk_id=0)
+    )
     unigram.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}| ?\p{L}+"), "isolated"), pre_tokenizers.Metaspace()]
+        [
+            pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}| ?\p{L}+"), "isolated"),
+            pre_tokenizers.Metaspace(),
+        ]
     )
     words = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -380,22 +501,33 @@ def _tokenizers() -> list[dict]:
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TOKENIZER_VALUES = [
     *VALUES, {"type": "Prepend", "prepend": "x" * 1000}, 4294967295, 1 << 32,
-    {"type": "Replace", "pattern": {"String": ""}, "content": "aa"}, {"type": "Digits", "individual_digits": True},
-    {"type": "Split", "pattern": {"Regex": "\\w*\\w*\\w*\\w*(?!.|$)"}, "behavior": "Isolated", "invert": False},
+    {"type": "Replace", "pattern": {"String": ""}, "content": "aa"}, {"type": "Digits",
+    "individual_digits": True},
+    {"type": "Split", "pattern": {"Regex": "\\w*\\w*\\w*\\w*(?!.|$)"}, "behavior": "Isolated",
+    "invert": False},
     {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "aaaaaaaaaa"},
-    {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 50},
+    {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"},
+    "content": "aa"}] * 50},
     {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 3000},
 ]  # fmt: skip
 
 
 def _tokenizer(rng: np.random.Generator, number: int, folder: Path) -> None:
     spec = _tokenizers()[number % len(_tokenizers())]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **SPECIAL}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **SPECIAL,
+    }
     other = number % 5 == 0
     text = changed_json(rng, settings, TOKENIZER_VALUES)
     (folder / "tokenizer_config.json").write_bytes(text if other else json.dumps(settings).encode())
     spec = {**spec, "model": spec["model"]}
-    parts = [part for part in ("normalizer", "pre_tokenizer", "decoder", "model", "added_tokens") if spec.get(part)]
+    parts = [
+        part
+        for part in ("normalizer", "pre_tokenizer", "decoder", "model", "added_tokens")
+        if spec.get(part)
+    ]
     part = parts[rng.integers(len(parts))]  # else nearly all changes would fall into the vocabulary
     if not other:
         spec[part] = changed_tree(rng, spec[part], TOKENIZER_VALUES)
@@ -416,7 +548,15 @@ def _use(folder: Path) -> None:
 def _piece(word: str, score: float, kind: int) -> bytes:
     """A piece as SentencePiece's protocol buffer holds it: 1 text, 2 score, 3 kind."""
     text = word.encode()
-    inner = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+    inner = (
+        b"\x0a"
+        + bytes([len(text)])
+        + text
+        + b"\x15"
+        + struct.pack("<f", score)
+        + b"\x18"
+        + bytes([kind])
+    )
     return b"\x0a" + bytes([len(inner)]) + inner
 
 
@@ -426,7 +566,15 @@ def sentencepiece_model() -> bytes:
     pieces = b"".join(_piece(word, -float(i), kinds.get(word, 1)) for i, word in enumerate(WORDS))
     trainer = b"\x18\x02" + b"\x20" + bytes([len(WORDS)])  # model_type BPE, vocab_size
     normalizer = b"\x0a\x08identity" + b"\x18\x01" + b"\x20\x00"
-    return pieces + b"\x12" + bytes([len(trainer)]) + trainer + b"\x1a" + bytes([len(normalizer)]) + normalizer
+    return (
+        pieces
+        + b"\x12"
+        + bytes([len(trainer)])
+        + trainer
+        + b"\x1a"
+        + bytes([len(normalizer)])
+        + normalizer
+    )
 
 
 def _sentencepiece(rng: np.random.Generator, number: int, folder: Path) -> None:

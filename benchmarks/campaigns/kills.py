@@ -1,8 +1,10 @@
-"""Kills commands at random moments, gives the same command again, and compares with what nothing happened to.
+"""Kills commands at random moments, gives the same command again, and compares with what nothing
+happened to.
 
-Training, saving, building a data set, evaluating, exporting, a chain of two stages and a run of two processes, on
-coloured squares. After every kill each file under its final name must be whole: that of before, or that of the end.
-After the last one the losses and all files must be those of the unbroken command, and nothing else may lie there.
+Training, saving, building a data set, evaluating, exporting, a chain of two stages and a run of two
+processes, on coloured squares. After every kill each file under its final name must be whole: that
+of before, or that of the end. After the last one the losses and all files must be those of the
+unbroken command, and nothing else may lie there.
 """
 
 import argparse
@@ -48,17 +50,24 @@ def get_config(argument=""):
 FILES = {
     "run.py": RUN.replace("{tasks}", TASKS),
     "first.py": STAGE.format(tasks=TASKS, name="first", init=(("seed", ""),)),
-    "second.py": STAGE.format(tasks=TASKS, name="second", init=(("seed", ""), ("run", "runs/chain/first"))),
+    "second.py": STAGE.format(
+        tasks=TASKS, name="second", init=(("seed", ""), ("run", "runs/chain/first"))
+    ),
     "chain.py": CHAIN,
 }
 RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "metrics.json")
-LEFT = re.compile(r"\..+\.\d+(-\d+)?|.*orbax-checkpoint-tmp|.*\.deleted|predictions\.partial\.jsonl|.*\.tmp")
+LEFT = re.compile(
+    r"\..+\.\d+(-\d+)?|.*orbax-checkpoint-tmp|.*\.deleted|predictions\.partial\.jsonl|.*\.tmp"
+)
 OTHER = ("lock", "log.jsonl", "__pycache__")  # files that are compared in another way, or not at all
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A command that is killed. `writing`: what lies there while it writes; half of the kills wait for that."""
+    """A command that is killed. `writing`: what lies there while it writes.
+
+    Half of the kills wait for that.
+    """
 
     words: tuple[str, ...]
     writing: str
@@ -71,7 +80,9 @@ SUBJECTS = {
     "train": Subject(TRAIN, "run/log.jsonl"),
     "save": Subject(TRAIN, "run/checkpoints/*-tmp"),
     "build": Subject(("data", "export", "--config=run.py", "--out=asked"), "cache/.*.[0-9]*"),
-    "evaluate": Subject(("evaluate", "--run=run", "--config.evaluate.limit=4"), "run/.metrics*", "train"),
+    "evaluate": Subject(
+        ("evaluate", "--run=run", "--config.evaluate.limit=4"), "run/.metrics*", "train"
+    ),
     "export": Subject(("export", "--run=run", "--format=model", "--out=out"), ".out*", "train"),
     "chain": Subject(("--config=chain.py", "--workdir=chain"), "chain/*/checkpoints/*-tmp"),
     "processes": Subject((*TRAIN, "--config.train.steps=6"), "run/checkpoints/*-tmp", processes=2),
@@ -102,8 +113,13 @@ def run(arguments: list[str]) -> None:
     count = 2 if "processes" in sequences else 1
     with tempfile.TemporaryDirectory() as folder, commands(Path(folder), count) as workers:
         campaign = Campaign(Path(folder), known.seed, workers)
-        found = [campaign.sequence(name, n, k) for name, ks in sequences.items() for n, k in enumerate(ks)]
-    kills, wrong = sum(len(moments) for moments, _ in found), [line for _, lines in found for line in lines]
+        found = [
+            campaign.sequence(name, n, k) for name, ks in sequences.items() for n, k in enumerate(ks)
+        ]
+    kills, wrong = (
+        sum(len(moments) for moments, _ in found),
+        [line for _, lines in found for line in lines],
+    )
     print(f"seed {known.seed}: {kills} kills, {len(wrong)} findings, {time.monotonic() - began:.0f} s")
     if wrong:
         raise SystemExit(1)
@@ -165,7 +181,10 @@ class Campaign:
 
     # ---- killed ------------------------------------------------------------------------------------
     def sequence(self, name: str, number: int, kills: int) -> tuple[list[str], list[str]]:
-        """Kills the command so often, then lets it end; returns the moments of the kills and what was wrong."""
+        """Kills the command so often, then lets it end.
+
+        Returns the moments of the kills and what was wrong.
+        """
         rng = random.Random(f"{self.seed}/{name}/{number}")
         unbroken = self.unbroken(name)
         folder = self.fresh(name, self.place / f"{name}{number}")
@@ -179,7 +198,10 @@ class Campaign:
         except RuntimeError as error:
             wrong.append(str(error))
         wrong += differences(folder, unbroken)
-        print(f"{name:10s} {number}: killed {', '.join(moments)}: {'; '.join(wrong) or 'as unbroken'}", flush=True)
+        print(
+            f"{name:10s} {number}: killed {', '.join(moments)}: {'; '.join(wrong) or 'as unbroken'}",
+            flush=True,
+        )
         if not wrong:
             shutil.rmtree(folder)
         return moments, wrong
@@ -200,14 +222,17 @@ class Campaign:
             statuses = [worker.end() for worker in used]
             if all(status == -9 for status in statuses):
                 return "writing" if writes else "before"
-            if name in ("export", "build") and not any(statuses):  # it has ended: what it wrote must go first
+            # it has ended: what it wrote must go first
+            if name in ("export", "build") and not any(statuses):
                 shutil.rmtree(folder)
                 self.fresh(name, folder)
         raise RuntimeError(f"{name} always ends before it can be killed")
 
 
 def finals(folder: Path) -> dict[str, bytes]:
-    """Every file under its final name, but those of checkpoints (whose bytes hold times) and of the log."""
+    """Every file under its final name, but those of checkpoints (whose bytes hold times) and of the
+    log.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -219,10 +244,14 @@ def finals(folder: Path) -> dict[str, bytes]:
 
 
 def halves(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
-    """Files that are neither those of before nor those of the end, and results of two evaluations side by side."""
+    """Files that are neither those of before nor those of the end, and results of two evaluations
+    side by side.
+    """
     found = finals(folder)
     wrong = [
-        f"{name} is half written" for name, data in found.items() if data not in (before.get(name), after.get(name))
+        f"{name} is half written"
+        for name, data in found.items()
+        if data not in (before.get(name), after.get(name))
     ]
     for run in {str(Path(name).parent) for name in found if Path(name).name in RESULTS}:
         names = [f"{run}/{name}" for name in RESULTS if f"{run}/{name}" in found]
@@ -231,7 +260,8 @@ def halves(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> l
             wrong.append(f"{run} holds results of two evaluations")
         last = f"{run}/{RESULTS[-1]}"
         if last in names and not any(
-            all((f"{run}/{name}" in kept) == (f"{run}/{name}" in found) for name in RESULTS) for kept in (before, after)
+            all((f"{run}/{name}" in kept) == (f"{run}/{name}" in found) for name in RESULTS)
+            for kept in (before, after)
         ):
             wrong.append(f"{run} lacks results beside metrics.json")
     return wrong
@@ -243,7 +273,9 @@ def losses(folder: Path) -> dict[str, list[dict]]:
     for log in sorted(folder.rglob("log.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         timed = ("speed/", "memory/")
-        kept = [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
+        kept = [
+            {key: value for key, value in line.items() if not key.startswith(timed)} for line in lines
+        ]
         found[str(log.relative_to(folder))] = kept
     return found
 
@@ -251,10 +283,16 @@ def losses(folder: Path) -> dict[str, list[dict]]:
 def differences(folder: Path, unbroken: Path) -> list[str]:
     """What is not as in the unbroken folder."""
     ours, theirs = finals(folder), finals(unbroken)
-    wrong = [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    wrong = [
+        f"{name} differs"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
     if losses(folder) != losses(unbroken):
         wrong.append("losses differ")
-    saved, wanted = ({str(path.relative_to(f)) for path in f.glob("**/checkpoints/*")} for f in (folder, unbroken))
+    saved, wanted = (
+        {str(path.relative_to(f)) for path in f.glob("**/checkpoints/*")} for f in (folder, unbroken)
+    )
     wrong += [f"{name} is not as unbroken" for name in sorted(saved ^ wanted)]
     left = [str(path.relative_to(folder)) for path in folder.rglob("*") if LEFT.fullmatch(path.name)]
     return wrong + [f"{name} is left over" for name in left]

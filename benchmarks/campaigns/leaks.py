@@ -1,7 +1,8 @@
-"""Watches memory, threads and open files over many steps of one run and over many evaluations in one process.
+"""Watches memory, threads and open files over many steps of one run and over many evaluations in
+one process.
 
-Prints a row for each tenth of the way and the slope of each by least squares over the second half; what libraries
-allocate once has come by then.
+Prints a row for each tenth of the way and the slope of each by least squares over the second half;
+what libraries allocate once has come by then.
 """
 
 import argparse
@@ -31,7 +32,10 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--compiled", default="", help="a folder for what is compiled")
     known = options.parse_args(arguments)
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": known.compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": known.compiled,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
     from support.fake_brain import tiny_config
 
@@ -47,7 +51,11 @@ def run(arguments: list[str]) -> None:
         settings.data.cache, source = f"{place}/cache", settings.data.sources[0]
         # Without captions, whose METEOR starts a Java program for each evaluation.
         settings.data.sources = ({**source, "tasks": ("vqa", "refer", "identify", "cls", "qa")},)
-        settings.evaluate.splits, settings.evaluate.limit, settings.evaluate.max_new_tokens = ("test",), 2, 2
+        settings.evaluate.splits, settings.evaluate.limit, settings.evaluate.max_new_tokens = (
+            ("test",),
+            2,
+            2,
+        )
         config = from_config_dict(settings)
         write, watch = Log.write, Watch("steps", known.steps)
 
@@ -91,8 +99,8 @@ class Watch:
         table = np.array(self.rows[half:], float)  # [half of count, 3]
         mib, threads, files = np.polyfit(np.arange(len(table)), table, 1)[0]
         print(
-            f"{len(self.rows)} {self.what}; from the middle on {1024 * mib:+.2f} KiB, {threads:+.5f} threads and "
-            f"{files:+.5f} open files each",
+            f"{len(self.rows)} {self.what}; from the middle on {1024 * mib:+.2f} KiB, "
+            f"{threads:+.5f} threads and {files:+.5f} open files each",
             flush=True,
         )
 

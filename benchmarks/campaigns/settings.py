@@ -1,8 +1,9 @@
-"""Tries hostile values on every setting: which are refused, in which sentence, and what a run does with the others.
+"""Tries hostile values on every setting: which are refused, in which sentence, and what a run does
+with the others.
 
-Run it as `python benchmarks/campaign.py settings`; `--help` lists its options. The values are tried twice: by the
-checker of settings in this process, all of them, and a sample of the accepted ones in runs of two steps, each in a
-process of its own that may compute for 60 seconds and hold 2 GB.
+Run it as `python benchmarks/campaign.py settings`; `--help` lists its options. The values are tried
+twice: by the checker of settings in this process, all of them, and a sample of the accepted ones in
+runs of two steps, each in a process of its own that may compute for 60 seconds and hold 2 GB.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
 
 SECONDS, GIB = 60, 2.0  # of computing, and memory, that one run may take
-WAIT = 300  # seconds after which it is ended whatever it computed: it may wait for others, or for nothing
+# seconds after which it is ended whatever it computed: it may wait for others, or for nothing
+WAIT = 300
 
 # --------------------------------------------------------------------------------------------------
 # Fields
@@ -78,7 +80,10 @@ CONTEXT = {
 
 
 def fields(kind: type = Config, path: tuple[str | int, ...] = ()) -> Iterator[Field]:
-    """Yields every field of the settings, groups of fields too; of the entries of a tuple those of entry 0."""
+    """Yields every field of the settings, groups of fields too.
+
+    Of the entries of a tuple those of entry 0.
+    """
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         here = (*path, name)
         group, many = _group(hint)
@@ -100,7 +105,10 @@ def _group(hint: Any) -> tuple[type | None, bool]:
 
 
 def settings_with(field: Field, value: Any) -> dict:
-    """Makes settings that hold this value and what it needs to be read; all others are at their default."""
+    """Makes settings that hold this value and what it needs to be read.
+
+    All others are at their default.
+    """
     settings: dict = {}
     for pattern, extra in CONTEXT.items():
         if fnmatch.fnmatchcase(field.name, pattern):
@@ -131,25 +139,82 @@ def _merge(into: dict, extra: Mapping) -> None:
 # --------------------------------------------------------------------------------------------------
 
 NUMBERS: tuple[Any, ...] = (
-    *(0, 1, 2, 3, 7, -1, -2, 10**5, 10**9, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64, 10**23, 10**400),
+    *(
+        0,
+        1,
+        2,
+        3,
+        7,
+        -1,
+        -2,
+        10**5,
+        10**9,
+        2**31 - 1,
+        2**31,
+        2**32 - 1,
+        2**32,
+        2**63,
+        2**64,
+        10**23,
+        10**400,
+    ),
     *(0.0, 0.5, 1.0, 1.5, 2.0, -0.5, -1e-3, 1e-40, 1e-30, 1e-9, 0.99999999, 1e9, 1e30, 1e38, 1e300),
     *(math.inf, -math.inf, math.nan),
 )
 TEXTS: tuple[Any, ...] = (
-    *("", " ", "x", "1", "1e-3", "inf", "nan", "None", "true", "a\0b", "a\nb", "a/b", "/a", "../x", ".", "\u200b"),
+    *(
+        "",
+        " ",
+        "x",
+        "1",
+        "1e-3",
+        "inf",
+        "nan",
+        "None",
+        "true",
+        "a\0b",
+        "a\nb",
+        "a/b",
+        "/a",
+        "../x",
+        ".",
+        "\u200b",
+    ),
     *("\udce9", "\x1b[31m", "x" * 300, "x" * 70000),
 )
 OTHERS: tuple[Any, ...] = (
     *(None, True, False, b"x", 1j, print, object(), {1}, range(3)),
-    *((), [], ((),), (None,), ("x", "x"), (1, 1), (0.0, 0.0, 0.0), (1.0,) * 4, (math.nan,) * 3, (True, False)),
-    *({}, {"x": 1}, {"x": {"x": -1}}, {"x": {"x": math.inf}}, {"x": ()}, {1: 2}, {"": ""}, {"\udce9": "x"}),
+    *(
+        (),
+        [],
+        ((),),
+        (None,),
+        ("x", "x"),
+        (1, 1),
+        (0.0, 0.0, 0.0),
+        (1.0,) * 4,
+        (math.nan,) * 3,
+        (True, False),
+    ),
+    *(
+        {},
+        {"x": 1},
+        {"x": {"x": -1}},
+        {"x": {"x": math.inf}},
+        {"x": ()},
+        {1: 2},
+        {"": ""},
+        {"\udce9": "x"},
+    ),
     *([["seed", ""]], [{"match": "*", "train": True}]),
     [[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]],
 )
 
 
 def hostile(field: Field) -> Iterator[Any]:
-    """Yields the values to try on a field: of any type, inside its own tuple or dict, and at its own bounds."""
+    """Yields the values to try on a field: of any type, inside its own tuple or dict, and at its
+    own bounds.
+    """
     yield from (*NUMBERS, *TEXTS, *OTHERS)
     yield from _choices(field.hint)
     for bound in _bounds(field.hint):
@@ -219,7 +284,10 @@ class Tried(NamedTuple):
 
 
 def trials() -> Iterator[Tried]:
-    """Yields every field with every value, after the checker; what it raises besides UserError comes through."""
+    """Yields every field with every value, after the checker.
+
+    What it raises besides UserError comes through.
+    """
     for field in fields():
         for value in hostile(field):
             try:
@@ -232,8 +300,16 @@ def trials() -> Iterator[Tried]:
 # Runs
 # --------------------------------------------------------------------------------------------------
 
-# Settings that say how much work there is: a run that is not finished in time does what it was asked for.
-WORK = ("train.steps", "train.accumulation", "evaluate.bootstrap", "*max_new_tokens", "*depth", "router_fit.epochs")
+# Settings that say how much work there is: a run that is not finished in time does what it was
+# asked for.
+WORK = (
+    "train.steps",
+    "train.accumulation",
+    "evaluate.bootstrap",
+    "*max_new_tokens",
+    "*depth",
+    "router_fit.epochs",
+)
 
 
 class Outcome(NamedTuple):
@@ -265,7 +341,9 @@ def sampled(accepted: list[Tried], seed: int) -> Iterator[Tried]:
 
 
 def attempt(one: Tried, folder: Path) -> Outcome:
-    """Trains the tests' smallest model for two steps with this value, and scores it, in a process of its own."""
+    """Trains the tests' smallest model for two steps with this value, and scores it, in a process
+    of its own.
+    """
     begun, seconds, most = time.monotonic(), 0.0, 0.0
     said = folder / "said.txt"
     folder.mkdir(parents=True)
@@ -298,7 +376,8 @@ def _run(one: Tried, folder: Path, said: Path) -> int:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-    jax.config.update("jax_disable_most_optimizations", True)  # tiny programs, each compiled once and run twice
+    # tiny programs, each compiled once and run twice
+    jax.config.update("jax_disable_most_optimizations", True)
     memory.available_bytes = lambda: GIB * 2**30  # as on a machine that has no more
     try:
         settings = tiny_config(steps=2).to_dict()
@@ -349,12 +428,15 @@ def run(arguments: list[str]) -> None:
     named = Counter(field.name.rpartition(".")[0].partition("[")[0] or "config" for field in fields())
     for group, count in named.items():
         values, refused = rows[group, "values"], rows[group, "refused"]
-        print(f"{group:28} {count:3} fields {values:6} values {refused:6} refused {values - refused:5} accepted")
+        print(
+            f"{group:28} {count:3} fields {values:6} values {refused:6} refused "
+            f"{values - refused:5} accepted"
+        )
     values, refused = sum(v for (_, what), v in rows.items() if what == "values"), 0
     refused = sum(v for (_, what), v in rows.items() if what == "refused")
     print(
-        f"checker: {named.total()} fields, {values} values, {refused} refused in a sentence of at most {longest} "
-        f"characters, {values - refused} accepted; {time.monotonic() - begun:.1f} s"
+        f"checker: {named.total()} fields, {values} values, {refused} refused in a sentence of at "
+        f"most {longest} characters, {values - refused} accepted; {time.monotonic() - begun:.1f} s"
     )
     if known.seconds:
         _runs(accepted, known.seconds, known.seed)
@@ -380,16 +462,20 @@ def _runs(accepted: list[Tried], seconds: float, seed: int) -> None:
         shutil.rmtree(base, ignore_errors=True)
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     print(
-        f"runs, seed {seed}: {kinds.total()} values of {len(fields_run)} fields: {counted}; slowest {slowest:.0f} s, "
-        f"most memory {most:.2f} GiB"
+        f"runs, seed {seed}: {kinds.total()} values of {len(fields_run)} fields: {counted}; slowest "
+        f"{slowest:.0f} s, most memory {most:.2f} GiB"
     )
 
 
 def _prepare(base: Path) -> None:
-    """Imports what the runs need, so that each of them starts as a copy of this process; JAX starts in them."""
+    """Imports what the runs need, so that each of them starts as a copy of this process.
+
+    JAX starts in them.
+    """
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if version("jaxlib").startswith("0.10."):  # compiles tiny programs in half the time; an unknown flag ends a process
+    # compiles tiny programs in half the time; an unknown flag ends a process
+    if version("jaxlib").startswith("0.10."):
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

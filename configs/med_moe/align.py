@@ -1,6 +1,7 @@
 """Med-MoE, stage 1: only the projector learns, to name what CLIP sees, from images with captions.
 
-python -m unimed_jax.main --config=configs/med_moe/align.py:stablelm --config.data.root=... (it says what else it needs)
+python -m unimed_jax.main --config=configs/med_moe/align.py:stablelm --config.data.root=... (it says
+what else it needs)
 """
 
 import common

@@ -1,7 +1,8 @@
 """Med-MoE from an aligned projector to its experts, all stages in turn: with :stablelm, :phi2 or :tiny.
 
-A stage that is finished is skipped, so the same command continues a chain. Each stage lives in a folder of its own
-(runs/med_moe_tiny/align ...); stages.md beside them compares their scores on one held-out set.
+A stage that is finished is skipped, so the same command continues a chain. Each stage lives in a
+folder of its own (runs/med_moe_tiny/align ...); stages.md beside them compares their scores on one
+held-out set.
 """
 
 from pathlib import Path

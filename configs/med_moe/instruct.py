@@ -1,4 +1,7 @@
-"""Med-MoE, stage 2: decoder and projector learn to follow instructions about images; CLIP stays frozen."""
+"""Med-MoE, stage 2: decoder and projector learn to follow instructions about images.
+
+CLIP stays frozen.
+"""
 
 import common
 

@@ -1,6 +1,8 @@
-"""Med-MoE, between stages 2 and 3: the router learns to tell modalities apart, from the hidden states of stage 2.
+"""Med-MoE, between stages 2 and 3: the router learns to tell modalities apart, from the hidden
+states of stage 2.
 
-Nothing else trains. The run's folder gets `router/` (for config.init 'router'), router.json and router.png.
+Nothing else trains. The run's folder gets `router/` (for config.init 'router'), router.json and
+router.png.
 """
 
 import common
@@ -13,7 +15,8 @@ def get_config(size=""):
     config.init = (("run", f"runs/med_moe_{size}/instruct"),)
     config.train.rules = (dict(match="*", train=False),)
 
-    # Prompts of stage 3, each image with its modality (VQA-RAD names none); the classes in the order of the experts.
+    # Prompts of stage 3, each image with its modality (VQA-RAD names none); the classes in the
+    # order of the experts.
     config.data.fit = "pad"
     config.data.sources = common.MED_MOE_QUESTIONS
     router = config.router_fit

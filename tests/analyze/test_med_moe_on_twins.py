@@ -53,7 +53,9 @@ def test_every_stage_reads_its_sets_and_is_scored(tmp_path, monkeypatch, request
     write_twin("llava", tmp_path / "llava_med_align", records=24, layout="pairs")
     write_twin("llava", tmp_path / "llava_med_instruct", records=24)
     for stage in ("align", "instruct", "router", "moe"):
-        text = STAGE.replace("{repository}", str(request.config.rootpath)).replace("{root}", str(tmp_path))
+        text = STAGE.replace("{repository}", str(request.config.rootpath)).replace(
+            "{root}", str(tmp_path)
+        )
         (tmp_path / f"{stage}.py").write_text(text.replace("{stage}", stage))
     (tmp_path / "all.py").write_text(CHAIN)
     monkeypatch.chdir(tmp_path)

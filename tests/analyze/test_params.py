@@ -1,4 +1,7 @@
-"""`params`: counts from shapes alone, against published numbers and sums by hand; Med-MoE's stage configs."""
+"""`params`: counts from shapes alone, against published numbers and sums by hand.
+
+Med-MoE's stage configs.
+"""
 
 import json
 import math
@@ -34,7 +37,10 @@ def stage(name: str, size: str, *overrides: str):
 def test_med_moe_has_its_published_parameters(
     size, layers, mlp, width, total, activated, dense, projector, tmp_path, capsys
 ):
-    """As a user starts it. Two more experts are two more MLPs and router rows in each layer, none of which runs."""
+    """As a user starts it.
+
+    Two more experts are two more MLPs and router rows in each layer, none of which runs.
+    """
     before = jax.live_arrays()  # held, so that none of other tests is freed in between
     words = ["params", f"--config=configs/med_moe/moe.py:{size}"]
     assert cli.main([*words, f"--json={tmp_path}/four.json"]) == 0
@@ -43,11 +49,21 @@ def test_med_moe_has_its_published_parameters(
     assert len(jax.live_arrays()) == len(before)
     four, six = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("four", "six"))
     decoder = four["modules"]["decoder"]
-    assert (decoder["total"], decoder["activated"], four["dense"]["decoder"]) == (total, activated, dense)
-    assert four["modules"]["connector"]["total"] == four["modules"]["connector"]["activated"] == projector
+    assert (decoder["total"], decoder["activated"], four["dense"]["decoder"]) == (
+        total,
+        activated,
+        dense,
+    )
+    assert (
+        four["modules"]["connector"]["total"] == four["modules"]["connector"]["activated"] == projector
+    )
     assert four["tower"] == 303_507_456
-    assert four["ratios"]["decoder"] == {"activated/total": activated / total, "activated/dense": activated / dense}
-    all_ = 290_909_184 + projector + activated  # the tower without its last block (12,596,224) and norm (2,048)
+    assert four["ratios"]["decoder"] == {
+        "activated/total": activated / total,
+        "activated/dense": activated / dense,
+    }
+    # the tower without its last block (12,596,224) and norm (2,048)
+    all_ = 290_909_184 + projector + activated
     assert four["modules"]["all"]["activated"] == all_
     assert decoder["trainable"] == layers * mlp * 6  # experts, meta, and as many plain layers
     gates = layers * 2 * (width + 1)
@@ -85,7 +101,9 @@ def test_the_connectors_experts_are_activated_as_they_are_routed(settings, share
 
 
 def test_modules_add_up_and_trainable_follows_the_rules(capsys):
-    """All parts that a model may have at once: adapters, residual experts, tied head, layers behind the features."""
+    """All parts that a model may have at once: adapters, residual experts, tied head, layers behind
+    the features.
+    """
     config = tiny_config()
     config.model.decoder.update(depth=3, tied_head=True)
     config.model.moe.update(experts=4, layers=(0, 2), top_k=2, meta=False, residual=True)
@@ -125,10 +143,18 @@ def test_modules_add_up_and_trainable_follows_the_rules(capsys):
 def test_the_published_sizes_are_those_of_the_checkpoints(size, theirs):
     """What Med-MoE's own config.json says; so its weights can be read."""
     depth = theirs["num_hidden_layers"]
-    moe = {"moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4] * (depth // 2), "top_k_experts": 1}
+    moe = {
+        "moe_layers_idx": list(range(0, depth, 2)),
+        "num_experts": [4] * (depth // 2),
+        "top_k_experts": 1,
+    }
     moe |= {"use_residual": False, "router_aux_loss_coef": 0.0, "moe_enable": True}
     checkpoint, ours = med_moe.model_from_med_moe({**theirs, "moe": moe}), stage("moe", size).model
-    assert (ours.vision, ours.connector, ours.decoder) == (checkpoint.vision, checkpoint.connector, checkpoint.decoder)
+    assert (ours.vision, ours.connector, ours.decoder) == (
+        checkpoint.vision,
+        checkpoint.connector,
+        checkpoint.decoder,
+    )
     assert med_moe.model_to_med_moe(ours)["moe"] == med_moe.model_to_med_moe(checkpoint)["moe"]
     assert ours.tokens_per_image == 576
 
@@ -136,7 +162,8 @@ def test_the_published_sizes_are_those_of_the_checkpoints(size, theirs):
 # What trains, by module (facts of Med-MoE's stages).
 TRAINS = {
     "align": {"connector/projector"},
-    "instruct": {f"decoder/{m}" for m in ("embedding", "attention", "MLPs", "head", "norms")} | {"connector/projector"},
+    "instruct": {f"decoder/{m}" for m in ("embedding", "attention", "MLPs", "head", "norms")}
+    | {"connector/projector"},
     "router": set(),
     "moe": {"decoder/MLPs", "decoder/experts", "decoder/meta experts", "connector/projector"},
 }
@@ -159,7 +186,9 @@ def test_a_stage_trains_what_it_should(name, size):
     assert {rule.weight_decay for rule in rules.values()} == {0.0}
     starts = [path for kind, path in config.init if kind == "run"]
     before = {"align": None, "instruct": "align", "router": "instruct", "moe": "instruct"}[name]
-    assert starts == ([f"runs/med_moe_{size}/{before}"] if before else ["runs/brain_tiny"] * (size == "tiny"))
+    assert starts == (
+        [f"runs/med_moe_{size}/{before}"] if before else ["runs/brain_tiny"] * (size == "tiny")
+    )
     if name == "moe":
         assert config.init[-1] == ("router", f"runs/med_moe_{size}/router/router")
     if name in PUBLISHED:
@@ -186,14 +215,27 @@ def test_the_tiny_chain_fits_a_run_of_brain_tiny():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--config=configs/med_moe/align.py:stablelm"], ["'clip'", "'hf'", "text.tokenizer", "llava_med_align"]),
-        (["--config=configs/med_moe/moe.py:phi2"], ["run runs/med_moe_phi2/instruct", "phi2/router/router", "slake"]),
+        (
+            ["--config=configs/med_moe/align.py:stablelm"],
+            ["'clip'", "'hf'", "text.tokenizer", "llava_med_align"],
+        ),
+        (
+            ["--config=configs/med_moe/moe.py:phi2"],
+            ["run runs/med_moe_phi2/instruct", "phi2/router/router", "slake"],
+        ),
         (["--config=configs/med_moe/moe.py:phi"], ["'phi'", ":stablelm, :phi2, :tiny"]),
         (["--config=configs/med_moe/moe.py"], ["come in sizes, not ''"]),
         (["params", "--config=configs/med_moe/all.py:tiny"], ["is a chain", "moe.py:tiny"]),
-        (["params", "--config=configs/med_moe/moe.py:tiny", "--config.model.moe.top_k=5"], ["top_k=5 of 4"]),
         (
-            ["params", "--config=configs/brain_tiny.py", "--config.train.rules=({'match':'x','train':True},)"],
+            ["params", "--config=configs/med_moe/moe.py:tiny", "--config.model.moe.top_k=5"],
+            ["top_k=5 of 4"],
+        ),
+        (
+            [
+                "params",
+                "--config=configs/brain_tiny.py",
+                "--config.train.rules=({'match':'x','train':True},)",
+            ],
             ["no pattern"],
         ),
     ],

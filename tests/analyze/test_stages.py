@@ -1,4 +1,6 @@
-"""Chains of runs: in turn, skipped when finished, continued when not, and every mistake before anything begins."""
+"""Chains of runs: in turn, skipped when finished, continued when not, and every mistake before
+anything begins.
+"""
 
 import json
 import re
@@ -57,7 +59,8 @@ def write_chain(folder, more=None, files=("first.py", "second.py"), chain_more="
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
+        # programs for eight devices compile slowly
+        patch.setattr(sharding, "make_mesh", lambda *settings: None)
         yield
 
 
@@ -96,7 +99,10 @@ def test_the_table_has_a_row_a_stage(chain):
     scores = kept["second"]["scores"]
     assert scores["open: recall"] == metrics["vqa"]["corrected"]["open_recall"]
     assert scores["open: recall, %, published"] == metrics["vqa"]["published"]["open_recall"]
-    assert scores["classification: accuracy"]["value"] == metrics["cls"]["corrected"]["exact_match"]["value"]
+    assert (
+        scores["classification: accuracy"]["value"]
+        == metrics["cls"]["corrected"]["exact_match"]["value"]
+    )
     text = (folder / "stages.md").read_text()
     assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")][2:] == [
         "| first",
@@ -109,7 +115,8 @@ def test_the_table_has_a_row_a_stage(chain):
 def test_finished_stages_are_skipped(chain, capsys, monkeypatch):
     config, folder = chain
     monkeypatch.setattr(
-        "unimed_jax.analyze.chain.train_and_evaluate", lambda *stage: pytest.fail("a finished stage was run")
+        "unimed_jax.analyze.chain.train_and_evaluate",
+        lambda *stage: pytest.fail("a finished stage was run"),
     )
     assert cli.main([config, f"--workdir={folder}"]) == 0
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first", "second"]
@@ -124,7 +131,8 @@ def test_an_interrupted_chain_goes_on_where_it_was(copied, capsys, monkeypatch):
     file.write_text(file.read_text()[:100])
     assert cli.main([config, f"--workdir={folder}"]) == 0
     assert re.findall(r"stage . of 2, (\w+): finished", capsys.readouterr().out) == ["first"]
-    assert {**json.loads(file.read_text()), "config_hash": before["config_hash"]} == before  # copied: other paths
+    # copied: other paths
+    assert {**json.loads(file.read_text()), "config_hash": before["config_hash"]} == before
 
 
 MISTAKES = {
@@ -161,7 +169,9 @@ def test_other_settings_than_a_stage_was_trained_with_are_refused(copied, tmp_pa
     _, folder = copied
     config = write_chain(tmp_path, {"second": "config.optimizer.lr = 0.5"})
     assert cli.main([config, f"--workdir={folder}"]) == 2
-    assert "second holds a run with other settings (config.optimizer.lr is 0.003" in capsys.readouterr().err
+    assert (
+        "second holds a run with other settings (config.optimizer.lr is 0.003" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def scene(seed: int) -> np.ndarray:
 def nearly(image: np.ndarray) -> np.ndarray:
     """The picture at another size, a little darker and noisy, as a re-encoded copy is."""
     small = np.asarray(Image.fromarray(image).resize((80, 80), Image.Resampling.BILINEAR)).astype(int)
-    return np.clip(small * 0.95 + np.random.default_rng(0).integers(-3, 4, small.shape), 0, 255).astype(np.uint8)
+    return np.clip(small * 0.95 + np.random.default_rng(0).integers(-3, 4, small.shape), 0, 255).astype(
+        np.uint8
+    )
 
 
 def write(folder, lines, pictures):
@@ -44,7 +46,14 @@ def write(folder, lines, pictures):
 
 
 def line(name, split, image, question="Is it clear?", answer="yes", task="vqa", **more):
-    return {"id": name, "split": split, "images": [image], "task": task, "question": question, "answer": answer} | more
+    return {
+        "id": name,
+        "split": split,
+        "images": [image],
+        "task": task,
+        "question": question,
+        "answer": answer,
+    } | more
 
 
 @pytest.fixture
@@ -60,7 +69,8 @@ def planted(tmp_path):
     }
     report = "the heart is normal and the lungs are clear"
     lines = [
-        line(f"t{i}", "train", name, f"What is shown in picture {i}?", f"thing {i}") for i, name in enumerate(train)
+        line(f"t{i}", "train", name, f"What is shown in picture {i}?", f"thing {i}")
+        for i, name in enumerate(train)
     ]
     lines += [
         line("t20", "train", "train3.png", "Is there a fracture of the left rib?", "no"),
@@ -81,7 +91,12 @@ def planted(tmp_path):
 
 def test_every_planted_leak_is_found_once(planted, capsys):
     out = planted / "audit"
-    assert cli.main(["data", "check", f"--config={planted / 'planted.py'}", f"--out={out}", "--processes=1"]) == 1
+    assert (
+        cli.main(
+            ["data", "check", f"--config={planted / 'planted.py'}", f"--out={out}", "--processes=1"]
+        )
+        == 1
+    )
     content = json.loads((out / "check.json").read_text())
     leaks = {kind: counts["train_test"] for kind, counts in content["sets"]["a"]["leaks"].items()}
     assert leaks == {
@@ -116,7 +131,13 @@ def test_clean_data_has_nothing_to_look_at(tmp_path, capsys):
         own = [entry | {"question": f"{name} {entry['question']}"} for entry in lines]
         write(tmp_path / name, own, pictures)
     (tmp_path / "planted.py").write_text(CONFIG.format(root=tmp_path))
-    words = ["data", "check", f"--config={tmp_path / 'planted.py'}", f"--out={tmp_path / 'out'}", "--processes=1"]
+    words = [
+        "data",
+        "check",
+        f"--config={tmp_path / 'planted.py'}",
+        f"--out={tmp_path / 'out'}",
+        "--processes=1",
+    ]
     assert cli.main(words) == 0
     assert "0 findings must be looked at" in capsys.readouterr().out
 
@@ -128,7 +149,9 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         {"x.png": scene(0), "y.png": scene(1)},
     )
     (tmp_path / "a" / "y.png").write_bytes((tmp_path / "a" / "y.png").read_bytes()[:200])
-    data = DataConfig((SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "cache"))
+    data = DataConfig(
+        (SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "cache")
+    )
     content, _, _ = audit(Config(data=data), processes=1)
     found = content["sets"]["jsonl"]["unreadable"]
     assert found["n"] == 1 and "y.png" in found["y.png"]
@@ -138,7 +161,9 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     pictures = {f"{i}.png": scene(i) for i in range(9)}
     write(tmp_path / "a", [line(name, "train", name) for name in pictures], pictures)
-    data = DataConfig((SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "cache"))
+    data = DataConfig(
+        (SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "cache")
+    )
     monkeypatch.setattr(prints, "PART", 2)
     audit(Config(data=data), processes=1)
     files = sorted((tmp_path / "cache/audit").glob("*/*.npy"))
@@ -148,7 +173,13 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     files[1].unlink()  # as if it had been killed
     files[4].unlink()
     audit(Config(data=data), processes=1)
-    assert [file.stat().st_mtime_ns == old for file, old in zip(files, before, strict=True)] == [1, 0, 1, 1, 0]
+    assert [file.stat().st_mtime_ns == old for file, old in zip(files, before, strict=True)] == [
+        1,
+        0,
+        1,
+        1,
+        0,
+    ]
     np.testing.assert_array_equal(np.concatenate([np.load(file) for file in files]), whole)
 
 
@@ -163,7 +194,10 @@ def test_near_pairs_are_those_of_comparing_all(monkeypatch):
     bits = np.bitwise_count(a["bits"][:, None] ^ b["bits"][None]).sum(axis=2)  # [40, 15]
     flat = [x["thumbnail"].reshape(len(x), -1).astype(float) for x in (a, b)]
     likeness = np.corrcoef(*flat)[:40, 40:]
-    expected = {tuple(pair) for pair in np.argwhere((bits <= prints.DISTANCE) & (likeness >= prints.LIKENESS)).tolist()}
+    expected = {
+        tuple(pair)
+        for pair in np.argwhere((bits <= prints.DISTANCE) & (likeness >= prints.LIKENESS)).tolist()
+    }
     assert found == expected and len(found) == 15
 
 
@@ -185,11 +219,17 @@ def test_the_known_leaks_of_real_sets(real_data, cache):
     content, _, _ = audit(Config(data=DataConfig(sources, root=str(real_data), cache=cache)))
     official, mmq = (content["sets"][name] for name in ("vqa_rad", "mmq"))
     assert official["leaks"]["similar_question"]["train_test"] == 3
-    assert mmq["leaks"]["similar_question"]["train_test"] == 93 and mmq["leaks"]["repeating"]["train_test"] == 24
+    assert (
+        mmq["leaks"]["similar_question"]["train_test"] == 93
+        and mmq["leaks"]["repeating"]["train_test"] == 24
+    )
     scores = [found["copier"]["train_test"]["templates"] for found in (official, mmq)]
     rounded = [{name: round(part["value"], 3) for name, part in score.items()} for score in scores]
     assert rounded == [{"closed": 0.404, "open": 0.011}, {"closed": 0.695, "open": 0.458}]
     assert content["between"]["vqa_rad/test~resplit/train"]["question"] == 377
-    names = {split: content["between"][f"mmq/train~medpix2/{split}"]["name"] for split in ("train", "val", "test")}
+    names = {
+        split: content["between"][f"mmq/train~medpix2/{split}"]["name"]
+        for split in ("train", "val", "test")
+    }
     assert names == {"train": 17, "val": 1, "test": 1}
     assert content["between"]["vqa_rad/test~medpix2/train"]["name"] == 9

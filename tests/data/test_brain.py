@@ -1,4 +1,6 @@
-"""The brain set: anatomy and sides, splits that do not touch, questions that hold, a build that can be trusted."""
+"""The brain set: anatomy and sides, splits that do not touch, questions that hold, a build that can
+be trusted.
+"""
 
 import collections
 import hashlib
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from unimed_jax.config import TASKS, DataConfig, SourceConfig
+from unimed_jax.data import contact_sheet as contact_sheet_module
 from unimed_jax.data import datasets
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.data.datasets import brain
@@ -72,7 +75,9 @@ def test_no_held_out_slice_is_a_train_slice_mirrored_or_not(plain):
     for piece in plain:
         if piece.image.any():
             for image in (piece.image, piece.image[:, ::-1]):
-                homes[hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()].add(piece.slab.split)
+                homes[hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()].add(
+                    piece.slab.split
+                )
     assert len(homes) > 700 and all(len(splits) == 1 for splits in homes.values())
 
 
@@ -89,7 +94,9 @@ def test_the_volume_is_symmetric_so_that_x_alone_tells_the_side():
     head = volume.load_volume()
     assert all(np.array_equal(m, m[::-1]) for m in head.maps.values())
     for name in volume.PAIRED:
-        left, right = (head.labels == volume.STRUCTURES.index(f"{side} {name}") + 1 for side in volume.SIDES)
+        left, right = (
+            head.labels == volume.STRUCTURES.index(f"{side} {name}") + 1 for side in volume.SIDES
+        )
         assert np.argwhere(left)[:, 0].max() < 98 < np.argwhere(right)[:, 0].min()  # voxel 98 is x = 0
         assert np.array_equal(left, right[::-1])
     assert np.array_equal(slice_at("sagittal", -16).image, slice_at("sagittal", 16).image)
@@ -118,10 +125,15 @@ def test_radiological_sides():
 
 
 def test_places_of_structures():
-    axial, coronal, sagittal = (slice_at(*at).boxes for at in (("axial", 8), ("coronal", -36), ("sagittal", 6)))
+    axial, coronal, sagittal = (
+        slice_at(*at).boxes for at in (("axial", 8), ("coronal", -36), ("sagittal", 6))
+    )
     # Axial, front up: caudate before thalamus; thalamus by the middle.
     assert centre(axial["left caudate nucleus"])[1] < centre(axial["left thalamus"])[1]
-    assert abs(centre(axial["left thalamus"])[0] - 32) < 8 and abs(centre(axial["left thalamus"])[1] - 32) < 8
+    assert (
+        abs(centre(axial["left thalamus"])[0] - 32) < 8
+        and abs(centre(axial["left thalamus"])[1] - 32) < 8
+    )
     # Coronal, top up: callosum over ventricles over cerebellum.
     assert centre(coronal["cerebellum"])[1] > 40 > centre(coronal["corpus callosum"])[1]
     # Sagittal, facing left: the cerebellum low and behind the brainstem, the callosum above both.
@@ -144,7 +156,9 @@ def test_boxes_follow_the_jittered_picture():
     jitter = volume.Jitter(rotation=6, scale=1.08, shift=(7, -6))
     x1, y1, x2, y2 = box = slice_at("axial", 12, jitter).boxes["left lateral ventricle"]
     assert np.abs(np.subtract(slice_at("axial", 12).boxes["left lateral ventricle"], box)).max() >= 2
-    mask = (volume.load_volume().labels == volume.STRUCTURES.index("left lateral ventricle") + 1).astype(np.float32)
+    mask = (volume.load_volume().labels == volume.STRUCTURES.index("left lateral ventricle") + 1).astype(
+        np.float32
+    )
     head = volume.Volume({"t1": mask}, volume.load_volume().labels)
     volume._plane_map.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -152,7 +166,9 @@ def test_boxes_follow_the_jittered_picture():
         shown = slice_at("axial", 12, jitter).image
     volume._plane_map.cache_clear()
     rows, columns = np.nonzero(shown > 40)
-    np.testing.assert_allclose((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), (x1, y1, x2, y2), atol=1)
+    np.testing.assert_allclose(
+        (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), (x1, y1, x2, y2), atol=1
+    )
 
 
 def test_no_sides_in_sagittal_slices_and_no_pairs_at_the_midline(plain):
@@ -178,7 +194,10 @@ def test_nothing_tiny_is_asked_for_and_every_box_lies_inside(plain):
 def test_every_task_has_enough_in_test_and_some_in_val(data):
     for split, low, high in (("test", 300, 450), ("val", 60, 150)):
         counts = collections.Counter(e.task for e in data.examples(split))
-        assert set(counts) == set(TASKS) and all(low <= n <= high for n in counts.values()), (split, counts)
+        assert set(counts) == set(TASKS) and all(low <= n <= high for n in counts.values()), (
+            split,
+            counts,
+        )
     clusters = {t: {e.cluster for e in data.examples("test") if e.task == t} for t in TASKS}
     assert all(len(c) >= 8 for c in clusters.values())
 
@@ -232,13 +251,19 @@ def test_answers_are_true_of_their_slices(data):
             assert (e.meta["structure"] in piece.absent) == (e.answer == "no")
         elif template == "choice":
             named = e.question.removeprefix("Which is visible, the ").removesuffix("?").split(" or the ")
-            assert [n in piece.boxes for n in named].count(True) == 1 and e.answer in set(named) & set(piece.boxes)
+            assert [n in piece.boxes for n in named].count(True) == 1 and e.answer in set(named) & set(
+                piece.boxes
+            )
         elif template == "is_plane":
             assert (piece.plane in e.question) == (e.answer == "yes")
         elif template == "anterior":
             assert piece.plane == "sagittal" and e.answer == ("right" if piece.mirrored else "left")
         elif template == "order":
-            a, b = e.question.removeprefix("Is the ").removesuffix(" in the image?").split(" to the left of the ")
+            a, b = (
+                e.question.removeprefix("Is the ")
+                .removesuffix(" in the image?")
+                .split(" to the left of the ")
+            )
             assert (centre(piece.boxes[a])[0] < centre(piece.boxes[b])[0]) == (e.answer == "yes")
         elif template == "level":
             assert e.answer == brain_questions.level(piece.plane, piece.position)
@@ -249,13 +274,17 @@ def test_answers_are_true_of_their_slices(data):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_words_alone_do_not_answer_vqa(data, split):
-    """Within every wording all answers are equally frequent (a thinned split may miss that by a little)."""
+    """Within every wording all answers are equally frequent (a thinned split may miss that by a
+    little).
+    """
     groups: dict = collections.defaultdict(collections.Counter)
     for e in data.examples(split):
         if e.task == "vqa":
             wording = e.meta["template"]
             if wording == "choice":
-                named = e.question.removeprefix("Which is visible, the ").removesuffix("?").split(" or the ")
+                named = (
+                    e.question.removeprefix("Which is visible, the ").removesuffix("?").split(" or the ")
+                )
                 wording = f"choice {sorted(named)}"
             groups[wording][e.answer] += 1
     for wording, answers in groups.items():
@@ -269,10 +298,15 @@ def test_words_alone_do_not_answer_vqa(data, split):
 def test_reports_name_what_is_there():
     piece = slice_at("sagittal", 26, volume.Jitter(mirrored=True))
     text = brain_questions.report(piece)
-    assert text.startswith("Sagittal T1 image, medial level. ") and text.endswith("Anterior is on the right.")
+    assert text.startswith("Sagittal T1 image, medial level. ") and text.endswith(
+        "Anterior is on the right."
+    )
     assert "cerebellum is at the lower left" in text and "left cerebellum" not in text
     text = brain_questions.report(slice_at("axial", 8, name="white"))
-    assert text.startswith("Axial white matter map, middle level. ") and "Both thalami are in the middle" in text
+    assert (
+        text.startswith("Axial white matter map, middle level. ")
+        and "Both thalami are in the middle" in text
+    )
     assert text.count(".") <= 6 and "Anterior" not in text
     assert "None of the structures" in brain_questions.report(slice_at("axial", 60))
 
@@ -285,7 +319,9 @@ def test_reports_measure_in_millimetres():
 
 
 def test_codes_are_spelt_and_split_by_category(data):
-    answers: dict[str, dict[str, set[str]]] = {split: collections.defaultdict(set) for split in brain.SPLITS}
+    answers: dict[str, dict[str, set[str]]] = {
+        split: collections.defaultdict(set) for split in brain.SPLITS
+    }
     for split in brain.SPLITS:
         for e in data.examples(split):
             if e.task == "qa":
@@ -301,7 +337,10 @@ def test_codes_are_spelt_and_split_by_category(data):
     rows = {(e.question, e.answer) for e in every(data, "qa")}
     asked = {q: a for q, a in rows if " G 3 " in q or " I 2 " in q}
     assert any(a == "Diseases of the nervous system" for a in asked.values())
-    assert all(a.startswith(("Diseases of the nervous", "Diseases of the circ", "G", "I")) for a in asked.values())
+    assert all(
+        a.startswith(("Diseases of the nervous", "Diseases of the circ", "G", "I"))
+        for a in asked.values()
+    )
 
 
 # The build
@@ -310,8 +349,12 @@ def test_codes_are_spelt_and_split_by_category(data):
 def test_same_seed_same_checksum_another_seed_another(data, cache, tmp_path):
     again = opened(tmp_path)
     assert again.checksum == data.checksum and again.folder != data.folder
-    one, two, three = (list(brain.read(None, "val", {"jitters": 1, "seed": seed}, [])) for seed in (0, 0, 1))
-    assert [e for e, _ in one] == [e for e, _ in two] == list(data.examples("val")) != [e for e, _ in three]
+    one, two, three = (
+        list(brain.read(None, "val", {"jitters": 1, "seed": seed}, [])) for seed in (0, 0, 1)
+    )
+    assert (
+        [e for e, _ in one] == [e for e, _ in two] == list(data.examples("val")) != [e for e, _ in three]
+    )
     for example, pixels in one[:50]:
         for key, array in zip(example.images, pixels, strict=True):
             assert np.array_equal(data.image(key)[..., 0], array)
@@ -331,6 +374,43 @@ def test_tasks_can_be_chosen(cache, data):
     source = SourceConfig("brain", options={"jitters": 1}, tasks=("refer", "qa"))
     (some,) = datasets.open_sources(DataConfig((source,), cache=str(cache)))
     assert {e.task for e in every(some)} == {"refer", "qa"} and some.checksum == data.checksum
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    {
+        "huge": (
+            lambda image: image.header.set_data_shape((30000, 30000, 30000)),
+            "does not lie in the expected",
+        ),
+        "floats": (lambda image: image.set_data_dtype(np.float64), "does not lie in the expected"),
+        "elsewhere": (lambda image: image.affine.__setitem__((0, 3), 0), "does not lie in the expected"),
+        "cut": (lambda image: None, "cannot be read"),
+    }.values(),
+)
+def test_maps_are_refused_by_their_header(tmp_path, change, sentence):
+    import nibabel
+
+    from unimed_jax.data.datasets.brain import volume
+
+    affine = np.eye(4)
+    affine[:3, 3] = volume._ORIGIN
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), affine)
+    image.header.set_data_shape(volume._SHAPE)
+    change(image)
+    image.header.set_sform(image.affine, 1)
+    image.header["magic"], image.header["vox_offset"] = b"n+1", 352
+    (tmp_path / "map.nii").write_bytes(image.header.binaryblock + bytes(4) + bytes(8))
+    with pytest.raises(UserError, match=f"map.nii {sentence}"):
+        volume._read_map(tmp_path / "map.nii")
+    (tmp_path / "map.nii").write_bytes(b"no volume")
+    with pytest.raises(UserError, match="map.nii cannot be read"):
+        volume._read_map(tmp_path / "map.nii")
+
+
+def test_a_strip_has_a_tile_too():
+    for shape in ((1, 30000, 3), (30000, 1, 3)):
+        assert min(contact_sheet_module._tile(np.zeros(shape, np.uint8), "strip", []).size) > 0
 
 
 def test_contact_sheet(data, tmp_path):

@@ -1,4 +1,7 @@
-"""Conversations in rows: every answer a target, whatever stands between; the ids of Med-MoE's forms are goldens."""
+"""Conversations in rows: every answer a target, whatever stands between.
+
+The ids of Med-MoE's forms are goldens.
+"""
 
 from types import SimpleNamespace
 
@@ -40,10 +43,13 @@ def test_every_answer_is_a_target():
     encoded = encoder().training(LUNG, 0)
     assert read(encoded.prefix).endswith("questions. USER: ###")
     assert read(encoded.suffix) == (
-        "\nIs it clear? ASSISTANT: no$USER: What is it? ASSISTANT: mass$USER: Which side? ASSISTANT: left$"
+        "\nIs it clear? ASSISTANT: no$USER: What is it? ASSISTANT: mass$USER: Which side? "
+        "ASSISTANT: left$"
     )
     assert read(encoded.suffix[encoded.targets]) == " no$ mass$ left$"
-    batch = layout.training_batch([[Group((encoded,))], [Group((encoded, encoded))]], SHAPE, PAD, "example")
+    batch = layout.training_batch(
+        [[Group((encoded,))], [Group((encoded, encoded))]], SHAPE, PAD, "example"
+    )
     for row, repeats in ((0, 1), (1, 2)):
         used = batch["weights"][row] > 0
         assert read(batch["targets"][row, used]) == " no$ mass$ left$" * repeats
@@ -62,7 +68,9 @@ def test_prompt_ends_where_the_answer_begins():
 
 
 def test_caption_follows_its_image():
-    """Of `plain` the first target is predicted by the last visual token, also behind another question."""
+    """Of `plain` the first target is predicted by the last visual token, also behind another
+    question.
+    """
     encoded = encoder("plain").training(Example("r", "caption", "", "two lungs", images=("i",)), 0)
     assert read(encoded.prefix) == "###" and read(encoded.suffix) == "two lungs\n"
     assert encoded.targets.tolist() == list(range(10))

@@ -1,4 +1,6 @@
-"""A seeded cut of benchmarks/campaigns/fuzz_data.py: damaged data files give their records or one sentence."""
+"""A seeded cut of benchmarks/campaigns/fuzz_data.py: damaged data files give their records or one
+sentence.
+"""
 
 import itertools
 import sys

@@ -1,4 +1,5 @@
-"""DICOM files to 8 bits: windows, rescale, padding, palettes and colours by PS3.3, one frame, bounded by headers.
+"""DICOM files to 8 bits: windows, rescale, padding, palettes and colours by PS3.3, one frame,
+bounded by headers.
 
 Right values are worked out from the standard's formulas, written beside each case.
 """
@@ -67,7 +68,16 @@ WRONG = both(0, 2000, 10)
         {SHARED: [both(-1024, 40, 400)], PER_FRAME: [item(FrameVOILUTSequence=[])], **window(2000, 10)},
         {SHARED: [], **rescale(), **window([40, 2000], [400, 10])},
     ],
-    ids=["root", "shared", "frame", "frame first", "one each", "shared and root", "empty frame", "several windows"],
+    ids=[
+        "root",
+        "shared",
+        "frame",
+        "frame first",
+        "one each",
+        "shared and root",
+        "empty frame",
+        "several windows",
+    ],
 )
 def test_window_and_rescale_count_wherever_the_file_keeps_them(fields):
     assert row(dicom_file(CT, **fields)) == BRAIN
@@ -77,17 +87,26 @@ def test_linear_window_is_that_of_the_standard():
     stored = np.arange(0, 2000, dtype=np.int16).reshape(40, 50)
     fields = rescale(-1000) | window([40, 500], [400, 2000])
     image = images.read_image(dicom_file(stored, **fields))[..., 0].reshape(-1)
-    # C.11.2.1.2.1: black up to centre - 0.5 - (width - 1) / 2, white from centre - 0.5 + (width - 1) / 2.
-    assert image[1000 - 160] == 0 and image[1000 - 158] > 0 and image[1000 + 238] < 255 and image[1000 + 240] == 255
+    # C.11.2.1.2.1: black up to centre - 0.5 - (width - 1) / 2, white from centre - 0.5 + (width -
+    # 1) / 2.
+    assert (
+        image[1000 - 160] == 0
+        and image[1000 - 158] > 0
+        and image[1000 + 238] < 255
+        and image[1000 + 240] == 255
+    )
     np.testing.assert_allclose(image[1000:1100], ((np.arange(100) - 39.5) / 399 + 0.5) * 255, atol=0.51)
-    turned = images.read_image(dicom_file(stored, PhotometricInterpretation="MONOCHROME1", **fields))[..., 0]
+    turned = images.read_image(dicom_file(stored, PhotometricInterpretation="MONOCHROME1", **fields))[
+        ..., 0
+    ]
     assert np.abs(turned.reshape(-1).astype(int) + image - 255).max() <= 1
 
 
 @pytest.mark.parametrize(
     "stored, fields, right",
     {
-        # linear and width 1: a step at centre - 0.5; below that width, where the formula ends, the exact one
+        # linear and width 1: a step at centre - 0.5; below that width, where the formula ends, the
+        # exact one
         "width 1": ([98, 99, 100, 101], window(100, 1), [0, 0, 255, 255]),
         "width 1, mask": ([0, 1, 0, 1], window(1, 1), [0, 255, 0, 255]),
         "width 2": ([98, 99, 100, 101], window(100, 2), [0, 0, 255, 255]),
@@ -97,7 +116,11 @@ def test_linear_window_is_that_of_the_standard():
         "exact 1": ([98, 99, 100, 101], window(100, 1, VOILUTFunction="LINEAR_EXACT"), [0, 0, 128, 255]),
         # 1 / (1 + e^(-4 (x - c) / w))
         "sigmoid": ([0, 90, 100, 110], window(100, 20, VOILUTFunction="SIGMOID"), [0, 30, 128, 225]),
-        "steep sigmoid": ([0, 99, 100, 60000], window(100, 1e-3, VOILUTFunction="SIGMOID"), [0, 0, 128, 255]),
+        "steep sigmoid": (
+            [0, 99, 100, 60000],
+            window(100, 1e-3, VOILUTFunction="SIGMOID"),
+            [0, 0, 128, 255],
+        ),
         # without a meaning: the range of the values
         "width 0": ([0, 1, 2, 4], window(0, 0), [0, 64, 128, 255]),
         "width -5": ([0, 1, 2, 4], window(0, -5), [0, 64, 128, 255]),
@@ -106,7 +129,11 @@ def test_linear_window_is_that_of_the_standard():
         "centre alone": ([0, 1, 2, 4], {"WindowCenter": 1}, [0, 64, 128, 255]),
         "width alone": ([0, 1, 2, 4], {"WindowWidth": 1}, [0, 64, 128, 255]),
         "empty": ([0, 1, 2, 4], window(["", ""], ["", ""]), [0, 64, 128, 255]),
-        "none": ([0, 1, 2, 4], {"x00281050": ("DS", None), "x00281051": ("DS", None)}, [0, 64, 128, 255]),
+        "none": (
+            [0, 1, 2, 4],
+            {"x00281050": ("DS", None), "x00281051": ("DS", None)},
+            [0, 64, 128, 255],
+        ),
         "first one empty": ([98, 99, 100, 101], window(["", 100], ["", 1]), [0, 0, 255, 255]),
         "first one of width 0": ([98, 99, 100, 101], window([7, 100], [0, 1]), [0, 0, 255, 255]),
     }.values(),
@@ -139,7 +166,10 @@ def test_rescale_without_a_meaning_leaves_the_range_of_the_values(fields):
 
 def test_one_of_slope_and_intercept_counts_alone():
     assert row(dicom_file(CT, RescaleIntercept=-1024, **window())) == BRAIN
-    assert row(dicom_file(CT, RescaleSlope=2, **window(2128, 800, VOILUTFunction="LINEAR_EXACT"))) == BRAIN_EXACT
+    assert (
+        row(dicom_file(CT, RescaleSlope=2, **window(2128, 800, VOILUTFunction="LINEAR_EXACT")))
+        == BRAIN_EXACT
+    )
     assert row(dicom_file(STEPS, RescaleSlope=-1)) == SPREAD[::-1]
 
 
@@ -147,7 +177,9 @@ def test_one_of_slope_and_intercept_counts_alone():
 def test_eight_bits_with_a_slope_span_their_range_as_sixteen_do(slope):
     eight = np.array([[0, 36, 73, 109, 146, 182, 219, 255]] * 4, np.uint8)
     fields = rescale(0, f"{slope:.10g}")
-    assert row(dicom_file(eight, **fields)) == row(dicom_file(eight.astype(np.uint16), **fields)) == SPREAD
+    assert (
+        row(dicom_file(eight, **fields)) == row(dicom_file(eight.astype(np.uint16), **fields)) == SPREAD
+    )
     assert row(dicom_file(eight // 2, **fields))[-1] == 255
 
 
@@ -176,7 +208,11 @@ def test_eight_bits_and_fewer_stay_as_they_are():
             [0, 0, 128, 255],
         ),
         "range": ([0, 7, 10, 20], {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 7}, [0, 0, 0, 255]),
-        "range backwards": ([0, 7, 10, 20], {"PixelPaddingValue": 7, "PixelPaddingRangeLimit": 0}, [0, 0, 0, 255]),
+        "range backwards": (
+            [0, 7, 10, 20],
+            {"PixelPaddingValue": 7, "PixelPaddingRangeLimit": 0},
+            [0, 0, 0, 255],
+        ),
         "at the top": ([0, 50, 100, 4095], {"PixelPaddingValue": 4095}, [0, 128, 255, 0]),
         "inverted": (
             [0, 50, 100, 4095],
@@ -185,13 +221,21 @@ def test_eight_bits_and_fewer_stay_as_they_are():
         ),
         "inverted range": (
             [0, 50, 100, 4000],
-            {"PixelPaddingValue": 4095, "PixelPaddingRangeLimit": 3900, "PhotometricInterpretation": "MONOCHROME1"},
+            {
+                "PixelPaddingValue": 4095,
+                "PixelPaddingRangeLimit": 3900,
+                "PhotometricInterpretation": "MONOCHROME1",
+            },
             [255, 128, 0, 0],
         ),
         "rescaled": (SIGNED_STEPS, {"x00280120": ("US", 63536), **rescale(-9, 3)}, [0, 0, 128, 255]),
         "empty": ([0, 50, 100, 100], {"x00280120": ("US", None)}, [0, 128, 255, 255]),
         "nothing else": ([9, 9, 9, 9], {"PixelPaddingValue": 9}, [0, 0, 0, 0]),
-        "with a window": ([0, 7, 10, 20], {"PixelPaddingValue": 0, **window(10.5, 21)}, [0, 89, 128, 255]),
+        "with a window": (
+            [0, 7, 10, 20],
+            {"PixelPaddingValue": 0, **window(10.5, 21)},
+            [0, 89, 128, 255],
+        ),
     }.values(),
 )
 def test_padding_is_black_and_widens_no_range(stored, fields, right):
@@ -209,7 +253,10 @@ IN_ORDER = [0, 39, 78, 117, 156, 195, 233, 255]
 
 def lut(data, count=8, first=0, bits=16, kind="US"):
     """A table; data: bytes (OW) or a list of numbers (US)."""
-    return item(x00283002=(kind, [count, first, bits]), x00283006=("OW" if isinstance(data, bytes) else "US", data))
+    return item(
+        x00283002=(kind, [count, first, bits]),
+        x00283006=("OW" if isinstance(data, bytes) else "US", data),
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,8 +273,16 @@ def lut(data, count=8, first=0, bits=16, kind="US"):
         "twelve bits": (lut([0, 2048, 4095], 3, bits=12), {}, [0, 128, 255, 255, 255, 255, 255, 255]),
         "ten bits": (lut([0, 512, 1023], 3, bits=10), {}, [0, 128, 255, 255, 255, 255, 255, 255]),
         "dark": (lut([0, 4096, 8192], 3), {}, [0, 16, 32, 32, 32, 32, 32, 32]),
-        "eight bits in words": (lut(b"\0\0\x80\0\xff\0", 3, bits=8), {}, [0, 128, 255, 255, 255, 255, 255, 255]),
-        "eight bits in bytes": (lut(b"\0\x40\x80\xff", 4, bits=8), {}, [0, 64, 128, 255, 255, 255, 255, 255]),
+        "eight bits in words": (
+            lut(b"\0\0\x80\0\xff\0", 3, bits=8),
+            {},
+            [0, 128, 255, 255, 255, 255, 255, 255],
+        ),
+        "eight bits in bytes": (
+            lut(b"\0\x40\x80\xff", 4, bits=8),
+            {},
+            [0, 64, 128, 255, 255, 255, 255, 255],
+        ),
         "one entry": (lut([65535], 1), {}, [255] * 8),
         "before a window": (lut(WORDS), window(1, 1), IN_ORDER),
     }.values(),
@@ -247,10 +302,17 @@ def test_voi_table_of_signed_pixels_and_of_the_functional_groups():
 def test_modality_table_comes_before_the_window():
     table = lut([100, 200, 300, 400], 4, first=2)
     right = [0, 0, 0, 128, 255, 255, 255, 255]
-    assert row(dicom_file(EIGHT, ModalityLUTSequence=[table], **window(200.5, 201, VOILUTFunction="LINEAR"))) == right
+    assert (
+        row(
+            dicom_file(EIGHT, ModalityLUTSequence=[table], **window(200.5, 201, VOILUTFunction="LINEAR"))
+        )
+        == right
+    )
     assert row(dicom_file(EIGHT, ModalityLUTSequence=[table])) == [0, 0, 0, 85, 170, 255, 255, 255]
     eight = lut(b"\0\x10\x20\x30", 4, bits=8)
-    assert row(dicom_file(EIGHT.astype(np.uint8), ModalityLUTSequence=[eight])) == [0, 85, 170] + [255] * 5
+    assert (
+        row(dicom_file(EIGHT.astype(np.uint8), ModalityLUTSequence=[eight])) == [0, 85, 170] + [255] * 5
+    )
 
 
 @pytest.mark.parametrize("bad", [lut(b"", 4), lut([1, 2], 2, bits=0), lut([1, 2], 2, bits=40)])
@@ -259,7 +321,9 @@ def test_tables_that_are_none_are_one_sentence(bad):
         images.read_image(dicom_file(EIGHT, VOILUTSequence=[bad]))
 
 
-def palette(data: bytes, count: int, bits: int = 16, first: int = 0, segmented: bool = False, **fields) -> dict:
+def palette(
+    data: bytes, count: int, bits: int = 16, first: int = 0, segmented: bool = False, **fields
+) -> dict:
     """Fields of a palette whose colours are all alike."""
     tags = (0x00281221, 0x00281222, 0x00281223) if segmented else (0x00281201, 0x00281202, 0x00281203)
     fields = {"PhotometricInterpretation": "PALETTE COLOR", **fields}
@@ -268,17 +332,26 @@ def palette(data: bytes, count: int, bits: int = 16, first: int = 0, segmented: 
 
 
 FOUR = np.array([[0, 1, 2, 3]] * 4, np.uint8)
-LINES = np.array([0, 1, 0, 1, 3, 65535, 0, 2, 9, 8], "<u2").tobytes()  # one entry 0, three up to white, two entries
+# one entry 0, three up to white, two entries
+LINES = np.array([0, 1, 0, 1, 3, 65535, 0, 2, 9, 8], "<u2").tobytes()
 
 
 @pytest.mark.parametrize(
     "stored, fields, right",
     {
-        "sixteen bits": (FOUR, palette(np.array([0, 10280, 20560, 25700], "<u2").tobytes(), 4), [0, 40, 80, 100]),
+        "sixteen bits": (
+            FOUR,
+            palette(np.array([0, 10280, 20560, 25700], "<u2").tobytes(), 4),
+            [0, 40, 80, 100],
+        ),
         "dark": (FOUR, palette(np.array([0, 257, 514, 771], "<u2").tobytes(), 4), [0, 1, 2, 3]),
         "eight bits": (FOUR, palette(bytes([0, 40, 80, 100]), 4, 8), [0, 40, 80, 100]),
         "eight bits, odd": (FOUR, palette(bytes([0, 40, 80, 0]), 3, 8), [0, 40, 80, 80]),
-        "eight bits in words": (FOUR, palette(bytes([0, 0, 40, 0, 80, 0, 100, 0]), 4, 8), [0, 40, 80, 100]),
+        "eight bits in words": (
+            FOUR,
+            palette(bytes([0, 0, 40, 0, 80, 0, 100, 0]), 4, 8),
+            [0, 40, 80, 100],
+        ),
         "first input": (FOUR + 10, palette(bytes([0, 40]), 2, 8, first=11), [0, 0, 40, 40]),
         "many entries of eight bits": (
             FOUR.astype(np.uint16) * 100 + 100,
@@ -286,10 +359,16 @@ LINES = np.array([0, 1, 0, 1, 3, 65535, 0, 2, 9, 8], "<u2").tobytes()  # one ent
             [50, 100, 150, 200],
         ),
         "segments": (FOUR, palette(LINES, 6, segmented=True), [0, 85, 170, 255]),
-        "segments, eight bits": (FOUR, palette(bytes([0, 2, 0, 100, 1, 2, 200, 0]), 4, 8, segmented=True), None),
+        "segments, eight bits": (
+            FOUR,
+            palette(bytes([0, 2, 0, 100, 1, 2, 200, 0]), 4, 8, segmented=True),
+            None,
+        ),
         "segments again": (
             np.array([[0, 1, 3, 4]], np.uint8),
-            palette(np.array([0, 2, 0, 65535, 0, 1, 257, 2, 1, 0, 0], "<u2").tobytes(), 5, segmented=True),
+            palette(
+                np.array([0, 2, 0, 65535, 0, 1, 257, 2, 1, 0, 0], "<u2").tobytes(), 5, segmented=True
+            ),
             [0, 255, 0, 255],
         ),
     }.values(),
@@ -325,12 +404,18 @@ def test_rgb_is_white_by_its_depth():
     np.testing.assert_array_equal(images.read_image(dicom_file(COLOURS)), COLOURS)
     deep = COLOURS.astype(np.uint16)
     np.testing.assert_array_equal(images.read_image(dicom_file(deep * 257)), COLOURS)
-    np.testing.assert_array_equal(images.read_image(dicom_file(deep)), np.round(COLOURS / 257).astype(np.uint8))
+    np.testing.assert_array_equal(
+        images.read_image(dicom_file(deep)), np.round(COLOURS / 257).astype(np.uint8)
+    )
     twelve = np.round(COLOURS / 255 * 4095).astype(np.uint16)
-    np.testing.assert_array_equal(images.read_image(dicom_file(twelve, BitsStored=12, HighBit=11)), COLOURS)
+    np.testing.assert_array_equal(
+        images.read_image(dicom_file(twelve, BitsStored=12, HighBit=11)), COLOURS
+    )
     planes = {"PlanarConfiguration": 1, "PixelData": COLOURS.transpose(2, 0, 1).tobytes()}
     np.testing.assert_array_equal(images.read_image(dicom_file(COLOURS, **planes)), COLOURS)
-    np.testing.assert_array_equal(images.read_image(dicom_file(COLOURS, PlanarConfiguration=None)), COLOURS)
+    np.testing.assert_array_equal(
+        images.read_image(dicom_file(COLOURS, PlanarConfiguration=None)), COLOURS
+    )
 
 
 def test_ybr_becomes_rgb_at_any_depth():
@@ -338,7 +423,9 @@ def test_ybr_becomes_rgb_at_any_depth():
 
     ybr = convert_color_space(COLOURS, "RGB", "YBR_FULL")
     right = convert_color_space(ybr, "YBR_FULL", "RGB")
-    np.testing.assert_array_equal(images.read_image(dicom_file(ybr, PhotometricInterpretation="YBR_FULL")), right)
+    np.testing.assert_array_equal(
+        images.read_image(dicom_file(ybr, PhotometricInterpretation="YBR_FULL")), right
+    )
     deep = dicom_file(ybr.astype(np.uint16) << 8, PhotometricInterpretation="YBR_FULL")
     assert np.abs(images.read_image(deep).astype(int) - COLOURS).max() <= 3
     half = np.array([[[76, 85, 255]] * 2 + [[150, 44, 21]] * 2], np.uint8)  # red, red, green, green
@@ -346,8 +433,11 @@ def test_ybr_becomes_rgb_at_any_depth():
     fields = {"PhotometricInterpretation": "YBR_FULL_422"}
     right = images.read_image(dicom_file(half, PhotometricInterpretation="YBR_FULL"))
     np.testing.assert_array_equal(images.read_image(dicom_file(half, PixelData=packed, **fields)), right)
-    np.testing.assert_array_equal(images.read_image(dicom_file(half, PixelData=packed * 2, **fields)), right)
-    np.testing.assert_array_equal(images.read_image(dicom_file(half, **fields)), right)  # not halved at all
+    np.testing.assert_array_equal(
+        images.read_image(dicom_file(half, PixelData=packed * 2, **fields)), right
+    )
+    # not halved at all
+    np.testing.assert_array_equal(images.read_image(dicom_file(half, **fields)), right)
 
 
 @pytest.mark.parametrize("colours", ["HSV", "YBR_PARTIAL_422", "YBR_ICT"])
@@ -360,7 +450,10 @@ def test_colours_that_are_not_read_are_named(colours):
 def test_float_pixels(dtype):
     values = np.array([[-1, -0.5, 0, 0.5, 1, 1.5, 2, 3]] * 2, dtype)
     assert row(float_file(values)) == [0, 32, 64, 96, 128, 159, 191, 255]
-    assert row(float_file(values, **window(0.5, 1, VOILUTFunction="LINEAR_EXACT"))) == [0, 0, 0, 128] + [255] * 4
+    assert (
+        row(float_file(values, **window(0.5, 1, VOILUTFunction="LINEAR_EXACT")))
+        == [0, 0, 0, 128] + [255] * 4
+    )
     kind = "" if dtype == np.float32 else "Double"
     padded = float_file(values, **{f"{kind}FloatPixelPaddingValue": -1.0})
     assert row(padded) == [0, 0, 36, 73, 109, 146, 182, 255]
@@ -368,7 +461,11 @@ def test_float_pixels(dtype):
     assert row(float_file(values)) == [0, 0, 51, 102, 153, 204, 255, 255]
     assert row(float_file(np.full((2, 3), np.nan, dtype))) == [0, 0, 0]
     assert row(
-        float_file(np.array([[-1.7e308, 0, 1.7e308]]).clip(np.finfo(dtype).min, np.finfo(dtype).max).astype(dtype))
+        float_file(
+            np.array([[-1.7e308, 0, 1.7e308]])
+            .clip(np.finfo(dtype).min, np.finfo(dtype).max)
+            .astype(dtype)
+        )
     ) == [0, 128, 255]
 
 
@@ -403,7 +500,9 @@ def test_first_frame_is_read_whatever_the_number_of_frames_says(count):
 
 def test_number_of_frames_may_be_no_number():
     good = dicom_file(RAMP, NumberOfFrames=11)
-    np.testing.assert_array_equal(images.read_image(good.replace(b"IS\2\x0011", b"IS\2\x001A"))[..., 0], RAMP)
+    np.testing.assert_array_equal(
+        images.read_image(good.replace(b"IS\2\x0011", b"IS\2\x001A"))[..., 0], RAMP
+    )
 
 
 def test_only_the_wanted_frame_is_decoded():
@@ -415,9 +514,9 @@ def test_only_the_wanted_frame_is_decoded():
 
 def rle(*segments: bytes, starts=None) -> bytes:
     starts = starts or [64 + sum(map(len, segments[:i])) for i in range(len(segments))]
-    return b"".join(n.to_bytes(4, "little") for n in [len(segments), *starts, *[0] * (15 - len(starts))]) + b"".join(
-        segments
-    )
+    return b"".join(
+        n.to_bytes(4, "little") for n in [len(segments), *starts, *[0] * (15 - len(starts))]
+    ) + b"".join(segments)
 
 
 RLE = "1.2.840.10008.1.2.5"
@@ -432,7 +531,8 @@ def test_rle_frames(count, table):
 
 
 def test_high_bits_of_old_files():
-    stored = (STEPS.astype(np.uint16) << 4) | 5  # what stands in the lowest bits is none of the picture's
+    # what stands in the lowest bits is none of the picture's
+    stored = (STEPS.astype(np.uint16) << 4) | 5
     assert row(dicom_file(stored, BitsStored=12, HighBit=15)) == SPREAD
     signed = (SIGNED_STEPS << 4).view(np.uint16) | 5
     assert row(dicom_file(signed.view(np.int16), BitsStored=12, HighBit=15)) == [0, 85, 170, 255]
@@ -454,14 +554,23 @@ def test_deflated_file_is_read_and_bounded(monkeypatch):
 @pytest.mark.parametrize(
     "file, sentence",
     {
-        "sides": (dicom_file(RAMP, Rows=60000, Columns=60000), "has 60000 x 60000 pixels of 1 bytes by its header"),
+        "sides": (
+            dicom_file(RAMP, Rows=60000, Columns=60000),
+            "has 60000 x 60000 pixels of 1 bytes by its header",
+        ),
         "rle": (framed([rle(b"\x81\0")], RLE, Rows=60000, Columns=60000), "has 60000 x 60000 pixels"),
         "bytes": (
             dicom_file(COLOURS.astype(np.uint32), Rows=8192, Columns=8192),
             "8192 x 8192 pixels of 12 bytes by its header",
         ),
-        "rle too short": (framed([rle(b"\x81\0")], RLE, Rows=600, Columns=600), "cannot hold its 360000"),
-        "coded size": (framed([jpeg(RAMP)], Rows=40, Columns=31), "is 31 x 40, and its compressed pixels say 30 x 40"),
+        "rle too short": (
+            framed([rle(b"\x81\0")], RLE, Rows=600, Columns=600),
+            "cannot hold its 360000",
+        ),
+        "coded size": (
+            framed([jpeg(RAMP)], Rows=40, Columns=31),
+            "is 31 x 40, and its compressed pixels say 30 x 40",
+        ),
         "coded size, 2000": (
             framed([jpeg(RAMP, "JPEG2000", no_jp2=True)], "1.2.840.10008.1.2.4.90", Rows=4, Columns=4),
             "is 4 x 4, and its compressed pixels say 30 x 40",
@@ -475,7 +584,10 @@ def test_deflated_file_is_read_and_bounded(monkeypatch):
         "cut": (dicom_file(RAMP)[:-100], "is cut: its pixels have 1100 of 1200 bytes"),
         "no rows": (dicom_file(RAMP, Rows=0), "has no pixels"),
         "no pixels": (dicom_file(RAMP, PixelData=None), "there are no pixels in it"),
-        "scans": (framed([jpeg(RAMP).replace(b"\xff\xda", b"\xff\xfe\0\2" + b"\xff\xda" * 99)]), "scans"),
+        "scans": (
+            framed([jpeg(RAMP).replace(b"\xff\xda", b"\xff\xfe\0\2" + b"\xff\xda" * 99)]),
+            "scans",
+        ),
         "film": (framed([b"\0\0"], "1.2.840.10008.1.2.4.102"), "is MPEG-4 .* which is not read"),
         "unknown": (framed([b"\0\0"]).replace(b".1.2.4.50", b".1.2.4.99"), "which is not read"),
     }.values(),
@@ -487,11 +599,15 @@ def test_what_does_not_fit_is_refused_by_the_header(file, sentence):
 
 def test_jpeg_2000_in_boxes_and_bare():
     for bare in (True, False):
-        file = framed([jpeg(RAMP, "JPEG2000", no_jp2=bare, irreversible=False)], "1.2.840.10008.1.2.4.90")
+        file = framed(
+            [jpeg(RAMP, "JPEG2000", no_jp2=bare, irreversible=False)], "1.2.840.10008.1.2.4.90"
+        )
         np.testing.assert_array_equal(images.read_image(file)[..., 0], RAMP)
 
 
-@pytest.mark.parametrize("shown, like", [("RGB", RAMP), ("MONOCHROME2", COLOURS), ("PALETTE COLOR", COLOURS)])
+@pytest.mark.parametrize(
+    "shown, like", [("RGB", RAMP), ("MONOCHROME2", COLOURS), ("PALETTE COLOR", COLOURS)]
+)
 def test_samples_that_contradict_the_colours_are_refused(shown, like):
     with pytest.raises(UserError, match=f"samples a pixel and the colours {shown}"):
         images.read_image(dicom_file(like, PhotometricInterpretation=shown))
@@ -517,13 +633,12 @@ def test_files_without_meta_information():
     )
 
 
-def available(syntax: str) -> bool:
-    from pydicom.pixels import get_decoder
-
-    return get_decoder(syntax).is_available
-
-
-NEEDS_CODEC = ("SC_rgb_jpeg_gdcm.dcm", "MR_small_jpeg_ls_lossless.dcm", "JPEGLSNearLossless_08.dcm", "JPGExtended.dcm")
+NEEDS_CODEC = (
+    "SC_rgb_jpeg_gdcm.dcm",
+    "MR_small_jpeg_ls_lossless.dcm",
+    "JPEGLSNearLossless_08.dcm",
+    "JPGExtended.dcm",
+)
 
 
 @pytest.mark.parametrize("name", NEEDS_CODEC)
@@ -539,7 +654,9 @@ def test_codecs_are_named_or_decode(name):
         return
     if set(decoder.available_plugins) - {"pillow"}:
         pytest.skip("another codec than those of the extra `dicom` is installed")
-    with pytest.raises(UserError, match=r"is compressed as JPEG.* bits, .* run pip install 'unimed_jax\[dicom\]'"):
+    with pytest.raises(
+        UserError, match=r"is compressed as JPEG.* bits, .* run pip install 'unimed_jax\[dicom\]'"
+    ):
         images.read_image(path)
 
 
@@ -554,7 +671,13 @@ def test_lossless_jpeg_equals_the_plain_file():
 def test_real_dicom_files_of_pydicom():
     from pydicom.data import get_testdata_file
 
-    for name in ("CT_small.dcm", "MR_small.dcm", "examples_palette.dcm", "examples_rgb_color.dcm", "SC_rgb_rle.dcm"):
+    for name in (
+        "CT_small.dcm",
+        "MR_small.dcm",
+        "examples_palette.dcm",
+        "examples_rgb_color.dcm",
+        "SC_rgb_rle.dcm",
+    ):
         image = images.read_image(str(get_testdata_file(name, download=False)))
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
         assert image.std() > 20, name

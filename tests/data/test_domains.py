@@ -1,4 +1,6 @@
-"""The domains set: no source picture in two splits, balanced domains and closed questions, nothing unanswerable."""
+"""The domains set: no source picture in two splits, balanced domains and closed questions, nothing
+unanswerable.
+"""
 
 import collections
 
@@ -52,7 +54,8 @@ def test_no_two_sources_are_the_same_picture():
     small = [resize(domains_images.pixels(s.file), 16).mean(-1).ravel() for s in domains_images.SOURCES]
     likeness = np.corrcoef(small) - np.eye(len(small))
     assert likeness.max() < 0.9
-    copy = resize(domains_images.pixels("examples_rgb_color.dcm"), 16).mean(-1).ravel()  # left out for this
+    # left out for this
+    copy = resize(domains_images.pixels("examples_rgb_color.dcm"), 16).mean(-1).ravel()
     at = [s.file for s in domains_images.SOURCES].index("examples_jpeg2k.dcm")
     assert np.corrcoef(copy, small[at])[0, 1] > 0.98
 
@@ -60,10 +63,15 @@ def test_no_two_sources_are_the_same_picture():
 def test_domains_have_as_many_images(data):
     for split in ("val", "test"):  # train has fewer slices with one jitter
         images = {e.images: e.meta["modality"] for e in data.examples(split)}
-        assert collections.Counter(images.values()) == dict.fromkeys(domains.MODALITIES, domains.IMAGES[split])
+        assert collections.Counter(images.values()) == dict.fromkeys(
+            domains.MODALITIES, domains.IMAGES[split]
+        )
     for split in SPLITS:
         for e in data.examples(split):
-            assert data.image(e.images[0]).shape == (64, 64, 3) and data.image(e.images[0]).dtype == np.uint8
+            assert (
+                data.image(e.images[0]).shape == (64, 64, 3)
+                and data.image(e.images[0]).dtype == np.uint8
+            )
 
 
 def test_closed_questions_about_kinds_do_not_give_themselves_away(data):
@@ -80,7 +88,9 @@ def test_closed_questions_about_kinds_do_not_give_themselves_away(data):
 def test_what_is_asked_when_held_out_was_answered_in_training(data):
     for task in ("vqa", "cls"):
         known = {(e.meta["template"], e.answer) for e in every(data, "train", task)}
-        assert {(e.meta["template"], e.answer) for s in ("val", "test") for e in every(data, s, task)} <= known
+        assert {
+            (e.meta["template"], e.answer) for s in ("val", "test") for e in every(data, s, task)
+        } <= known
 
 
 def test_brain_questions_are_the_brain_sets_own(data, slices):
@@ -89,7 +99,12 @@ def test_brain_questions_are_the_brain_sets_own(data, slices):
     assert len(kept) > 1000
     for e in kept:
         old = own[e.id]
-        assert (e.question, e.answer, e.images, e.cluster) == (old.question, old.answer, old.images, old.cluster)
+        assert (e.question, e.answer, e.images, e.cluster) == (
+            old.question,
+            old.answer,
+            old.images,
+            old.cluster,
+        )
         assert e.meta["modality"] == (domains.T1 if old.meta["map"] == "t1" else domains.TISSUE)
     asked = {e.images for e in every(data, "test", "cls") if e.meta["template"] == "domain"}
     assert asked == {e.images for e in data.examples("test")}
@@ -109,7 +124,11 @@ def test_sources_of_each_domain(data):
     for split in SPLITS:
         for e in data.examples(split):
             counts[split, e.meta["modality"]].add(e.cluster)
-    assert len(counts) == 12 and len(counts["train", "other scan"]) == 5 and len(counts["test", "optical image"]) == 7
+    assert (
+        len(counts) == 12
+        and len(counts["train", "other scan"]) == 5
+        and len(counts["test", "optical image"]) == 7
+    )
 
 
 def test_refusals(data, monkeypatch):

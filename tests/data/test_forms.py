@@ -26,7 +26,9 @@ def asked(example: Example, variant: int, text: TextConfig, *, evaluation: bool)
     if not evaluation:
         *pieces, answer = pieces
         assert answer == forms.Piece(example.answer, target=True, ends=True)
-    assert not any(piece.target or piece.ends for piece in pieces) and [p.image for p in pieces][1:2] in ([], [True])
+    assert not any(piece.target or piece.ends for piece in pieces) and [p.image for p in pieces][
+        1:2
+    ] in ([], [True])
     return Asked(*(piece.text for piece in pieces if not piece.image))
 
 
@@ -45,7 +47,16 @@ def test_every_name_is_a_form():
 
 def test_runs_are_what_a_tokenizer_sees():
     piece, image = forms.Piece, forms.Piece(image=True)
-    given = [piece("a"), piece("b"), image, image, piece("c"), piece("d", True), piece("e", True, True), piece("f")]
+    given = [
+        piece("a"),
+        piece("b"),
+        image,
+        image,
+        piece("c"),
+        piece("d", True),
+        piece("e", True, True),
+        piece("f"),
+    ]
     runs = forms.runs_of(given)
     assert runs == [piece("ab"), image, image, piece("c"), piece("de", True, True), piece("f")]
     assert forms.text_of(runs, "$") == forms.text_of(given, "$") == "ab<image><image>cde$f"
@@ -65,7 +76,10 @@ def test_image_prompt_has_the_published_form():
 
 def test_two_images_of_one_question_stand_before_it_in_their_order():
     two = Example("r1", "vqa", "Same ?", "yes", images=("i0", "i1"))
-    for text in (TextConfig(training_blank=False), TextConfig(training_blank=False, chat_template=False)):
+    for text in (
+        TextConfig(training_blank=False),
+        TextConfig(training_blank=False, chat_template=False),
+    ):
         shown = forms.text_of(forms.form_of(text).training(two, 0), "$")
         body = "<Img><image></Img> <Img><image></Img> [vqa] Same ?"
         assert shown == (f"[INST] {body} [/INST]yes$" if text.chat_template else f"{body}yes$")
@@ -170,4 +184,6 @@ def test_text_to_box():
 def test_text_form_comes_back_within_one_hundredth():
     for box in [(0, 1, 2, 3), (10, 20, 64, 50)]:
         back = forms.text_to_box(forms.box_to_text(box, 64, 64))
-        assert back is not None and all(0 <= b / 64 * 100 - a < 1 for a, b in zip(back, box, strict=True))
+        assert back is not None and all(
+            0 <= b / 64 * 100 - a < 1 for a, b in zip(back, box, strict=True)
+        )

@@ -48,11 +48,17 @@ def test_every_format_that_is_named_is_read_and_no_other():
         np.testing.assert_array_equal(images.read_image(saved(rgb, kind)), rgb)
     np.testing.assert_array_equal(images.read_image(saved(rgb, "WEBP", lossless=True)), rgb)
     np.testing.assert_array_equal(images.read_image(saved(rgb, "JPEG2000", irreversible=False)), rgb)
-    assert images.read_image(saved(rgb, "GIF")).shape == images.read_image(saved(rgb, "JPEG")).shape == rgb.shape
+    assert (
+        images.read_image(saved(rgb, "GIF")).shape
+        == images.read_image(saved(rgb, "JPEG")).shape
+        == rgb.shape
+    )
     assert set(images.READABLE) == {"PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000", "GIF", "JPEG"}
     for kind in ("EPS", "PDF", "ICO", "TGA", "PCX", "SGI", "IM", "DDS", "ICNS", "SPIDER"):
         source = Image.new("F" if kind == "SPIDER" else "RGB", (16, 16))
-        with pytest.raises(UserError, match="is of none of the formats that are read.*; give a whole PNG, JPEG, TIFF"):
+        with pytest.raises(
+            UserError, match="is of none of the formats that are read.*; give a whole PNG, JPEG, TIFF"
+        ):
             images.read_image(saved(source, kind))
 
 
@@ -109,7 +115,9 @@ def test_sixteen_bit_pnm_and_jpeg_2000_are_white_by_their_depth():
     ids=["unit", "hounsfield", "signed", "large", "huge"],
 )
 def test_float_and_signed_pictures_span_their_range(values):
-    assert row(saved(Image.fromarray(values.astype(np.int32) if values.dtype == np.int64 else values), "TIFF")) == [
+    assert row(
+        saved(Image.fromarray(values.astype(np.int32) if values.dtype == np.int64 else values), "TIFF")
+    ) == [
         0,
         51,
         102,
@@ -119,9 +127,20 @@ def test_float_and_signed_pictures_span_their_range(values):
     ]
 
 
-def tiff(data: bytes, bits: int, form: int = 1, photometric: int = 1, order: str = "<", samples: int = 1) -> bytes:
+def tiff(
+    data: bytes, bits: int, form: int = 1, photometric: int = 1, order: str = "<", samples: int = 1
+) -> bytes:
     """A TIFF [4, 6] of kinds that Pillow does not write; form: 1 unsigned, 2 signed, 3 float."""
-    tags = [(256, 6), (257, 4), (258, bits), (259, 1), (262, photometric), (273, 8), (277, samples), (278, 4)]
+    tags = [
+        (256, 6),
+        (257, 4),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, samples),
+        (278, 4),
+    ]
     tags += [(279, len(data)), (339, form)]
     mark = b"II*\0" if order == "<" else b"MM\0*"
     start = 8 + len(data) + len(data) % 2
@@ -182,7 +201,8 @@ def png(kind: int, depth: int, data: bytes, width: int, *chunks: tuple[bytes, by
 
     head = struct.pack(">LLBBBBB", width, 1, depth, kind, 0, 0, 0)
     body = b"".join(
-        chunk(*c) for c in ((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(b"\0" + data)), (b"IEND", b""))
+        chunk(*c)
+        for c in ((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(b"\0" + data)), (b"IEND", b""))
     )
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -199,22 +219,47 @@ def test_deep_colours_are_white_by_their_depth():
         "LA on grey": (png(4, 8, bytes([100, 255, 100, 0, 0, 255]), 3), [100, 255, 0]),
         "LA of 16 bits": (png(4, 16, bytes([100, 0, 255, 255, 100, 0, 0, 0]), 2), [100, 255]),
         "RGBA": (
-            saved(np.array([[[10, 200, 30, 0], [250, 250, 250, 255], [100, 0, 0, 255], [0, 0, 0, 51]]], np.uint8)),
+            saved(
+                np.array(
+                    [[[10, 200, 30, 0], [250, 250, 250, 255], [100, 0, 0, 255], [0, 0, 0, 51]]], np.uint8
+                )
+            ),
             [255, 250, 100, 204],
         ),
         "RGBA in WebP": (
-            saved(np.array([[[10, 200, 30, 0], [250, 250, 250, 255]]], np.uint8), "WEBP", lossless=True, exact=True),
+            saved(
+                np.array([[[10, 200, 30, 0], [250, 250, 250, 255]]], np.uint8),
+                "WEBP",
+                lossless=True,
+                exact=True,
+            ),
             [255, 250],
         ),
-        "RGBA in TIFF": (saved(np.array([[[10, 200, 30, 0], [250, 250, 250, 255]]], np.uint8), "TIFF"), [255, 250]),
+        "RGBA in TIFF": (
+            saved(np.array([[[10, 200, 30, 0], [250, 250, 250, 255]]], np.uint8), "TIFF"),
+            [255, 250],
+        ),
         "P": (
-            png(3, 8, bytes([0, 1, 2]), 3, (b"PLTE", bytes([9, 9, 9, 100, 100, 100, 7, 7, 7])), (b"tRNS", b"\0\xff")),
+            png(
+                3,
+                8,
+                bytes([0, 1, 2]),
+                3,
+                (b"PLTE", bytes([9, 9, 9, 100, 100, 100, 7, 7, 7])),
+                (b"tRNS", b"\0\xff"),
+            ),
             [255, 100, 7],
         ),
-        "RGB with one clear colour": (png(2, 8, bytes([9, 9, 9, 8, 8, 8]), 2, (b"tRNS", b"\0\x09" * 3)), [255, 8]),
+        "RGB with one clear colour": (
+            png(2, 8, bytes([9, 9, 9, 8, 8, 8]), 2, (b"tRNS", b"\0\x09" * 3)),
+            [255, 8],
+        ),
         "L with one clear grey": (png(0, 8, bytes([9, 8]), 2, (b"tRNS", b"\0\x09")), [255, 8]),
         "L of 16 bits": (png(0, 16, bytes([0, 9, 255, 255]), 2, (b"tRNS", b"\xff\xff")), [0, 255]),
-        "L of 16 bits, black": (png(0, 16, bytes([0, 9, 0x80, 0]), 2, (b"tRNS", b"\x00\x09")), [255, 128]),
+        "L of 16 bits, black": (
+            png(0, 16, bytes([0, 9, 0x80, 0]), 2, (b"tRNS", b"\x00\x09")),
+            [255, 128],
+        ),
         "1": (png(0, 1, b"\x50", 4, (b"tRNS", b"\0\0")), [255, 255, 255, 255]),
     }.values(),
 )
@@ -226,13 +271,15 @@ def test_transparent_gif_and_opaque_alpha():
     image = Image.fromarray(np.array([[0, 1, 2]] * 2, np.uint8), "P")
     image.putpalette([9, 9, 9, 100, 100, 100, 7, 7, 7])
     assert row(saved(image, "GIF", transparency=0)) == [255, 100, 7]
-    rgba = np.concatenate([np.random.default_rng(0).integers(0, 256, (9, 9, 3)), np.full((9, 9, 1), 255)], -1)
+    rgba = np.concatenate(
+        [np.random.default_rng(0).integers(0, 256, (9, 9, 3)), np.full((9, 9, 1), 255)], -1
+    )
     np.testing.assert_array_equal(images.read_image(saved(rgba.astype(np.uint8))), rgba[..., :3])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_pictures_are_turned_upright(kind, orientation):
+def test_pictures_are_turned_upright(kind, orientation, tmp_path):
     # Stored as a camera held that way would, its upright picture is always the same (EXIF 2.3, tag 274).
     upright = np.full((32, 48), 200, np.uint8)
     upright[:8, :16] = 0  # a dark corner at the top left, wider than high
@@ -249,7 +296,9 @@ def test_pictures_are_turned_upright(kind, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
-    image = images.read_image(saved(np.ascontiguousarray(stored), kind, exif=exif, **options))
+    (tmp_path / "held").write_bytes(saved(np.ascontiguousarray(stored), kind, exif=exif, **options))
+    assert images.upright_size(tmp_path / "held") == (48, 32)
+    image = images.read_image(tmp_path / "held")
     assert image.shape == (32, 48, 3)
     assert np.abs(image[..., 0].astype(int) - upright).max() < 12
 
@@ -295,13 +344,17 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path):
         images.read_image(b"")
 
 
-@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError, TypeError, MemoryError, KeyError])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, NotImplementedError, AttributeError, TypeError, MemoryError, KeyError]
+)
 def test_whatever_a_decoder_raises_is_one_sentence(error, monkeypatch):
     def raise_it(*_):
         raise error("Failed to\n decode frame 0")
 
     monkeypatch.setattr(images.Image, "open", lambda *_, **__: raise_it())
-    with pytest.raises(UserError, match=r"image of \d+ bytes cannot be read \(.*Failed to.* decode frame 0"):
+    with pytest.raises(
+        UserError, match=r"image of \d+ bytes cannot be read \(.*Failed to.* decode frame 0"
+    ):
         images.read_image(saved(STEPS))
 
 
@@ -321,7 +374,7 @@ def test_only_regular_files_are_opened(tmp_path):
         tmp_path / "no\0name": "cannot be read .*null",
         tmp_path / "half\ud800": "does not exist|cannot be read",
     }.items():
-        for read in (images.read_image, images.read_bytes):
+        for read in (images.read_image, images.read_bytes, images.upright_size):
             with pytest.raises(UserError, match=sentence) as caught:
                 read(path)
             assert str(caught.value).isprintable() and len(str(caught.value)) < 700
@@ -378,9 +431,13 @@ def test_decoders_say_nothing_on_the_screen(capfd):
 
     files = {
         "frames.dcm": dicom_file(RAMP, PixelData=RAMP.tobytes() * 3 + b"\1" * 7, NumberOfFrames=0),
-        "nan.dcm": dicom_file(RAMP, WindowCenter="5", WindowWidth="7").replace(b"DS\2\x007 ", b"DS\2\x00x "),
+        "nan.dcm": dicom_file(RAMP, WindowCenter="5", WindowWidth="7").replace(
+            b"DS\2\x007 ", b"DS\2\x00x "
+        ),
         "cut.dcm": dicom_file(
-            RAMP, "1.2.840.10008.1.2.4.50", PixelData=b"\xfe\xff\0\xe0\0\0\0\0\xfe\xff\0\xe0\4\0\0\0\xff\xd8\xff\xd9"
+            RAMP,
+            "1.2.840.10008.1.2.4.50",
+            PixelData=b"\xfe\xff\0\xe0\0\0\0\0\xfe\xff\0\xe0\4\0\0\0\xff\xd8\xff\xd9",
         ),
         "cut.tif": saved(RAMP, "TIFF", compression="tiff_lzw")[:-30],
         "odd.tif": tiff(RAMP.tobytes(), 8, samples=9),
@@ -426,7 +483,9 @@ def test_ordinary_pictures_fit_as_published(shape):
     right = np.asarray(padded.resize((32, 32), Image.Resampling.BICUBIC))
     np.testing.assert_allclose(images.fit(noise, "pad", VISION).astype(int), right, atol=2)
     scale = 32 / min(shape)
-    whole = Image.fromarray(noise).resize((int(shape[1] * scale), int(shape[0] * scale)), Image.Resampling.BICUBIC)
+    whole = Image.fromarray(noise).resize(
+        (int(shape[1] * scale), int(shape[0] * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
     right = np.asarray(whole.crop((left, top, left + 32, top + 32)))
     np.testing.assert_array_equal(images.fit(noise, "crop", VISION), right)
@@ -438,7 +497,9 @@ def test_strips_fit_in_bounded_memory(shape, monkeypatch):
     whole, plain = np.full, Image.Image.resize
     monkeypatch.setattr(np, "full", lambda size, *rest: made.append(np.prod(size)) or whole(size, *rest))
     monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size, *rest: made.append(np.prod(size)) or plain(self, size, *rest)
+        Image.Image,
+        "resize",
+        lambda self, size, *rest: made.append(np.prod(size)) or plain(self, size, *rest),
     )
     monkeypatch.setattr(images, "MOST_PIXELS", 1 << 18)  # a side of 512
     strip = np.full((*shape, 3), 250, np.uint8)

@@ -81,7 +81,9 @@ def test_a_question_reads_the_same_alone_shared_and_packed():
     alone = [answers(rows(Group((q,)))) for q in (first, second, other, plain)]
     packed = rows(Group((plain,)), Group((other,)), Group((first, second)))
     assert answers(packed) == alone[3] + alone[2] + alone[0] + alone[1]
-    assert packed["image_tasks"].tolist() == [[VISUAL_TASKS.index("refer"), VISUAL_TASKS.index("vqa"), -1]]
+    assert packed["image_tasks"].tolist() == [
+        [VISUAL_TASKS.index("refer"), VISUAL_TASKS.index("vqa"), -1]
+    ]
     assert packed["target_tasks"][0, :10].tolist() == [5] * 2 + [1] * 2 + [0] * 6
     assert (packed["visual"][0][packed["visual"][0] >= 0] == np.arange(2 * T)).all()
     # The image of the shared group is read by both of its questions and by nothing else.
@@ -103,7 +105,11 @@ def test_two_images_in_one_example():
 
 def test_text_alone_touches_no_slot():
     batch = rows(Group((text([40, 41], [42, 2]),)))
-    assert (batch["visual"] == -1).all() and (batch["image_tasks"] == -1).all() and not batch["images"].any()
+    assert (
+        (batch["visual"] == -1).all()
+        and (batch["image_tasks"] == -1).all()
+        and not batch["images"].any()
+    )
     assert batch["tokens"][0, :6].tolist() == [1, 40, 41, 42, 2, 0]
 
 
@@ -127,7 +133,9 @@ def test_answers_are_cut_with_their_end():
     a, b, c = (words.encode(word)[0] for word in "abc")
 
     def trained(answer, limit):
-        encoded = Encoder(words, TextConfig(max_answer=limit), T).training(Example("r", "qa", "is it ?", answer), 0)
+        encoded = Encoder(words, TextConfig(max_answer=limit), T).training(
+            Example("r", "qa", "is it ?", answer), 0
+        )
         assert encoded.targets[-1] == len(encoded.suffix) - 1
         return encoded.suffix[encoded.targets].tolist()
 
@@ -144,7 +152,10 @@ def test_prompts_are_padded_on_the_left():
     assert batch["tokens"][0].tolist() == [0] * 3 + [1, 10, 11, 0, 0, 0, 20, 21, 22]
     assert batch["visual"][0].tolist() == [-1] * 6 + [0, 1, 2, -1, -1, -1]
     assert batch["positions"][0].tolist() == [0] * 3 + list(range(9))
-    assert batch["segments"][1].tolist() == [0] * 10 + [1, 1] and batch["image_tasks"].tolist() == [[0], [-1]]
+    assert batch["segments"][1].tolist() == [0] * 10 + [1, 1] and batch["image_tasks"].tolist() == [
+        [0],
+        [-1],
+    ]
     with pytest.raises(UserError, match="record r7.*longer"):
         layout.prompt_batch([Group((question([1] * 9, (), record="r7"),))], shape, 0)
 
@@ -176,7 +187,8 @@ def test_encoder_training_and_prompt():
     double = Encoder(words, TextConfig(double_bos=True), T)
     assert double.prompt(example).prefix[:3].tolist() == [1, 1, words.ids["[INST]"]]
     assert double.training(example, 0).prefix[:2].tolist() == [1, words.ids["[INST]"]]
-    assert encoder.training(example, 0).prefix is encoder.training(example, 1).prefix  # shared, not copied
+    # shared, not copied
+    assert encoder.training(example, 0).prefix is encoder.training(example, 1).prefix
 
 
 def test_reports_pass_the_text_processor():
@@ -191,7 +203,9 @@ def test_a_prompt_of_exactly_the_limit_passes_and_one_more_token_does_not():
     words, asked = Words(), Example("r9", "vqa", "w w", "", images=("x",))
     length = Encoder(words, TextConfig(), T).prompt(asked).tokens
     assert Encoder(words, TextConfig(max_prompt=length), T).prompt(asked).tokens == length
-    with pytest.raises(UserError, match=f"prompt has {length} tokens, more than config.text.max_prompt={length - 1};"):
+    with pytest.raises(
+        UserError, match=f"prompt has {length} tokens, more than config.text.max_prompt={length - 1};"
+    ):
         Encoder(words, TextConfig(max_prompt=length - 1), T).prompt(asked)
     trained = dataclasses.replace(asked, answer="a b c d e")  # the answer is not of the prompt
     assert Encoder(words, TextConfig(max_prompt=length), T).training(trained, 0).answer == 6
@@ -200,9 +214,14 @@ def test_a_prompt_of_exactly_the_limit_passes_and_one_more_token_does_not():
 @pytest.mark.parametrize("setting", ["max_prompt", "row_answers", "row_tokens", "row_images"])
 def test_training_records_of_exactly_the_limit_pass(setting):
     words, text = Words(), TextConfig()
-    examples = [Example("a", "vqa", "w", "a b", images=("x",)), Example("b", "vqa", "w w", "a b c", images=("x", "y"))]
+    examples = [
+        Example("a", "vqa", "w", "a b", images=("x",)),
+        Example("b", "vqa", "w w", "a b c", images=("x", "y")),
+    ]
     found = lengths.measure(examples, words, text, T, None, "")
-    encoded = max((Encoder(words, text, T).training(examples[1], v) for v in range(4)), key=lambda e: e.tokens)
+    encoded = max(
+        (Encoder(words, text, T).training(examples[1], v) for v in range(4)), key=lambda e: e.tokens
+    )
     least = {
         "max_prompt": encoded.tokens - encoded.answer,
         "row_answers": encoded.answer,
@@ -236,7 +255,9 @@ def test_an_answer_of_exactly_the_limit_is_not_cut(limit, cut):
 
 def test_too_long_a_prompt_names_its_record():
     with pytest.raises(UserError, match=r"record r9.*config\.text\.max_prompt=10"):
-        Encoder(Words(), TextConfig(max_prompt=10), T).prompt(Example("r9", "vqa", "w " * 20, "", images=("x",)))
+        Encoder(Words(), TextConfig(max_prompt=10), T).prompt(
+            Example("r9", "vqa", "w " * 20, "", images=("x",))
+        )
 
 
 def cases():
@@ -246,7 +267,12 @@ def cases():
     spec.loader.exec_module(loader)
     for name, case in loader.CASES.items():
         base = loader.M["bases"][case["base"]]
-        yield name, case, SimpleNamespace(bos=base["bos_id"], eos=base["eos_id"], pad=base["pad_id"]), loader
+        yield (
+            name,
+            case,
+            SimpleNamespace(bos=base["bos_id"], eos=base["eos_id"], pad=base["pad_id"]),
+            loader,
+        )
 
 
 def test_published_rows():
@@ -259,8 +285,12 @@ def test_published_rows():
         segments = [s if isinstance(s[0], list) else [s] for s in case["prompt_segments"]]
         tokens_per_image = int(visual // max(1, max(len(s) - 1 for s in segments)))
         ends = [[i for i in ids if i != specials.pad] for ids in case["answer_ids"]]
-        batch = training_rows(segments, ends, tokens_per_image, specials, tasks=[case["task"]] * len(ends))
-        np.testing.assert_array_equal(np.where(batch["visual"] >= 0, -1, batch["tokens"]), arrays["layout_ids"], name)
+        batch = training_rows(
+            segments, ends, tokens_per_image, specials, tasks=[case["task"]] * len(ends)
+        )
+        np.testing.assert_array_equal(
+            np.where(batch["visual"] >= 0, -1, batch["tokens"]), arrays["layout_ids"], name
+        )
         np.testing.assert_array_equal(batch["segments"] > 0, arrays["attention_mask"], name)
         targets = np.full(arrays["targets"].shape, -100)
         b, a = np.nonzero(batch["weights"])
@@ -281,7 +311,9 @@ def test_published_prompts():
         texts = [len(left) + len(right) for left, right in zip(calls[::2], calls[1::2], strict=True)]
         per_image = int(mask[0].sum()) - texts[0]
         encoded = [
-            encode_ids([left[2:], right], (), per_image, specials.bos, task=case["task"], double_bos=True)
+            encode_ids(
+                [left[2:], right], (), per_image, specials.bos, task=case["task"], double_bos=True
+            )
             for left, right in zip(calls[::2], calls[1::2], strict=True)
         ]
         shape = RowShape(mask.shape[1], 1, 0, per_image, 0)

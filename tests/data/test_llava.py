@@ -18,7 +18,9 @@ from unimed_jax.evaluate.tasks import data_notes, open_sets, units_of
 
 
 def said(*values):
-    return [{"from": who, "value": v} for who, v in zip(("human", "gpt") * len(values), values, strict=False)]
+    return [
+        {"from": who, "value": v} for who, v in zip(("human", "gpt") * len(values), values, strict=False)
+    ]
 
 
 class Letters:
@@ -31,12 +33,19 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
-ASKED = {"id": "7", "image": "a.jpg", "conversations": said("<image>\nIs it clear?", "no"), "answer_type": "CLOSED"}
+ASKED = {
+    "id": "7",
+    "image": "a.jpg",
+    "conversations": said("<image>\nIs it clear?", "no"),
+    "answer_type": "CLOSED",
+}
 
 
 def opened(path, tmp_path, **more):
     """The set as sources open it."""
-    (data,) = open_sources(DataConfig((SourceConfig("llava", path=str(path), **more),), cache=str(tmp_path / "cache")))
+    (data,) = open_sources(
+        DataConfig((SourceConfig("llava", path=str(path), **more),), cache=str(tmp_path / "cache"))
+    )
     return data
 
 
@@ -57,7 +66,12 @@ def test_conversations_become_examples(tmp_path):
         tmp_path / "rad",
         ("a.jpg", "deep/b.png"),
         train=[
-            {"id": 1, "image": ["deep/b.png"], "conversatons": talk, "domain": {"mri": False, "ct_scan": True}},
+            {
+                "id": 1,
+                "image": ["deep/b.png"],
+                "conversatons": talk,
+                "domain": {"mri": False, "ct_scan": True},
+            },
             {"id": 2, "conversations": said("What is a lung?", "an organ")},
         ],
         test=[ASKED | {"answer_type": "OPEN ", "modality": "MRI"}, ASKED],
@@ -66,7 +80,10 @@ def test_conversations_become_examples(tmp_path):
     first, text = data.examples("train")
     assert (first.task, first.question, first.answer) == ("vqa", "Which side?", "left")
     assert first.history == (("Which organ?", "lung"),) and first.meta == {"modality": "ct_scan"}
-    assert data.image(first.images[0]).shape == (8, 6, 3) and abs(int(data.image(first.images[0]).mean()) - 77) < 2
+    assert (
+        data.image(first.images[0]).shape == (8, 6, 3)
+        and abs(int(data.image(first.images[0]).mean()) - 77) < 2
+    )
     assert (text.task, text.images, text.question) == ("qa", (), "What is a lung?")
     open_question, closed = data.examples("test")
     assert dict(open_question.meta) == {"template": "open", "answer_type": "OPEN", "modality": "MRI"}
@@ -88,7 +105,10 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, capsys):
     data = opened(folder, tmp_path)
     assert len(data.examples("train")) == 1 and data.skipped == 9
     printed = capsys.readouterr().out
-    assert "llava: 9 records left out, 1 used" in printed and f"l0: no image {folder}/images/lost0.jpg" in printed
+    assert (
+        "llava: 9 records left out, 1 used" in printed
+        and f"l0: no image {folder}/images/lost0.jpg" in printed
+    )
     listed = (data.folder / "skipped.txt").read_text().splitlines()
     assert len(listed) == 9 and listed[0] == f"train: l0: no image {folder}/images/lost0.jpg"
     opened(folder, tmp_path)
@@ -97,7 +117,9 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path, capsys):
 
 def test_several_images_are_one_example(tmp_path):
     two = {"id": "t", "image": ["a.jpg", "b.jpg"], "conversations": said("<image><image> Same?", "yes")}
-    (example,) = opened(write(tmp_path / "set", ("a.jpg", "b.jpg"), train=[two]), tmp_path).examples("train")
+    (example,) = opened(write(tmp_path / "set", ("a.jpg", "b.jpg"), train=[two]), tmp_path).examples(
+        "train"
+    )
     assert example.images == ("a.jpg", "b.jpg") and example.question == "Same?"
 
 
@@ -105,7 +127,11 @@ def test_a_file_alone_is_for_training(tmp_path):
     folder = write(tmp_path, (), align=[ASKED])
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.jpg")  # beside it
     data = opened(folder / "align.json", tmp_path)
-    assert data.splits == ("train",) and len(data.examples("train")) == 1 and data.image("a.jpg").shape == (4, 4, 3)
+    assert (
+        data.splits == ("train",)
+        and len(data.examples("train")) == 1
+        and data.image("a.jpg").shape == (4, 4, 3)
+    )
 
 
 def test_a_set_that_is_only_tested_on_needs_no_train_json(tmp_path):
@@ -143,17 +169,41 @@ FAULTS = {
     "an object": ({"a": 1}, "line 1: 'conversations' must be a list"),
     "no record": ([ASKED, [ASKED]], "record 1 is no object, so this is not a list of records"),
     "no messages": ([{"id": "7"}], "record 0: 'conversations' must be a list"),
-    "a message without text": ([{"conversations": [{"from": "human"}]}], "record 0: 'conversations' must be a list"),
-    "a question that is null": ([{"conversations": said(None, "no")}], "record 0: 'conversations' must be a list"),
-    "a number as answer": ([{"conversations": said("Why?", 5)}], "record 0: 'conversations' must be a list"),
-    "a number as answer_type": ([ASKED | {"answer_type": 3}], "record 0: 'answer_type' is 3; give a text"),
-    "a list as modality": ([ASKED | {"modality": ["x" * 99]}], r"record 0: 'modality' is \['x+\.\.\.; give a text"),
-    "nobody answers": ([ASKED, {"conversations": said("Why?")}], r"record 1: messages come from \['human'\]"),
+    "a message without text": (
+        [{"conversations": [{"from": "human"}]}],
+        "record 0: 'conversations' must be a list",
+    ),
+    "a question that is null": (
+        [{"conversations": said(None, "no")}],
+        "record 0: 'conversations' must be a list",
+    ),
+    "a number as answer": (
+        [{"conversations": said("Why?", 5)}],
+        "record 0: 'conversations' must be a list",
+    ),
+    "a number as answer_type": (
+        [ASKED | {"answer_type": 3}],
+        "record 0: 'answer_type' is 3; give a text",
+    ),
+    "a list as modality": (
+        [ASKED | {"modality": ["x" * 99]}],
+        r"record 0: 'modality' is \['x+\.\.\.; give a text",
+    ),
+    "nobody answers": (
+        [ASKED, {"conversations": said("Why?")}],
+        r"record 1: messages come from \['human'\]",
+    ),
     "a number as image": ([ASKED | {"image": 3}], "record 0: 'image' is 3"),
     "no mark": ([ASKED | {"conversations": said("Clear?", "no")}], "1 images, and <image> 0 times"),
     "no image": ([{"conversations": said("<image>Clear?", "no")}], "0 images, and <image> 1 times"),
-    "a late mark": ([ASKED | {"conversations": said("Hello?", "Hi.", "<image>Clear?", "no")}], "in the first question"),
-    "an answered mark": ([ASKED | {"conversations": said("<image>Clear?", "<image>")}], "in the first question"),
+    "a late mark": (
+        [ASKED | {"conversations": said("Hello?", "Hi.", "<image>Clear?", "no")}],
+        "in the first question",
+    ),
+    "an answered mark": (
+        [ASKED | {"conversations": said("<image>Clear?", "<image>")}],
+        "in the first question",
+    ),
 }
 
 
@@ -177,14 +227,16 @@ def test_pictures_outside_the_folder_are_nobodys_data(tmp_path, place):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "a.jpg")
         assert len(opened(folder, tmp_path).examples("train")) == 2
         return
-    with pytest.raises(UserError, match=r"record 1: image '.*' lies outside .*set; give its path within .*images"):
+    with pytest.raises(
+        UserError, match=r"record 1: image '.*' lies outside .*set; give its path within .*images"
+    ):
         opened(folder, tmp_path)
 
 
 def test_answer_type_and_modality_that_are_null_count_as_absent(tmp_path):
-    (example,) = opened(write(tmp_path, train=[ASKED | {"answer_type": None, "modality": None}]), tmp_path).examples(
-        "train"
-    )
+    (example,) = opened(
+        write(tmp_path, train=[ASKED | {"answer_type": None, "modality": None}]), tmp_path
+    ).examples("train")
     assert dict(example.meta) == {}
 
 
@@ -192,12 +244,17 @@ def test_turns_that_the_form_leaves_out_are_counted_by_name(tmp_path, capsys):
     """Uni-Med's form holds one turn; the chat forms train on all of them."""
     talk = [{"conversations": said("Why?", "so", "Sure?", "yes", "And?", "no")} for _ in range(7)]
     folder = write(tmp_path / "set", train=[{"conversations": said("Why?", "so")}, *talk])
-    data = DataConfig((SourceConfig("llava", path=str(folder)),), cache=str(tmp_path / "cache"), row_tokens=999)
+    data = DataConfig(
+        (SourceConfig("llava", path=str(folder)),), cache=str(tmp_path / "cache"), row_tokens=999
+    )
     for form in ("unimed", "phi"):
-        Pipeline(open_sources(data), Config(data=data, text=TextConfig(form=form, max_prompt=999)), Letters())
+        Pipeline(
+            open_sources(data), Config(data=data, text=TextConfig(form=form, max_prompt=999)), Letters()
+        )
         sentence = (
-            "config.text.form='unimed' trains on the last turn of 7 conversations and leaves out the 14 turns before "
-            "(llava/train/1, llava/train/2, llava/train/3, llava/train/4, llava/train/5 ...); choose stablelm or phi"
+            "config.text.form='unimed' trains on the last turn of 7 conversations and leaves out "
+            "the 14 turns before (llava/train/1, llava/train/2, llava/train/3, llava/train/4, "
+            "llava/train/5 ...); choose stablelm or phi"
         )
         assert (sentence in capsys.readouterr().out) == (form == "unimed")
 
@@ -222,12 +279,16 @@ BLANK = ("", " \n\t", "\u200b\ufeff", "\u3164", None)
 @pytest.mark.parametrize("blank", BLANK)
 def test_answers_that_are_empty_are_left_out_by_name(tmp_path, capsys, blank):
     talk = said("<image>Clear?", blank, "Sure?", "yes")
-    records = [ASKED, ASKED | {"conversations": said("<image>Clear?", blank)}, ASKED | {"conversations": talk}]
+    records = [
+        ASKED,
+        ASKED | {"conversations": said("<image>Clear?", blank)},
+        ASKED | {"conversations": talk},
+    ]
     data = opened(write(tmp_path, train=records), tmp_path)
     assert len(data.examples("train")) == 1 and data.skipped == 2
     assert (
-        "2 records left out, 1 used (train: train/1: its answer is empty; train: train/2: an earlier answer is empty)"
-        in (capsys.readouterr().out)
+        "2 records left out, 1 used (train: train/1: its answer is empty; train: train/2: an "
+        "earlier answer is empty)" in (capsys.readouterr().out)
     )
 
 
@@ -250,7 +311,9 @@ def test_half_a_surrogate_pair_names_the_record(tmp_path, field, lines):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "images" / "a.png")
         (folder / "images" / "a.png").rename(folder / "images" / "\udce9.jpg")
     (folder / "train.json").write_text("\n".join(records) if lines else f"[{','.join(records)}]")
-    with pytest.raises(UserError, match=f"record llava/train/1: its {field} holds half of a surrogate pair") as error:
+    with pytest.raises(
+        UserError, match=f"record llava/train/1: its {field} holds half of a surrogate pair"
+    ) as error:
         opened(folder, tmp_path)
     str(error.value).encode()
 
@@ -273,14 +336,22 @@ def test_records_one_a_line_and_byte_order_marks(tmp_path, name, mark):
     (folder / name).write_bytes(mark + lines.encode() + b"\n{")
     with pytest.raises(UserError, match=f"{name}, line 6, is not JSON .*one record a line"):
         opened(folder / name if "alone" in name else folder, tmp_path)
-    (folder / name).write_bytes(mark + json.dumps([ASKED]).encode())  # a list, whatever the file is called
+    # a list, whatever the file is called
+    (folder / name).write_bytes(mark + json.dumps([ASKED]).encode())
     assert len(opened(folder / name if "alone" in name else folder, tmp_path).examples("train")) == 1
 
 
 def test_an_image_that_is_no_file_is_named_for_what_it_is(tmp_path, capsys):
-    odd = {"a folder": "deep", "nothing": "", "too long": "n" * 300, "a NUL": "a\0b", "below a file": "a.jpg/b"}
+    odd = {
+        "a folder": "deep",
+        "nothing": "",
+        "too long": "n" * 300,
+        "a NUL": "a\0b",
+        "below a file": "a.jpg/b",
+    }
     folder = write(
-        tmp_path / "set", train=[ASKED, *(ASKED | {"id": why, "image": [name]} for why, name in odd.items())]
+        tmp_path / "set",
+        train=[ASKED, *(ASKED | {"id": why, "image": [name]} for why, name in odd.items())],
     )
     (folder / "images" / "deep").mkdir()
     data = opened(folder, tmp_path)
@@ -294,12 +365,17 @@ def test_an_image_that_is_no_file_is_named_for_what_it_is(tmp_path, capsys):
 
 
 def test_a_file_that_is_no_picture_is_left_out_before_the_first_step(tmp_path, capsys):
-    """By its header: what nobody can train on is named when the set is prepared, not when its turn comes."""
+    """By its header: what nobody can train on is named when the set is prepared, not when its turn
+    comes.
+    """
     odd = {
         "text.png": (b"not an image", "none of the formats that are read"),
         "empty.jpg": (b"", "it is empty"),
         "page.jpg": (b"<html>404 not found</html>", "none of the formats that are read"),
-        "ps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of the formats that are read"),
+        "ps.png": (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "none of the formats that are read",
+        ),
         "large.png": (png_header(60_000, 60_000), "pixels"),
     }
     records = [ASKED, *(ASKED | {"id": name, "image": name} for name in odd)]
@@ -317,7 +393,13 @@ def test_a_file_that_is_no_picture_is_left_out_before_the_first_step(tmp_path, c
 def png_header(width, height):
     """Makes the beginning of a PNG, without its pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\1IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + b"\0\0\0\1IDAT"
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -327,7 +409,9 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="train.json is not JSON"):
         opened(tmp_path, tmp_path)
     (tmp_path / "train.json").write_bytes(b'[{"id": "caf\xe9"}]')
-    with pytest.raises(UserError, match="train.json, line 1: the byte 0xe9 is not UTF-8; save the file as UTF-8"):
+    with pytest.raises(
+        UserError, match="train.json, line 1: the byte 0xe9 is not UTF-8; save the file as UTF-8"
+    ):
         opened(tmp_path, tmp_path)
     (tmp_path / "train.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="train.json is nested too deep"):

@@ -51,8 +51,10 @@ def test_the_mixture_is_drawn_in_the_published_proportions():
     for source, weight in zip(config.data.sources, weights, strict=True):
         by_set[source.name, *source.tasks] += weight
     assert by_set == {
-        ("medqa", "qa"): 2, ("pubmedqa", "qa"): 2, ("slake", "vqa"): 5, ("path_vqa", "vqa"): 5, ("slake", "refer"): 4,
-        ("slake", "identify"): 4, ("samed", "refer"): 4, ("samed", "identify"): 4, ("medpix", "caption"): 8,
+        ("medqa", "qa"): 2, ("pubmedqa", "qa"): 2, ("slake", "vqa"): 5, ("path_vqa", "vqa"): 5,
+        ("slake", "refer"): 4,
+        ("slake", "identify"): 4, ("samed", "refer"): 4, ("samed", "identify"): 4, ("medpix",
+        "caption"): 8,
         ("mimic_cxr", "caption"): 8, ("medmnist", "cls"): 4,
     }  # fmt: skip
 
@@ -69,7 +71,8 @@ def test_the_published_config_runs_on_twins(tmp_path, monkeypatch, quick_compile
     scored = {(name, task) for name, splits in metrics["sets"].items() for task in splits["test"]}
     assert scored == {
         ("medqa", "qa"), ("pubmedqa", "qa"), ("slake", "vqa"), ("slake", "refer"), ("slake", "identify"),
-        ("path_vqa", "vqa"), ("samed", "refer"), ("samed", "identify"), ("medpix", "caption"), ("mimic_cxr", "caption"),
+        ("path_vqa", "vqa"), ("samed", "refer"), ("samed", "identify"), ("medpix", "caption"),
+        ("mimic_cxr", "caption"),
         ("dermamnist", "cls"), ("organsmnist", "cls"),
     }  # fmt: skip
     assert (tmp_path / "run/contact_sheet.png").stat().st_size > 5_000

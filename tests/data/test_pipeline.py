@@ -44,7 +44,9 @@ class Fake:
             for j in range(5):
                 question, words = f"is w{i} x{j} ?", " ".join(["yes"] * rng.integers(1, 5))
                 self._examples.append(Example(f"vqa{i}.{j}", "vqa", question, words, images=(f"im{i}",)))
-            self._examples.append(Example(f"ref{i}", "refer", f"thing{i}", "{ a b c d }", images=(f"im{i}",)))
+            self._examples.append(
+                Example(f"ref{i}", "refer", f"thing{i}", "{ a b c d }", images=(f"im{i}",))
+            )
             report = f"report{i} " + "word " * int(rng.integers(5, 20))
             self._examples.append(Example(f"cap{i}", "caption", "", report, images=(f"im{i}",)))
         for i in range(texts):
@@ -66,7 +68,14 @@ MIXTURE = sources((("vqa",), 2.0, 3), (("refer",), 1.0, 1), (("caption",), 1.0, 
 
 
 def config(mixture=MIXTURE, seed=0, fidelity="default", **data):
-    data = {"rows": 4, "row_tokens": 96, "row_images": 2, "row_answers": 64, "window": 32, "threads": 0} | data
+    data = {
+        "rows": 4,
+        "row_tokens": 96,
+        "row_images": 2,
+        "row_answers": 64,
+        "window": 32,
+        "threads": 0,
+    } | data
     return from_config_dict(
         {
             "seed": seed,
@@ -210,7 +219,10 @@ def test_processes_share_the_global_batch(mode):
 def test_threads_may_ask_at_once():
     pipe, expected = pipeline(), pipeline()
     seen = {}
-    threads = [threading.Thread(target=lambda r=r: seen.update({r: pipe.draws_of_row(r)})) for r in reversed(range(60))]
+    threads = [
+        threading.Thread(target=lambda r=r: seen.update({r: pipe.draws_of_row(r)}))
+        for r in reversed(range(60))
+    ]
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert seen == {r: expected.draws_of_row(r) for r in range(60)}
@@ -226,8 +238,11 @@ def test_one_source_a_batch():
         assert tasks == {TASKS.index(("vqa", "refer", "caption", "qa")[expected[step]])}
         records += [(expected[step], i) for i in pipe.record_ids(step)]
     refer = [i for source, i in records if source == 1]
-    assert len(set(refer[:40])) == min(40, len(refer)) > 30  # a source goes on where its last batch ended
-    same(take(pipe, 3, start_step=20), take(pipeline(packing=False, mixing="per_batch", rows=5), 23)[20:])
+    # a source goes on where its last batch ended
+    assert len(set(refer[:40])) == min(40, len(refer)) > 30
+    same(
+        take(pipe, 3, start_step=20), take(pipeline(packing=False, mixing="per_batch", rows=5), 23)[20:]
+    )
 
 
 def test_published_order_of_sources():
@@ -273,7 +288,8 @@ def test_packing_wastes_little():
     assert padding < 0.05 and vision < 0.10
     draws = np.array([d for row in rows for d in row])
     assert len(set(draws)) == len(draws)
-    assert np.abs(draws - np.arange(len(draws))).max() < 2 * 512  # nobody waits for more than the next window
+    # nobody waits for more than the next window
+    assert np.abs(draws - np.arange(len(draws))).max() < 2 * 512
 
 
 def test_packing_of_rows_that_never_fill_goes_on():
@@ -313,7 +329,10 @@ def test_questions_are_tokenised_once():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"mixture": sources((("identify",), 1.0, 1))}, "'fake' has no train examples of identify .it has caption"),
+        (
+            {"mixture": sources((("identify",), 1.0, 1))},
+            "'fake' has no train examples of identify .it has caption",
+        ),
         ({"mixture": []}, "config.data.sources is empty"),
         ({"row_images": 0}, "config.data.row_images=0.*'fake' has images"),
         (
@@ -343,7 +362,9 @@ def test_empty_data():
         pipeline(sources(((), 1.0, 1)), dataset=Fake(split="test"))
 
 
-@pytest.mark.parametrize("change, message", [({"task": "qa"}, "is text only"), ({"images": ()}, "needs an image")])
+@pytest.mark.parametrize(
+    "change, message", [({"task": "qa"}, "is text only"), ({"images": ()}, "needs an image")]
+)
 def test_task_and_image_go_together(change, message):
     dataset = Fake()
     dataset._examples[3] = dataclasses.replace(dataset._examples[3], **change)

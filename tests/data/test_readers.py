@@ -17,7 +17,8 @@ from unimed_jax.data.store import pack
 from unimed_jax.data.twins import TWINS, write_twin
 from unimed_jax.errors import UserError
 
-NEEDED = {"medmnist": {"name": "dermamnist"}, "medqa/four": {"options": 4}}  # options of a reader or layout
+# options of a reader or layout
+NEEDED = {"medmnist": {"name": "dermamnist"}, "medqa/four": {"options": 4}}
 TASKS = {"array_record": {"cls"}, "pairs": {"vqa"}}  # of layouts that do not have all of their reader's
 LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
 
@@ -42,7 +43,9 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
         write_twin(name, tmp_path / place, records=9, layout=layout)
     write_twin(name, tmp_path / "other", records=9, layout=layout, seed=1)
     options = NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
-    one, two, other = (opened(tmp_path / place, name, options=options) for place in ("one", "two", "other"))
+    one, two, other = (
+        opened(tmp_path / place, name, options=options) for place in ("one", "two", "other")
+    )
     assert set(one.splits) == (set(one.info.splits) if layout != "pairs" else {"train"})
     assert one.checksum == two.checksum != other.checksum
     found = everything(one)
@@ -58,11 +61,15 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
             text = example.question if example.task == "identify" else example.answer
             height, width, _ = one.image(example.images[0]).shape
             x1, y1, x2, y2 = text_to_box(text)
-            assert np.allclose([x1, y1, x2, y2], np.array(example.box) / (width, height, width, height) * 100, atol=1)
+            assert np.allclose(
+                [x1, y1, x2, y2], np.array(example.box) / (width, height, width, height) * 100, atol=1
+            )
 
 
 def test_two_layouts_of_boxes_give_the_same_questions(tmp_path):
-    """One set of scenes as Pascal VOC and as COCO in two layouts gives the same examples, to the byte."""
+    """One set of scenes as Pascal VOC and as COCO in two layouts gives the same examples, to the
+    byte.
+    """
     data = []
     for name, layout in (("voc", "original"), ("coco", "instances"), ("coco", "roboflow")):
         write_twin(name, tmp_path / layout, records=12, layout=layout)
@@ -77,13 +84,18 @@ def test_vqa_rad_splits_by_phrase_type_and_reads_numbers(tmp_path):
     rows = json.loads((tmp_path / "set/VQA_RAD Dataset Public.json").read_text())
     data = opened(tmp_path / "set", "vqa_rad")
     tests = [row for row in rows if row["phrase_type"].startswith("test_")]
-    assert [len(data.examples(split)) for split in ("train", "test")] == [len(rows) - len(tests), len(tests)]
+    assert [len(data.examples(split)) for split in ("train", "test")] == [
+        len(rows) - len(tests),
+        len(tests),
+    ]
     by_id = {example.id: example for _, example in everything(data)}
     number = next(row for row in rows if row["answer"] == 3)
     split = "test" if number["phrase_type"].startswith("test_") else "train"
     assert by_id[f"{split}/{number['qid']}"].answer == "3"
     assert {example.meta["answer_type"] for example in by_id.values()} == {"OPEN", "CLOSED"}
-    assert not any("\t" in example.question or example.answer.endswith(" ") for example in by_id.values())
+    assert not any(
+        "\t" in example.question or example.answer.endswith(" ") for example in by_id.values()
+    )
 
 
 def test_images_of_another_set_are_left_out_by_name(tmp_path):
@@ -113,7 +125,9 @@ def test_medpix2_asks_what_its_fields_say(tmp_path):
         assert asked["region"][1].cluster == record["U_id"]
     assert sum("placeholder" in line for line in left_out(data)) == data.skipped > 0
     facts = opened(tmp_path / "set", "medpix2", id="facts", options={"caption": "facts"})
-    assert all(e.answer.startswith(e.meta["modality"]) for _, e in everything(facts) if e.task == "caption")
+    assert all(
+        e.answer.startswith(e.meta["modality"]) for _, e in everything(facts) if e.task == "caption"
+    )
 
 
 def test_pubmedqa_follows_the_official_test_list(tmp_path):
@@ -135,7 +149,9 @@ def test_both_layouts_of_slake_give_the_same_examples(tmp_path):
         write_twin("slake", tmp_path / layout, records=9, layout=layout)
         data.append(opened(tmp_path / layout, "slake", id=layout))
     one, two = ([(split, pack(example)) for split, example in everything(d)] for d in data)
-    assert one == two and {e.meta.get("language") for _, e in everything(data[0]) if e.task == "vqa"} == {"en"}
+    assert one == two and {
+        e.meta.get("language") for _, e in everything(data[0]) if e.task == "vqa"
+    } == {"en"}
     both = opened(tmp_path / "flat", "slake", id="both", options={"language": "all"})
     assert sum(e.task == "vqa" for _, e in everything(both)) == 3 / 2 * sum(
         e.task == "vqa" for _, e in everything(data[0])
@@ -210,7 +226,12 @@ def test_every_protocol_of_pickles_reads(tmp_path, protocol):
 
 
 def test_refer_names_one_thing_without_doubt(tmp_path):
-    things = [["disc", 0, 0, 10, 10], ["disc", 20, 0, 40, 20], ["bar", 0, 24, 8, 30], ["bar", 40, 24, 48, 30]]
+    things = [
+        ["disc", 0, 0, 10, 10],
+        ["disc", 20, 0, 40, 20],
+        ["bar", 0, 24, 8, 30],
+        ["bar", 40, 24, 48, 30],
+    ]
     things = [{"label": label, "box": box} for label, *box in things]
     (tmp_path / "set").mkdir()
     Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(tmp_path / "set/a.png")
@@ -229,8 +250,10 @@ def test_refer_names_one_thing_without_doubt(tmp_path):
         "leftmost rod": (0, 24, 8, 30),
     }
     shown = [e for e in examples if e.task == "identify"]
-    assert Counter(e.answer for e in shown) in (Counter(rod=2, disc=1), Counter(rod=1, disc=2))  # in turn
-    assert {(e.box[2] - e.box[0], e.box[3] - e.box[1]) for e in shown} == {(12, 12)}  # the size tells nothing
+    # in turn
+    assert Counter(e.answer for e in shown) in (Counter(rod=2, disc=1), Counter(rod=1, disc=2))
+    # the size tells nothing
+    assert {(e.box[2] - e.box[0], e.box[3] - e.box[1]) for e in shown} == {(12, 12)}
 
 
 def test_a_study_keeps_its_images_in_order(tmp_path):
@@ -242,9 +265,15 @@ def test_a_study_keeps_its_images_in_order(tmp_path):
 
 def test_the_schema_is_what_the_reader_takes(tmp_path):
     write_twin("jsonl", tmp_path / "set", records=3)
-    keys = {key for line in (tmp_path / "set/data.jsonl").read_text().splitlines() for key in json.loads(line)}
+    keys = {
+        key
+        for line in (tmp_path / "set/data.jsonl").read_text().splitlines()
+        for key in json.loads(line)
+    }
     assert keys == set(jsonl.SCHEMA["properties"])
-    validator = pytest.importorskip("jsonschema", reason="pip install jsonschema").Draft202012Validator(jsonl.SCHEMA)
+    validator = pytest.importorskip("jsonschema", reason="pip install jsonschema").Draft202012Validator(
+        jsonl.SCHEMA
+    )
     for line in (tmp_path / "set/data.jsonl").read_text().splitlines():
         validator.validate(json.loads(line))
 
@@ -291,15 +320,30 @@ DAMAGE = {
         lambda p: change_json(p, lambda c: c[0].update(image_name="../../x.jpg")),
         "lies outside",
     ),
-    "a doubled id": ("vqa_rad", RAD, lambda p: change_json(p, lambda c: c.append(c[-1])), "stands twice"),
-    "no such file": ("vqa_rad", RAD, lambda p: p.unlink(), "holds neither 'VQA_RAD Dataset Public.json' nor"),
+    "a doubled id": (
+        "vqa_rad",
+        RAD,
+        lambda p: change_json(p, lambda c: c.append(c[-1])),
+        "stands twice",
+    ),
+    "no such file": (
+        "vqa_rad",
+        RAD,
+        lambda p: p.unlink(),
+        "holds neither 'VQA_RAD Dataset Public.json' nor",
+    ),
     "a pointer of Git-LFS": (
         "medpix2",
         MEDPIX,
         lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
         "is a pointer of Git-LFS",
     ),
-    "a web page": ("medpix2", MEDPIX, lambda p: p.write_text("<!DOCTYPE html><html></html>"), "is a web page"),
+    "a web page": (
+        "medpix2",
+        MEDPIX,
+        lambda p: p.write_text("<!DOCTYPE html><html></html>"),
+        "is a web page",
+    ),
     "a text for an object": (
         "medpix2",
         MEDPIX,
@@ -318,7 +362,12 @@ DAMAGE = {
         lambda p: change_json(p, lambda c: c.update({"1": "yes"})),
         "names 1 and 0 more",
     ),
-    "XML cut short": ("voc", "Annotations/train_00000.xml", lambda p: p.write_text(p.read_text()[:90]), "is not XML"),
+    "XML cut short": (
+        "voc",
+        "Annotations/train_00000.xml",
+        lambda p: p.write_text(p.read_text()[:90]),
+        "is not XML",
+    ),
     "XML with entities": (
         "voc",
         "Annotations/train_00000.xml",
@@ -419,7 +468,12 @@ def test_damage_is_one_sentence_with_file_and_record(tmp_path, damage):
 
 
 SKIPPED = {
-    "a missing image": ("voc", "JPEGImages/val_00001.jpg", lambda p: p.unlink(), "val: val_00001: no image"),
+    "a missing image": (
+        "voc",
+        "JPEGImages/val_00001.jpg",
+        lambda p: p.unlink(),
+        "val: val_00001: no image",
+    ),
     "an image of another size": (
         "voc",
         "JPEGImages/val_00001.jpg",
@@ -435,7 +489,9 @@ SKIPPED = {
     "an annotation of no image": (
         "coco",
         "annotations/instances_val2017.json",
-        lambda p: change_json(p, lambda c: c["annotations"].append(c["annotations"][1] | {"image_id": 4, "id": 9999})),
+        lambda p: change_json(
+            p, lambda c: c["annotations"].append(c["annotations"][1] | {"image_id": 4, "id": 9999})
+        ),
         "val: annotation 9999: there is no image 4",
     ),
     "an empty answer": (
@@ -462,7 +518,9 @@ def test_a_record_that_cannot_be_used_is_counted_and_named(tmp_path, case):
     change(tmp_path / "set" / file)
     data = opened(tmp_path / "set", name)
     new = [
-        line for line in left_out(data) if line.replace(f"{tmp_path}/set", f"{tmp_path}/whole") not in left_out(whole)
+        line
+        for line in left_out(data)
+        if line.replace(f"{tmp_path}/set", f"{tmp_path}/whole") not in left_out(whole)
     ]
     assert len(new) == 1 and data.skipped == whole.skipped + 1
     assert re.search(match, new[0]), new[0]

@@ -1,4 +1,7 @@
-"""The readers on the real files: published counts, splits and known traps. Skipped where the data is not there."""
+"""The readers on the real files: published counts, splits and known traps.
+
+Skipped where the data is not there.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -47,7 +50,11 @@ def test_vqa_rad_in_the_layout_of_mmq(real_data, cache):
 def test_medpix2(real_data, cache):
     data = opened(real_data, cache, "medpix2", "medpix2")
     of_split = {split: {e.images for e in data.examples(split)} for split in data.splits}
-    assert {split: len(images) for split, images in of_split.items()} == {"train": 1653, "val": 197, "test": 200}
+    assert {split: len(images) for split, images in of_split.items()} == {
+        "train": 1653,
+        "val": 197,
+        "test": 200,
+    }
     cases = {split: {e.cluster for e in data.examples(split)} for split in data.splits}
     assert {split: len(some) for split, some in cases.items()} == {"train": 535, "val": 67, "test": 69}
     assert not cases["train"] & cases["test"] and not cases["train"] & cases["val"]
@@ -70,12 +77,23 @@ def test_images_of_vqa_rad_are_found_in_medpix2(real_data, cache):
 def test_pubmedqa(real_data, cache):
     data = opened(real_data, cache, "pubmedqa", "pubmedqa")
     assert Counter(e.answer for e in data.examples("test")) == {"yes": 276, "no": 169, "maybe": 55}
-    assert Counter(e.answer for s in data.splits for e in data.examples(s)) == {"yes": 552, "no": 338, "maybe": 110}
+    assert Counter(e.answer for s in data.splits for e in data.examples(s)) == {
+        "yes": 552,
+        "no": 338,
+        "maybe": 110,
+    }
 
 
 def test_bccd(real_data, cache):
     data = opened(real_data, cache, "voc", "bccd", names=NAMES, per_image=0)
-    assert {s: len({e.images for e in data.examples(s)}) for s in data.splits} == {"train": 205, "val": 87, "test": 72}
-    boxes = Counter(e.meta["class"] for s in data.splits for e in data.examples(s) if e.task == "identify")
-    assert boxes == {"RBC": 4155 - 2, "WBC": 372, "Platelets": 361} and data.skipped == 2  # two boxes are empty
+    assert {s: len({e.images for e in data.examples(s)}) for s in data.splits} == {
+        "train": 205,
+        "val": 87,
+        "test": 72,
+    }
+    boxes = Counter(
+        e.meta["class"] for s in data.splits for e in data.examples(s) if e.task == "identify"
+    )
+    # two boxes are empty
+    assert boxes == {"RBC": 4155 - 2, "WBC": 372, "Platelets": 361} and data.skipped == 2
     assert sum(e.task == "refer" for e in data.examples("test")) == 84

@@ -1,4 +1,7 @@
-"""Prepared data sets: built once and whole, opened at random, filtered, split; every fault one sentence."""
+"""Prepared data sets: built once and whole, opened at random, filtered, split.
+
+Every fault one sentence.
+"""
 
 import dataclasses
 import json
@@ -43,7 +46,9 @@ def folder_of(cache):
 def test_what_is_read_is_what_was_given(tmp_path):
     (data,) = opened(tmp_path)
     memory = squares.Squares()
-    assert data.id == "squares" and data.splits == ("train", "val", "test") and data.info.licence == "CC0"
+    assert (
+        data.id == "squares" and data.splits == ("train", "val", "test") and data.info.licence == "CC0"
+    )
     for split in data.splits:
         assert list(data.examples(split)) == memory.examples(split)
         assert data.examples(split)[7] == memory.examples(split)[7]
@@ -62,7 +67,9 @@ def test_what_is_read_is_what_was_given(tmp_path):
 
 
 def test_every_field_survives():
-    example = Example("a", "vqa", "q\n", "ü", ("x", "y"), (1, 2, 3, 4), "c", {"k": "v"}, (("why", "so"),))
+    example = Example(
+        "a", "vqa", "q\n", "ü", ("x", "y"), (1, 2, 3, 4), "c", {"k": "v"}, (("why", "so"),)
+    )
     assert unpack(pack(example)) == example
     assert unpack(pack(Example("b", "qa", "", ""))) == Example("b", "qa", "", "")
 
@@ -106,19 +113,49 @@ def rewritten(at, **changes):
 
 
 DAMAGE = {
-    "an index cut short": (lambda at: cut(at / "index" / "task.npy", 150), r"task.npy has 150 of its \d+ bytes"),
-    "a shard missing": (lambda at: (at / "images-00000.array_record").unlink(), "images-00000.array_record does not"),
-    "a shard cut": (lambda at: cut(at / "examples-00000.array_record", 99), "examples-00000.array_record has 99 of"),
+    "an index cut short": (
+        lambda at: cut(at / "index" / "task.npy", 150),
+        r"task.npy has 150 of its \d+ bytes",
+    ),
+    "a shard missing": (
+        lambda at: (at / "images-00000.array_record").unlink(),
+        "images-00000.array_record does not",
+    ),
+    "a shard cut": (
+        lambda at: cut(at / "examples-00000.array_record", 99),
+        "examples-00000.array_record has 99 of",
+    ),
     "no manifest": (lambda at: (at / "manifest.json").unlink(), "manifest.json does not exist"),
     "half a manifest": (lambda at: cut(at / "manifest.json", 50), "manifest.json is not JSON"),
-    "a manifest of garbage": (lambda at: (at / "manifest.json").write_bytes(b"\x93NUMPY\0"), "0x93 is not UTF-8"),
-    "a manifest of nesting": (lambda at: (at / "manifest.json").write_text("[" * 99_999), "is nested too deep"),
-    "a manifest of nothing": (lambda at: (at / "manifest.json").write_text("{}"), "is not what was written"),
-    "a manifest of another": (lambda at: altered(at, checksum="0"), "manifest.json is not what was written"),
-    "a manifest without parts": (lambda at: rewritten(at, splits=None), "is not what was written .AttributeError"),
+    "a manifest of garbage": (
+        lambda at: (at / "manifest.json").write_bytes(b"\x93NUMPY\0"),
+        "0x93 is not UTF-8",
+    ),
+    "a manifest of nesting": (
+        lambda at: (at / "manifest.json").write_text("[" * 99_999),
+        "is nested too deep",
+    ),
+    "a manifest of nothing": (
+        lambda at: (at / "manifest.json").write_text("{}"),
+        "is not what was written",
+    ),
+    "a manifest of another": (
+        lambda at: altered(at, checksum="0"),
+        "manifest.json is not what was written",
+    ),
+    "a manifest without parts": (
+        lambda at: rewritten(at, splits=None),
+        "is not what was written .AttributeError",
+    ),
     "an empty folder": (lambda at: [shutil.rmtree(at), at.mkdir()], "is not a prepared data set"),
-    "a file for the folder": (lambda at: [shutil.rmtree(at), at.write_text("")], "is not a prepared data set"),
-    "a byte of the index": (lambda at: flipped(at / "index" / "ids.npy", 200), "ids.npy has changed since"),
+    "a file for the folder": (
+        lambda at: [shutil.rmtree(at), at.write_text("")],
+        "is not a prepared data set",
+    ),
+    "a byte of the index": (
+        lambda at: flipped(at / "index" / "ids.npy", 200),
+        "ids.npy has changed since",
+    ),
     "a folder for an index": (
         lambda at: [(at / "index" / "ids.npy").unlink(), (at / "index" / "ids.npy").mkdir()],
         "ids.npy does not exist",
@@ -143,7 +180,12 @@ def test_no_flipped_bit_of_a_store_goes_unnoticed(tmp_path):
     def read():
         store = Store(at)
         pixels = [store.image(key).tobytes() for key in ("train3", "val3")]
-        return [list(store.examples(split)) for split in store.splits], pixels, store.checksum, store.info
+        return (
+            [list(store.examples(split)) for split in store.splits],
+            pixels,
+            store.checksum,
+            store.info,
+        )
 
     whole, noticed, flips = read(), 0, 0
     for path in sorted(path for path in at.rglob("*") if path.is_file()):
@@ -163,7 +205,9 @@ def test_a_store_of_another_form_is_refused(tmp_path):
     opened(tmp_path)
     file = folder_of(tmp_path) / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
-    with pytest.raises(UserError, match="was prepared in form 0, and this version reads form 2; delete that folder"):
+    with pytest.raises(
+        UserError, match="was prepared in form 0, and this version reads form 2; delete that folder"
+    ):
         opened(tmp_path)
 
 
@@ -177,7 +221,9 @@ def noise(count=400):
     """A reader of images that do not compress, 12 kB each."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 64, 64, 3), np.uint8)
-    return reader(*((Example(f"e{i}", "vqa", "q", "a", (f"i{i}",)), (image,)) for i, image in enumerate(images)))
+    return reader(
+        *((Example(f"e{i}", "vqa", "q", "a", (f"i{i}",)), (image,)) for i, image in enumerate(images))
+    )
 
 
 @pytest.mark.parametrize("room", [0, 1 << 20, 3 << 20])
@@ -186,17 +232,22 @@ def test_a_full_disk_while_a_set_is_built_is_one_sentence(small_disk, room):
     made, cache = noise(), small_disk / "cache"
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     (small_disk / "ballast").write_bytes(bytes(free - room))
-    with pytest.raises(UserError, match="No space left on device.*(free some space|config.data.cache)") as error:
+    with pytest.raises(
+        UserError, match="No space left on device.*(free some space|config.data.cache)"
+    ) as error:
         prepared(made, made.INFO, None, {}, cache)
     assert "\n" not in str(error.value)
-    assert not cache.exists() or not [path for path in cache.iterdir() if path.is_dir()]  # nothing half, nothing hidden
+    # nothing half, nothing hidden
+    assert not cache.exists() or not [path for path in cache.iterdir() if path.is_dir()]
     (small_disk / "ballast").unlink()
     assert len(prepared(made, made.INFO, None, {}, cache).examples("train")) == 400
 
 
 def test_a_disk_without_inodes_is_one_sentence(small_disk):
     made = noise(3)
-    limited = subprocess.run(["mount", "-o", "remount,nr_inodes=6", str(small_disk)], capture_output=True)
+    limited = subprocess.run(
+        ["mount", "-o", "remount,nr_inodes=6", str(small_disk)], capture_output=True
+    )
     if limited.returncode:
         pytest.skip("cannot limit the disk's inodes")
     with pytest.raises(UserError, match="No space left on device"):
@@ -211,10 +262,13 @@ def test_a_full_disk_is_noticed_whatever_array_record_says(tmp_path, monkeypatch
 
     monkeypatch.setattr("unimed_jax.data.prepare.ArrayRecordWriter.write", full, raising=False)
     made = noise(3)
-    with pytest.raises(RuntimeError, match=words):  # the disk has room: a fault of ours, with its traceback
+    # the disk has room: a fault of ours, with its traceback
+    with pytest.raises(RuntimeError, match=words):
         prepared(made, made.INFO, None, {}, tmp_path)
     monkeypatch.setattr(files, "_refusal", lambda folder: "No space left on device")
-    with pytest.raises(UserError, match="could not be written .No space left on device.*free some space"):
+    with pytest.raises(
+        UserError, match="could not be written .No space left on device.*free some space"
+    ):
         prepared(made, made.INFO, None, {}, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
@@ -284,12 +338,21 @@ def reader(*pairs, **info):
 
 BLACK = np.zeros((2, 2, 3), np.uint8)
 FAULTS = {
-    "one id twice": ([(Example("a", "qa", "q", "a"), ()), (Example("a", "qa", "r", "b"), ())], "id 'a' stands twice"),
+    "one id twice": (
+        [(Example("a", "qa", "q", "a"), ()), (Example("a", "qa", "r", "b"), ())],
+        "id 'a' stands twice",
+    ),
     "nothing": ([], "data set made has no example; check its path and options"),
     "no image": ([(Example("a", "vqa", "q", "a"), ())], "record made/a: task 'vqa' needs an image"),
-    "image for text": ([(Example("a", "qa", "q", "a", ("k",)), (BLACK,))], "record made/a: .*takes no image"),
+    "image for text": (
+        [(Example("a", "qa", "q", "a", ("k",)), (BLACK,))],
+        "record made/a: .*takes no image",
+    ),
     "unknown task": ([(Example("a", "vga", "q", "a"), ())], "record made/a: task 'vga' is unknown"),
-    "a blank answer": ([(Example("a", "qa", "q", " \n"), ())], "1 records left out: train: a: its answer is empty"),
+    "a blank answer": (
+        [(Example("a", "qa", "q", " \n"), ())],
+        "1 records left out: train: a: its answer is empty",
+    ),
     "an id of halves": (
         [(Example("\ud800", "qa", "q", "a"), ())],
         r"record made/.ud800: its id holds half of a surrogate",
@@ -298,12 +361,18 @@ FAULTS = {
         [(Example("a", "qa", "q", "a", cluster="\udc00"), ())],
         "record made/a: its cluster holds half",
     ),
-    "a key of meta": ([(Example("a", "qa", "q", "a", meta={"\udc00": "b"}), ())], "record made/a: its meta holds half"),
+    "a key of meta": (
+        [(Example("a", "qa", "q", "a", meta={"\udc00": "b"}), ())],
+        "record made/a: its meta holds half",
+    ),
     "a template": (
         [(Example("a", "qa", "q", "a", meta={"template": "\udc00"}), ())],
         "record made/a: its meta holds half",
     ),
-    "a number for a text": ([(Example("a", "qa", "q", 7), ())], "record made/a: its answer is 7, which is no text"),
+    "a number for a text": (
+        [(Example("a", "qa", "q", 7), ())],
+        "record made/a: its answer is 7, which is no text",
+    ),
     "a number in meta": (
         [(Example("a", "qa", "q", "a", meta={"b": 7}), ())],
         "record made/a: its meta is 7, which is no",
@@ -312,7 +381,10 @@ FAULTS = {
         [(Example("a", "vqa", "q", "a", ("k",)), (".",))],
         "train: a: image . is a folder, where a file",
     ),
-    "lost files": ([(Example("a", "vqa", "q", "a", ("k",)), ("no.png",))], "1 records left out: train: a: no image no"),
+    "lost files": (
+        [(Example("a", "vqa", "q", "a", ("k",)), ("no.png",))],
+        "1 records left out: train: a: no image no",
+    ),
 }
 
 
@@ -331,17 +403,24 @@ def test_other_numbers_than_the_expected_ones_are_said_once(tmp_path, capsys):
     right = dataclasses.replace(made.INFO, counts={split: 1})
     prepared(made, right, None, {}, tmp_path)
     wrong = dataclasses.replace(made.INFO, counts={split: 3, "more": 2})
-    prepared(made, wrong, None, {"some": 1}, tmp_path / "options")  # the counts are those without options
+    # the counts are those without options
+    prepared(made, wrong, None, {"some": 1}, tmp_path / "options")
     assert "than expected" not in capsys.readouterr().out
     for _ in range(2):
         prepared(made, wrong, None, {}, tmp_path)
     said = capsys.readouterr().out
-    assert said.count(f"made: other numbers of examples than expected ({split} 1, not 3; more 0, not 2)") == 1
+    assert (
+        said.count(f"made: other numbers of examples than expected ({split} 1, not 3; more 0, not 2)")
+        == 1
+    )
 
 
 MODULES = {
     "nowhere.at_all": (None, "module 'nowhere.at_all' does not import .No module named 'nowhere'"),
-    "lab.broken": ("import not_there", "module 'lab.broken' does not import .No module named 'not_there'"),
+    "lab.broken": (
+        "import not_there",
+        "module 'lab.broken' does not import .No module named 'not_there'",
+    ),
     "lab.bare": ("x = 1", "module 'lab.bare' is not a reader, because it lacks INFO .an Info. or read"),
 }
 
@@ -366,11 +445,15 @@ def test_a_generic_source_takes_its_passport_from_info_json_and_the_settings(tmp
     fields = {"name": "llava", "path": str(tmp_path / "raw")}
 
     def info(**given):
-        (data,) = open_sources(DataConfig((SourceConfig(**fields, info=given),), cache=str(tmp_path / "cache")))
+        (data,) = open_sources(
+            DataConfig((SourceConfig(**fields, info=given),), cache=str(tmp_path / "cache"))
+        )
         return data.info
 
     assert info().licence == "licence not stated"
-    (tmp_path / "raw" / "info.json").write_text(json.dumps({"licence": "CC BY 4.0", "note": "one clinic"}))
+    (tmp_path / "raw" / "info.json").write_text(
+        json.dumps({"licence": "CC BY 4.0", "note": "one clinic"})
+    )
     assert (info().licence, info().note) == ("CC BY 4.0", "one clinic")
     assert info(licence="mine").licence == "mine"
     (tmp_path / "raw" / "info.json").write_text(json.dumps({"license": "CC BY 4.0"}))
@@ -384,9 +467,14 @@ def test_a_generic_source_takes_its_passport_from_info_json_and_the_settings(tmp
 def test_filters_and_tasks_choose_examples(tmp_path):
     (data,) = opened(tmp_path, tasks=("vqa", "cls"), only={"prompt": ("red", "blue")})
     found = list(data.examples("train"))
-    assert found and {e.task for e in found} == {"vqa", "cls"} and {e.meta["prompt"] for e in found} == {"red", "blue"}
+    assert (
+        found
+        and {e.task for e in found} == {"vqa", "cls"}
+        and {e.meta["prompt"] for e in found} == {"red", "blue"}
+    )
     one, two = opened(tmp_path, SourceConfig(NAME, tasks=("vqa",)), SourceConfig(NAME, tasks=("qa",)))
-    assert one is two and {e.task for e in one.examples("val")} == {"vqa", "qa"}  # one set, seen by two sources
+    # one set, seen by two sources
+    assert one is two and {e.task for e in one.examples("val")} == {"vqa", "qa"}
 
 
 def test_weights_multiply(tmp_path):
@@ -394,7 +482,9 @@ def test_weights_multiply(tmp_path):
     (data,) = opened(tmp_path, source)
     weights = draw_weights(columns_of(data, "train"), source)
     for example, weight in zip(data.examples("train"), weights, strict=True):
-        expected = {"red": 3.0, "blue": 0.0}.get(example.meta["prompt"], 1.0) * (2 if example.task == "cls" else 1)
+        expected = {"red": 3.0, "blue": 0.0}.get(example.meta["prompt"], 1.0) * (
+            2 if example.task == "cls" else 1
+        )
         assert weight == expected
 
 
@@ -404,7 +494,12 @@ def test_made_splits_keep_clusters_together_and_take_from_their_origin(tmp_path)
     assert train and val and not train & val and len(train | val) == 6
     both = {"train": "train[:60%] by cluster", "held": "train[60%:] by cluster"}
     (again,) = opened(tmp_path, splits=both, options={"images": 60})
-    assert {e.cluster for e in again.examples("held")} == val and again.splits == ("train", "val", "test", "held")
+    assert {e.cluster for e in again.examples("held")} == val and again.splits == (
+        "train",
+        "val",
+        "test",
+        "held",
+    )
     (by_id,) = opened(tmp_path, splits={"half": "train[:50%]"}, options={"images": 60})
     assert 130 < len(by_id.examples("half")) < 230
     assert len(by_id.examples("half")) + len(by_id.examples("train")) == 360
@@ -412,12 +507,24 @@ def test_made_splits_keep_clusters_together_and_take_from_their_origin(tmp_path)
 
 MISTAKES = {
     "a rule": ({"splits": {"val": "train 90%"}}, "rule 'train 90%' is not understood; write it as"),
-    "an origin": ({"splits": {"val": "trian[:9%]"}}, "made of 'trian', which it has not; did you mean 'train'"),
-    "a word": ({"splits": {"val": "train[:9%] by patient"}}, "'patient' is neither 'cluster' nor a meta key"),
+    "an origin": (
+        {"splits": {"val": "trian[:9%]"}},
+        "made of 'trian', which it has not; did you mean 'train'",
+    ),
+    "a word": (
+        {"splits": {"val": "train[:9%] by patient"}},
+        "'patient' is neither 'cluster' nor a meta key",
+    ),
     "an empty split": ({"splits": {"val": "train[50%:50%] by cluster"}}, "leaves it empty; widen it"),
-    "a key": ({"only": {"promt": ("red",)}}, "only names 'promt', which no example has; did you mean 'prompt'"),
+    "a key": (
+        {"only": {"promt": ("red",)}},
+        "only names 'promt', which no example has; did you mean 'prompt'",
+    ),
     "a value": ({"only": {"prompt": ("read",)}}, "no example has prompt='read'; did you mean 'red'"),
-    "a weight": ({"weights": {"prompt": {"rad": 1.0}}}, "weights matches nothing, because no example has prompt='rad'"),
+    "a weight": (
+        {"weights": {"prompt": {"rad": 1.0}}},
+        "weights matches nothing, because no example has prompt='rad'",
+    ),
     "nothing left": ({"tasks": ("cls",), "only": {"template": ("vqa",)}}, "together match no example"),
 }
 
@@ -433,6 +540,8 @@ def test_a_contact_sheet_of_text_alone_is_left_out(tmp_path):
     from unimed_jax.data.contact_sheet import contact_sheet
 
     (texts,) = opened(tmp_path, tasks=("qa",))
-    assert contact_sheet([texts], tmp_path / "sheet.png") is None and not (tmp_path / "sheet.png").exists()
+    assert (
+        contact_sheet([texts], tmp_path / "sheet.png") is None and not (tmp_path / "sheet.png").exists()
+    )
     (all_tasks,) = opened(tmp_path)
     assert contact_sheet([texts, all_tasks], tmp_path / "sheet.png") == tmp_path / "sheet.png"

@@ -54,7 +54,9 @@ def test_nothing_is_unknown_even_outside_the_training_texts(tokenizer):
     rng = random.Random(0)
     unknown = tokenizer._tokenizer.unk_token_id
     for _ in range(300):
-        text = "".join(chr(rng.choice([rng.randrange(1, 256), rng.randrange(0xE000, 0x110000)])) for _ in range(20))
+        text = "".join(
+            chr(rng.choice([rng.randrange(1, 256), rng.randrange(0xE000, 0x110000)])) for _ in range(20)
+        )
         ids = tokenizer.encode(text)
         assert unknown not in ids and tokenizer.decode(ids) == text
 

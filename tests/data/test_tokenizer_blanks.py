@@ -1,4 +1,6 @@
-"""Tokenizers that put a sign before a text, or join words: ids of question and answer are those of the whole text."""
+"""Tokenizers that put a sign before a text, or join words: ids of question and answer are those of
+the whole text.
+"""
 
 import numpy as np
 import pytest
@@ -32,12 +34,22 @@ def test_ids_by_pieces_are_those_of_the_whole_text(tmp_path, kind, form):
                 pieces = form_of(text).training(example, 0)
                 # transformers would read the answer's own "</s>" as the end of text.
                 whole = text_of(pieces, end="</s>").replace("</s> is text", "<e> is text")
-                spelt = Example("e", "qa", question, answer.replace("</s>", "<e>"),
-                                history=tuple((q, a.replace("</s>", "<e>")) for q, a in history))  # fmt: skip
+                spelt = Example(
+                    "e",
+                    "qa",
+                    question,
+                    answer.replace("</s>", "<e>"),
+                    # fmt: skip
+                    history=tuple((q, a.replace("</s>", "<e>")) for q, a in history),
+                )
                 encoded = encoder.training(spelt, 0)
                 ids = [*encoded.prefix.tolist(), *encoded.suffix.tolist()]
-                assert ids == peer(whole, add_special_tokens=False).input_ids, (whole, peer.convert_ids_to_tokens(ids))
-                # What is trained on spells the answers, and what is asked is what stands before the last one.
+                assert ids == peer(whole, add_special_tokens=False).input_ids, (
+                    whole,
+                    peer.convert_ids_to_tokens(ids),
+                )
+                # What is trained on spells the answers, and what is asked is what stands before the
+                # last one.
                 targets = [int(i) for i in np.asarray(encoded.suffix)[encoded.targets]]
                 ends = [i for i, number in enumerate(targets) if number == tokenizer.eos]
                 assert len(ends) == len(history) + 1 and ends[-1] == len(targets) - 1
@@ -101,7 +113,10 @@ def test_unimeds_form_tokenises_each_part_by_itself(tmp_path):
 
 
 class Slow:
-    """A tokenizer in Python, without the fast one beneath; it puts a sign before a text as LLaMA-2's does."""
+    """A tokenizer in Python, without the fast one beneath.
+
+    It puts a sign before a text as LLaMA-2's does.
+    """
 
     eos_token_id, bos_token_id, unk_token_id, pad_token_id = 1, 0, 2, None
     all_special_ids = (0, 1, 2)

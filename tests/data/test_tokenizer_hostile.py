@@ -1,4 +1,6 @@
-"""Tokenizers from elsewhere that would never end, fill the memory or have ids without rows: one sentence each."""
+"""Tokenizers from elsewhere that would never end, fill the memory or have ids without rows: one
+sentence each.
+"""
 
 import json
 import time
@@ -46,7 +48,13 @@ SAFE = (
         "(?i:'s|'t)?x",
         "(ab+)",
     ),
-    *(r" ?[^(\s|[.,!?…。，、।۔،])]+", r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+", "(a|b)?c", "(x{2,5}){3}", ""),
+    *(
+        r" ?[^(\s|[.,!?…。，、।۔،])]+",
+        r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+",
+        "(a|b)?c",
+        "(x{2,5}){3}",
+        "",
+    ),
 )
 
 
@@ -72,7 +80,11 @@ HOSTILE = {
         {"type": "Sequence", "pretokenizers": [split("((x|y)+)*z")]},
         "forever",
     ),
-    "nested repeats in the normalizer": ("normalizer", replace({"Regex": "(a|aa)+b"}, ""), "may take forever"),
+    "nested repeats in the normalizer": (
+        "normalizer",
+        replace({"Regex": "(a|aa)+b"}, ""),
+        "may take forever",
+    ),
     "nested repeats in the decoder": ("decoder", replace({"Regex": "(a*)*b"}, ""), "may take forever"),
     "many repeats after each other": (
         "pre_tokenizer",
@@ -99,7 +111,11 @@ def test_programs_that_do_not_end(folder, tmp_path, name):
     start = time.process_time()
     with pytest.raises(UserError, match=match) as error:
         Tokenizer.load(tmp_path)
-    assert time.process_time() - start < 2 and "\n" not in str(error.value) and "tokenizer.json" in str(error.value)
+    assert (
+        time.process_time() - start < 2
+        and "\n" not in str(error.value)
+        and "tokenizer.json" in str(error.value)
+    )
 
 
 def test_honest_ones_need_no_process_of_their_own(folder, tmp_path, monkeypatch):
@@ -141,20 +157,33 @@ def test_what_is_plain():
 
 def words_with(ids: dict[str, int], folder, **settings):
     model = {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"}
-    spec = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": model,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    given = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>", **settings}
+    given = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        **settings,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(given))
     return folder
 
 
 @pytest.mark.parametrize("highest", [5000, (1 << 24) - 1])
 def test_ids_with_gaps_need_a_row_for_the_highest(tmp_path, highest):
-    ids = {word: i for i, word in enumerate((*SPECIAL, *(f"w{i}" for i in range(403))))} | {"last": highest}
+    ids = {word: i for i, word in enumerate((*SPECIAL, *(f"w{i}" for i in range(403))))} | {
+        "last": highest
+    }
     tokenizer = Tokenizer.load(words_with(ids, tmp_path))
     assert tokenizer.size == highest + 1 and tokenizer.encode("w0 last") == [3, highest]
     with pytest.raises(
-        UserError, match=f"decoder.vocab=512 is less than the {highest + 1} rows .*highest id is {highest}"
+        UserError,
+        match=f"decoder.vocab=512 is less than the {highest + 1} rows .*highest id is {highest}",
     ):
         tokenizer.check_fits(512)
     tokenizer.check_fits(highest + 1)
@@ -178,7 +207,9 @@ def test_a_token_for_the_unknown_that_is_missing(tmp_path, ids):
 def test_special_tokens_without_a_place_are_counted(tmp_path):
     """transformers gives a token that only tokenizer_config.json names the next id."""
     ids = {word: i for i, word in enumerate(SPECIAL)}
-    tokenizer = Tokenizer.load(words_with(ids, tmp_path, pad_token="<pad>", additional_special_tokens=["<x>"]))
+    tokenizer = Tokenizer.load(
+        words_with(ids, tmp_path, pad_token="<pad>", additional_special_tokens=["<x>"])
+    )
     assert tokenizer.size == 5 and tokenizer.pad in (3, 4)
 
 
@@ -190,7 +221,9 @@ def test_files_that_are_cut_short(tmp_path):
 
     piece = message(1, "▁a".encode()) + b"\x15\0\0\0\0"
     whole = message(1, piece) * 3 + message(2, b"\x18\x02")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "eos_token": "a"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "eos_token": "a"})
+    )
     for data in (
         *(whole[:end] for end in (1, 3, 5, len(whole) - 1)),
         b"",
@@ -199,11 +232,15 @@ def test_files_that_are_cut_short(tmp_path):
         b"x",
     ):
         (tmp_path / "tokenizer.model").write_bytes(data)
-        with pytest.raises(UserError, match="tokenizer.model is not a model of SentencePiece, or is cut short"):
+        with pytest.raises(
+            UserError, match="tokenizer.model is not a model of SentencePiece, or is cut short"
+        ):
             Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
 @pytest.mark.parametrize("text", ["[" * 100_000, "\xff", '{"a": NaN}', "[1]", '"x"', '{"a": 1, "a": 2}'])
 def test_settings_that_are_none(folder, tmp_path, name, text):
     for file in folder.iterdir():
@@ -218,6 +255,8 @@ def test_the_model_beside_the_tokenizer_is_bounded_too(folder, tmp_path):
     """transformers reads config.json where tokenizer_config.json does not say the class."""
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**9}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**9})
+    )
     with pytest.raises(UserError, match="num_hidden_layers is 1000000000"):
         Tokenizer.load(tmp_path)

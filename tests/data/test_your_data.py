@@ -20,7 +20,10 @@ PAGE = (ROOT / "docs" / "your_data.md").read_text()
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """The page's config, on its records thirty times over, each with an image of its own; one image is lost."""
+    """The page's config, on its records thirty times over, each with an image of its own.
+
+    One image is lost.
+    """
     (records,) = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, re.S))
     asked, text = records
     images = tmp_path / "lab" / "squares" / "images"
@@ -59,5 +62,8 @@ def test_the_validation_settings_of_the_docs_are_understood(config):
     (code,) = (text for text in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "every=" in text)
     exec(code, {"config": config})
     units, notes = units_of(from_config_dict(config), open_sets(from_config_dict(config).held_out))
-    assert [(unit.name, unit.every) for unit in units] == [("squares/val/vqa", 10), ("squares/test/vqa", 0)]
+    assert [(unit.name, unit.every) for unit in units] == [
+        ("squares/val/vqa", 10),
+        ("squares/test/vqa", 0),
+    ]
     assert notes == []

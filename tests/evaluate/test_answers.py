@@ -16,7 +16,8 @@ from unimed_jax.evaluate.run import _about, _reader
 from unimed_jax.evaluate.tasks import units_of
 from unimed_jax.settings import from_config_dict
 
-CALLS = 22  # of an unbroken evaluation of two splits: 6 tasks in 2 batches, 5 of them with permuted images too
+# of an unbroken evaluation of two splits: 6 tasks in 2 batches, 5 of them with permuted images too
+CALLS = 22
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,14 @@ def record(prediction, reference="", closed=False, box=None, size=None):
 def corrected_measures(task, predictions, references, boxes=None, sizes=None, closed=None):
     """All registered metrics of a task, for parallel lists."""
     n = len(predictions)
-    columns = zip(predictions, references, closed or [False] * n, boxes or [None] * n, sizes or [None] * n, strict=True)
+    columns = zip(
+        predictions,
+        references,
+        closed or [False] * n,
+        boxes or [None] * n,
+        sizes or [None] * n,
+        strict=True,
+    )
     rows = [record(said, wanted, *rest) for said, wanted, *rest in columns]
     found = {metric.name: metric(rows) for metric in metrics.of_task(task)}
     return {name: measure for name, measure in found.items() if np.isfinite(measure.value)}
@@ -63,7 +70,11 @@ def test_published_normaliser_strips_only_32_full_stops():
 def test_published_f1_rewards_repetition_and_corrected_does_not():
     assert published.published_f1("heart heart heart", "heart") == 1.0
     assert text.token_f1("heart heart heart", "heart") == pytest.approx(0.5)
-    assert published.published_f1("left lung", "right lung") == text.token_f1("left lung", "right lung") == 0.5
+    assert (
+        published.published_f1("left lung", "right lung")
+        == text.token_f1("left lung", "right lung")
+        == 0.5
+    )
     assert published.published_f1("", "heart") == text.token_f1("", "heart") == 0.0
 
 
@@ -133,7 +144,9 @@ def test_an_invalid_box_is_scored_as_published_where_that_is_asked():
     whole = [(0.0, 0.0, 100.0, 100.0)]
     beyond = published.refer_report(["{<0><0><200><200>}"], whole, [(100, 100)])
     assert beyond["miou"] == pytest.approx(101**2 / 201**2, rel=1e-12)
-    assert published.refer_report(["{<50><50><50><50>}"], whole, [(100, 100)])["miou"] == pytest.approx(1 / 101**2)
+    assert published.refer_report(["{<50><50><50><50>}"], whole, [(100, 100)])["miou"] == pytest.approx(
+        1 / 101**2
+    )
 
 
 def test_refer_report_counts_unparsed_as_zero_and_half_as_miss():
@@ -141,7 +154,9 @@ def test_refer_report_counts_unparsed_as_zero_and_half_as_miss():
         ["{<0><0><100><100>}", "left"], [(0, 0, 100, 100), (0, 0, 9, 9)], [(100, 100), (100, 100)]
     )
     assert report == {"miou": 0.5, "accuracy": 0.5}
-    half = corrected_measures("refer", ["{<0><0><50><100>}"], [""], boxes=[(0, 0, 100, 100)], sizes=[(100, 100)])
+    half = corrected_measures(
+        "refer", ["{<0><0><50><100>}"], [""], boxes=[(0, 0, 100, 100)], sizes=[(100, 100)]
+    )
     assert half["miou"].value == 0.5 and half["accuracy_iou50"].value == 0.0
 
 
@@ -202,8 +217,13 @@ def short(records):
 def test_a_registered_metric_is_found_and_scores(registered):
     metrics.metric("short", tasks=("vqa",))(short)
     assert metrics.find("short")([record("one two"), record("1 2 3 4")]).value == 0.5
-    assert metrics.of_task("vqa")[-1].name == "short" and "short" not in {m.name for m in metrics.of_task("qa")}
-    assert [m.name for m in metrics.of_task("qa", ("short", "token_f1", "short"))] == ["short", "token_f1"]
+    assert metrics.of_task("vqa")[-1].name == "short" and "short" not in {
+        m.name for m in metrics.of_task("qa")
+    }
+    assert [m.name for m in metrics.of_task("qa", ("short", "token_f1", "short"))] == [
+        "short",
+        "token_f1",
+    ]
 
 
 def test_an_unknown_metric_is_one_sentence_with_the_nearest():
@@ -231,12 +251,16 @@ def test_a_metric_of_a_dotted_module_is_registered_on_import(registered, tmp_pat
 def test_a_metric_that_does_not_fit_is_refused(registered):
     with pytest.raises(UserError, match="'vqqa' is not a task; did you mean 'vqa'"):
         metrics.metric("x", tasks=("vqqa",))
-    with pytest.raises(UserError, match="'exact_match' is registered already by unimed_jax.evaluate.metrics.text"):
+    with pytest.raises(
+        UserError, match="'exact_match' is registered already by unimed_jax.evaluate.metrics.text"
+    ):
         metrics.metric("exact_match")(short)
     with pytest.raises(UserError, match="task 'refer' has the primary metric 'miou' already"):
         metrics.metric("mine", primary_for=("refer",))(short)
     metrics.metric("half")(lambda records: Measure.mean([1.0]))
-    with pytest.raises(UserError, match=r"metric 'half' must return a Measure with one row per record \(2\)"):
+    with pytest.raises(
+        UserError, match=r"metric 'half' must return a Measure with one row per record \(2\)"
+    ):
         metrics.find("half")([record("a"), record("b")])
 
 
@@ -266,7 +290,9 @@ def test_bootstrap_interval_covers():
     for trial in range(200):
         levels = rng.normal(0.5, 0.2, 40)  # the clusters differ; 6 items each
         values = np.repeat(levels, 6) + rng.normal(0, 0.2, 240)
-        low, high = interval(resample([Measure.mean(values)], np.repeat(np.arange(40), 6), 400, trial)[0])
+        low, high = interval(
+            resample([Measure.mean(values)], np.repeat(np.arange(40), 6), 400, trial)[0]
+        )
         covered += low < 0.5 < high
     assert 0.89 <= covered / 200 <= 0.98  # taking items for independent would give about 0.7
 
@@ -281,7 +307,9 @@ def test_bootstrap_of_corpus_bleu_recomputes_from_summed_counts():
         for j in range(3):
             for k in range(3):
                 chosen = [i, j, k]
-                again = corrected_measures("caption", [predictions[c] for c in chosen], [references[c] for c in chosen])
+                again = corrected_measures(
+                    "caption", [predictions[c] for c in chosen], [references[c] for c in chosen]
+                )
                 possible.add(round(again["bleu4_regex_tokens"].value, 12))
     assert set(np.round(draws, 12)) <= possible and len(set(np.round(draws, 9))) > 5
 
@@ -306,7 +334,9 @@ def test_interval_leaves_out_draws_without_items():
 
 def test_without_java_the_scores_say_so(monkeypatch):
     monkeypatch.setattr(captions, "find_java", lambda: None)
-    scores = captions.report_scores([("the heart is normal", "the heart is normal"), ("", "lost"), ("x", " ")])
+    scores = captions.report_scores(
+        [("the heart is normal", "the heart is normal"), ("", "lost"), ("x", " ")]
+    )
     for name in ("bleu1", "bleu2", "bleu3", "bleu4", "meteor"):
         assert scores[name] == "not computed: needs Java"
     assert scores["pairs_scored"] == 1 and scores["f1"] == 1.0

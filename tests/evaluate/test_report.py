@@ -50,7 +50,9 @@ def report(config, toys, folder, routing=None, model=None):
 @pytest.mark.parametrize("routed", [True, False])
 def test_report_writes_every_file(config, tmp_path, routed):
     toy = Toy(left_out=("cls",))
-    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, splits=("val", "test")))
+    config = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, splits=("val", "test"))
+    )
     routing = {
         "tv_trained": {"value": np.float32(0.25), "ci95": np.array([0.2, 0.3])},
         "tv_step0": {"value": 0.01, "ci95": [0.0, 0.02]},
@@ -62,10 +64,25 @@ def test_report_writes_every_file(config, tmp_path, routed):
     returned = report(config, toy, folder, routing if routed else None)
     metrics = strict((folder / "metrics.json").read_text())
     assert metrics == returned and metrics["schema"] == 1 and metrics["step"] == 7
-    keys = {"config_hash", "data_checksum", "code_version", "fidelity", "knobs", "seed", "split", "sets", "pooled"}
+    keys = {
+        "config_hash",
+        "data_checksum",
+        "code_version",
+        "fidelity",
+        "knobs",
+        "seed",
+        "split",
+        "sets",
+        "pooled",
+    }
     assert keys <= set(metrics) and "tasks" not in metrics
-    assert metrics["split"] == "test" and set(metrics["sets"]["toy"]) == set(metrics["pooled"]) == {"val", "test"}
-    assert metrics["knobs"]["evaluate.scoring"] == "corrected" and metrics["data_checksum"] == toy.checksum
+    assert metrics["split"] == "test" and set(metrics["sets"]["toy"]) == set(metrics["pooled"]) == {
+        "val",
+        "test",
+    }
+    assert (
+        metrics["knobs"]["evaluate.scoring"] == "corrected" and metrics["data_checksum"] == toy.checksum
+    )
     expected = "n clusters primary corrected published blind peers margin protocol templates notes"
     for task, part in metrics["sets"]["toy"]["test"].items():
         assert set(expected.split()) <= set(part) and part["n"] == 24 and task != "cls"
@@ -78,7 +95,10 @@ def test_report_writes_every_file(config, tmp_path, routed):
     assert "toy/test: no example of task 'cls'" in metrics["notes"]
     assert ("routing" in metrics) == routed == (folder / "routing.png").exists()
     if routed:
-        assert metrics["routing"]["tv_trained"]["ci95"][0] == pytest.approx(0.2) and "maps" not in metrics["routing"]
+        assert (
+            metrics["routing"]["tv_trained"]["ci95"][0] == pytest.approx(0.2)
+            and "maps" not in metrics["routing"]
+        )
     lines = [strict(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 5 * 24
     keys = "id set split task template cluster question images reference prediction box meta blind peers"
@@ -92,7 +112,12 @@ def test_report_writes_every_file(config, tmp_path, routed):
         "no example of task",
     ):
         assert piece in text
-    for heading in ("## Split val", "## By question template on test", "## Next to learned baselines", "## Protocols"):
+    for heading in (
+        "## Split val",
+        "## By question template on test",
+        "## Next to learned baselines",
+        "## Protocols",
+    ):
         assert heading in text
     assert "predictions.png" in text and ("routing.png" in text) == routed and "all sets" not in text
 
@@ -102,22 +127,33 @@ def test_scores_can_be_made_again_from_predictions(config, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     for task in TASKS:
         kept = metrics["sets"]["toy"]["test"][task]
-        again = scores.score(task, [line for line in lines if line["task"] == task], config, protocol=kept["protocol"])
+        again = scores.score(
+            task, [line for line in lines if line["task"] == task], config, protocol=kept["protocol"]
+        )
         assert plain(again) == kept
 
 
 def test_report_prints_each_sets_own_note_and_leads_with_published(tmp_path):
     settings = default_config()
-    settings.evaluate.scoring, settings.evaluate.bootstrap, settings.evaluate.splits = "published", 20, ("test",)
+    settings.evaluate.scoring, settings.evaluate.bootstrap, settings.evaluate.splits = (
+        "published",
+        20,
+        ("test",),
+    )
     settings.evaluate.batch = 16
     config = from_config_dict(settings)
-    toys = [Toy(per_task=4, id="one", note="Slices of one head."), Toy(per_task=4, id="two", note="Three dogs.")]
+    toys = [
+        Toy(per_task=4, id="one", note="Slices of one head."),
+        Toy(per_task=4, id="two", note="Three dogs."),
+    ]
     report(config, toys, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "Data `one`: Slices of one head." in text and "Data `two`: Three dogs." in text
     assert text.index("as published on test") < text.index("Corrected scores on test")
     assert "| all sets | vqa | 8 |" in text
-    assert "all sets" not in (report(config, toys[:1], tmp_path / "b") and (tmp_path / "b/report.md").read_text())
+    assert "all sets" not in (
+        report(config, toys[:1], tmp_path / "b") and (tmp_path / "b/report.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("info", [brain.INFO, domains.INFO], ids=lambda info: info.name)
@@ -128,15 +164,21 @@ def test_reports_say_that_one_average_brain_says_nothing_about_patients(info, co
 
 
 def test_the_leading_split_is_test_or_else_the_first(config, tmp_path):
-    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, splits=("val", "train")))
+    config = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, splits=("val", "train"))
+    )
     metrics = report(config, Toy(per_task=4), tmp_path)
-    assert metrics["split"] == "val" and "Corrected scores on val" in (tmp_path / "report.md").read_text()
+    assert (
+        metrics["split"] == "val" and "Corrected scores on val" in (tmp_path / "report.md").read_text()
+    )
 
 
 def test_without_matplotlib_the_numbers_are_still_written(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report(config, Toy(per_task=4), tmp_path)
-    assert (tmp_path / "metrics.json").exists() and "install matplotlib" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "metrics.json").exists() and "install matplotlib" in (
+        tmp_path / "report.md"
+    ).read_text()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +197,8 @@ def test_token_grid(aggregation, rate, image, expected, tmp_path):
     config = from_config_dict(settings)
     assert token_grid(config) == expected
     tokens = expected[0] * expected[1]
-    draw_routing(tmp_path / "r.png", {"maps": np.full((5, tokens, 2), 0.5)}, expected)  # equal weights draw too
+    # equal weights draw too
+    draw_routing(tmp_path / "r.png", {"maps": np.full((5, tokens, 2), 0.5)}, expected)
 
 
 def test_numbers_that_are_not_finite_become_null():

@@ -1,4 +1,6 @@
-"""A real evaluation killed three times, on eight devices, and in two processes: the same predictions and scores."""
+"""A real evaluation killed three times, on eight devices, and in two processes: the same
+predictions and scores.
+"""
 
 import json
 import os
@@ -57,7 +59,9 @@ def start(*words, count=1, devices=1, seconds=0.0) -> list[subprocess.Popen]:
             environment |= {"JAX_COORDINATOR_ADDRESS": address}
         command = [sys.executable, "-c", VERB.format(seconds=seconds), *map(str, words)]
         started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         )
     return started
 
@@ -116,7 +120,9 @@ def test_an_evaluation_killed_three_times_has_the_bytes_of_an_unbroken_one(train
 @pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 1)])
 def test_devices_and_processes_share_an_evaluation(trained, unscored, count, devices):
     finish(start("evaluate", f"--run={unscored}", count=count, devices=devices))
-    (here, there) = ([json.loads(line) for line in results(f)[1].splitlines()] for f in (unscored, trained))
+    (here, there) = (
+        [json.loads(line) for line in results(f)[1].splitlines()] for f in (unscored, trained)
+    )
     assert here == there
     one, other = (json.loads(results(folder)[0])["sets"] for folder in (unscored, trained))
     assert one == other

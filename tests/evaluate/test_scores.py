@@ -43,14 +43,20 @@ def test_a_model_that_sees_beats_every_baseline(config, tmp_path):
         assert part["corrected"][primary]["value"] > (0.85 if task == "refer" else 0.999)
         assert part["blind"] and all(primary in values for values in part["blind"].values())
         if task != "qa":
-            assert part["blind"][scores.PERMUTED][primary] == 0.0 and part["peers"] == {} and not part["peer_margin"]
+            assert (
+                part["blind"][scores.PERMUTED][primary] == 0.0
+                and part["peers"] == {}
+                and not part["peer_margin"]
+            )
         best = max(part["blind"], key=lambda name: part["blind"][name][primary])
         assert part["margin"]["baseline"] == best
         difference = part["corrected"][primary]["value"] - part["blind"][best][primary]
         assert part["margin"]["value"] == pytest.approx(difference)
         low, high = part["margin"]["ci95"]
         assert low <= part["margin"]["value"] + 1e-12 and part["margin"]["value"] <= high + 1e-12
-    assert found["qa"]["published"] == {} and found["qa"]["peer_margin"]["baseline"] in found["qa"]["peers"]
+    assert (
+        found["qa"]["published"] == {} and found["qa"]["peer_margin"]["baseline"] in found["qa"]["peers"]
+    )
     assert {"tfidf_logistic", "nearest_question"} <= set(found["vqa"]["blind"])
     assert found["refer"]["published"]["miou"] > 0.85
     assert found["caption"]["published"]["meteor"] == "not computed: needs Java"
@@ -96,7 +102,8 @@ def test_a_task_without_training_examples_has_no_fitted_baseline(config, tmp_pat
     assert found["qa"]["margin"] is None and found["qa"]["blind"] == found["qa"]["peers"] == {}
     assert any("no training example" in note for note in found["qa"]["notes"])
     assert (
-        list(found["refer"]["blind"]) == [scores.PERMUTED] and found["refer"]["margin"]["baseline"] == scores.PERMUTED
+        list(found["refer"]["blind"]) == [scores.PERMUTED]
+        and found["refer"]["margin"]["baseline"] == scores.PERMUTED
     )
     assert found["qa"]["templates"]["chapter"]["margin"] is None
 
@@ -104,7 +111,10 @@ def test_a_task_without_training_examples_has_no_fitted_baseline(config, tmp_pat
 def test_predictions_keep_their_example(config, tmp_path):
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, splits=("val",)))
     records = records_of(evaluated(Says(lambda e: e.id), Toy(), config, tmp_path))
-    assert all(r["id"] == f"toy/val/{r['prediction']}" and (r["set"], r["split"]) == ("toy", "val") for r in records)
+    assert all(
+        r["id"] == f"toy/val/{r['prediction']}" and (r["set"], r["split"]) == ("toy", "val")
+        for r in records
+    )
     assert {tuple(r["image_size"]) for r in records if r["images"]} == {SIZE}
     assert [r["box"] for r in records if r["id"] == "toy/val/val-refer-1"] == [[5, 3, 15, 15]]
 
@@ -114,7 +124,9 @@ def test_sets_are_scored_apart_and_pooled_without_collisions(config, tmp_path):
     one, two = Toy(id="one"), Toy(id="two", per_task=12)
     says = Says(lambda e: e.answer)
     scored = evaluated(says, [one, two], config, tmp_path)
-    metrics = scores.summarise(config, scored, _about(sets_of(one, two), []) or {"one": {"checksum": "c"}})
+    metrics = scores.summarise(
+        config, scored, _about(sets_of(one, two), []) or {"one": {"checksum": "c"}}
+    )
     assert set(metrics["sets"]) == {"one", "two"}
     pooled = metrics["pooled"]["test"]["vqa"]
     assert pooled["n"] == 36 and pooled["clusters"] == 12
@@ -128,7 +140,9 @@ def test_sets_are_scored_apart_and_pooled_without_collisions(config, tmp_path):
 
 
 def test_the_protocol_names_all_that_a_score_depends_on(config, tmp_path):
-    found = {part.task: part.scores["protocol"] for part in evaluated(Model(Toy()), Toy(), config, tmp_path)}
+    found = {
+        part.task: part.scores["protocol"] for part in evaluated(Model(Toy()), Toy(), config, tmp_path)
+    }
     fit = config.data.fit
     assert found["vqa"] == (
         f"toy@cccccccc/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit={fit}/exact_match"
@@ -139,15 +153,29 @@ def test_the_protocol_names_all_that_a_score_depends_on(config, tmp_path):
 
 def test_chat_forms_are_scored_as_med_moe_publishes(config):
     """Open answers score by recall, closed ones by a substring; the corrected rule reads whole words."""
-    rows = [("OPEN", "left lung", "the lung"), ("CLOSED", "no", "it is normal"), ("CLOSED", "yes", "yes")]
+    rows = [
+        ("OPEN", "left lung", "the lung"),
+        ("CLOSED", "no", "it is normal"),
+        ("CLOSED", "yes", "yes"),
+    ]
     records = [
-        {"task": "vqa", "cluster": str(i), "template": "", "reference": reference, "prediction": prediction}
+        {
+            "task": "vqa",
+            "cluster": str(i),
+            "template": "",
+            "reference": reference,
+            "prediction": prediction,
+        }
         | {"box": None, "image_size": [9, 9], "meta": {"answer_type": kind}, "blind": {}, "peers": {}}
         for i, (kind, reference, prediction) in enumerate(rows)
     ]
     chat = dataclasses.replace(config, text=dataclasses.replace(config.text, form="phi"))
     published, ours = (scores.score("vqa", records, chat)[key] for key in ("published", "corrected"))
-    assert published["open_recall"] == 50.0 and published["closed_accuracy"] == 100.0 and "bleu4" not in published
+    assert (
+        published["open_recall"] == 50.0
+        and published["closed_accuracy"] == 100.0
+        and "bleu4" not in published
+    )
     assert ours["open_recall"]["value"] == 0.5 and ours["closed_accuracy"]["value"] == 0.5
     assert "open_recall" not in scores.score("vqa", records, config)["published"]  # Uni-Med's rules
 
@@ -169,16 +197,24 @@ def test_published_references_are_cut_under_max_words(config):
     assert scores.score("identify", [record], config)["published"]["accuracy"] == 0.0
     found = scores.score("identify", [record], cut)
     assert found["published"]["accuracy"] == 1.0 and found["corrected"]["exact_match"]["value"] == 0.0
-    assert found["corrected"]["exact_match"]["ci95"] is None and found["margin"] is None and len(found["notes"]) == 3
+    assert (
+        found["corrected"]["exact_match"]["ci95"] is None
+        and found["margin"] is None
+        and len(found["notes"]) == 3
+    )
 
 
 def test_baselines_see_training_examples_only(config, tmp_path):
     toy, changed = Toy(), Toy()
     changed.rows["test"] = [
-        dataclasses.replace(e, answer="zebra") if e.task in ("vqa", "cls", "qa", "identify", "caption") else e
+        dataclasses.replace(e, answer="zebra")
+        if e.task in ("vqa", "cls", "qa", "identify", "caption")
+        else e
         for e in changed.rows["test"]
     ]
-    before, after = (evaluated(Model(t), t, config, tmp_path / n) for t, n in ((toy, "a"), (changed, "b")))
+    before, after = (
+        evaluated(Model(t), t, config, tmp_path / n) for t, n in ((toy, "a"), (changed, "b"))
+    )
     for one, other in zip(records_of(before), records_of(after), strict=True):
         names = [name for name in one["blind"] if name != scores.PERMUTED]
         assert names and all(one["blind"][name] == other["blind"][name] for name in names)

@@ -19,7 +19,8 @@ def config():
     return toy_config()
 
 
-# ------------------------------------------------------------------------------ permutation and selection
+# ------------------------------------------------------------------------------ permutation and
+# selection
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -32,12 +33,18 @@ def test_permuted_images_leave_image_and_slab(seed):
     ]
     images = tasks.permute_images(examples, seed)
     assert Counter(images) == Counter(e.images for e in examples)
-    assert all(keys[0].split("-")[0] != e.images[0].split("-")[0] for keys, e in zip(images, examples, strict=True))
+    assert all(
+        keys[0].split("-")[0] != e.images[0].split("-")[0]
+        for keys, e in zip(images, examples, strict=True)
+    )
     assert images == tasks.permute_images(examples, seed) != tasks.permute_images(examples, seed + 1)
 
 
 def test_permutation_where_one_slab_holds_most():
-    examples = [Example(str(i), "cls", "", "", (f"image{i % 5}",), cluster="s" if i < 8 else "t") for i in range(10)]
+    examples = [
+        Example(str(i), "cls", "", "", (f"image{i % 5}",), cluster="s" if i < 8 else "t")
+        for i in range(10)
+    ]
     images = tasks.permute_images(examples, 0)
     assert all(keys != e.images for keys, e in zip(images, examples, strict=True))
     assert tasks.permute_images(examples[:1], 0) is None
@@ -47,15 +54,22 @@ def test_permutation_where_one_slab_holds_most():
 
 def test_examples_with_several_images_get_as_many_of_another():
     counts = [1 + i % 3 for i in range(12)]
-    examples = [Example(str(i), "vqa", "", "", tuple(f"{i}.{k}" for k in range(n))) for i, n in enumerate(counts)]
+    examples = [
+        Example(str(i), "vqa", "", "", tuple(f"{i}.{k}" for k in range(n))) for i, n in enumerate(counts)
+    ]
     images = tasks.permute_images(examples, 3)
     assert [len(keys) for keys in images] == counts
     assert all(keys != e.images for keys, e in zip(images, examples, strict=True))
-    assert tasks.permute_images([*examples, Example("alone", "vqa", "", "", ("a", "b", "c", "d"))], 3) is None
+    assert (
+        tasks.permute_images([*examples, Example("alone", "vqa", "", "", ("a", "b", "c", "d"))], 3)
+        is None
+    )
 
 
 def test_limit_spreads_over_clusters_whatever_the_seed():
-    examples = [Example(str(i), "cls", "", "", ("x",), cluster=f"s{min(i // 40, 4)}") for i in range(200)]
+    examples = [
+        Example(str(i), "cls", "", "", ("x",), cluster=f"s{min(i // 40, 4)}") for i in range(200)
+    ]
     chosen = tasks.select(examples, 50)
     assert Counter(e.cluster for e in chosen) == {f"s{k}": 10 for k in range(5)}
     assert chosen == tasks.select(examples, 50) and tasks.select(examples, 0) == examples
@@ -100,7 +114,12 @@ def test_a_task_that_its_sources_leave_out_is_not_scored(config):
 
 def test_entries_name_metrics_limits_and_lengths(config):
     chosen = entries(
-        ("toy", "vqa", "val", dict(metrics=("token_f1", "exact_match"), limit=5, batch=3, max_new_tokens=7))
+        (
+            "toy",
+            "vqa",
+            "val",
+            dict(metrics=("token_f1", "exact_match"), limit=5, batch=3, max_new_tokens=7),
+        )
     )
     names, notes, (unit,) = units(config, Toy(), entries=chosen)
     assert names == ["toy/val/vqa"] and not notes
@@ -112,10 +131,19 @@ def test_entries_name_metrics_limits_and_lengths(config):
 
 MISTAKES = {
     "unknown set": (("to", "vqa", "test", {}), "'to' is not the id of a data set; did you mean 'toy'"),
-    "unknown split": (("toy", "vqa", "tset", {}), "'toy' has no example in split 'tset'; did you mean 'test'"),
+    "unknown split": (
+        ("toy", "vqa", "tset", {}),
+        "'toy' has no example in split 'tset'; did you mean 'test'",
+    ),
     "empty split": (("toy", "vqa", "val", {}), "'toy' has no example in split 'val'"),
-    "lacking task": (("toy", "cls", "test", {}), "'toy' has no example of task 'cls' in split 'test'; it has vqa, "),
-    "unknown metric": (("toy", "vqa", "test", dict(metrics=("exact",))), "'exact' is not a metric; did you mean"),
+    "lacking task": (
+        ("toy", "cls", "test", {}),
+        "'toy' has no example of task 'cls' in split 'test'; it has vqa, ",
+    ),
+    "unknown metric": (
+        ("toy", "vqa", "test", dict(metrics=("exact",))),
+        "'exact' is not a metric; did you mean",
+    ),
 }
 
 
@@ -129,7 +157,9 @@ def test_a_named_entry_that_cannot_be_scored_is_refused(config, name):
 
 
 def test_a_split_of_no_set_is_refused(config):
-    with pytest.raises(UserError, match="data set 'toy' has no example in split 'tset'; did you mean 'test'"):
+    with pytest.raises(
+        UserError, match="data set 'toy' has no example in split 'tset'; did you mean 'test'"
+    ):
         units(config, Toy(), splits=("tset",))
     with pytest.raises(UserError, match="'toy' has no example in split 'test'"):
         units(config, Toy(per_task=0))

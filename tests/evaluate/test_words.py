@@ -205,10 +205,14 @@ def test_a_closed_answer_that_does_not(prediction, reference):
 
 
 def corpus_bleu(pairs, order=4):
-    return float(text.bleu(sum(text.bleu_sums(tokens(said), tokens(wanted)) for said, wanted in pairs), order))
+    return float(
+        text.bleu(sum(text.bleu_sums(tokens(said), tokens(wanted)) for said, wanted in pairs), order)
+    )
 
 
-@pytest.mark.parametrize("report", ["左肺上叶见结节影，边界清楚。", "正常", "肺に異常なし", "폐 정상", "normal", "ปกติ"])
+@pytest.mark.parametrize(
+    "report", ["左肺上叶见结节影，边界清楚。", "正常", "肺に異常なし", "폐 정상", "normal", "ปกติ"]
+)
 def test_identical_reports_have_bleu_1(report):
     assert corpus_bleu([(report, report)]) == 1.0
     assert corpus_bleu([(report, report), ("a b c d e", "a b c d e")]) == 1.0
@@ -235,7 +239,10 @@ def test_bleu_equals_that_of_pycocoevalcap_on_random_reports():
     words = ["heart", "lung", "left", "right", "no", "effusion", "is", "seen"]
     for _ in range(20):
         wanted = [rng.choice(words, rng.integers(4, 30)) for _ in range(25)]
-        changed = [np.where(rng.random(len(w)) < 0.2, rng.choice(words, len(w)), w)[rng.integers(3) :] for w in wanted]
+        changed = [
+            np.where(rng.random(len(w)) < 0.2, rng.choice(words, len(w)), w)[rng.integers(3) :]
+            for w in wanted
+        ]
         pairs = [(" ".join(said), " ".join(w)) for said, w in zip(changed, wanted, strict=True)]
         said = {i: [pair[0]] for i, pair in enumerate(pairs)}
         wanted = {i: [pair[1]] for i, pair in enumerate(pairs)}

@@ -33,11 +33,16 @@ def test_the_metric_of_the_docs_is_computed_for_model_and_baselines(recipe, tmp_
     settings = from_config_dict(config)
     toy = Toy(id="brain")
     (part,) = evaluated(Model(toy), toy, settings, tmp_path)
-    assert part.scores["primary"] == "exact_match" and list(part.scores["corrected"]) == ["exact_match", "first_word"]
+    assert part.scores["primary"] == "exact_match" and list(part.scores["corrected"]) == [
+        "exact_match",
+        "first_word",
+    ]
     assert part.scores["corrected"]["first_word"]["value"] == 1.0
     assert all("first_word" in values for values in part.scores["blind"].values())
 
     alone = dataclasses.replace(settings.evaluate.entries[0], metrics=("my_lab.metrics:first_word",))
-    settings = dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, entries=(alone,)))
+    settings = dataclasses.replace(
+        settings, evaluate=dataclasses.replace(settings.evaluate, entries=(alone,))
+    )
     (part,) = evaluated(Model(toy), toy, settings, tmp_path)
     assert part.scores["primary"] == "first_word" and part.scores["protocol"].endswith("/first_word")

@@ -1,5 +1,6 @@
-"""The published configuration from end to end at a tiny size: a LLaMA folder and an EVA file go in, a run goes out in
-every format, and what is read back answers as the run does."""
+"""The published configuration from end to end at a tiny size: a LLaMA folder and an EVA file go in,
+a run goes out in every format, and what is read back answers as the run does.
+"""
 
 import dataclasses
 import json
@@ -60,7 +61,15 @@ def bases(folder):
     text = dataclasses.replace(from_config_dict(load_config_file("configs/cmoe.py")).text, vocab=640)
     settings = tiny.config(
         vision={"qkv_bias": "qv"},
-        decoder={"vocab": 640, "width": 16, "depth": 2, "heads": 4, "kv_heads": 4, "head_dim": 4, "mlp_width": 24},
+        decoder={
+            "vocab": 640,
+            "width": 16,
+            "depth": 2,
+            "heads": 4,
+            "kv_heads": 4,
+            "head_dim": 4,
+            "mlp_width": 24,
+        },
         lora={"rank": 0},
     )
     model = tiny.model(settings)
@@ -88,7 +97,9 @@ def place(patched, built_once):
 
 def trained(folder):
     made = bases(folder)
-    (folder / "cmoe.py").write_text(CONFIG.replace("{llama}", str(made["llama"])).replace("{eva}", str(made["eva"])))
+    (folder / "cmoe.py").write_text(
+        CONFIG.replace("{llama}", str(made["llama"])).replace("{eva}", str(made["eva"]))
+    )
     Image.fromarray(Squares().image("test0")).save(folder / "image.png")
     assert cli.main([f"--config={folder / 'cmoe.py'}", f"--workdir={folder / 'run'}"]) == 0
 
@@ -143,7 +154,9 @@ def test_what_is_exported_answers_as_the_run(run, place, capsys):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_training_goes_on_with_the_moments_of_an_original_checkpoint(run, place, tmp_path, monkeypatch, devices):
+def test_training_goes_on_with_the_moments_of_an_original_checkpoint(
+    run, place, tmp_path, monkeypatch, devices
+):
     checkpoint = tmp_path / "original.pth"
     assert cli.main(["export", f"--run={run}", f"--out={checkpoint}", "--format=unimed"]) == 0
     there, moments = saved_state(open_run(run))
@@ -171,7 +184,10 @@ def test_training_goes_on_with_the_moments_of_an_original_checkpoint(run, place,
     [
         ({"init": (("seed", ""),)}, "config.train.moments=.init. needs an original checkpoint"),
         ({"optimizer.skip_unused": False}, "config.optimizer.skip_unused=True"),
-        ({"train.rules": (dict(match="*", train=True),)}, r"holds no state of .*; freeze it by config.train.rules"),
+        (
+            {"train.rules": (dict(match="*", train=True),)},
+            r"holds no state of .*; freeze it by config.train.rules",
+        ),
     ],
 )
 def test_moments_that_an_original_checkpoint_cannot_give(run, place, tmp_path, changes, match):
@@ -205,22 +221,30 @@ def test_decoder_and_adapter_mean_the_same_in_torch(run, place):
 
     base = AutoModelForCausalLM.from_pretrained(place / "llama", dtype=torch.float32)
     assert np.abs(logits(base) - ours).max() > 0.05  # without the adapters it is another model
-    np.testing.assert_allclose(logits(peft.PeftModel.from_pretrained(base, str(place / "peft"))), ours, atol=1e-4)
+    np.testing.assert_allclose(
+        logits(peft.PeftModel.from_pretrained(base, str(place / "peft"))), ours, atol=1e-4
+    )
     merged = AutoModelForCausalLM.from_pretrained(place / "decoder", dtype=torch.float32)
     np.testing.assert_allclose(logits(merged), ours, atol=1e-4)
     text = "What colour is the square?"
-    assert AutoTokenizer.from_pretrained(place / "decoder").encode(text, add_special_tokens=False) == list(
-        Tokenizer.load(place / "llama").encode(text)
-    )
+    assert AutoTokenizer.from_pretrained(place / "decoder").encode(
+        text, add_special_tokens=False
+    ) == list(Tokenizer.load(place / "llama").encode(text))
 
 
 MISTAKES = {
     "no format": (["export", "--run={run}", "--out={new}"], ["--format"]),
     "unknown format": (["export", "--run={run}", "--out={new}", "--format=onnx"], ["onnx", "decoder"]),
     "no run": (["export", "--run=nowhere", "--out={new}", "--format=model"], ["nowhere"]),
-    "both": (["predict", "--run={run}", "--config=x.py", "--task=qa", "--text=x"], ["--run", "--config"]),
+    "both": (
+        ["predict", "--run={run}", "--config=x.py", "--task=qa", "--text=x"],
+        ["--run", "--config"],
+    ),
     "neither": (["predict", "--task=qa", "--text=x"], ["--run", "--config"]),
-    "lost base": (["predict", "--config=configs/cmoe.py", "--task=qa", "--text=x"], ["'hf'", "'eva'", "tokenizer"]),
+    "lost base": (
+        ["predict", "--config=configs/cmoe.py", "--task=qa", "--text=x"],
+        ["'hf'", "'eva'", "tokenizer"],
+    ),
 }
 
 

@@ -19,7 +19,13 @@ from unimed_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-CLIP = {"qkv_bias": "qkv", "pre_norm": True, "patch_bias": False, "activation": "quick_gelu", "output_norm": False}
+CLIP = {
+    "qkv_bias": "qkv",
+    "pre_norm": True,
+    "patch_bias": False,
+    "activation": "quick_gelu",
+    "output_norm": False,
+}
 MODELS = {
     "peft": {},
     "unimed": {"connector": {"hidden": None, "router_hidden": None}},
@@ -43,15 +49,23 @@ def test_the_same_bytes_from_one_device_and_from_eight(kind, tmp_path):
     mesh = make_mesh(MeshConfig(auto=False, fsdp=2, tensor=4), 8)
     places = parameter_shardings(one, mesh)
     eight = {path: jax.device_put(leaf, places[path]) for path, leaf in one.items()}
-    assert max(len(leaf.devices()) for leaf in eight.values()) == 8 > len(next(iter(one.values())).devices())
+    assert (
+        max(len(leaf.devices()) for leaf in eight.values())
+        == 8
+        > len(next(iter(one.values())).devices())
+    )
     assert any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in eight.values())
 
     def written(leaves, name) -> dict[str, bytes]:
         moments = None
         if kind == "unimed":
             held = {path: leaves[path] for path in trainable_table(config.model).paths()}
-            moments = Moments({path: np.array(3, np.int32) for path in held}, held, {p: x * x for p, x in held.items()})
-        TARGETS[kind].write(tmp_path / name, Content(config, leaves, tmp_path / "tokenizer", moments=moments))
+            moments = Moments(
+                {path: np.array(3, np.int32) for path in held}, held, {p: x * x for p, x in held.items()}
+            )
+        TARGETS[kind].write(
+            tmp_path / name, Content(config, leaves, tmp_path / "tokenizer", moments=moments)
+        )
         out = tmp_path / name
         files = [out] if out.is_file() else sorted(out.iterdir())
         return {file.name.replace(name, ""): file.read_bytes() for file in files}

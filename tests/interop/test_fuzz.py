@@ -1,4 +1,7 @@
-"""A seeded cut of the fuzz campaign: every reader, 200 cases; and programs and settings that hypothesis makes."""
+"""A seeded cut of the fuzz campaign: every reader, 200 cases.
+
+And programs and settings that hypothesis makes.
+"""
 
 import itertools
 import json
@@ -37,7 +40,9 @@ quick = hypothesis.settings(
 @pytest.mark.parametrize("reader", fuzz_weights.READERS)
 def test_only_sentences(reader):
     if reader == "gguf":
-        pytest.importorskip("gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'")
+        pytest.importorskip(
+            "gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'"
+        )
     said = set()
     for name, read in itertools.islice(fuzz_weights.cases(reader, SEED), FEWER.get(reader, CASES)):
         start = time.process_time()
@@ -59,7 +64,8 @@ def test_a_finding_is_found():
 
     assert fuzz.outcome(many_lines)[0] == "finding" and "not one sentence" in fuzz.outcome(many_lines)[1]
     assert (
-        fuzz.outcome(crashes) == ("finding", fuzz.outcome(crashes)[1]) and "RecursionError" in fuzz.outcome(crashes)[1]
+        fuzz.outcome(crashes) == ("finding", fuzz.outcome(crashes)[1])
+        and "RecursionError" in fuzz.outcome(crashes)[1]
     )
     assert fuzz.outcome(lambda: None) == ("read", "")
     again = [fuzz.outcome(read) for _, read in itertools.islice(fuzz_weights.cases("pth", 3), 8)]
@@ -80,10 +86,13 @@ def test_the_campaign_goes_on_after_a_process_that_ends(monkeypatch, tmp_path):
         "def fill():\n    bytearray(3 << 30)\n"
         "def cases(seed):\n"
         "    for number in range(6):\n"
-        "        yield f'case {number}', (lambda: os._exit(7)) if number == 2 else fill if number == 4 else refuse\n"
+        "        yield f'case {number}', (lambda: os._exit(7)) if number == 2 else fill if number "
+        "== 4 else refuse\n"
     )
     own = (module.parent / "fuzz.py").read_text()
-    (module.parent / "fuzz.py").write_text(own.replace('"fuzz_weights", "fuzz_images", "fuzz_data"', '"fuzz_ending",'))
+    (module.parent / "fuzz.py").write_text(
+        own.replace('"fuzz_weights", "fuzz_images", "fuzz_data"', '"fuzz_ending",')
+    )
     found = subprocess.run(
         [sys.executable, module.parent / "fuzz.py", "--cases=6"],
         env={**os.environ, "PYTHONPATH": str(Path(fuzz.__file__).parents[2])},
@@ -101,13 +110,23 @@ def with_number(codes: list[bytes], size: int, numbers):
 
 
 OPCODES = st.one_of(
-    st.sampled_from([b"(", b"0", b"1", b"2", b")", b"]", b"}", b"t", b"l", b"d", b"a", b"e", b"s", b"u", b"N", b"b"]),
-    st.sampled_from([b"\x85", b"\x86", b"\x87", b"R", b"\x81", b"Q", b"\x94", b"\x93", b"\x88", b"I1\n", b"Va\n"]),
-    with_number([b"X", b"r", b"j", b"J", b"\x8b"], 4, st.one_of(st.integers(0, 5), st.integers(0, (1 << 32) - 1))),
+    st.sampled_from(
+        [b"(", b"0", b"1", b"2", b")", b"]", b"}", b"t", b"l", b"d", b"a", b"e", b"s", b"u", b"N", b"b"]
+    ),
+    st.sampled_from(
+        [b"\x85", b"\x86", b"\x87", b"R", b"\x81", b"Q", b"\x94", b"\x93", b"\x88", b"I1\n", b"Va\n"]
+    ),
+    with_number(
+        [b"X", b"r", b"j", b"J", b"\x8b"], 4, st.one_of(st.integers(0, 5), st.integers(0, (1 << 32) - 1))
+    ),
     with_number([b"q", b"h", b"K", b"\x8c", b"U"], 1, st.integers(0, 255)),
     with_number([b"\x8d", b"\x8e", b"\x95", b"G"], 8, st.integers(0, (1 << 64) - 1)),
     st.sampled_from(
-        [b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"]
+        [
+            b"ccollections\nOrderedDict\n",
+            b"ctorch\nFloatStorage\n",
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+        ]
     ),
     st.binary(max_size=4),
 )
@@ -128,8 +147,12 @@ def test_any_pickle(tmp_path_factory, program):
 
 
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(), st.text(max_size=5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=5), inner, max_size=4)),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(), st.text(max_size=5)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 

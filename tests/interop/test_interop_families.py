@@ -1,4 +1,6 @@
-"""Every family of decoders: the same logits after import, cached as at once, the same bits after export."""
+"""Every family of decoders: the same logits after import, cached as at once, the same bits after
+export.
+"""
 
 import dataclasses
 
@@ -43,7 +45,10 @@ def imported(folder, config: DecoderConfig) -> Decoder:
 
 @pytest.mark.parametrize("name", PEERS)
 def test_same_logits(name, peers):
-    """Rows of 160, 97 and 5 tokens, padded on either side, from position 0 or 3000 on; windows are crossed."""
+    """Rows of 160, 97 and 5 tokens, padded on either side, from position 0 or 3000 on.
+
+    Windows are crossed.
+    """
     peer, folder = peers(name)
     torch = pytest.importorskip("torch", reason=NEEDS)
     config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
@@ -60,7 +65,9 @@ def test_same_logits(name, peers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi"]
+)
 def test_step_by_step_as_at_once(name):
     """A prefill of left-padded rows, then one token at a time beyond the windows."""
     config = dataclasses.replace(OURS, **PEERS[name][2])
@@ -68,7 +75,11 @@ def test_step_by_step_as_at_once(name):
     tokens, mask, positions = padded("left", (14, 9))
     span = Span(*map(jnp.asarray, (positions, mask, mask)))
     expected, _ = logits_of(model.decoder, tokens, span)
-    cache, out, places = model.decoder.empty_cache(span, jnp.float32), [], [(0, 7), *((i, i + 1) for i in range(7, 14))]
+    cache, out, places = (
+        model.decoder.empty_cache(span, jnp.float32),
+        [],
+        [(0, 7), *((i, i + 1) for i in range(7, 14))],
+    )
     for start, stop in places:
         here = Span(*(x[:, start:stop] for x in span))
         part, cache = logits_of(model.decoder, tokens[:, start:stop], here, cache, start)
@@ -93,7 +104,9 @@ def test_export_reloads_to_the_bit(name, peers, tmp_path):
     config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     leaves = {f"decoder/{path}": leaf for path, leaf in parameters(imported(folder, config)).items()}
     hf.export_decoder(tmp_path / "out", config, leaves, folder, IDS)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
     before, after = peer.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     for key in before:
@@ -111,7 +124,9 @@ def test_bfloat16_is_exported_as_such(name, peers, tmp_path):
     transformers = pytest.importorskip("transformers")
     peer, folder = peers(name)
     config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
-    leaves = {f"decoder/{p}": x.astype(jnp.bfloat16) for p, x in parameters(imported(folder, config)).items()}
+    leaves = {
+        f"decoder/{p}": x.astype(jnp.bfloat16) for p, x in parameters(imported(folder, config)).items()
+    }
     hf.export_decoder(tmp_path / "out", config, leaves, folder, IDS)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16
@@ -120,7 +135,9 @@ def test_bfloat16_is_exported_as_such(name, peers, tmp_path):
 
 
 def test_norms_around_one_lose_nothing_in_bfloat16():
-    """Gemma's scales of 0.001 stored in bfloat16, whose 1 + 0.001 is 1: torch adds them in float32, and so do we."""
+    """Gemma's scales of 0.001 stored in bfloat16, whose 1 + 0.001 is 1: torch adds them in float32,
+    and so do we.
+    """
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
     peer = transformers.models.gemma.modeling_gemma.GemmaRMSNorm(32).to(torch.bfloat16)
@@ -155,8 +172,12 @@ PHI_2 = {
 def test_published_sizes(kind, theirs, ours, count):
     transformers = pytest.importorskip("transformers")
     decoder = hf_config.decoder_from_hf(getattr(transformers, f"{kind}Config")(**theirs))
-    config = dataclasses.replace(tiny.CONFIG, decoder=dataclasses.replace(decoder, **ours), lora=LoraConfig(rank=0))
-    leaves = {path: leaf for path, leaf in parameters(abstract(config)).items() if path.startswith("decoder/")}
+    config = dataclasses.replace(
+        tiny.CONFIG, decoder=dataclasses.replace(decoder, **ours), lora=LoraConfig(rank=0)
+    )
+    leaves = {
+        path: leaf for path, leaf in parameters(abstract(config)).items() if path.startswith("decoder/")
+    }
     assert sum(leaf.size for leaf in leaves.values()) == count
 
 
@@ -166,7 +187,10 @@ def test_the_bias_of_a_head_may_be_left_out_and_is_reported(peers, capsys, monke
     peer, folder = peers("phi")
     config = dataclasses.replace(OURS, **{**PEERS["phi"][2], "head_bias": False})
     ours = imported(folder, config)
-    assert ours.head_bias is None and f"{folder}: the bias of its head is left out" in capsys.readouterr().out
+    assert (
+        ours.head_bias is None
+        and f"{folder}: the bias of its head is left out" in capsys.readouterr().out
+    )
     hidden = np.random.default_rng(0).standard_normal((5, config.width)).astype(np.float32)
     with torch.no_grad():
         theirs = peer.lm_head(torch.tensor(hidden)) - peer.lm_head.bias
@@ -184,7 +208,9 @@ def test_every_setting_is_exported_or_refused():
         settings = hf_config.decoder_to_hf(config)
         assert hf_config.decoder_differences(hf_config.decoder_from_hf(settings), config) == []
         # A Mistral without windows is a LLaMA.
-        assert type(settings).__name__ == ("Llama" if name == "mistral without window" else kind) + "Config"
+        assert (
+            type(settings).__name__ == ("Llama" if name == "mistral without window" else kind) + "Config"
+        )
     for ours in (
         {"attention_bias": ("q",)},
         {"logit_softcap": 3.0, "windows": (3, 0, 2)},
@@ -213,6 +239,8 @@ def test_a_defect_in_a_family_is_not_taken_for_a_refusal(monkeypatch):
 def test_linear_names_are_those_of_the_modules(name, peers):
     torch = pytest.importorskip("torch", reason=NEEDS)
     peer, _ = peers(name)
-    linears = {n for n, module in peer.model.layers[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {
+        n for n, module in peer.model.layers[0].named_modules() if isinstance(module, torch.nn.Linear)
+    }
     assert set(hf.linear_names(dataclasses.replace(OURS, **PEERS[name][2])).values()) == linears
     assert HF["num_hidden_layers"] == len(peer.model.layers)

@@ -1,4 +1,6 @@
-"""Weight files: read by slices, nothing executed, written whole or not at all, every mistake a sentence."""
+"""Weight files: read by slices, nothing executed, written whole or not at all, every mistake a
+sentence.
+"""
 
 import json
 import struct
@@ -26,7 +28,9 @@ def tensors(dtypes=DTYPES):
 
 
 def write(folder, values, **options):
-    write_safetensors(folder, {k: Stored(v.shape, v.dtype) for k, v in values.items()}, values.items(), **options)
+    write_safetensors(
+        folder, {k: Stored(v.shape, v.dtype) for k, v in values.items()}, values.items(), **options
+    )
 
 
 # ---------------------------------------------------------------------------------------------

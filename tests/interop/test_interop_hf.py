@@ -1,4 +1,6 @@
-"""Folders of Hugging Face's decoders: settings, code and weights that are refused, files that go along."""
+"""Folders of Hugging Face's decoders: settings, code and weights that are refused, files that go
+along.
+"""
 
 import dataclasses
 import json
@@ -43,18 +45,42 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e4}
         ("llama2", {"model_type": "nonsense"}, "config.json cannot be read"),
         ("llama2", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported"),
-        ("llama2", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "rope_type 'dynamic' is not supported"),
-        ("llama2", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not"),
+        (
+            "llama2",
+            {"rope_parameters": LINEAR | {"rope_type": "dynamic"}},
+            "rope_type 'dynamic' is not supported",
+        ),
+        (
+            "llama2",
+            {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 is not",
+        ),
         ("qwen3", {"rope_parameters": {"full_attention": PLAIN}}, "rope_parameters is not supported"),
         (
             "gemma3_text",
             {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": LINEAR}},
             "rope_type 'linear' of rope_parameters.sliding_attention is not supported",
         ),
-        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported for gemma"),
-        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
-        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported for gemma3"),
+        (
+            "gemma",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention=True is not supported for gemma",
+        ),
+        (
+            "gemma2",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention=True is not supported",
+        ),
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention=True is not supported",
+        ),
+        (
+            "gemma3_text",
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping=50.0 is not supported for gemma3",
+        ),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True is not supported for stablelm"),
         ("llama2", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
     ],
@@ -63,7 +89,9 @@ def test_settings_that_are_not_supported(name, fields, match, tmp_path):
     (tmp_path / "plain").mkdir()
     hf_peers.settings(name).save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match=match) as error:
-        hf_config.decoder_from_hf(hf_config.read_hf_config(change(tmp_path / "plain", tmp_path, **fields)))
+        hf_config.decoder_from_hf(
+            hf_config.read_hf_config(change(tmp_path / "plain", tmp_path, **fields))
+        )
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
@@ -82,7 +110,10 @@ def test_code_in_a_folder_is_not_run(peers, tmp_path):
 
 
 def test_old_spelling_of_settings(peers, tmp_path):
-    """rope_theta and rope_scaling beside each other, as in folders from before transformers 5; defaults left out."""
+    """rope_theta and rope_scaling beside each other, as in folders from before transformers 5.
+
+    Defaults left out.
+    """
     _, folder = peers("llama3")
     out = change(folder, tmp_path)
     settings = json.loads((out / "config.json").read_text())
@@ -90,10 +121,19 @@ def test_old_spelling_of_settings(peers, tmp_path):
     settings["rope_theta"] = rope.pop("rope_theta")
     settings["rope_scaling"] = rope
     (out / "config.json").write_text(json.dumps(settings))
-    assert hf_config.decoder_from_hf(hf_config.read_hf_config(out)) == dataclasses.replace(OURS, **PEERS["llama3"][2])
-    del settings["rope_theta"], settings["rope_scaling"], settings["num_key_value_heads"], settings["head_dim"]
+    assert hf_config.decoder_from_hf(hf_config.read_hf_config(out)) == dataclasses.replace(
+        OURS, **PEERS["llama3"][2]
+    )
+    del (
+        settings["rope_theta"],
+        settings["rope_scaling"],
+        settings["num_key_value_heads"],
+        settings["head_dim"],
+    )
     (out / "config.json").write_text(json.dumps(settings))
-    assert hf_config.decoder_from_hf(hf_config.read_hf_config(out)) == dataclasses.replace(OURS, kv_heads=4)
+    assert hf_config.decoder_from_hf(hf_config.read_hf_config(out)) == dataclasses.replace(
+        OURS, kv_heads=4
+    )
 
 
 def test_old_spelling_of_gemma3(tmp_path):
@@ -105,7 +145,12 @@ def test_old_spelling_of_gemma3(tmp_path):
     scaling = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     (tmp_path / "config.json").write_text(json.dumps(settings | old | scaling))
     expected = dataclasses.replace(OURS, **PEERS["gemma3_text"][2])
-    assert hf_config.decoder_differences(hf_config.decoder_from_hf(hf_config.read_hf_config(tmp_path)), expected) == []
+    assert (
+        hf_config.decoder_differences(
+            hf_config.decoder_from_hf(hf_config.read_hf_config(tmp_path)), expected
+        )
+        == []
+    )
 
 
 def test_other_settings_than_the_folder(peers):
@@ -124,7 +169,9 @@ def test_weights_that_do_not_fit(peers, tmp_path):
     config = hf_config.decoder_from_hf(hf_config.read_hf_config(folder))
     out = change(folder, tmp_path)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    tensors = {name: value for file in set(index.values()) for name, value in load_file(out / file).items()}
+    tensors = {
+        name: value for file in set(index.values()) for name, value in load_file(out / file).items()
+    }
     for file in [*set(index.values()), "model.safetensors.index.json"]:
         (out / file).unlink()
 

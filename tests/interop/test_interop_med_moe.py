@@ -21,7 +21,9 @@ from unimed_jax.model.parameters import abstract, parameters, with_parameters
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 IDS = {"bos": 1, "eos": 2, "pad": 0}
-CLIP = dataclasses.replace(med_moe.CLIP_LARGE, image_size=16, patch_size=4, width=12, depth=3, heads=2, mlp_width=20)
+CLIP = dataclasses.replace(
+    med_moe.CLIP_LARGE, image_size=16, patch_size=4, width=12, depth=3, heads=2, mlp_width=20
+)
 
 
 def settings(family: str, **moe) -> ModelConfig:
@@ -31,11 +33,14 @@ def settings(family: str, **moe) -> ModelConfig:
     decoder = dataclasses.replace(decoder, attention_bias=biases, head_bias=False, depth=4)
     moe = MoeConfig(experts=3, layers=(0, 2), **moe)
     projector = ConnectorConfig(kind="mlp2x_gelu", rate=1, task_tokens=0)
-    return ModelConfig(vision=CLIP, connector=projector, decoder=decoder, moe=moe, lora=LoraConfig(rank=0))
+    return ModelConfig(
+        vision=CLIP, connector=projector, decoder=decoder, moe=moe, lora=LoraConfig(rank=0)
+    )
 
 
 @pytest.mark.parametrize(
-    "family, moe", [("stablelm", {}), ("phi", {"top_k": 2, "capacity_factor": 4.0, "eval_capacity_factor": 4.0})]
+    "family, moe",
+    [("stablelm", {}), ("phi", {"top_k": 2, "capacity_factor": 4.0, "eval_capacity_factor": 4.0})],
 )
 def test_there_and_back(family, moe, tmp_path):
     """Settings and every leaf come back to the bit, also through the kind of config.init."""
@@ -58,13 +63,20 @@ def test_there_and_back(family, moe, tmp_path):
 
 @pytest.mark.parametrize(
     "published, dense, whole, projector",
-    [(STABLELM, 1_644_515_328, 3_305_558_064, 6_295_552), (PHI, 2_779_632_640, 6_136_058_944, 9_180_160)],
+    [
+        (STABLELM, 1_644_515_328, 3_305_558_064, 6_295_552),
+        (PHI, 2_779_632_640, 6_136_058_944, 9_180_160),
+    ],
     ids=["stablelm", "phi"],
 )
 def test_published_sizes(published, dense, whole, projector):
     """Parameters as counted in the original: decoder alone and with four experts, projector, tower."""
     depth = published["num_hidden_layers"]
-    moe = {"moe_layers_idx": list(range(0, depth, 2)), "num_experts": [4] * (depth // 2), "top_k_experts": 1}
+    moe = {
+        "moe_layers_idx": list(range(0, depth, 2)),
+        "num_experts": [4] * (depth // 2),
+        "top_k_experts": 1,
+    }
     moe |= {"use_residual": False, "router_aux_loss_coef": 0.0, "moe_enable": True}
     for settings_, expected in ((published, dense), ({**published, "moe": moe}, whole)):
         config = med_moe.model_from_med_moe(settings_)
@@ -77,7 +89,11 @@ def test_published_sizes(published, dense, whole, projector):
         assert sizes["decoder"] == expected
         six = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=6))
         if config.moe.experts:
-            more = sum(leaf.size for path, leaf in parameters(abstract(six)).items() if path.startswith("decoder/"))
+            more = sum(
+                leaf.size
+                for path, leaf in parameters(abstract(six)).items()
+                if path.startswith("decoder/")
+            )
             mlp = {2048: 34_603_008, 2560: 52_441_600}[config.decoder.width]
             assert more - expected == depth // 2 * 2 * (mlp + config.decoder.width + 1)
 
@@ -103,10 +119,14 @@ def test_refusals(tmp_path):
         ("moe", {"meta": False}, "moe.meta"),
         ("vision", {"qkv_bias": "qv"}, "vision.qkv_bias is always 'qkv' there and 'qv' here"),
     ):
-        other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
+        other = dataclasses.replace(
+            config, **{part: dataclasses.replace(getattr(config, part), **fields)}
+        )
         with pytest.raises(UserError, match=match):
             med_moe.model_to_med_moe(other)
-    with pytest.raises(UserError, match="config.json does not exist; give the folder of a Med-MoE checkpoint"):
+    with pytest.raises(
+        UserError, match="config.json does not exist; give the folder of a Med-MoE checkpoint"
+    ):
         med_moe.read_med_moe_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(words))
     other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=5))
@@ -115,12 +135,20 @@ def test_refusals(tmp_path):
 
 
 def test_router_files(tmp_path):
-    """One file for the routers of all layers; written from the first; torch's files too; another width is refused."""
+    """One file for the routers of all layers; written from the first; torch's files too.
+
+    Another width is refused.
+    """
     torch = pytest.importorskip("torch", reason=hf_peers.NEEDS)
     config = settings("stablelm")
     shapes, rng = parameters(abstract(config)), np.random.default_rng(0)
-    weight, bias = rng.standard_normal((3, 32)).astype(np.float32), rng.standard_normal(3).astype(np.float32)
-    torch.save({"fc1.weight": torch.tensor(weight), "fc1.bias": torch.tensor(bias)}, tmp_path / "router.pth")
+    weight, bias = (
+        rng.standard_normal((3, 32)).astype(np.float32),
+        rng.standard_normal(3).astype(np.float32),
+    )
+    torch.save(
+        {"fc1.weight": torch.tensor(weight), "fc1.bias": torch.tensor(bias)}, tmp_path / "router.pth"
+    )
     loaded = SOURCES["router"].load(str(tmp_path / "router.pth"), config, Destination(shapes))
     assert set(loaded) == {p for p in shapes if SOURCES["router"].among([p])}
     for layer in range(2):

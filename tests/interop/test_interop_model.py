@@ -29,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
-    """Six tasks in one left-padded batch: tokens, and logits along them; tokens and texts of two alone."""
+    """Six tasks in one left-padded batch: tokens, and logits along them.
+
+    Tokens and texts of two alone.
+    """
     config, model, folder = exported(name)
     tokenizer = Tokenizer.load(tokenizer_folder)
     ours, theirs = torch_answers.Ours(model, config, tokenizer), torch_answers.Torch(folder)
@@ -39,18 +42,26 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
         assert record["largest"] > 0.5  # of a size at which the tolerance says something
     assert [r["task"] for r in records] == list(TASKS)
     examples, pixels = asked
-    together, texts = theirs.tokens(examples, pixels), answers(model, config, tokenizer, examples, pixels)
+    together, texts = (
+        theirs.tokens(examples, pixels),
+        answers(model, config, tokenizer, examples, pixels),
+    )
     assert len({tuple(row) for row in together}) > 1
     for i in (0, 5):
         assert theirs.tokens(examples[i : i + 1], pixels[i : i + 1]) == together[i : i + 1]
         shown = Image.fromarray(pixels[i][0]) if pixels[i] else None
-        assert theirs.model.answer(theirs.tokenizer, shown, examples[i].task, examples[i].question) == texts[i]
+        assert (
+            theirs.model.answer(theirs.tokenizer, shown, examples[i].task, examples[i].question)
+            == texts[i]
+        )
 
 
 def test_answers_end_within_these_tests(exported, asked, torch):
     """Some rows above end before the others, so that what follows their end is covered."""
     names = ("as published", "phi")
-    lengths = {len(row) for name in names for row in torch_answers.Torch(exported(name)[2]).tokens(*asked)}
+    lengths = {
+        len(row) for name in names for row in torch_answers.Torch(exported(name)[2]).tokens(*asked)
+    }
     assert 8 in lengths and min(lengths) < 8
 
 
@@ -104,9 +115,14 @@ def test_prompts_are_those_of_evaluation(rules, exported, torch, tokenizer_folde
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
     for task in TASKS:
         for text in ODD:
-            encoded = encoder.prompt(Example("", task, text, "", images=("",) if task in VISUAL_TASKS else ()))
+            encoded = encoder.prompt(
+                Example("", task, text, "", images=("",) if task in VISUAL_TASKS else ())
+            )
             expected = [*encoded.prefix.tolist(), *encoded.suffix.tolist()]
-            assert peer.model.prompt_ids(peer.tokenizer, task in VISUAL_TASKS, task, text) == expected, (task, text)
+            assert peer.model.prompt_ids(peer.tokenizer, task in VISUAL_TASKS, task, text) == expected, (
+                task,
+                text,
+            )
 
 
 def test_what_cannot_be_asked(exported, torch):
@@ -133,7 +149,10 @@ def test_what_cannot_be_asked(exported, torch):
 
 
 def test_pixels_are_those_of_evaluation(exported, torch, tmp_path):
-    """Every mode that PNG knows, larger, smaller and equal; also through the description of the image processor."""
+    """Every mode that PNG knows, larger, smaller and equal.
+
+    Also through the description of the image processor.
+    """
     config, _, folder = exported("as published")
     from transformers import AutoImageProcessor
 
@@ -141,13 +160,17 @@ def test_pixels_are_those_of_evaluation(exported, torch, tmp_path):
     rng = np.random.default_rng(0)
     for size in ((40, 23), (7, 9), (16, 16)):
         grey, colour = rng.integers(0, 256, size, np.uint8), rng.integers(0, 256, (*size, 3), np.uint8)
-        pictures = {mode: Image.fromarray(colour).convert(mode) for mode in ("RGB", "RGBA", "P", "L", "LA", "1")}
+        pictures = {
+            mode: Image.fromarray(colour).convert(mode) for mode in ("RGB", "RGBA", "P", "L", "LA", "1")
+        }
         pictures["I;16"] = Image.fromarray(grey.astype(np.uint16) * 16)
         for mode, picture in pictures.items():
             file = tmp_path / "image.png"
             picture.save(file)
             pixels = images.resize(images.read_image(file), 16)
-            expected = np.asarray(normalise(jnp.asarray(pixels)[None], config.model.vision, "float32"))[0]
+            expected = np.asarray(normalise(jnp.asarray(pixels)[None], config.model.vision, "float32"))[
+                0
+            ]
             with Image.open(file) as opened:
                 actual = peer.model.pixels(opened).numpy().transpose(1, 2, 0)
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6, err_msg=mode)

@@ -1,4 +1,6 @@
-"""PEFT's adapter folders: the same logits after import and after export, the same bits, every refusal a sentence."""
+"""PEFT's adapter folders: the same logits after import and after export, the same bits, every
+refusal a sentence.
+"""
 
 import dataclasses
 import json
@@ -61,7 +63,9 @@ def base(tmp_path_factory):
     model = transformers.AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.ndim == 2 else 0.2))
+            weight.copy_(
+                torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.ndim == 2 else 0.2)
+            )
             weight.add_("norm" in name)
     folder = tmp_path_factory.mktemp("base")
     model.save_pretrained(folder)
@@ -120,7 +124,9 @@ TOKENS = np.random.default_rng(0).integers(0, 90, (2, 40)).astype(np.int32)
 
 def our_logits(decoder):
     places = np.tile(np.arange(40, dtype=np.int32), (2, 1))
-    return np.asarray(logits_of(decoder, TOKENS, Span(places, np.ones_like(places), np.ones_like(places))))
+    return np.asarray(
+        logits_of(decoder, TOKENS, Span(places, np.ones_like(places), np.ones_like(places)))
+    )
 
 
 def their_logits(model):
@@ -146,7 +152,10 @@ def test_import_and_export(name, base, adapters, tmp_path):
     np.testing.assert_allclose(their_logits(again), our_logits(decoder), rtol=0, atol=1e-4)
     with again.disable_adapter():
         assert np.abs(their_logits(again) - expected).max() > 0.1
-    before, after = load_file(folder / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    before, after = (
+        load_file(folder / "adapter_model.safetensors"),
+        load_file(out / "adapter_model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for key, value in before.items():
         np.testing.assert_array_equal(value, after[key])
@@ -173,7 +182,9 @@ def test_bin_and_bfloat16(base, adapters, tmp_path):
     table = peft.peft_table(config)
     for entry in table:
         there = weights[entry.name].detach().to(torch.float32).numpy()
-        np.testing.assert_array_equal(there, np.asarray(narrow[entry.path].astype(jnp.float32))[entry.index].T)
+        np.testing.assert_array_equal(
+            there, np.asarray(narrow[entry.path].astype(jnp.float32))[entry.index].T
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,7 +216,12 @@ def refused(folder, base, match, lora: LoraConfig = LORA) -> str:
 
 def test_other_settings_are_named_at_once(folder, base):
     text = refused(folder, base, "rank is 3, not 2", LoraConfig(2, 16.0, 0.0, ("q", "v")))
-    for part in ("alpha is 12, not 16", "targets are q, k, v, o, gate, down, up, not q, v", "of shape", "not known"):
+    for part in (
+        "alpha is 12, not 16",
+        "targets are q, k, v, o, gate, down, up, not q, v",
+        "of shape",
+        "not known",
+    ):
         assert part in text
     refused(folder, base, "rank is 3, not 0", LoraConfig(rank=0))
 
@@ -235,7 +251,11 @@ def test_what_is_no_plain_lora_is_refused(folder, base, key, value):
 @pytest.mark.parametrize(
     "key, value",
     [
-        *(("exclude_modules", ["lm_head"]), ("exclude_modules", "lm_head"), ("layers_pattern", "layers")),
+        *(
+            ("exclude_modules", ["lm_head"]),
+            ("exclude_modules", "lm_head"),
+            ("layers_pattern", "layers"),
+        ),
         *(
             ("runtime_config", {"ephemeral_gpu_offload": False}),
             ("corda_config", {}),
@@ -247,7 +267,11 @@ def test_what_is_no_plain_lora_is_refused(folder, base, key, value):
             ("revision", "main"),
             ("ensure_weight_tying", True),
         ),
-        *(("init_lora_weights", "orthogonal"), ("eva_config", {"rho": 2.0}), ("layer_replication", None)),
+        *(
+            ("init_lora_weights", "orthogonal"),
+            ("eva_config", {"rho": 2.0}),
+            ("layer_replication", None),
+        ),
     ],
 )
 def test_settings_that_change_no_number(folder, base, key, value):
@@ -317,5 +341,7 @@ def test_export_is_there_whole_or_not_at_all(folder, base, tmp_path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="nothing of it was kept"):
-        peft.export_peft(tmp_path / "half", config, leaves | {"decoder/layers/mlp/up/lora_a": Broken()}, "base")
+        peft.export_peft(
+            tmp_path / "half", config, leaves | {"decoder/layers/mlp/up/lora_a": Broken()}, "base"
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

@@ -60,7 +60,9 @@ def table_of(layout):
     leaf, index, _, heads = CASES[layout]
     entries = [Entry("x", "p", index, layout, heads=heads)]
     if index:  # the leaf's other parts
-        entries += [Entry(f"y{i}", "p", (i,), layout, heads=heads) for i in range(leaf[0]) if (i,) != index]
+        entries += [
+            Entry(f"y{i}", "p", (i,), layout, heads=heads) for i in range(leaf[0]) if (i,) != index
+        ]
     return Table(tuple(entries))
 
 
@@ -74,7 +76,9 @@ def test_layout_round_trip(layout):
     table, value = table_of(layout), numbers(*leaf)
     there = to_published(table, {"p": value})
     assert there["x"].shape == shape and there["x"].flags.c_contiguous
-    assert {name: Stored(x.shape, x.dtype) for name, x in there.items()} == published_shapes(table, {"p": value})
+    assert {name: Stored(x.shape, x.dtype) for name, x in there.items()} == published_shapes(
+        table, {"p": value}
+    )
     np.testing.assert_array_equal(np.sort(there["x"], axis=None), np.sort(value[index], axis=None))
     back = to_leaves(table, there, {"p": value})
     assert (back["p"] == value).all() and back["p"].dtype == np.float32
@@ -116,18 +120,29 @@ def test_columns_of_one_tensor_in_two_leaves():
     np.testing.assert_array_equal(there["w"], np.concatenate([leaves["a"], leaves["b"]]).T)
     back = to_leaves(table, there, leaves)
     assert all((back[path] == leaves[path]).all() for path in leaves)
-    assert (read_region(table, Arrays(there), "b", (5, 4), (slice(1, 3), slice(2, 4))) == leaves["b"][1:3, 2:4]).all()
+    assert (
+        read_region(table, Arrays(there), "b", (5, 4), (slice(1, 3), slice(2, 4)))
+        == leaves["b"][1:3, 2:4]
+    ).all()
     with pytest.raises(UserError, match=r"w is of shape \[4, 7\] in place of \[4, 8\]"):
         to_leaves(table, {"w": there["w"][:, :7]}, leaves)
 
 
 def test_every_mistake_at_once():
-    """Missing, unexpected, mis-shaped (transposed) and quantised tensors in one sentence; what is ignored is not."""
+    """Missing, unexpected, mis-shaped (transposed) and quantised tensors in one sentence.
+
+    What is ignored is not.
+    """
     table = Table(
-        tuple(Entry(f"layers.{i}.w", "w", (i,), "transpose") for i in range(6)) + (Entry("b", "b"), Entry("c", "c")),
+        tuple(Entry(f"layers.{i}.w", "w", (i,), "transpose") for i in range(6))
+        + (Entry("b", "b"), Entry("c", "c")),
         ignored=("*.inv_freq",),
     )
-    leaves = {"w": np.zeros((6, 2, 3), np.float32), "b": np.zeros(4, np.float32), "c": np.zeros(2, np.float32)}
+    leaves = {
+        "w": np.zeros((6, 2, 3), np.float32),
+        "b": np.zeros(4, np.float32),
+        "c": np.zeros(2, np.float32),
+    }
     tensors = {f"layers.{i}.w": numbers(3, 2) for i in (1, 3)} | {"layers.5.w": numbers(2, 3)}
     tensors |= {"layers.0.inv_freq": numbers(2), "layers.9.w": numbers(3, 2), "extra": numbers(1)}
     tensors |= {"b": np.zeros(4, np.int8)}
@@ -205,7 +220,10 @@ def bytes_once(leaves):
 
 @pytest.mark.parametrize("strip", [1, 500, 1 << 20])
 def test_load_on_one_device(strip, monkeypatch):
-    """Strips of one row, of some, and whole leaves give the same arrays; no read is larger than a strip or a row."""
+    """Strips of one row, of some, and whole leaves give the same arrays.
+
+    No read is larger than a strip or a row.
+    """
     monkeypatch.setattr(load, "STRIP", strip)
     table, leaves, tensors = tiny_files()
     loaded = load_leaves(table, tensors, Destination(parameters(abstract(tiny.CONFIG))))
@@ -215,10 +233,13 @@ def test_load_on_one_device(strip, monkeypatch):
         np.testing.assert_array_equal(np.asarray(loaded[path]), leaf, err_msg=path)
     rows = max(leaf[0].nbytes for leaf in leaves.values())
     assert max(tensors.sizes) <= max(strip, rows)
-    assert bytes_once(leaves) <= sum(tensors.sizes) <= 1.02 * bytes_once(leaves)  # a last strip may overlap
+    # a last strip may overlap
+    assert bytes_once(leaves) <= sum(tensors.sizes) <= 1.02 * bytes_once(leaves)
 
 
-@pytest.mark.parametrize("axes", [{"tensor": 4, "fsdp": 2}, {"expert": 2, "data": 2, "fsdp": 2}, {"data": 8}])
+@pytest.mark.parametrize(
+    "axes", [{"tensor": 4, "fsdp": 2}, {"expert": 2, "data": 2, "fsdp": 2}, {"data": 8}]
+)
 def test_load_on_a_mesh(axes, monkeypatch):
     """Each device holds its part, and nothing is read twice for the copies of a part."""
     monkeypatch.setattr(load, "STRIP", 700)
@@ -232,7 +253,8 @@ def test_load_on_a_mesh(axes, monkeypatch):
             np.testing.assert_array_equal(np.asarray(shard.data), leaf[shard.index], err_msg=path)
     if axes != {"data": 8}:
         assert any(not s.is_fully_replicated for s in shardings.values())
-    assert bytes_once(leaves) <= sum(tensors.sizes) <= 1.02 * bytes_once(leaves)  # a last strip may overlap
+    # a last strip may overlap
+    assert bytes_once(leaves) <= sum(tensors.sizes) <= 1.02 * bytes_once(leaves)
 
 
 def test_load_takes_dtypes_by_path():
@@ -248,7 +270,9 @@ def test_load_takes_dtypes_by_path():
 def test_load_reads_nothing_when_something_does_not_fit():
     table, leaves, tensors = tiny_files()
     wrong = dict(leaves) | {"decoder/embedding": np.zeros((7, 16), np.float32)}
-    with pytest.raises(UserError, match=r"embed_tokens.weight is of shape \[120, 16\] in place of \[7, 16\]"):
+    with pytest.raises(
+        UserError, match=r"embed_tokens.weight is of shape \[120, 16\] in place of \[7, 16\]"
+    ):
         load_leaves(table, tensors, Destination(wrong))
     assert tensors.sizes == []
 
@@ -256,10 +280,14 @@ def test_load_reads_nothing_when_something_does_not_fit():
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_host_memory(devices, tmp_path):
-    """The benchmark at a size for tests: neither the file's pages nor copies pile up beside the arrays."""
+    """The benchmark at a size for tests: neither the file's pages nor copies pile up beside the
+    arrays.
+    """
     root = Path(__file__).parents[2]
     words = [sys.executable, root / "benchmarks/load_memory.py", "--gb=0.6", f"--devices={devices}"]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run([*words, f"--folder={tmp_path}"], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*words, f"--folder={tmp_path}"], env=environment, capture_output=True, text=True, check=True
+    )
     result = json.loads(done.stdout)
     assert result["arrays_gb"] > 0.6 and result["beyond_gb"] < 0.35, result

@@ -1,4 +1,6 @@
-"""torch's files: read as torch reads them and without running anything, written so that torch reads them."""
+"""torch's files: read as torch reads them and without running anything, written so that torch reads
+them.
+"""
 
 import collections
 import os
@@ -37,12 +39,16 @@ def test_torch_file(tmp_path):
         }
     )
     state._metadata = collections.OrderedDict({"": {"version": 1}})
-    expected = {k: (v.detach().float() if k == "bfloat" else v.detach()).numpy() for k, v in state.items()}
+    expected = {
+        k: (v.detach().float() if k == "bfloat" else v.detach()).numpy() for k, v in state.items()
+    }
     expected["bfloat"] = expected["bfloat"].astype(ml_dtypes.bfloat16)
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert_reads(tmp_path, expected)
     for key in ("model", "state_dict", "module"):
-        torch.save({key: state, "epoch": 3, "args": {"lr": 0.1, "betas": (0.9, None)}}, tmp_path / f"{key}.pth")
+        torch.save(
+            {key: state, "epoch": 3, "args": {"lr": 0.1, "betas": (0.9, None)}}, tmp_path / f"{key}.pth"
+        )
         assert_reads(tmp_path / f"{key}.pth", expected)
     tree = TorchFile(tmp_path / "model.pth").tree
     assert tree["epoch"] == 3 and tree["args"] == {"lr": 0.1, "betas": (0.9, None)}
@@ -94,7 +100,9 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
             archive(path, b"\x80\x04" + name + build + b".")
             refused(path, "damaged")
     torch_file = tmp_path / "good.pth"
-    archive(torch_file, tensor_pickle(4, 0, (4,), (1,)), [("0", np.arange(4, dtype=np.float32).tobytes())])
+    archive(
+        torch_file, tensor_pickle(4, 0, (4,), (1,)), [("0", np.arange(4, dtype=np.float32).tobytes())]
+    )
     np.testing.assert_array_equal(open_weights(torch_file).read("a"), [0, 1, 2, 3])
 
 
@@ -111,7 +119,11 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
 )
 def test_tensors_outside_their_numbers(tmp_path, size, offset, shape, strides, match):
     path = tmp_path / "file.pth"
-    archive(path, tensor_pickle(size, offset, shape, strides), [("0", np.arange(4, dtype=np.float32).tobytes())])
+    archive(
+        path,
+        tensor_pickle(size, offset, shape, strides),
+        [("0", np.arange(4, dtype=np.float32).tobytes())],
+    )
     refused(path, match)
 
 
@@ -198,12 +210,15 @@ def test_written_files_are_read_by_torch(tmp_path, monkeypatch, large):
     for weights_only in (True, False):
         tree = torch.load(path, weights_only=weights_only)
         model = tree.pop("model")
-        assert tree == PLAIN and repr(tree) == repr(PLAIN)  # 1 is no True, a list no tuple, the order kept
+        # 1 is no True, a list no tuple, the order kept
+        assert tree == PLAIN and repr(tree) == repr(PLAIN)
         assert type(model) is collections.OrderedDict and list(model) == list(values)
         for name, value in values.items():
             there = model[name].float() if name == "bfloat16" else model[name]
             assert there.is_contiguous() and tuple(there.shape) == value.shape
-            np.testing.assert_array_equal(there.numpy(), value.astype(np.float32) if name == "bfloat16" else value)
+            np.testing.assert_array_equal(
+                there.numpy(), value.astype(np.float32) if name == "bfloat16" else value
+            )
     mapped = torch.load(path, weights_only=True, mmap=True)["model"]["float32"]
     np.testing.assert_array_equal(mapped.numpy(), values["float32"])
 
@@ -222,7 +237,9 @@ def test_one_tensor_in_two_places_is_written_once(tmp_path):
     """Also through a reader: what torch stored once stays one storage, and views of one stay apart."""
     torch = pytest.importorskip("torch", reason=NEEDS)
     base = torch.arange(12.0).reshape(3, 4)
-    torch.save({"model": {"a": base, "b": base, "c": base.T, "d": base.clone()}}, tmp_path / "theirs.pth")
+    torch.save(
+        {"model": {"a": base, "b": base, "c": base.T, "d": base.clone()}}, tmp_path / "theirs.pth"
+    )
     file = TorchFile(tmp_path / "theirs.pth")
     write_torch(tmp_path / "ours.pth", file.to_write(file.tree))
     there = torch.load(tmp_path / "ours.pth", weights_only=True)["model"]
@@ -238,9 +255,15 @@ def test_numbers_are_made_one_at_a_time_and_the_file_is_a_function_of_them(tmp_p
         alive.append(i)
         return np.full((2, 3), i, np.float32)
 
-    tree = {"model": {str(i): Later(Stored((2, 3), np.dtype(np.float32)), lambda i=i: make(i)) for i in range(3)}}
+    tree = {
+        "model": {
+            str(i): Later(Stored((2, 3), np.dtype(np.float32)), lambda i=i: make(i)) for i in range(3)
+        }
+    }
     for name in ("a.pth", "b.pth"):
         write_torch(tmp_path / name, tree)
-    assert alive == [0, 1, 2] * 2 and (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert (
+        alive == [0, 1, 2] * 2 and (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    )
     with pytest.raises(TypeError, match="not <class 'set'>"):
         write_torch(tmp_path / "c.pth", {"x": {1}})

@@ -1,4 +1,6 @@
-"""Vision encoders from outside: the same features after import, the same bits back, positions of another size."""
+"""Vision encoders from outside: the same features after import, the same bits back, positions of
+another size.
+"""
 
 import dataclasses
 
@@ -25,17 +27,32 @@ TOWER = {
     **{"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2},
     **{"image_size": 16, "patch_size": 4},
 }
-TEXT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 20}
-OURS = VisionConfig(image_size=16, patch_size=4, width=12, depth=3, heads=2, mlp_width=20, qkv_bias="qkv")
+TEXT = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "vocab_size": 20,
+}
+OURS = VisionConfig(
+    image_size=16, patch_size=4, width=12, depth=3, heads=2, mlp_width=20, qkv_bias="qkv"
+)
 CLIP = {
-    **{"activation": "quick_gelu", "patch_bias": False, "pre_norm": True, "feature_layer": -2, "output_norm": False},
+    **{
+        "activation": "quick_gelu",
+        "patch_bias": False,
+        "pre_norm": True,
+        "feature_layer": -2,
+        "output_norm": False,
+    },
     **{"norm_eps": 1e-5, "output_norm_eps": 1e-5},
 }
 SIGLIP = {
     **{"activation": "gelu_tanh", "cls_token": False, "norm_eps": 1e-6, "output_norm_eps": 1e-6},
     **{"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 }
-# Class, tower settings, ours. 18 pixels: the last two meet no patch, as in SigLIP so400m (384 pixels, patches of 14).
+# Class, tower settings, ours. 18 pixels: the last two meet no patch, as in SigLIP so400m (384
+# pixels, patches of 14).
 PEERS = {
     "clip": ("CLIPVisionModel", {}, CLIP),
     "clip and its text half": ("CLIPModel", {}, CLIP),
@@ -52,7 +69,9 @@ def pictures(size):
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory):
-    """name -> (torch tower with random weights, folder it, or its whole model, was saved in), made once."""
+    """name -> (torch tower with random weights, folder it, or its whole model, was saved in), made
+    once.
+    """
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
     made = {}
@@ -66,7 +85,9 @@ def peers(tmp_path_factory):
             else:
                 settings = settings(text_config=TEXT, vision_config=TOWER | theirs)
             torch.manual_seed(0)
-            model = getattr(transformers, kind)._from_config(settings, attn_implementation="eager").eval()
+            model = (
+                getattr(transformers, kind)._from_config(settings, attn_implementation="eager").eval()
+            )
             with torch.no_grad():
                 for key, weight in model.named_parameters():
                     scale = "norm" in key and key.endswith("weight")
@@ -108,9 +129,16 @@ def test_same_features(name, peers):
 def test_back_to_the_bit(name, peers):
     peer, folder = peers(name)
     vision = imported(name, folder, towers.tower_from_hf(hf_config.read_hf_config(folder)))
-    prefix = "vision_model." if any(key.startswith("vision_model.") for key in open_weights(folder).stored) else ""
+    prefix = (
+        "vision_model."
+        if any(key.startswith("vision_model.") for key in open_weights(folder).stored)
+        else ""
+    )
     leaves = {f"vision/{path}": leaf for path, leaf in parameters(vision).items()}
-    there, theirs = to_published(towers.hf_tower_table(vision.config, prefix), leaves), open_weights(folder)
+    there, theirs = (
+        to_published(towers.hf_tower_table(vision.config, prefix), leaves),
+        open_weights(folder),
+    )
     assert len(there) >= 37
     for key, value in there.items():
         np.testing.assert_array_equal(value, theirs.read(key), err_msg=key)
@@ -156,7 +184,10 @@ def test_what_does_not_fit(peers, tmp_path):
 def eva_tensors(rng, depth):
     """The names and shapes of a file of the whole encoder: a block more than is used, and a head."""
     model = abstract(tiny.config(vision={"depth": depth})).vision
-    leaves = {f"vision/{p}": rng.standard_normal(x.shape).astype(np.float16) for p, x in parameters(model).items()}
+    leaves = {
+        f"vision/{p}": rng.standard_normal(x.shape).astype(np.float16)
+        for p, x in parameters(model).items()
+    }
     return to_published(towers.eva_table(model.config), leaves) | {
         "norm.weight": np.ones(12, np.float16),
         "head.weight": np.ones((5, 12), np.float16),
@@ -165,7 +196,9 @@ def eva_tensors(rng, depth):
 
 @pytest.mark.parametrize("size", [16, 24])
 def test_eva_file(tmp_path, size):
-    """A float16 .pth: the blocks in use, the table of positions for our image size, ln_vision left alone."""
+    """A float16 .pth: the blocks in use, the table of positions for our image size, ln_vision left
+    alone.
+    """
     torch = pytest.importorskip("torch", reason=NEEDS)
     tensors = eva_tensors(np.random.default_rng(0), depth=3)
     torch.save({name: torch.tensor(x) for name, x in tensors.items()}, tmp_path / "eva.pth")
@@ -176,7 +209,9 @@ def test_eva_file(tmp_path, size):
         "vision/output_norm/scale",
         "vision/output_norm/bias",
     }
-    np.testing.assert_array_equal(loaded["vision/blocks/up/kernel"][1], tensors["blocks.1.mlp.fc1.weight"].T)
+    np.testing.assert_array_equal(
+        loaded["vision/blocks/up/kernel"][1], tensors["blocks.1.mlp.fc1.weight"].T
+    )
     positions = resize_positions(tensors["pos_embed"][0].astype(np.float32), size // 4, 1)
     np.testing.assert_array_equal(loaded["vision/positions"], positions)
     assert (size == 16) == (positions.shape[0] == 17)
@@ -202,14 +237,21 @@ def test_eva_file_of_another_model(tmp_path):
 class Shapes(Tensors):
     def __init__(self, state):
         self.origin = "transformers"
-        self.stored = {name: Stored(tuple(x.shape), np.dtype(ml_dtypes.bfloat16)) for name, x in state.items()}
+        self.stored = {
+            name: Stored(tuple(x.shape), np.dtype(ml_dtypes.bfloat16)) for name, x in state.items()
+        }
 
 
 SIZES = {
     "CLIP ViT-L/14-336": (
         "CLIPVision",
         {
-            **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+            **{
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+            },
             **{"image_size": 336, "patch_size": 14},
         },
         24 * 24,
@@ -217,7 +259,12 @@ SIZES = {
     "SigLIP so400m-patch14-384": (
         "SiglipVision",
         {
-            **{"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16},
+            **{
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+            },
             **{"image_size": 384, "patch_size": 14},
         },
         27 * 27,

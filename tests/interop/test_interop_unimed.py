@@ -32,7 +32,9 @@ torch = pytest.importorskip("torch", reason="a peer of the extra `parity`: pip i
 def pytest_generate_tests(metafunc):
     """One case for each way of building the trainable part."""
     if "variant" in metafunc.fixturenames:
-        folder = Path(metafunc.config.getoption("--goldens") or Path(__file__).parents[1] / "goldens/uni_med")
+        folder = Path(
+            metafunc.config.getoption("--goldens") or Path(__file__).parents[1] / "goldens/uni_med"
+        )
         kinds = {
             (case["connector_file"], case["config"]["router_type"]): case["name"]
             for case in golden_files.manifest(folder)["cases"]
@@ -46,7 +48,10 @@ def reference(goldens):
 
 
 def same(ours, theirs, where="") -> None:
-    """Equal to the bit: types, keys and their order, values; of tensors shape, strides, dtype and bytes."""
+    """Equal to the bit: types, keys and their order, values.
+
+    Of tensors shape, strides, dtype and bytes.
+    """
     assert type(ours) is type(theirs), where
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), where
@@ -57,7 +62,11 @@ def same(ours, theirs, where="") -> None:
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             same(a, b, f"{where}/{i}")
     elif isinstance(theirs, torch.Tensor):
-        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride()), where
+        assert (ours.dtype, ours.shape, ours.stride()) == (
+            theirs.dtype,
+            theirs.shape,
+            theirs.stride(),
+        ), where
         assert ours.numpy().tobytes() == theirs.numpy().tobytes(), where
     else:
         assert ours == theirs or (ours != ours and theirs != theirs), where  # NaN is not itself
@@ -85,9 +94,13 @@ def shared(tensors) -> list[set[str]]:
 
 
 def test_leaves_are_the_original_models(reference):
-    loaded = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
+    loaded = unimed_pth.load_unimed(
+        reference.path, reference.config.model, Destination(reference.leaves)
+    )
     names = set(reference.table.by_name())
-    expected = to_leaves(reference.table, {k: v for k, v in reference.weights.items() if k in names}, reference.leaves)
+    expected = to_leaves(
+        reference.table, {k: v for k, v in reference.weights.items() if k in names}, reference.leaves
+    )
     assert loaded.keys() == expected.keys()
     for path, leaf in expected.items():
         assert loaded[path].dtype == jnp.float32
@@ -95,8 +108,13 @@ def test_leaves_are_the_original_models(reference):
 
 
 def test_optimizer_is_the_original_one(reference):
-    """By name as the manifest numbers the parameters; the published names of our moments are the file's."""
-    moments = unimed_pth.load_moments(reference.path, reference.config.model, Destination(reference.leaves))
+    """By name as the manifest numbers the parameters.
+
+    The published names of our moments are the file's.
+    """
+    moments = unimed_pth.load_moments(
+        reference.path, reference.config.model, Destination(reference.leaves)
+    )
     mean, square = (to_published(reference.table, part) for part in (moments.mean, moments.square))
     full = {p: np.broadcast_to(n, reference.leaves[p].shape) for p, n in moments.count.items()}
     counts = to_published(reference.table, full)
@@ -109,10 +127,14 @@ def test_optimizer_is_the_original_one(reference):
             continue
         there = state.get(index, nothing)
         for ours, theirs in ((mean, "exp_avg"), (square, "exp_avg_sq"), (counts, "step")):
-            np.testing.assert_array_equal(ours[name], np.broadcast_to(there[theirs].numpy(), ours[name].shape), name)
+            np.testing.assert_array_equal(
+                ours[name], np.broadcast_to(there[theirs].numpy(), ours[name].shape), name
+            )
         assert (counts[name] == reference.entry["optimizer_steps"].get(name, 0)).all(), name
     for path, count in moments.count.items():
-        assert count.dtype == np.int32 and count.shape == ((5, 1) if path.endswith("task_tokens") else ())
+        assert count.dtype == np.int32 and count.shape == (
+            (5, 1) if path.endswith("task_tokens") else ()
+        )
 
 
 def test_load_on_a_mesh(reference):
@@ -138,19 +160,30 @@ def test_order_of_the_optimizer(goldens, reference):
         config = golden_files.load(goldens, case["name"]).config
         decayed, others = unimed_names.optimizer_order(config)
         if "optimizer" in case:
-            assert others == case["optimizer"]["no_decay"] and len(decayed) == case["optimizer"]["n_decay"]
+            assert (
+                others == case["optimizer"]["no_decay"] and len(decayed) == case["optimizer"]["n_decay"]
+            )
         if "adam_step_counts" in case:  # in the order of the modules
             counts = list(case["adam_step_counts"])
-            assert decayed + others == [n for n in counts if n in decayed] + [n for n in counts if n in others]
+            assert decayed + others == [n for n in counts if n in decayed] + [
+                n for n in counts if n in others
+            ]
 
 
 def test_order_of_the_optimizer_by_values():
-    """The original's weights were float16 numbers before its steps: undoing the one step that the connector took
-    leads back to such numbers with each parameter's own moments, and with no others."""
+    """The original's weights were float16 numbers before its steps: undoing the one step that the
+    connector took leads back to such numbers with each parameter's own moments, and with no others.
+    """
     reference = reference_of(Path(__file__).parents[1] / "goldens/uni_med")
-    moments = unimed_pth.load_moments(reference.path, reference.config.model, Destination(reference.leaves))
-    leaves = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
-    weights, mean, square = (to_published(reference.table, x) for x in (leaves, moments.mean, moments.square))
+    moments = unimed_pth.load_moments(
+        reference.path, reference.config.model, Destination(reference.leaves)
+    )
+    leaves = unimed_pth.load_unimed(
+        reference.path, reference.config.model, Destination(reference.leaves)
+    )
+    weights, mean, square = (
+        to_published(reference.table, x) for x in (leaves, moments.mean, moments.square)
+    )
     group = reference.entry["optimizer_group_fields"]
     lr, (b1, b2), eps = group["lr"], group["betas"], group["eps"]
     once = [name for name, steps in reference.entry["optimizer_steps"].items() if steps == 1]
@@ -160,7 +193,9 @@ def test_order_of_the_optimizer_by_values():
         return (mean[name] / (1 - b1)) / (np.sqrt(square[name] / (1 - b2)) + eps)
 
     def distance(name, other):
-        """From the weights before the step, if it was made with the other's moments, to float16 numbers."""
+        """From the weights before the step, if it was made with the other's moments, to float16
+        numbers.
+        """
         decay = 0 if name.endswith("bias") else group["weight_decay"]
         before = (weights[name] + lr * update(other)) / (1 - lr * decay)
         return np.abs(before - before.astype(np.float16).astype(np.float32)).max()
@@ -168,8 +203,12 @@ def test_order_of_the_optimizer_by_values():
     distinct = 0
     for name in once:
         assert distance(name, name) < 1e-6, name
-        for other in once:  # the experts' last biases had gradients of the same signs, hence the same first step
-            if weights[other].shape == weights[name].shape and np.abs(update(other) - update(name)).max() > 0.1:
+        # the experts' last biases had gradients of the same signs, hence the same first step
+        for other in once:
+            if (
+                weights[other].shape == weights[name].shape
+                and np.abs(update(other) - update(name)).max() > 0.1
+            ):
                 assert distance(name, other) > 1e-5, (name, other)
                 distinct += 1
     assert distinct > 50
@@ -193,7 +232,9 @@ def test_exported_numbers_are_ours(reference, tmp_path):
     table, names = reference.table, reference.names
 
     def random_leaves():
-        return {path: rng.standard_normal(leaves[path].shape).astype(np.float32) for path in table.paths()}
+        return {
+            path: rng.standard_normal(leaves[path].shape).astype(np.float32) for path in table.paths()
+        }
 
     ours, mean, square = random_leaves(), random_leaves(), random_leaves()
     tasks = np.array([[3], [0], [2], [1], [7]], np.int32)
@@ -202,11 +243,15 @@ def test_exported_numbers_are_ours(reference, tmp_path):
     moments = unimed_pth.Moments(count, mean, square)
     unimed_pth.export_unimed(out, reference.config, ours, moments, like=reference.path, epoch=4)
     there, theirs = (torch.load(path, weights_only=True) for path in (out, reference.path))
-    published = {k: to_published(table, v) for k, v in (("p", ours), ("exp_avg", mean), ("exp_avg_sq", square))}
+    published = {
+        k: to_published(table, v) for k, v in (("p", ours), ("exp_avg", mean), ("exp_avg_sq", square))
+    }
     assert there["epoch"] == 4 and there["model"].keys() == theirs["model"].keys()
     for name, tensor in there["model"].items():
         own = published["p"].get(re.sub("^llm_proj", "moe_layers", name), published["p"].get(name))
-        np.testing.assert_array_equal(tensor.numpy(), theirs["model"][name].numpy() if own is None else own, name)
+        np.testing.assert_array_equal(
+            tensor.numpy(), theirs["model"][name].numpy() if own is None else own, name
+        )
     for index, name in enumerate(names):
         task = name.removeprefix("task_tokens.")
         steps = int(tasks[VISUAL_TASKS.index(task), 0]) if task in VISUAL_TASKS else 9
@@ -223,7 +268,9 @@ def test_exported_numbers_are_ours(reference, tmp_path):
 
 
 def test_training_goes_on_as_in_torch(reference):
-    """Two more steps from the imported state, task tokens with counts of their own, against torch's AdamW."""
+    """Two more steps from the imported state, task tokens with counts of their own, against torch's
+    AdamW.
+    """
     config, leaves, table = reference.config.model, reference.leaves, reference.table
     tree = torch.load(reference.path, weights_only=True)
     weights = {name: torch.nn.Parameter(tree["model"][name].clone()) for name in reference.names}
@@ -234,14 +281,19 @@ def test_training_goes_on_as_in_torch(reference):
     peer.load_state_dict(tree["optimizer"])
 
     settings = OptimizerConfig(
-        betas=tuple(group["betas"]), eps=group["eps"], weight_decay=group["weight_decay"], skip_unused=True
+        betas=tuple(group["betas"]),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        skip_unused=True,
     )
     state = unimed_pth.load_unimed(reference.path, config, Destination(leaves))
     step = jax.jit(Optimizer(settings, leaf_rules(state, TrainConfig(), settings)).update)
     moments = AdamState(*unimed_pth.load_moments(reference.path, config, Destination(leaves)))
     rng = np.random.default_rng(0)
     for task in (1, 0):
-        gradients = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in state.items()}
+        gradients = {
+            path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in state.items()
+        }
         peer.zero_grad()
         for name, gradient in to_published(table, gradients).items():
             if not name.startswith("task_tokens.") or name == f"task_tokens.{VISUAL_TASKS[task]}":
@@ -252,7 +304,9 @@ def test_training_goes_on_as_in_torch(reference):
         state, moments, _ = step(gradients, moments, state, jnp.float32(group["lr"]), used)
     before = unimed_pth.load_unimed(reference.path, config, Destination(leaves))
     for name, value in to_published(table, state).items():
-        np.testing.assert_allclose(value, weights[name].detach().numpy(), rtol=0, atol=5e-7, err_msg=name)
+        np.testing.assert_allclose(
+            value, weights[name].detach().numpy(), rtol=0, atol=5e-7, err_msg=name
+        )
     assert all(np.abs(np.asarray(state[path] - before[path])).max() > 1e-4 for path in state)
 
 
@@ -262,7 +316,9 @@ def test_training_goes_on_as_in_torch(reference):
 
 
 def modules_in_order(goldens, names) -> list[str]:
-    """Published names in the order of the original's modules, as the manifest lists them for one model."""
+    """Published names in the order of the original's modules, as the manifest lists them for one
+    model.
+    """
     listed = golden_files.manifest(goldens)["full_model_state_keys_K"]
     parts = list(dict.fromkeys(name.split(".")[0] for name in listed))
     within = [re.sub(r"layers\.\d+", "layers", name) for name in listed]
@@ -279,7 +335,9 @@ def modules_in_order(goldens, names) -> list[str]:
 
 
 def saved_by_torch(goldens, golden, path) -> dict[str, list[str]]:
-    """What the original's program would save of a case's weights after two steps, one of them of text alone."""
+    """What the original's program would save of a case's weights after two steps, one of them of
+    text alone.
+    """
     rng = np.random.default_rng(0)
     c = golden.config.connector
     names = modules_in_order(goldens, golden.trainable())
@@ -307,7 +365,11 @@ def saved_by_torch(goldens, golden, path) -> dict[str, list[str]]:
             model[name.replace("moe_layers", "llm_proj")] = model[name]
     model["llm_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(6)
     scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
-    tree = {"model": model, "optimizer": optimizer.state_dict(), "config": {"model": golden.case["config"]}}
+    tree = {
+        "model": model,
+        "optimizer": optimizer.state_dict(),
+        "config": {"model": golden.case["config"]},
+    }
     torch.save({**tree, "scaler": {**scaler, "_growth_tracker": 17}, "epoch": 3}, path)
     return {"weights": names, "groups": groups}
 
@@ -321,7 +383,9 @@ def test_variant(goldens, variant, tmp_path):
     held = table.by_name()
     rest = {name for name in saved["weights"] if name not in held}
     assert all(name.startswith("router.") for name in rest)
-    assert bool(rest) == (golden.config.connector.is_moe and golden.config.connector.router in ("hard", "constant"))
+    assert bool(rest) == (
+        golden.config.connector.is_moe and golden.config.connector.router in ("hard", "constant")
+    )
 
     loaded = unimed_pth.load_unimed(path, golden.config, Destination(leaves))
     tree = torch.load(path, weights_only=True)
@@ -333,29 +397,40 @@ def test_variant(goldens, variant, tmp_path):
     unimed_pth.export_unimed(tmp_path / "out.pth", config, loaded, moments, like=path)
     same_files(tmp_path / "out.pth", path)
 
-    # Without the file: what our model does not hold is absent, and the original's optimizer takes the rest.
+    # Without the file: what our model does not hold is absent, and the original's optimizer takes
+    # the rest.
     unimed_pth.export_unimed(tmp_path / "own.pth", config, loaded, moments)
     own = torch.load(tmp_path / "own.pth", weights_only=True)
     absent = rest | {name for name in tree["model"] if name.endswith("inv_freq")}
     assert list(own["model"]) == [name for name in tree["model"] if name not in absent]
     same(dict(own["model"]), {name: t for name, t in tree["model"].items() if name not in absent})
     names = sum(saved["groups"], [])
-    same(own["optimizer"]["state"], {i: s for i, s in tree["optimizer"]["state"].items() if names[i] not in rest})
+    same(
+        own["optimizer"]["state"],
+        {i: s for i, s in tree["optimizer"]["state"].items() if names[i] not in rest},
+    )
     assert shared(own["model"]) == [g for group in shared(tree["model"]) if (g := group - absent)]
     assert (
         own["config"]["model"].items()
         >= {k: v for k, v in golden.case["config"].items() if k in own["config"]["model"]}.items()
     )
-    fresh = [{"params": [torch.nn.Parameter(tree["model"][n]) for n in group]} for group in saved["groups"]]
+    fresh = [
+        {"params": [torch.nn.Parameter(tree["model"][n]) for n in group]} for group in saved["groups"]
+    ]
     torch.optim.AdamW(fresh).load_state_dict(own["optimizer"])
     again = unimed_pth.load_unimed(tmp_path / "own.pth", golden.config, Destination(leaves))
     assert all((np.asarray(again[p]) == np.asarray(leaf)).all() for p, leaf in loaded.items())
 
 
 def test_a_run_of_ours(tmp_path):
-    """Adam's state with one count for all, as it is kept by default; settings of the run in the original's words."""
+    """Adam's state with one count for all, as it is kept by default.
+
+    Settings of the run in the original's words.
+    """
     model = tiny.config(connector={"hidden": None, "router_hidden": None})
-    config = Config(model=model, optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.1), train=TrainConfig(steps=700))
+    config = Config(
+        model=model, optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.1), train=TrainConfig(steps=700)
+    )
     table = unimed_names.trainable_table(model)
     rng, shapes = np.random.default_rng(0), parameters(abstract(model))
     leaves = {path: rng.standard_normal(shapes[path].shape).astype(np.float32) for path in table.paths()}
@@ -378,6 +453,12 @@ def test_what_the_format_cannot_hold(tmp_path):
     with pytest.raises(UserError) as error:
         unimed_pth.export_unimed(tmp_path / "x.pth", Config(model=model), parameters(abstract(model)))
     text = str(error.value)
-    for part in ("aggregation='block'", "activation='silu'", "hidden=10", "router_hidden=14", "decoder/embedding"):
+    for part in (
+        "aggregation='block'",
+        "activation='silu'",
+        "hidden=10",
+        "router_hidden=14",
+        "decoder/embedding",
+    ):
         assert part in text
     assert "\n" not in text and not list(tmp_path.iterdir())

@@ -28,7 +28,9 @@ def reference(goldens):
 def damage(reference, tmp_path):
     """A function: writes a changed copy of the original's file and reads it, which must be refused."""
 
-    def refused(match, change=None, read=unimed_pth.load_unimed, config=reference.config.model, bytes_=None):
+    def refused(
+        match, change=None, read=unimed_pth.load_unimed, config=reference.config.model, bytes_=None
+    ):
         path, out = tmp_path / "checkpoint_9.pth", tmp_path / "out.pth"
         tree = torch.load(reference.path, weights_only=True)
         if change:
@@ -40,7 +42,9 @@ def damage(reference, tmp_path):
             read(path, config, Destination(parameters(abstract(config))))
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         # Nor does anything come of it as what is written again.
-        loaded = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
+        loaded = unimed_pth.load_unimed(
+            reference.path, reference.config.model, Destination(reference.leaves)
+        )
         if config == reference.config.model:
             try:
                 unimed_pth.export_unimed(out, reference.config, loaded, like=path)
@@ -129,9 +133,12 @@ def test_optimizers_that_are_not_this_models(damage):
     refused("holds no optimizer's state", lambda tree: tree.update(optimizer={"state": {}}))
     refused("holds no optimizer's state", lambda tree: tree["optimizer"].update(state=[]))
     refused("holds no optimizer's state", lambda tree: [1, tree])
-    refused("parameters, but this model's has", lambda tree: tree["optimizer"]["param_groups"].pop() and None)
     refused(
-        "parameters, but this model's has", lambda tree: tree["optimizer"]["param_groups"][0]["params"].pop() and None
+        "parameters, but this model's has", lambda tree: tree["optimizer"]["param_groups"].pop() and None
+    )
+    refused(
+        "parameters, but this model's has",
+        lambda tree: tree["optimizer"]["param_groups"][0]["params"].pop() and None,
     )
     refused("parameters, but this model's has", state(lambda s, i: s.update({999: s[i]})))
     refused("is not AdamW's", state(lambda s, i: s[i].update(max_exp_avg_sq=torch.zeros(1))))
@@ -185,6 +192,10 @@ def test_state_dict_alone(reference, tmp_path):
     """The tensors without the rest, as people pass them on."""
     file = TorchFile(reference.path)
     write_torch(tmp_path / "weights.pth", file.to_write(file.tree["model"]))
-    loaded = unimed_pth.load_unimed(tmp_path / "weights.pth", reference.config.model, Destination(reference.leaves))
-    expected = unimed_pth.load_unimed(reference.path, reference.config.model, Destination(reference.leaves))
+    loaded = unimed_pth.load_unimed(
+        tmp_path / "weights.pth", reference.config.model, Destination(reference.leaves)
+    )
+    expected = unimed_pth.load_unimed(
+        reference.path, reference.config.model, Destination(reference.leaves)
+    )
     assert all((np.asarray(loaded[path]) == np.asarray(leaf)).all() for path, leaf in expected.items())

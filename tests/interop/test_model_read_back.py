@@ -1,4 +1,7 @@
-"""The exported model read back: what was written to the bit, or one sentence; and how its user meets it."""
+"""The exported model read back: what was written to the bit, or one sentence.
+
+And how its user meets it.
+"""
 
 import dataclasses
 import functools
@@ -89,7 +92,9 @@ def test_saved_again_by_transformers(exported, torch, tmp_path):
 def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
     """Frozen leaves in bfloat16 beside others in float32."""
     config, model, _ = exported("constant")
-    halved = {k: v.astype(jnp.bfloat16) for k, v in parameters(model).items() if not k.startswith("connector")}
+    halved = {
+        k: v.astype(jnp.bfloat16) for k, v in parameters(model).items() if not k.startswith("connector")
+    }
     model = with_parameters(model, halved)
     export_unimed_hf(tmp_path / "out", config, parameters(model), tokenizer_folder)
     same_bits(leaves_of(tmp_path / "out"), parameters(model))
@@ -98,7 +103,9 @@ def test_dtypes_are_kept(exported, tokenizer_folder, tmp_path, torch):
 
 def test_a_damaged_export_is_one_sentence(exported, tokenizer_folder, tmp_path, monkeypatch):
     config, model, _ = exported("as published")
-    monkeypatch.setattr(unimed_hf, "write_safetensors", functools.partial(unimed_hf.write_safetensors, limit=20_000))
+    monkeypatch.setattr(
+        unimed_hf, "write_safetensors", functools.partial(unimed_hf.write_safetensors, limit=20_000)
+    )
     out = tmp_path / "out"
     export_unimed_hf(out, config, parameters(model), tokenizer_folder)
     index = out / "model.safetensors.index.json"
@@ -211,13 +218,25 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
     config, model, folder = exported("as published")
     files = {path.name for path in folder.iterdir()}
     assert files == {
-        *("config.json", "generation_config.json", "preprocessor_config.json", "README.md", "modeling_unimed.py"),
+        *(
+            "config.json",
+            "generation_config.json",
+            "preprocessor_config.json",
+            "README.md",
+            "modeling_unimed.py",
+        ),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     }
     card = (folder / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "unknown" and header["library_name"] == "transformers"
-    for words in ("not a medical device", "decoder: `some-llama`", "`slake`: vqa", "Not evaluated.", "base weights"):
+    for words in (
+        "not a medical device",
+        "decoder: `some-llama`",
+        "`slake`: vqa",
+        "Not evaluated.",
+        "base weights",
+    ):
         assert words in card
     for path in folder.iterdir():
         assert b"/secret" not in path.read_bytes(), path.name  # no folder of this machine leaves it
@@ -229,7 +248,11 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
             "slake": {
                 "test": {
                     "vqa": {
-                        **{"n": 24, "primary": "exact", "corrected": {"exact": {"value": 0.5, "ci95": [0.25, 0.75]}}},
+                        **{
+                            "n": 24,
+                            "primary": "exact",
+                            "corrected": {"exact": {"value": 0.5, "ci95": [0.25, 0.75]}},
+                        },
                         "margin": {"value": 0.125, "ci95": [-0.25, 0.5], "baseline": "majority"},
                     },
                     "cls": {
@@ -245,7 +268,10 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
     scratch = dataclasses.replace(config, init=(("seed", ""),))
     export_unimed_hf(tmp_path / "out", scratch, parameters(model), tokenizer_folder, metrics)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| slake | vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |" in card
+    assert (
+        "| slake | vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |"
+        in card
+    )
     assert "| slake | cls | 3 | exact | 0.500 | - |" in card and "config_hash `abc`" in card
     assert "Slices of 642 patients." in card
     assert "trained from random numbers" in card
@@ -255,17 +281,23 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
 
 
 def test_the_card_says_what_the_passports_say(exported, tokenizer_folder, tmp_path):
-    """Licences and notes of the training sources: the reader's, the folder's info.json, the settings' own."""
+    """Licences and notes of the training sources: the reader's, the folder's info.json, the
+    settings' own.
+    """
     config, model, _ = exported("as published")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/info.json").write_text(json.dumps({"licence": "CC BY 4.0", "note": "Of one hospital."}))
+    (tmp_path / "mine/info.json").write_text(
+        json.dumps({"licence": "CC BY 4.0", "note": "Of one hospital."})
+    )
     sources = (
         SourceConfig("brain"),
         SourceConfig("llava", path="mine", tasks=("vqa",)),
         SourceConfig("classes", path="nowhere", info={"note": "Of two scanners."}),
         SourceConfig("no_such_reader"),
     )
-    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(tmp_path), sources=sources))
+    changed = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, root=str(tmp_path), sources=sources)
+    )
     metrics = {"data": {"brain": {"note": "Scored with care.", "licence": "CC0"}}}
     export_unimed_hf(tmp_path / "out", changed, parameters(model), tokenizer_folder, metrics)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -276,7 +308,13 @@ def test_the_card_says_what_the_passports_say(exported, tokenizer_folder, tmp_pa
         "- `llava`: vqa (CC BY 4.0)",
         f"- `classes`: all its tasks ({NO_LICENCE})",
         f"- `no_such_reader`: all its tasks ({NO_LICENCE})",
-        *(brain.note, "Of one hospital.", "Of two scanners.", "Scored with care.", "Scored on `brain`: CC0."),
+        *(
+            brain.note,
+            "Of one hospital.",
+            "Of two scanners.",
+            "Scored with care.",
+            "Scored on `brain`: CC0.",
+        ),
     ):
         assert words in card, words
     assert str(tmp_path) not in card

@@ -1,4 +1,6 @@
-"""Files whose settings tie the head to the embedding, and which hold a head: the same one is read, another refused."""
+"""Files whose settings tie the head to the embedding, and which hold a head: the same one is read,
+another refused.
+"""
 
 import json
 
@@ -28,7 +30,9 @@ def leaves():
     """The leaves of a tied model; halves of whole numbers, which bfloat16 holds."""
     shapes = parameters(tiny.model(TIED))
     rng = np.random.default_rng(0)
-    return {path: (rng.integers(-8, 8, leaf.shape) / 2).astype(np.float32) for path, leaf in shapes.items()}
+    return {
+        path: (rng.integers(-8, 8, leaf.shape) / 2).astype(np.float32) for path, leaf in shapes.items()
+    }
 
 
 def folder_of(leaves, folder):
@@ -68,7 +72,9 @@ def test_a_head_beside_a_tied_embedding(leaves, tmp_path, name, monkeypatch):
         found = load_decoder(tmp_path, TIED, Destination(decoder))
         np.testing.assert_array_equal(found["decoder/embedding"], decoder["decoder/embedding"])
         return
-    with pytest.raises(UserError, match=f"lm_head.weight differs from {EMBEDDING}, .*tie_word_embeddings.*tied_head"):
+    with pytest.raises(
+        UserError, match=f"lm_head.weight differs from {EMBEDDING}, .*tie_word_embeddings.*tied_head"
+    ):
         load_decoder(tmp_path, TIED, Destination(decoder))
 
 
@@ -112,11 +118,23 @@ def test_in_an_exported_model(leaves, tmp_path):
 
 
 def test_in_a_med_moe_checkpoint(tmp_path, monkeypatch):
-    vision = {"cls_token": True, "qkv_bias": "qkv", "pre_norm": True, "patch_bias": False, "activation": "quick_gelu"}
+    vision = {
+        "cls_token": True,
+        "qkv_bias": "qkv",
+        "pre_norm": True,
+        "patch_bias": False,
+        "activation": "quick_gelu",
+    }
     config = tiny.config(
         vision={**vision, "feature_layer": -2, "output_norm": False},
         connector={"kind": "mlp2x_gelu", "rate": 1, "task_tokens": 0},
-        decoder={"tied_head": True, "norm": "layer", "rotary_fraction": 0.5, "kv_heads": 4, "head_dim": 4},
+        decoder={
+            "tied_head": True,
+            "norm": "layer",
+            "rotary_fraction": 0.5,
+            "kv_heads": 4,
+            "head_dim": 4,
+        },
         lora={"rank": 0},
     )
     monkeypatch.setattr(med_moe, "_refuse_inexpressible", lambda *_: None)

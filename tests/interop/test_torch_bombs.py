@@ -29,7 +29,18 @@ def long(value: int) -> bytes:
 def tensor(size: bytes, offset: bytes, shape: bytes, strides: bytes, key: bytes = word("0")) -> bytes:
     """A pickle of {"a": tensor}, whose parts may be any values."""
     head = b"\x80\x02}" + word("a") + b"ctorch._utils\n_rebuild_tensor_v2\n((" + word("storage")
-    return head + b"ctorch\nFloatStorage\n" + key + word("cpu") + size + b"tQ" + offset + shape + strides + b"\x89}tRs."
+    return (
+        head
+        + b"ctorch\nFloatStorage\n"
+        + key
+        + word("cpu")
+        + size
+        + b"tQ"
+        + offset
+        + shape
+        + strides
+        + b"\x89}tRs."
+    )
 
 
 def pair(a: bytes, b: bytes) -> bytes:
@@ -59,11 +70,17 @@ BOMBS = {
     "a doubled tuple as strides": tensor(ONE, long(0), ONE + b"\x85", DOUBLED),
     "a doubled tuple as the offset": tensor(ONE, DOUBLED, ONE + b"\x85", ONE + b"\x85"),
     "a doubled tuple beside a tensor": TENSOR[:-1] + word("b") + DOUBLED + b"s.",
-    "a doubled list beside a tensor": TENSOR[:-1] + word("b") + b"]" + b"q\x00]h\x00ah\x00aq\x00" * 60 + b"s.",
+    "a doubled list beside a tensor": TENSOR[:-1]
+    + word("b")
+    + b"]"
+    + b"q\x00]h\x00ah\x00aq\x00" * 60
+    + b"s.",
     "a list that holds itself": TENSOR[:-1] + word("b") + b"]q\x00h\x00as.",
     "deep lists beside a tensor": TENSOR[:-1] + word("b") + b"]" * 100_000 + b"a" * 99_999 + b"s.",
     "a dict of doubled tuples": b"\x80\x02ccollections\nOrderedDict\n(" + DOUBLED + b"tR.",
-    "a shape that overflows": tensor(ONE, long(0), pair(long(1 << 62), long(1 << 62)), pair(long(0), long(0))),
+    "a shape that overflows": tensor(
+        ONE, long(0), pair(long(1 << 62), long(1 << 62)), pair(long(0), long(0))
+    ),
     "a hidden shape that overflows": tensor(ONE, long(0), pair(long(0), long(1 << 62)), pair(ONE, ONE)),
     "a number repeated 10^12 times": tensor(ONE, long(0), long(10**12) + b"\x85", long(0) + b"\x85"),
     "strides that overflow": tensor(ONE, long(0), pair(long(2), long(2)), pair(long(1 << 400), ONE)),
@@ -110,7 +127,10 @@ def test_too_many_opcodes(tmp_path, monkeypatch):
 def zeros(path, name: str, size: int, compression=zipfile.ZIP_DEFLATED) -> None:
     """An ordinary file with one more record of `size` zeros."""
     archive(path, TENSOR, NUMBERS)
-    with zipfile.ZipFile(path, "a", compression) as out, out.open(f"archive/{name}", "w", force_zip64=True) as record:
+    with (
+        zipfile.ZipFile(path, "a", compression) as out,
+        out.open(f"archive/{name}", "w", force_zip64=True) as record,
+    ):
         for _ in range(size >> 20):
             record.write(bytes(1 << 20))
 
@@ -151,7 +171,8 @@ def test_a_long_list_of_records(tmp_path, monkeypatch):
     open_weights(path)
     monkeypatch.setattr(torch_file, "DIRECTORY_LIMIT", 50)
     refused(path, "list of records")
-    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)  # the numbers of the list are written with 64 bits
+    # the numbers of the list are written with 64 bits
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     archive(path, TENSOR, NUMBERS)
     assert b"PK\6\6" in path.read_bytes()
     refused(path, "list of records")

@@ -1,4 +1,6 @@
-"""A tokenizer whose ids have gaps needs a row for its highest id: refused before training, and in every export."""
+"""A tokenizer whose ids have gaps needs a row for its highest id: refused before training, and in
+every export.
+"""
 
 import dataclasses
 import json
@@ -18,10 +20,17 @@ from unimed_jax.settings import from_config_dict
 def tokenizer(tmp_path_factory):
     """407 tokens, of which the last has the id 5,000."""
     folder = tmp_path_factory.mktemp("gaps")
-    ids = {word: i for i, word in enumerate(("<s>", "</s>", "<unk>", *(f"w{i}" for i in range(403))))} | {"last": 5000}
+    ids = {
+        word: i for i, word in enumerate(("<s>", "</s>", "<unk>", *(f"w{i}" for i in range(403))))
+    } | {"last": 5000}
     assert len(ids) == 407
     model = {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"}
-    spec = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": model,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     given = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,7 @@
-"""Fused kernels equal the plain form in values and gradients and are chosen where they can run; remat saves memory."""
+"""Fused kernels equal the plain form in values and gradients and are chosen where they can run.
+
+Remat saves memory.
+"""
 
 import dataclasses
 import functools
@@ -31,7 +34,10 @@ NVIDIA = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_
 
 
 def span_of_rows() -> Span:
-    """Two rows: questions behind a shared prefix, then examples of one segment; a last block that is all padding."""
+    """Two rows: questions behind a shared prefix, then examples of one segment.
+
+    A last block that is all padding.
+    """
     rows = [
         [(70, 1, 1), (60, 2, 1), (40, 3, 1), (50, 4, 4), (164, 0, 0)],
         [(200, 1, 1), (30, 2, 2), (20, 3, 2), (61, 4, 2), (73, 0, 0)],
@@ -42,18 +48,26 @@ def span_of_rows() -> Span:
     for row in rows:
         lengths = {segment: n for n, segment, _ in row}  # a question goes on where its prefix ends
         starts = [0 if segment == prefix else lengths[prefix] for _, segment, prefix in row]
-        positions.append(np.concatenate([start + np.arange(n) for start, (n, _, _) in zip(starts, row, strict=True)]))
+        positions.append(
+            np.concatenate([start + np.arange(n) for start, (n, _, _) in zip(starts, row, strict=True)])
+        )
     return Span(*(jnp.asarray(np.stack(x), jnp.int32) for x in (positions, segments, prefixes)))
 
 
 def arrays(dtype=jnp.float32, heads=4, kv_heads=2, head=16, length=LENGTH, keys=None, rows=2):
     rng = np.random.default_rng(0)
-    shapes = (rows, length, heads, head), (rows, kv_heads, keys or length, head), (rows, kv_heads, keys or length, head)
+    shapes = (
+        (rows, length, heads, head),
+        (rows, kv_heads, keys or length, head),
+        (rows, kv_heads, keys or length, head),
+    )
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
 
 
 def values_and_gradients(arrays, mask, real, **how):
-    """-> the outputs at real tokens, all outputs, and the gradients by q, k and v of a sum weighted at random."""
+    """-> the outputs at real tokens, all outputs, and the gradients by q, k and v of a sum weighted
+    at random.
+    """
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
 
     def run(q, k, v):
@@ -65,7 +79,9 @@ def values_and_gradients(arrays, mask, real, **how):
 
 
 def assert_same(arrays, mask, real, tolerance, reference=None, implementation="splash", **how):
-    actual, everywhere, gradients = values_and_gradients(arrays, mask, real, implementation=implementation, **how)
+    actual, everywhere, gradients = values_and_gradients(
+        arrays, mask, real, implementation=implementation, **how
+    )
     expected, _, wanted = values_and_gradients(reference or arrays, mask, real, **how)
     assert np.isfinite(np.asarray(everywhere, np.float32)).all()  # padding too
     np.testing.assert_allclose(np.asarray(actual, np.float32), expected, rtol=0, atol=tolerance)
@@ -113,7 +129,10 @@ def test_splash_equals_plain(on_tpu, case):
 
 
 def test_splash_on_a_mesh(on_tpu):
-    """Every device has its own rows and heads; the key heads (2) split over 2 devices, the rows over 2."""
+    """Every device has its own rows and heads.
+
+    The key heads (2) split over 2 devices, the rows over 2.
+    """
     span = span_of_rows()
     mesh = jax.make_mesh(
         (2, 1, 2, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=jax.devices()[:4]
@@ -129,7 +148,10 @@ def test_decoder_with_splash(on_tpu):
     plain = tiny.model(settings)
     span = span_of_rows()
     tokens = np.random.default_rng(2).integers(0, settings.decoder.vocab, (2, LENGTH))
-    weights = np.random.default_rng(3).standard_normal((2, LENGTH, 16)) * (np.asarray(span.segments) != 0)[..., None]
+    weights = (
+        np.random.default_rng(3).standard_normal((2, LENGTH, 16))
+        * (np.asarray(span.segments) != 0)[..., None]
+    )
 
     def gradients(model):
         def loss(leaves):
@@ -141,12 +163,16 @@ def test_decoder_with_splash(on_tpu):
         return jax.jit(jax.value_and_grad(loss))(leaves)
 
     expected, wanted = gradients(plain)
-    fused = with_parameters(tiny.abstract(dataclasses.replace(settings, attention="splash")), parameters(plain))
+    fused = with_parameters(
+        tiny.abstract(dataclasses.replace(settings, attention="splash")), parameters(plain)
+    )
     actual, own = gradients(fused)
     assert on_tpu
     assert actual == pytest.approx(float(expected), rel=1e-5)
     for path, gradient in wanted.items():
-        worst = np.abs(np.asarray(own[path] - gradient)).max() / max(np.abs(np.asarray(gradient)).max(), 1e-3)
+        worst = np.abs(np.asarray(own[path] - gradient)).max() / max(
+            np.abs(np.asarray(gradient)).max(), 1e-3
+        )
         assert worst < 1e-4, path
 
 
@@ -158,7 +184,9 @@ def test_cudnn_equals_plain(masked, scale):
     span = span_of_rows()
     length = LENGTH if masked else 196
     given = arrays(jnp.bfloat16, head=64, length=length)
-    mask, real = (visible(span, span), span.segments != 0) if masked else (None, jnp.ones((2, length), bool))
+    mask, real = (
+        (visible(span, span), span.segments != 0) if masked else (None, jnp.ones((2, length), bool))
+    )
     reference = tuple(x.astype(jnp.float32) for x in given)
     assert_same(given, mask, real, 0.02, reference=reference, scale=scale, implementation="cudnn")
 
@@ -216,7 +244,11 @@ PICKED = {
     "a GPU": ("nvidia", {"dtype": jnp.bfloat16}, "cudnn"),
     "a GPU, float32": ("nvidia", {}, "xla"),
     "a GPU, an image": ("nvidia", {"dtype": jnp.bfloat16, "length": 196, "masked": False}, "cudnn"),
-    "a GPU, an image with a class token": ("nvidia", {"dtype": jnp.bfloat16, "length": 257, "masked": False}, "xla"),
+    "a GPU, an image with a class token": (
+        "nvidia",
+        {"dtype": jnp.bfloat16, "length": 257, "masked": False},
+        "xla",
+    ),
     "a GPU, a length of no 128 under a mask": ("nvidia", {"dtype": jnp.bfloat16, "length": 196}, "xla"),
     "a GPU, a soft cap": ("nvidia", {"dtype": jnp.bfloat16, "softcap": 5.0}, "xla"),
     "a GPU, large heads": ("nvidia", {"dtype": jnp.bfloat16, "head": 256}, "xla"),
@@ -227,14 +259,18 @@ PICKED = {
 
 @pytest.mark.parametrize("case", PICKED)
 def test_auto(monkeypatch, case):
-    """What "auto" picks, and that a kernel asked for by name is refused where "auto" does not pick it."""
+    """What "auto" picks, and that a kernel asked for by name is refused where "auto" does not pick
+    it.
+    """
     hardware, given, expected = PICKED[case]
     given = dict(given)
     softcap, masked = given.pop("softcap", None), given.pop("masked", True)
     monkeypatch.setattr(attention, "hardware", lambda: hardware)
     picked = []
     for name in attention._FUSED:
-        monkeypatch.setitem(attention._FUSED, name, lambda q, *_, name=name, **__: (picked.append(name), q)[1])
+        monkeypatch.setitem(
+            attention._FUSED, name, lambda q, *_, name=name, **__: (picked.append(name), q)[1]
+        )
     q, k, v = arrays(**{"length": 256, **given})
     mask = jnp.ones((2, q.shape[1], k.shape[2]), bool) if masked else None
     run = functools.partial(attend, q, k, v, mask, softcap=softcap)
@@ -244,7 +280,9 @@ def test_auto(monkeypatch, case):
         if name == expected:
             run(implementation=name)
         else:
-            with pytest.raises(UserError, match=f"^config.model.attention='{name}' cannot run here: .*; set 'auto'.$"):
+            with pytest.raises(
+                UserError, match=f"^config.model.attention='{name}' cannot run here: .*; set 'auto'.$"
+            ):
                 run(implementation=name)
 
 
@@ -253,7 +291,12 @@ REFUSED = {
     "splash, length": ("splash", "tpu", {"length": 200}, "rows of 200 tokens are not a multiple of 128"),
     "cudnn, no GPU": ("cudnn", "cpu", {}, "an NVIDIA GPU of Ampere or later, and this is a cpu"),
     "cudnn, dtype": ("cudnn", "nvidia", {}, "config.model.compute_dtype is float32"),
-    "cudnn, heads": ("cudnn", "nvidia", {"dtype": jnp.bfloat16, "head": 20}, "at most 128 channels, a multiple of 8"),
+    "cudnn, heads": (
+        "cudnn",
+        "nvidia",
+        {"dtype": jnp.bfloat16, "head": 20},
+        "at most 128 channels, a multiple of 8",
+    ),
     "keys": ("splash", "tpu", {"keys": 512}, "256 queries meet 512 keys"),
 }
 
@@ -271,9 +314,16 @@ def test_hardware(monkeypatch):
     """This machine's, another's that is compiled for, and which GPUs cuDNN's kernel is for."""
     assert attention.hardware() == ("nvidia" if NVIDIA else jax.default_backend())
     described = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",), abstract_device=described)):
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((4,), ("data",), abstract_device=described)
+    ):
         assert attention.hardware() == "tpu"
-    for capability, expected in {"7.5": "gpu", "8.0": "nvidia", "10.3": "nvidia", "gfx90a": "gpu"}.items():
+    for capability, expected in {
+        "7.5": "gpu",
+        "8.0": "nvidia",
+        "10.3": "nvidia",
+        "gfx90a": "gpu",
+    }.items():
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
         monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
         assert attention.hardware() == expected, capability
@@ -281,11 +331,16 @@ def test_hardware(monkeypatch):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a laptop refuses")
 def test_a_model_with_a_kernel_by_name():
-    """Rows are refused in a sentence; decoding from a cache, which is always plain, and the vision encoder work."""
+    """Rows are refused in a sentence.
+
+    Decoding from a cache, which is always plain, and the vision encoder work.
+    """
     model = tiny.abstract(dataclasses.replace(tiny.CONFIG, attention="splash"))
     span = Span(*(jnp.ones((1, 128), jnp.int32) for _ in range(3)))
     x = jnp.ones((1, 128, tiny.CONFIG.decoder.width))
-    with pytest.raises(UserError, match=r"^config.model.attention='splash' cannot run here: splash is a TPU kernel"):
+    with pytest.raises(
+        UserError, match=r"^config.model.attention='splash' cannot run here: splash is a TPU kernel"
+    ):
         jax.eval_shape(lambda decoder: decoder(x, span), model.decoder)
     jax.eval_shape(lambda decoder: decoder(x, span, decoder.empty_cache(span, x.dtype)), model.decoder)
     jax.eval_shape(lambda vision: vision(jnp.zeros((1, 16, 16, 3))), model.vision)
@@ -297,7 +352,9 @@ def test_a_model_with_a_kernel_by_name():
 
 
 def kept_by_a_layer(part: str, **how) -> int:
-    """Bytes that one more layer of the vision encoder or the decoder keeps for the backward pass, weights apart."""
+    """Bytes that one more layer of the vision encoder or the decoder keeps for the backward pass,
+    weights apart.
+    """
     rows = jnp.ones((8, 128), jnp.int32)
     images, span = jnp.ones((8, 16, 16, 3)), Span(rows, rows, rows)
 
@@ -328,12 +385,16 @@ def test_splash_keeps_no_scores(on_tpu):
 def test_remat_keeps_less(part):
     """Of each layer its input alone with "full", the plain products besides with "dots"."""
     layer = {remat: kept_by_a_layer(part, remat=remat) for remat in ("none", "dots", "full")}
-    assert layer["full"] == pytest.approx(4 * (8 * 17 * 12 if part == "vision" else 8 * 128 * 16), rel=0.01)
+    assert layer["full"] == pytest.approx(
+        4 * (8 * 17 * 12 if part == "vision" else 8 * 128 * 16), rel=0.01
+    )
     assert 3 * layer["full"] < layer["dots"] < layer["none"] / 2, layer
 
 
 def test_remat_changes_no_gradient():
-    """Of the whole model, with dropout in its adapters: a layer computed again draws the same numbers."""
+    """Of the whole model, with dropout in its adapters: a layer computed again draws the same
+    numbers.
+    """
     settings = tiny.config(lora={"dropout": 0.5})
     given = parameters(tiny.model(settings))
     batch = tiny.mixed_batch(np.random.default_rng(0))
@@ -348,10 +409,13 @@ def test_remat_changes_no_gradient():
         lowered = jax.jit(jax.grad(loss)).lower(given)
         loops[remat] = lowered.as_text().count("stablehlo.while")
         gradients[remat] = lowered.compile()(given)
-    # Few layers are written out, unless they are computed again: the compiler would merge the two computations.
+    # Few layers are written out, unless they are computed again: the compiler would merge the two
+    # computations.
     assert loops["none"] + 4 <= min(loops["dots"], loops["full"])
     for remat in ("dots", "full"):
         for path, expected in gradients["none"].items():
             scale = np.abs(np.asarray(expected)).max()
             assert scale > 0, path
-            np.testing.assert_allclose(gradients[remat][path], expected, rtol=0, atol=1e-5 * scale, err_msg=path)
+            np.testing.assert_allclose(
+                gradients[remat][path], expected, rtol=0, atol=1e-5 * scale, err_msg=path
+            )

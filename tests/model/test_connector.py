@@ -1,4 +1,6 @@
-"""The connector: the fast form equals the literal one in values and gradients, and both the published rules."""
+"""The connector: the fast form equals the literal one in values and gradients, and both the
+published rules.
+"""
 
 import dataclasses
 import itertools
@@ -24,18 +26,27 @@ ROUTERS = [
 
 
 def variant(index: int, kind: str, aggregation, router) -> dict:
-    """One of the grid; what the grid does not name (experts 3..7, top 1..3, task tokens, widths) goes round."""
+    """One of the grid.
+
+    What the grid does not name (experts 3..7, top 1..3, task tokens, widths) goes round.
+    """
     reads_task = router[0] in ("soft", "sparse") and router[1] != "token"
     return {
         **{"kind": kind, "aggregation": aggregation[0], "rate": aggregation[1]},
-        **{"router": router[0], "router_input": router[1], "experts": 3 + index % 5, "top_k": 1 + index % 3},
+        **{
+            "router": router[0],
+            "router_input": router[1],
+            "experts": 3 + index % 5,
+            "top_k": 1 + index % 3,
+        },
         **{"task_tokens": 1 if reads_task else index % 2, "task_token_width": (None, 7)[index % 2]},
         **{"hidden": (None, 10)[index // 2 % 2], "router_hidden": (None, 14)[index // 3 % 2]},
     }
 
 
 GRID = [
-    variant(i, *fields) for i, fields in enumerate(itertools.product(("moe_linear", "moe_mlp"), AGGREGATIONS, ROUTERS))
+    variant(i, *fields)
+    for i, fields in enumerate(itertools.product(("moe_linear", "moe_mlp"), AGGREGATIONS, ROUTERS))
 ]
 # Each kind with each router, once, on the five aggregations in turn.
 EVERY_ROUTER = [
@@ -50,9 +61,13 @@ def name_of(connector: dict) -> str:
 
 
 def inputs(seed=0, images=3):
-    """Patch features [N, 16, 12] of images of all kinds of task, and cotangents to weigh the outputs with."""
+    """Patch features [N, 16, 12] of images of all kinds of task, and cotangents to weigh the
+    outputs with.
+    """
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((images, 16, 12)).astype(np.float32), np.array([2, 0, 2][:images], np.int32)
+    return rng.standard_normal((images, 16, 12)).astype(np.float32), np.array(
+        [2, 0, 2][:images], np.int32
+    )
 
 
 def literal_twin(connector):
@@ -89,7 +104,8 @@ def check_forms(connector: dict):
     used = {path for path, gradient in slow_grads.items() if np.any(gradient)}
     idle = set(slow_grads) - used
     routed = connector.config.router in ("soft", "sparse")
-    top_one = connector.config.router == "sparse" and connector.config.top_k == 1  # a constant weight of 1
+    # a constant weight of 1
+    top_one = connector.config.router == "sparse" and connector.config.top_k == 1
     for path in idle:
         assert "task_tokens" in path or (path.startswith("router") and top_one), path
     if routed and not top_one and connector.config.router_input != "token":
@@ -124,7 +140,10 @@ def gelu(x):
 
 
 def test_aggregation_by_hand():
-    """Strips of consecutive patches; squares; pools over squares. Patch p of a 4 x 4 grid holds p, p + 100."""
+    """Strips of consecutive patches; squares; pools over squares.
+
+    Patch p of a 4 x 4 grid holds p, p + 100.
+    """
     x = (np.arange(16)[:, None] + np.array([0, 100])).astype(np.float32)[None]  # [1, 16, 2]
 
     def tokens(kind, rate):
@@ -163,7 +182,9 @@ def test_routing_rules():
 def routing_of(tasks, **connector):
     model = tiny.model(tiny.config(connector=connector)).connector
     patches, _ = inputs()
-    return np.asarray(model(np.repeat(patches[:1], len(tasks), axis=0), np.array(tasks, np.int32)).routing)
+    return np.asarray(
+        model(np.repeat(patches[:1], len(tasks), axis=0), np.array(tasks, np.int32)).routing
+    )
 
 
 @pytest.mark.parametrize("level", [0.0, -50.0, -200.0])
@@ -179,8 +200,13 @@ def test_soft_routing_has_finite_gradients_at_any_common_level(level):
 
 
 def test_router_inputs():
-    """task_token reads both, token the image alone, task the task alone; one image under tasks 0, 1 and 1."""
-    both, token, task = (routing_of([0, 1, 1], router_input=name) for name in ("task_token", "token", "task"))
+    """task_token reads both, token the image alone, task the task alone.
+
+    One image under tasks 0, 1 and 1.
+    """
+    both, token, task = (
+        routing_of([0, 1, 1], router_input=name) for name in ("task_token", "token", "task")
+    )
     for routing in (both, token, task):
         np.testing.assert_allclose(routing.sum(-1), 1, rtol=1e-6)
         np.testing.assert_array_equal(routing[1], routing[2])
@@ -231,4 +257,7 @@ def test_half_precision_and_empty_slots():
 
 def test_visual_features():
     for (aggregation, rate), expected in zip(AGGREGATIONS, (24, 48, 48, 12, 12), strict=True):
-        assert visual_features(tiny.config(connector={"aggregation": aggregation, "rate": rate})) == expected
+        assert (
+            visual_features(tiny.config(connector={"aggregation": aggregation, "rate": rate}))
+            == expected
+        )

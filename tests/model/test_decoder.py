@@ -70,7 +70,11 @@ def import_decoder(peer, config: DecoderConfig, lora: LoraConfig = PLAIN, prefix
     if lora.rank:
         table += peft_table(settings, f"{prefix}model.layers", ".default")
     model = abstract(settings)
-    empty = {p: np.full(v.shape, np.nan, np.float32) for p, v in parameters(model).items() if p.startswith("decoder/")}
+    empty = {
+        p: np.full(v.shape, np.nan, np.float32)
+        for p, v in parameters(model).items()
+        if p.startswith("decoder/")
+    }
     tensors = {name: tensor.detach().numpy() for name, tensor in peer.state_dict().items()}
     return with_parameters(model, empty | to_leaves(table, tensors, empty)).decoder
 
@@ -103,7 +107,9 @@ def test_equals_peft(kind, theirs, targets):
     """All linears wrapped, lora_B away from zero; merged, the same logits and no adapter left."""
     torch = pytest.importorskip("torch", reason=NEEDS)
     peft = pytest.importorskip("peft", reason=NEEDS)
-    settings = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=16, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM"
+    )
     base = hf_model(kind, **theirs)
     config = hf_config.decoder_from_hf(base.config)
     peer = peft.get_peft_model(base, settings).eval()
@@ -158,7 +164,11 @@ def reference_logits(decoder, config: DecoderConfig, tokens, positions, sees) ->
 
     def rotate(x, position, window):
         theta = config.local_rope_theta if window and config.local_rope_theta else config.rope_theta
-        slower = 1 if config.rope_scaling is None or theta == config.local_rope_theta else config.rope_scaling.factor
+        slower = (
+            1
+            if config.rope_scaling is None or theta == config.local_rope_theta
+            else config.rope_scaling.factor
+        )
         rotary = int(config.head_dim * config.rotary_fraction)
         out = x.copy()
         for pair in range(rotary // 2):
@@ -186,7 +196,11 @@ def reference_logits(decoder, config: DecoderConfig, tokens, positions, sees) ->
         for s in range(length):
             for h in range(heads):
                 g = h * config.kv_heads // heads
-                js = [j for j in range(length) if sees(s, j) and (not window or positions[s] - positions[j] < window)]
+                js = [
+                    j
+                    for j in range(length)
+                    if sees(s, j) and (not window or positions[s] - positions[j] < window)
+                ]
                 query = rotate(q[s, h], positions[s], window)
                 scores = np.array([query @ rotate(k[j, g], positions[j], window) for j in js]) * scale
                 if config.attention_softcap:
@@ -198,9 +212,13 @@ def reference_logits(decoder, config: DecoderConfig, tokens, positions, sees) ->
         if not config.parallel_block:
             y = norm(x, "layers/norm2", i)
         up = linear(y, "mlp/up", i)
-        out = linear(activate(linear(y, "mlp/gate", i)) * up if config.gated_mlp else activate(up), "mlp/down", i)
+        out = linear(
+            activate(linear(y, "mlp/gate", i)) * up if config.gated_mlp else activate(up), "mlp/down", i
+        )
         x = x + (norm(out, "layers/post_norm2", i) if config.post_norms else out)
-    logits = norm(x, "norm") @ (p["embedding"].T if config.tied_head else p["head"]) + p.get("head_bias", 0)
+    logits = norm(x, "norm") @ (p["embedding"].T if config.tied_head else p["head"]) + p.get(
+        "head_bias", 0
+    )
     cap = config.logit_softcap
     return cap * np.tanh(logits / cap) if cap else logits
 
@@ -213,11 +231,27 @@ FIELDS = {
     "layer norm, gelu": {"norm": "layer", "activation": "gelu_tanh"},
     "q and v bias, tied": {"attention_bias": ("q", "v"), "tied_head": True},
     "Gemma 3": {
-        **{"norm": "rms_zero", "post_norms": True, "qk_norm": True, "query_scale": 0.6, "scaled_embedding": True},
-        **{"windows": (3, 0), "local_rope_theta": 30.0, "rope_scaling": RopeScaling(kind="linear", factor=5.0)},
+        **{
+            "norm": "rms_zero",
+            "post_norms": True,
+            "qk_norm": True,
+            "query_scale": 0.6,
+            "scaled_embedding": True,
+        },
+        **{
+            "windows": (3, 0),
+            "local_rope_theta": 30.0,
+            "rope_scaling": RopeScaling(kind="linear", factor=5.0),
+        },
     },
     "Phi": {
-        **{"norm": "layer", "parallel_block": True, "gated_mlp": False, "mlp_bias": True, "head_bias": True},
+        **{
+            "norm": "layer",
+            "parallel_block": True,
+            "gated_mlp": False,
+            "mlp_bias": True,
+            "head_bias": True,
+        },
         **{"attention_bias": ("q", "k", "v", "o"), "rotary_fraction": 0.5},
     },
     "a rotation of the layers with a window": {"windows": (3, 0), "local_rope_theta": 30.0},
@@ -242,7 +276,9 @@ def test_fields_against_a_plain_loop(name):
     actual = logits_of(decoder, tokens[None], Span(positions[None], segments[None], prefixes[None]))
     expected = reference_logits(decoder, config.decoder, tokens[:10], positions[:10], sees)
     np.testing.assert_allclose(np.asarray(actual)[0, :10], expected, rtol=0, atol=1e-5)
-    default = tiny.config(decoder={k: getattr(tiny.CONFIG.decoder, k) for k in FIELDS[name]}, lora={"rank": 0})
+    default = tiny.config(
+        decoder={k: getattr(tiny.CONFIG.decoder, k) for k in FIELDS[name]}, lora={"rank": 0}
+    )
     free = {"windows", "attention_softcap", "logit_softcap", "rotary_fraction"}
     if set(FIELDS[name]) <= free | {"local_rope_theta", "query_scale", "scaled_embedding"}:
         without = reference_logits(decoder, default.decoder, tokens[:10], positions[:10], sees)

@@ -1,4 +1,7 @@
-"""Generation: the jitted loop over a cache equals whole passes; ends, padding, sampling, mixed batches."""
+"""Generation: the jitted loop over a cache equals whole passes.
+
+Ends, padding, sampling, mixed batches.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +45,9 @@ def greedy(model, batch, eos=NEVER, pad=tiny.PAD, new=NEW):
 
 @pytest.fixture(scope="module")
 def expected(model, prompts):
-    """Greedy answers without a cache: the whole row anew for every token, places to come masked as padding."""
+    """Greedy answers without a cache: the whole row anew for every token, places to come masked as
+    padding.
+    """
     batch = batch_of(prompts)
     rows = len(prompts)
     span = [np.array(s) for s in extended_span(batch, NEW)]
@@ -117,7 +122,9 @@ def frequencies(sampling, seed=0):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_p, kept", [(1.0, {0.5: 6, 1.0: 6, 2.0: 6}), (0.75, {0.5: 2, 1.0: 3, 2.0: 4})])
+@pytest.mark.parametrize(
+    "top_p, kept", [(1.0, {0.5: 6, 1.0: 6, 2.0: 6}), (0.75, {0.5: 2, 1.0: 3, 2.0: 4})]
+)
 def test_sampled_frequencies(temperature, top_p, kept):
     """Chi-square of 20,000 draws against the softmax over the smallest set that reaches top_p."""
     p = np.exp(LOGITS / temperature)
@@ -148,7 +155,15 @@ def test_sampled_generation(model, prompts):
     def sample(seed, rows=prompts):
         key = jax.random.key(seed)
         sampling = Sampling(2.0, 0.9)
-        out = generate(model, batch_of(rows), max_new_tokens=NEW, eos=NEVER, pad=tiny.PAD, sampling=sampling, key=key)
+        out = generate(
+            model,
+            batch_of(rows),
+            max_new_tokens=NEW,
+            eos=NEVER,
+            pad=tiny.PAD,
+            sampling=sampling,
+            key=key,
+        )
         return np.asarray(out)
 
     first = sample(0)
@@ -177,5 +192,7 @@ def test_streamed_tokens_are_the_generated_ones(model, prompts, expected, chunk)
         np.testing.assert_array_equal(found, whole[:, : found.shape[1]])
         assert (whole[:, found.shape[1] :] == 7).all()
         assert pieces[0].shape == (len(prompts), 1) and all(piece.shape[1] <= chunk for piece in pieces)
-    first = list(stream(model, batch_of(prompts[:1]), max_new_tokens=NEW, eos=int(expected[0, 0]), pad=7))
+    first = list(
+        stream(model, batch_of(prompts[:1]), max_new_tokens=NEW, eos=int(expected[0, 0]), pad=7)
+    )
     assert [piece.tolist() for piece in first] == [[[expected[0, 0]]]]

@@ -1,4 +1,7 @@
-"""The decoder's experts: three ways to run them that mean the same, on one device and on eight; padding; settings."""
+"""The decoder's experts: three ways to run them that mean the same, on one device and on eight; padding.
+
+settings.
+"""
 
 import dataclasses
 
@@ -28,7 +31,9 @@ PLAIN = dataclasses.replace(GATED, gated_mlp=False, mlp_bias=True, activation="g
 
 def settings(decoder=GATED, **moe):
     moe = {"experts": 4, "placement": "dense", **moe}
-    return dataclasses.replace(tiny.CONFIG, decoder=decoder, moe=MoeConfig(**moe), lora=LoraConfig(rank=0))
+    return dataclasses.replace(
+        tiny.CONFIG, decoder=decoder, moe=MoeConfig(**moe), lora=LoraConfig(rank=0)
+    )
 
 
 def layer(config, skew: str = "even", seed: int = 0) -> Moe:
@@ -60,18 +65,25 @@ def inputs(batch: int, length: int = 7, seed: int = 1):
 
 
 def same(actual, expected, what):
-    """Values within 1e-5; of each expert (and of each other leaf) the worst gradient within 1e-4 of its largest."""
+    """Values within 1e-5.
+
+    Of each expert (and of each other leaf) the worst gradient within 1e-4 of its largest.
+    """
     (y, routing, (d_moe, dx)), (y_, routing_, (d_moe_, dx_)) = actual, expected
     assert np.abs(y - y_).max() <= 1e-5, what
     np.testing.assert_array_equal(routing.experts, routing_.experts)
     np.testing.assert_array_equal(routing.counts, routing_.counts)
-    flat, flat_ = (jax.tree_util.tree_flatten_with_path((m, x))[0] for m, x in ((d_moe, dx), (d_moe_, dx_)))
+    flat, flat_ = (
+        jax.tree_util.tree_flatten_with_path((m, x))[0] for m, x in ((d_moe, dx), (d_moe_, dx_))
+    )
     for (path, leaf), (_, leaf_) in zip(flat, flat_, strict=True):
         name = jax.tree_util.keystr(path)
         experts = zip(leaf, leaf_, strict=True) if "experts" in name else [(leaf, leaf_)]
         for e, (part, part_) in enumerate(experts):
             worst, size = np.abs(part - part_).max(), np.abs(part_).max()
-            assert worst <= 1e-4 * max(size, 1e-3), f"{what}: {name} of expert {e}: {worst:.1e} of {size:.1e}"
+            assert worst <= 1e-4 * max(size, 1e-3), (
+                f"{what}: {name} of expert {e}: {worst:.1e} of {size:.1e}"
+            )
 
 
 CASES = {
@@ -90,7 +102,8 @@ def test_dispatches_agree(case):
     """Grouped and capacity dispatch give what the dense one gives, values and gradients."""
     decoder, moe, skew = CASES[case]
     x, used, cotangent = inputs(3)  # a batch of 3 is a trap of the original
-    moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}  # enough for all, except in the cases "full"
+    # enough for all, except in the cases "full"
+    moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}
     results = {}
     for path in ("dense", "grouped", "capacity"):
         config = settings(decoder, path=path, **moe)
@@ -131,19 +144,26 @@ def test_devices(name, path):
     axes, experts, batch, decoder, moe = MESHES[name]
     moe = {"experts": experts, "capacity_factor": float(experts), "random": False, **moe}
     x, used, cotangent = inputs(batch)
-    alone = value_and_gradients(layer(settings(decoder, path="dense", **moe)), x, used, Noise(), cotangent)
+    alone = value_and_gradients(
+        layer(settings(decoder, path="dense", **moe)), x, used, Noise(), cotangent
+    )
     mesh = sharding.make_mesh(MeshConfig(auto=False, **axes), rows=8)
     config = settings(decoder, path=path, **moe)
     leaves = {f"decoder/layers/moe/{path}": leaf for path, leaf in parameters(layer(config)).items()}
     places = sharding.parameter_shardings(leaves, mesh)
     spread = {
-        path.removeprefix("decoder/layers/moe/"): jax.device_put(leaf, places[path]) for path, leaf in leaves.items()
+        path.removeprefix("decoder/layers/moe/"): jax.device_put(leaf, places[path])
+        for path, leaf in leaves.items()
     }
     shares = axes.get("expert", 1)
     up = spread["experts/up/kernel"]
     assert up.sharding.shard_shape(up.shape)[0] == (experts if experts % shares else experts // shares)
     with sharding.inside(mesh):
-        same(value_and_gradients(with_parameters(layer(config), spread), x, used, Noise(), cotangent), alone, name)
+        same(
+            value_and_gradients(with_parameters(layer(config), spread), x, used, Noise(), cotangent),
+            alone,
+            name,
+        )
 
 
 def test_padding_is_left_out():
@@ -151,7 +171,9 @@ def test_padding_is_left_out():
     x, used, cotangent = inputs(3)
     other = np.where(used[..., None], x, 7.0).astype(np.float32)
     moe = layer(settings(capacity_factor=0.6, random=False))
-    (y, routing, _), (y_, routing_, _) = (value_and_gradients(moe, a, used, Noise(), cotangent) for a in (x, other))
+    (y, routing, _), (y_, routing_, _) = (
+        value_and_gradients(moe, a, used, Noise(), cotangent) for a in (x, other)
+    )
     np.testing.assert_array_equal(np.asarray(y)[used], np.asarray(y_)[used])
     np.testing.assert_array_equal(routing.counts, routing_.counts)
     assert routing.aux == routing_.aux and routing.counts.sum() == used.sum()
@@ -160,7 +182,10 @@ def test_padding_is_left_out():
 
 
 def test_random_token_selection():
-    """In training any of an expert's tokens may be the ones that fit; without the noise the first ones fit."""
+    """In training any of an expert's tokens may be the ones that fit.
+
+    Without the noise the first ones fit.
+    """
     logits = jnp.zeros((40, 2)).at[:, 0].set(1.0)
     first = route(logits, 1, capacity=8)
     np.testing.assert_array_equal(np.nonzero(first.kept[:, 0])[0], np.arange(8))
@@ -187,12 +212,19 @@ def test_second_choice_is_drawn():
 
 def test_layer_plan():
     """Few units, repeated: depth does not make the program longer."""
-    kinds = {"sparse": (True, False) * 12, "second_half": (False,) * 12 + (True,) * 12, "dense": (True,) * 24}
+    kinds = {
+        "sparse": (True, False) * 12,
+        "second_half": (False,) * 12 + (True,) * 12,
+        "dense": (True,) * 24,
+    }
     stretches = {name: LayerPlan.of(pattern).stretches for name, pattern in kinds.items()}
     assert stretches["sparse"] == ((0, (True, False), 12),)
     assert stretches["second_half"] == ((0, (False,), 12), (12, (True,), 12))
     assert stretches["dense"] == ((0, (True,), 24),)
-    assert LayerPlan.of((True, False, True, False, True)).stretches == ((0, (True, False), 2), (4, (True,), 1))
+    assert LayerPlan.of((True, False, True, False, True)).stretches == (
+        (0, (True, False), 2),
+        (4, (True,), 1),
+    )
     for placement, pattern in kinds.items():
         numbers = MoeConfig(experts=2, placement=placement).numbers(24)
         assert tuple(i in numbers for i in range(24)) == pattern
@@ -202,7 +234,8 @@ def test_layer_plan():
 
 @pytest.mark.parametrize("layers", [(0, 2), (1, 2, 3), (3,), (0, 1, 2, 3)])
 def test_upcycled_is_the_dense_decoder(layers):
-    """Copies of the MLP, each weighted by its probability: with top-2 and no meta expert the dense decoder itself.
+    """Copies of the MLP, each weighted by its probability: with top-2 and no meta expert the dense
+    decoder itself.
 
     Whatever layers hold the experts, and with all outputs by layer.
     """
@@ -218,8 +251,12 @@ def test_upcycled_is_the_dense_decoder(layers):
     shapes = parameters(abstract(mixed))
     assert {path: leaf.shape for path, leaf in new.items()} == {path: shapes[path].shape for path in new}
     routers = {p for p in shapes if "/router/" in p}
-    assert set(shapes) == (set(leaves) - {p for p in leaves if p.startswith(prefix)}) | set(new) | routers
-    target = with_parameters(target, {p: leaf for p, leaf in leaves.items() if p in shapes and p not in new} | new)
+    assert (
+        set(shapes) == (set(leaves) - {p for p in leaves if p.startswith(prefix)}) | set(new) | routers
+    )
+    target = with_parameters(
+        target, {p: leaf for p, leaf in leaves.items() if p in shapes and p not in new} | new
+    )
     batch = tiny.mixed_batch(np.random.default_rng(0), rows=3)
 
     @jax.jit
@@ -240,7 +277,9 @@ def test_upcycled_is_the_dense_decoder(layers):
 def test_loss():
     """The balancing loss enters with its coefficient, whatever the weights of the answers."""
     decoder = dataclasses.replace(tiny.CONFIG.decoder, depth=4)
-    config = dataclasses.replace(tiny.CONFIG, decoder=decoder, moe=MoeConfig(experts=3), lora=LoraConfig(rank=0))
+    config = dataclasses.replace(
+        tiny.CONFIG, decoder=decoder, moe=MoeConfig(experts=3), lora=LoraConfig(rank=0)
+    )
     with_loss = dataclasses.replace(config, moe=dataclasses.replace(config.moe, aux_coef=0.5))
     leaves = parameters(tiny.model(config))
     batch = tiny.mixed_batch(np.random.default_rng(0), reduction="example")

@@ -42,8 +42,21 @@ OTHER = tiny.config(
     vision={"depth": 1, "width": 16, "heads": 4, "mlp_width": 32},
     connector={"experts": 5, "hidden": 8, "router_hidden": 16},
     decoder={
-        **{"depth": 2, "width": 16, "mlp_width": 32, "gated_mlp": False, "mlp_bias": True, "tied_head": True},
-        **{"head_bias": True, "norm": "rms_zero", "post_norms": True, "qk_norm": True, "scaled_embedding": True},
+        **{
+            "depth": 2,
+            "width": 16,
+            "mlp_width": 32,
+            "gated_mlp": False,
+            "mlp_bias": True,
+            "tied_head": True,
+        },
+        **{
+            "head_bias": True,
+            "norm": "rms_zero",
+            "post_norms": True,
+            "qk_norm": True,
+            "scaled_embedding": True,
+        },
         **{"attention_bias": ("q", "k", "v", "o"), "windows": (8, 0), "local_rope_theta": 100.0},
     },
     lora={"targets": ("q", "k", "v", "o", "up", "down")},
@@ -121,7 +134,11 @@ def test_eight_devices_equal_one(config, axes, batch, alone):
 
 def training(mesh, batches, rules=TrainConfig.rules):
     """-> losses, last leaves, compiles."""
-    config = Config(model=MODEL, optimizer=OptimizerConfig(skip_unused=False, eps=1e-6), train=TrainConfig(rules=rules))
+    config = Config(
+        model=MODEL,
+        optimizer=OptimizerConfig(skip_unused=False, eps=1e-6),
+        train=TrainConfig(rules=rules),
+    )
     given = leaf_rules(parameters(abstract(MODEL)), config.train, config.optimizer)
     optimizer = Optimizer(config.optimizer, given)
     leaves = {path: jnp.array(leaf) for path, leaf in parameters(tiny.model(MODEL)).items()}
@@ -138,7 +155,9 @@ def training(mesh, batches, rules=TrainConfig.rules):
             state, metrics = step(state, frozen, sharding.on_devices(batch, mesh, 1), np.float32(1e-3))
             losses.append(float(metrics["loss"]))
         if mesh is not None:
-            moved = jax.tree.map(lambda leaf, old: leaf.sharding.is_equivalent_to(old, leaf.ndim), state, before)
+            moved = jax.tree.map(
+                lambda leaf, old: leaf.sharding.is_equivalent_to(old, leaf.ndim), state, before
+            )
             assert all(jax.tree.leaves(moved))
     return losses, jax.device_get(state.leaves), step._cache_size()
 
@@ -150,7 +169,9 @@ def test_training_on_a_mesh_equals_one_device_and_compiles_once():
     assert compiles == 1
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for path, leaf in leaves.items():
-        np.testing.assert_allclose(found[path], leaf, rtol=0, atol=2e-5 * np.abs(leaf).max(), err_msg=path)
+        np.testing.assert_allclose(
+            found[path], leaf, rtol=0, atol=2e-5 * np.abs(leaf).max(), err_msg=path
+        )
 
 
 def test_where_parameters_and_moments_lie():
@@ -167,7 +188,9 @@ def test_where_parameters_and_moments_lie():
     assert places["decoder/layers/norm1/scale"].spec == P(None, None)
     given = leaf_rules(leaves, TrainConfig(), OptimizerConfig())
     optimizer = Optimizer(OptimizerConfig(skip_unused=True), given)
-    state = jax.eval_shape(lambda leaves: TrainState(jnp.int32(0), leaves, optimizer.init(leaves)), leaves)
+    state = jax.eval_shape(
+        lambda leaves: TrainState(jnp.int32(0), leaves, optimizer.init(leaves)), leaves
+    )
     found = sharding.state_shardings(state, mesh)
     assert found.leaves == places and found.moments.mean == places
     assert found.moments.count["connector/experts/up"].spec == P() == found.step.spec
@@ -181,9 +204,24 @@ def test_only_matching_patterns_and_logical_names_stand_in_the_table():
 
 
 def test_auto_spreads_rows_and_never_fails():
-    assert dict(sharding.make_mesh(MeshConfig(), 8).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1}
-    assert dict(sharding.make_mesh(MeshConfig(), 12).shape) == {"data": 4, "fsdp": 1, "tensor": 2, "expert": 1}
-    assert dict(sharding.make_mesh(MeshConfig(), 15).shape) == {"data": 1, "fsdp": 1, "tensor": 8, "expert": 1}
+    assert dict(sharding.make_mesh(MeshConfig(), 8).shape) == {
+        "data": 8,
+        "fsdp": 1,
+        "tensor": 1,
+        "expert": 1,
+    }
+    assert dict(sharding.make_mesh(MeshConfig(), 12).shape) == {
+        "data": 4,
+        "fsdp": 1,
+        "tensor": 2,
+        "expert": 1,
+    }
+    assert dict(sharding.make_mesh(MeshConfig(), 15).shape) == {
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 8,
+        "expert": 1,
+    }
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence():

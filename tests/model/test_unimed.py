@@ -1,4 +1,6 @@
-"""The whole model: visual tokens in their places, packed equals alone equals step by step, full size by counting."""
+"""The whole model: visual tokens in their places, packed equals alone equals step by step, full
+size by counting.
+"""
 
 import collections
 import dataclasses
@@ -45,14 +47,21 @@ def answers_of(batch, answers, row, segment):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_packed_third_equals_alone(seed):
-    """Behind a shared image with three questions and behind text alone, an example's logits are those it has alone."""
+    """Behind a shared image with three questions and behind text alone, an example's logits are
+    those it has alone.
+    """
     rng = np.random.default_rng(seed)
     model = tiny.model(seed=seed)
-    groups = [tiny.group(rng, "refer", questions=3), tiny.group(rng, "qa", images=0), tiny.group(rng, "caption")]
+    groups = [
+        tiny.group(rng, "refer", questions=3),
+        tiny.group(rng, "qa", images=0),
+        tiny.group(rng, "caption"),
+    ]
     shape = tiny.shape(tokens=80)
     packed_batch, packed, packed_answers = predict_rows(model, [groups], shape)
     _, alone, alone_answers = predict_rows(model, [[g] for g in groups[1:]], shape)
-    assert packed_batch["segments"].max() == 6  # one prefix with three suffixes, text, and the third example
+    # one prefix with three suffixes, text, and the third example
+    assert packed_batch["segments"].max() == 6
     for row, (segment, group) in enumerate(zip((5, 6), groups[1:], strict=True)):
         length = group.questions[0].tokens
         here = packed_batch["segments"][0] == segment
@@ -84,7 +93,9 @@ def decode_step(model, x, here, cache, place):
 
 @pytest.mark.parametrize("questions", [1, 2])
 def test_cache_equals_one_pass(questions):
-    """An example (or two questions behind one image) token by token through the cache, as in one packed pass."""
+    """An example (or two questions behind one image) token by token through the cache, as in one
+    packed pass.
+    """
     rng = np.random.default_rng(3)
     model = tiny.model()
     shape = tiny.shape(tokens=26)
@@ -99,7 +110,10 @@ def test_cache_equals_one_pass(questions):
 
 
 def test_visual_tokens_stand_in_their_places():
-    """Two images in one example, one each in two others; embeddings at visual places are the connector's tokens."""
+    """Two images in one example, one each in two others.
+
+    Embeddings at visual places are the connector's tokens.
+    """
     rng = np.random.default_rng(4)
     model = tiny.model()
     rows = [[tiny.group(rng, "vqa", images=2)], [tiny.group(rng, "refer"), tiny.group(rng, "cls")]]
@@ -115,11 +129,16 @@ def test_visual_tokens_stand_in_their_places():
             (place,) = np.flatnonzero(batch["visual"][row] == slot * tiny.TOKENS + t)
             np.testing.assert_allclose(x[row, place], tokens[t], rtol=0, atol=1e-5)
     text = batch["visual"] < 0
-    np.testing.assert_array_equal(np.asarray(x)[text], np.asarray(model.decoder.embedding[...])[batch["tokens"][text]])
+    np.testing.assert_array_equal(
+        np.asarray(x)[text], np.asarray(model.decoder.embedding[...])[batch["tokens"][text]]
+    )
 
 
 def test_nothing_leaks():
-    """An empty slot's pixels, another row's image and a neighbour's answer change nothing; the own image does."""
+    """An empty slot's pixels, another row's image and a neighbour's answer change nothing.
+
+    The own image does.
+    """
     rng = np.random.default_rng(5)
     model = tiny.model()
     rows = [[tiny.group(rng, "vqa"), tiny.group(rng, "qa", images=0)], [tiny.group(rng, "caption")]]
@@ -158,19 +177,30 @@ def test_published_size():
     assert counts["connector/task_tokens"] == 28_160
     rules = leaf_rules(leaves, config.train, config.optimizer)
     assert sum(leaf.size for path, leaf in leaves.items() if rules[path].train) == 727_068_165
-    base = sum(leaf.size for path, leaf in leaves.items() if path.startswith("decoder/") and "lora" not in path)
+    base = sum(
+        leaf.size for path, leaf in leaves.items() if path.startswith("decoder/") and "lora" not in path
+    )
     assert base == 6_738_415_616  # LLaMA-2-7B
-    assert sum(leaf.size for path, leaf in leaves.items() if path.startswith("vision/blocks")) == 39 * 25_248_768
+    assert (
+        sum(leaf.size for path, leaf in leaves.items() if path.startswith("vision/blocks"))
+        == 39 * 25_248_768
+    )
     assert config.model.tokens_per_image == 64
     assert leaves["connector/router/task_kernel"].shape == (5632, 45056)
 
 
 def test_gemma_twin():
     """configs/cmoe_gemma.py: transformers' own Gemma-7B, and else the published configuration."""
-    config, published = (from_config_dict(load_config_file(f"configs/{n}.py")) for n in ("cmoe_gemma", "cmoe"))
-    assert not hf_config.decoder_differences(hf_config.decoder_from_hf(GemmaConfig()), config.model.decoder)
+    config, published = (
+        from_config_dict(load_config_file(f"configs/{n}.py")) for n in ("cmoe_gemma", "cmoe")
+    )
+    assert not hf_config.decoder_differences(
+        hf_config.decoder_from_hf(GemmaConfig()), config.model.decoder
+    )
     leaves = parameters(abstract(config.model))
-    base = sum(leaf.size for path, leaf in leaves.items() if path.startswith("decoder/") and "lora" not in path)
+    base = sum(
+        leaf.size for path, leaf in leaves.items() if path.startswith("decoder/") and "lora" not in path
+    )
     assert base == 8_537_680_896
     same = dataclasses.replace(config.model, decoder=published.model.decoder)
     assert dataclasses.replace(config, name="cmoe", model=same) == published

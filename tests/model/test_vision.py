@@ -11,7 +11,13 @@ from support import tiny
 
 from unimed_jax.interop.tensors.table import LAYOUTS
 from unimed_jax.model.parameters import parameters, with_parameters
-from unimed_jax.model.vision import VisionEncoder, normalise, patchify, resize_positions, sincos_positions
+from unimed_jax.model.vision import (
+    VisionEncoder,
+    normalise,
+    patchify,
+    resize_positions,
+    sincos_positions,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -30,7 +36,10 @@ def vision(seed=0, **fields):
 
 def test_qkv_biases():
     """qv: no bias on k (EVA); a bias on k shifts all scores of a query alike and so changes nothing."""
-    has = {kind: {p for p in parameters(vision(qkv_bias=kind)) if "_bias" in p} for kind in ("none", "qv", "qkv")}
+    has = {
+        kind: {p for p in parameters(vision(qkv_bias=kind)) if "_bias" in p}
+        for kind in ("none", "qv", "qkv")
+    }
     q, k, v = (f"blocks/attention/{n}_bias" for n in "qkv")
     assert has == {"none": set(), "qv": {q, v}, "qkv": {q, k, v}}
     full = vision(qkv_bias="qkv")
@@ -80,7 +89,10 @@ def test_position_resize_to_the_same_grid_is_the_identity():
 
 
 def test_sincos_positions():
-    """Every patch has its own; neighbours are closer than strangers; rows in the first half of the channels."""
+    """Every patch has its own; neighbours are closer than strangers.
+
+    Rows in the first half of the channels.
+    """
     table = sincos_positions(8, 16)
     assert table.shape == (64, 16) and table.dtype == np.float32
     distance = np.linalg.norm(table[:, None] - table[None], axis=-1)
@@ -94,7 +106,9 @@ def test_sincos_positions():
 
 
 def test_feature_layer_counts_from_the_end():
-    """The output of the last block but one is that of an encoder without the last block, which is not built."""
+    """The output of the last block but one is that of an encoder without the last block, which is
+    not built.
+    """
     deep, shallow = (vision(depth=3, feature_layer=-2), vision(depth=2))
     assert parameters(deep)["blocks/up/kernel"].shape[0] == 2
     same = with_parameters(deep, parameters(shallow))
@@ -107,11 +121,15 @@ def test_pixels():
     pixels = np.random.default_rng(3).integers(0, 256, (2, 5, 4, 3)).astype(np.uint8)
     mean, std = (np.asarray(values, np.float32) for values in (config.mean, config.std))
     expected = (pixels / np.float32(255) - mean) / std
-    np.testing.assert_allclose(normalise(jnp.asarray(pixels), config, "float32"), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        normalise(jnp.asarray(pixels), config, "float32"), expected, rtol=0, atol=1e-6
+    )
     np.testing.assert_array_equal(normalise(jnp.asarray(expected), config, "float32"), expected)
     exact = dataclasses.replace(config, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
     one = normalise(jnp.asarray([[[[0, 255, 51]]]], jnp.uint8), exact, "float32")
     np.testing.assert_allclose(one[0, 0, 0], [-1.0, 3.0, 0.2], rtol=1e-6)
     assert normalise(jnp.asarray(pixels), config, "bfloat16").dtype == jnp.bfloat16
     other = dataclasses.replace(config, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    np.testing.assert_allclose(normalise(jnp.asarray(pixels), other, "float32"), pixels / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(
+        normalise(jnp.asarray(pixels), other, "float32"), pixels / 127.5 - 1, atol=1e-6
+    )

@@ -13,7 +13,13 @@ from unimed_jax.predict import predictor
 from unimed_jax.runs import open as opening
 from unimed_jax.verbs import predict
 
-INVALID = ["{<90><90><10><10>}", "{<0><0><200><200>}", "{<50><50><50><50>}", "{<10><50><90><50>}", "{<0><0><50><101>}"]
+INVALID = [
+    "{<90><90><10><10>}",
+    "{<0><0><200><200>}",
+    "{<50><50><50><50>}",
+    "{<10><50><90><50>}",
+    "{<0><0><50><101>}",
+]
 
 
 @pytest.fixture
@@ -24,14 +30,23 @@ def ask(tmp_path, monkeypatch):
 
     def asked(task, question, answer, capsys):
         settings = Config()
-        run = SimpleNamespace(model=None, config=settings, tokenizer=None, mesh=None, folder=tmp_path, notes=())
+        run = SimpleNamespace(
+            model=None, config=settings, tokenizer=None, mesh=None, folder=tmp_path, notes=()
+        )
         monkeypatch.setattr(opening, "settings_of", lambda folder: settings)
         monkeypatch.setattr(opening, "open_run", lambda folder, **switches: run)
         monkeypatch.setattr(
             predictor, "Predictor", lambda *parts: SimpleNamespace(stream=lambda request: iter([answer]))
         )
-        monkeypatch.setattr(pictures, "draw_box", lambda path, image, box, words: drawn.append(tuple(box)))
-        words = [f"--run={tmp_path}", f"--image={tmp_path / 'scan.png'}", f"--task={task}", f"--text={question}"]
+        monkeypatch.setattr(
+            pictures, "draw_box", lambda path, image, box, words: drawn.append(tuple(box))
+        )
+        words = [
+            f"--run={tmp_path}",
+            f"--image={tmp_path / 'scan.png'}",
+            f"--task={task}",
+            f"--text={question}",
+        ]
         predict.run([*words, f"--out={tmp_path / 'out.png'}"])
         return capsys.readouterr().out.splitlines(), drawn
 

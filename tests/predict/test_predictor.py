@@ -55,11 +55,18 @@ def predictor(model, config, tokenizer):
 @pytest.fixture(scope="module")
 def requests():
     """Two of each task, short and long."""
-    texts = {"vqa": "What colour is the square?", "refer": "red square", "identify": "{<10><10><60><60>}", "qa": "Why?"}
+    texts = {
+        "vqa": "What colour is the square?",
+        "refer": "red square",
+        "identify": "{<10><10><60><60>}",
+        "qa": "Why?",
+    }
     texts |= {"caption": "", "cls": ""}
     longer = {"qa": "What is 3 plus 1, and why is it not 5 or 6?"}
     return [
-        Request(task, text[task], () if task == "qa" else (Squares().image(f"test{i}"),), id=f"{task}{i}")
+        Request(
+            task, text[task], () if task == "qa" else (Squares().image(f"test{i}"),), id=f"{task}{i}"
+        )
         for i, text in enumerate((texts, texts | longer))
         for task in TASKS
     ]
@@ -74,9 +81,14 @@ def test_answers_are_what_generate_makes_of_the_prompts(answers, model, config, 
     """The first batch of four, put together by hand."""
     encoder = Encoder(tokenizer, config.text, config.model.tokens_per_image)
     four = requests[:4]
-    batch = prompt_batch(encoder, config, tokenizer.pad, [as_example(r) for r in four], [r.images for r in four])
+    batch = prompt_batch(
+        encoder, config, tokenizer.pad, [as_example(r) for r in four], [r.images for r in four]
+    )
     tokens = generate(model, batch, max_new_tokens=12, eos=tokenizer.eos, pad=tokenizer.pad)
-    texts = [tokenizer.decode([t for t in row if t not in (tokenizer.eos, tokenizer.pad)]) for row in tokens.tolist()]
+    texts = [
+        tokenizer.decode([t for t in row if t not in (tokenizer.eos, tokenizer.pad)])
+        for row in tokens.tolist()
+    ]
     assert [text.strip() for text in texts] == answers[:4]
     assert len(answers) == len(requests) and len(set(answers)) > 4 and all(answers)
 
@@ -117,7 +129,9 @@ def test_images_as_path_bytes_and_array_are_one(predictor, tmp_path):
 
 
 def test_lengths_are_the_requests_own(predictor, requests, answers):
-    short = [dataclasses.replace(r, max_new_tokens=2 if i % 2 else None) for i, r in enumerate(requests[:4])]
+    short = [
+        dataclasses.replace(r, max_new_tokens=2 if i % 2 else None) for i, r in enumerate(requests[:4])
+    ]
     found = predictor.answers(short)
     assert found[::2] == answers[:4:2]
     for shorter, whole in zip(found[1::2], answers[1:4:2], strict=True):
@@ -159,3 +173,21 @@ def test_eight_devices_answer_as_one(model, config, tokenizer, requests, answers
     assert predictor.answers(requests) == answers
     assert "".join(predictor.stream(requests[0])) == answers[0]
     assert np.prod(list(mesh.shape.values())) == 8
+
+
+@pytest.mark.parametrize(
+    "image, sentence",
+    [
+        (
+            np.zeros((4, 4, 3), np.float32),
+            r"request who has an image of float32 \[4, 4, 3\]; give uint8",
+        ),
+        (np.zeros((4, 4), np.uint8), r"request who has an image of uint8 \[4, 4\]; give uint8"),
+        (np.zeros((0, 4, 3), np.uint8), r"request who has an image of uint8 \[0, 4, 3\]"),
+        (b"no picture", "request who: image of 10 bytes cannot be read"),
+        ("/dev/zero", "request who: image /dev/zero is a pipe or a device"),
+    ],
+)
+def test_images_that_are_none_are_refused_by_the_requests_name(predictor, image, sentence):
+    with pytest.raises(UserError, match=sentence):
+        predictor.answers([Request("vqa", "What?", (image,), id="who")])

@@ -1,4 +1,6 @@
-"""Checkpoints: what comes back, on which devices, and what happens when the disk lost or changed something."""
+"""Checkpoints: what comes back, on which devices, and what happens when the disk lost or changed
+something.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ def trees(seed: int = 0):
         "vision/kernel": jnp.asarray(rng.standard_normal((2, 8, 8)), jnp.bfloat16),
         "scale": jnp.asarray(rng.standard_normal(8), jnp.float16),
     }
-    moments = {path: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in weights.items()}
+    moments = {
+        path: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in weights.items()
+    }
     return weights, (jnp.int32(seed), moments)
 
 
@@ -42,7 +46,9 @@ def assert_holds(folder, step: int, read_only: bool = False) -> None:
     checkpoints = Checkpoints(folder, read_only=read_only)
     weights, optimizer, note = checkpoints.restore(*trees())
     assert checkpoints.latest() == step and note == {"rows_read": step}
-    for ours, theirs in zip(jax.tree.leaves((weights, optimizer)), jax.tree.leaves(trees(step)), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves((weights, optimizer)), jax.tree.leaves(trees(step)), strict=True
+    ):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
     checkpoints.close()
@@ -142,7 +148,8 @@ def test_damaged_checkpoints_alone_are_a_sentence_and_stay(damaged):
     (damaged / "4/note/note.json").unlink()
     for read_only in (True, False):
         with pytest.raises(
-            UserError, match=r"holds only damaged checkpoints \(8: .*; 4: .*note.json does not exist.*train"
+            UserError,
+            match=r"holds only damaged checkpoints \(8: .*; 4: .*note.json does not exist.*train",
         ):
             Checkpoints(damaged, read_only=read_only).restore(*trees())
     assert sorted(path.name for path in damaged.iterdir()) == ["4", "8"]
@@ -163,7 +170,10 @@ def test_a_broken_note_is_damage(tmp_path, text):
 
 @pytest.mark.parametrize("harm", ["missing", "cut short", "flipped"])
 def test_whatever_happens_to_any_file_what_is_restored_was_saved(tmp_path, harm, capsys):
-    """Every file in turn; a file that matters makes the one before come back, another one changes nothing."""
+    """Every file in turn.
+
+    A file that matters makes the one before come back, another one changes nothing.
+    """
     rng, fell_back = random.Random(0), set()
     fill(tmp_path)
     for file in files(tmp_path / "8"):
@@ -184,7 +194,11 @@ def test_whatever_happens_to_any_file_what_is_restored_was_saved(tmp_path, harm,
             fell_back |= {file} if checkpoints.latest() == 4 else set()
             file.write_bytes(content)
     assert capsys.readouterr().err.count("is damaged") >= len(fell_back) >= 5
-    arrays = {file for file in files(tmp_path / "8") if file.parent.name == "d" and file.parents[1].name != "array"}
+    arrays = {
+        file
+        for file in files(tmp_path / "8")
+        if file.parent.name == "d" and file.parents[1].name != "array"
+    }
     assert tmp_path / "8/note/note.json" in fell_back and arrays & fell_back
 
 
@@ -196,7 +210,9 @@ def test_a_value_that_changed_between_memory_and_disk_is_seen(tmp_path, monkeypa
 
     def other(folder, arguments):
         kernel = arguments["weights"].item["decoder/kernel"]
-        arguments["weights"].item["decoder/kernel"] = kernel.at[3, 5].set(jnp.nextafter(kernel[3, 5], 9.0))
+        arguments["weights"].item["decoder/kernel"] = kernel.at[3, 5].set(
+            jnp.nextafter(kernel[3, 5], 9.0)
+        )
         save(folder, arguments)
 
     monkeypatch.setattr(checkpoints._orbax, "save", other)
@@ -206,7 +222,9 @@ def test_a_value_that_changed_between_memory_and_disk_is_seen(tmp_path, monkeypa
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "int8", "uint4", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "int8", "uint4", "bool"]
+)
 def test_every_flipped_bit_changes_the_fingerprint(dtype):
     width = 1 if dtype == "bool" else 4 if dtype == "uint4" else 8 * jnp.dtype(dtype).itemsize
     rng = np.random.default_rng(0)
@@ -231,7 +249,12 @@ def test_a_fingerprint_tells_order_and_knows_no_mesh():
     number = int(fingerprints(x))
     assert int(fingerprints(x[::-1])) != number and int(fingerprints(x.T)) != number
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
-    for spec in (PartitionSpec("a", "b"), PartitionSpec(("b", "a")), PartitionSpec(None, "b"), PartitionSpec()):
+    for spec in (
+        PartitionSpec("a", "b"),
+        PartitionSpec(("b", "a")),
+        PartitionSpec(None, "b"),
+        PartitionSpec(),
+    ):
         assert int(fingerprints(jax.device_put(x, NamedSharding(mesh, spec)))) == number
 
 
@@ -267,7 +290,9 @@ checkpoints.close()
 def move(verb: str, folder, count: int) -> subprocess.Popen:
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     command = [sys.executable, "-c", MOVE, verb, str(folder), str(count)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_saved_on_eight_devices_restored_on_one_two_and_four(tmp_path):
@@ -320,7 +345,11 @@ checkpoints.close()
 
 def damage_of_process(folder: str, number: int) -> None:
     """Empties the files of arrays that this process wrote and no other."""
-    owned = [file for file in files(folder) if file.parent.name == "d" and file.parents[1].name.endswith(f"_{number}")]
+    owned = [
+        file
+        for file in files(folder)
+        if file.parent.name == "d" and file.parents[1].name.endswith(f"_{number}")
+    ]
     assert owned
     for file in owned:
         file.write_bytes(b"")
@@ -399,8 +428,12 @@ def test_the_note_says_what_the_arrays_are(tmp_path):
 
 # ---- a run that trains meanwhile -------------------------------------------------------------------
 @pytest.mark.parametrize("moment", ["listed", "reading"])
-def test_a_checkpoint_deleted_by_its_run_while_it_is_read_is_not_damaged(tmp_path, monkeypatch, capsys, moment):
-    """The run saves 12 and 16 and deletes 4 and 8 after a reader has listed those, or while it reads 8."""
+def test_a_checkpoint_deleted_by_its_run_while_it_is_read_is_not_damaged(
+    tmp_path, monkeypatch, capsys, moment
+):
+    """The run saves 12 and 16 and deletes 4 and 8 after a reader has listed those, or while it
+    reads 8.
+    """
     fill(tmp_path)
     reader, read = Checkpoints(tmp_path, read_only=True), Checkpoints._read
 
@@ -414,7 +447,9 @@ def test_a_checkpoint_deleted_by_its_run_while_it_is_read_is_not_damaged(tmp_pat
     monkeypatch.setattr(Checkpoints, "_read", rotated)
     assert reader.newest_note() == {"rows_read": 16 if moment == "listed" else 8}
     assert reader.restore(*trees())[2] == {"rows_read": 16} and reader.latest() == 16
-    with pytest.raises(Replaced, match="/8 was deleted by the run that trains there .* give the same command again"):
+    with pytest.raises(
+        Replaced, match="/8 was deleted by the run that trains there .* give the same command again"
+    ):
         Checkpoints(tmp_path, read_only=True).restore(*trees(), only=8)
     assert not capsys.readouterr().err
 
@@ -426,8 +461,13 @@ def test_a_folder_deleted_under_its_run_is_one_sentence(tmp_path, moment):
     checkpoints.save(2, *trees(), {})
     if moment != "wait":
         checkpoints.wait()
-    (tmp_path / "run").rename(tmp_path / "elsewhere")  # at once, where deleting races with what is being written
-    act = {"check": checkpoints.check, "wait": checkpoints.wait, "save": lambda: checkpoints.save(4, *trees(), {})}
+    # at once, where deleting races with what is being written
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    act = {
+        "check": checkpoints.check,
+        "wait": checkpoints.wait,
+        "save": lambda: checkpoints.save(4, *trees(), {}),
+    }
     with pytest.raises(UserError, match="run/checkpoints was deleted or moved while its run went on"):
         act[moment]()
     assert not (folder / "2").exists() and not (folder / "4").exists()

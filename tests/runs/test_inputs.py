@@ -1,4 +1,6 @@
-"""Data and tokenizer belong to a run as its weights do: others are refused, or accepted and said in every result."""
+"""Data and tokenizer belong to a run as its weights do: others are refused, or accepted and said in
+every result.
+"""
 
 import json
 import shutil
@@ -113,7 +115,9 @@ def reversed_ids(folder):
 
 def test_a_run_and_its_checkpoints_hold_their_inputs(place):
     held = json.loads((place / "run" / "inputs.json").read_text())
-    assert sorted(held["inputs"]) == ["data/llava", "evaluate/held", "tokenizer"] and held["changes"] == []
+    assert (
+        sorted(held["inputs"]) == ["data/llava", "evaluate/held", "tokenizer"] and held["changes"] == []
+    )
     step, note = newest_note(place / "run" / "checkpoints")
     assert step == 2 and note["inputs"] == held
     before = (place / "run" / "inputs.json").read_bytes()
@@ -128,7 +132,10 @@ CHANGES = {
         "data set 'held' of config.evaluate.sources is not what",
         lambda place: records(place / "held", 6, "maybe", "test"),
     ),
-    "ids reversed": ("another tokenizer than it finds now", lambda place: reversed_ids(place / "run" / "tokenizer")),
+    "ids reversed": (
+        "another tokenizer than it finds now",
+        lambda place: reversed_ids(place / "run" / "tokenizer"),
+    ),
 }
 
 
@@ -155,17 +162,25 @@ def test_accepted_changes_are_noted_in_every_result(place, capsys, monkeypatch):
         with pytest.raises(Killed):
             loop.train(settings(place, data="accept", text="accept"), place / "run")
     said = capsys.readouterr().out
-    assert said.count("data set 'llava' changed after step 2") == said.count("the tokenizer changed after step 2") == 1
+    assert (
+        said.count("data set 'llava' changed after step 2")
+        == said.count("the tokenizer changed after step 2")
+        == 1
+    )
     run = loop.train(settings(place), place / "run")  # accepted once: the folder is as it was left
     assert run.step == 4 and len(run.notes) == 2
     assert cli.main(["evaluate", f"--run={place / 'run'}"]) == 0
     noted = json.loads((place / "run" / "metrics.json").read_text())["notes"]
     assert [note for note in noted if "changed after step 2" in note] == list(run.notes)
-    assert cli.main(["export", f"--run={place / 'run'}", "--format=model", f"--out={place / 'out'}"]) == 0
+    assert (
+        cli.main(["export", f"--run={place / 'run'}", "--format=model", f"--out={place / 'out'}"]) == 0
+    )
     card = (place / "out" / "README.md").read_text()
     assert all(f"**Note:** {note}." in card for note in run.notes)
     states = json.loads((place / "run" / "inputs.json").read_text())["inputs"]
-    assert "Trained with `" in card and all(f"`{name}@{state[:8]}`" in card for name, state in states.items())
+    assert "Trained with `" in card and all(
+        f"`{name}@{state[:8]}`" in card for name, state in states.items()
+    )
     capsys.readouterr()
     assert cli.main(["predict", f"--run={place / 'run'}", "--task=qa", "--text=Is it?"]) == 0
     said = capsys.readouterr().err
@@ -175,7 +190,9 @@ def test_accepted_changes_are_noted_in_every_result(place, capsys, monkeypatch):
 @pytest.mark.slow
 def test_every_verb_refuses_another_tokenizer_and_says_one_that_is_accepted(place, capsys):
     loop.train(settings(place), place / "run")
-    assert cli.main(["export", f"--run={place / 'run'}", "--format=model", f"--out={place / 'model'}"]) == 0
+    assert (
+        cli.main(["export", f"--run={place / 'run'}", "--format=model", f"--out={place / 'model'}"]) == 0
+    )
     for folder, tokenizer in (("run", "run/tokenizer"), ("model", "model")):
         reversed_ids(place / tokenizer)
         verbs = [
@@ -229,7 +246,9 @@ def test_a_run_that_starts_from_another_notices_its_tokenizer(place):
 
 
 def test_the_same_in_another_place_is_no_change(place):
-    """A harmless edit of the tokenizer's files, a store that is built again, newer data files of the same content."""
+    """A harmless edit of the tokenizer's files, a store that is built again, newer data files of
+    the same content.
+    """
     file = place / "run" / "tokenizer" / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text())))  # other white space
     shutil.rmtree(place / "cache")

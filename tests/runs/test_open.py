@@ -1,5 +1,6 @@
-"""Runs on a mesh: every verb that opens one gives on eight devices what it gives on one, and no device holds more
-than its share of what is sharded while it is read."""
+"""Runs on a mesh: every verb that opens one gives on eight devices what it gives on one, and no
+device holds more than its share of what is sharded while it is read.
+"""
 
 import contextlib
 import json
@@ -87,7 +88,9 @@ def held() -> np.ndarray:
 
 @contextlib.contextmanager
 def sampled():
-    """Samples what the devices hold besides what they held before: after every restored leaf, and all the time."""
+    """Samples what the devices hold besides what they held before: after every restored leaf, and
+    all the time.
+    """
     before, samples, stop = held(), [], threading.Event()
     make = jax.make_array_from_single_device_arrays
 
@@ -150,7 +153,9 @@ def test_opening_never_holds_more_than_a_share(run):
         leaves = parameters(opened.model)
         limit = 1.2 * share_of(leaves)
     # Both runs are open while leaves are taken from the other, of which those that train are not needed.
-    trained = share_of({path: leaf for path, leaf in leaves.items() if not path.startswith(("vision/", "decoder/e"))})
+    trained = share_of(
+        {path: leaf for path, leaf in leaves.items() if not path.startswith(("vision/", "decoder/e"))}
+    )
     assert len(samples) > len(leaves)
     most = np.max(samples, axis=0)
     assert (most <= limit + trained).all(), (most, limit, trained)
@@ -162,7 +167,10 @@ def test_a_checkpoint_is_read_straight_into_its_shards(base):
     with sampled() as samples:
         leaves = parameters(open_run(base).model)
         limit = 1.2 * share_of(leaves)
-    assert len(samples) > len(leaves) and (np.max(samples, axis=0) <= limit).all(), (np.max(samples, axis=0), limit)
+    assert len(samples) > len(leaves) and (np.max(samples, axis=0) <= limit).all(), (
+        np.max(samples, axis=0),
+        limit,
+    )
 
 
 def test_a_chained_run_starts_from_the_same_numbers_on_any_mesh(base, run):
@@ -193,7 +201,13 @@ def test_evaluate_on_eight_devices_and_on_one(run):
 
 def test_predict_on_eight_devices_and_on_one(run, place, capsys):
     def said() -> str:
-        words = ["predict", f"--run={run}", "--task=vqa", "--text=What colour?", f"--image={place / 'image.png'}"]
+        words = [
+            "predict",
+            f"--run={run}",
+            "--task=vqa",
+            "--text=What colour?",
+            f"--image={place / 'image.png'}",
+        ]
         assert cli.main(words) == 0
         return capsys.readouterr().out
 
@@ -223,6 +237,8 @@ def test_export_never_holds_more_than_a_share(base, tmp_path, kind):
     limit = 1.2 * share_of(leaves)
     del leaves
     with sampled() as samples:
-        assert cli.main(["export", f"--run={base}", f"--out={tmp_path / 'out'}", f"--format={kind}"]) == 0
+        assert (
+            cli.main(["export", f"--run={base}", f"--out={tmp_path / 'out'}", f"--format={kind}"]) == 0
+        )
     most = np.max(samples, axis=0)
     assert len(samples) > 10 and (most > 0).all() and (most <= limit).all(), (most, limit)

@@ -1,4 +1,6 @@
-"""A run that trains while others evaluate, ask and export it: nothing is called damaged or written there."""
+"""A run that trains while others evaluate, ask and export it: nothing is called damaged or written
+there.
+"""
 
 import shutil
 import subprocess
@@ -15,7 +17,8 @@ from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop
 
-# Holds the run and changes its checkpoints as training does, only faster: a new one, then the oldest goes.
+# Holds the run and changes its checkpoints as training does, only faster: a new one, then the
+# oldest goes.
 TRAINS = """
 import pathlib, shutil, sys
 from unimed_jax.interruption import claim
@@ -36,7 +39,8 @@ while True:
 @pytest.fixture(scope="module")
 def patched(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
+        # programs for eight devices compile slowly
+        patch.setattr(sharding, "make_mesh", lambda *settings: None)
         yield
 
 
@@ -47,14 +51,21 @@ def finished(patched, built_once):
         config.evaluate.splits, config.evaluate.limit, config.evaluate.max_new_tokens = ("test",), 2, 2
         loop.train(from_config_dict(config), folder / "run")
 
-    return built_once("running", start) / "run"
+    folder = built_once("running", start) / "run"
+    assert not owner(folder)  # training has ended
+    return folder
 
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A run that trains in another process; changes but in its checkpoints and its lock fail the test."""
+    """A run that trains in another process.
+
+    Changes but in its checkpoints and its lock fail the test.
+    """
     folder = shutil.copytree(finished, tmp_path / "run")
-    trains = subprocess.Popen([sys.executable, "-c", TRAINS, str(folder)], stdout=subprocess.PIPE, text=True)
+    trains = subprocess.Popen(
+        [sys.executable, "-c", TRAINS, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert trains.stdout.readline() == "trains\n"
     before = contents(folder)
     yield folder
@@ -75,7 +86,10 @@ def test_an_evaluation_is_refused_or_writes_elsewhere(run, tmp_path, monkeypatch
         patch.setattr("unimed_jax.runs.open.open_run", None)
         assert cli.main(["evaluate", f"--run={run}"]) == 2
     said = capsys.readouterr().err
-    assert "is in use by the run of process" in said and "write the results elsewhere with --out=FOLDER" in said
+    assert (
+        "is in use by the run of process" in said
+        and "write the results elsewhere with --out=FOLDER" in said
+    )
     assert cli.main(["evaluate", f"--run={run}", f"--out={tmp_path / 'scores'}"]) == 0
     assert "damaged" not in capsys.readouterr().err
     assert not any(tmp_path in lock.parents for lock in interruption._claims)  # the command has ended
@@ -88,10 +102,19 @@ def test_an_evaluation_is_refused_or_writes_elsewhere(run, tmp_path, monkeypatch
 def test_it_answers_and_is_exported(run, tmp_path, capsys):
     for number in range(3):
         for words in (["--format=model"], ["--format=decoder"]):
-            assert cli.main(["export", f"--run={run}", f"--out={tmp_path}/{words[0][9:]}{number}", *words]) == 0
+            assert (
+                cli.main(["export", f"--run={run}", f"--out={tmp_path}/{words[0][9:]}{number}", *words])
+                == 0
+            )
     image = tmp_path / "image.png"
     Image.fromarray(Squares().image("test0")).save(image)
-    words = ["predict", f"--run={run}", f"--image={image}", "--task=identify", "--text={<10><10><60><60>}"]
+    words = [
+        "predict",
+        f"--run={run}",
+        f"--image={image}",
+        "--task=identify",
+        "--text={<10><10><60><60>}",
+    ]
     assert cli.main(words) == 2
     said = capsys.readouterr().err
     assert "damaged" not in said and "name another file for the picture with --out" in said

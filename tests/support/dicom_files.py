@@ -9,7 +9,10 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, SecondaryCa
 
 
 def item(**fields) -> Dataset:
-    """Makes an item of a sequence; a name that starts with x is a tag with its VR and value, x00283006=("OW", b"")."""
+    """Makes an item of a sequence.
+
+    A name that starts with x is a tag with its VR and value, x00283006=("OW", b"").
+    """
     data = Dataset()
     put(data, fields)
     return data

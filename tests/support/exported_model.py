@@ -20,11 +20,16 @@ from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.settings import from_config_dict
 
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
-TEXTS = ["[INST] <Img></Img> [vqa] Is the left thalamus seen? [/INST]", "{<12><3><40><99>}", "a report of 12 words"] * 5
+TEXTS = [
+    "[INST] <Img></Img> [vqa] Is the left thalamus seen? [/INST]",
+    "{<12><3><40><99>}",
+    "a report of 12 words",
+] * 5
 VOCAB, EOS = 480, 1
 TOLERANCE = 1e-4
 
-# What differs from tiny.CONFIG, which has a class token, biases on q and v, strips, a soft router on both tokens, LoRA.
+# What differs from tiny.CONFIG, which has a class token, biases on q and v, strips, a soft router
+# on both tokens, LoRA.
 VARIANTS = {
     "as published": {},
     "block, sparse on the visual token, as CLIP, tied": {
@@ -32,7 +37,12 @@ VARIANTS = {
             **{"cls_token": False, "qkv_bias": "qkv", "pre_norm": True, "feature_layer": -2, "depth": 3},
             **{"output_norm": False, "patch_bias": False, "activation": "quick_gelu"},
         },
-        "connector": {"aggregation": "block", "kind": "moe_linear", "router": "sparse", "router_input": "token"},
+        "connector": {
+            "aggregation": "block",
+            "kind": "moe_linear",
+            "router": "sparse",
+            "router_input": "token",
+        },
         "decoder": {"tied_head": True},
     },
     "avgpool, hard": {
@@ -42,7 +52,12 @@ VARIANTS = {
     },
     "maxpool, soft on a narrow task token": {
         "vision": {"activation": "silu"},
-        "connector": {"aggregation": "maxpool", "router_input": "task", "task_token_width": 6, "router_hidden": None},
+        "connector": {
+            "aggregation": "maxpool",
+            "router_input": "task",
+            "task_token_width": 6,
+            "router_hidden": None,
+        },
         "decoder": {"windows": (9,)},
     },
     "constant": {"connector": {"router": "constant", "kind": "moe_linear"}, "lora": {"rank": 0}},
@@ -50,14 +65,36 @@ VARIANTS = {
     "mlp": {"connector": {"kind": "mlp3x_gelu", "activation": "gelu_tanh"}},
     "gemma 2": {
         "decoder": {
-            **{"norm": "rms_zero", "scaled_embedding": True, "tied_head": True, "post_norms": True, "windows": (9, 0)},
-            **{"activation": "gelu_tanh", "query_scale": 0.25, "attention_softcap": 2.0, "logit_softcap": 5.0},
+            **{
+                "norm": "rms_zero",
+                "scaled_embedding": True,
+                "tied_head": True,
+                "post_norms": True,
+                "windows": (9, 0),
+            },
+            **{
+                "activation": "gelu_tanh",
+                "query_scale": 0.25,
+                "attention_softcap": 2.0,
+                "logit_softcap": 5.0,
+            },
         }
     },
     "phi": {
         "decoder": {
-            **{"norm": "layer", "parallel_block": True, "gated_mlp": False, "activation": "gelu_tanh", "kv_heads": 4},
-            **{"attention_bias": ("q", "k", "v", "o"), "mlp_bias": True, "head_bias": True, "rotary_fraction": 0.5},
+            **{
+                "norm": "layer",
+                "parallel_block": True,
+                "gated_mlp": False,
+                "activation": "gelu_tanh",
+                "kv_heads": 4,
+            },
+            **{
+                "attention_bias": ("q", "k", "v", "o"),
+                "mlp_bias": True,
+                "head_bias": True,
+                "rotary_fraction": 0.5,
+            },
             **{"head_dim": 4},
         },
         "lora": {"targets": ("q", "v")},
@@ -91,9 +128,13 @@ def settings_of(model, **text) -> Config:
         base,
         name="tiny",
         model=model,
-        text=dataclasses.replace(base.text, **{"max_prompt": 128, "tokenizer": "/secret/folder/tokens", **text}),
+        text=dataclasses.replace(
+            base.text, **{"max_prompt": 128, "tokenizer": "/secret/folder/tokens", **text}
+        ),
         data=dataclasses.replace(
-            base.data, root="/secret", sources=(SourceConfig("slake", path="/secret/slake", tasks=("vqa",)),)
+            base.data,
+            root="/secret",
+            sources=(SourceConfig("slake", path="/secret/slake", tasks=("vqa",)),),
         ),
         init=(("seed", ""), ("hf", "/secret/folder/some-llama")),
         evaluate=dataclasses.replace(base.evaluate, max_new_tokens=8, batch=8),
@@ -146,4 +187,6 @@ def answers(model, config, tokenizer, examples, pixels) -> list[str]:
 
 def merged(model):
     """The leaves of a model, adapters folded in."""
-    return {path: np.asarray(leaf) for path, leaf in merged_leaves(model.config, parameters(model)).items()}
+    return {
+        path: np.asarray(leaf) for path, leaf in merged_leaves(model.config, parameters(model)).items()
+    }

@@ -10,7 +10,8 @@ from unimed_jax.config import default_config
 
 __all__ = ["COLOURS", "Squares", "tiny_config"]
 
-CACHE = Path(tempfile.gettempdir()) / f"unimed_jax-squares-{getpass.getuser()}"  # prepared once for all tests
+# prepared once for all tests
+CACHE = Path(tempfile.gettempdir()) / f"unimed_jax-squares-{getpass.getuser()}"
 
 
 def tiny_config(**train):
@@ -26,7 +27,12 @@ def tiny_config(**train):
     decoder.mlp_width = 48
     config.data.sources = (dict(name="support.squares", id="squares", questions=2),)
     config.data.cache = str(CACHE)
-    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = 4, 160, 2, 96
+    config.data.rows, config.data.row_tokens, config.data.row_images, config.data.row_answers = (
+        4,
+        160,
+        2,
+        96,
+    )
     config.data.window = 32
     config.optimizer.lr, config.optimizer.warmup_lr, config.optimizer.warmup_steps = 3e-3, 0.0, 2
     config.train.steps, config.train.save_every, config.train.log_every = 12, 4, 1

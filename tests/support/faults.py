@@ -1,7 +1,8 @@
 """Kills a process, or fills its disk, at one chosen operation on files.
 
-Operations are those that Python reports to audit hooks. As a program it forks a child for each number; the child does
-a piece of work (WORK below) in a folder of its own and meets the fault at the operation of that number.
+Operations are those that Python reports to audit hooks. As a program it forks a child for each
+number; the child does a piece of work (WORK below) in a folder of its own and meets the fault at
+the operation of that number.
 """
 
 import errno

@@ -19,11 +19,30 @@ from unimed_jax.model.parameters import abstract, parameters, with_parameters
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
 # Widths are multiples of 32, the length of a quantised block.
 HF = {
-    **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    **{
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+    },
+    **{
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
 }
-OURS = DecoderConfig(vocab=96, width=64, depth=3, heads=4, kv_heads=2, head_dim=16, mlp_width=96, norm_eps=1e-6)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OURS = DecoderConfig(
+    vocab=96, width=64, depth=3, heads=4, kv_heads=2, head_dim=16, mlp_width=96, norm_eps=1e-6
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 LLAMA3["original_max_position_embeddings"] = 8192
 # Name -> type of the matrices, what differs in Hugging Face's settings, and in ours.
 FILES = {
@@ -94,7 +113,12 @@ def tensors_of(model) -> dict[str, np.ndarray]:
 def write(path, kind="F32", settings=None, tensors=None, architecture="llama", tokenizer=None) -> None:
     """Writes a file of these settings and tensors; matrices are stored as `kind`."""
     writer = gguf.GGUFWriter(path, architecture)
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    adders = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in {**(settings or {}), **(tokenizer or {})}.items():
         adders.get(type(value), writer.add_array)(key, value)
     for name, value in (tensors or {}).items():

@@ -33,7 +33,11 @@ def name_of(entry: dict) -> str:
 def arrays_of(folder: Path, entry: dict) -> dict[str, np.ndarray]:
     """Reads the tensors of a case and checks that they are those that the manifest names."""
     prefix = entry.get("prefix", entry["case"]) + "/"
-    arrays = {k.removeprefix(prefix): v for k, v in load_file(folder / entry["file"]).items() if k.startswith(prefix)}
+    arrays = {
+        k.removeprefix(prefix): v
+        for k, v in load_file(folder / entry["file"]).items()
+        if k.startswith(prefix)
+    }
     described = {k: [list(v.shape), str(v.dtype)] for k, v in arrays.items()}
     if "grad_tensors" in entry:
         grads = [k for k in described if k.startswith("grad.") and k not in entry["tensors"]]
@@ -50,7 +54,11 @@ def trainable(entry: dict, names) -> set[str]:
         return set(said)
     assert said.startswith("all except "), f"{said!r} is not understood"
     patterns = re.split(r",? and |, ", said.removeprefix("all except "))
-    return {name for name in names if not any(fnmatch.fnmatchcase(name, f"*{pattern}") for pattern in patterns)}
+    return {
+        name
+        for name in names
+        if not any(fnmatch.fnmatchcase(name, f"*{pattern}") for pattern in patterns)
+    }
 
 
 def noise(arrays: dict[str, np.ndarray], prefix: str, number: int = 0) -> Noise:
@@ -124,14 +132,18 @@ def model_config(weights: dict) -> ModelConfig:
         norm_eps=clip["layer_norm_eps"],
         **{"qkv_bias": "qkv", "patch_bias": False, "pre_norm": True, "output_norm": False},
     )
-    config = med_moe.model_from_med_moe({"model_type": f"moe_llava_{weights['arch']}", **weights["config"]}, vision)
+    config = med_moe.model_from_med_moe(
+        {"model_type": f"moe_llava_{weights['arch']}", **weights["config"]}, vision
+    )
     assert config.vision.feature_layer == clip["select_layer"] and clip["select_feature"] == "patch"
     if config.moe.experts:
         factors = built["capacity_factor"], built["eval_capacity_factor"], built["min_capacity"]
         said = limits(config.moe.top_k, built["drop_tokens"], *factors)
         assert said == {name: getattr(config.moe, name) for name in said}
     # As published, so that counts and balancing losses compare.
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, eval_noise=True, route_padding=True))
+    return dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, eval_noise=True, route_padding=True)
+    )
 
 
 @dataclasses.dataclass

@@ -9,7 +9,14 @@ import numpy as np
 from safetensors.numpy import load_file
 from support.unimed_frozen import frozen_table
 
-from unimed_jax.config import VISUAL_TASKS, ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from unimed_jax.config import (
+    VISUAL_TASKS,
+    ConnectorConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    VisionConfig,
+)
 from unimed_jax.interop.families import unimed_pth
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_leaves
@@ -40,15 +47,22 @@ class Golden:
         """Loads the golden weights: trained ones from an original checkpoint, others by the tables."""
         model = abstract(self.config)
         # A leaf that no table names would stay NaN and spoil every number.
-        empty = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()}
+        empty = {
+            path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in parameters(model).items()
+        }
         frozen = frozen_table(self.config)
         weights = {name: value for name, value in self.weights.items() if name not in self.trainable()}
         leaves = empty | to_leaves(frozen, weights, empty)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint_0.pth"
-            tree = {"model": self.trainable(), "config": {"model": self.case["config"], "run": {}, "datasets": {}}}
+            tree = {
+                "model": self.trainable(),
+                "config": {"model": self.case["config"], "run": {}, "datasets": {}},
+            }
             write_torch(path, tree)
-            return with_parameters(model, leaves | unimed_pth.load_unimed(path, self.config, Destination(empty)))
+            return with_parameters(
+                model, leaves | unimed_pth.load_unimed(path, self.config, Destination(empty))
+            )
 
     def trainable(self) -> dict[str, np.ndarray]:
         """Returns the weights that the original trains, including a router that nothing reads."""
@@ -58,13 +72,16 @@ class Golden:
     def slots(self, index, counts) -> tuple[np.ndarray, np.ndarray]:
         """Returns images [B, M, H, W, 3] from the pool's [n, 3, H, W], and their tasks [B, M].
 
-        `index` names the images in order, one list or one list a row; row b takes the next counts[b] of them.
+        `index` names the images in order, one list or one list a row; row b takes the next
+        counts[b] of them.
         """
         size, slots = self.config.vision.image_size, max(counts, default=0)
         images = np.zeros((len(counts), slots, size, size, 3), np.float32)
         tasks = np.full((len(counts), slots), -1, np.int32)
         pictures = self.pool["pool.images"][flat(index)].transpose(0, 2, 3, 1)  # [n, H, W, 3]
-        assert len(pictures) == sum(counts), "image_index must name as many images as the rows have places for"
+        assert len(pictures) == sum(counts), (
+            "image_index must name as many images as the rows have places for"
+        )
         for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
             images[row, :count], tasks[row, :count] = pictures[end - count : end], self.task
         return images, tasks
@@ -84,7 +101,9 @@ def load(folder: Path, name: str) -> Golden:
     weights = {**load_file(folder / base["file"]), **load_file(folder / case["connector_file"])}
     weights = {k: np.asarray(v, np.float32) for k, v in weights.items()}
     pool = {k: weights.pop(k) for k in list(weights) if k.startswith("pool.")}
-    return Golden(case, base, model_config(base, case["config"]), weights, load_file(folder / case["file"]), pool)
+    return Golden(
+        case, base, model_config(base, case["config"]), weights, load_file(folder / case["file"]), pool
+    )
 
 
 def model_config(base: dict, settings: dict) -> ModelConfig:
@@ -137,15 +156,19 @@ def connector_config(settings: dict) -> ConnectorConfig:
     )
 
 
-def training_batch(golden: Golden, layout_ids, attention_mask, targets, image_index) -> dict[str, np.ndarray]:
+def training_batch(
+    golden: Golden, layout_ids, attention_mask, targets, image_index
+) -> dict[str, np.ndarray]:
     """Returns the golden's padded rows as our batch arrays (row = example).
 
-    Rows are padded further to a multiple of 32 and answers to one of 16, so that batches share compiled programs.
+    Rows are padded further to a multiple of 32 and answers to one of 16, so that batches share
+    compiled programs.
     """
     rows, length = np.shape(layout_ids)
     wider = ((0, 0), (0, -length % 32))
     ids = np.pad(layout_ids, wider, constant_values=golden.base["pad_id"])  # [B, S]
-    mask, targets = np.pad(attention_mask, wider), np.pad(targets, wider, constant_values=-100)  # [B, S] each
+    # [B, S] each
+    mask, targets = np.pad(attention_mask, wider), np.pad(targets, wider, constant_values=-100)
     visual = np.where(ids == -1, np.cumsum(ids == -1, axis=1) - 1, -1)
     is_target = targets != -100
     answers = int(is_target.sum(axis=1).max())

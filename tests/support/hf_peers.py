@@ -24,10 +24,18 @@ HF = {
     "max_position_embeddings": 512,
     "attn_implementation": "eager",
 }
-OURS = DecoderConfig(vocab=120, width=32, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=24, norm_eps=1e-6)
+OURS = DecoderConfig(
+    vocab=120, width=32, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=24, norm_eps=1e-6
+)
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ALL = ("q", "k", "v", "o")
-GEMMA = {"norm": "rms_zero", "scaled_embedding": True, "activation": "gelu_tanh", "tied_head": True, "head_dim": 12}
+GEMMA = {
+    "norm": "rms_zero",
+    "scaled_embedding": True,
+    "activation": "gelu_tanh",
+    "tied_head": True,
+    "head_dim": 12,
+}
 GEMMA2 = GEMMA | {"post_norms": True, "query_scale": 5**-0.5, "logit_softcap": 3.0}
 LAYER = {"norm": "layer", "norm_eps": 1e-5}
 PHI = LAYER | {
@@ -39,10 +47,17 @@ PHI = LAYER | {
 PEERS = {
     "llama1, positions stretched": (
         "Llama",
-        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        {
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
         {"kv_heads": 4, "rope_scaling": RopeScaling(kind="linear", factor=4.0)},
     ),
-    "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, {"kv_heads": 4, "norm_eps": 1e-5}),
+    "llama2": (
+        "Llama",
+        {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
+        {"kv_heads": 4, "norm_eps": 1e-5},
+    ),
     "llama3": (
         "Llama",
         {
@@ -60,7 +75,11 @@ PEERS = {
     ),
     "mistral": (
         "Mistral",
-        {"sliding_window": 5, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {
+            "sliding_window": 5,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
         {"windows": (5,), "kv_heads": 1, "rope_theta": 1e6},
     ),
     "mistral without window": ("Mistral", {"sliding_window": None}, {}),
@@ -94,12 +113,18 @@ PEERS = {
             **{"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 12, "attention_bias": True},
             **{"attn_logit_softcapping": None, "final_logit_softcapping": None},
         },
-        GEMMA2 | {"windows": (5, 0), "logit_softcap": None, "query_scale": 12**-0.5, "attention_bias": ALL},
+        GEMMA2
+        | {"windows": (5, 0), "logit_softcap": None, "query_scale": 12**-0.5, "attention_bias": ALL},
     ),
     "gemma3_text": (
         "Gemma3Text",
         {
-            **{"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 5, "final_logit_softcapping": 3.0},
+            **{
+                "head_dim": 12,
+                "sliding_window": 5,
+                "query_pre_attn_scalar": 5,
+                "final_logit_softcapping": 3.0,
+            },
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -143,7 +168,9 @@ def peer(name: str, folder: Path):
     torch = pytest.importorskip("torch", reason=NEEDS)
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(settings(name), attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        settings(name), attn_implementation="eager"
+    ).eval()
     randomise(torch, model)
     folder = folder / name.replace(" ", "_").replace(",", "")
     model.save_pretrained(folder, max_shard_size="20KB")  # several files and an index
@@ -163,7 +190,11 @@ def randomise(torch, model) -> None:
 def load_leaves(folder, config: DecoderConfig) -> dict:
     """Reads the decoder's leaves from a folder, and checks that none is missing."""
     settings = dataclasses.replace(tiny.CONFIG, decoder=config, lora=LoraConfig(rank=0))
-    leaves = {path: leaf for path, leaf in parameters(abstract(settings)).items() if path.startswith("decoder/")}
+    leaves = {
+        path: leaf
+        for path, leaf in parameters(abstract(settings)).items()
+        if path.startswith("decoder/")
+    }
     loaded = hf.load_decoder(folder, settings, Destination(leaves))
     assert loaded.keys() == leaves.keys()
     return loaded
@@ -173,7 +204,10 @@ def padded(side: str, lengths=(160, 97, 5), first: int = 0):
     """Draws rows of several lengths: tokens, mask and positions from `first` on, [B, S] each."""
     rng = np.random.default_rng(1)
     longest = max(lengths)
-    tokens, mask = np.zeros((len(lengths), longest), np.int32), np.zeros((len(lengths), longest), np.int32)
+    tokens, mask = (
+        np.zeros((len(lengths), longest), np.int32),
+        np.zeros((len(lengths), longest), np.int32),
+    )
     for b, n in enumerate(lengths):
         here = slice(0, n) if side == "right" else slice(longest - n, longest)
         tokens[b, here], mask[b, here] = rng.integers(0, OURS.vocab, n), 1

@@ -67,7 +67,9 @@ def check_prompts(folder, entry):
         if "train_input_ids" in case:
             ids, targets = layout.piece_ids(form.training_turns(turns), tokenise, eos, [image])
             assert ids == case["train_input_ids"], what
-            labels = [i if target else data["ignore_index"] for i, target in zip(ids, targets, strict=True)]
+            labels = [
+                i if target else data["ignore_index"] for i, target in zip(ids, targets, strict=True)
+            ]
             assert labels == case["train_labels"], what
 
 
@@ -84,7 +86,13 @@ def check_image_preprocess(folder, entry):
         np.testing.assert_array_equal(square, arrays[f"{key}.pad_square_u8"])
         for how, name in (("pad", "pixels_pad"), ("crop", "pixels_nopad")):
             pixels = normalise(jnp.asarray(images.fit(image, how, vision)), vision, "float32")
-            close(np.asarray(pixels).transpose(2, 0, 1), arrays[f"{key}.{name}"], f"{key}.{name}", atol=1e-5, rtol=0)
+            close(
+                np.asarray(pixels).transpose(2, 0, 1),
+                arrays[f"{key}.{name}"],
+                f"{key}.{name}",
+                atol=1e-5,
+                rtol=0,
+            )
 
 
 def check_router_import(folder, entry):
@@ -110,16 +118,22 @@ def check_router(folder, file):
     else:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == file["file_sha256"]
         loaded = med_moe.load_router(path, config, Destination(leaves))
-    kernel, bias = (np.asarray(loaded[f"decoder/layers/moe/router/{part}"]) for part in ("kernel", "bias"))
+    kernel, bias = (
+        np.asarray(loaded[f"decoder/layers/moe/router/{part}"]) for part in ("kernel", "bias")
+    )
     assert kernel.shape == (2, width, experts) and bias.shape == (2, experts)
     for layer in range(2):
         close(bias[layer], file["bias"], "bias", atol=0, rtol=1e-7)
         close(kernel[layer, :4, 0], file["first4_row0"], "row 0", atol=0, rtol=1e-7)
         close(kernel[layer, -2:, 3], file["last2_row3"], "row 3", atol=0, rtol=1e-7)
     if path is not None:
-        assert hashlib.sha256(np.ascontiguousarray(kernel[0].T).tobytes()).hexdigest() == file["weight_tensor_sha256"]
+        assert (
+            hashlib.sha256(np.ascontiguousarray(kernel[0].T).tobytes()).hexdigest()
+            == file["weight_tensor_sha256"]
+        )
         moe = jax.tree.map(
-            lambda leaf: leaf[1], with_parameters(golden_files.abstract(config), loaded).decoder.layers.moe.router
+            lambda leaf: leaf[1],
+            with_parameters(golden_files.abstract(config), loaded).decoder.layers.moe.router,
         )
         x = np.sin(0.1 * np.arange(1, width + 1))[None].astype(np.float32)
         logits = moe(jnp.asarray(x))[0]

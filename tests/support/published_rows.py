@@ -15,10 +15,13 @@ def training_rows(
     reduction: str = "token",
     image_size: int = 0,
 ) -> Batch:
-    """Lays out published training rows: one example a row, all as long as the longest; images are left zero.
+    """Lays out published training rows: one example a row, all as long as the longest.
 
-    segments[b]: ids around the images of example b (one list: text only); answers[b]: ids as they stand in the
-    row, end of text included. Returns what `training_batch` does, with M the most images of an example.
+    Images are left zero.
+
+    segments[b]: ids around the images of example b (one list: text only); answers[b]: ids as they
+    stand in the row, end of text included. Returns what `training_batch` does, with M the most
+    images of an example.
     """
     encoded = [
         encode_ids(around, answer, tokens_per_image, specials.bos, task=task)

@@ -24,7 +24,8 @@ def read(folder, split, options, skipped):
         made = list(_split(name, options.get("images", 24), rng))
         if name == split:
             for example, sources in made:
-                if example.images == (options.get("long"),):  # this image's questions are too long for any row
+                # this image's questions are too long for any row
+                if example.images == (options.get("long"),):
                     example = dataclasses.replace(example, question=example.question + " again" * 600)
                 yield example, sources
             return

@@ -4,7 +4,9 @@ import dataclasses
 
 from support import squares
 
-INFO = dataclasses.replace(squares.INFO, name="squares_without_val", tasks=("vqa", "cls"), splits=("train", "test"))
+INFO = dataclasses.replace(
+    squares.INFO, name="squares_without_val", tasks=("vqa", "cls"), splits=("train", "test")
+)
 
 
 def read(folder, split, options, skipped):

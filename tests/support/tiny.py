@@ -38,7 +38,9 @@ TOKENS = CONFIG.tokens_per_image  # 4
 
 def config(**parts) -> ModelConfig:
     """Replaces fields of the tiny configuration: config(decoder={"tied_head": True})."""
-    changed = {name: dataclasses.replace(getattr(CONFIG, name), **fields) for name, fields in parts.items()}
+    changed = {
+        name: dataclasses.replace(getattr(CONFIG, name), **fields) for name, fields in parts.items()
+    }
     out = dataclasses.replace(CONFIG, **changed)
     check_model(out)
     return out
@@ -56,11 +58,15 @@ def model(settings: ModelConfig = CONFIG, seed: int = 0) -> UniMed:
             std = 0.5
         else:
             std = 0.1 if name == "lora_b" else 0.7 * leaf.shape[-2] ** -0.5
-        leaves[path] = jnp.asarray(std * rng.standard_normal(leaf.shape) + name.endswith("scale"), jnp.float32)
+        leaves[path] = jnp.asarray(
+            std * rng.standard_normal(leaf.shape) + name.endswith("scale"), jnp.float32
+        )
     return with_parameters(abstract(settings), leaves)
 
 
-def encoded(rng, task: str = "vqa", question: int = 5, answer: int = 3, images: int = 1, left=None) -> layout.Encoded:
+def encoded(
+    rng, task: str = "vqa", question: int = 5, answer: int = 3, images: int = 1, left=None
+) -> layout.Encoded:
     """Draws ids around the images (none for text only) and of the answer, which ends with EOS."""
     low, high = COORDINATE_START + 101, CONFIG.decoder.vocab
     ids = rng.integers(low, high, question + answer)
@@ -102,7 +108,9 @@ def training(model: ModelConfig | None = None, rows: int = 8, **train) -> Config
     row = shape()
     return Config(
         model=model or config(vision={"depth": 1}, decoder={"depth": 1}),
-        data=DataConfig(rows=rows, row_tokens=row.tokens, row_images=row.images, row_answers=row.answers),
+        data=DataConfig(
+            rows=rows, row_tokens=row.tokens, row_images=row.images, row_answers=row.answers
+        ),
         optimizer=OptimizerConfig(skip_unused=True),
         train=TrainConfig(rules=ADAPT, **train),
     )

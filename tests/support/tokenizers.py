@@ -14,7 +14,13 @@ TEXTS = (
 SPECIAL = ["<s>", "</s>", "<unk>"]
 KINDS = (
     *("prepend", "prepend, words", "metaspace first", "metaspace always", "metaspace never"),
-    *("metaspace first, words", "metaspace always, words", "byte level", "byte level, blank before", "words"),
+    *(
+        "metaspace first, words",
+        "metaspace always, words",
+        "byte level",
+        "byte level, blank before",
+        "words",
+    ),
 )
 
 
@@ -23,7 +29,9 @@ def _trained(kind: str) -> str:
     cuts = "words" in kind
     if kind == "words":
         words = sorted({word for text in TEXTS for word in text.split()})
-        made = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *words))}, "<unk>"))
+        made = tokenizers.Tokenizer(
+            models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *words))}, "<unk>")
+        )
         made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         made.add_special_tokens(SPECIAL)
         return made.to_str()
@@ -32,16 +40,23 @@ def _trained(kind: str) -> str:
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space="before" in kind)
         made.decoder = decoders.ByteLevel()
     else:
-        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
     if kind.startswith("prepend"):
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     if kind == "prepend, words":  # merges as LLaMA-2's: none holds a "▁" behind its first letter
         made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"▁?[\w<>/]+|:|[^\w▁:]"), "isolated")
     if kind.startswith("metaspace"):
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind.split()[1].strip(","), split=cuts)
+        made.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme=kind.split()[1].strip(","), split=cuts
+        )
     alphabet = pre_tokenizers.ByteLevel.alphabet() if kind.startswith("byte") else []
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, show_progress=False, initial_alphabet=[*alphabet, "▁", "e", "é"]
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=[*alphabet, "▁", "e", "é"],
     )
     made.train_from_iterator(TEXTS, trainer)
     if kind == "prepend, words":

@@ -34,7 +34,10 @@ class Toy:
         self.rows = {}
         for s, split in enumerate(self.splits):
             self.rows[split] = [
-                self.example(split, s, task, i) for task in TASKS if task not in left_out for i in range(per_task)
+                self.example(split, s, task, i)
+                for task in TASKS
+                if task not in left_out
+                for i in range(per_task)
             ]
 
     def example(self, split, s, task, i):
@@ -44,7 +47,11 @@ class Toy:
         box = (x, y, x + 10, y + 12)
         text = box_to_text(box, *SIZE)
         question, answer, meta = {
-            "vqa": (f"Is the {shape} seen?", ("yes", "no")[i % 2], {"template": "seen", "answer_type": "closed"})
+            "vqa": (
+                f"Is the {shape} seen?",
+                ("yes", "no")[i % 2],
+                {"template": "seen", "answer_type": "closed"},
+            )
             if i % 4
             else ("What is it?", shape, {"template": "what", "answer_type": "open"}),
             "refer": (shape, text, {"plane": ("axial", "coronal")[i % 2]}),
@@ -90,7 +97,9 @@ class Model:
         for example, pixels in zip(examples, images, strict=True):
             keys = example.images
             assert len(pixels) == len(keys)
-            right = all(np.array_equal(a, self.toy.image(key)) for a, key in zip(pixels, keys, strict=True))
+            right = all(
+                np.array_equal(a, self.toy.image(key)) for a, key in zip(pixels, keys, strict=True)
+            )
             out.append(example.answer if right else "")
         return out
 

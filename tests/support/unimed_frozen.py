@@ -8,6 +8,9 @@ from unimed_jax.interop.tensors.table import Entry, Table
 
 def frozen_table(config: ModelConfig) -> Table:
     """Lists decoder, vision encoder and the norm after it, which the original never loads or trains."""
-    norm = (Entry("ln_vision.weight", "vision/output_norm/scale"), Entry("ln_vision.bias", "vision/output_norm/bias"))
+    norm = (
+        Entry("ln_vision.weight", "vision/output_norm/scale"),
+        Entry("ln_vision.bias", "vision/output_norm/bias"),
+    )
     decoder = hf_decoder_table(config.decoder, "llm_model.base_model.model.", config.lora.targets)
     return decoder + eva_table(config.vision, "visual_encoder.") + Table(norm)

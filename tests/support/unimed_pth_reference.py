@@ -40,9 +40,18 @@ def reference_of(goldens) -> Reference:
     dims, path = entry["model_dims"], goldens / entry["file"]
     weights = load_file(goldens / dims["full_state"].split()[0])
     vit = {"img_size": dims["image"], "patch_size": dims["patch"], "embed_dim": dims["vit_embed"]}
-    vit |= {"depth": dims["vit_depth"], "num_heads": dims["vit_heads"], "block_ln_eps": 1e-6, "ln_vision_eps": 1e-5}
+    vit |= {
+        "depth": dims["vit_depth"],
+        "num_heads": dims["vit_heads"],
+        "block_ln_eps": 1e-6,
+        "ln_vision_eps": 1e-5,
+    }
     vit["mlp_hidden"] = len(weights["visual_encoder.blocks.0.mlp.fc1.bias"])
-    llm = {"vocab_size": dims["vocab"], "hidden_size": dims["llm_hidden"], "num_layers": dims["llm_layers"]}
+    llm = {
+        "vocab_size": dims["vocab"],
+        "hidden_size": dims["llm_hidden"],
+        "num_layers": dims["llm_layers"],
+    }
     llm |= {"num_heads": dims["llm_heads"], "head_dim": dims["llm_hidden"] // dims["llm_heads"]}
     llm |= {"intermediate_size": dims["llm_intermediate"], "rms_norm_eps": 1e-5, "rope_theta": 1e4}
     llm["tie_word_embeddings"] = False

@@ -21,7 +21,11 @@ def assert_reads(path, expected):
         assert whole.dtype == value.dtype and whole.flags.writeable
         np.testing.assert_array_equal(whole, value)
     for name in (name for name, value in expected.items() if value.ndim == 2):
-        for index in ((slice(1, 3), slice(2, 5)), (slice(None), slice(0, 1)), (slice(4, 5), slice(None))):
+        for index in (
+            (slice(1, 3), slice(2, 5)),
+            (slice(None), slice(0, 1)),
+            (slice(4, 5), slice(None)),
+        ):
             np.testing.assert_array_equal(file.read(name, index), expected[name][index])
 
 

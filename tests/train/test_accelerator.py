@@ -1,4 +1,6 @@
-"""The accelerator's benchmark at toy size, its batches, and the count of useful FLOPs against the compiler's."""
+"""The accelerator's benchmark at toy size, its batches, and the count of useful FLOPs against the
+compiler's.
+"""
 
 import dataclasses
 import json
@@ -27,7 +29,9 @@ SCALE = accelerator.SCALES["tiny"]
 
 
 def test_every_row_is_measured_and_written(tmp_path):
-    """In a process of its own, from another folder, with nothing installed but what the environment has."""
+    """In a process of its own, from another folder, with nothing installed but what the environment
+    has.
+    """
     out = tmp_path / "speed.jsonl"
     command = [sys.executable, str(BENCHMARKS / "accelerator.py"), f"--out={out}", "--tiny"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -90,7 +94,9 @@ def test_full_rows_are_what_the_layout_makes(rows, tokens):
             here = slice(m * length + 1 + per_image, (m + 1) * length)
             words = batch["tokens"][b, here].tolist()
             task = VISUAL_TASKS[batch["image_tasks"][b, m]]
-            encoded = layout.encode_ids([[], words[:-answer]], words[-answer:], per_image, harness.BOS, task=task)
+            encoded = layout.encode_ids(
+                [[], words[:-answer]], words[-answer:], per_image, harness.BOS, task=task
+            )
             groups[-1].append(layout.Group((encoded,), (batch["images"][b, m],)))
     shape = layout.RowShape(tokens, images, data.row_answers, per_image, config.model.vision.image_size)
     expected = layout.training_batch(groups, shape, harness.PAD, "token")
@@ -106,7 +112,9 @@ ADAPT = (RuleConfig("decoder/*/lora_?", True), RuleConfig("connector/*", True), 
 
 @pytest.mark.parametrize("rules", [ADAPT, (RuleConfig("*", True),)], ids=["adapters", "everything"])
 def test_useful_flops_against_the_compilers_count(rules):
-    """Of a program without recomputation and loops (one layer each): more, by attention's hidden half and the rest."""
+    """Of a program without recomputation and loops (one layer each): more, by attention's hidden
+    half and the rest.
+    """
     model = dataclasses.replace(
         SCALE.model,
         vision=dataclasses.replace(SCALE.model.vision, width=128, mlp_width=512, depth=1),
@@ -114,7 +122,9 @@ def test_useful_flops_against_the_compilers_count(rules):
         **{"remat": "none", "compute_dtype": "float32", "frozen_dtype": "float32"},
     )
     data = DataConfig(rows=4, row_tokens=64, row_images=2, row_answers=16)
-    config = Config(model=model, data=data, loss=LossConfig(reduction="token"), train=TrainConfig(rules=rules))
+    config = Config(
+        model=model, data=data, loss=LossConfig(reduction="token"), train=TrainConfig(rules=rules)
+    )
     useful = useful_flops(config, examples=1)
     counted = build(config, None).lower().cost_analysis()["flops"]
     assert 1 < counted / sum(useful.values()) < 1.25

@@ -1,4 +1,6 @@
-"""Whole runs, from training to scores, on sets that differ from the demo: without images, splits or tasks."""
+"""Whole runs, from training to scores, on sets that differ from the demo: without images, splits or
+tasks.
+"""
 
 import json
 
@@ -16,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
+    # programs for eight devices compile slowly
+    monkeypatch.setattr(sharding, "make_mesh", lambda *settings: None)
 
 
 def settings(**source):
@@ -27,7 +30,10 @@ def settings(**source):
 
 
 def scored(config, folder):
-    """Trains and evaluates; returns (tasks of each split in the predictions, notes, log lines of training)."""
+    """Trains and evaluates.
+
+    Returns (tasks of each split in the predictions, notes, log lines of training).
+    """
     train_and_evaluate(from_config_dict(config), folder)
     tasks: dict[str, set[str]] = {}
     for line in (folder / "predictions.jsonl").read_text().splitlines():
@@ -66,6 +72,8 @@ def test_only_tasks_that_a_set_says_it_has_are_missed():
 
 def test_one_overlong_test_question_is_named_before_training(tmp_path):
     config = settings(tasks=("vqa",), options={"images": 8, "long": "test3"})
-    with pytest.raises(UserError, match=r"squares/test/vqa .* record test3/vqa: .* config.text.max_prompt=512"):
+    with pytest.raises(
+        UserError, match=r"squares/test/vqa .* record test3/vqa: .* config.text.max_prompt=512"
+    ):
         train_and_evaluate(from_config_dict(config), tmp_path)
     assert not (tmp_path / "log.jsonl").exists()

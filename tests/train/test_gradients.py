@@ -52,7 +52,9 @@ def test_gradients_of_each_task_are_those_of_its_answers_alone(config):
         assert own.sum() > 0, task
         for path, expected in alone(leaves, own).items():
             size = max(np.abs(expected).max(), 1e-6)
-            np.testing.assert_allclose(found[path][t], expected, rtol=0, atol=2e-5 * size, err_msg=f"{task} {path}")
+            np.testing.assert_allclose(
+                found[path][t], expected, rtol=0, atol=2e-5 * size, err_msg=f"{task} {path}"
+            )
     # The last one balances the experts: the router learns from it.
     balance = np.abs(found["decoder/layers/moe/router/kernel"][-1]).max() if config is EXPERTS else 0
     assert (balance > 0) == (config is EXPERTS) == (sums.balance > 0)
@@ -81,7 +83,9 @@ def test_a_strategy_is_one_class(monkeypatch, accumulation):
         program = build(config, None)
         leaves = {path: jnp.array(leaf) for path, leaf in parameters(tiny.model(config.model)).items()}
         state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer)
-        states[name], _ = program.step(state, {p: leaves[p] for p in program.frozen}, batch, np.float32(1e-3))
+        states[name], _ = program.step(
+            state, {p: leaves[p] for p in program.frozen}, batch, np.float32(1e-3)
+        )
     means = [state.moments.mean for state in states.values()]
     for path, expected in means[0].items():
         size = np.abs(expected).max()

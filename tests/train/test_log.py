@@ -47,11 +47,14 @@ def test_a_flipped_bit_costs_its_line_alone(log, first, seed, capsys):
     continue_lines(log, first)
     whole = [one for one in LINES if json.loads(one)["step"] < first]
     hit = sum(place >= sum(map(len, LINES[: i + 1])) for i in range(len(LINES)))
-    around = {hit, hit + 1} if LINES and content[place : place + 1] != b"\n" else {hit}  # two if its end was hit
+    # two if its end was hit
+    around = {hit, hit + 1} if LINES and content[place : place + 1] != b"\n" else {hit}
     found = log.read_bytes().splitlines(keepends=True)
     for i, one in enumerate(whole):
         assert one in found or i in around, (i, place)
-    assert len(found) <= len(whole) + 1 and all(isinstance(json.loads(one)["step"], int) for one in found)
+    assert len(found) <= len(whole) + 1 and all(
+        isinstance(json.loads(one)["step"], int) for one in found
+    )
     said = capsys.readouterr().err
     aside = log.with_name(DAMAGED)
     assert bool(said) == aside.exists() and said.count("\n") <= 1
@@ -84,7 +87,9 @@ def test_a_damaged_line_is_kept_aside_and_named_and_those_behind_it_stay(log, da
     assert log.read_bytes() == b"".join(LINES[:6])
     assert log.with_name(DAMAGED).read_bytes() == damage
     (said,) = capsys.readouterr().err.splitlines()
-    assert f"{log}: line 4 is damaged and kept in {log.with_name(DAMAGED)}; the other lines stay." in said
+    assert (
+        f"{log}: line 4 is damaged and kept in {log.with_name(DAMAGED)}; the other lines stay." in said
+    )
 
 
 def test_a_damaged_last_line_is_kept_aside_too(log, capsys):

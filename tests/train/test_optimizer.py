@@ -23,9 +23,14 @@ SHAPES = {"decoder/kernel": (5, 4), "connector/task_tokens": (5, 3), "connector/
 
 def leaves_and_gradients(steps=5):
     rng = np.random.default_rng(0)
-    leaves = {path: jnp.asarray(rng.standard_normal(shape), jnp.float32) for path, shape in SHAPES.items()}
+    leaves = {
+        path: jnp.asarray(rng.standard_normal(shape), jnp.float32) for path, shape in SHAPES.items()
+    }
     gradients = [
-        {path: jnp.asarray(rng.standard_normal(shape) * 10.0**-i, jnp.float32) for path, shape in SHAPES.items()}
+        {
+            path: jnp.asarray(rng.standard_normal(shape) * 10.0**-i, jnp.float32)
+            for path, shape in SHAPES.items()
+        }
         for i in range(steps)
     ]
     return leaves, gradients
@@ -52,13 +57,19 @@ RATES = (1e-2, 3e-2, 1e-2, 5e-3, 1e-3)
 
 @pytest.mark.parametrize("skip_unused", [False, True])
 def test_equals_torch(skip_unused):
-    """Five steps with two decay groups; with all leaves in use the participation rule changes nothing."""
+    """Five steps with two decay groups.
+
+    With all leaves in use the participation rule changes nothing.
+    """
     torch = pytest.importorskip("torch", reason=NEEDS)
     leaves, gradients = leaves_and_gradients()
     peers = {path: torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for path, leaf in leaves.items()}
     groups = [
         {"params": [peer for path, peer in peers.items() if path.endswith("bias")], "weight_decay": 0.0},
-        {"params": [peer for path, peer in peers.items() if not path.endswith("bias")], "weight_decay": 0.05},
+        {
+            "params": [peer for path, peer in peers.items() if not path.endswith("bias")],
+            "weight_decay": 0.05,
+        },
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), eps=1e-6)
     for gradient, lr in zip(gradients, RATES, strict=True):
@@ -76,7 +87,9 @@ def test_equals_torch(skip_unused):
 def test_equals_optax():
     leaves, gradients = leaves_and_gradients()
     mask = {path: not path.endswith("bias") for path in leaves}
-    adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))(0.0, weight_decay=0.05, mask=mask)
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))(
+        0.0, weight_decay=0.05, mask=mask
+    )
     state, expected = adamw.init(leaves), leaves
     for gradient, lr in zip(gradients, RATES, strict=True):
         state.hyperparams["learning_rate"] = jnp.float32(lr)
@@ -88,13 +101,18 @@ def test_equals_optax():
 
 
 def test_leaf_rate_and_decay():
-    """A rule's scale multiplies the rate of update and decay alike; decay alone moves a leaf towards 0."""
+    """A rule's scale multiplies the rate of update and decay alike.
+
+    Decay alone moves a leaf towards 0.
+    """
     leaves, _ = leaves_and_gradients()
     zero = [jax.tree.map(jnp.zeros_like, leaves)]
     given = rules() | {"decoder/kernel": LeafRule(True, 0.5, 0.1)}
     ours, _, norm = run(Optimizer(OptimizerConfig(skip_unused=False), given), leaves, zero, [0.2])
     assert norm == 0
-    np.testing.assert_allclose(ours["decoder/kernel"], leaves["decoder/kernel"] * (1 - 0.2 * 0.5 * 0.1), rtol=1e-6)
+    np.testing.assert_allclose(
+        ours["decoder/kernel"], leaves["decoder/kernel"] * (1 - 0.2 * 0.5 * 0.1), rtol=1e-6
+    )
     token = "connector/task_tokens"
     np.testing.assert_allclose(ours[token], leaves[token] * (1 - 0.2 * 0.05), rtol=1e-6)
     np.testing.assert_array_equal(ours["connector/router/bias"], leaves["connector/router/bias"])
@@ -136,7 +154,8 @@ def test_unused_leaves_are_left_alone():
     ]
     optimizer = Optimizer(OptimizerConfig(skip_unused=True), rules())
     one, state, _ = run(optimizer, leaves, gradients[:1], RATES[:1], used)
-    np.testing.assert_allclose(one[path], leaves[path] * (1 - RATES[0] * 0.05), rtol=1e-6)  # decayed and counted
+    # decayed and counted
+    np.testing.assert_allclose(one[path], leaves[path] * (1 - RATES[0] * 0.05), rtol=1e-6)
     assert int(state.count[path]) == 1
     np.testing.assert_array_equal(one["connector/router/bias"], leaves["connector/router/bias"])
     np.testing.assert_array_equal(one[token][1:4], leaves[token][1:4])
@@ -147,7 +166,8 @@ def test_unused_leaves_are_left_alone():
     assert int(state.count["connector/router/bias"]) == 1
     bias = "connector/router/bias"
     fresh, _, _ = run(optimizer, leaves, gradients[2:], RATES[2:3])
-    np.testing.assert_allclose(three[bias], fresh[bias], rtol=1e-6)  # its first step, as if the others had not been
+    # its first step, as if the others had not been
+    np.testing.assert_allclose(three[bias], fresh[bias], rtol=1e-6)
     np.testing.assert_allclose(three[token][1:4], fresh[token][1:4], rtol=1e-6)
 
 
@@ -164,7 +184,9 @@ def test_participation():
     assert not np.any(used([[0, -1], [3, 3]], reads=False)["connector/task_tokens"])
     text = used([[-1, -1]])
     for path, value in text.items():
-        assert np.all(np.asarray(value) == (0 if path.startswith(("connector/", "vision/")) else 1)), path
+        assert np.all(np.asarray(value) == (0 if path.startswith(("connector/", "vision/")) else 1)), (
+            path
+        )
     assert used(np.zeros((2, 0)))["connector/task_tokens"].shape == (len(VISUAL_TASKS), 1)
 
 
@@ -172,7 +194,12 @@ def test_participation():
 # Rules and rates
 # ---------------------------------------------------------------------------------------------
 
-PATHS = ("vision/blocks/up/kernel", "decoder/layers/attention/q/lora_a", "connector/task_tokens", "connector/x/up_bias")
+PATHS = (
+    "vision/blocks/up/kernel",
+    "decoder/layers/attention/q/lora_a",
+    "connector/task_tokens",
+    "connector/x/up_bias",
+)
 
 
 def rules_of(*patterns) -> dict[str, LeafRule]:
@@ -188,26 +215,36 @@ def test_first_match_wins():
     )
     assert [given[path].train for path in PATHS] == [False, True, True, True]
     assert given[PATHS[1]] == LeafRule(True, 2.0, 0.3)
-    assert given[PATHS[2]] == LeafRule(True, 0.5, 0.05)  # the published grouping: task tokens are decayed
+    # the published grouping: task tokens are decayed
+    assert given[PATHS[2]] == LeafRule(True, 0.5, 0.05)
     assert given[PATHS[3]] == LeafRule(True, 0.5, 0.0)  # biases are not
 
 
 def test_published_decay_groups():
     """Of all leaves of the model, those that the published rule spares: one dimension, or a bias."""
-    leaves = parameters(abstract(tiny.config(decoder={"attention_bias": ("q",)}, vision={"qkv_bias": "qv"})))
+    leaves = parameters(
+        abstract(tiny.config(decoder={"attention_bias": ("q",)}, vision={"qkv_bias": "qv"}))
+    )
     given = leaf_rules(leaves, TrainConfig(), OptimizerConfig(weight_decay=0.07))
     spared = {path for path, rule in given.items() if rule.weight_decay == 0}
     assert all(rule.weight_decay in (0, 0.07) for rule in given.values())
     for path in leaves:
         name = path.split("/")[-1]
         assert (path in spared) == ("bias" in name or name == "scale"), path
-    assert {"connector/router/out_bias", "connector/experts/bias", "vision/blocks/attention/q_bias"} <= spared
+    assert {
+        "connector/router/out_bias",
+        "connector/experts/bias",
+        "vision/blocks/attention/q_bias",
+    } <= spared
 
 
 @pytest.mark.parametrize(
     "patterns, sentence",
     [
-        ((RuleConfig("vision/*", True),), "no pattern matches the parameter 'decoder/layers/attention/q/lora_a'"),
+        (
+            (RuleConfig("vision/*", True),),
+            "no pattern matches the parameter 'decoder/layers/attention/q/lora_a'",
+        ),
         (
             (RuleConfig("conector/*", True), RuleConfig("*", False)),
             "'conector/.' matches no parameter; did you mean 'connector/",
@@ -221,7 +258,9 @@ def test_bad_rules(patterns, sentence):
 
 
 def test_schedule():
-    """Warm-up to the peak, then a cosine over all steps: a small drop at the joint, the floor at the end."""
+    """Warm-up to the peak, then a cosine over all steps: a small drop at the joint, the floor at
+    the end.
+    """
     config = OptimizerConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-4, warmup_steps=100)
 
     def rate(step):

@@ -20,12 +20,24 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROWS = 8
 
-HEAVY = ("grain", "ml_collections", "tensorflow_datasets", "transformers", "tokenizers", "PIL", "matplotlib", "orbax")
+HEAVY = (
+    "grain",
+    "ml_collections",
+    "tensorflow_datasets",
+    "transformers",
+    "tokenizers",
+    "PIL",
+    "matplotlib",
+    "orbax",
+)
 
 
 @pytest.mark.parametrize("module", ["grain", None])
 def test_the_program_and_the_model_import_no_data_libraries(module):
-    """A machine with an accelerator has jax and flax, seldom more. `module`: the check itself must see one."""
+    """A machine with an accelerator has jax and flax, seldom more.
+
+    `module`: the check itself must see one.
+    """
     code = f"""
 import importlib, pkgutil, sys
 import unimed_jax.model, unimed_jax.train.program
@@ -49,12 +61,16 @@ def test_shapes_are_those_of_weights_and_batches_and_compile_ahead_of_time():
     batch = tiny.mixed_batch(np.random.default_rng(0), ROWS)
     leaves = parameters(tiny.model(config.model))
     assert list(leaves) == list(program.leaves)
-    state = first_state({path: jnp.array(leaves[path]) for path in program.state.leaves}, program.optimizer)
+    state = first_state(
+        {path: jnp.array(leaves[path]) for path in program.state.leaves}, program.optimizer
+    )
     frozen = {path: leaves[path] for path in program.frozen}
     given = (state, frozen, batch)
     assert described(given) == described((program.state, program.frozen, program.batch))
     ahead = program.lower().compile()
-    expected = jax.device_get(program.step(jax.tree.map(jnp.array, state), frozen, batch, np.float32(1e-3)))
+    expected = jax.device_get(
+        program.step(jax.tree.map(jnp.array, state), frozen, batch, np.float32(1e-3))
+    )
     found = jax.device_get(ahead(state, frozen, batch, np.float32(1e-3)))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -67,12 +83,15 @@ def test_on_a_mesh_every_shape_says_where_it_lies():
     leaves = parameters(tiny.model(config.model))
     leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))
     with sharding.inside(mesh):
-        state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer, mesh)
+        state = first_state(
+            {path: leaves[path] for path in program.state.leaves}, program.optimizer, mesh
+        )
         batch = sharding.on_devices(tiny.mixed_batch(np.random.default_rng(0), ROWS), mesh, 1)
     real = (state, {path: leaves[path] for path in program.frozen}, batch)
     same = jax.tree.map(
         lambda x, shape: (
-            (x.shape, x.dtype) == (shape.shape, shape.dtype) and x.sharding.is_equivalent_to(shape.sharding, x.ndim)
+            (x.shape, x.dtype) == (shape.shape, shape.dtype)
+            and x.sharding.is_equivalent_to(shape.sharding, x.ndim)
         ),
         real,
         (program.state, program.frozen, program.batch),

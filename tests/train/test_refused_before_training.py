@@ -1,4 +1,5 @@
-"""What is found before the first step: settings without effect, data that cannot be scored, too little memory.
+"""What is found before the first step: settings without effect, data that cannot be scored, too
+little memory.
 
 And what is found after a step: parameters that are not finite are neither saved nor opened.
 """
@@ -61,7 +62,10 @@ def run(quick_compiles, tmp_path_factory):
 WITHOUT_EFFECT = [
     ({"model.connector.top_k": 3}, "model.connector.top_k=3"),
     ({"model.connector.router": "hard", "model.connector.top_k": 1}, "model.connector.top_k=1"),
-    ({"model.vision.output_norm": False, "model.vision.output_norm_eps": 1e-3}, "model.vision.output_norm_eps=0.001"),
+    (
+        {"model.vision.output_norm": False, "model.vision.output_norm_eps": 1e-3},
+        "model.vision.output_norm_eps=0.001",
+    ),
     ({"model.decoder.local_rope_theta": 1e4}, "model.decoder.local_rope_theta=10000.0"),
     (
         {"model.decoder.rope_scaling": {"kind": "linear", "low_freq_factor": 2.0}},
@@ -70,7 +74,10 @@ WITHOUT_EFFECT = [
     ({"model.moe.capacity_factor": 2.0}, "model.moe.capacity_factor=2.0"),
     ({"model.moe.aux_coef": 0.1}, "model.moe.aux_coef=0.1"),
     ({"model.moe.layers": (1,)}, "model.moe.layers=(1,)"),
-    ({"model.moe.experts": 2, "model.moe.layers": (1,), "model.moe.placement": "dense"}, "model.moe.placement='dense'"),
+    (
+        {"model.moe.experts": 2, "model.moe.layers": (1,), "model.moe.placement": "dense"},
+        "model.moe.placement='dense'",
+    ),
     ({"model.lora.alpha": 8.0}, "model.lora.alpha=8.0"),
     ({"model.lora.targets": ("q",)}, "model.lora.targets=('q',)"),
     ({"text.form": "plain", "text.chat_template": False}, "text.chat_template=False"),
@@ -96,7 +103,9 @@ def with_settings(changes):
 def test_a_setting_without_effect_is_refused(changes, named):
     with pytest.raises(UserError) as error:
         from_config_dict(with_settings(changes))
-    assert str(error.value).startswith(f"config.{named} has no effect, because ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"config.{named} has no effect, because ") and "\n" not in str(
+        error.value
+    )
     # A run that was trained so before opens all the same.
     from_config_dict(with_settings(changes).to_dict(), effects=False)
 
@@ -107,7 +116,11 @@ def test_what_fidelity_fills_in_is_not_held_against_anybody():
 
 def test_minor_settings_without_effect_are_named_at_the_start(run, monkeypatch):
     config = tiny(
-        **{"model__connector__kind": "mlp2x_gelu", "model__connector__experts": 7, "optimizer__warmup_steps": 0},
+        **{
+            "model__connector__kind": "mlp2x_gelu",
+            "model__connector__experts": 7,
+            "optimizer__warmup_steps": 0,
+        },
         **{"data__packing": False, "optimizer__warmup_lr": 1e-4, "router_fit__epochs": 3},
         evaluate__entries=(dict(source="squares", task="vqa", split="val", every=5),),
     )
@@ -138,21 +151,41 @@ def test_every_need_names_settings_that_exist():
 
 
 CONTRADICTIONS = [
-    ({"model.decoder.windows": (8, 0, 8, 0, 8)}, "config.model.decoder.windows names 5 layers of depth=4"),
+    (
+        {"model.decoder.windows": (8, 0, 8, 0, 8)},
+        "config.model.decoder.windows names 5 layers of depth=4",
+    ),
     ({"model.decoder.rotary_fraction": 2.0}, "config.model.decoder.rotary_fraction=2.0: set 0 to 1."),
     ({"model.moe.experts": 4, "model.moe.path": "capacity"}, "path='capacity' needs"),
-    ({"model.moe.experts": 4, "model.moe.min_capacity": 8}, "config.model.moe.min_capacity=8 limits a capacity"),
+    (
+        {"model.moe.experts": 4, "model.moe.min_capacity": 8},
+        "config.model.moe.min_capacity=8 limits a capacity",
+    ),
     ({"model.moe.experts": 4, "model.moe.layers": (2, 1)}, "in rising order"),
     ({"model.moe.experts": 4, "model.moe.layers": (2, 2)}, "config.model.moe.layers names 2 twice"),
-    ({"model.moe.experts": 4, "model.moe.top_k": 2, "model.moe.gate_noise": "rsample"}, "gate_noise='rsample'"),
-    ({"text.coordinate_tokens": False, "loss.coordinate_sd": 1.5}, "config.loss.coordinate_sd=1.5 is for box"),
-    ({"text.coordinate_tokens": False, "loss.coordinate_weight": 2.0}, "config.loss.coordinate_weight=2.0 is for"),
+    (
+        {"model.moe.experts": 4, "model.moe.top_k": 2, "model.moe.gate_noise": "rsample"},
+        "gate_noise='rsample'",
+    ),
+    (
+        {"text.coordinate_tokens": False, "loss.coordinate_sd": 1.5},
+        "config.loss.coordinate_sd=1.5 is for box",
+    ),
+    (
+        {"text.coordinate_tokens": False, "loss.coordinate_weight": 2.0},
+        "config.loss.coordinate_weight=2.0 is for",
+    ),
     ({"init": (("seed", "1"),)}, "config.init: 'seed' takes its number from config.seed"),
     ({"init": (("run", ""),)}, "config.init: 'run' needs the folder of a run"),
     ({"init": (("seed", ""), ("seed", ""))}, "config.init has the same entry at [0] and [1]"),
     ({"train.rules": ({"match": "*", "train": False},)}, "config.train.rules freezes every parameter"),
     (
-        {"train.rules": ({"match": "a", "train": False, "lr_scale": 2.0}, {"match": "*", "train": True})},
+        {
+            "train.rules": (
+                {"match": "a", "train": False, "lr_scale": 2.0},
+                {"match": "*", "train": True},
+            )
+        },
         "config.train.rules[0].lr_scale has no effect",
     ),
     (
@@ -191,12 +224,16 @@ def test_rules_that_leave_nothing_to_train_or_never_apply():
     assert "freezes every parameter" in refused(("[a-z]*", False), ("*", True))
     sentence = refused(("decoder/*", False), ("decoder/head", True), ("*", True))
     assert sentence.startswith("config.train.rules[1]: 'decoder/head' never applies")
-    refuse_idle_rules(paths, tiny(train__rules=[dict(match="?*", train=True), dict(match="*", train=True)]).train)
+    refuse_idle_rules(
+        paths, tiny(train__rules=[dict(match="?*", train=True), dict(match="*", train=True)]).train
+    )
 
 
 def test_coordinate_targets_need_coordinate_tokens():
     config, tokenizer = tiny(loss__coordinate_sd=1.0), types.SimpleNamespace(coordinate_start=None)
-    with pytest.raises(UserError, match=r"config.loss.coordinate_sd=1.0 has no effect, because the tokenizer"):
+    with pytest.raises(
+        UserError, match=r"config.loss.coordinate_sd=1.0 has no effect, because the tokenizer"
+    ):
         checks.check_start(config, tokenizer, parameters(abstract(config.model)))
 
 
@@ -205,7 +242,9 @@ def test_a_source_of_weights_that_gives_nothing_is_refused(run):
     with pytest.raises(UserError, match=r"config.init: .*fits this model|gives no parameter"):
         initial_leaves(config, run.tokenizer)
     config = tiny(init=(("seed", ""), ("router", "nowhere")))  # for experts, which this decoder has not
-    with pytest.raises(UserError, match=r"config.init: \('router', 'nowhere'\) gives no parameter of this model"):
+    with pytest.raises(
+        UserError, match=r"config.init: \('router', 'nowhere'\) gives no parameter of this model"
+    ):
         initial_leaves(config, run.tokenizer)
 
 
@@ -222,14 +261,21 @@ WRONG_DATA = [
     ({"evaluate__splits": ("vall",)}, "no example in split 'vall'; did you mean 'val'?"),
     ({"evaluate__splits": ("val", "dev")}, "no example in split 'dev'"),
     ({"evaluate__entries": (dict(source="squares", task="vqa", split="tset"),)}, "did you mean 'test'?"),
-    ({"evaluate__entries": (dict(source="square", task="vqa", split="test"),)}, "did you mean 'squares'?"),
+    (
+        {"evaluate__entries": (dict(source="square", task="vqa", split="test"),)},
+        "did you mean 'squares'?",
+    ),
     (
         {"evaluate__entries": (dict(source="squares", task="vqa", split="test", metrics=("acuracy",)),)},
         "'acuracy' is not a metric",
     ),
     ({"text__max_prompt": 6}, "cannot be evaluated"),
     (
-        {"data__sources": (dict(name="support.squares", id="squares", only={"template": ("vqa",)}, tasks=("cls",)),)},
+        {
+            "data__sources": (
+                dict(name="support.squares", id="squares", only={"template": ("vqa",)}, tasks=("cls",)),
+            )
+        },
         "match no example",
     ),
 ]
@@ -261,7 +307,9 @@ TOO_LARGE = [
 
 
 @pytest.mark.parametrize("settings, words", TOO_LARGE)
-def test_what_no_memory_holds_is_refused_before_anything_is_allocated(settings, words, tmp_path, monkeypatch):
+def test_what_no_memory_holds_is_refused_before_anything_is_allocated(
+    settings, words, tmp_path, monkeypatch
+):
     monkeypatch.setattr(start, "initial_leaves", lambda *arguments: pytest.fail("weights were made"))
     monkeypatch.setattr(memory, "available_bytes", lambda: 24 * 2**30)
     with pytest.raises(UserError, match=words):
@@ -274,7 +322,9 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
         limit.write_text(f"{text}\n")
         monkeypatch.setattr(memory, "LIMITS", (str(limit), str(tmp_path / "absent")))
         assert memory.available_bytes() == most if most else memory.available_bytes() > 2**28
-    with pytest.raises(UserError, match="^this needs at least 1.0 GiB of memory, and there are 0.0; lower that.$"):
+    with pytest.raises(
+        UserError, match="^this needs at least 1.0 GiB of memory, and there are 0.0; lower that.$"
+    ):
         memory.refuse_too_large(2**30, "this", "that")
 
 
@@ -284,10 +334,14 @@ def test_an_update_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path,
     rate = start.Progress.learning_rate
     for last in (0, 1):
         monkeypatch.setattr(
-            start.Progress, "learning_rate", lambda self, i, c, at=last: np.inf if i == at else rate(self, i, c)
+            start.Progress,
+            "learning_rate",
+            lambda self, i, c, at=last: np.inf if i == at else rate(self, i, c),
         )
         folder = tmp_path / str(last)
-        with pytest.raises(UserError, match=rf"^step {last}: .* parameters of .*connector.* are not finite after the"):
+        with pytest.raises(
+            UserError, match=rf"^step {last}: .* parameters of .*connector.* are not finite after the"
+        ):
             loop.train(tiny(), folder)
         assert Checkpoints(folder / "checkpoints", read_only=True).latest() == (last or None)
 
@@ -300,13 +354,17 @@ def test_leaves_that_are_not_finite_are_named():
         "e/f": jnp.array([NAN], "bfloat16"),
     }
     assert not_finite(leaves) == ["a/c", "e/f"]
-    with pytest.raises(UserError, match=r"^here: 2 parameters of a, e are not finite \(NaN or infinity\); look\.$"):
+    with pytest.raises(
+        UserError, match=r"^here: 2 parameters of a, e are not finite \(NaN or infinity\); look\.$"
+    ):
         refuse_not_finite(leaves, "here", "look")
     with pytest.raises(UserError, match="parameter a/c is not finite"):
         refuse_not_finite({"a/c": leaves["a/c"]}, "here", "look")
 
 
-def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_opened(run, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_opened(
+    run, tmp_path, monkeypatch, capsys
+):
     leaves = {"a": jnp.array([1.0, NAN])}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(UserError, match="step 3: parameter a is not finite"):
@@ -314,7 +372,8 @@ def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_opened(run, tmp_
     assert checkpoints.latest() is None
     checkpoints.close()
 
-    # One from before this check: neither opened, nor exported, nor answered from, nor continued from as a base.
+    # One from before this check: neither opened, nor exported, nor answered from, nor continued
+    # from as a base.
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "refuse_not_finite", lambda *arguments: None)
         patch.setattr(loop.Reporter, "now", lambda self: None)

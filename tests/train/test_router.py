@@ -1,4 +1,6 @@
-"""Med-MoE's router by itself, on coloured squares: a dense run, its hidden states, a classifier of colours, experts."""
+"""Med-MoE's router by itself, on coloured squares: a dense run, its hidden states, a classifier of
+colours, experts.
+"""
 
 import json
 import shutil
@@ -53,7 +55,9 @@ def dense(quick_compiles, built_once):
         patch.setattr(sharding, "make_mesh", one_device)
         settings = tiny_config(steps=2)
         settings.model.decoder.depth = 2
-        return open_run(built_once("dense", lambda folder: loop.train(from_config_dict(settings), folder)))
+        return open_run(
+            built_once("dense", lambda folder: loop.train(from_config_dict(settings), folder))
+        )
 
 
 def settings(dense, **changes):
@@ -74,7 +78,11 @@ def routed(dense, tmp_path_factory):
     folder = tmp_path_factory.mktemp("router")
     file = folder / "colours.py"
     file.write_text(CONFIG)
-    words = [f"--config={file}:{dense.folder}", f"--workdir={folder / 'run'}", "--config.model.decoder.depth=2"]
+    words = [
+        f"--config={file}:{dense.folder}",
+        f"--workdir={folder / 'run'}",
+        "--config.model.decoder.depth=2",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", one_device)
         assert cli.main(words) == 0
@@ -84,7 +92,10 @@ def routed(dense, tmp_path_factory):
 def test_colours_are_told_apart(routed):
     _, folder = routed
     report = json.loads((folder / "router.json").read_text())
-    assert report["classes"] == sorted(COLOURS) and report["images"] == {"train": 300, "without label": 0}
+    assert report["classes"] == sorted(COLOURS) and report["images"] == {
+        "train": 300,
+        "without label": 0,
+    }
     for split in ("val", "test"):
         result = report["splits"][split]
         few, many = result["accuracy"]
@@ -135,7 +146,10 @@ def test_one_that_was_killed_before_its_report_is_trained_again(routed, tmp_path
 
 
 def test_every_layer_with_experts_gets_the_router(routed, dense):
-    """Exact, also where what is frozen is stored in bfloat16; and a MoE run trains with it, unchanged."""
+    """Exact, also where what is frozen is stored in bfloat16.
+
+    And a MoE run trains with it, unchanged.
+    """
     _, folder = routed
     config = tiny_config(steps=2)
     config.model.decoder.depth = 2
@@ -183,8 +197,12 @@ def test_an_embedding_is_the_mean_over_states_and_tokens(dense):
 
 
 def test_the_classifier_is_torchs():
-    """Linear, cross-entropy and Adam from the same start over the same batches, the last of an epoch short."""
-    torch = pytest.importorskip("torch", reason="a peer of the extra `parity`: pip install -e '.[parity]'")
+    """Linear, cross-entropy and Adam from the same start over the same batches, the last of an
+    epoch short.
+    """
+    torch = pytest.importorskip(
+        "torch", reason="a peer of the extra `parity`: pip install -e '.[parity]'"
+    )
     config = tiny_config()
     config.router_fit.update(epochs=3, batch=8, lr=0.01)
     config = from_config_dict(config)
@@ -220,15 +238,23 @@ def test_one_prompt_of_each_labelled_image(dense):
     assert len(set(keys)) == len(keys) == 22 and some.left_out == 2
     assert len({example.task for example in some.examples}) > 2
     assert keys != sorted(keys, key=lambda key: int(key[0].removeprefix("train")))
-    assert [sorted(COLOURS)[c] for c in some.classes] == [example.meta["prompt"] for example in some.examples]
+    assert [sorted(COLOURS)[c] for c in some.classes] == [
+        example.meta["prompt"] for example in some.examples
+    ]
     assert router.labelled([dataset], "train", config, sorted(COLOURS)).examples == some.examples
 
 
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"key": "modality"}, "config.router_fit.key='modality': no train image of squares has this label"),
-        ({"classes": ("red", "green")}, r"prompt='\w+' is none of config.router_fit.classes \(red, green\)"),
+        (
+            {"key": "modality"},
+            "config.router_fit.key='modality': no train image of squares has this label",
+        ),
+        (
+            {"classes": ("red", "green")},
+            r"prompt='\w+' is none of config.router_fit.classes \(red, green\)",
+        ),
         ({"labels": (10, 400)}, "the training split has 300 labelled images"),
     ],
 )

@@ -1,4 +1,6 @@
-"""One training step: accumulation, frozen leaves, losses per task, dropout, soft coordinates, one compile."""
+"""One training step: accumulation, frozen leaves, losses per task, dropout, soft coordinates, one
+compile.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +12,15 @@ import pytest
 from flax import nnx
 from support import tiny
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LossConfig, OptimizerConfig, RuleConfig, TrainConfig
+from unimed_jax.config import (
+    TASKS,
+    VISUAL_TASKS,
+    Config,
+    LossConfig,
+    OptimizerConfig,
+    RuleConfig,
+    TrainConfig,
+)
 from unimed_jax.data import layout
 from unimed_jax.model.layers import Linear
 from unimed_jax.model.parameters import abstract, parameters
@@ -67,7 +77,9 @@ def rows_of(rng, count=8) -> list[list[layout.Group]]:
 
 
 def batch_of(seed=0, reduction="token", count=8):
-    return layout.training_batch(rows_of(np.random.default_rng(seed), count), tiny.shape(), tiny.PAD, reduction)
+    return layout.training_batch(
+        rows_of(np.random.default_rng(seed), count), tiny.shape(), tiny.PAD, reduction
+    )
 
 
 def gradients_of(state):
@@ -100,7 +112,10 @@ def test_accumulation_equals_the_whole_batch(reduction):
 
 @pytest.mark.parametrize("reduction", ["token", "example"])
 def test_losses_by_hand(reduction):
-    """The loss is the mean over tokens, or over examples of their mean; a task's loss the same over its own."""
+    """The loss is the mean over tokens, or over examples of their mean.
+
+    A task's loss the same over its own.
+    """
     rng = np.random.default_rng(1)
     rows = rows_of(rng)
     batch = layout.training_batch(rows, tiny.shape(), tiny.PAD, reduction)
@@ -114,7 +129,10 @@ def test_losses_by_hand(reduction):
             losses = [-log_p[row, done + i, t] for i, t in enumerate(question.suffix[question.targets])]
             done += question.answer
             token_losses.setdefault(question.task, []).append(losses)
-    per_example = {task: [np.mean(x) if reduction == "example" else x for x in v] for task, v in token_losses.items()}
+    per_example = {
+        task: [np.mean(x) if reduction == "example" else x for x in v]
+        for task, v in token_losses.items()
+    }
     by_task = {task: np.mean(np.hstack(losses)) for task, losses in per_example.items()}
     overall = np.mean(np.hstack([x for losses in per_example.values() for x in losses]))
     step, optimizer = compiled()
@@ -140,7 +158,10 @@ def test_routing_metrics():
 
 
 def test_many_steps_compile_once():
-    """Any content of one shape, the state of the step before, another rate: one program; the loss falls."""
+    """Any content of one shape, the state of the step before, another rate: one program.
+
+    The loss falls.
+    """
     step, optimizer = compiled()
     state, frozen = start(optimizer)
     before = jax.device_get(frozen)
@@ -155,7 +176,10 @@ def test_many_steps_compile_once():
     assert losses[4] < losses[0] and losses[5] < losses[1]
     # What is frozen has no state, no gradient and is not given away; all else moved.
     assert state.leaves.keys() == state.moments.mu.keys() == first.keys()
-    assert not set(frozen) & set(first) and {path.split("/")[0] for path in frozen} == {"vision", "decoder"}
+    assert not set(frozen) & set(first) and {path.split("/")[0] for path in frozen} == {
+        "vision",
+        "decoder",
+    }
     for path, leaf in before.items():
         np.testing.assert_array_equal(frozen[path], leaf)
     assert all(np.any(np.asarray(state.leaves[path]) != leaf) for path, leaf in first.items())
@@ -174,9 +198,12 @@ def test_text_alone():
     rng = np.random.default_rng(3)
     rows = [[tiny.group(rng, "qa", images=0)] for _ in range(8)]
     step, optimizer = compiled()
-    state, metrics = step(*start(optimizer), layout.training_batch(rows, tiny.shape(), tiny.PAD, "token"), RATE)
+    state, metrics = step(
+        *start(optimizer), layout.training_batch(rows, tiny.shape(), tiny.PAD, "token"), RATE
+    )
     assert bool(metrics["finite"]) and not np.any(metrics["slots"])
-    assert np.isnan(metrics["task_loss"]).tolist() == [True] * 5 + [False]  # a task without an answer has no loss
+    # a task without an answer has no loss
+    assert np.isnan(metrics["task_loss"]).tolist() == [True] * 5 + [False]
     for path, gradient in gradients_of(state).items():
         assert np.any(gradient) != path.startswith("connector/"), path
 
@@ -203,7 +230,9 @@ def test_micro_batches_drop_on_their_own():
     """Twice the same rows, under two task names: with dropout each micro-batch draws its own masks."""
     half = batch_of(count=4)
     batch = {key: np.concatenate([value, value]) for key, value in half.items()}
-    batch["target_tasks"] = np.repeat([[0], [1]], 4, axis=0) * np.ones((1, batch["targets"].shape[1]), np.int32)
+    batch["target_tasks"] = np.repeat([[0], [1]], 4, axis=0) * np.ones(
+        (1, batch["targets"].shape[1]), np.int32
+    )
     step, optimizer = compiled(accumulation=2, dropout=0.5)
     _, metrics = step(*start(optimizer), batch, RATE)
     first, second = np.asarray(metrics["task_loss"])[:2]
@@ -218,7 +247,9 @@ def test_dropout_is_off_in_evaluation():
     settings = dataclasses.replace(SHALLOW, lora=dataclasses.replace(SHALLOW.lora, dropout=0.9))
     hidden = jax.jit(lambda model, batch: model(batch).hidden)
     batch = batch_of()
-    np.testing.assert_array_equal(hidden(tiny.model(settings), batch), hidden(tiny.model(SHALLOW), batch))
+    np.testing.assert_array_equal(
+        hidden(tiny.model(settings), batch), hidden(tiny.model(SHALLOW), batch)
+    )
 
 
 def test_dropout_of_one_linear():
@@ -251,15 +282,23 @@ TARGETS = jnp.array([[START, START + 50, START + 100, START - 1], [5, START + 10
 
 
 def test_soft_coordinates_by_hand():
-    """A Gaussian over the 101 coordinates, cut at the ends and normalised; other tokens one-hot with weight 1."""
+    """A Gaussian over the 101 coordinates, cut at the ends and normalised.
+
+    Other tokens one-hot with weight 1.
+    """
     logits = random_logits()
-    nll, factor = cross_entropy(logits, TARGETS, LossConfig(coordinate_sd=2.0, coordinate_weight=3.0), START)
+    nll, factor = cross_entropy(
+        logits, TARGETS, LossConfig(coordinate_sd=2.0, coordinate_weight=3.0), START
+    )
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     for b, a in np.ndindex(2, 4):
         target = int(TARGETS[b, a])
         centre = target - START
         if not 0 <= centre <= 100:
-            assert float(nll[b, a]) == pytest.approx(-log_p[b, a, target], rel=1e-5) and float(factor[b, a]) == 1
+            assert (
+                float(nll[b, a]) == pytest.approx(-log_p[b, a, target], rel=1e-5)
+                and float(factor[b, a]) == 1
+            )
             continue
         soft = np.exp(-((np.arange(101) - centre) ** 2) / (2 * 2.0**2))
         expected = -(soft / soft.sum()) @ log_p[b, a, START : START + 101]
@@ -270,7 +309,8 @@ def test_narrow_coordinates_are_one_hot():
     logits = random_logits()
     hard, ones = cross_entropy(logits, TARGETS, LossConfig(), START)
     narrow, _ = cross_entropy(logits, TARGETS, LossConfig(coordinate_sd=1e-3), START)
-    none, _ = cross_entropy(logits, TARGETS, LossConfig(coordinate_sd=2.0), None)  # a tokenizer without coordinates
+    # a tokenizer without coordinates
+    none, _ = cross_entropy(logits, TARGETS, LossConfig(coordinate_sd=2.0), None)
     np.testing.assert_allclose(narrow, hard, rtol=1e-6)
     np.testing.assert_array_equal(none, hard)
     assert (np.asarray(ones) == 1).all()

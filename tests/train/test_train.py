@@ -36,7 +36,9 @@ def straight(quick_compiles, built_once):
     """A run that is never stopped."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", one_device)
-        return open_run(built_once("straight", lambda folder: loop.train(from_config_dict(tiny_config()), folder)))
+        return open_run(
+            built_once("straight", lambda folder: loop.train(from_config_dict(tiny_config()), folder))
+        )
 
 
 def lines(folder):
@@ -86,7 +88,14 @@ def test_a_finished_run_opens_and_trains_no_further(straight):
 def test_the_loss_falls_and_everything_is_logged(straight):
     log = lines(straight.folder)
     assert log[-1]["train/loss"] < log[0]["train/loss"] - 0.4
-    assert {key.split("/")[0] for key in log[0]} >= {"train", "loss", "routing", "speed", "waste", "memory"}
+    assert {key.split("/")[0] for key in log[0]} >= {
+        "train",
+        "loss",
+        "routing",
+        "speed",
+        "waste",
+        "memory",
+    }
     assert any(line["loss/qa"] is not None for line in log)
     assert list((straight.folder / "tensorboard").iterdir())
     assert Image.open(straight.folder / "contact_sheet.png").size[0] > 100
@@ -125,15 +134,23 @@ def test_a_checkpoint_of_another_model_is_refused(straight, tmp_path):
     write_config(tmp_path, from_config_dict(settings))
     (tmp_path / "checkpoints").symlink_to(straight.folder / "checkpoints")
     (tmp_path / "tokenizer").symlink_to(straight.folder / "tokenizer")
-    with pytest.raises(UserError, match=r"another model: decoder/layers/mlp/down/kernel is \(1, 48, 32\) there"):
+    with pytest.raises(
+        UserError, match=r"another model: decoder/layers/mlp/down/kernel is \(1, 48, 32\) there"
+    ):
         open_run(tmp_path)
 
 
 def test_frozen_leaves_stay_and_are_saved_when_nothing_else_could_give_them_back(tmp_path):
-    settings = tiny_config(rules=(dict(match="vision/*", train=False), dict(match="*", train=True)), steps=4)
+    settings = tiny_config(
+        rules=(dict(match="vision/*", train=False), dict(match="*", train=True)), steps=4
+    )
     run = loop.train(from_config_dict(settings), tmp_path)
     initial, _ = initial_model(run.config, run.tokenizer)
-    before, after, opened = parameters(initial), parameters(run.model), parameters(open_run(tmp_path).model)
+    before, after, opened = (
+        parameters(initial),
+        parameters(run.model),
+        parameters(open_run(tmp_path).model),
+    )
     for path in before:
         assert np.array_equal(before[path], after[path]) == path.startswith("vision/"), path
         np.testing.assert_array_equal(opened[path], after[path])
@@ -144,14 +161,18 @@ def test_a_run_starts_from_another(straight, tmp_path):
     settings.init = (("seed", ""), ("run", str(straight.folder)))
     model, sources = initial_model(from_config_dict(settings), straight.tokenizer)
     assert set(sources.values()) == {f"run {straight.folder}"}
-    np.testing.assert_array_equal(parameters(model)["decoder/head"], parameters(straight.model)["decoder/head"])
+    np.testing.assert_array_equal(
+        parameters(model)["decoder/head"], parameters(straight.model)["decoder/head"]
+    )
 
 
 def test_a_run_stands_on_the_weights_that_it_was_trained_on(straight, tmp_path):
     """Frozen leaves of another run are not copied: told, when that has changed."""
     base = tmp_path / "base"
     shutil.copytree(straight.folder, base)
-    settings = tiny_config(rules=(dict(match="vision/*", train=False), dict(match="*", train=True)), steps=2)
+    settings = tiny_config(
+        rules=(dict(match="vision/*", train=False), dict(match="*", train=True)), steps=2
+    )
     settings.init = (("seed", ""), ("run", str(base)))
     run = loop.train(from_config_dict(settings), tmp_path / "run")
     opened = open_run(tmp_path / "run")
@@ -204,6 +225,6 @@ def test_experts_start_from_a_dense_run(straight, tmp_path):
     up = parameters(run.model)["decoder/layers/moe/experts/up/kernel"]
     assert (up[:, 0] != up[:, 1]).any()
     values = lines(tmp_path)[-1]
-    assert values["experts/balance"] >= 0.99 and values["experts/share_0"] + values["experts/share_1"] == pytest.approx(
-        1
-    )
+    assert values["experts/balance"] >= 0.99 and values["experts/share_0"] + values[
+        "experts/share_1"
+    ] == pytest.approx(1)

@@ -1,4 +1,6 @@
-"""Validation while training: its losses, the best checkpoint, early stop, and runs that are made longer."""
+"""Validation while training: its losses, the best checkpoint, early stop, and runs that are made
+longer.
+"""
 
 import json
 from pathlib import Path
@@ -37,14 +39,16 @@ BEST = "loss/squares/val/vqa"
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", lambda *settings: None)  # programs for eight devices compile slowly
+    # programs for eight devices compile slowly
+    monkeypatch.setattr(sharding, "make_mesh", lambda *settings: None)
 
 
 def settings(entries=(("vqa", "val", 3),), **train):
     """Entries as (task, split, every)."""
     config = tiny_config(**train)
     config.evaluate.entries = tuple(
-        dict(source="squares", task=task, split=split, every=every, limit=10) for task, split, every in entries
+        dict(source="squares", task=task, split=split, every=every, limit=10)
+        for task, split, every in entries
     )
     return config
 
@@ -92,7 +96,10 @@ def killed_at(step: int, config, folder: Path, monkeypatch) -> None:
 
 
 def test_the_losses_are_those_of_the_examples_and_training_stays_the_same(tmp_path):
-    """Packed into rows of the training's shape they give what one example a row gives; nothing else is touched."""
+    """Packed into rows of the training's shape they give what one example a row gives.
+
+    Nothing else is touched.
+    """
     plain = run(tiny_config(), tmp_path / "plain")
     entries = (("vqa", "val", 3), ("qa", "test", 4), ("refer", "val", 6))
     with_losses = run(settings(entries), tmp_path / "run")
@@ -111,14 +118,18 @@ def test_the_losses_are_those_of_the_examples_and_training_stays_the_same(tmp_pa
         chosen = select(every, 10)
         groups = []
         for example in chosen:
-            pixels = tuple(images.fit(data.image(k), config.data.fit, config.model.vision) for k in example.images)
+            pixels = tuple(
+                images.fit(data.image(k), config.data.fit, config.model.vision) for k in example.images
+            )
             groups.append([layout.Group((encoder.training(example, 0),), pixels)])
         batch = layout.training_batch(groups, shape, tokenizer.pad, str(config.loss.reduction))
         total, sums = jax.jit(lambda model, batch: loss_sums(model, batch, LossConfig(), None, None))(
             with_losses.model, batch
         )
         expected = float(total / sums["weight"])
-        assert measured(log, f"{split}/squares/{task}/loss")[12] == pytest.approx(expected, rel=1e-5), task
+        assert measured(log, f"{split}/squares/{task}/loss")[12] == pytest.approx(expected, rel=1e-5), (
+            task
+        )
 
 
 def test_best_and_patience_are_the_same_after_kills(tmp_path, monkeypatch):
@@ -172,7 +183,9 @@ def test_a_run_that_patience_ended_is_finished(constant):
 
 def test_evaluate_scores_the_checkpoint_that_which_names(constant, monkeypatch, capsys):
     scored = []
-    monkeypatch.setattr("unimed_jax.evaluate.run.evaluate_run", lambda run, config, place: scored.append(run.step))
+    monkeypatch.setattr(
+        "unimed_jax.evaluate.run.evaluate_run", lambda run, config, place: scored.append(run.step)
+    )
     command = ["evaluate", f"--run={constant[1].folder}"]
     for words in ([], ["--which=newest"], ["--which=best"]):
         assert main([*command, *words]) == 0
@@ -184,19 +197,28 @@ def test_evaluate_scores_the_checkpoint_that_which_names(constant, monkeypatch, 
 def test_metrics_that_an_entry_names_are_scored_and_may_pick_the_best(tmp_path):
     """The same as scoring the finished model; the train step is not compiled again (the loop counts)."""
     config = settings(best="token_f1/squares/val/cls", steps=6)
-    entry = dict(source="squares", task="cls", split="val", every=3, limit=10, metrics=("exact_match", "token_f1"))
+    entry = dict(
+        source="squares", task="cls", split="val", every=3, limit=10, metrics=("exact_match", "token_f1")
+    )
     config.evaluate.entries = (entry, dict(entry, task="qa", metrics=()))
     ended = run(config, tmp_path)
     names = {name for line in lines(tmp_path) for name in line if name.startswith("val/")}
     own = {"val/squares/cls/loss", "val/squares/cls/exact_match", "val/squares/cls/token_f1"}
     assert names == {*own, "val/squares/qa/loss"}
-    units = [unit for unit in units_of(ended.config, open_sets(ended.config.held_out))[0] if unit.task == "cls"]
+    units = [
+        unit
+        for unit in units_of(ended.config, open_sets(ended.config.held_out))[0]
+        if unit.task == "cls"
+    ]
     for name, value in quick_scores(ended.model, ended.config, ended.tokenizer, units).items():
         metric, source, split, task = name.split("/")
         assert measured(tmp_path, f"{split}/{source}/{task}/{metric}")[6] == value
     best = open_run(tmp_path, which="best")
     at_best = quick_scores(best.model, ended.config, ended.tokenizer, units)
-    assert at_best["token_f1/squares/val/cls"] == note(tmp_path)["best"] and best.step == note(tmp_path)["best_step"]
+    assert (
+        at_best["token_f1/squares/val/cls"] == note(tmp_path)["best"]
+        and best.step == note(tmp_path)["best_step"]
+    )
     values = measured(tmp_path, "val/squares/cls/token_f1")
     assert list(values) == [3, 6] and note(tmp_path)["best"] == max(values.values())
 
@@ -208,7 +230,13 @@ def test_a_new_best_value_starts_the_count_again():
     for done, value in enumerate((3.0, 3.0, 2.0, float("nan"), 2.5), start=1):
         progress = progress.measured(value, done, config)
         seen.append((progress.best, progress.best_step, progress.waited, progress.finished))
-    assert seen == [(3, 1, 0, False), (3, 1, 1, False), (2, 3, 0, False), (2, 3, 1, False), (2, 3, 2, True)]
+    assert seen == [
+        (3, 1, 0, False),
+        (3, 1, 1, False),
+        (2, 3, 0, False),
+        (2, 3, 1, False),
+        (2, 3, 2, True),
+    ]
     highest = from_config_dict(settings(best=BEST.replace("loss", "exact_match"), best_mode="max"))
     assert Progress(best=0.5, best_step=1).measured(0.6, 2, highest).best_step == 2
     assert Progress(best=0.5, best_step=1).measured(0.4, 2, highest).best_step == 1
@@ -239,7 +267,9 @@ def test_more_steps_are_refused_unless_it_is_said_what_they_do(tmp_path):
     run(tiny_config(steps=1), tmp_path)
     with pytest.raises(UserError, match="holds no best checkpoint; set config.train.best"):
         open_run(tmp_path, which="best")
-    with pytest.raises(UserError, match=r"config.train.steps is 1 there and 2 now.*or set config.train.longer to"):
+    with pytest.raises(
+        UserError, match=r"config.train.steps is 1 there and 2 now.*or set config.train.longer to"
+    ):
         run(tiny_config(steps=2), tmp_path)
     changed = tiny_config(steps=2, longer="stretch")
     changed.optimizer.lr = 1.0
@@ -256,7 +286,10 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
     best = settings(best=name)
     for number, (config, sentence) in enumerate(
         [
-            (unknown, r"config.evaluate.entries: 'squars' is not the id of a data set; did you mean 'squares'"),
+            (
+                unknown,
+                r"config.evaluate.entries: 'squars' is not the id of a data set; did you mean 'squares'",
+            ),
             (missing, r"config.evaluate.entries: data set 'squares' has no example in split 'nowhere'"),
             (best, rf"config.train.best='{name}' is not measured during training.*loss/squares/val/vqa"),
         ]
@@ -279,7 +312,9 @@ def test_eight_devices_measure_what_one_does(constant):
         if mesh is not None:
             leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))
         with sharding.inside(mesh):
-            state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer, mesh)
+            state = first_state(
+                {path: leaves[path] for path in program.state.leaves}, program.optimizer, mesh
+            )
             measured = validation.measure(2, state, {path: leaves[path] for path in program.frozen})
         assert validation.compiled() == 1
         found.append({each.name: each.value for each in measured})

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 def added(tmp_path, monkeypatch):
     """The documented file as a part of the package, for this test only."""
     (code,) = re.findall(
-        r"```python\n# unimed_jax/verbs/agree\.py\n(.*?)```", (ROOT / "docs/adding_a_verb.md").read_text(), re.S
+        r"```python\n# unimed_jax/verbs/agree\.py\n(.*?)```",
+        (ROOT / "docs/adding_a_verb.md").read_text(),
+        re.S,
     )
     (tmp_path / "agree.py").write_text(code)
     monkeypatch.setattr(verbs, "__path__", [*verbs.__path__, str(tmp_path)])
@@ -45,13 +47,16 @@ def test_it_is_gone_again(capsys):
     assert "'agree' is not a verb" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["trian"], *([verb, "--help"] for verb in cli.VERBS), ["train"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["trian"], *([verb, "--help"] for verb in cli.VERBS), ["train"]]
+)
 def test_help_and_a_wrong_verb_answer_without_jax(words):
     """In a process of its own; `main` may exit by argparse."""
     code = (
         "import sys\nfrom unimed_jax.main import main\nstatus = 0\n"
         "try:\n    status = main(sys.argv[1:])\nexcept SystemExit as end:\n    status = end.code\n"
-        "assert not {'jax', 'flax', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)\nsys.exit(status)"
+        "assert not {'jax', 'flax', 'transformers', 'numpy'} & set(sys.modules), "
+        "sorted(sys.modules)\nsys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == (2 if words in (["trian"], ["train"]) else 0), done.stderr

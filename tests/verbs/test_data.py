@@ -34,7 +34,13 @@ def test_a_twin_is_written_and_shown(tmp_path, capsys, monkeypatch):
 def test_a_set_of_a_config_is_shown_with_all_tasks(tmp_path, capsys):
     assert cli.main(["data", "twin", "jsonl", f"--out={tmp_path / 'set'}", "--n=6"]) == 0
     (tmp_path / "mine.py").write_text(CONFIG.format(path=tmp_path / "set"))
-    words = ["data", "show", "mine", f"--config={tmp_path / 'mine.py'}", f"--out={tmp_path / 'sheet.png'}"]
+    words = [
+        "data",
+        "show",
+        "mine",
+        f"--config={tmp_path / 'mine.py'}",
+        f"--out={tmp_path / 'sheet.png'}",
+    ]
     assert cli.main([*words, f"--n={2 * len(TASKS)}"]) == 0
     assert f"drew {2 * len(TASKS)} examples of mine" in capsys.readouterr().out
     assert Image.open(tmp_path / "sheet.png").width == 1200

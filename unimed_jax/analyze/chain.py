@@ -1,7 +1,7 @@
 """Trains a chain of runs, each from the weights of those before it, and tabulates their scores.
 
-Stage `runs/<name>` of a chain in `<workdir>` lives in `<workdir>/<last part of name>`, wherever its config is named
-in another one's `init`.
+Stage `runs/<name>` of a chain in `<workdir>` lives in `<workdir>/<last part of name>`, wherever its
+config is named in another one's `init`.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
 from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.files import read_json
+from unimed_jax.interruption import claim
 from unimed_jax.paths import check_run_folder
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
@@ -41,24 +42,32 @@ class Stage:
     folder: Path
 
 
-def read_stages(settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path) -> list[Stage]:
+def read_stages(
+    settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path
+) -> list[Stage]:
     """Reads the stages in their order, in the folder of the chain.
 
-    Raises UserError for overrides, for what a stage lacks, and if a stage's folder holds other settings, so that no
-    chain begins that could not end.
+    Raises UserError for overrides, for what a stage lacks, and if a stage's folder holds other
+    settings, so that no chain begins that could not end.
     """
     if overrides:
         raise UserError(
-            f"argument {overrides[0]!r} cannot change a chain, whose stages have their own settings; write them into "
-            f"the stages' files ({', '.join(map(str, settings.stages))})."
+            f"argument {overrides[0]!r} cannot change a chain, whose stages have their own "
+            f"settings; write them into the stages' files ({', '.join(map(str, settings.stages))})."
         )
     unknown = sorted(set(settings.keys()) - {"name", "stages"})
     if unknown or not settings.stages:
-        raise UserError(f"a config with stages has a name and at least one stage, and no {unknown or 'empty list'}.")
+        raise UserError(
+            f"a config with stages has a name and at least one stage, and no {unknown or 'empty list'}."
+        )
     stages = linked(list(map(_stage_config, settings.stages)), folder)
     for i, stage in enumerate(stages):
         made = [earlier.folder for earlier in stages[:i]]
-        given = tuple((kind, path) for kind, path in stage.config.init if not any(map(Path(path).is_relative_to, made)))
+        given = tuple(
+            (kind, path)
+            for kind, path in stage.config.init
+            if not any(map(Path(path).is_relative_to, made))
+        )
         lacks = missing_inputs(dataclasses.replace(stage.config, init=given))
         if lacks:
             raise UserError(lacks)
@@ -67,7 +76,10 @@ def read_stages(settings: ml_collections.ConfigDict, overrides: Sequence[str], f
             write_config(stage.folder, stage.config)  # refuses other settings
         later = next((s for s in stages[i + 1 :] if (s.folder / "config.json").exists()), None)
         if later and not trained(stage):
-            raise UserError(f"{later.folder} started from another {stage.folder} than will be trained now; remove it.")
+            raise UserError(
+                f"{later.folder} started from another {stage.folder} than will be trained now; "
+                "remove it."
+            )
     return stages
 
 
@@ -75,7 +87,9 @@ def _stage_config(file: str) -> Config:
     """Reads one stage's config file; raises UserError for a chain."""
     settings = load_config_file(file)
     if "stages" in settings:
-        raise UserError(f"stage {file} is a chain itself; name its stages ({', '.join(settings.stages)}) instead.")
+        raise UserError(
+            f"stage {file} is a chain itself; name its stages ({', '.join(settings.stages)}) instead."
+        )
     return from_config_dict(settings)
 
 
@@ -133,7 +147,9 @@ def run_chain(settings: ml_collections.ConfigDict, overrides: Sequence[str], fol
     stages, table = read_stages(settings, overrides, folder), ""
     for i, stage in enumerate(stages):
         done = finished(stage)
-        processes.say(f"stage {i + 1} of {len(stages)}, {stage.name}: {'finished' if done else stage.folder}")
+        processes.say(
+            f"stage {i + 1} of {len(stages)}, {stage.name}: {'finished' if done else stage.folder}"
+        )
         if not done:
             train_and_evaluate(stage.config, stage.folder)
         if processes.leads():
@@ -148,6 +164,7 @@ def train_and_evaluate(config: Config, folder: Path) -> None:
         report = router.train_router(config, folder)
         processes.say(f"{router.summary(report)}\nwrote {folder / router.REPORT}")
         return
+    claim(folder)  # from here to the end of the evaluation, which writes there, too
     run = train(config, folder)
     with run.inside():
         evaluate_run(run, config)
@@ -165,7 +182,11 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
             continue
         checksums[stage.name] = result["data_checksum"]
         found = {heading: _score(result, task, where) for heading, task, where in SCORES}
-        blind = {heading: _blind(result, task, where[1]) for heading, task, where in SCORES if where[0] == "corrected"}
+        blind = {
+            heading: _blind(result, task, where[1])
+            for heading, task, where in SCORES
+            if where[0] == "corrected"
+        }
         kept[stage.name] = {
             "folder": str(stage.folder),
             "steps": stage.config.train.steps,
@@ -176,16 +197,21 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
         }
         rows.append([stage.name, str(stage.config.train.steps), *map(_shown, found.values())])
     if len(set(checksums.values())) > 1:
-        raise UserError(f"the stages were scored on different data ({checksums}); evaluate them on the same.")
+        raise UserError(
+            f"the stages were scored on different data ({checksums}); evaluate them on the same."
+        )
     if not rows:
         return ""
     best = kept[next(reversed(kept))]["blind"]
-    rows.append(["best blind, with the last", "", *(_shown(best.get(heading)) for heading, *_ in SCORES)])
+    rows.append(
+        ["best blind, with the last", "", *(_shown(best.get(heading)) for heading, *_ in SCORES)]
+    )
     table = markdown_table(["stage", "steps", *(heading for heading, *_ in SCORES)], rows)
     n = kept[next(reversed(kept))]["n"]
     text = (
-        f"# Stages on one held-out set\n\n{table}\n\nTest split: {n['vqa']} questions, {n['cls']} classifications; "
-        "95 % intervals over source images and slabs. Research software, not a medical device.\n"
+        f"# Stages on one held-out set\n\n{table}\n\nTest split: {n['vqa']} questions, {n['cls']} "
+        "classifications; 95 % intervals over source images and slabs. Research software, not a "
+        "medical device.\n"
     )
     with files.written_together(folder, ("stages.md", "stages.json")) as unfinished:
         files.write_text(unfinished / "stages.md", text)
@@ -209,4 +235,6 @@ def _blind(result: Mapping, task: str, metric: str) -> float | None:
 
 
 def _shown(score: Mapping | float | None) -> str:
-    return with_interval(score) if isinstance(score, Mapping) else "-" if score is None else f"{score:.4g}"
+    return (
+        with_interval(score) if isinstance(score, Mapping) else "-" if score is None else f"{score:.4g}"
+    )

@@ -17,10 +17,20 @@ from unimed_jax.data.example import Dataset
 SCHEMA = 1
 ORDER = ("train", "val", "test")  # an earlier split gives away a later one
 # Leaks that must be looked at; the others are shown only.
-SERIOUS = ("image", "near", "mirror", "question", "question_answer", "similar_question", "report", "cluster")
+SERIOUS = (
+    "image",
+    "near",
+    "mirror",
+    "question",
+    "question_answer",
+    "similar_question",
+    "report",
+    "cluster",
+)
 KINDS = (*SERIOUS, "repeating")
 
-Pair = tuple[str, str, str]  # kind, image in the earlier split, image in the later one; both "<set>/<key>"
+# kind, image in the earlier split, image in the later one; both "<set>/<key>"
+Pair = tuple[str, str, str]
 
 
 def audit(config: Config, processes: int = 2) -> tuple[dict[str, Any], list[Pair], dict[str, Dataset]]:
@@ -43,7 +53,12 @@ def audit(config: Config, processes: int = 2) -> tuple[dict[str, Any], list[Pair
     content = {
         "schema": SCHEMA,
         "name": config.name,
-        "thresholds": {"distance": DISTANCE, "of_bits": 256, "likeness": LIKENESS, "similar_question": SIMILAR},
+        "thresholds": {
+            "distance": DISTANCE,
+            "of_bits": 256,
+            "likeness": LIKENESS,
+            "similar_question": SIMILAR,
+        },
         "sets": found,
         "between": between,
     }
@@ -65,27 +80,37 @@ def _set(
         "splits": surveyed.facts,
         "unreadable": dict(itertools.islice(unreadable.items(), SHOWN)) | {"n": len(unreadable)},
         "boxes_too_small": {"n": len(surveyed.boxes), "first": surveyed.boxes[:SHOWN]},
-        "personal": {what: {"n": len(some), "first": some[:SHOWN]} for what, some in surveyed.personal.items()},
+        "personal": {
+            what: {"n": len(some), "first": some[:SHOWN]} for what, some in surveyed.personal.items()
+        },
         "by_design": dict(dataset.info.by_design),
         **leaks,
     }
 
 
-def _fingerprints(dataset: Dataset, surveyed: Survey, cache: Path, processes: int) -> dict[str, Fingerprints]:
+def _fingerprints(
+    dataset: Dataset, surveyed: Survey, cache: Path, processes: int
+) -> dict[str, Fingerprints]:
     """Computes the fingerprints of each split's images."""
     folder = getattr(dataset, "folder", None)
     if folder is None:
         return {}
-    return {split: fingerprints(folder, keys, cache, processes) for split, keys in surveyed.images.items()}
+    return {
+        split: fingerprints(folder, keys, cache, processes) for split, keys in surveyed.images.items()
+    }
 
 
-def _leaks(name: str, surveyed: Survey, prints: Mapping[str, Fingerprints]) -> tuple[dict[str, Any], list[Pair]]:
+def _leaks(
+    name: str, surveyed: Survey, prints: Mapping[str, Fingerprints]
+) -> tuple[dict[str, Any], list[Pair]]:
     """Looks for leaks between the splits of a set: (leaks and copier by kind, pairs of images)."""
     leaks: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
     examples: dict[str, dict[str, list]] = {}
     copier: dict[str, Any] = {}
     shown: list[Pair] = []
-    splits = [split for split in ORDER if split in surveyed.asked] + sorted(set(surveyed.asked) - set(ORDER))
+    splits = [split for split in ORDER if split in surveyed.asked] + sorted(
+        set(surveyed.asked) - set(ORDER)
+    )
     for earlier, later in itertools.combinations(splits, 2):
         between = f"{earlier}_{later}"
         texts = text_leaks(surveyed.asked[earlier], surveyed.asked[later])
@@ -106,7 +131,9 @@ def _leaks(name: str, surveyed: Survey, prints: Mapping[str, Fingerprints]) -> t
 def _between(
     prints: Mapping[str, Mapping[str, Fingerprints]], surveys: Mapping[str, Survey]
 ) -> tuple[dict[str, dict[str, int]], list[Pair]]:
-    """Looks for what two sets share: "<set>/<split>~<set>/<split>" -> kind -> images (or questions) of the second."""
+    """Looks for what two sets share: "<set>/<split>~<set>/<split>" -> kind -> images (or questions)
+    of the second.
+    """
     found: dict[str, dict[str, int]] = {}
     shown: list[Pair] = []
     for (one, splits), (other, others) in itertools.combinations(prints.items(), 2):
@@ -115,18 +142,29 @@ def _between(
             kinds["name"] = _same_names(first.keys, second.keys)
             counts = {kind: len({j for _, j in pairs}) for kind, pairs in kinds.items() if pairs}
             texts = text_leaks(surveys[one].asked[a], surveys[other].asked[b])  # images by their keys
-            counts |= {kind: n for kind, n in texts.counts.items() if n and kind in ("question", "repeating")}
+            counts |= {
+                kind: n for kind, n in texts.counts.items() if n and kind in ("question", "repeating")
+            }
             if counts:
                 found[f"{one}/{a}~{other}/{b}"] = counts
             for kind, pairs in kinds.items():
-                shown += [(kind, f"{one}/{first.keys[i]}", f"{other}/{second.keys[j]}") for i, j in pairs[:SHOWN]]
+                shown += [
+                    (kind, f"{one}/{first.keys[i]}", f"{other}/{second.keys[j]}")
+                    for i, j in pairs[:SHOWN]
+                ]
     return found, shown
 
 
 def _image_pairs(earlier: Fingerprints, later: Fingerprints) -> dict[str, list[tuple[int, int]]]:
     """Finds equal, nearly equal and mirrored images of two splits, as pairs of their numbers."""
-    first = {value.tobytes(): i for i, value in enumerate(earlier.records["pixels"]) if earlier.readable[i]}
-    equal = [(first[value.tobytes()], j) for j, value in enumerate(later.records["pixels"]) if value.tobytes() in first]
+    first = {
+        value.tobytes(): i for i, value in enumerate(earlier.records["pixels"]) if earlier.readable[i]
+    }
+    equal = [
+        (first[value.tobytes()], j)
+        for j, value in enumerate(later.records["pixels"])
+        if value.tobytes() in first
+    ]
     same = {j for _, j in equal}
     places = [np.nonzero(some.readable)[0] for some in (earlier, later)]
     one, other = earlier.records[places[0]], later.records[places[1]]
@@ -146,7 +184,9 @@ def _same_names(earlier: Any, later: Any) -> list[tuple[int, int]]:
 
 
 def _own_name(key: str) -> str:
-    """Returns the last part of a file's name if no other picture is likely to have it: letters and four digits."""
+    """Returns the last part of a file's name if no other picture is likely to have it: letters and
+    four digits.
+    """
     last = Path(key).stem.rpartition("_")[2]
     return last if sum(c.isdigit() for c in last) >= 4 and any(c.isalpha() for c in last) else ""
 
@@ -180,7 +220,9 @@ def _to_look_at(content: Mapping[str, Any]) -> list[str]:
             out.append(f"{name}: {found['left_out']} records were left out (skipped.txt)")
     for between, counts in content["between"].items():
         if "test" in between or "val" in between:
-            shared = ", ".join(f"{kind} {count}" for kind, count in counts.items() if kind != "repeating")
+            shared = ", ".join(
+                f"{kind} {count}" for kind, count in counts.items() if kind != "repeating"
+            )
             out.append(f"{between.replace('~', ' and ')} share images or questions ({shared})")
     return out
 

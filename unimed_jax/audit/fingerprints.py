@@ -1,7 +1,7 @@
 """Computes fingerprints of the images of a prepared set, by which equal and nearly equal ones are found.
 
-They are kept in the cache by the set's checksum, a file for each part of the images, so that a killed audit goes on
-where it stopped and an unchanged set is not read again.
+They are kept in the cache by the set's checksum, a file for each part of the images, so that a
+killed audit goes on where it stopped and an unchanged set is not read again.
 """
 
 import concurrent.futures
@@ -50,14 +50,22 @@ class Fingerprints(NamedTuple):
 def fingerprints(folder: Path, keys: Sequence[str], cache: Path, processes: int = 2) -> Fingerprints:
     """Computes or reads the fingerprints of images of the store in `folder`, with a progress bar."""
     store = Store(folder)
-    which = hashlib.sha256(f"{store.checksum}/{VERSION}/{len(keys)}/{'/'.join(keys[:3])}".encode()).hexdigest()[:12]
+    which = hashlib.sha256(
+        f"{store.checksum}/{VERSION}/{len(keys)}/{'/'.join(keys[:3])}".encode()
+    ).hexdigest()[:12]
     place = cache / "audit" / f"{store.id}-{which}"
     parts = [(start, place / f"{start:09d}.npy") for start in range(0, len(keys), PART)]
     waiting = [(start, file) for start, file in parts if not file.is_file()]
     if waiting:
         place.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
-        bar = tqdm(desc=f"looking at images of {store.id}", total=len(keys), unit=" images", leave=False, disable=None)
+        bar = tqdm(
+            desc=f"looking at images of {store.id}",
+            total=len(keys),
+            unit=" images",
+            leave=False,
+            disable=None,
+        )
         bar.update(len(keys) - sum(len(keys[start : start + PART]) for start, _ in waiting))
         with bar, concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
             tasks = {
@@ -71,7 +79,9 @@ def fingerprints(folder: Path, keys: Sequence[str], cache: Path, processes: int 
                     np.save(stream, records)
                 bar.update(len(records))
     records = (
-        np.concatenate([np.load(file, allow_pickle=False) for _, file in parts]) if parts else np.empty(0, _RECORD)
+        np.concatenate([np.load(file, allow_pickle=False) for _, file in parts])
+        if parts
+        else np.empty(0, _RECORD)
     )
     lost = np.nonzero(records["pixels"] == np.zeros((), "V16"))[0].tolist()
     return Fingerprints(keys, records, {keys[i]: _reason(store, keys[i]) for i in lost})
@@ -121,15 +131,16 @@ def _packed(bits: np.ndarray) -> np.ndarray:
 # ---- pairs -----------------------------------------------------------------------------------------
 DISTANCE = 20  # of 256 bits, at most, between images that are nearly equal
 LIKENESS = 0.98  # correlation of their thumbnails, at least
-TABLES, SAMPLED = 32, 20  # hash tables, and bits of each: a pair at DISTANCE is found with probability 0.999
+# hash tables, and bits of each: a pair at DISTANCE is found with probability 0.999
+TABLES, SAMPLED = 32, 20
 BLOCK = 1 << 20  # candidate pairs that are compared at a time
 
 
 def near_pairs(a: np.ndarray, b: np.ndarray, mirrored: bool = False) -> np.ndarray:
     """Finds the pairs (i, j) of nearly equal images of two groups of records; int64 [pairs, 2].
 
-    mirrored: those where b's mirror image is nearly a. Candidates are images that agree in SAMPLED random bits in one
-    of TABLES tables, so that no time goes into comparing all with all.
+    mirrored: those where b's mirror image is nearly a. Candidates are images that agree in SAMPLED
+    random bits in one of TABLES tables, so that no time goes into comparing all with all.
     """
     bits_a, bits_b = a["bits"], b["mirrored" if mirrored else "bits"]
     if not len(a) or not len(b):

@@ -23,7 +23,9 @@ class Asked(NamedTuple):
 
 
 class Leaks(NamedTuple):
-    """Counts the examples of one split that an earlier one gives away, with the first few of each kind."""
+    """Counts the examples of one split that an earlier one gives away, with the first few of each
+    kind.
+    """
 
     counts: dict[str, int]
     pairs: dict[str, list[tuple[str, str]]]  # kind -> (id in the earlier split, id in this one)
@@ -31,7 +33,9 @@ class Leaks(NamedTuple):
 
 
 def _words(question: str) -> str:
-    """Leaves only letters, numbers and blanks, so that a missing question mark makes no other question."""
+    """Leaves only letters, numbers and blanks, so that a missing question mark makes no other
+    question.
+    """
     return " ".join(re.sub(r"[^\w\s]", "", question).split())
 
 
@@ -43,10 +47,11 @@ def plain(text: str) -> str:
 def text_leaks(earlier: Sequence[Asked], later: Sequence[Asked], shown: int = 20) -> Leaks:
     """Compares two splits; each example of the later one counts at most once for each kind.
 
-    question: the same question about the same image, or of the same text alone. question_answer: and the same answer.
-    similar_question: a question about the same image that is nearly the same (SIMILAR) and has the same answer. report:
-    the same caption, word for word. cluster: an example of the same cluster. repeating counts the examples of the
-    EARLIER split that ask a question of the later one.
+    question: the same question about the same image, or of the same text alone. question_answer:
+    and the same answer. similar_question: a question about the same image that is nearly the same
+    (SIMILAR) and has the same answer. report: the same caption, word for word. cluster: an example
+    of the same cluster. repeating counts the examples of the EARLIER split that ask a question of
+    the later one.
     """
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
     by_question: dict[tuple, list[Asked]] = defaultdict(list)
@@ -84,12 +89,18 @@ def text_leaks(earlier: Sequence[Asked], later: Sequence[Asked], shown: int = 20
             if others:
                 most = others[alike.index(max(alike))]
                 right[asked.template] += most.answer == asked.answer
-            near = [o for o, ratio in zip(others, alike, strict=True) if ratio > SIMILAR and o.answer == asked.answer]
+            near = [
+                o
+                for o, ratio in zip(others, alike, strict=True)
+                if ratio > SIMILAR and o.answer == asked.answer
+            ]
             if near:
                 pairs["similar_question"].append((near[0].id, asked.id))
     copier: dict[str, Any] = {}
     if total:
         copier = {"n": total.total(), "value": right.total() / total.total()}
-        copier["templates"] = {name: {"n": n, "value": right[name] / n} for name, n in sorted(total.items())}
+        copier["templates"] = {
+            name: {"n": n, "value": right[name] / n} for name, n in sorted(total.items())
+        }
     counts = {kind: len(some) for kind, some in pairs.items()} | {"repeating": len(repeated)}
     return Leaks(counts, {kind: some[:shown] for kind, some in pairs.items()}, copier)

@@ -28,14 +28,19 @@ MEANING = {
 }
 
 
-def write_audit(folder: Path, content: Mapping[str, Any], pairs: Sequence[Pair], sets: Mapping[str, Dataset]) -> None:
+def write_audit(
+    folder: Path, content: Mapping[str, Any], pairs: Sequence[Pair], sets: Mapping[str, Dataset]
+) -> None:
     """Writes check.json, check.md and, if there are pairs, pairs.png into the folder."""
     chosen = _chosen(pairs)
     with written_together(folder, ("pairs.png", "check.md", "check.json")) as place:
         if chosen:
             _picture(chosen, sets).save(place / "pairs.png")
         write_text(place / "check.md", _markdown(content, bool(chosen)))
-        write_text(place / "check.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(
+            place / "check.json",
+            json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        )
 
 
 def _markdown(content: Mapping[str, Any], picture: bool) -> str:
@@ -48,7 +53,15 @@ def _markdown(content: Mapping[str, Any], picture: bool) -> str:
             tasks = ", ".join(f"{task} {count}" for task, count in facts["task"].items())
             words = facts["answer_words"]
             rows.append(
-                [split, facts["examples"], tasks, facts["images"], facts["clusters"], words["median"], words["most"]]
+                [
+                    split,
+                    facts["examples"],
+                    tasks,
+                    facts["images"],
+                    facts["clusters"],
+                    words["median"],
+                    words["most"],
+                ]
             )
             rows[-1].append(facts["over_50_words"])
         head = (
@@ -65,36 +78,54 @@ def _markdown(content: Mapping[str, Any], picture: bool) -> str:
         betweens = sorted({between for counts in found["leaks"].values() for between in counts})
         if betweens:
             table = [
-                [MEANING[kind] + (f" (by design: {found['by_design'][kind]})" if kind in found["by_design"] else "")]
+                [
+                    MEANING[kind]
+                    + (f" (by design: {found['by_design'][kind]})" if kind in found["by_design"] else "")
+                ]
                 + [counts.get(between, 0) for between in betweens]
                 for kind, counts in found["leaks"].items()
             ]
-            lines += [markdown_table(("of the later split", *(b.replace("_", " → ") for b in betweens)), table), ""]
-        for between, copier in found["copier"].items():
-            parts = ", ".join(f"{name or 'all'} {part['value']:.3f}" for name, part in copier["templates"].items())
             lines += [
-                f"Copying the answer of the most similar question about the same image ({between.replace('_', ' → ')}) "
-                f"is right in {copier['value']:.3f} of {copier['n']} questions ({parts}).",
+                markdown_table(
+                    ("of the later split", *(b.replace("_", " → ") for b in betweens)), table
+                ),
+                "",
+            ]
+        for between, copier in found["copier"].items():
+            parts = ", ".join(
+                f"{name or 'all'} {part['value']:.3f}" for name, part in copier["templates"].items()
+            )
+            lines += [
+                "Copying the answer of the most similar question about the same image "
+                f"({between.replace('_', ' → ')}) is right in {copier['value']:.3f} of "
+                f"{copier['n']} questions ({parts}).",
                 "",
             ]
     if content["between"]:
         rows = [
-            [between, *(counts.get(k, 0) for k in ("image", "near", "mirror", "name", "question", "repeating"))]
+            [
+                between,
+                *(
+                    counts.get(k, 0)
+                    for k in ("image", "near", "mirror", "name", "question", "repeating")
+                ),
+            ]
             for between, counts in content["between"].items()
         ]
         lines += [
             "## Between sets",
             "",
             markdown_table(
-                ("", "same pixels", "near", "mirrored", "same name", "same question", "(of the first)"), rows
+                ("", "same pixels", "near", "mirrored", "same name", "same question", "(of the first)"),
+                rows,
             ),
             "",
         ]
     limits = content["thresholds"]
     lines += [
-        f"Images count as nearly the same if at most {limits['distance']} of {limits['of_bits']} bits of their "
-        f"gradients differ and their thumbnails correlate by {limits['likeness']} or more; questions, if their "
-        f"letters match by more than {limits['similar_question']}.",
+        f"Images count as nearly the same if at most {limits['distance']} of {limits['of_bits']} "
+        f"bits of their gradients differ and their thumbnails correlate by {limits['likeness']} or "
+        f"more; questions, if their letters match by more than {limits['similar_question']}.",
         "",
     ]
     if picture:
@@ -124,5 +155,8 @@ def _picture(pairs: Sequence[Pair], sets: Mapping[str, Dataset]) -> Image.Image:
             part = Image.fromarray(sets[set_name].image(key))
             part.thumbnail((TILE, TILE))
             sheet.paste(part, (x + side * (TILE + 2), y + LINE))
-            draw.text((x + 2, y + TILE + LINE * (1 + side)), name[-52:].encode("latin-1", "replace").decode("latin-1"))
+            draw.text(
+                (x + 2, y + TILE + LINE * (1 + side)),
+                name[-52:].encode("latin-1", "replace").decode("latin-1"),
+            )
     return sheet

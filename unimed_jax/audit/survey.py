@@ -1,4 +1,6 @@
-"""Surveys one data set: what it holds by split and task, and what of it is empty, cut, outside or personal."""
+"""Surveys one data set: what it holds by split and task, and what of it is empty, cut, outside or
+personal.
+"""
 
 import re
 from collections import Counter
@@ -19,7 +21,8 @@ PERSONAL = {
     "an e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.\w{2,}\b"),
     "a date of birth": re.compile(r"\b(?:dob|date of birth|born(?: on)?)\b[ :]*\d", re.IGNORECASE),
     "a patient's name or number": re.compile(
-        r"\b(?:patient(?:'s)? name|name of (?:the )?patient|mrn|medical record number)\b[ :#]*\w", re.IGNORECASE
+        r"\b(?:patient(?:'s)? name|name of (?:the )?patient|mrn|medical record number)\b[ :#]*\w",
+        re.IGNORECASE,
     ),
     "a telephone number": re.compile(r"(?<!\d)(?:\+\d{1,3}[ -]?)?\(?\d{3}\)?[ -]\d{3}[ -]\d{4}(?!\d)"),
 }
@@ -95,7 +98,9 @@ def _personal(example: Example) -> list[str]:
 
 
 def _wrong_box(example: Example) -> bool:
-    """Says whether the box of an example is empty in hundredths of the image, as a model would have to write it."""
+    """Says whether the box of an example is empty in hundredths of the image, as a model would have
+    to write it.
+    """
     if example.task not in ("refer", "identify"):
         return False
     box = text_to_box(example.answer if example.task == "refer" else example.question)

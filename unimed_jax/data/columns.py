@@ -1,4 +1,6 @@
-"""Holds what the pipeline and filters need of each example as arrays, in place of millions of Python objects."""
+"""Holds what the pipeline and filters need of each example as arrays, in place of millions of
+Python objects.
+"""
 
 import dataclasses
 import hashlib
@@ -21,7 +23,9 @@ class Strings(Sequence[str]):
     """Holds texts as one array of bytes and their ends; either may be memory-mapped."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
-        """Takes blob uint8 [bytes] and ends int64 [n + 1]: text i is blob[ends[i]:ends[i + 1]], UTF-8."""
+        """Takes blob uint8 [bytes] and ends int64 [n + 1]: text i is blob[ends[i]:ends[i + 1]],
+        UTF-8.
+        """
         self._blob, self._ends = blob, ends
 
     @classmethod
@@ -46,7 +50,9 @@ class Strings(Sequence[str]):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Holds one text of each example by its number: `codes` int32 [N] into `texts`, NONE where it has none."""
+    """Holds one text of each example by its number: `codes` int32 [N] into `texts`, NONE where it
+    has none.
+    """
 
     codes: np.ndarray
     texts: Strings
@@ -63,11 +69,15 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Holds the columns of N examples, in the order of `Dataset.examples`; arrays are read as they are used."""
+    """Holds the columns of N examples, in the order of `Dataset.examples`.
+
+    Arrays are read as they are used.
+    """
 
     task: np.ndarray  # int8 [N], index in TASKS
     images: np.ndarray  # int16 [N], number of images
-    image_set: np.ndarray  # int32 [N]: examples with the same images, in the same order, share a number; NONE: no image
+    # int32 [N]: examples with the same images, in the same order, share a number; NONE: no image
+    image_set: np.ndarray
     ids: np.ndarray  # uint64 [N], `hash_of` each id
     cluster: Column  # `Example.cluster`; NONE: the example itself
     meta_keys: tuple[str, ...]

@@ -15,7 +15,14 @@ _SIDE = 320  # screen pixels of an image's longer side
 _COLUMNS = 6
 _LINE = 13  # screen pixels of a line of text
 _NAMES = 3  # lines of two names under an image
-_COLOURS = ((255, 90, 90), (90, 220, 90), (110, 160, 255), (255, 220, 60), (240, 120, 255), (80, 230, 230))
+_COLOURS = (
+    (255, 90, 90),
+    (90, 220, 90),
+    (110, 160, 255),
+    (255, 220, 60),
+    (240, 120, 255),
+    (80, 230, 230),
+)
 
 
 def contact_sheet(
@@ -23,12 +30,14 @@ def contact_sheet(
 ) -> Path | None:
     """Writes a PNG of `rows` x 6 images of `split`; data sets, planes and maps take turns.
 
-    Returns its path, or None if there is no image.
-    Boxes are those of the examples that have one (refer, identify), labelled with the structure; the heading of
-    each image is its key. At most EXAMINED examples of a set are looked at, evenly spaced.
+    Returns its path, or None if there is no image. Boxes are those of the examples that have one
+    (refer, identify), labelled with the structure; the heading of each image is its key. At most
+    EXAMINED examples of a set are looked at, evenly spaced.
     """
     queues = [queue for d in {d.id: d for d in datasets}.values() for queue in _queues(d, split, seed)]
-    turns = [queue[n] for n in range(max(map(len, queues), default=0)) for queue in queues if n < len(queue)]
+    turns = [
+        queue[n] for n in range(max(map(len, queues), default=0)) for queue in queues if n < len(queue)
+    ]
     if not turns:
         return None
     tiles = [_tile(d.image(key), key, examples) for d, key, examples in turns[: rows * _COLUMNS]]
@@ -63,7 +72,9 @@ def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset,
 
 
 def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:
-    """Draws an image with its key above, its boxes in it and their names below, in the boxes' colours."""
+    """Draws an image with its key above, its boxes in it and their names below, in the boxes'
+    colours.
+    """
     scale = _SIDE / max(image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])  # a strip keeps a pixel
     tile = Image.new("RGB", (width + 6, _LINE * (1 + _NAMES) + height))

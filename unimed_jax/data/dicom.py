@@ -32,9 +32,10 @@ _ADVICE = "give a whole file with an image in it"
 def read_dicom(file: BinaryIO, name: str) -> np.ndarray:
     """Reads an open DICOM file, called `name` in sentences, as uint8 [H, W, 3].
 
-    Of several frames only the first is decoded. Modality rescale, then the first VOI table or window, by the frame's
-    functional groups, the shared ones or the file (PS3.3 C.7.6.16, C.11.1, C.11.2); palettes and YBR become RGB.
-    See `dicom_display`. Raises UserError for what cannot be read, is too large, or needs a codec that is not there.
+    Of several frames only the first is decoded. Modality rescale, then the first VOI table or
+    window, by the frame's functional groups, the shared ones or the file (PS3.3 C.7.6.16, C.11.1,
+    C.11.2); palettes and YBR become RGB. See `dicom_display`. Raises UserError for what cannot be
+    read, is too large, or needs a codec that is not there.
     """
     try:
         return _read(file, name)
@@ -58,7 +59,9 @@ def _read(file: BinaryIO, name: str) -> np.ndarray:
         return dicom_display.coloured(stored, data, little)
     if shown in ("RGB", "YBR_FULL", "YBR_FULL_422"):
         return dicom_display.rgb(stored, bits, ybr=shown != "RGB")
-    raise UserError(f"image {name} has the colours {one_line(shown)}, which are not read; write it as RGB.")
+    raise UserError(
+        f"image {name} has the colours {one_line(shown)}, which are not read; write it as RGB."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,7 +70,10 @@ def _read(file: BinaryIO, name: str) -> np.ndarray:
 
 
 def _inflated(file: BinaryIO, name: str) -> BinaryIO:
-    """Unpacks a file of the deflated transfer syntax, if its content is not too large; gives others as they are."""
+    """Unpacks a file of the deflated transfer syntax, if its content is not too large.
+
+    Gives others as they are.
+    """
     from pydicom.filereader import read_dataset
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
@@ -83,13 +89,14 @@ def _inflated(file: BinaryIO, name: str) -> BinaryIO:
         return file
     packed, unpack = file.read(), zlib.decompressobj(-zlib.MAX_WBITS)
     whole = io.BytesIO()
-    whole.write(b"\0" * 128 + b"DICM\2\0\x10\0UI\x14\0" + b"1.2.840.10008.1.2.1\0")  # explicit, little endian
+    # explicit, little endian
+    whole.write(b"\0" * 128 + b"DICM\2\0\x10\0UI\x14\0" + b"1.2.840.10008.1.2.1\0")
     for start in range(0, len(packed), _PIECE):
         whole.write(unpack.decompress(packed[start : start + _PIECE]))
         if whole.tell() > _MOST_UNPACKED:
             raise UserError(
-                f"image {name} unpacks from {len(packed)} bytes to more than the {_MOST_UNPACKED >> 20} MiB that are "
-                "read; give a smaller file."
+                f"image {name} unpacks from {len(packed)} bytes to more than the "
+                f"{_MOST_UNPACKED >> 20} MiB that are read; give a smaller file."
             )
     whole.seek(0)
     return whole
@@ -98,7 +105,8 @@ def _inflated(file: BinaryIO, name: str) -> BinaryIO:
 def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]:
     """Decodes the first frame of a file that stands before its pixels.
 
-    Returns the stored values [H, W] or [H, W, 3], the photometric interpretation that they have, and the bits of one.
+    Returns the stored values [H, W] or [H, W, 3], the photometric interpretation that they have,
+    and the bits of one.
     """
     from pydicom import encaps
     from pydicom.pixels import get_decoder
@@ -114,7 +122,8 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
     group, element = struct.unpack_from(f"{order}HH", head)
     length = struct.unpack_from(f"{order}L", head, len(head) - 4)[0]
 
-    data.pop("NumberOfFrames", None)  # the first frame lies at the start, however many are said to follow
+    # the first frame lies at the start, however many are said to follow
+    data.pop("NumberOfFrames", None)
     options: dict[str, Any] = as_pixel_options(data) | {
         "number_of_frames": 1,
         "pixel_keyword": _VALUES[group << 16 | element],
@@ -137,7 +146,8 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
         ) from None
     if decoder.is_native and length == _OPEN:
         raise UserError(
-            f"image {name} cannot be read as DICOM (its pixels do not lie as {one_line(syntax.name)}); {_ADVICE}."
+            f"image {name} cannot be read as DICOM (its pixels do not lie as "
+            f"{one_line(syntax.name)}); {_ADVICE}."
         )
     if decoder.is_native:
         codecs = [""]
@@ -158,7 +168,9 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
         array = array << (allocated - 1 - high) >> (allocated - bits)
     shown = str(facts["photometric_interpretation"])
     if (samples == 1) != (shown in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")):
-        raise UserError(f"image {name} has {samples} samples a pixel and the colours {one_line(shown)}; {_ADVICE}.")
+        raise UserError(
+            f"image {name} has {samples} samples a pixel and the colours {one_line(shown)}; {_ADVICE}."
+        )
     return array, shown, bits
 
 
@@ -175,12 +187,16 @@ def _syntax(data, implicit: bool, little: bool):
 
 
 def _native(file: BinaryIO, length: int, options: dict[str, Any], bits: int, name: str) -> bytes:
-    """Reads the bytes of one uncompressed frame, `bits` long in all; corrects its colours in `options`."""
+    """Reads the bytes of one uncompressed frame, `bits` long in all.
+
+    Corrects its colours in `options`.
+    """
     start = file.tell()
     there = min(length, file.seek(0, io.SEEK_END) - start)
     need = -(-bits // 8)
     if options.get("photometric_interpretation") == "YBR_FULL_422":
-        if there in (need, need + need % 2):  # too much for colours at half the resolution: they are at the full one
+        # too much for colours at half the resolution: they are at the full one
+        if there in (need, need + need % 2):
             options["photometric_interpretation"] = "YBR_FULL"
         else:
             need = need // 3 * 2
@@ -202,12 +218,15 @@ def _encoded(file: BinaryIO, tables: tuple | None, syntax: str, name: str) -> by
     frame = encaps.get_frame(file, 0, number_of_frames=frames, extended_offsets=tables)
     if not frame:
         raise UserError(f"image {name} cannot be read as DICOM (its first frame is empty); {_ADVICE}.")
-    if frame.startswith(_JP2):  # boxes that DICOM has no use for (PS3.5 A.4.4), and that pydicom may follow for ever
+    # boxes that DICOM has no use for (PS3.5 A.4.4), and that pydicom may follow for ever
+    if frame.startswith(_JP2):
         return frame[max(0, frame.find(_J2K)) :]
     return frame
 
 
-def _check_frame(frame: bytes, syntax: str, size: tuple[int, int], bytes_a_pixel: int, name: str) -> int | None:
+def _check_frame(
+    frame: bytes, syntax: str, size: tuple[int, int], bytes_a_pixel: int, name: str
+) -> int | None:
     """Raises UserError if a compressed frame says another size than the file, or unpacks to more.
 
     Returns the bits of a sample that its own header names, None for RLE, which has no such header.
@@ -216,14 +235,18 @@ def _check_frame(frame: bytes, syntax: str, size: tuple[int, int], bytes_a_pixel
     if syntax == _RLE:
         need = rows * columns * bytes_a_pixel
         if need > _RUN * len(frame):
-            raise UserError(f"image {name} is cut: {len(frame)} bytes of RLE cannot hold its {need}; {_ADVICE}.")
+            raise UserError(
+                f"image {name} is cut: {len(frame)} bytes of RLE cannot hold its {need}; {_ADVICE}."
+            )
         if _RUN * len(frame) > MOST_BYTES and _unpacks_to_more(frame, 2 * need):
             raise UserError(f"image {name} unpacks to more than its {need} bytes; {_ADVICE}.")
         return None
     coded = _coded(frame)
     if coded is None or coded[:2] != size:
         says = f"{coded[1]} x {coded[0]}" if coded else "no size at all"
-        raise UserError(f"image {name} is {columns} x {rows}, and its compressed pixels say {says}; {_ADVICE}.")
+        raise UserError(
+            f"image {name} is {columns} x {rows}, and its compressed pixels say {says}; {_ADVICE}."
+        )
     if frame.count(b"\xff\xda") > SCANS:
         raise UserError(f"image {name} has more than the {SCANS} scans that are read; save it again.")
     return coded[2]
@@ -243,7 +266,10 @@ def _unpacks_to_more(frame: bytes, most: int) -> bool:
 
 
 def _coded(frame: bytes) -> tuple[int, int, int] | None:
-    """Reads rows, columns and bits of a sample from a JPEG, JPEG-LS or JPEG 2000 header; None where none is found."""
+    """Reads rows, columns and bits of a sample from a JPEG, JPEG-LS or JPEG 2000 header.
+
+    None where none is found.
+    """
     if frame.startswith(_J2K) and len(frame) >= 43:  # ISO/IEC 15444-1 A.5.1
         width, height, left, top = struct.unpack_from(">4L", frame, 8)
         return height - top, width - left, (frame[42] & 0x7F) + 1
@@ -259,20 +285,25 @@ def _coded(frame: bytes) -> tuple[int, int, int] | None:
 def _codecs(decoder, bits: int, samples: int, name: str) -> list[str]:
     """Lists the installed codecs of a compression, those first that are always there.
 
-    GDCM is never taken, since damaged files end its process. Raises UserError that says what to install for others.
+    GDCM is never taken, since damaged files end its process. Raises UserError that says what to
+    install for others.
     """
     syntax = decoder.UID
     deep = bits > (16 if samples == 1 and syntax in _GREY_16 else 8)
-    installed = [one for one in _CODECS if one in decoder.available_plugins and not (deep and one == "pillow")]
+    installed = [
+        one for one in _CODECS if one in decoder.available_plugins and not (deep and one == "pillow")
+    ]
     if not installed:
         raise UserError(
-            f"image {name} is compressed as {syntax.name} of {bits} bits, and no decoder for that is installed; "
-            f"run {EXTRA}."
+            f"image {name} is compressed as {syntax.name} of {bits} bits, and no decoder for that "
+            f"is installed; run {EXTRA}."
         )
     return installed
 
 
-def _by_first(decoder, codecs: list[str], source: bytes, options: dict[str, Any]) -> tuple[np.ndarray, dict]:
+def _by_first(
+    decoder, codecs: list[str], source: bytes, options: dict[str, Any]
+) -> tuple[np.ndarray, dict]:
     """Decodes a frame by the first codec that can; raises what the last one raised if none can."""
     for codec in codecs[:-1]:
         with contextlib.suppress(Exception):

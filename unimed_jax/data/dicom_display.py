@@ -1,8 +1,9 @@
-"""Turns a DICOM frame's stored values into 8 bits as the standard has a display do it (PS3.3, Greyscale pipeline).
+"""Turns a DICOM frame's stored values into 8 bits as the standard has a display do it (PS3.3,
+Greyscale pipeline).
 
-Stored values -> modality rescale or table (C.11.1) -> VOI table or window (C.11.2) -> inversion of MONOCHROME1.
-Rescale and window lie at the file's root, or in the functional groups of enhanced files: those of the frame come
-before those that all frames share (C.7.6.16).
+Stored values -> modality rescale or table (C.11.1) -> VOI table or window (C.11.2) -> inversion of
+MONOCHROME1. Rescale and window lie at the file's root, or in the functional groups of enhanced
+files: those of the frame come before those that all frames share (C.7.6.16).
 """
 
 import dataclasses
@@ -19,11 +20,13 @@ _COLOURS = ("Red", "Green", "Blue")
 
 
 def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
-    """Maps stored grey values [H, W] to uint8 as the file's rescale and first VOI table or window have it.
+    """Maps stored grey values [H, W] to uint8 as the file's rescale and first VOI table or window
+    have it.
 
-    A window or rescale without a meaning (a width of 0, a slope of 0 or beyond all numbers) counts as absent.
-    Without a window, unscaled values of at most eight bits stay as they are, and others span their range. Padding
-    (C.7.5.1.1.2) is then black and widens no range. inverted: low values are white (MONOCHROME1).
+    A window or rescale without a meaning (a width of 0, a slope of 0 or beyond all numbers) counts
+    as absent. Without a window, unscaled values of at most eight bits stay as they are, and others
+    span their range. Padding (C.7.5.1.1.2) is then black and widens no range. inverted: low values
+    are white (MONOCHROME1).
     """
     real, signed = stored.dtype.kind == "f", stored.dtype.kind == "i"
     bits = 8 * stored.dtype.itemsize if real else int(data.BitsStored)
@@ -44,14 +47,21 @@ def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
     if found is None:
         return np.zeros(stored.shape, np.uint8)
     low, high = found
-    spread = _turned(lambda rows: between(values(rows), low, high) if high > low else np.zeros(rows.shape), inverted)
+    spread = _turned(
+        lambda rows: between(values(rows), low, high) if high > low else np.zeros(rows.shape), inverted
+    )
     return in_blocks(lambda rows: np.where(padding(rows), np.uint8(0), spread(rows)), stored)
 
 
 def coloured(stored: np.ndarray, data, little: bool) -> np.ndarray:
-    """Maps indices [H, W] by the file's palette (C.7.6.3.1.5, C.7.9) to uint8 [H, W, 3]; white is by its depth."""
+    """Maps indices [H, W] by the file's palette (C.7.6.3.1.5, C.7.9) to uint8 [H, W, 3].
+
+    White is by its depth.
+    """
     tables = [_palette(data, colour, little) for colour in _COLOURS]
-    return in_blocks(lambda rows: np.stack([eight_bits(table(_as_float(rows))) for table in tables], axis=-1), stored)
+    return in_blocks(
+        lambda rows: np.stack([eight_bits(table(_as_float(rows))) for table in tables], axis=-1), stored
+    )
 
 
 def rgb(stored: np.ndarray, bits: int, ybr: bool) -> np.ndarray:
@@ -59,7 +69,9 @@ def rgb(stored: np.ndarray, bits: int, ybr: bool) -> np.ndarray:
     if not ybr:
         return by_depth(stored, bits)
     middle, top = 2 ** (bits - 1), 2**bits - 1
-    matrix = np.array([[1, 1, 1], [0, -0.114 * 1.772 / 0.587, 1.772], [1.402, -0.299 * 1.402 / 0.587, 0]], np.float32)
+    matrix = np.array(
+        [[1, 1, 1], [0, -0.114 * 1.772 / 0.587, 1.772], [1.402, -0.299 * 1.402 / 0.587, 0]], np.float32
+    )
 
     def changed(rows: np.ndarray) -> np.ndarray:
         centred = rows.astype(np.float32) - np.array([0, middle, middle], np.float32)
@@ -87,7 +99,9 @@ def _turned(white: Values, inverted: bool) -> Values:
 
 
 def _places(data, group: str) -> list[Any]:
-    """Lists where an attribute of the first frame may lie: its functional group, the shared one, the file."""
+    """Lists where an attribute of the first frame may lie: its functional group, the shared one,
+    the file.
+    """
     places: list[Any] = []
     for sequence in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
         for item in (data.get(sequence) or [])[:1]:
@@ -115,8 +129,9 @@ def _number(place, keyword: str) -> float | None:
 def _modality(stored: np.ndarray, data, lowest: float) -> tuple[Values | None, bool, float]:
     """Finds what turns stored values into those of the modality (C.11.1).
 
-    lowest: what a stored value can be. Returns the function, whether it changes anything, and the lowest value that
-    it can give. The function is None for a rescale that has no meaning: its windows have none either.
+    lowest: what a stored value can be. Returns the function, whether it changes anything, and the
+    lowest value that it can give. The function is None for a rescale that has no meaning: its
+    windows have none either.
     """
     little = bool(data.original_encoding[1])
     if data.get("ModalityLUTSequence"):
@@ -127,7 +142,9 @@ def _modality(stored: np.ndarray, data, lowest: float) -> tuple[Values | None, b
         found = [place.get(keyword) for keyword in ("RescaleSlope", "RescaleIntercept")]
         if any(value is not None and value != "" for value in found):
             given = _number(place, "RescaleSlope"), _number(place, "RescaleIntercept")
-            if any(one is None and value not in (None, "") for one, value in zip(given, found, strict=True)):
+            if any(
+                one is None and value not in (None, "") for one, value in zip(given, found, strict=True)
+            ):
                 return None, False, lowest  # NaN or infinite
             slope, intercept = (1.0 if given[0] is None else given[0]), given[1] or 0.0
             break
@@ -144,7 +161,9 @@ def _modality(stored: np.ndarray, data, lowest: float) -> tuple[Values | None, b
 
 
 def _view(data, lowest: float) -> Values | None:
-    """Finds the first VOI table or window (C.11.2): values of the modality -> 0..1. None if there is none.
+    """Finds the first VOI table or window (C.11.2): values of the modality -> 0..1.
+
+    None if there is none.
 
     lowest: what a value of the modality can be.
     """
@@ -152,14 +171,19 @@ def _view(data, lowest: float) -> Values | None:
         if place.get("VOILUTSequence"):
             return _table(place.VOILUTSequence[0], bool(data.original_encoding[1]), lowest)
         function = str(place.get("VOILUTFunction") or "LINEAR").strip().upper()
-        for centre, width in zip(_numbers(place, "WindowCenter"), _numbers(place, "WindowWidth"), strict=False):
+        for centre, width in zip(
+            _numbers(place, "WindowCenter"), _numbers(place, "WindowWidth"), strict=False
+        ):
             if centre is not None and width is not None and width > 0:
                 return functools.partial(_window, centre=centre, width=width, function=function)
     return None
 
 
 def _window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
-    """Maps values to 0..1 by a window (C.11.2.1.2, C.11.2.1.3); a linear one below width 1 counts as exact."""
+    """Maps values to 0..1 by a window (C.11.2.1.2, C.11.2.1.3).
+
+    A linear one below width 1 counts as exact.
+    """
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
     if function == "LINEAR" and width == 1:
@@ -170,7 +194,8 @@ def _window(values: np.ndarray, centre: float, width: float, function: str) -> n
 
 
 def _padding(data, dtype: np.dtype, bits: int) -> Values:
-    """Says which stored values are padding: those from PixelPaddingValue to PixelPaddingRangeLimit, both included.
+    """Says which stored values are padding: those from PixelPaddingValue to PixelPaddingRangeLimit,
+    both included.
 
     Where the file writes them unsigned beside signed pixels, or the reverse, their bits count.
     """
@@ -184,7 +209,9 @@ def _padding(data, dtype: np.dtype, bits: int) -> Values:
         ends = [float(dtype.type(end)) for end in ends]
     else:
         wrapped = [int(end) % 2**bits for end in ends]
-        ends = [end - 2**bits if dtype.kind == "i" and end >= 2 ** (bits - 1) else end for end in wrapped]
+        ends = [
+            end - 2**bits if dtype.kind == "i" and end >= 2 ** (bits - 1) else end for end in wrapped
+        ]
     low, high = min(ends), max(ends)
     return lambda rows: (rows >= low) & (rows <= high)
 
@@ -196,14 +223,18 @@ def _padding(data, dtype: np.dtype, bits: int) -> Values:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A lookup table: values before its first input take the first entry, those behind its last the last."""
+    """A lookup table: values before its first input take the first entry, those behind its last the
+    last.
+    """
 
     entries: np.ndarray  # float64 [n]
     first: float  # the input of the first entry
     depth: int  # bits of an entry
 
     def entry(self, values: np.ndarray) -> np.ndarray:
-        place = np.clip(np.round(np.nan_to_num(values, nan=self.first)) - self.first, 0, len(self.entries) - 1)
+        place = np.clip(
+            np.round(np.nan_to_num(values, nan=self.first)) - self.first, 0, len(self.entries) - 1
+        )
         return self.entries[place.astype(np.int64)]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
@@ -212,7 +243,10 @@ class _Table:
 
 
 def _table(item, little: bool, lowest: float) -> _Table:
-    """Reads a modality or VOI table; its first input is signed if its inputs can be (C.11.1.1.1, C.11.2.1.1)."""
+    """Reads a modality or VOI table.
+
+    Its first input is signed if its inputs can be (C.11.1.1.1, C.11.2.1.1).
+    """
     count, first, depth = _descriptor(item.LUTDescriptor)
     if first >= 1 << 15 and lowest < 0:
         first -= 1 << 16
@@ -227,7 +261,11 @@ def _palette(data, colour: str, little: bool) -> _Table:
     if plain is not None:
         return _Table(_entries(plain, count, little), first, depth)
     segments = data[f"Segmented{colour}PaletteColorLookupTableData"].value
-    words = _words(segments, len(segments) if depth <= 8 else len(segments) // 2, little).astype(int).tolist()
+    words = (
+        _words(segments, len(segments) if depth <= 8 else len(segments) // 2, little)
+        .astype(int)
+        .tolist()
+    )
     entries: list[int] = []
     _expand(words, 0, len(words), entries, count, depth <= 8)
     if not entries:
@@ -244,7 +282,9 @@ def _descriptor(values) -> tuple[int, int, int]:
 
 
 def _entries(data, count: int, little: bool) -> np.ndarray:
-    """Gives the entries of a table as float64 [n], of words, or of bytes where there is one byte for each."""
+    """Gives the entries of a table as float64 [n], of words, or of bytes where there is one byte
+    for each.
+    """
     if isinstance(data, bytes):
         return _words(data, count, little)
     entries = np.atleast_1d(np.asarray([] if data is None else data, np.int64))[:count] & 0xFFFF
@@ -262,7 +302,9 @@ def _words(data: bytes, count: int, little: bool) -> np.ndarray:
 
 
 def _expand(words: list[int], at: int, segments: int, out: list[int], most: int, eight: bool) -> None:
-    """Appends to `out` what the segments of a palette (C.7.9.2) from word `at` on give, up to `most` entries."""
+    """Appends to `out` what the segments of a palette (C.7.9.2) from word `at` on give, up to
+    `most` entries.
+    """
     for _ in range(segments):
         if at + 1 >= len(words) or len(out) >= most:
             return

@@ -24,14 +24,19 @@ class Example:
     images: tuple[str, ...] = ()  # keys for `Dataset.image`, in the order in which the prompt shows them
     box: tuple[int, int, int, int] | None = None  # x1, y1, x2, y2 in pixels, the ends outside the box
     cluster: str = ""  # what resampling keeps together (a slab, a patient); empty: the example itself
-    meta: Mapping[str, str] = dataclasses.field(default_factory=dict)  # template, answer_type, plane, ...
-    history: tuple[tuple[str, str], ...] = ()  # (question, answer) turns before this one; chat forms train on them too
+    # template, answer_type, plane, ...
+    meta: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # (question, answer) turns before this one; chat forms train on them too
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class Dataset(Protocol):
-    """Describes an open data set, examples and images at random; `Selection` is the one that is read from disk.
+    """Describes an open data set, examples and images at random.
 
-    If it has `columns(split)` (data/columns.py), the pipeline groups from them; else it looks at every example once.
+    `Selection` is the one that is read from disk.
+
+    If it has `columns(split)` (data/columns.py), the pipeline groups from them; else it looks at
+    every example once.
     """
 
     id: str  # its name in scores, reports and record names
@@ -40,7 +45,10 @@ class Dataset(Protocol):
     splits: tuple[str, ...]  # those that have an example
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Returns the examples of a split in a fixed order, read as they are asked for; copy them into no list."""
+        """Returns the examples of a split in a fixed order, read as they are asked for.
+
+        Copy them into no list.
+        """
         ...
 
     def image(self, key: str) -> np.ndarray:

@@ -19,9 +19,15 @@ WHITE, GREEN, GREY = (255, 255, 255), (120, 230, 120), (170, 170, 170)
 
 
 def example_sheet(
-    dataset: Dataset, path: str | Path, split: str = "train", task: str = "", count: int = 12, seed: int = 0
+    dataset: Dataset,
+    path: str | Path,
+    split: str = "train",
+    task: str = "",
+    count: int = 12,
+    seed: int = 0,
 ) -> int:
-    """Writes a PNG of `count` examples of a split, drawn by the seed, and returns how many there are in it.
+    """Writes a PNG of `count` examples of a split, drawn by the seed, and returns how many there
+    are in it.
 
     task: of this one only; empty: of every task, in turn. Raises UserError if there is no such example.
     """
@@ -39,14 +45,18 @@ def example_sheet(
 def _chosen(dataset: Dataset, split: str, task: str, count: int, seed: int) -> list[Example]:
     """Draws examples of the tasks in turn; looks at no more of a large set than it has to."""
     if split not in dataset.splits:
-        raise UserError(f"data set {dataset.id} has no split {split!r}; choose from {', '.join(dataset.splits)}.")
+        raise UserError(
+            f"data set {dataset.id} has no split {split!r}; choose from {', '.join(dataset.splits)}."
+        )
     examples = dataset.examples(split)
     of_task: dict[str, list[Example]] = {}
     for place in np.random.default_rng(seed).permutation(len(examples)).tolist():
         example = examples[place]
         if task in ("", example.task):
             of_task.setdefault(example.task, []).append(example)
-        if sum(min(len(some), count) for some in of_task.values()) >= count * (1 if task else len(dataset.info.tasks)):
+        if sum(min(len(some), count) for some in of_task.values()) >= count * (
+            1 if task else len(dataset.info.tasks)
+        ):
             break
     if not of_task:
         raise UserError(f"data set {dataset.id} has no {split} example of task {task!r}.")
@@ -60,7 +70,9 @@ def _tile(dataset: Dataset, example: Example) -> Image.Image:
     about = " ".join([example.task, *(f"{key}={value}" for key, value in sorted(example.meta.items()))])
     lines = [(example.id[-LETTERS:], GREY), *((line, GREY) for line in _wrapped(about)[:2])]
     for question, answer in (*example.history, (example.question, example.answer)):
-        lines += [(line, WHITE) for line in _wrapped(question)] + [(line, GREEN) for line in _wrapped(answer)]
+        lines += [(line, WHITE) for line in _wrapped(question)] + [
+            (line, GREEN) for line in _wrapped(answer)
+        ]
     tile = Image.new("RGB", (SIDE, shown.size[1] + LINE * (len(lines) + 1)))
     tile.paste(shown, (0, 0))
     draw = ImageDraw.Draw(tile)

@@ -1,8 +1,9 @@
 """Prompt forms turn an example's question, images and answer into text.
 
-A `Form` turns an example into `Piece`s, either for training (with its answer) or as a generation prompt (without);
-`layout` turns the pieces into ids. Uni-Med's tags are one form, Med-MoE's chat templates the others; a new form is a
-subclass of `Form`, a line in `FORMS` and its name in `config.TextConfig.form`. Boxes as text are here too.
+A `Form` turns an example into `Piece`s, either for training (with its answer) or as a generation
+prompt (without); `layout` turns the pieces into ids. Uni-Med's tags are one form, Med-MoE's chat
+templates the others; a new form is a subclass of `Form`, a line in `FORMS` and its name in
+`config.TextConfig.form`. Boxes as text are here too.
 """
 
 import abc
@@ -23,7 +24,9 @@ IMAGE = "<image>"  # marks an image in the text of a conversation, as in LLaVA's
 
 
 class Piece(NamedTuple):
-    """A part of an example: text that is either all target or none of it, or (without text) one image."""
+    """A part of an example: text that is either all target or none of it, or (without text) one
+    image.
+    """
 
     text: str = ""
     target: bool = False
@@ -75,7 +78,9 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def collapse(text: str) -> str:
-    """Replaces two or more whitespace characters by one blank; drops line breaks at the end, blanks at both ends.
+    """Replaces two or more whitespace characters by one blank.
+
+    Drops line breaks at the end, blanks at both ends.
 
     A single tab or line break inside stays, as published.
     """
@@ -100,8 +105,8 @@ def answer_text(example: Example, text: TextConfig) -> str:
 def asked(example: Example, variant: int, text: TextConfig) -> str:
     """Fills the task's instruction number `variant` (modulo their number) with the example's question.
 
-    `text.max_words` cuts the question of an image example. Raises UserError if a visual task has no image, or the
-    text-only task `qa` has one.
+    `text.max_words` cuts the question of an image example. Raises UserError if a visual task has no
+    image, or the text-only task `qa` has one.
     """
     task = example.task
     if task not in TAGS:
@@ -110,7 +115,11 @@ def asked(example: Example, variant: int, text: TextConfig) -> str:
     if visual != bool(example.images):
         raise UserError(
             f"record {example.id}: task {task!r} "
-            + ("needs an image; give one or use task 'qa'." if visual else "is text only; use 'vqa' for its image.")
+            + (
+                "needs an image; give one or use task 'qa'."
+                if visual
+                else "is text only; use 'vqa' for its image."
+            )
         )
     question = shorten(example.question, text) if visual else example.question
     pool = INSTRUCTIONS[task]
@@ -118,15 +127,18 @@ def asked(example: Example, variant: int, text: TextConfig) -> str:
 
 
 def text_of(pieces: Sequence[Piece], end: str = "") -> str:
-    """Joins the pieces to one text, with `<image>` for each image and `end` for the end-of-text token."""
+    """Joins the pieces to one text, with `<image>` for each image and `end` for the end-of-text
+    token.
+    """
     return "".join((IMAGE if p.image else p.text) + (end if p.ends else "") for p in pieces)
 
 
 def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
-    """Joins neighbouring texts that are alike (target or not) and not ended: each is one text for the tokenizer.
+    """Joins neighbouring texts that are alike (target or not) and not ended: each is one text for
+    the tokenizer.
 
-    Pieces meet before a blank or after the end of text, where most tokenizers cut anyway; the ids of the runs are
-    then those of the whole text. `layout.piece_ids` minds those that do not.
+    Pieces meet before a blank or after the end of text, where most tokenizers cut anyway; the ids
+    of the runs are then those of the whole text. `layout.piece_ids` minds those that do not.
     """
     runs: list[Piece] = []
     for piece in pieces:
@@ -149,8 +161,10 @@ class Form(abc.ABC):
     published = ""  # the system whose published rules score vqa answers in this form
     exported = False  # whether the torch model of `export --format=model` can ask in this form
     turns = False  # whether it holds the turns before the question
-    joined = False  # whether question and answer are tokenised as one text, and not each by itself (as published)
-    cut = False  # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
+    # whether question and answer are tokenised as one text, and not each by itself (as published)
+    joined = False
+    # whether answers are cut to `text.max_answer` tokens, end of text included (as published)
+    cut = False
 
     def __init__(self, text: TextConfig):
         self.text = text
@@ -173,7 +187,8 @@ class Form(abc.ABC):
 
 
 class UniMed(Form):
-    """Puts a task tag and an instruction after the image, as Uni-Med does (the instructions are our own words).
+    """Puts a task tag and an instruction after the image, as Uni-Med does (the instructions are our
+    own words).
 
     With an image: `[INST] <Img>` + visual tokens + `</Img> [tag] instruction [/INST]`; text alone:
     `[INST] [qa] question [/INST]`.
@@ -195,7 +210,10 @@ class UniMed(Form):
         return self._asked(example, 0, "")
 
     def _asked(self, example: Example, variant: int, blank: str) -> list[Piece]:
-        """Puts tag and instruction after the images; text without one is cut as a whole, tag included (published)."""
+        """Puts tag and instruction after the images.
+
+        Text without one is cut as a whole, tag included (published).
+        """
         opens, closes = ("[INST] ", " [/INST]") if self.text.chat_template else ("", "")
         body = collapse(f"{TAGS.get(example.task)} {asked(example, variant, self.text)}")
         if not example.images:
@@ -207,7 +225,9 @@ class UniMed(Form):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Says how turns become text: the system's words, then for each turn `role: message` and what closes it."""
+    """Says how turns become text: the system's words, then for each turn `role: message` and what
+    closes it.
+    """
 
     system: str
     roles: tuple[str, str]  # who asks and who answers
@@ -223,9 +243,10 @@ _CHAT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _LLAVA_MED = (
-    "You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at Microsoft, based on "
-    "the general domain LLaVA architecture.You are designed to assist human with a variety of medical and clinical "
-    "research tasks using natural language.Follow the instructions carefully."
+    "You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at "
+    "Microsoft, based on the general domain LLaVA architecture.You are designed to assist human "
+    "with a variety of medical and clinical research tasks using natural language.Follow the "
+    "instructions carefully."
 )
 _TURNS = Template(_CHAT, ("USER", "ASSISTANT"), " ", " ", ends=True)
 _GREETED = Template(
@@ -239,7 +260,8 @@ _GREETED = Template(
 class Conversation(Form):
     """Holds what Med-MoE's forms share: turns of questions and answers, with `<image>` for an image.
 
-    Every answer is a target. All images come before the first question; the task's first instruction asks, untagged.
+    Every answer is a target. All images come before the first question; the task's first
+    instruction asks, untagged.
     """
 
     published, turns = "Med-MoE", True
@@ -256,7 +278,9 @@ class Conversation(Form):
     def _turns(self, example: Example, answer: str) -> list[tuple[str, str]]:
         turns = [*example.history, (asked(example, 0, self.text), answer)]
         if any(IMAGE in text for turn in turns for text in turn):
-            raise UserError(f"record {example.id}: {IMAGE!r} stands in its text; only its image is marked so.")
+            raise UserError(
+                f"record {example.id}: {IMAGE!r} stands in its text; only its image is marked so."
+            )
         marks = f"{IMAGE}\n" * len(example.images)
         turns[0] = (marks + turns[0][0], turns[0][1])
         return turns
@@ -280,7 +304,8 @@ class Chat(Conversation):
     def training_turns(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
         if not self.template.ends:
             raise UserError(
-                f"config.text.form={self.text.form!r} only asks; train with unimed, stablelm, phi or plain."
+                f"config.text.form={self.text.form!r} only asks; train with unimed, stablelm, phi "
+                "or plain."
             )
         return self._answered(turns)
 
@@ -301,7 +326,9 @@ class Chat(Conversation):
         pieces, t = [], self.template
         for i, (question, answer) in enumerate(turns):
             pieces += _marked(("" if i else self._head()) + self._question(question))
-            pieces.append(Piece(f" {answer}" + ("" if t.ends else t.after_answer), target=True, ends=t.ends))
+            pieces.append(
+                Piece(f" {answer}" + ("" if t.ends else t.after_answer), target=True, ends=t.ends)
+            )
         return pieces
 
 
@@ -310,7 +337,10 @@ class Plain(Conversation):
 
     def training_turns(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
         if len(turns) != 1 or IMAGE not in turns[0][0]:
-            raise UserError("config.text.form='plain' takes one image with one caption; use another for conversations.")
+            raise UserError(
+                "config.text.form='plain' takes one image with one caption; use another for "
+                "conversations."
+            )
         return [Piece(image=True), Piece(turns[0][1] + "\n", target=True)]
 
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
@@ -341,21 +371,29 @@ def form_of(text: TextConfig) -> Form:
     return FORMS[text.form](text)
 
 
-def turns_of(messages: Sequence[Mapping[str, str]], where: str = "conversation") -> list[tuple[str, str]]:
+def turns_of(
+    messages: Sequence[Mapping[str, str]], where: str = "conversation"
+) -> list[tuple[str, str]]:
     """Pairs LLaVA's messages ({"from": "human" or "gpt", "value": text}) into (question, answer) turns.
 
-    An answer before the first question is left out, as published. Raises UserError if they do not alternate.
+    An answer before the first question is left out, as published. Raises UserError if they do not
+    alternate.
     """
     messages = messages[1:] if messages and messages[0]["from"] == "gpt" else messages
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise UserError(f"{where}: messages come from {speakers}; questions ('human') and answers ('gpt') take turns.")
+        raise UserError(
+            f"{where}: messages come from {speakers}; questions ('human') and answers ('gpt') take "
+            "turns."
+        )
     texts = [message["value"] for message in messages]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def image_first(question: str) -> str:
-    """Moves the `<image>` marks of a question to its beginning, a line each, as Med-MoE asks wherever they stand."""
+    """Moves the `<image>` marks of a question to its beginning, a line each, as Med-MoE asks
+    wherever they stand.
+    """
     marks = question.count(IMAGE)
     return f"{IMAGE}\n" * marks + question.replace(IMAGE, "").strip() if marks else question
 
@@ -366,9 +404,11 @@ def image_first(question: str) -> str:
 
 
 def box_to_text(box: Sequence[float], width: int, height: int) -> str:
-    """Writes a box as `{<x1><y1><x2><y2>}` in whole hundredths 0..100 of the image's sides (rounded down).
+    """Writes a box as `{<x1><y1><x2><y2>}` in whole hundredths 0..100 of the image's sides (rounded
+    down).
 
-    `box`: x1, y1, x2, y2 in pixels of a `width` x `height` image. Raises UserError if it is empty or leaves the image.
+    `box`: x1, y1, x2, y2 in pixels of a `width` x `height` image. Raises UserError if it is empty
+    or leaves the image.
     """
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -382,7 +422,10 @@ def box_to_text(box: Sequence[float], width: int, height: int) -> str:
 
 
 def text_to_box(text: str) -> tuple[int, int, int, int] | None:
-    """Reads the box in hundredths that `text` begins with, or None; blanks and `<unk>` are dropped (published)."""
+    """Reads the box in hundredths that `text` begins with, or None.
+
+    Blanks and `<unk>` are dropped (published).
+    """
     number = r"<(\d{1,3})>"
     match = re.match(r"\{" + number * 4 + r"\}", text.replace("<unk>", "").replace(" ", ""))
     if not match:
@@ -392,7 +435,9 @@ def text_to_box(text: str) -> tuple[int, int, int, int] | None:
 
 
 def valid_box(text: str) -> tuple[int, int, int, int] | None:
-    """Reads the box that `text` begins with if it has an area and lies within the image, else returns None."""
+    """Reads the box that `text` begins with if it has an area and lies within the image, else
+    returns None.
+    """
     box = text_to_box(text)
     if box is None:
         return None

@@ -1,7 +1,7 @@
 """Makes questions of labelled boxes: where a thing is (refer), and what a box holds (identify).
 
-A box that is given tight around a thing tells much of its class by its size alone; `frame` replaces it by a square of
-one size around the thing's centre, so that the picture must be looked at.
+A box that is given tight around a thing tells much of its class by its size alone; `frame` replaces
+it by a square of one size around the thing's centre, so that the picture must be looked at.
 """
 
 import hashlib
@@ -18,7 +18,9 @@ from unimed_jax.errors import UserError
 
 
 class Labelled(NamedTuple):
-    """Holds a thing in an image: its class, and its box x1, y1, x2, y2 in pixels, the ends outside the box."""
+    """Holds a thing in an image: its class, and its box x1, y1, x2, y2 in pixels, the ends outside
+    the box.
+    """
 
     label: str
     box: tuple[int, int, int, int]
@@ -57,7 +59,10 @@ def check_options(options: Mapping[str, Any], name: str) -> None:
         one_of({"refer": rule}, "refer", ("unique", *RULES), name)
     for key in ("frame", "per_image", "seed"):
         if type(options[key]) is not int or options[key] < 0:
-            raise UserError(f"config.data.sources: option {key}={options[key]!r} of {name} is not a number from 0 on.")
+            raise UserError(
+                f"config.data.sources: option {key}={options[key]!r} of {name} is not a number from "
+                "0 on."
+            )
 
 
 def fault(box: Sequence[float], width: int, height: int) -> str:
@@ -80,8 +85,9 @@ def questions(
 ) -> Iterator[Example]:
     """Yields the refer and identify questions about the things in one image.
 
-    key: of the image, also the start of each id. size: width and height in pixels. Of refer there is a question for
-    each class and rule of `options["refer"]` that names one thing without doubt; its template is the rule.
+    key: of the image, also the start of each id. size: width and height in pixels. Of refer there
+    is a question for each class and rule of `options["refer"]` that names one thing without doubt;
+    its template is the rule.
     """
     width, height = size
     of_class: dict[str, list[Labelled]] = defaultdict(list)
@@ -91,13 +97,22 @@ def questions(
         for rule in options["refer"]:
             found = _one(some, rule, width, height)
             if found is not None:
-                words = RULES[rule][0].format(_name(label, options)) if rule != "unique" else _name(label, options)
+                words = (
+                    RULES[rule][0].format(_name(label, options))
+                    if rule != "unique"
+                    else _name(label, options)
+                )
                 facts = {"template": rule, "prompt": words, "class": label, **meta}
                 answer = box_to_text(found.box, width, height)
-                yield Example(f"{key}/refer/{words}", "refer", words, answer, (key,), found.box, cluster, facts)
+                yield Example(
+                    f"{key}/refer/{words}", "refer", words, answer, (key,), found.box, cluster, facts
+                )
     for number, thing in enumerate(_in_turn(of_class, key, options)):
         box = _framed(thing.box, options["frame"], width, height)
-        facts = {"template": f"square of {options['frame']}" if options["frame"] else "tight box", **meta}
+        facts = {
+            "template": f"square of {options['frame']}" if options["frame"] else "tight box",
+            **meta,
+        }
         question, name = box_to_text(box, width, height), f"{key}/identify/{number}"
         yield Example(
             name,
@@ -121,20 +136,33 @@ def _one(some: Sequence[Labelled], rule: str, width: int, height: int) -> Labell
         return some[0] if rule == "unique" and len(some) == 1 else None
     _, measure, clear = RULES[rule]
     first, second, *_ = sorted(some, key=lambda thing: -measure(thing.box, width, height))
-    return first if measure(first.box, width, height) - measure(second.box, width, height) > clear else None
+    return (
+        first if measure(first.box, width, height) - measure(second.box, width, height) > clear else None
+    )
 
 
-def _in_turn(of_class: Mapping[str, Sequence[Labelled]], key: str, options: Mapping[str, Any]) -> list[Labelled]:
-    """Chooses the things that identify asks about: a drawn one of each class, then another of each, and so on."""
+def _in_turn(
+    of_class: Mapping[str, Sequence[Labelled]], key: str, options: Mapping[str, Any]
+) -> list[Labelled]:
+    """Chooses the things that identify asks about: a drawn one of each class, then another of each,
+    and so on.
+    """
     seed = int.from_bytes(hashlib.sha256(f"{options['seed']}/{key}".encode()).digest()[:8])
     rng = np.random.default_rng(seed)
     queues = [[some[i] for i in rng.permutation(len(some))] for _, some in sorted(of_class.items())]
-    turns = [queue[n] for n in range(max(map(len, queues), default=0)) for queue in queues if n < len(queue)]
+    turns = [
+        queue[n] for n in range(max(map(len, queues), default=0)) for queue in queues if n < len(queue)
+    ]
     return turns[: options["per_image"] or None]
 
 
-def _framed(box: tuple[int, int, int, int], side: int, width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns a square of `side` pixels around the centre of a box, moved into the image; the box itself for side 0."""
+def _framed(
+    box: tuple[int, int, int, int], side: int, width: int, height: int
+) -> tuple[int, int, int, int]:
+    """Returns a square of `side` pixels around the centre of a box, moved into the image.
+
+    The box itself for side 0.
+    """
     if not side:
         return box
     x = min(max((box[0] + box[2] - side) // 2, 0), max(width - side, 0))

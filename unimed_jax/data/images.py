@@ -1,4 +1,6 @@
-"""Reads pictures (PNG, JPEG, TIFF, DICOM ...) as arrays, and brings them to the encoder's size as published."""
+"""Reads pictures (PNG, JPEG, TIFF, DICOM ...) as arrays, and brings them to the encoder's size as
+published.
+"""
 
 import contextlib
 import ctypes
@@ -30,11 +32,13 @@ _BLOCK = 1 << 20  # pixels that change their mode at once
 def read_image(path: str | Path | bytes) -> np.ndarray:
     """Reads a picture's file, or the bytes of one, as uint8 [H, W, 3].
 
-    Grey is repeated over the three channels, and of several frames or pages the first is taken. The picture is
-    turned upright by its EXIF orientation; what is transparent shows white. Integers of 16 bits are scaled by their
-    depth (see `_deep`), while floats and signed integers span their own range. DICOM: see `dicom.read_dicom`.
+    Grey is repeated over the three channels, and of several frames or pages the first is taken. The
+    picture is turned upright by its EXIF orientation; what is transparent shows white. Integers of
+    16 bits are scaled by their depth (see `_deep`), while floats and signed integers span their own
+    range. DICOM: see `dicom.read_dicom`.
 
-    Raises UserError for what is no regular file, cannot be read, or has more than `pixels.MOST_PIXELS` by its header.
+    Raises UserError for what is no regular file, cannot be read, or has more than
+    `pixels.MOST_PIXELS` by its header.
     """
     if isinstance(path, bytes):
         return _decoded(io.BytesIO(path), f"of {len(path)} bytes")
@@ -43,11 +47,16 @@ def read_image(path: str | Path | bytes) -> np.ndarray:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Reads a picture's file as it is; raises UserError if it is no regular file or has more than `MOST_FILE` bytes."""
+    """Reads a picture's file as it is.
+
+    Raises UserError if it is no regular file or has more than `MOST_FILE` bytes.
+    """
     with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MOST_FILE:
-            raise UserError(f"image {one_line(path)} has {size} bytes, more than {MOST_FILE}; give a smaller file.")
+            raise UserError(
+                f"image {one_line(path)} has {size} bytes, more than {MOST_FILE}; give a smaller file."
+            )
         return file.read()
 
 
@@ -69,11 +78,16 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(f"image {name} does not exist; check the path.") from None
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"image {name} cannot be read ({reason}); check the path and its permissions.") from error
+        raise UserError(
+            f"image {name} cannot be read ({reason}); check the path and its permissions."
+        ) from error
 
 
 def _decoded(file: BinaryIO, name: str) -> np.ndarray:
-    """Decodes an open file; `name` is the picture's in sentences, and its ending may say that it is DICOM."""
+    """Decodes an open file.
+
+    `name` is the picture's in sentences, and its ending may say that it is DICOM.
+    """
     head = file.read(132)
     file.seek(0)
     with _explained(name, head):
@@ -87,7 +101,8 @@ def _decoded(file: BinaryIO, name: str) -> np.ndarray:
 
 
 def check_header(data: bytes, name: str) -> None:
-    """Raises UserError for bytes that are no picture, or too large a one, by their header alone, which costs little.
+    """Raises UserError for bytes that are no picture, or too large a one, by their header alone,
+    which costs little.
 
     `name` as in `_decoded`. Of DICOM, whose header is long, only the first bytes are looked at.
     """
@@ -95,6 +110,22 @@ def check_header(data: bytes, name: str) -> None:
         if not _is_dicom(data[:132], name):
             with _picture(io.BytesIO(data), name):
                 pass
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Reads (width, height) from a picture's header as `read_image` gives it, turned upright; not of DICOM.
+
+    Raises UserError if it is no regular file or no picture.
+    """
+    name = one_line(path)
+    with _opened(path) as file, _explained(name, b"picture"), _picture(file, name) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # whose size Pillow may have turned already
+            width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
+        turned = False
+        with contextlib.suppress(Exception):  # as in `_pixels`
+            turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
 
 
 @contextlib.contextmanager
@@ -122,14 +153,18 @@ def _explained(name: str, head: bytes) -> Iterator[None]:
 
 
 def _is_dicom(head: bytes, name: str) -> bool:
-    """Says whether a file is DICOM by its mark, its name, or, where both lack, the group of its first element."""
+    """Says whether a file is DICOM by its mark, its name, or, where both lack, the group of its
+    first element.
+    """
     if head[128:] == b"DICM" or name.lower().endswith((".dcm", ".dicom")):
         return True
     return head[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08") and len(head) == 132
 
 
 def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
-    """Raises UserError for a progressive JPEG that takes minutes, because it goes over the picture too often."""
+    """Raises UserError for a progressive JPEG that takes minutes, because it goes over the picture
+    too often.
+    """
     if not image.info.get("progressive"):
         return
     place = file.tell()
@@ -137,14 +172,17 @@ def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
     scans = file.read().count(b"\xff\xda")
     file.seek(place)
     if scans > SCANS:
-        raise UserError(f"image {name} has {scans} scans, more than the {SCANS} that are read; save it again.")
+        raise UserError(
+            f"image {name} has {scans} scans, more than the {SCANS} that are read; save it again."
+        )
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     """Gives an opened picture of any mode as uint8 [H, W, 3]."""
     kind, tags = image.format, getattr(image, "tag_v2", {})
     image.load()
-    with contextlib.suppress(Exception):  # an orientation that cannot be read leaves the picture as it is stored
+    # an orientation that cannot be read leaves the picture as it is stored
+    with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         return grey(_deep(image, kind, tags))
@@ -172,22 +210,25 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def _from_lab() -> ImageCms.ImageCmsTransform:
-    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+    return ImageCms.buildTransform(
+        ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+    )
 
 
 def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
     """Gives a grey picture of more than 8 bits as uint8 [H, W].
 
-    Unsigned integers of 16 bits: 65535 is white, but 4095 is in a PNG or TIFF without any pixel above that, since
-    scanners of 12 bits write such files and their pictures would be black. Signed, 32-bit and float values span their
-    range.
+    Unsigned integers of 16 bits: 65535 is white, but 4095 is in a PNG or TIFF without any pixel
+    above that, since scanners of 12 bits write such files and their pictures would be black.
+    Signed, 32-bit and float values span their range.
     """
     array = np.asarray(image)
     bits = tags.get(258, (16,))[0] if kind == "TIFF" else 16
     signed = kind == "TIFF" and tags.get(339, (1,))[0] != 1
     if image.mode == "F" or signed or bits > 16:
         if image.mode == "I" and not signed:
-            array = array.view(np.uint32)  # Pillow has no such mode and gives the bits as signed integers
+            # Pillow has no such mode and gives the bits as signed integers
+            array = array.view(np.uint32)
         plane = ramp(array)
     else:
         plane = by_depth(array, 12 if kind in ("PNG", "TIFF") and array.max() < 1 << 12 else 16)
@@ -198,11 +239,14 @@ def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
 
 
 def _silence_decoders() -> None:
-    """Keeps what Pillow and pydicom say about odd files off the screen: what matters is in our sentence."""
+    """Keeps what Pillow and pydicom say about odd files off the screen: what matters is in our
+    sentence.
+    """
     for name in ("PIL", "pydicom"):
         logging.getLogger(name).addHandler(logging.NullHandler())
         logging.getLogger(name).propagate = False
-    with contextlib.suppress(AttributeError, OSError):  # libtiff, inside Pillow, writes to the screen itself
+    # libtiff, inside Pillow, writes to the screen itself
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
     warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.|unimed_jax\.data\.(images|dicom)")
 
@@ -218,10 +262,10 @@ _silence_decoders()
 def fit(image: np.ndarray, how: str, vision: VisionConfig) -> np.ndarray:
     """Brings uint8 [H, W, 3] to the encoder's uint8 [size, size, 3], as `config.data.fit` says.
 
-    stretch: the aspect ratio is given up. crop: the shorter side is scaled to size and the middle kept (CLIP).
-    pad: a square first, with the mean colour beside or above and below (LLaVA).
-    Memory is bounded for strips too: pad shrinks a side of more than 8192 pixels to that first, and crop looks at
-    the middle of a strip alone.
+    stretch: the aspect ratio is given up. crop: the shorter side is scaled to size and the middle
+    kept (CLIP). pad: a square first, with the mean colour beside or above and below (LLaVA). Memory
+    is bounded for strips too: pad shrinks a side of more than 8192 pixels to that first, and crop
+    looks at the middle of a strip alone.
     """
     if how == "stretch":
         return resize(image, vision.image_size)
@@ -253,7 +297,9 @@ def pad_square(image: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
 
 
 def crop_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Scales the shorter side of uint8 [H, W, 3] to `size`, bicubic, and keeps the middle: uint8 [size, size, 3]."""
+    """Scales the shorter side of uint8 [H, W, 3] to `size`, bicubic, and keeps the middle: uint8
+    [size, size, 3].
+    """
     height, width = image.shape[:2]
     short = min(height, width)
     longest = short * max(1, MOST_PIXELS // size**2)  # what is further out would be cut off anyway
@@ -269,7 +315,10 @@ def crop_square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Scales uint8 [H, W, 3] to uint8 [size, size, 3], bicubic with antialiasing; the aspect ratio is given up."""
+    """Scales uint8 [H, W, 3] to uint8 [size, size, 3], bicubic with antialiasing.
+
+    The aspect ratio is given up.
+    """
     if image.shape[:2] == (size, size):
         return image
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

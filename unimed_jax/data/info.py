@@ -1,4 +1,6 @@
-"""Defines `Info`, the passport of a data set: what it holds, under which licence, and what to know about it."""
+"""Defines `Info`, the passport of a data set: what it holds, under which licence, and what to know
+about it.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +19,8 @@ GIVEN = ("licence", "citation", "note", "cluster_word")
 class Info:
     """Describes a data set; every reader in data/datasets has one as `INFO`.
 
-    `note` is what reports and model cards print about the set, for example that its images show one person.
+    `note` is what reports and model cards print about the set, for example that its images show one
+    person.
     """
 
     name: str
@@ -27,11 +30,14 @@ class Info:
     citation: str = ""
     note: str = ""
     cluster_word: str = "example"  # what `Example.cluster` names: patient, slab, case
-    files: tuple[str, ...] = ()  # patterns of files that the raw folder must hold; () if nothing is read from disk
+    # patterns of files that the raw folder must hold; () if nothing is read from disk
+    files: tuple[str, ...] = ()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # split -> examples expected
-    # Leaks between splits that the set is published with, by kind (audit/check.py), and why: no fault of the files.
+    # Leaks between splits that the set is published with, by kind (audit/check.py), and why: no
+    # fault of the files.
     by_design: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    version: str = "1"  # raise it with every change to what `read` gives: prepared stores are then built again
+    # raise it with every change to what `read` gives: prepared stores are then built again
+    version: str = "1"
 
     @property
     def self_contained(self) -> bool:
@@ -42,7 +48,8 @@ class Info:
 def described(info: Info, folder: Path | None, given: Mapping[Any, str]) -> Info:
     """Completes `info` from the folder's info.json and then from the source's own `info` settings.
 
-    Raises UserError if info.json is not an object of texts, or has a key that `Info` does not take from it.
+    Raises UserError if info.json is not an object of texts, or has a key that `Info` does not take
+    from it.
     """
     found: dict[str, str] = {}
     file = folder / FILE if folder is not None and folder.is_dir() else None
@@ -52,5 +59,7 @@ def described(info: Info, folder: Path | None, given: Mapping[Any, str]) -> Info
             raise UserError(f"{file} is not an object of texts; give {', '.join(GIVEN)}.")
     for key in found:
         if key not in GIVEN:
-            raise UserError(f"{file}: key {key!r} is unknown{nearest(key, GIVEN)} Choose from {', '.join(GIVEN)}.")
+            raise UserError(
+                f"{file}: key {key!r} is unknown{nearest(key, GIVEN)} Choose from {', '.join(GIVEN)}."
+            )
     return dataclasses.replace(info, **{**found, **given})  # type: ignore[arg-type]

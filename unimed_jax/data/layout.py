@@ -1,10 +1,12 @@
-"""Lays prompt, images and answer out as ids, image slots, positions and segments, for training and generation.
+"""Lays prompt, images and answer out as ids, image slots, positions and segments, for training and
+generation.
 
-The token stream of one example is BOS, left ids, T visual positions, right ids, answer with its end of text.
-Questions of one image and task may share its tokens: the stream up to the image's last token is the PREFIX, the
-rest of each question a SUFFIX that sees the prefix and itself. Every suffix starts at position len(prefix), so a
-question has the same ids and positions alone, shared or packed. Attention over a row: query i sees key j where
-`segments[j] != 0`, `j <= i` and `segments[j]` is `segments[i]` or `prefixes[i]`.
+The token stream of one example is BOS, left ids, T visual positions, right ids, answer with its end
+of text. Questions of one image and task may share its tokens: the stream up to the image's last
+token is the PREFIX, the rest of each question a SUFFIX that sees the prefix and itself. Every
+suffix starts at position len(prefix), so a question has the same ids and positions alone, shared or
+packed. Attention over a row: query i sees key j where `segments[j] != 0`, `j <= i` and
+`segments[j]` is `segments[i]` or `prefixes[i]`.
 """
 
 import dataclasses
@@ -34,7 +36,10 @@ class Specials(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """Holds one example as ids; `prefix` is empty for text alone, and a generation prompt has no targets."""
+    """Holds one example as ids.
+
+    `prefix` is empty for text alone, and a generation prompt has no targets.
+    """
 
     record: str  # the example's id
     task: str
@@ -54,7 +59,10 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
-    """Holds one image (or several, or none) with the questions that share it; all have one task and one prefix."""
+    """Holds one image (or several, or none) with the questions that share it.
+
+    All have one task and one prefix.
+    """
 
     questions: tuple[Encoded, ...]
     images: tuple[np.ndarray, ...] = ()  # uint8 [image_size, image_size, 3] each, in stream order
@@ -81,7 +89,8 @@ def encode_ids(
     record: str = "",
     double_bos: bool = False,
 ) -> Encoded:
-    """Turns ids of the text around the images (one image between two segments) and of the answer into an Encoded.
+    """Turns ids of the text around the images (one image between two segments) and of the answer
+    into an Encoded.
 
     One segment is text alone. `answer` stands as it is given. `double_bos`: two BOS, as in
     the published evaluation prompts.
@@ -93,7 +102,9 @@ def encode_ids(
     for segment in before:
         head += [*segment, *[VISUAL] * tokens_per_image]
     suffix = np.array([*last, *answer], np.int32)
-    return Encoded(record, task, _prefix(tuple(head)), suffix, np.arange(len(last), len(suffix), dtype=np.int32))
+    return Encoded(
+        record, task, _prefix(tuple(head)), suffix, np.arange(len(last), len(suffix), dtype=np.int32)
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,8 +124,8 @@ def piece_ids(
 ) -> tuple[list[int], list[bool]]:
     """Turns pieces into ids, with those of `image` for each image, and says which of them are targets.
 
-    together: tokenises as one text those pieces that no image and no end of text parts, and gives each its ids
-    (`Tokenizer.encode_together`); without it each is tokenised by itself.
+    together: tokenises as one text those pieces that no image and no end of text parts, and gives
+    each its ids (`Tokenizer.encode_together`); without it each is tokenised by itself.
     """
     runs = runs_of(pieces)
     parts = _ids_of_runs(runs, tokenise, together)
@@ -176,7 +187,8 @@ class Encoder:
         ids, targets = [self._tokenizer.bos] * first + ids, [False] * first + targets
         start = len(ids) - ids[::-1].index(VISUAL) if VISUAL in ids else 0
         suffix, where = ids[start:], [i for i, target in enumerate(targets[start:]) if target]
-        if self._form.cut and len(where) > self._text.max_answer:  # it loses its end of text, as published
+        # it loses its end of text, as published
+        if self._form.cut and len(where) > self._text.max_answer:
             where = where[: self._text.max_answer]
             suffix = suffix[: where[-1] + 1]
         encoded = Encoded(
@@ -193,7 +205,8 @@ class Encoder:
         if length > self._text.max_prompt:
             raise UserError(
                 f"record {encoded.record}: its prompt has {length} tokens, more than "
-                f"config.text.max_prompt={self._text.max_prompt}; shorten the question or raise the limit."
+                f"config.text.max_prompt={self._text.max_prompt}; shorten the question or raise the "
+                "limit."
             )
         return encoded
 
@@ -201,14 +214,14 @@ class Encoder:
 def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, reduction: str) -> Batch:
     """Turns rows of groups into arrays, of B rows, S tokens, M image slots and A answer tokens of a row.
 
-    images uint8 [B, M, H, W, 3] (unused slots 0), image_tasks int32 [B, M] (index in VISUAL_TASKS, unused -1);
-    tokens int32 [B, S] (`pad` at padding and visual positions), visual int32 [B, S] (slot * T + t, else -1),
-    segments int32 [B, S] (0 = padding, else from 1 within the row), prefixes int32 [B, S] (the segment whose
-    tokens are visible too; own number where there is none), positions int32 [B, S];
-    target_index int32 [B, A] (the row position that predicts the target), targets int32 [B, A], weights float32
-    [B, A] (unused 0; `reduction` "token": 1, "example": 1 / length of the answer), target_tasks int32 [B, A]
-    (index in TASKS, unused -1).
-    The groups of a row must fit `shape`.
+    images uint8 [B, M, H, W, 3] (unused slots 0), image_tasks int32 [B, M] (index in VISUAL_TASKS,
+    unused -1); tokens int32 [B, S] (`pad` at padding and visual positions), visual int32 [B, S]
+    (slot * T + t, else -1), segments int32 [B, S] (0 = padding, else from 1 within the row),
+    prefixes int32 [B, S] (the segment whose tokens are visible too; own number where there is
+    none), positions int32 [B, S]; target_index int32 [B, A] (the row position that predicts the
+    target), targets int32 [B, A], weights float32 [B, A] (unused 0; `reduction` "token": 1,
+    "example": 1 / length of the answer), target_tasks int32 [B, A] (index in TASKS, unused -1). The
+    groups of a row must fit `shape`.
     """
     batch = _empty(len(rows), shape, pad) | _empty_targets(len(rows), shape.answers)
     for b, groups in enumerate(rows):
@@ -219,7 +232,8 @@ def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, r
 
 
 def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:
-    """Makes the arrays of `training_batch` without targets: prompts, one a row and LEFT padded to `shape.tokens`.
+    """Makes the arrays of `training_batch` without targets: prompts, one a row and LEFT padded to
+    `shape.tokens`.
 
     Positions count the real tokens from 0 (published: cumsum(mask) - 1); padding has position 0.
     Raises UserError for a prompt longer than the rows.
@@ -229,10 +243,17 @@ def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:
         (question,) = group.questions
         if question.tokens > shape.tokens:
             raise UserError(
-                f"record {question.record}: its prompt of {question.tokens} tokens is longer than the rows of "
-                f"{shape.tokens}; choose longer rows."
+                f"record {question.record}: its prompt of {question.tokens} tokens is longer than "
+                f"the rows of {shape.tokens}; choose longer rows."
             )
-        _place(batch, b, _Cursor(token=shape.tokens - question.tokens), group, shape.tokens_per_image, "token")
+        _place(
+            batch,
+            b,
+            _Cursor(token=shape.tokens - question.tokens),
+            group,
+            shape.tokens_per_image,
+            "token",
+        )
     return batch
 
 
@@ -268,7 +289,9 @@ class _Cursor:
     answer: int = 0
 
 
-def _place(batch: Batch, b: int, at: _Cursor, group: Group, tokens_per_image: int, reduction: str) -> None:
+def _place(
+    batch: Batch, b: int, at: _Cursor, group: Group, tokens_per_image: int, reduction: str
+) -> None:
     """Writes one group into row `b` at the cursor, and moves the cursor past it."""
     task, prefix = group.questions[0].task, group.questions[0].prefix
     shared, length = at.segment, len(prefix)
@@ -287,7 +310,8 @@ def _place(batch: Batch, b: int, at: _Cursor, group: Group, tokens_per_image: in
         at.token, at.slot = here.stop, slots.stop
     end = at.token
     for i, question in enumerate(group.questions):
-        # A question alone is one segment: the published row. Several each need a segment beside the shared one.
+        # A question alone is one segment: the published row. Several each need a segment beside the
+        # shared one.
         at.segment = shared if len(group.questions) == 1 else shared + 1 + i
         here = slice(at.token, at.token + len(question.suffix))
         batch["tokens"][b, here] = question.suffix

@@ -1,6 +1,8 @@
-"""Keeps the token lengths of examples as a side index, so that packing and the check of records need no tokens.
+"""Keeps the token lengths of examples as a side index, so that packing and the check of records
+need no tokens.
 
-Computed once for a data set's rows, tokenizer and prompt form, and kept in `<cache>/lengths`, memory-mapped.
+Computed once for a data set's rows, tokenizer and prompt form, and kept in `<cache>/lengths`,
+memory-mapped.
 """
 
 import dataclasses
@@ -21,14 +23,17 @@ from unimed_jax.errors import UserError
 
 VERSION = 2  # of the arrays and of how examples become tokens; raise it when either changes
 NAMED = 5  # over-long records that a message names
-_PREFIX, _ANSWER, _CUT, _DROPPED, _SUFFIX = 0, 1, 2, 3, 4  # columns; from _SUFFIX on one for each instruction
+# columns; from _SUFFIX on one for each instruction
+_PREFIX, _ANSWER, _CUT, _DROPPED, _SUFFIX = 0, 1, 2, 3, 4
 UNUSED = ("max_prompt", "tokenizer", "vocab", "changed")  # settings that no length depends on
 _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Holds the lengths of N examples under V instructions, in tokens, and what of them is not trained on."""
+    """Holds the lengths of N examples under V instructions, in tokens, and what of them is not
+    trained on.
+    """
 
     table: np.ndarray  # int32 [N, 4 + V]
 
@@ -56,12 +61,17 @@ class Lengths:
 
 
 def measure(
-    examples: Sequence[Example], tokenizer, text: TextConfig, tokens_per_image: int, cache: Path | None, key: str
+    examples: Sequence[Example],
+    tokenizer,
+    text: TextConfig,
+    tokens_per_image: int,
+    cache: Path | None,
+    key: str,
 ) -> Lengths:
     """Returns the lengths of `examples`, from `cache` if they were measured before.
 
-    `key` names the data set's state and the examples chosen. Without a cache, or a tokenizer with a `fingerprint`,
-    they are measured each time.
+    `key` names the data set's state and the examples chosen. Without a cache, or a tokenizer with a
+    `fingerprint`, they are measured each time.
     """
     fingerprint = getattr(tokenizer, "fingerprint", "")
     if cache is None or not fingerprint or not key:
@@ -78,13 +88,19 @@ def measure(
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"token lengths {path} cannot be read ({error}); delete the file and run again.") from error
+        raise UserError(
+            f"token lengths {path} cannot be read ({error}); delete the file and run again."
+        ) from error
     if len(table) != len(examples):
-        raise UserError(f"token lengths {path} are of {len(table)} of {len(examples)} examples; delete the file.")
+        raise UserError(
+            f"token lengths {path} are of {len(table)} of {len(examples)} examples; delete the file."
+        )
     return Lengths(table)
 
 
-def _measured(examples: Sequence[Example], tokenizer, text: TextConfig, tokens_per_image: int) -> np.ndarray:
+def _measured(
+    examples: Sequence[Example], tokenizer, text: TextConfig, tokens_per_image: int
+) -> np.ndarray:
     encoder = Encoder(tokenizer, dataclasses.replace(text, max_prompt=_ANY), tokens_per_image)
     form = form_of(text)
     rows: list[list[int]] = []
@@ -97,7 +113,9 @@ def _measured(examples: Sequence[Example], tokenizer, text: TextConfig, tokens_p
         targets = first.suffix[first.targets]
         cut = form.cut and first.answer >= text.max_answer and targets[-1] != tokenizer.eos
         dropped = 0 if form.turns else len(example.history)
-        rows.append([len(first.prefix), first.answer, int(cut), dropped, *(len(e.suffix) for e in encoded)])
+        rows.append(
+            [len(first.prefix), first.answer, int(cut), dropped, *(len(e.suffix) for e in encoded)]
+        )
         most = max(most, variants)
     table = np.zeros((len(rows), _SUFFIX + most), np.int32)
     for i, row in enumerate(rows):
@@ -106,16 +124,29 @@ def _measured(examples: Sequence[Example], tokenizer, text: TextConfig, tokens_p
 
 
 def check(
-    lengths: Lengths, images: np.ndarray, examples: Sequence[Example], id: str, shape: RowShape, text: TextConfig
+    lengths: Lengths,
+    images: np.ndarray,
+    examples: Sequence[Example],
+    id: str,
+    shape: RowShape,
+    text: TextConfig,
 ) -> None:
-    """Raises UserError, naming up to five records, if some fit no row. `images` int [N]: images of each."""
+    """Raises UserError, naming up to five records, if some fit no row.
+
+    `images` int [N]: images of each.
+    """
     table = lengths.table
     suffix = table[:, _SUFFIX:].max(axis=1)
     tokens = table[:, _PREFIX] + suffix
     for needs, limit, setting, hint in (
         (images, shape.images, "config.data.row_images", ""),
         (tokens - table[:, _ANSWER], text.max_prompt, "config.text.max_prompt", ""),
-        (table[:, _ANSWER], shape.answers, "config.data.row_answers", " or lower config.text.max_answer"),
+        (
+            table[:, _ANSWER],
+            shape.answers,
+            "config.data.row_answers",
+            " or lower config.text.max_answer",
+        ),
         (tokens, shape.tokens, "config.data.row_tokens", " or lower config.text.max_answer"),
     ):
         (over,) = np.nonzero(needs > limit)
@@ -125,6 +156,6 @@ def check(
         more = " ..." if len(over) > NAMED else ""
         least = int(needs.max())
         raise UserError(
-            f"{len(over)} of {len(needs)} training records need more than {setting}={limit}: {named}{more}; set "
-            f"{setting}={least}{hint}."
+            f"{len(over)} of {len(needs)} training records need more than {setting}={limit}: "
+            f"{named}{more}; set {setting}={least}{hint}."
         )

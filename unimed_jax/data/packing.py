@@ -1,8 +1,8 @@
 """Plans which draws of the global order share a row.
 
-A plan looks at windows of consecutive draws and fills rows by first fit, largest draw first, under three quotas
-at once (tokens, image slots, answer tokens). It reads sizes alone, in order, so the rows are a function of the
-order of draws, whoever asks for which row.
+A plan looks at windows of consecutive draws and fills rows by first fit, largest draw first, under
+three quotas at once (tokens, image slots, answer tokens). It reads sizes alone, in order, so the
+rows are a function of the order of draws, whoever asks for which row.
 """
 
 import threading
@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# At the end of a window, rows less full than this may hand their draws on, as far as they are at most this share.
+# At the end of a window, rows less full than this may hand their draws on, as far as they are at
+# most this share.
 FULL = 0.9
 CARRY = 0.25
 ENDLESS = 1 << 60  # rows
@@ -20,7 +21,8 @@ ENDLESS = 1 << 60  # rows
 def first_fit(sizes: np.ndarray, capacity: np.ndarray, order: Sequence[int] | np.ndarray) -> np.ndarray:
     """Puts items, in `order`, each into the first row with space for it; a new row if there is none.
 
-    sizes int [N, 3], capacity int [3]; every item fits an empty row. Returns int [N]: the row of each item.
+    sizes int [N, 3], capacity int [3]; every item fits an empty row. Returns int [N]: the row of
+    each item.
     """
     free = np.empty((3, len(sizes)), np.int64)  # by quota: comparing is the whole cost
     columns = sizes[:, :, None]  # [N, 3, 1]
@@ -38,13 +40,19 @@ def first_fit(sizes: np.ndarray, capacity: np.ndarray, order: Sequence[int] | np
 
 
 class PackingPlan:
-    """Plans rows of draws 0, 1, 2, ..., each draw in exactly one row; `plan[row]` lists the draws of a row.
+    """Plans rows of draws 0, 1, 2, ..., each draw in exactly one row.
+
+    `plan[row]` lists the draws of a row.
 
     The plan grows as far as it is asked, under a lock, and keeps 8 bytes a draw.
     """
 
     def __init__(
-        self, size: Callable[[int], tuple[int, int, int]], capacity: tuple[int, int, int], window: int, seed: int
+        self,
+        size: Callable[[int], tuple[int, int, int]],
+        capacity: tuple[int, int, int],
+        window: int,
+        seed: int,
     ):
         """Takes `size(draw)`: its tokens, image slots and answer tokens, each within `capacity`."""
         self._size, self._capacity, self._window, self._seed = size, np.array(capacity), window, seed
@@ -70,7 +78,8 @@ class PackingPlan:
         new = max(self._window - carried, 1)
         draws = [*self._carried, *range(self._next, self._next + new)]
         sizes = np.array([self._size(draw) for draw in draws])
-        # What was carried goes first, so that its rows are closed now: no draw waits for more than one window.
+        # What was carried goes first, so that its rows are closed now: no draw waits for more than
+        # one window.
         weight = (sizes / np.maximum(self._capacity, 1)).max(axis=1)
         order = np.lexsort((np.arange(len(draws)), -weight, np.arange(len(draws)) >= carried))
         row_of = first_fit(sizes, self._capacity, order)
@@ -78,7 +87,9 @@ class PackingPlan:
         for item in order:
             rows[row_of[item]].append(int(item))
         fill = np.array([sizes[row, 0].sum() / self._capacity[0] for row in rows])
-        waiting = [r for r in np.argsort(fill, kind="stable") if fill[r] < FULL and min(rows[r]) >= carried]
+        waiting = [
+            r for r in np.argsort(fill, kind="stable") if fill[r] < FULL and min(rows[r]) >= carried
+        ]
         waiting = waiting[: int(len(rows) * CARRY)]
         kept = [row for r, row in enumerate(rows) if r not in set(waiting)]
         for r in np.random.default_rng([self._seed, self._windows]).permutation(len(kept)):

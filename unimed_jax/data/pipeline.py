@@ -1,4 +1,6 @@
-"""Turns examples into batches, mixed by weight, packed, cut for processes; a batch depends on (seed, step) alone.
+"""Turns examples into batches, mixed by weight, packed, cut for processes.
+
+A batch depends on (seed, step) alone.
 
 sources -> groups (image, task) -> global order of draws -> questions and instructions of a draw
         -> rows (one draw each, or packed) -> rows of this process -> batch
@@ -35,7 +37,9 @@ Question = tuple[int, int, int]  # source, row among its examples, instruction
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Holds one draw of the global order: some questions of one image and task, each under an instruction."""
+    """Holds one draw of the global order: some questions of one image and task, each under an
+    instruction.
+    """
 
     source: int  # index in config.data.sources
     task: str
@@ -47,8 +51,8 @@ class Draw:
 class Pipeline:
     """Makes the training batches of `config.data.sources`.
 
-    `datasets[i]` belongs to `config.data.sources[i]` (one data set may serve several). Raises UserError for a
-    source without data or with a record that cannot be trained on.
+    `datasets[i]` belongs to `config.data.sources[i]` (one data set may serve several). Raises
+    UserError for a source without data or with a record that cannot be trained on.
     """
 
     def __init__(self, datasets: Sequence[Dataset], config: Config, tokenizer, split: str = "train"):
@@ -69,7 +73,8 @@ class Pipeline:
         self._encoder = layout.Encoder(tokenizer, config.text, self.shape.tokens_per_image)
         self._questions = _Recent(CACHED, lambda _: 1)
         self._pixels = _Recent(data.image_cache_mib << 20, lambda pixels: pixels.nbytes)
-        # A draw is asked for twice: by the packing plan, and some windows later when its row is assembled.
+        # A draw is asked for twice: by the packing plan, and some windows later when its row is
+        # assembled.
         self.draw = functools.lru_cache(maxsize=8 * data.window)(self._draw)
         self._sources = [
             _Source(dataset, source, split, config, tokenizer, self.shape)
@@ -82,7 +87,9 @@ class Pipeline:
         self._rows: grain.MapDataset[list[int]]
         if data.packing:
             capacity = (data.row_tokens, data.row_images, data.row_answers)
-            plan = packing.PackingPlan(lambda draw: self.draw(draw).size, capacity, data.window, self._seed)
+            plan = packing.PackingPlan(
+                lambda draw: self.draw(draw).size, capacity, data.window, self._seed
+            )
             self._rows = grain.MapDataset.source(plan)
         else:
             self._rows = grain.MapDataset.range(packing.ENDLESS).map(lambda row: [row])
@@ -90,7 +97,10 @@ class Pipeline:
     def plan(self, step: int) -> list[list[Draw]]:
         """Lists the draws in each row of the global batch of `step`."""
         rows = self._config.data.rows
-        return [[self.draw(d) for d in self.draws_of_row(row)] for row in range(step * rows, (step + 1) * rows)]
+        return [
+            [self.draw(d) for d in self.draws_of_row(row)]
+            for row in range(step * rows, (step + 1) * rows)
+        ]
 
     def draws_of_row(self, row: int) -> list[int]:
         """Numbers of the draws that share row `row`, counted over all steps."""
@@ -110,7 +120,8 @@ class Pipeline:
         tokens = answers = 0
         for i in rng.sample(range(len(group)), count):
             row, variant = int(group[i]), rng.randrange(pool)
-            # The first one brings the tokens that all share. One that no longer fits waits for another draw.
+            # The first one brings the tokens that all share. One that no longer fits waits for
+            # another draw.
             more = source.lengths.suffix(row, variant) + (0 if rows else source.lengths.prefix(row))
             answer = source.lengths.answer(row)
             if tokens + more <= self.shape.tokens and answers + answer <= self.shape.answers:
@@ -126,14 +137,17 @@ class Pipeline:
         return f"{source.dataset.id}/{source.examples[draw.rows[i]].id}"
 
     def batches(self, start_step: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
-        """Yields batches from `start_step` on, without end: arrays of `layout.training_batch`, B = rows / shares.
+        """Yields batches from `start_step` on, without end: arrays of `layout.training_batch`, B =
+        rows / shares.
 
-        Each holds share number `share` of the global batch's rows, cut into `shares` blocks of neighbours.
+        Each holds share number `share` of the global batch's rows, cut into `shares` blocks of
+        neighbours.
         """
         rows = self._config.data.rows
         if rows % shares:
             raise UserError(
-                f"config.data.rows={rows} cannot be shared by {shares} processes; choose a multiple of {shares}."
+                f"config.data.rows={rows} cannot be shared by {shares} processes; choose a multiple "
+                f"of {shares}."
             )
         own = rows // shares
         picked = grain.MapDataset.range(packing.ENDLESS).map(
@@ -146,10 +160,17 @@ class Pipeline:
 
     def record_ids(self, step: int) -> list[str]:
         """Names every example in the global batch of `step`: `<data set>/<record>`."""
-        return [self.record(draw, i) for row in self.plan(step) for draw in row for i in range(len(draw.rows))]
+        return [
+            self.record(draw, i)
+            for row in self.plan(step)
+            for draw in row
+            for i in range(len(draw.rows))
+        ]
 
     def stats(self, batch: Batch) -> dict[str, float]:
-        """Measures the shares of row tokens and image slots that hold nothing, and counts examples and tokens used."""
+        """Measures the shares of row tokens and image slots that hold nothing, and counts examples
+        and tokens used.
+        """
         used, slots, answered = batch["segments"] > 0, batch["image_tasks"] >= 0, batch["weights"] > 0
         # Between two answers of a row lies at least the end of the first and a prompt.
         first = np.diff(batch["target_index"], axis=1, prepend=-2) != 1
@@ -168,13 +189,24 @@ class Pipeline:
         return layout.training_batch(groups, self.shape, self._pad, str(self._config.loss.reduction))
 
     def _encoded(self, draws: Sequence[Draw]) -> dict[Question, tuple[Encoded, tuple[str, ...]]]:
-        """Returns the draws' questions as tokens, each with its image keys; records are read in one call per source."""
-        wanted = {(draw.source, *pair) for draw in draws for pair in zip(draw.rows, draw.variants, strict=True)}
-        out = {question: found for question in wanted if (found := self._questions.get(question)) is not None}
+        """Returns the draws' questions as tokens, each with its image keys.
+
+        Records are read in one call per source.
+        """
+        wanted = {
+            (draw.source, *pair) for draw in draws for pair in zip(draw.rows, draw.variants, strict=True)
+        }
+        out = {
+            question: found
+            for question in wanted
+            if (found := self._questions.get(question)) is not None
+        }
         missing = sorted(wanted - out.keys())
         for s, questions in itertools.groupby(missing, key=lambda question: question[0]):
             some = list(questions)
-            for question, example in zip(some, self._sources[s].read([row for _, row, _ in some]), strict=True):
+            for question, example in zip(
+                some, self._sources[s].read([row for _, row, _ in some]), strict=True
+            ):
                 out[question] = self._encoder.training(example, question[2]), example.images
                 self._questions.put(question, out[question])
         return out
@@ -234,14 +266,20 @@ class _Picked(Sequence[Example]):
 
 
 class _Source:
-    """Holds what the pipeline knows of one source: its examples by number, their columns, lengths and groups."""
+    """Holds what the pipeline knows of one source: its examples by number, their columns, lengths
+    and groups.
+    """
 
-    def __init__(self, dataset: Dataset, source: SourceConfig, split: str, config: Config, tokenizer, shape):
+    def __init__(
+        self, dataset: Dataset, source: SourceConfig, split: str, config: Config, tokenizer, shape
+    ):
         where = f"config.data.sources: {source.name!r}"
         self.dataset = dataset
         self.examples: Sequence[Example]
         if split not in getattr(dataset, "splits", (split,)):
-            raise UserError(f"{where} has no {split} examples (its splits: {', '.join(dataset.splits)}).")
+            raise UserError(
+                f"{where} has no {split} examples (its splits: {', '.join(dataset.splits)})."
+            )
         everything = columns_of(dataset, split)
         keep = chosen(everything, source)
         weights = draw_weights(everything, source)
@@ -249,14 +287,18 @@ class _Source:
         if not len(numbers):
             has = ", ".join(sorted({TASKS[task] for task in np.unique(everything.task)})) or "nothing"
             raise UserError(
-                f"{where} has no {split} examples of {', '.join(source.tasks) or 'any task'} (it has {has}); check its "
-                "path, tasks, filters and weights."
+                f"{where} has no {split} examples of {', '.join(source.tasks) or 'any task'} (it "
+                f"has {has}); check its path, tasks, filters and weights."
             )
         self.columns: Columns = everything.at(numbers)
         examples = dataset.examples(split)
-        self.examples = examples.at(numbers) if isinstance(examples, Rows) else _Picked(examples, numbers)
+        self.examples = (
+            examples.at(numbers) if isinstance(examples, Rows) else _Picked(examples, numbers)
+        )
         if shape.images < 1 and self.columns.images.any():
-            raise UserError(f"config.data.row_images={shape.images}, but {source.name!r} has images; set 1 or more.")
+            raise UserError(
+                f"config.data.row_images={shape.images}, but {source.name!r} has images; set 1 or more."
+            )
         rows = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
         stored = getattr(dataset, "folder", None)
         self.lengths = lengths.measure(
@@ -283,7 +325,10 @@ def _rule(source: SourceConfig, split: str) -> str:
 
 
 class Groups:
-    """Groups examples by (images, task, weight), in the order of their first; text alone stays single."""
+    """Groups examples by (images, task, weight), in the order of their first.
+
+    Text alone stays single.
+    """
 
     def __init__(self, members: np.ndarray, starts: np.ndarray):
         """Takes the groups one after the other: group g holds members[starts[g]:starts[g + 1]]."""
@@ -296,14 +341,19 @@ class Groups:
         return self._members[self._starts[g] : self._starts[g + 1]]
 
 
-def group_examples(columns: Columns, weights: np.ndarray) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
-    """Returns groups, and buckets (share of the source's draws, numbers; None: all) of groups that weigh the same."""
+def group_examples(
+    columns: Columns, weights: np.ndarray
+) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
+    """Returns groups, and buckets (share of the source's draws, numbers; None: all) of groups that
+    weigh the same.
+    """
     count = len(columns)
     levels, level = np.unique(weights, return_inverse=True)
     keys = (columns.image_set.astype(np.int64) * len(TASKS) + columns.task) * len(levels) + level
     alone = columns.image_set == NONE
     keys[alone] = -1 - np.arange(count)[alone]
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)  # groups in the order of their keys
+    # groups in the order of their keys
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     group = rank[group]  # [N], in the order of their first
@@ -326,8 +376,9 @@ def _say_cut(sources: Sequence[_Source], config: Config) -> None:
     cut, total = sum(s.lengths.cut for s in sources), sum(len(s.columns) for s in sources)
     if cut:
         processes.say(
-            f"{cut} of {total} training answers are cut to config.text.max_answer={config.text.max_answer} tokens and "
-            "lose their end of text; raise it (and config.data.row_answers) to keep them whole."
+            f"{cut} of {total} training answers are cut to "
+            f"config.text.max_answer={config.text.max_answer} tokens and lose their end of text; "
+            "raise it (and config.data.row_answers) to keep them whole."
         )
 
 
@@ -340,14 +391,17 @@ def _say_dropped(sources: Sequence[_Source], config: Config) -> None:
         named = [f"{source.dataset.id}/{source.examples[int(row)].id}" for row in rows[: lengths.NAMED]]
         more = " ..." if len(rows) > lengths.NAMED else ""
         processes.say(
-            f"config.text.form={config.text.form!r} trains on the last turn of {len(rows)} conversations and leaves "
-            f"out the {int(source.lengths.dropped.sum())} turns before ({', '.join(named)}{more}); choose stablelm or "
-            "phi to train on all of them."
+            f"config.text.form={config.text.form!r} trains on the last turn of {len(rows)} "
+            f"conversations and leaves out the {int(source.lengths.dropped.sum())} turns before "
+            f"({', '.join(named)}{more}); choose stablelm or phi to train on all of them."
         )
 
 
 def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
-    """Yields the source of step 0, 1, ... under per-batch mixing: the published order of Python's own generator."""
+    """Yields the source of step 0, 1, ...
+
+    Under per-batch mixing: the published order of Python's own generator.
+    """
     generator = random.Random(seed)
     while True:
         yield generator.choices(range(len(weights)), weights)[0]

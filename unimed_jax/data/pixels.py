@@ -1,4 +1,6 @@
-"""Bounds the size of pictures, and turns pixel values of any depth into 8 bits, a block of rows at a time."""
+"""Bounds the size of pictures, and turns pixel values of any depth into 8 bits, a block of rows at
+a time.
+"""
 
 from collections.abc import Callable
 
@@ -11,7 +13,8 @@ MOST_SIDE = 1 << 16  # pixels; scaling a longer strip takes more memory than a s
 MOST_BYTES = 1 << 29  # of a decoded picture, and of what a compressed file unpacks to
 SCANS = 64  # of a progressive JPEG; each goes over the whole picture, and encoders write about ten
 _SHOWN = 150  # letters at each end of a line that is too long for a sentence
-_BLOCK = 1 << 20  # pixels that are worked on at once, so that floats of a large picture need little memory
+# pixels that are worked on at once, so that floats of a large picture need little memory
+_BLOCK = 1 << 20
 
 
 def check_size(name: str, height: int, width: int, bytes_a_pixel: int = 1) -> None:
@@ -24,19 +27,25 @@ def check_size(name: str, height: int, width: int, bytes_a_pixel: int = 1) -> No
     pixels = height * width
     if pixels > MOST_PIXELS or max(height, width) > MOST_SIDE or pixels * bytes_a_pixel > MOST_BYTES:
         raise UserError(
-            f"image {name} has {width} x {height} pixels of {bytes_a_pixel} bytes by its header, more than is read "
-            f"({MOST_PIXELS} pixels, {MOST_BYTES >> 20} MiB, {MOST_SIDE} on a side); scale it down or cut it."
+            f"image {name} has {width} x {height} pixels of {bytes_a_pixel} bytes by its header, "
+            f"more than is read ({MOST_PIXELS} pixels, {MOST_BYTES >> 20} MiB, {MOST_SIDE} on a "
+            "side); scale it down or cut it."
         )
 
 
 def one_line(text: object) -> str:
-    """Writes a path, or what a decoder says, in one line of printable letters; the middle of a long one is left out."""
+    """Writes a path, or what a decoder says, in one line of printable letters.
+
+    The middle of a long one is left out.
+    """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
     return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]}...{line[-_SHOWN:]}"
 
 
 def in_blocks(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
-    """Applies a function of single pixels, rows [h, W, ...] -> uint8 [h, W, ...], to an array [H, W, ...]."""
+    """Applies a function of single pixels, rows [h, W, ...] -> uint8 [h, W, ...], to an array [H,
+    W, ...].
+    """
     rows = max(1, _BLOCK // max(1, array.shape[1]))
     with np.errstate(invalid="ignore"):  # a float may be any kind of NaN
         return np.concatenate([function(array[top : top + rows]) for top in range(0, len(array), rows)])
@@ -64,7 +73,9 @@ def eight_bits(white: np.ndarray) -> np.ndarray:
 
 
 def by_depth(array: np.ndarray, bits: int) -> np.ndarray:
-    """Scales integers [H, W, ...] of `bits` bits to uint8: 2^bits - 1 is white, whatever the brightest pixel is."""
+    """Scales integers [H, W, ...] of `bits` bits to uint8: 2^bits - 1 is white, whatever the
+    brightest pixel is.
+    """
     if bits == 8 and array.dtype == np.uint8:
         return array
     return in_blocks(lambda rows: eight_bits(rows / (2**bits - 1)), array)
@@ -79,7 +90,9 @@ def ramp(array: np.ndarray) -> np.ndarray:
 
 
 def between(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Gives where values lie from low (0) to high (1), clipped to that, without an overflow on the way."""
+    """Gives where values lie from low (0) to high (1), clipped to that, without an overflow on the
+    way.
+    """
     if not np.isfinite(high - low):
         values, low, high = values / 4, low / 4, high / 4
     return np.clip((np.clip(values, low, high) - low) / (high - low), 0, 1)

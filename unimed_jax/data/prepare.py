@@ -1,4 +1,6 @@
-"""Writes what a reader gives into a `Store`, once: completely or not at all, and only by one process at a time."""
+"""Writes what a reader gives into a `Store`, once: completely or not at all, and only by one
+process at a time.
+"""
 
 import contextlib
 import dataclasses
@@ -22,14 +24,26 @@ from unimed_jax.data.columns import Collector, Column, Strings, hash_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.images import check_header, read_bytes
 from unimed_jax.data.info import Info
-from unimed_jax.data.store import MANIFEST, RECORDS, SCHEMA, SKIPPED, Store, crc_of, facts_of, pack, unpack
+from unimed_jax.data.store import (
+    MANIFEST,
+    RECORDS,
+    SCHEMA,
+    SKIPPED,
+    Store,
+    crc_of,
+    facts_of,
+    pack,
+    unpack,
+)
 from unimed_jax.errors import UserError
 
-Source = str | Path | bytes | np.ndarray  # of an image: a file, its bytes, or pixels uint8 [H, W] or [H, W, 3]
+# of an image: a file, its bytes, or pixels uint8 [H, W] or [H, W, 3]
+Source = str | Path | bytes | np.ndarray
 SHARD_RECORDS = 100_000
 SHARD_BYTES = 256 << 20
 NAMED = 5  # skipped records that a message names
-INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # categories of Unicode's white space, control and format characters
+# categories of Unicode's white space, control and format characters
+INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
 FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that show nothing
 
 
@@ -41,18 +55,23 @@ class Reader(Protocol):
     def read(
         self, folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
     ) -> Iterator[tuple[Example, Iterable[Source]]]:
-        """Yields each example of a split with the sources of its images, in the order of `Example.images`.
+        """Yields each example of a split with the sources of its images, in the order of
+        `Example.images`.
 
-        A record that is left out is appended to `skipped` as "<name>: <why>"; nothing is printed or written.
+        A record that is left out is appended to `skipped` as "<name>: <why>"; nothing is printed or
+        written.
         """
         ...
 
 
-def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], cache: Path) -> Store:
+def prepared(
+    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], cache: Path
+) -> Store:
     """Opens the store of a set, which is prepared in `cache` first if it is not there yet.
 
-    The folder's name follows from the set (name, place, options) and its version (reader, form, the state of the raw
-    files), so a changed set is prepared again next to the old one. Of two processes the second waits for the first.
+    The folder's name follows from the set (name, place, options) and its version (reader, form, the
+    state of the raw files), so a changed set is prepared again next to the old one. Of two
+    processes the second waits for the first.
     """
     which = _digest(info.name, str(folder and folder.resolve()), dict(options))
     version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
@@ -63,7 +82,8 @@ def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[s
             lock = (cache / f".{info.name}-{which}.lock").open("w")
         except OSError as error:
             raise UserError(
-                f"data set {info.name} cannot be kept in {cache} ({error.strerror or error}); set config.data.cache."
+                f"data set {info.name} cannot be kept in {cache} ({error.strerror or error}); set "
+                "config.data.cache."
             ) from error
         with lock, _locked(lock):
             if not target.exists():  # another process may have prepared it while this one waited
@@ -77,7 +97,10 @@ def prepared(reader: Reader, info: Info, folder: Path | None, options: Mapping[s
 
 
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
-    """Lists name, size and time of change of every file that `info.files` names; images are not among them."""
+    """Lists name, size and time of change of every file that `info.files` names.
+
+    Images are not among them.
+    """
     if folder is None or info.self_contained:
         return []
     inside = (path for pattern in info.files for path in folder.glob(pattern))
@@ -102,8 +125,8 @@ def _report(store: Store, older: list[str]) -> None:
     """Says what was skipped and that an older form remains; only the leader does."""
     if older:
         processes.say(
-            f"{store.id}: prepared again, because its files or its reader changed; {', '.join(older)} in "
-            f"{store.folder.parent} can be deleted."
+            f"{store.id}: prepared again, because its files or its reader changed; "
+            f"{', '.join(older)} in {store.folder.parent} can be deleted."
         )
     if store.skipped:
         lines = (store.folder / SKIPPED).read_text(encoding="utf-8").splitlines()
@@ -115,11 +138,20 @@ def _report(store: Store, older: list[str]) -> None:
 
 
 def _compare_counts(store: Store, info: Info) -> None:
-    """Says where the examples read differ from `info.counts`, which holds for a reader without options."""
+    """Says where the examples read differ from `info.counts`, which holds for a reader without
+    options.
+    """
     read = {split: len(store.examples(split)) if split in store.splits else 0 for split in info.counts}
-    wrong = [f"{split} {read[split]}, not {count}" for split, count in info.counts.items() if read[split] != count]
+    wrong = [
+        f"{split} {read[split]}, not {count}"
+        for split, count in info.counts.items()
+        if read[split] != count
+    ]
     if wrong:
-        processes.say(f"{store.id}: other numbers of examples than expected ({'; '.join(wrong)}); check the raw files.")
+        processes.say(
+            f"{store.id}: other numbers of examples than expected ({'; '.join(wrong)}); check the "
+            "raw files."
+        )
 
 
 class _Shards:
@@ -148,7 +180,9 @@ class _Shards:
             self._writer = None
 
 
-def _write(reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], target: Path) -> None:
+def _write(
+    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], target: Path
+) -> None:
     with files.new_folder(target) as place:
         examples, images, columns = _Shards(place, "examples"), _Shards(place, "images"), Collector()
         digest = hashlib.sha256(f"{RECORDS}\0{info.version}".encode())
@@ -187,7 +221,12 @@ def _write(reader: Reader, info: Info, folder: Path | None, options: Mapping[str
         _check_ids(made.ids, place, info)
         index = place / "index"
         index.mkdir()
-        arrays = {"task": made.task, "image_count": made.images, "image_set": made.image_set, "ids": made.ids}
+        arrays = {
+            "task": made.task,
+            "image_count": made.images,
+            "image_set": made.image_set,
+            "ids": made.ids,
+        }
         arrays |= _column_arrays("cluster", made.cluster)
         for i, key in enumerate(made.meta_keys):
             arrays |= _column_arrays(f"meta_{i}", made.meta(key))
@@ -226,7 +265,8 @@ def check(example: Example, name: str) -> None:
     for field, text in _texts(example):
         if not isinstance(text, str):
             raise UserError(
-                f"{ascii(where)[1:-1]}: its {field} is {ascii(text)[:80]}, which is no text; mend the record."
+                f"{ascii(where)[1:-1]}: its {field} is {ascii(text)[:80]}, which is no text; mend "
+                "the record."
             )
         if not files.is_text(text):
             raise UserError(
@@ -245,7 +285,12 @@ def check(example: Example, name: str) -> None:
 
 def _texts(example: Example) -> Iterator[tuple[str, Any]]:
     """Yields every text of an example with the words for it."""
-    yield from (("id", example.id), ("task", example.task), ("question", example.question), ("answer", example.answer))
+    yield from (
+        ("id", example.id),
+        ("task", example.task),
+        ("question", example.question),
+        ("answer", example.answer),
+    )
     yield from (("image", key) for key in example.images)
     yield "cluster", example.cluster
     yield from (("meta", text) for pair in example.meta.items() for text in pair)
@@ -253,7 +298,10 @@ def _texts(example: Example) -> Iterator[tuple[str, Any]]:
 
 
 def unanswered(example: Example) -> str:
-    """Says which answer of an example is empty or blank, so that nothing can be learnt from it; empty if none is."""
+    """Says which answer of an example is empty or blank, so that nothing can be learnt from it.
+
+    Empty if none is.
+    """
     if _blank(example.answer):
         return "its answer is empty"
     return "an earlier answer is empty" if any(_blank(answer) for _, answer in example.history) else ""
@@ -272,7 +320,9 @@ def _one_line(text: str) -> str:
 def no_image(path: Path) -> str:
     """Says why the file of an image cannot be read; empty if it can."""
     reason = files.no_file(path)
-    return f"no image {path}" if reason == "does not exist" else f"image {path} {reason}" if reason else ""
+    return (
+        f"no image {path}" if reason == "does not exist" else f"image {path} {reason}" if reason else ""
+    )
 
 
 def _encoded(
@@ -280,8 +330,8 @@ def _encoded(
 ) -> dict[str, tuple[bytes, bytes]] | str:
     """Reads the images of an example that are not stored yet: key -> (bytes to store, bytes to hash).
 
-    A text instead says why the example is left out: the file of an image cannot be read, or is no picture by its
-    header. What lies behind the header is decoded when it is needed.
+    A text instead says why the example is left out: the file of an image cannot be read, or is no
+    picture by its header. What lies behind the header is decoded when it is needed.
     """
     found: dict[str, tuple[bytes, bytes]] = {}
     for key, source in zip(example.images, sources, strict=True):
@@ -319,8 +369,8 @@ def _check_ids(hashes: np.ndarray, place: Path, info: Info) -> None:
     shard = place / f"examples-{first // SHARD_RECORDS:05d}.array_record"
     name = unpack(ArrayRecordReader(str(shard)).read([first % SHARD_RECORDS])[0]).id
     raise UserError(
-        f"data set {info.name}: id {name!r} stands twice ({len(doubled)} ids do); its reader must give each example an "
-        "id of its own, over all splits."
+        f"data set {info.name}: id {name!r} stands twice ({len(doubled)} ids do); its reader must "
+        "give each example an id of its own, over all splits."
     )
 
 

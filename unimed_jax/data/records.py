@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from unimed_jax.data.images import READABLE
+from unimed_jax.data.images import upright_size
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import json_lines, parse_json, read_text
 
@@ -25,14 +23,17 @@ FORM = "give a list of records, or one record a line"
 
 
 def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a .json, .jsonl, .csv or .tsv file, each after the words that name it in errors.
+    """Yields the records of a .json, .jsonl, .csv or .tsv file, each after the words that name it
+    in errors.
 
-    JSON is a list of objects or, whatever the file's ending, one object a line. form: how the file should look, for
-    errors. Raises UserError if the file cannot be read or is something else.
+    JSON is a list of objects or, whatever the file's ending, one object a line. form: how the file
+    should look, for errors. Raises UserError if the file cannot be read or is something else.
     """
     text = read_text(file, "restore it", LARGEST)
     if text.startswith(POINTER):
-        raise UserError(f"{file} is a pointer of Git-LFS, not the data itself; fetch it with `git lfs pull`.")
+        raise UserError(
+            f"{file} is a pointer of Git-LFS, not the data itself; fetch it with `git lfs pull`."
+        )
     if re.match(r"\s*<(!doctype|html|\?xml)", text[:200], re.IGNORECASE):
         raise UserError(f"{file} is a web page, not the data itself; download the file again.")
     if file.suffix in (".csv", ".tsv"):
@@ -40,7 +41,9 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
         return
     if re.match(r"\s*\{", text):
         numbered = json_lines(text, str(file), form, characters=False)
-        named: Iterator[tuple[str, Any]] = ((f"{file}, line {number}", record) for number, record in numbered)
+        named: Iterator[tuple[str, Any]] = (
+            (f"{file}, line {number}", record) for number, record in numbered
+        )
     else:
         found = parse_json(text, str(file), "restore it", characters=False)
         if not isinstance(found, list):
@@ -56,27 +59,38 @@ def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
     """Yields the rows of a table whose first line names its columns."""
     limit = csv.field_size_limit(len(text) + 1)  # the default cuts long reports and pictures in base64
     try:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        rows = csv.reader(
+            io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True
+        )
         names = next(rows, [])
         if len(set(names)) < len(names) or not all(names):
-            raise UserError(f"{file}: its first line does not name each column once ({short(names)}); mend it.")
+            raise UserError(
+                f"{file}: its first line does not name each column once ({short(names)}); mend it."
+            )
         for row in rows:
             where = f"{file}, line {rows.line_num}"
             if row and len(row) != len(names):
-                raise UserError(f"{where} has {len(row)} fields, not {len(names)} as the first line; mend the line.")
+                raise UserError(
+                    f"{where} has {len(row)} fields, not {len(names)} as the first line; mend the line."
+                )
             if row:
                 yield where, dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise UserError(f"{file} is not a table ({error} near line {rows.line_num}); mend it.") from error
+        raise UserError(
+            f"{file} is not a table ({error} near line {rows.line_num}); mend it."
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
 
 # ---- fields ----------------------------------------------------------------------------------------
-def word(record: Mapping[str, Any], key: str, where: str, required: bool = False, numbers: bool = False) -> str:
+def word(
+    record: Mapping[str, Any], key: str, where: str, required: bool = False, numbers: bool = False
+) -> str:
     """Returns the text of a key without blanks at its ends, empty where it is absent or null.
 
-    numbers: a number is taken as its text. Raises UserError for anything else, or if a required key is absent.
+    numbers: a number is taken as its text. Raises UserError for anything else, or if a required key
+    is absent.
     """
     value = record.get(key)
     if value is None and not required:
@@ -92,16 +106,22 @@ def check_keys(record: Mapping[str, Any], known: Sequence[str], where: str) -> N
     """Raises UserError for a key that is not known, which is a misspelling as a rule."""
     for key in record:
         if key not in known:
-            raise UserError(f"{where}: key {key!r} is unknown{nearest(key, known)} Choose from {', '.join(known)}.")
+            raise UserError(
+                f"{where}: key {key!r} is unknown{nearest(key, known)} Choose from {', '.join(known)}."
+            )
 
 
 def chosen_options(options: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Completes a source's options by a reader's defaults; raises UserError for one that the reader lacks."""
+    """Completes a source's options by a reader's defaults.
+
+    Raises UserError for one that the reader lacks.
+    """
     for key in options:
         if key not in defaults:
             choices = ", ".join(defaults) or "none"
             raise UserError(
-                f"config.data.sources: {name} has no option {key!r}{nearest(key, defaults)} It has: {choices}."
+                f"config.data.sources: {name} has no option {key!r}{nearest(key, defaults)} It has: "
+                f"{choices}."
             )
     return {**defaults, **options}
 
@@ -110,7 +130,8 @@ def one_of(options: Mapping[str, Any], key: str, choices: Sequence[Any], name: s
     """Returns an option; raises UserError if it is not one of the choices."""
     if options[key] not in choices:
         raise UserError(
-            f"config.data.sources: option {key}={options[key]!r} of {name} is none of {', '.join(map(repr, choices))}."
+            f"config.data.sources: option {key}={options[key]!r} of {name} is none of "
+            f"{', '.join(map(repr, choices))}."
         )
     return options[key]
 
@@ -134,34 +155,44 @@ def inside(folder: Path, images: Path, name: str, where: str) -> Path:
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
-    """Reads (width, height) from the header of an image, upright as EXIF says; None if it is not a picture file."""
+    """Reads (width, height) from the header of an image, upright as EXIF says.
+
+    None if it is not a picture file.
+    """
     try:
-        with Image.open(path, formats=READABLE) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError):
+        return upright_size(path)
+    except UserError:
         return None
-    return (height, width) if turned else (width, height)
 
 
 def left_out_names(given: str, folder: Path) -> frozenset[str]:
-    """Reads which images a source leaves out because another set has them: names without folder and ending.
+    """Reads which images a source leaves out because another set has them: names without folder and
+    ending.
 
-    given: a folder, whose files' names count, or a text file with a name a line; from `folder` on. Empty: none.
+    given: a folder, whose files' names count, or a text file with a name a line; from `folder` on.
+    Empty: none.
     """
     if not given:
         return frozenset()
     path = folder / given
     if path.is_dir():
         return frozenset(found.stem for found in path.iterdir() if found.is_file())
-    return frozenset(Path(line.strip()).stem for line in read_text(path, "check the option `without`").splitlines())
+    return frozenset(
+        Path(line.strip()).stem for line in read_text(path, "check the option `without`").splitlines()
+    )
 
 
 def labelled_boxes(file: Path) -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
-    """Yields (where, label, box x1 y1 x2 y2) of a file [{label: [x, y, width, height]}, ...], in pixels."""
+    """Yields (where, label, box x1 y1 x2 y2) of a file [{label: [x, y, width, height]}, ...], in
+    pixels.
+    """
     for where, record in records(file, "give a list of {label: [x, y, width, height]}"):
         for label, sides in record.items():
-            if not isinstance(sides, list) or len(sides) != 4 or not all(type(v) in (int, float) for v in sides):
+            if (
+                not isinstance(sides, list)
+                or len(sides) != 4
+                or not all(type(v) in (int, float) for v in sides)
+            ):
                 raise UserError(f"{where}: {label!r} is {short(sides)}; give [x, y, width, height].")
             x, y, width, height = sides
             yield where, label.strip(), (round(x), round(y), round(x + width), round(y + height))

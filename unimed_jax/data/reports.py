@@ -1,6 +1,7 @@
 """Reads studies with their reports in R2Gen's form, which MIMIC-CXR and IU X-Ray share.
 
-annotation.json is {"train": [{"id", "report", "image_path": [...], ...}, ...], "val": [...], "test": [...]}.
+annotation.json is {"train": [{"id", "report", "image_path": [...], ...}, ...], "val": [...],
+"test": [...]}.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ def studies(
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields the studies of a split, task caption, in the order of the file.
 
-    images: folder of the images. largest: number of images of a study that are shown, its first ones. cluster: key of a
-    record that names what belongs together. Raises UserError for anything in the file that is not as above.
+    images: folder of the images. largest: number of images of a study that are shown, its first
+    ones. cluster: key of a record that names what belongs together. Raises UserError for anything
+    in the file that is not as above.
     """
     file = folder / FILE
     content = parse_json(read_text(file, "give R2Gen's annotation", LARGEST), str(file))
@@ -36,7 +38,12 @@ def studies(
         report = " ".join(word(record, "report", where).split())
         paths = tuple(inside(folder, images, found, where) for found in names)
         views = f"{len(names)} view" + "s" * (len(names) > 1)
-        yield Example(f"{split}/{name}", "caption", "", report, tuple(names), None, group, {"template": views}), paths
+        yield (
+            Example(
+                f"{split}/{name}", "caption", "", report, tuple(names), None, group, {"template": views}
+            ),
+            paths,
+        )
 
 
 def _names(record: Record, where: str) -> list[str]:

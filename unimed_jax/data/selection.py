@@ -15,10 +15,15 @@ _RULE = re.compile(r"(\w+)\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\](?: by 
 
 
 class Selection:
-    """Shows one data set as the sources that name it see it: an example is in if any of them lets it through."""
+    """Shows one data set as the sources that name it see it: an example is in if any of them lets
+    it through.
+    """
 
     def __init__(self, store: Store, id: str, info: Info, sources: Sequence[SourceConfig]):
-        """Takes sources alike but for tasks, filters and weights; raises UserError for a rule or filter that fails."""
+        """Takes sources alike but for tasks, filters and weights.
+
+        Raises UserError for a rule or filter that fails.
+        """
         self._store, self.id, self.name, self.info = store, id, id, info
         self._splits = _made_splits(store, sources[0].splits, id)
         for split, numbers in self._splits.items():
@@ -71,7 +76,8 @@ def draw_weights(columns: Columns, source: SourceConfig) -> np.ndarray:
     weight = np.ones(len(columns))
     for key, of_value in source.weights.items():
         column = columns.meta(key)
-        table = np.array([*(of_value.get(text, 1.0) for text in column.texts), 1.0])  # the last is that of NONE
+        # the last is that of NONE
+        table = np.array([*(of_value.get(text, 1.0) for text in column.texts), 1.0])
         weight *= table[column.codes]
     return weight
 
@@ -85,7 +91,8 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
         if lacking:
             have = [task for task in TASKS if TASKS.index(task) in everything.task]
             raise UserError(
-                f"{where}: tasks names {lacking[0]!r}, of which it has no example; choose from {', '.join(have)}."
+                f"{where}: tasks names {lacking[0]!r}, of which it has no example; choose from "
+                f"{', '.join(have)}."
             )
         for setting, given in (("only", source.only), ("weights", source.weights)):
             for key, values in given.items():
@@ -107,7 +114,10 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
 
 
 def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, np.ndarray]:
-    """Returns split -> example numbers, int32; what a made split takes leaves its origin, unless that is made too."""
+    """Returns split -> example numbers, int32.
+
+    What a made split takes leaves its origin, unless that is made too.
+    """
     numbers = {split: np.arange(*store.rows(split), dtype=np.int32) for split in store.splits}
     made: dict[str, np.ndarray] = {}
     taken: dict[str, np.ndarray] = {}
@@ -115,7 +125,9 @@ def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, n
         where = f"config.data.sources: data set {id!r}, split {name!r}"
         match = _RULE.fullmatch(rule.strip())
         if not match:
-            raise UserError(f"{where}: rule {rule!r} is not understood; write it as 'train[:90%] by cluster'.")
+            raise UserError(
+                f"{where}: rule {rule!r} is not understood; write it as 'train[:90%] by cluster'."
+            )
         origin, first, last, by = match.groups()
         if origin not in numbers:
             raise UserError(f"{where} is made of {origin!r}, which it has not{nearest(origin, numbers)}")
@@ -134,7 +146,9 @@ def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, n
 
 
 def _places(columns: Columns, by: str | None, where: str) -> np.ndarray:
-    """Hashes each example's cluster, meta value or id to float64 [N] in 0..1, which added examples leave as it is."""
+    """Hashes each example's cluster, meta value or id to float64 [N] in 0..1, which added examples
+    leave as it is.
+    """
     own = columns.ids.astype(np.float64) / 2.0**64
     if by is None:
         return own

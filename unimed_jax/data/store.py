@@ -7,7 +7,8 @@
       index/*.npy       columns (data/columns.py), tables of texts, image keys sorted by hash
       skipped.txt       records that were left out, one a line, with the reason
 
-`data/prepare.py` writes it. A million examples cost a few megabytes of memory, because nothing here holds them.
+`data/prepare.py` writes it. A million examples cost a few megabytes of memory, because nothing here
+holds them.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ _AGAIN = "delete that folder and run again: it is prepared again from the source
 
 
 class Store:
-    """Reads a prepared data set: `examples(split)` and `image(key)` from disk, `columns(split)` from the index."""
+    """Reads a prepared data set: `examples(split)` and `image(key)` from disk, `columns(split)`
+    from the index.
+    """
 
     def __init__(self, folder: str | Path):
         """Opens what `prepare` wrote. Raises UserError if files are missing, cut or of another form."""
@@ -51,7 +54,9 @@ class Store:
             self.id = self.name = self.info.name
             self.checksum: str = manifest["checksum"]
             self.skipped: int = manifest["skipped"]
-            self._bounds: dict[str, tuple[int, int]] = {split: (a, b) for split, (a, b) in manifest["splits"].items()}
+            self._bounds: dict[str, tuple[int, int]] = {
+                split: (a, b) for split, (a, b) in manifest["splits"].items()
+            }
             self.splits = tuple(self._bounds)
             self._meta_keys = tuple(manifest["meta_keys"])
             _check_files(self.folder, manifest["files"])
@@ -61,7 +66,9 @@ class Store:
             self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
             self._key_texts = self._strings("keys")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / MANIFEST} is not what was written ({error!r}); {_AGAIN}.") from error
+            raise UserError(
+                f"{self.folder / MANIFEST} is not what was written ({error!r}); {_AGAIN}."
+            ) from error
 
     def examples(self, split: str) -> "Rows":
         start, stop = self._bound(split)
@@ -88,7 +95,10 @@ class Store:
         )
 
     def image(self, key: str) -> np.ndarray:
-        """Decodes the image of a key, uint8 [H, W, 3]; raises UserError if there is none, or its bytes are no image."""
+        """Decodes the image of a key, uint8 [H, W, 3].
+
+        Raises UserError if there is none, or its bytes are no image.
+        """
         data = self.encoded(key)
         try:
             return read_image(data)
@@ -148,7 +158,10 @@ class Store:
 
 
 class _Shards:
-    """Reads the records of some array_record files, counted through; files are opened when first read."""
+    """Reads the records of some array_record files, counted through.
+
+    Files are opened when first read.
+    """
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], kind: str):
         names = sorted(name for name in files if name.startswith(f"{kind}-"))
@@ -164,7 +177,9 @@ class _Shards:
         """Reads records by number; neighbours of one file are read together."""
         shards = np.searchsorted(self._ends, numbers, side="right") - 1
         out: list[bytes] = []
-        for shard, group in itertools.groupby(zip(shards.tolist(), numbers, strict=True), key=lambda pair: pair[0]):
+        for shard, group in itertools.groupby(
+            zip(shards.tolist(), numbers, strict=True), key=lambda pair: pair[0]
+        ):
             first = int(self._ends[shard])
             out += self._reader(shard).read([number - first for _, number in group])
         return out
@@ -233,7 +248,9 @@ def facts_of(path: Path, records: int | None) -> dict[str, int]:
 
     Records need none: array_record keeps checksums of its own.
     """
-    return {"bytes": path.stat().st_size} | ({"crc32": _crc_of(path)} if records is None else {"records": records})
+    return {"bytes": path.stat().st_size} | (
+        {"crc32": _crc_of(path)} if records is None else {"records": records}
+    )
 
 
 def _crc_of(path: Path) -> int:
@@ -253,8 +270,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not what was written; {_AGAIN}.")
     if manifest["schema"] != SCHEMA:
         raise UserError(
-            f"data set {folder} was prepared in form {manifest['schema']!r}, and this version reads form {SCHEMA}; "
-            f"{_AGAIN}."
+            f"data set {folder} was prepared in form {manifest['schema']!r}, and this version reads "
+            f"form {SCHEMA}; {_AGAIN}."
         )
     if manifest.get("crc32") != crc_of(manifest):
         raise UserError(f"{path} is not what was written; {_AGAIN}.")
@@ -264,14 +281,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _check_bounds(bounds: Mapping[str, tuple[int, int]], count: int) -> None:
     """Raises ValueError unless the splits follow each other and hold all examples."""
     ends = [0, *(end for _, end in bounds.values())]
-    if any(start != before or end < start for (start, end), before in zip(bounds.values(), ends, strict=False)):
+    if any(
+        start != before or end < start
+        for (start, end), before in zip(bounds.values(), ends, strict=False)
+    ):
         raise ValueError(f"splits {bounds}")
     if ends[-1] != count:
         raise ValueError(f"{count} examples, and {ends[-1]} in the splits")
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError if a file of a store is not there, is cut, or (index, skipped.txt) has changed."""
+    """Raises UserError if a file of a store is not there, is cut, or (index, skipped.txt) has
+    changed.
+    """
     for name, facts in files.items():
         path = folder / name
         try:
@@ -279,8 +301,12 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             if size is None:
                 raise UserError(f"data set file {path} does not exist; {_AGAIN}.")
             if size != facts["bytes"]:
-                raise UserError(f"data set file {path} has {size} of its {facts['bytes']} bytes; {_AGAIN}.")
+                raise UserError(
+                    f"data set file {path} has {size} of its {facts['bytes']} bytes; {_AGAIN}."
+                )
             if "crc32" in facts and _crc_of(path) != facts["crc32"]:
                 raise UserError(f"data set file {path} has changed since it was written; {_AGAIN}.")
         except OSError as error:
-            raise UserError(f"data set file {path} cannot be read ({error.strerror or error}); {_AGAIN}.") from error
+            raise UserError(
+                f"data set file {path} cannot be read ({error.strerror or error}); {_AGAIN}."
+            ) from error

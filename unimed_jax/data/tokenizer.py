@@ -1,4 +1,6 @@
-"""Text to token ids: any Hugging Face tokenizer folder, and a small byte-level BPE trained from a corpus."""
+"""Text to token ids: any Hugging Face tokenizer folder, and a small byte-level BPE trained from a
+corpus.
+"""
 
 import functools
 import hashlib
@@ -36,17 +38,18 @@ FILES = (  # that a tokenizer's folder may hold
 MARKERS = ("[INST]", "[/INST]", "<Img>", "</Img>", *TAGS.values(), "{", "}")
 COORDINATES = tuple(f"<{i}>" for i in range(101))
 
-# Digits stand alone, and so does each capital of a code (J45.901, M1A.0, S00.00XA): what is rare as a word is
-# common letter by letter.
+# Digits stand alone, and so does each capital of a code (J45.901, M1A.0, S00.00XA): what is rare as
+# a word is common letter by letter.
 _SINGLE = r"\p{N}|[A-Z](?=[A-Z.]*[0-9])|(?<=[0-9])[A-Z]|(?<=[0-9][A-Z])[A-Z]"
 
 
 def train_tokenizer(texts: Iterable[str], text: TextConfig, folder: str | Path) -> None:
     """Trains a byte-level BPE of at most `text.vocab` tokens and saves it as a Hugging Face folder.
 
-    The 256 bytes are always in it, so that no text holds an unknown token. Markers of the prompt are one token
-    each, with `text.coordinate_tokens` also the box coordinates `<0>`..`<100>` (contiguous ids). The same texts
-    give the same files. Raises UserError if `text.vocab` cannot hold all of these.
+    The 256 bytes are always in it, so that no text holds an unknown token. Markers of the prompt
+    are one token each, with `text.coordinate_tokens` also the box coordinates `<0>`..`<100>`
+    (contiguous ids). The same texts give the same files. Raises UserError if `text.vocab` cannot
+    hold all of these.
     """
     whole = (*MARKERS, *COORDINATES) if text.coordinate_tokens else MARKERS
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -54,7 +57,8 @@ def train_tokenizer(texts: Iterable[str], text: TextConfig, folder: str | Path) 
     least = len(CONTROL) + len(alphabet) + len(added)
     if text.vocab < least:
         raise UserError(
-            f"config.text.vocab={text.vocab} cannot hold bytes, markers and coordinates; set {least} or more."
+            f"config.text.vocab={text.vocab} cannot hold bytes, markers and coordinates; set "
+            f"{least} or more."
         )
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,9 +81,16 @@ def train_tokenizer(texts: Iterable[str], text: TextConfig, folder: str | Path) 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
-    # Written here because save_pretrained of transformers 5 names a class that transformers 4 does not have.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **CONTROL}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # Written here because save_pretrained of transformers 5 names a class that transformers 4 does
+    # not have.
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **CONTROL,
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _parts(texts: Iterable[str], marker: re.Pattern[str]) -> Iterator[str]:
@@ -88,7 +99,10 @@ def _parts(texts: Iterable[str], marker: re.Pattern[str]) -> Iterator[str]:
 
 
 def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
-    """The texts of examples as training shows them; their instructions in turn, so that each of the pool occurs."""
+    """The texts of examples as training shows them.
+
+    Their instructions in turn, so that each of the pool occurs.
+    """
     form = form_of(text)
     for i, example in enumerate(examples):
         yield from (run.text for run in runs_of(form.training(example, i)) if run.text)
@@ -102,9 +116,15 @@ SETTINGS_BYTES = 16 << 20  # of each of them, at most
 
 
 def _from_folder(folder: Path) -> Any:
-    """Loads the folder's tokenizer with transformers, which is imported only here: it takes a second or more."""
+    """Loads the folder's tokenizer with transformers, which is imported only here: it takes a
+    second or more.
+    """
     advice = "give a folder with a Hugging Face tokenizer"
-    settings = {name: read_json(folder / name, advice, SETTINGS_BYTES) for name in SETTINGS if (folder / name).exists()}
+    settings = {
+        name: read_json(folder / name, advice, SETTINGS_BYTES)
+        for name in SETTINGS
+        if (folder / name).exists()
+    }
     if (folder / "config.json").exists():
         read_sizes(folder / "config.json", advice)  # transformers reads it too
     if (folder / "tokenizer.json").exists():
@@ -114,8 +134,12 @@ def _from_folder(folder: Path) -> Any:
     config = settings.get("tokenizer_config.json", {})
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'tokenizer_config.json'} holds no object of settings; {advice}.")
-    if config.get("tokenizer_class") == "PreTrainedTokenizerFast" and not (folder / "config.json").exists():
-        # As `train_tokenizer` writes it. The automatic class would import torch, where that is installed.
+    if (
+        config.get("tokenizer_class") == "PreTrainedTokenizerFast"
+        and not (folder / "config.json").exists()
+    ):
+        # As `train_tokenizer` writes it. The automatic class would import torch, where that is
+        # installed.
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -138,9 +162,14 @@ def _check_program(file: Path, advice: str) -> None:
 
 
 def _check_whole(file: Path) -> None:
-    """Raises UserError for a model of SentencePiece that is cut short: a protocol buffer, field after field."""
+    """Raises UserError for a model of SentencePiece that is cut short: a protocol buffer, field
+    after field.
+    """
     if file.stat().st_size > LARGEST:
-        raise UserError(f"{file} has {file.stat().st_size} bytes, more than the {LARGEST} that are read; get another.")
+        raise UserError(
+            f"{file} has {file.stat().st_size} bytes, more than the {LARGEST} that are read; get "
+            "another."
+        )
     data = file.read_bytes()
     at = pieces = 0
 
@@ -164,9 +193,13 @@ def _check_whole(file: Path) -> None:
     except IndexError:
         at = -1
     if at != len(data) or not pieces:
-        raise UserError(f"{file} is not a model of SentencePiece, or is cut short or damaged; get it again.")
+        raise UserError(
+            f"{file} is not a model of SentencePiece, or is cut short or damaged; get it again."
+        )
     if importlib.util.find_spec("sentencepiece") is None:
-        raise UserError(f"{file}: reading it needs the package sentencepiece; run pip install sentencepiece.")
+        raise UserError(
+            f"{file}: reading it needs the package sentencepiece; run pip install sentencepiece."
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,15 +210,18 @@ def _tried(file: Path, changed: int) -> str | None:
 class Tokenizer:
     """A Hugging Face tokenizer as the rest of the code sees it.
 
-    `bos`, `eos`, `pad`: ids. Without a beginning of text `bos` is `eos`; without padding `pad` is the unknown
-    token or, failing that, `eos`. `size`: the rows that an embedding needs, which is the highest id + 1, as ids may
-    have gaps. `coordinate_start`: the id of
-    `<0>` where `<0>`..`<100>` are single tokens with contiguous ids, else None. `dropped`: ids left out of texts.
+    `bos`, `eos`, `pad`: ids. Without a beginning of text `bos` is `eos`; without padding `pad` is
+    the unknown token or, failing that, `eos`. `size`: the rows that an embedding needs, which is
+    the highest id + 1, as ids may have gaps. `coordinate_start`: the id of `<0>` where
+    `<0>`..`<100>` are single tokens with contiguous ids, else None. `dropped`: ids left out of
+    texts.
     """
 
     def __init__(self, tokenizer, name: str = "tokenizer"):
         if tokenizer.eos_token_id is None:
-            raise UserError(f"{name} has no end-of-text token (eos_token), so that answers cannot end; set one.")
+            raise UserError(
+                f"{name} has no end-of-text token (eos_token), so that answers cannot end; set one."
+            )
         self._tokenizer = tokenizer
         # Four times as fast as through transformers, and safe from several threads.
         self._rust: tokenizers.Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
@@ -201,12 +237,19 @@ class Tokenizer:
         spare = self.eos if tokenizer.unk_token_id is None else tokenizer.unk_token_id
         self.pad: int = spare if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.coordinate_start = self._find_coordinates()
-        coordinates = set() if self.coordinate_start is None else set(range(self.coordinate_start, self.size)[:101])
+        coordinates = (
+            set()
+            if self.coordinate_start is None
+            else set(range(self.coordinate_start, self.size)[:101])
+        )
         self.dropped = {self.bos, self.eos, self.pad, *tokenizer.all_special_ids} - coordinates
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads a Hugging Face tokenizer folder; nothing is fetched. Raises UserError where there is none."""
+        """Reads a Hugging Face tokenizer folder; nothing is fetched.
+
+        Raises UserError where there is none.
+        """
         if not Path(folder).is_dir():
             raise UserError(f"tokenizer folder {folder} does not exist; check config.text.tokenizer.")
         try:
@@ -216,25 +259,31 @@ class Tokenizer:
         except UserError:
             raise
         except BaseException as error:  # transformers raises many kinds here
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is one of Rust
+            # which is one of Rust
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())
             if "tiktoken" in reason:  # what transformers tries last, whatever failed before
                 reason = "its tokenizer.model is damaged"
             raise UserError(
-                f"tokenizer folder {folder} cannot be read ({reason[:200]}); give a folder with a Hugging Face "
-                "tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."
+                f"tokenizer folder {folder} cannot be read ({reason[:200]}); give a folder with a "
+                "Hugging Face tokenizer (tokenizer.json or tokenizer.model, and "
+                "tokenizer_config.json)."
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added. A control token spelt out in the text is plain characters here."""
+        """Ids of `text`, nothing added.
+
+        A control token spelt out in the text is plain characters here.
+        """
         if self._rust is not None:
             return self._rust.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     @functools.cached_property
     def together(self) -> Callable[[Sequence[str], bool], list[list[int]]] | None:
-        """`encode_together`, or None if ids of texts that meet before a blank are those of the texts one by one.
+        """`encode_together`, or None if ids of texts that meet before a blank are those of the
+        texts one by one.
 
         That is so if the tokenizer itself cuts before a blank, and puts nothing before a text.
         """
@@ -244,15 +293,21 @@ class Tokenizer:
         text = normalizer.normalize_str("is: y") if normalizer else "is: y"
         cut = text.find(":") + 1
         parts = words.pre_tokenize_str(text) if words else [(text, (0, len(text)))]
-        cuts = cut > 0 and not any(start < cut < end for _, (start, end) in parts) and parts[0][0].startswith("is")
+        cuts = (
+            cut > 0
+            and not any(start < cut < end for _, (start, end) in parts)
+            and parts[0][0].startswith("is")
+        )
         alone = self.encode("is:") + self.encode(" y")
         return None if cuts and alone == self.encode("is: y") else self.encode_together
 
     def encode_together(self, texts: Sequence[str], begins: bool) -> list[list[int]]:
-        """Encodes the texts as one and gives each its ids; one that two of them share goes to the later one.
+        """Encodes the texts as one and gives each its ids.
 
-        Of the later one it must hold more than the blanks before it. begins: whether a text begins here, or goes on
-        after an end of text.
+        One that two of them share goes to the later one.
+
+        Of the later one it must hold more than the blanks before it. begins: whether a text begins
+        here, or goes on after an end of text.
         """
         whole = "".join(texts)
         if self._rust is None:
@@ -265,7 +320,9 @@ class Tokenizer:
         blanks = [len(text) - len(text.lstrip(" ")) for text in texts[1:]]
         place = 0
         for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            while place < len(borders) and (start >= borders[place] or end > borders[place] + blanks[place]):
+            while place < len(borders) and (
+                start >= borders[place] or end > borders[place] + blanks[place]
+            ):
                 place += 1
             found[place].append(number)
         return found
@@ -277,19 +334,25 @@ class Tokenizer:
 
     @functools.cached_property
     def _going_on(self) -> tokenizers.Tokenizer:
-        """The tokenizer as it is after an end of text: a sign that stands before the first word only is left out."""
+        """The tokenizer as it is after an end of text: a sign that stands before the first word
+        only is left out.
+        """
         assert self._rust is not None
         facts = self._rust.to_str()
         if '"prepend_scheme":"first"' not in facts:
             return self._rust
-        made = tokenizers.Tokenizer.from_str(facts.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        made = tokenizers.Tokenizer.from_str(
+            facts.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        )
         made.encode_special_tokens = True
         return made
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control tokens are dropped, markers and coordinates kept."""
         kept = [int(i) for i in ids if int(i) not in self.dropped]
-        return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -297,27 +360,31 @@ class Tokenizer:
         if self._rust is not None:
             facts = self._rust.to_str()
         else:  # a tokenizer in Python: its class and all its pieces
-            facts = json.dumps([type(self._tokenizer).__name__, self._tokenizer.get_vocab()], sort_keys=True)
+            facts = json.dumps(
+                [type(self._tokenizer).__name__, self._tokenizer.get_vocab()], sort_keys=True
+            )
         return hashlib.sha256(f"{self.bos}/{self.eos}/{facts}".encode()).hexdigest()
 
     def check_fits(self, vocab: int) -> None:
         """Raises UserError if a decoder of `vocab` rows has none for one of the ids."""
         if self.size > vocab:
             raise UserError(
-                f"config.model.decoder.vocab={vocab} is less than the {self.size} rows that the tokenizer needs (its "
-                f"highest id is {self.size - 1}); raise it."
+                f"config.model.decoder.vocab={vocab} is less than the {self.size} rows that the "
+                f"tokenizer needs (its highest id is {self.size - 1}); raise it."
             )
 
     def state(self, folder: str | Path) -> str:
         """Names the tokenizer in two parts, by its files in `folder` and by its `fingerprint`.
 
-        Two states that agree in one part are of one tokenizer: the second outlives a harmless edit of the files, the
-        first another version of the libraries.
+        Two states that agree in one part are of one tokenizer: the second outlives a harmless edit
+        of the files, the first another version of the libraries.
         """
         digest = hashlib.sha256()
         for name in FILES:
             if (Path(folder) / name).is_file():
-                digest.update(f"{name}\0".encode() + hashlib.sha256((Path(folder) / name).read_bytes()).digest())
+                digest.update(
+                    f"{name}\0".encode() + hashlib.sha256((Path(folder) / name).read_bytes()).digest()
+                )
         return f"{digest.hexdigest()}/{self.fingerprint}"
 
     def _find_coordinates(self) -> int | None:

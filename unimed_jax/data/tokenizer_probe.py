@@ -1,8 +1,8 @@
 """Tries a tokenizer.json from elsewhere in a process of its own, with little time and memory.
 
-A tokenizer is a small program: a regular expression may never end, and replacements may double a text forty times.
-Run as a script (`python tokenizer_probe.py FILE`) it encodes texts that bring such a program to its worst, and
-imports nothing but the package `tokenizers`.
+A tokenizer is a small program: a regular expression may never end, and replacements may double a
+text forty times. Run as a script (`python tokenizer_probe.py FILE`) it encodes texts that bring
+such a program to its worst, and imports nothing but the package `tokenizers`.
 """
 
 import json
@@ -18,9 +18,36 @@ LOADING = 60  # seconds of a processor, for reading the file
 MEMORY = 1 << 30  # bytes of address space, besides 24 for each byte of the file
 SMALL = 4 << 20  # bytes of a file that is judged by reading it, without a process
 # Steps that take time in proportion to the text.
-STEPS = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Prepend", "Strip", "Nmt"}
-STEPS |= {"ByteLevel", "Whitespace", "WhitespaceSplit", "Metaspace", "BertPreTokenizer", "Digits", "Punctuation"}
-STEPS |= {"ByteFallback", "Fuse", "WordPiece", "BPEDecoder", "CTC", "UnicodeScripts", "CharDelimiterSplit"}
+STEPS = {
+    "BertNormalizer",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Lowercase",
+    "StripAccents",
+    "Prepend",
+    "Strip",
+    "Nmt",
+}
+STEPS |= {
+    "ByteLevel",
+    "Whitespace",
+    "WhitespaceSplit",
+    "Metaspace",
+    "BertPreTokenizer",
+    "Digits",
+    "Punctuation",
+}
+STEPS |= {
+    "ByteFallback",
+    "Fuse",
+    "WordPiece",
+    "BPEDecoder",
+    "CTC",
+    "UnicodeScripts",
+    "CharDelimiterSplit",
+}
 MOST_STEPS = 16
 MOST_GROWTH = 100  # of a text, by replacements
 _WORDS = (
@@ -29,16 +56,27 @@ _WORDS = (
 )
 # Patterns that are known to end: StarCoder's, Llama 3's, Qwen's.
 ENDING = frozenset(
-    {r"\p{N}", r"\p{N}{1,3}", " ", _WORDS.replace("DIGITS", r"\p{N}{1,3}"), _WORDS.replace("DIGITS", r"\p{N}")}
+    {
+        r"\p{N}",
+        r"\p{N}{1,3}",
+        " ",
+        _WORDS.replace("DIGITS", r"\p{N}{1,3}"),
+        _WORDS.replace("DIGITS", r"\p{N}"),
+    }
 )
 
 
 def is_plain(spec: Any, patterns: frozenset[str]) -> bool:
-    """Says whether a tokenizer.json surely ends soon: known steps, few of them, patterns that are listed.
+    """Says whether a tokenizer.json surely ends soon: known steps, few of them, patterns that are
+    listed.
 
     spec: the file's content. patterns: regular expressions that are known to end.
     """
-    left = [spec.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")] if isinstance(spec, dict) else [0]
+    left = (
+        [spec.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+        if isinstance(spec, dict)
+        else [0]
+    )
     steps = 0
     while left:
         step = left.pop()
@@ -55,7 +93,12 @@ def is_plain(spec: Any, patterns: frozenset[str]) -> bool:
             left += inner[0]
         elif kind in ("Split", "Replace"):
             pattern, new = step.get("pattern"), step.get("content", "")
-            if not isinstance(pattern, dict) or len(pattern) != 1 or not isinstance(new, str) or len(new) > 1:
+            if (
+                not isinstance(pattern, dict)
+                or len(pattern) != 1
+                or not isinstance(new, str)
+                or len(new) > 1
+            ):
                 return False
             text = pattern.get("String")
             # An empty text stands between any two characters.
@@ -67,7 +110,8 @@ def is_plain(spec: Any, patterns: frozenset[str]) -> bool:
 
 
 def repeats_within_repeats(pattern: str) -> bool:
-    """Says whether a regular expression repeats a group that can match a text in several ways, as (a+)+ or (a|aa)*.
+    """Says whether a regular expression repeats a group that can match a text in several ways, as
+    (a+)+ or (a|aa)*.
 
     Finding that such a pattern does not match takes time exponential in the length of the text.
     """
@@ -119,7 +163,10 @@ def _end_of_class(pattern: str, at: int) -> int:
 
 
 def _repeat(pattern: str, at: int) -> tuple[int, float, int]:
-    """Reads the repetition that begins at a place: (least, most, characters); (1, 1, 0) if there is none."""
+    """Reads the repetition that begins at a place: (least, most, characters).
+
+    (1, 1, 0) if there is none.
+    """
     simple = {"*": (0, float("inf"), 1), "+": (1, float("inf"), 1), "?": (0, 1.0, 1)}
     if pattern[at : at + 1] in simple:
         return simple[pattern[at]]
@@ -132,10 +179,15 @@ def _repeat(pattern: str, at: int) -> tuple[int, float, int]:
 
 
 def trouble(file: Path) -> str | None:
-    """Says what is wrong with a tokenizer.json that was tried in a process of its own; None if it works."""
+    """Says what is wrong with a tokenizer.json that was tried in a process of its own.
+
+    None if it works.
+    """
     command = [sys.executable, __file__, str(file)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=10 * (LOADING + SECONDS), stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, timeout=10 * (LOADING + SECONDS), stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         return "reading it does not end"
     said = " ".join(done.stdout.decode(errors="replace").split())
@@ -183,9 +235,14 @@ def texts_against(patterns: list[str]) -> list[str]:
     """Makes texts that repeat what the patterns look for, and then do not match."""
     words = {*" \n\ta0é!.-_日", "aA1 ", "Is the left lung clear? "}
     for pattern in patterns:
-        words |= {*re.findall(r"[^\\\[\](){}|*+?^$]", pattern)[:40], *re.findall(r"[\w ]{2,12}", pattern)[:20]}
+        words |= {
+            *re.findall(r"[^\\\[\](){}|*+?^$]", pattern)[:40],
+            *re.findall(r"[\w ]{2,12}", pattern)[:20],
+        }
     texts = ["The left thalamus lies at {<12><34><56><100>}; J45.901, naïve, it's, 日本語, 🧠.\n\n  x"]
-    return texts + [word * (1500 // len(word)) + end for word in sorted(words) for end in ("", "!", "\x01", "b")]
+    return texts + [
+        word * (1500 // len(word)) + end for word in sorted(words) for end in ("", "!", "\x01", "b")
+    ]
 
 
 def main(file: str) -> int:

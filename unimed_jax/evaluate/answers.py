@@ -1,8 +1,9 @@
-"""Answers of a model to the examples of all units, written as they come, so that a killed evaluation continues.
+"""Answers of a model to the examples of all units, written as they come, so that a killed
+evaluation continues.
 
-Batches are fixed by the examples: like lengths together, so that a batch of generation is not longer than it must
-be. A batch that was answered before a kill is read from the journal, any other is answered whole; so the answers do
-not depend on where the kill fell.
+Batches are fixed by the examples: like lengths together, so that a batch of generation is not
+longer than it must be. A batch that was answered before a kill is read from the journal, any other
+is answered whole; so the answers do not depend on where the kill fell.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from unimed_jax.data.example import Example
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Unit, permute_images
 
-# Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one answer each.
+# Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one
+# answer each.
 Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]], int], list[str]]
 JOURNAL = "predictions.partial.jsonl"
 
@@ -37,10 +39,12 @@ class Answered:
 
 
 class Journal:
-    """Keeps the answers so far, one line each; process 0 writes the file, all processes know its content.
+    """Keeps the answers so far, one line each.
 
-    Lines of another fingerprint (other weights, settings or data) and damaged lines are dropped: a kill cuts the last
-    one short, and a disk may change any, which the line's checksum shows.
+    Process 0 writes the file, all processes know its content.
+
+    Lines of another fingerprint (other weights, settings or data) and damaged lines are dropped: a
+    kill cuts the last one short, and a disk may change any, which the line's checksum shows.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
@@ -77,13 +81,18 @@ class Journal:
     def _line(self, entry: Mapping[str, Any]) -> bytes:
         """Makes a line of an entry, with fingerprint and checksum."""
         content = {"fingerprint": self._fingerprint, **entry}
-        return json.dumps({**content, "checksum": _checksum(content)}, separators=(",", ":")).encode() + b"\n"
+        return (
+            json.dumps({**content, "checksum": _checksum(content)}, separators=(",", ":")).encode()
+            + b"\n"
+        )
 
     def add(self, answered: Mapping[str, Answered]) -> None:
         """Notes the answers of one batch; they survive a kill of this process."""
         if not processes.leads():
             return
-        lines = [self._line({"id": name, **dataclasses.asdict(answer)}) for name, answer in answered.items()]
+        lines = [
+            self._line({"id": name, **dataclasses.asdict(answer)}) for name, answer in answered.items()
+        ]
         try:
             with self._file.open("ab") as file:
                 file.write(b"".join(lines))
@@ -91,8 +100,8 @@ class Journal:
                 os.fsync(file.fileno())
         except FileNotFoundError as error:
             raise UserError(
-                f"{self._file.parent} was deleted or moved while its answers were written there; put it back, or "
-                "choose another folder, and give the same command again."
+                f"{self._file.parent} was deleted or moved while its answers were written there; "
+                "put it back, or choose another folder, and give the same command again."
             ) from error
 
     def remove(self) -> None:
@@ -141,7 +150,11 @@ def batches(unit: Unit) -> Iterator[list[int]]:
 
 
 def _answer_batch(
-    unit: Unit, places: Sequence[int], permuted: Sequence[tuple[str, ...]] | None, answer: Answer, seed: int
+    unit: Unit,
+    places: Sequence[int],
+    permuted: Sequence[tuple[str, ...]] | None,
+    answer: Answer,
+    seed: int,
 ) -> list[Answered]:
     examples = [unit.examples[i] for i in places]
     pixels = [[unit.source.data.image(key) for key in example.images] for example in examples]
@@ -158,8 +171,13 @@ def _answer_batch(
 
 
 def _progress(total: int, shown: bool):
-    """Makes a progress bar with examples/s and the time left, on process 0; in a log file a line every half minute."""
+    """Makes a progress bar with examples/s and the time left, on process 0.
+
+    In a log file a line every half minute.
+    """
     from tqdm import tqdm
 
     seconds = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, unit=" examples", disable=not (shown and processes.leads()), mininterval=seconds)
+    return tqdm(
+        total=total, unit=" examples", disable=not (shown and processes.leads()), mininterval=seconds
+    )

@@ -1,8 +1,8 @@
 """Answers questions without looking at the image, by baselines fitted on training examples only.
 
-A model that reads images must beat the best of them. One more needs the model, its answers to other examples' images
-(`permuted_images`), and is made in answers.py. Text is the whole input of `qa`: there the learned baselines read what
-the model reads, and are its peers.
+A model that reads images must beat the best of them. One more needs the model, its answers to other
+examples' images (`permuted_images`), and is made in answers.py. Text is the whole input of `qa`:
+there the learned baselines read what the model reads, and are its peers.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ class Fitted:
     """Holds the baselines of a task by name."""
 
     blind: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # never read the image
-    peers: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)  # read all that the model reads
+    # read all that the model reads
+    peers: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)
 
 
 def fit(task: str, train: Sequence[Example]) -> Fitted:
@@ -166,7 +167,7 @@ def _box_of(example: Example, text: str) -> tuple[int, int, int, int]:
     box = text_to_box(text[max(text.find("{"), 0) :])
     if box is None:
         raise UserError(
-            f"record {example.id}: no box {{<x1><y1><x2><y2>}} in {text!r}, which task {example.task!r} needs for its "
-            "blind baseline; mend the record."
+            f"record {example.id}: no box {{<x1><y1><x2><y2>}} in {text!r}, which task "
+            f"{example.task!r} needs for its blind baseline; mend the record."
         )
     return box

@@ -39,11 +39,13 @@ _CLAUSE_END = regex.compile(r"[,.;:!?。、](?!\d)| - ")
 def closed_accuracy(prediction: str, reference: str) -> bool:
     """Says whether an answer chooses the reference and nothing else; an empty one does not.
 
-    * Reference "yes" or "no": the first yes or no in the answer decides. "Yes, no fracture is seen" is yes, "no
-      evidence of a mass, yes" is no. An answer that offers both ("yes or no", "yes/no") is neither.
-    * Any other reference: its words stand together in the answer as whole words, are not denied ("not on the left")
-      and not one of several ("left or right", "CT/MRI"). Words that exclude each other (left and right, axial and
-      coronal) count as several wherever the second one stands, unless it is denied ("left, not right").
+    * Reference "yes" or "no": the first yes or no in the answer decides. "Yes, no fracture is seen"
+      is yes, "no evidence of a mass, yes" is no. An answer that offers both ("yes or no", "yes/no")
+      is neither.
+    * Any other reference: its words stand together in the answer as whole words, are not denied
+      ("not on the left") and not one of several ("left or right", "CT/MRI"). Words that exclude
+      each other (left and right, axial and coronal) count as several wherever the second one
+      stands, unless it is denied ("left, not right").
     """
     wanted = tokens(_spelled(reference))
     if wanted in (["yes"], ["no"]):
@@ -80,7 +82,9 @@ def _polarity(said: list[str]) -> str | None:
 
 
 def _denied(said: list[str], i: int, clause_starts: set[int]) -> bool:
-    """Says whether a negation of the same clause stands before word `i`, with nothing but small words between."""
+    """Says whether a negation of the same clause stands before word `i`, with nothing but small
+    words between.
+    """
     while i not in clause_starts:
         i -= 1
         if said[i] in _NEGATIONS or said[i].endswith("n't"):

@@ -15,9 +15,10 @@ from unimed_jax.files import new_folder
 def export_questions(config: Config, folder: str | Path, split: str | None = None) -> tuple[int, int]:
     """Writes questions.jsonl and images/*.png; returns how many of each.
 
-    A line: {id, task, question, instruction, history, images, max_new_tokens}; `instruction` is the question in the
-    words of our evaluation, `images` are paths within the folder. True answers are not among it. Raises UserError if
-    the folder holds something already and for a split that is not evaluated.
+    A line: {id, task, question, instruction, history, images, max_new_tokens}; `instruction` is the
+    question in the words of our evaluation, `images` are paths within the folder. True answers are
+    not among it. Raises UserError if the folder holds something already and for a split that is not
+    evaluated.
     """
     from PIL import Image
 
@@ -38,7 +39,9 @@ def export_questions(config: Config, folder: str | Path, split: str | None = Non
                             Image.fromarray(unit.source.data.image(key)).save(out / path)
                             written[unit.source.id, key] = path
                     paths = [written[unit.source.id, key] for key in example.images]
-                    file.write(json.dumps(_line(unit, example, paths, config), ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps(_line(unit, example, paths, config), ensure_ascii=False) + "\n"
+                    )
                     count += 1
     return count, len(written)
 

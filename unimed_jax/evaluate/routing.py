@@ -30,11 +30,13 @@ def _weights(model: UniMed, pixels: jax.Array) -> jax.Array:
 def total_variation(weights: np.ndarray) -> np.ndarray:
     """Measures how far apart the tasks route each image: 0 is alike, 1 is without a common expert.
 
-    It is half the summed absolute difference of two tasks' expert weights, averaged over pairs of tasks and visual
-    tokens: [N, tasks, T, E] -> [N].
+    It is half the summed absolute difference of two tasks' expert weights, averaged over pairs of
+    tasks and visual tokens: [N, tasks, T, E] -> [N].
     """
     pairs = combinations(range(weights.shape[1]), 2)
-    return np.mean([0.5 * np.abs(weights[:, a] - weights[:, b]).sum(-1).mean(-1) for a, b in pairs], axis=0)
+    return np.mean(
+        [0.5 * np.abs(weights[:, a] - weights[:, b]).sum(-1).mean(-1) for a, b in pairs], axis=0
+    )
 
 
 def routing_report(
@@ -48,8 +50,9 @@ def routing_report(
 ) -> dict | None:
     """Measures what evaluate/report shows of the routing; None for a connector without experts.
 
-    `read(key)` gives an image, uint8 [H, W, 3]; only `batch` of them are held at once, at the model's size.
-    `tv_token_router` is measured too: the trained weights without the router's task half, if it has one.
+    `read(key)` gives an image, uint8 [H, W, 3]; only `batch` of them are held at once, at the
+    model's size. `tv_token_router` is measured too: the trained weights without the router's task
+    half, if it has one.
     """
     connector = config.model.connector
     if not connector.is_moe:
@@ -60,7 +63,10 @@ def routing_report(
     apart: dict[str, list[np.ndarray]] = {name: [] for name in models}
     total: np.ndarray = np.zeros(())
     for start in range(0, len(keys), batch):
-        fitted = [images.fit(read(key), config.data.fit, config.model.vision) for key in keys[start : start + batch]]
+        fitted = [
+            images.fit(read(key), config.data.fit, config.model.vision)
+            for key in keys[start : start + batch]
+        ]
         pixels = np.stack(fitted)  # [N, H, W, 3]
         for name, model in models.items():
             weights = np.asarray(_weights(model, pixels))
@@ -68,7 +74,9 @@ def routing_report(
             if name == "trained":
                 total = total + weights.sum(axis=0, dtype=np.float64)  # [tasks, T, E]
     maps = total / len(keys)  # [tasks, T, E]
-    measured = {name: _measured(np.concatenate(values), clusters, config) for name, values in apart.items()}
+    measured = {
+        name: _measured(np.concatenate(values), clusters, config) for name, values in apart.items()
+    }
     report = {
         "images": len(keys),
         "tv_trained": measured["trained"],

@@ -1,7 +1,8 @@
-"""The evaluation of a run, or of predictions that another tool made: answers, scores, routing and the report.
+"""The evaluation of a run, or of predictions that another tool made: answers, scores, routing and
+the report.
 
-Processes share the work: they generate every batch together over the mesh, then each scores its part of the units,
-and process 0 collects the scores and writes.
+Processes share the work: they generate every batch together over the mesh, then each scores its
+part of the units, and process 0 collects the scores and writes.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.files import json_lines, read_text
-from unimed_jax.interruption import claim
+from unimed_jax.interruption import claim, claims_end
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import Predictor, Request
@@ -40,13 +41,15 @@ from unimed_jax.runs.open import Run, initial_leaves
 LARGEST_PREDICTIONS = 8 << 30  # bytes of a file of answers
 
 
+@claims_end()
 def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[str, Any]:
-    """Answers and scores the units of `config.evaluate` and writes the report into `folder`, by default the run's.
+    """Answers and scores the units of `config.evaluate` and writes the report into `folder`, by
+    default the run's.
 
-    `config` is the run's own, except for `config.evaluate` and `config.text.max_prompt`. To be called inside
-    `run.inside()`, on all processes. Returns the content of metrics.json, {} on processes other than 0 and if
-    nothing is to be scored. A killed evaluation continues where it stood. Raises UserError if another process
-    trains the run or writes there.
+    `config` is the run's own, except for `config.evaluate` and `config.text.max_prompt`. To be
+    called inside `run.inside()`, on all processes. Returns the content of metrics.json, {} on
+    processes other than 0 and if nothing is to be scored. A killed evaluation continues where it
+    stood. Raises UserError if another process trains the run or writes there.
     """
     folder = claim_results(folder or run.folder)
     if not config.evaluate.entries and not config.evaluate.splits:
@@ -55,7 +58,9 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     units, notes = units_of(config, sets)
     notes += data_notes(units)
     training = Training(config, sets)
-    notes += dict.fromkeys([*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)])
+    notes += dict.fromkeys(
+        [*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)]
+    )
     journal = Journal(folder, _fingerprint(run, config, sets))
     answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
     scored = answer_and_score(units, training, answer_of, journal, config)
@@ -71,7 +76,9 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
 
 
 def claim_results(folder: Path) -> Path:
-    """Locks the folder of results against other processes, and removes what killed ones left; on all processes.
+    """Locks the folder of results against other processes, and removes what killed ones left.
+
+    On all processes.
 
     Raises UserError if a run trains there.
     """
@@ -94,7 +101,11 @@ def _changed_inputs(
     """
     train = [source.data for source in training.sets.values()] if training.opened else []
     # Other held-out sets than the run's have no state to compare with.
-    held_out = [source.data for source in sets.values()] if config.held_out.sources == own.held_out.sources else []
+    held_out = (
+        [source.data for source in sets.values()]
+        if config.held_out.sources == own.held_out.sources
+        else []
+    )
     return inputs.compare(folder, config, inputs.state_of_data(config, train, held_out))
 
 
@@ -105,19 +116,26 @@ def answer_and_score(
     journal: Journal,
     config: Config,
 ) -> list[Scored]:
-    """Fits the baselines, answers what the journal lacks, and scores every unit; on all processes together."""
+    """Fits the baselines, answers what the journal lacks, and scores every unit.
+
+    On all processes together.
+    """
     # Baselines come before the long wait for answers, since wrong records show there.
     blind = _shared(lambda: _blind_answers(units, training))
     found = answer_units(units, answer_of, config.seed, journal)
     return _scored(units, found, blind, config)
 
 
-def evaluate_predictions(config: Config, file: Path, folder: Path, run: Path | None = None) -> dict[str, Any]:
-    """Scores the predictions of any tool, as JSON lines {"id": "<set>/<split>/<id within the set>", "prediction": ...}.
+def evaluate_predictions(
+    config: Config, file: Path, folder: Path, run: Path | None = None
+) -> dict[str, Any]:
+    """Scores the predictions of any tool, as JSON lines {"id": "<set>/<split>/<id within the set>",
+    "prediction": ...}.
 
-    Missing answers count as empty ones; ids that are unknown or doubled (the first line counts) are counted and the
-    first five named, in the report too. run: the folder of a run whose data must be as it was. Returns the content of
-    metrics.json. Raises UserError for a file that cannot be read and if no id is known.
+    Missing answers count as empty ones; ids that are unknown or doubled (the first line counts) are
+    counted and the first five named, in the report too. run: the folder of a run whose data must be
+    as it was. Returns the content of metrics.json. Raises UserError for a file that cannot be read
+    and if no id is known.
     """
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
@@ -127,10 +145,15 @@ def evaluate_predictions(config: Config, file: Path, folder: Path, run: Path | N
     missing = [name for name in wanted if name not in given]
     if len(missing) == len(wanted):
         raise UserError(
-            f"{file}: none of its {len(given)} ids is among those asked, such as {next(iter(wanted))!r}; "
-            "ids are <set>/<split>/<id within the set> (see `data export`)."
+            f"{file}: none of its {len(given)} ids is among those asked, such as "
+            f"{next(iter(wanted))!r}; ids are <set>/<split>/<id within the set> (see `data "
+            "export`)."
         )
-    for what, names in (("unknown", unknown), ("missing, counted as wrong", missing), ("doubled", doubled)):
+    for what, names in (
+        ("unknown", unknown),
+        ("missing, counted as wrong", missing),
+        ("doubled", doubled),
+    ):
         if names:
             notes.append(f"{file.name}: {len(names)} ids {what}: {', '.join(names[:5])}")
     notes += data_notes(units)
@@ -163,14 +186,18 @@ def evaluate_predictions(config: Config, file: Path, folder: Path, run: Path | N
     return metrics
 
 
-def quick_scores(model: UniMed, config: Config, tokenizer: Tokenizer, units: Sequence[Unit]) -> dict[str, float]:
+def quick_scores(
+    model: UniMed, config: Config, tokenizer: Tokenizer, units: Sequence[Unit]
+) -> dict[str, float]:
     """Scores units while training, without baselines, intervals or files.
 
     Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
     """
     out: dict[str, float] = {}
     for unit in units:
-        found = answer_units([unit], functools.partial(_model_answers, model, config, tokenizer), config.seed)
+        found = answer_units(
+            [unit], functools.partial(_model_answers, model, config, tokenizer), config.seed
+        )
         records = _records(unit, found, {})
         out |= {f"{metric.name}/{unit.name}": metric(records).value for metric in unit.metrics}
     return out
@@ -182,7 +209,9 @@ def quick_scores(model: UniMed, config: Config, tokenizer: Tokenizer, units: Seq
 
 
 def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Unit) -> Answer:
-    """Makes of the model a function from examples, images and a seed to answers, with the unit's settings."""
+    """Makes of the model a function from examples, images and a seed to answers, with the unit's
+    settings.
+    """
     settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
     config = dataclasses.replace(config, evaluate=settings)
     predictor = Predictor(model, config, tokenizer)
@@ -193,7 +222,8 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
                 example.task,
                 example.question,
                 tuple(own),
-                seed=(seed + i) % 2**32,  # by the batch's own seed, so that a continued evaluation draws the same
+                # by the batch's own seed, so that a continued evaluation draws the same
+                seed=(seed + i) % 2**32,
                 id=example.id,
             )
             for i, (example, own) in enumerate(zip(examples, images, strict=True))
@@ -245,7 +275,10 @@ def _mine(units: Sequence[Unit]) -> list[Unit]:
 
 
 def _shared(work: Callable[[], Any]) -> Any:
-    """Runs `work` on each process; a UserError of one is raised on all, so that none waits for another."""
+    """Runs `work` on each process.
+
+    A UserError of one is raised on all, so that none waits for another.
+    """
     result, said = None, ""
     try:
         result = work()
@@ -264,7 +297,8 @@ def _blind_answers(units: Sequence[Unit], training: Training) -> Blind:
         fitted = baselines.fit(unit.task, training.of(unit))
         parts = {"blind": fitted.blind, "peers": fitted.peers}
         out[unit.name] = {
-            kind: {name: baseline(unit.examples) for name, baseline in some.items()} for kind, some in parts.items()
+            kind: {name: baseline(unit.examples) for name, baseline in some.items()}
+            for kind, some in parts.items()
         }
     return out
 
@@ -285,10 +319,14 @@ def _scored(
     every: dict[str, Any] = {}
     for part in processes.gathered(_shared(work)):
         every |= part
-    return [Scored(unit.source.id, unit.split, unit.task, unit.metrics, *every[unit.name]) for unit in units]
+    return [
+        Scored(unit.source.id, unit.split, unit.task, unit.metrics, *every[unit.name]) for unit in units
+    ]
 
 
-def _records(unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapping[str, list[str]]]) -> list[Record]:
+def _records(
+    unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapping[str, list[str]]]
+) -> list[Record]:
     """Makes the lines of predictions.jsonl of one unit."""
     out = []
     for i, example in enumerate(unit.examples):
@@ -327,7 +365,9 @@ def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
         return None
     percent = text_to_box(example.answer)
     if percent is None:
-        raise UserError(f"record {example.id}: task 'refer' needs a box or an answer {{<x1><y1><x2><y2>}}; mend it.")
+        raise UserError(
+            f"record {example.id}: task 'refer' needs a box or an answer {{<x1><y1><x2><y2>}}; mend it."
+        )
     return [value / 100 * size[i % 2] for i, value in enumerate(percent)]
 
 
@@ -356,7 +396,8 @@ def _about(sets: Mapping[str, Source], units: Sequence[Unit]) -> dict[str, dict[
     scored = {unit.source.id for unit in units}
     fields = ("licence", "citation", "note", "cluster_word")
     return {
-        name: {"checksum": source.data.checksum} | {field: getattr(source.data.info, field) for field in fields}
+        name: {"checksum": source.data.checksum}
+        | {field: getattr(source.data.info, field) for field in fields}
         for name, source in sets.items()
         if name in scored
     }
@@ -367,8 +408,13 @@ def _reader(sets: Mapping[str, Source]) -> Callable:
     return lambda name, key: sets[name].data.image(key)
 
 
-def _routing(run: Run, config: Config, sets: Mapping[str, Source], scored: Sequence[Scored]) -> dict | None:
-    """Measures how the connector routes the images of the leading split; None without images or experts."""
+def _routing(
+    run: Run, config: Config, sets: Mapping[str, Source], scored: Sequence[Scored]
+) -> dict | None:
+    """Measures how the connector routes the images of the leading split.
+
+    None without images or experts.
+    """
     leading = leading_split([part.split for part in scored])
     shown = {
         (part.set, key): f"{part.set}/{record['cluster']}"
@@ -382,7 +428,9 @@ def _routing(run: Run, config: Config, sets: Mapping[str, Source], scored: Seque
     first, _ = initial_leaves(config, run.tokenizer, run.mesh, ("vision/*", "connector/*"))
     initial = with_parameters(run.model, first)
     read = _reader(sets)
-    return routing_report(run.model, initial, config, list(shown), lambda key: read(*key), list(shown.values()))
+    return routing_report(
+        run.model, initial, config, list(shown), lambda key: read(*key), list(shown.values())
+    )
 
 
 def _say(metrics: Mapping[str, Any], folder: Path) -> None:

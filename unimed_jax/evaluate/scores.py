@@ -1,6 +1,7 @@
 """Scores records: those of one unit, those of several sets pooled, and all of metrics.json.
 
-Records are the lines of predictions.jsonl (metrics.Record), so that kept predictions can be scored again.
+Records are the lines of predictions.jsonl (metrics.Record), so that kept predictions can be scored
+again.
 """
 
 import dataclasses
@@ -35,14 +36,19 @@ Measures = dict[str, Measure]  # metric -> measure
 
 
 def score(
-    task: str, records: Sequence[Record], config: Config, metrics: Sequence[Metric] = (), protocol: str = ""
+    task: str,
+    records: Sequence[Record],
+    config: Config,
+    metrics: Sequence[Metric] = (),
+    protocol: str = "",
 ) -> dict[str, Any]:
     """Scores the records of one task.
 
-    {n, clusters, primary, corrected: {metric: {value, ci95}}, published: {metric: value}, blind and peers:
-    {baseline: {metric: value}}, margin and peer_margin: {baseline, value, ci95}, protocol, notes: [str],
-    templates: {template: {n, value, ci95, blind: {baseline: value}, margin}}}, the last on the primary metric.
-    ci95 is None for fewer than two clusters, a margin without a baseline. vqa also counts n_open and n_closed.
+    {n, clusters, primary, corrected: {metric: {value, ci95}}, published: {metric: value}, blind and
+    peers: {baseline: {metric: value}}, margin and peer_margin: {baseline, value, ci95}, protocol,
+    notes: [str], templates: {template: {n, value, ci95, blind: {baseline: value}, margin}}}, the
+    last on the primary metric. ci95 is None for fewer than two clusters, a margin without a
+    baseline. vqa also counts n_open and n_closed.
     """
     metrics = metrics or of_task(task)
     table = _Table(records, metrics, config)
@@ -62,7 +68,9 @@ def score(
         "peer_margin": table.margin("peers", list(peers)),
         "protocol": protocol,
         "notes": _notes(task, blind, table.clusters),
-        "templates": {name: _template_score(table, name, mask, list(blind)) for name, mask in masks.items()},
+        "templates": {
+            name: _template_score(table, name, mask, list(blind)) for name, mask in masks.items()
+        },
         **(_answer_types(records) if task == "vqa" else {}),
     }
 
@@ -73,7 +81,9 @@ def _template_masks(records: Sequence[Record]) -> dict[str, np.ndarray]:
     return {name: np.array([record["template"] == name for record in records]) for name in names}
 
 
-def _template_score(table: "_Table", template: str, mask: np.ndarray, blind: Sequence[str]) -> dict[str, Any]:
+def _template_score(
+    table: "_Table", template: str, mask: np.ndarray, blind: Sequence[str]
+) -> dict[str, Any]:
     """Scores the records of one template on the primary metric, model and blind baselines."""
     return {
         "n": int(mask.sum()),
@@ -107,15 +117,22 @@ class _Table:
         self._draws: dict[tuple[str, ...], np.ndarray] = {}
 
     def _measured(self, predictions: Sequence[str]) -> Measures:
-        given = [cast(Record, {**r, "prediction": p}) for r, p in zip(self._records, predictions, strict=True)]
+        given = [
+            cast(Record, {**r, "prediction": p}) for r, p in zip(self._records, predictions, strict=True)
+        ]
         return {metric.name: metric(given) for metric in self._metrics}
 
     def of_baselines(self, kind: str) -> dict[str, Measures]:
         """Measures the baselines that answered every record, by name."""
-        answers = [cast(Mapping[str, Mapping[str, str]], record).get(kind) or {} for record in self._records]
+        answers = [
+            cast(Mapping[str, Mapping[str, str]], record).get(kind) or {} for record in self._records
+        ]
         names = [name for name in answers[0] if all(name in given for given in answers)]
         found = {name: self._measured([given[name] for given in answers]) for name in names}
-        return {name: {key: m for key, m in every.items() if key in self.model} for name, every in found.items()}
+        return {
+            name: {key: m for key, m in every.items() if key in self.model}
+            for name, every in found.items()
+        }
 
     def enter(
         self,
@@ -123,7 +140,9 @@ class _Table:
         peers: Mapping[str, Measures],
         templates: Mapping[str, np.ndarray],
     ) -> None:
-        """Adds all that is drawn: the model's metrics, and model and baselines on the primary one by template."""
+        """Adds all that is drawn: the model's metrics, and model and baselines on the primary one
+        by template.
+        """
         for name, measure in self.model.items():
             self._add(("model", name), measure)
         baselines = [("blind", name, measures) for name, measures in blind.items()]
@@ -142,14 +161,19 @@ class _Table:
 
     def draw(self) -> None:
         """Draws all entered measures together."""
-        draws = resample(list(self._measures.values()), self._names.tolist(), self._resamples, self._seed)
+        draws = resample(
+            list(self._measures.values()), self._names.tolist(), self._resamples, self._seed
+        )
         self._draws = dict(zip(self._measures, draws, strict=True))
 
     def value(self, key: tuple[str, ...]) -> float:
         return self._measures[key].value
 
     def estimate(self, key: tuple[str, ...]) -> dict[str, Any]:
-        return {"value": self.value(key), "ci95": interval(self._draws[key]) if self._several[key] else None}
+        return {
+            "value": self.value(key),
+            "ci95": interval(self._draws[key]) if self._several[key] else None,
+        }
 
     def margin(self, kind: str, names: Sequence[str], *template: str) -> dict[str, Any] | None:
         """Subtracts the best baseline from the model on the primary metric; None without one."""
@@ -180,8 +204,8 @@ def _notes(task: str, blind: Mapping[str, Any], clusters: int) -> list[str]:
         notes.append("no training example of the task, so no blind baseline is fitted")
     if PERMUTED not in blind and task in VISUAL_TASKS:
         notes.append(
-            "no answers to permuted images: one image belongs to over half of the examples, or the answers "
-            "are another tool's"
+            "no answers to permuted images: one image belongs to over half of the examples, or the "
+            "answers are another tool's"
         )
     return notes
 
@@ -246,8 +270,8 @@ class Scored:
 def pooled(parts: Sequence[Scored], config: Config) -> dict[str, Any]:
     """Scores one split and task over several sets as if they were one.
 
-    Templates and clusters carry the set's id, so that equal names stay apart. Baselines and metrics are those that
-    all sets have.
+    Templates and clusters carry the set's id, so that equal names stay apart. Baselines and metrics
+    are those that all sets have.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -257,13 +281,18 @@ def pooled(parts: Sequence[Scored], config: Config) -> dict[str, Any]:
     shared = [metric for metric in first.metrics if all(metric in part.metrics for part in parts)]
     if not shared:
         names = ", ".join(part.set for part in parts)
-        return {"n": len(records), "notes": [f"{names} have no metric in common, so they are not pooled"]}
+        return {
+            "n": len(records),
+            "notes": [f"{names} have no metric in common, so they are not pooled"],
+        }
     protocol = "+".join(part.scores["protocol"] for part in parts)
     return score(first.task, records, config, shared, protocol)
 
 
 def _prefixed(record: Record, name: str) -> Record:
-    changed = {key: f"{name}/{value}" if (value := record[key]) else value for key in ("cluster", "template")}
+    changed = {
+        key: f"{name}/{value}" if (value := record[key]) else value for key in ("cluster", "template")
+    }
     return cast(Record, {**record, **changed})
 
 
@@ -287,8 +316,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Returns the content of metrics.json.
 
-    `data`: set id -> {checksum, licence, citation, note, cluster_word}. Of `routing` (see report/) everything but the
-    arrays is kept.
+    `data`: set id -> {checksum, licence, citation, note, cluster_word}. Of `routing` (see report/)
+    everything but the arrays is kept.
     """
     sets: dict[str, dict] = {}
     groups: dict[str, dict[str, list[Scored]]] = {}
@@ -311,7 +340,8 @@ def summarise(
         "split": leading_split(list(groups)),
         "sets": sets,
         "pooled": {
-            split: {task: pooled(parts, config) for task, parts in tasks.items()} for split, tasks in groups.items()
+            split: {task: pooled(parts, config) for task, parts in tasks.items()}
+            for split, tasks in groups.items()
         },
     }
     if routing is not None:

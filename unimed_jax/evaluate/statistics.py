@@ -32,7 +32,9 @@ class Measure:
         return float(self.score(self.items.sum(0)))
 
 
-def resample(measures: Sequence[Measure], clusters: Sequence[str], resamples: int, seed: int) -> list[np.ndarray]:
+def resample(
+    measures: Sequence[Measure], clusters: Sequence[str], resamples: int, seed: int
+) -> list[np.ndarray]:
     """Bootstraps over clusters: float64 [resamples] per measure, all from the same draws.
 
     Every draw takes as many clusters as there are, with replacement, each with all its items.

@@ -80,10 +80,11 @@ def open_held_out(config: Config) -> list[Dataset]:
 def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], list[str]]:
     """Resolves the settings into (units, notes on what was left out).
 
-    Named entries (config.evaluate.entries) are exact: an unknown set, task, split or metric, and an entry without an
-    example, raise UserError. By default every task of every set is scored on each of config.evaluate.splits; there a
-    split or task that a set lacks is left out with a note, unless no set has any of the splits, or none has one that is
-    neither val nor test, which is a misspelling as a rule.
+    Named entries (config.evaluate.entries) are exact: an unknown set, task, split or metric, and an
+    entry without an example, raise UserError. By default every task of every set is scored on each
+    of config.evaluate.splits; there a split or task that a set lacks is left out with a note,
+    unless no set has any of the splits, or none has one that is neither val nor test, which is a
+    misspelling as a rule.
     """
     if config.evaluate.entries:
         return [_named(entry, config, sets) for entry in config.evaluate.entries], []
@@ -92,14 +93,18 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
         having = [source for source in sets.values() if _has(source, split)]
         if not having:
             known = sorted({name for source in sets.values() for name in source.data.splits})
-            others = any(_has(source, other) for source in sets.values() for other in config.evaluate.splits)
+            others = any(
+                _has(source, other) for source in sets.values() for other in config.evaluate.splits
+            )
             if split in USUAL and others:
-                notes += [f"{source.id}: it has no example in split {split!r}" for source in sets.values()]
+                notes += [
+                    f"{source.id}: it has no example in split {split!r}" for source in sets.values()
+                ]
                 continue
             names = ", ".join(map(repr, sets))
             raise UserError(
-                f"config.evaluate.splits: data set {names} has no example in split {split!r}{nearest(split, known)} "
-                "Choose another split or check the data."
+                f"config.evaluate.splits: data set {names} has no example in split "
+                f"{split!r}{nearest(split, known)} Choose another split or check the data."
             )
         for source in sets.values():
             if source not in having:
@@ -109,7 +114,9 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
             lacking = [task for task in source.tasks if task not in groups]
             notes += [f"{source.id}/{split}: no example of task {task!r}" for task in lacking]
             for task, examples in groups.items():
-                units.append(_unit(EntryConfig(source.id, cast(Any, task), split), config, source, examples))
+                units.append(
+                    _unit(EntryConfig(source.id, cast(Any, task), split), config, source, examples)
+                )
     return units, notes
 
 
@@ -124,12 +131,14 @@ def _named(entry: EntryConfig, config: Config, sets: Mapping[str, Source]) -> Un
     if not _has(source, entry.split):
         known = source.data.splits
         raise UserError(
-            f"{where}: data set {source.id!r} has no example in split {entry.split!r}{nearest(entry.split, known)}"
+            f"{where}: data set {source.id!r} has no example in split "
+            f"{entry.split!r}{nearest(entry.split, known)}"
         )
     found = by_task(source, entry.split)
     if entry.task not in found:
         raise UserError(
-            f"{where}: data set {source.id!r} has no example of task {entry.task!r} in split {entry.split!r}; it has "
+            f"{where}: data set {source.id!r} has no example of task {entry.task!r} in split "
+            f"{entry.split!r}; it has "
             f"{', '.join(found) or 'none of the tasks that its source lets through'}."
         )
     return _unit(entry, config, source, found[entry.task])
@@ -172,20 +181,27 @@ def data_notes(units: Sequence[Unit]) -> list[str]:
     for source in {unit.source.id: unit.source for unit in units}.values():
         skipped = getattr(source.data, "skipped", 0)
         if skipped:
-            notes.append(f"{source.id}: {skipped} records were left out when it was prepared (skipped.txt names them)")
+            notes.append(
+                f"{source.id}: {skipped} records were left out when it was prepared (skipped.txt "
+                "names them)"
+            )
     for unit in units:
         talks = [example for example in unit.examples if example.history]
         if talks:
-            named = ", ".join(example.id for example in talks[:NAMED]) + (" ..." if len(talks) > NAMED else "")
-            notes.append(f"{unit.name}: {len(talks)} questions are asked without the turns before them ({named})")
+            named = ", ".join(example.id for example in talks[:NAMED]) + (
+                " ..." if len(talks) > NAMED else ""
+            )
+            notes.append(
+                f"{unit.name}: {len(talks)} questions are asked without the turns before them ({named})"
+            )
     return notes
 
 
 class Training:
     """Gives baselines their training examples: the scored set's own, or those of all sets.
 
-    If the training sources do not open (a run was moved to a machine without them), `notes` says so, and baselines
-    are fitted on the training splits of the scored sets.
+    If the training sources do not open (a run was moved to a machine without them), `notes` says
+    so, and baselines are fitted on the training splits of the scored sets.
     """
 
     def __init__(self, config: Config, sets: Mapping[str, Source]):
@@ -198,14 +214,17 @@ class Training:
             except UserError as error:
                 self.opened = False
                 self.notes.append(
-                    f"the training data did not open, so baselines are fitted on the scored sets: {error}"
+                    "the training data did not open, so baselines are fitted on the scored sets: "
+                    f"{error}"
                 )
         self._read: dict[str, dict[str, list[Example]]] = {}
 
     def of(self, unit: Unit) -> list[Example]:
         """Returns the training examples of the unit's task."""
         own = self._of_set(unit.source.id).get(unit.task, []) if unit.source.id in self.sets else []
-        return own or [example for name in self.sets for example in self._of_set(name).get(unit.task, [])]
+        return own or [
+            example for name in self.sets for example in self._of_set(name).get(unit.task, [])
+        ]
 
     def _of_set(self, name: str) -> dict[str, list[Example]]:
         if name not in self._read:
@@ -217,8 +236,8 @@ class Training:
 def check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
     """Raises UserError for whatever would end the evaluation after training.
 
-    That is an unknown set, split, task or metric, a split without examples, and a test prompt of more than
-    config.text.max_prompt tokens.
+    That is an unknown set, split, task or metric, a split without examples, and a test prompt of
+    more than config.text.max_prompt tokens.
     """
     if not config.evaluate.entries and not config.evaluate.splits:
         return
@@ -231,8 +250,8 @@ def check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
         for example in unit.examples:
             if unit.task == "refer" and example.box is None and text_to_box(example.answer) is None:
                 raise UserError(
-                    f"{unit.name} cannot be evaluated: record {example.id} has neither a box nor an answer "
-                    "{<x1><y1><x2><y2>}; mend it."
+                    f"{unit.name} cannot be evaluated: record {example.id} has neither a box nor an "
+                    "answer {<x1><y1><x2><y2>}; mend it."
                 )
             try:
                 encoder.prompt(example)
@@ -256,15 +275,17 @@ def select(examples: Sequence[Example], limit: int) -> list[Example]:
     groups = defaultdict(list)
     for i in rng.permutation(len(examples)):
         groups[examples[i].cluster or examples[i].id].append(i)
-    turns = sorted((turn, rank, i) for rank, group in enumerate(groups.values()) for turn, i in enumerate(group))
+    turns = sorted(
+        (turn, rank, i) for rank, group in enumerate(groups.values()) for turn, i in enumerate(group)
+    )
     return [examples[i] for i in sorted(i for *_, i in turns[:limit])]
 
 
 def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
     """Gives each example the images of another one with as many; None if that cannot be.
 
-    The images are permuted, none keeps its place, and none stays within its cluster (slab, patient) unless one
-    cluster holds more than half of the examples.
+    The images are permuted, none keeps its place, and none stays within its cluster (slab, patient)
+    unless one cluster holds more than half of the examples.
     """
     out: list[tuple[str, ...]] = [()] * len(examples)
     groups = defaultdict(list)

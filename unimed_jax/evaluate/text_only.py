@@ -1,8 +1,8 @@
 """Learns text-only baselines: TF-IDF with logistic regression, and the nearest question.
 
-Both read the question and the name of its template, never an image. Training is bounded, so that a set of a million
-examples is fitted within a minute, and deterministic: equal texts count as one text with a weight, and samples are
-evenly spaced.
+Both read the question and the name of its template, never an image. Training is bounded, so that a
+set of a million examples is fitted within a minute, and deterministic: equal texts count as one
+text with a weight, and samples are evenly spaced.
 """
 
 import warnings
@@ -31,7 +31,8 @@ def text_of(example: Example) -> str:
 def logistic(train: Sequence[Example]) -> Answers | None:
     """Fits logistic regression on TF-IDF of words and pairs of words; its likeliest answer counts.
 
-    None if the training examples have only one answer or one text, so that it could not differ from a majority.
+    None if the training examples have only one answer or one text, so that it could not differ from
+    a majority.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -49,7 +50,8 @@ def logistic(train: Sequence[Example]) -> Answers | None:
     model = LogisticRegression(C=10.0, max_iter=100, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the bound on iterations is meant
-        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # as many answers as questions
+        # as many answers as questions
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         model.fit(vectorise.transform(texts), answers, sample_weight=[counts[key] for key in kept])
 
     def answer(examples: Sequence[Example]) -> list[str]:
@@ -61,8 +63,8 @@ def logistic(train: Sequence[Example]) -> Answers | None:
 def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], str]) -> Answers | None:
     """Answers as the training question with the most similar TF-IDF vector (cosine).
 
-    `merge` makes one answer of those that one training text has. Equally similar: the first in the alphabet. None
-    if there is one training text only.
+    `merge` makes one answer of those that one training text has. Equally similar: the first in the
+    alphabet. None if there is one training text only.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for example in train:
@@ -77,7 +79,8 @@ def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], 
     def nearest(asked: list[str]) -> list[str]:
         found: list[str] = []
         for start in range(0, len(asked), _BLOCK):
-            similar = (vectorise.transform(asked[start : start + _BLOCK]) @ known.T).toarray()  # [block, n]
+            # [block, n]
+            similar = (vectorise.transform(asked[start : start + _BLOCK]) @ known.T).toarray()
             # Rounded, so that the order in which a library adds decides nothing.
             found += [merged[i] for i in np.argmax(similar.round(9), axis=1)]
         return found
@@ -92,7 +95,11 @@ def _vectoriser(texts: Sequence[str]):
     if not any(map(tokens, texts)):
         return None
     out = TfidfVectorizer(
-        tokenizer=tokens, token_pattern=None, lowercase=False, ngram_range=(1, 2), max_features=MAX_FEATURES
+        tokenizer=tokens,
+        token_pattern=None,
+        lowercase=False,
+        ngram_range=(1, 2),
+        max_features=MAX_FEATURES,
     )
     return out.fit(texts)
 

@@ -1,7 +1,8 @@
 """Brings texts into the form in which answers are compared, and splits them into words and numbers.
 
-One spelling is as good as another here: upper and lower case, curly and straight quotes, all dashes, full-width
-letters, digits of any script, "1,000" and "1000". What changes the meaning stays: signs, comparisons, decimals.
+One spelling is as good as another here: upper and lower case, curly and straight quotes, all
+dashes, full-width letters, digits of any script, "1,000" and "1000". What changes the meaning
+stays: signs, comparisons, decimals.
 """
 
 import unicodedata
@@ -40,12 +41,14 @@ _REWRITES = (
 )
 _CLOSING = regex.compile(r"[\s\p{Terminal_Punctuation}]+$")
 
-# Scripts without blanks between words, and Korean, whose words change their ends: each character is a token.
+# Scripts without blanks between words, and Korean, whose words change their ends: each character is
+# a token.
 _CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Bopomofo}ー]"
 _NUMBER = r"(?:\d+(?:\.\d+)+|(?<!\d,)\d+,\d+(?!,?\d)|\d+)"
 _COMPARED = r"(?:<(?!\w+>)|(?<!<\w+)>|[≤≥±])"  # not the brackets of a mark: "<unk>", a box's "<10>"
 _MINUS = rf"(?:(?<!{_LETTER}|[)\]%.'\"])-)?"  # a dash between words or numbers is no sign
-_RESULT = rf"(?<={_LETTER}|[)])-(?!{_LETTER}|[(<])|(?<![^\s(])-(?=\s*(?:$|[,.;)/])|ve\b)"  # "HER2-", "(-)", "-ve"
+# "HER2-", "(-)", "-ve"
+_RESULT = rf"(?<={_LETTER}|[)])-(?!{_LETTER}|[(<])|(?<![^\s(])-(?=\s*(?:$|[,.;)/])|ve\b)"
 _TOKEN = regex.compile(
     rf"(?V1){_COMPARED}?{_MINUS}{_NUMBER}"
     rf"|{_CHARACTER}\p{{M}}*"
@@ -77,7 +80,8 @@ def canonical(text: str) -> str:
 def tokens(text: str) -> list[str]:
     """Splits a text into words, numbers with their signs and comparisons, and signs of their own.
 
-    "3.5 cm, T1-weighted." -> ["3.5", "cm", "t1", "weighted"]; "< 5mm, HER2+" -> ["<5", "mm", "her2", "+"].
-    Chinese, Japanese and Korean are split into characters. Other punctuation is dropped.
+    "3.5 cm, T1-weighted." -> ["3.5", "cm", "t1", "weighted"]; "< 5mm, HER2+" -> ["<5", "mm",
+    "her2", "+"]. Chinese, Japanese and Korean are split into characters. Other punctuation is
+    dropped.
     """
     return _TOKEN.findall(folded(text))

@@ -1,4 +1,6 @@
-"""Writes the README.md of an exported model: what it is, where it comes from, how well it does, its limits."""
+"""Writes the README.md of an exported model: what it is, where it comes from, how well it does, its
+limits.
+"""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -41,12 +43,17 @@ def model_card(
 ) -> str:
     """Writes the card as Markdown, with the header that the Hugging Face Hub reads.
 
-    size: number of parameters. metrics: the content of metrics.json. notes: what changed of data and tokenizer since
-    the training began. inputs: the states of both (runs/inputs.py). passports: those of the training sources, by name.
+    size: number of parameters. metrics: the content of metrics.json. notes: what changed of data
+    and tokenizer since the training began. inputs: the states of both (runs/inputs.py). passports:
+    those of the training sources, by name.
     """
-    what = {kind: source.what for kind, source in SOURCES.items()} | {"run": "the folder of a run of unimed_jax"}
+    what = {kind: source.what for kind, source in SOURCES.items()} | {
+        "run": "the folder of a run of unimed_jax"
+    }
     bases = [f"- {what[kind]}: `{name or 'not named'}`" for kind, name in config.init if kind != "seed"]
-    reason = "the terms of the base weights named below apply" if bases else "no outside weights are in it"
+    reason = (
+        "the terms of the base weights named below apply" if bases else "no outside weights are in it"
+    )
     header = (
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n"
         "tags:\n- medical-imaging\n- vision-language-model\n- mixture-of-experts\n- unimed_jax\n"
@@ -60,36 +67,47 @@ def model_card(
     parts = [
         header,
         f"# {config.name or 'UniMed model'}",
-        "**Research software, not a medical device.** Not for diagnosis, treatment or any clinical decision.",
-        f"A medical vision-language model of {size / 1e6:.1f} million parameters that answers six kinds of questions: "
-        f"a vision transformer ({m.vision.image_size} pixels, {m.vision.depth} blocks of width {m.vision.width}), a "
-        f"connector ({connector}; Uni-Med, arXiv 2409.17508) that makes {m.tokens_per_image} visual tokens of an "
-        f"image, and a language decoder ({m.decoder.depth} layers of width {m.decoder.width}). Trained and exported "
-        "with unimed_jax; adapters, if there were any, are merged.",
+        "**Research software, not a medical device.** Not for diagnosis, treatment or any clinical "
+        "decision.",
+        f"A medical vision-language model of {size / 1e6:.1f} million parameters that answers six "
+        f"kinds of questions: a vision transformer ({m.vision.image_size} pixels, {m.vision.depth} "
+        f"blocks of width {m.vision.width}), a connector ({connector}; Uni-Med, arXiv 2409.17508) "
+        f"that makes {m.tokens_per_image} visual tokens of an image, and a language decoder "
+        f"({m.decoder.depth} layers of width {m.decoder.width}). Trained and exported with "
+        "unimed_jax; adapters, if there were any, are merged.",
         f"## How to ask\n\n{USAGE}\n\n"
-        "All code is in `modeling_unimed.py` in this folder, in plain torch. The image is read as RGB; for DICOM, "
-        "pass the windowed pixels as a uint8 array [H, W, 3]. Prompts are those of the evaluation and decoding is "
-        "greedy; `model.answers` takes several questions at once.\n\n"
+        "All code is in `modeling_unimed.py` in this folder, in plain torch. The image is read as "
+        "RGB; for DICOM, pass the windowed pixels as a uint8 array [H, W, 3]. Prompts are those of "
+        "the evaluation and decoding is greedy; `model.answers` takes several questions at "
+        "once.\n\n"
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
         f"## Data\n\n{_data(config, metrics, passports)}{_states(inputs or {})}",
         *(f"**Note:** {note}." for note in notes),
         f"## Scores\n\n{_scores(metrics)}",
-        "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, ablation, teaching.",
+        "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, "
+        "ablation, teaching.",
         "## Limitations\n\n"
-        "Answers can be wrong and sound sure; nobody has checked them, and no score above says how the model does on "
-        "other patients, devices, hospitals or kinds of images than those of its data. Questions outside the six "
-        "tasks, several images at once and languages other than that of the data were not trained. What is unfair in "
-        "the data is unfair in the answers.",
+        "Answers can be wrong and sound sure; nobody has checked them, and no score above says how "
+        "the model does on other patients, devices, hospitals or kinds of images than those of its "
+        "data. Questions outside the six tasks, several images at once and languages other than "
+        "that of the data were not trained. What is unfair in the data is unfair in the answers.",
         "## Licence\n\nTo be filled in by whoever publishes this folder, here and in the header: "
-        + (f"{reason}, and so may those of the data." if bases else f"{reason}; terms of the data may apply."),
+        + (
+            f"{reason}, and so may those of the data."
+            if bases
+            else f"{reason}; terms of the data may apply."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def passports_of(config: Config) -> dict[str, Info]:
-    """Finds what is known of the training sources, by name; of a source that is not there any more nothing."""
+    """Finds what is known of the training sources, by name.
+
+    Of a source that is not there any more nothing.
+    """
     found: dict[str, Info] = {}
     for source in config.data.sources:
         folder = path_of(source, config.data)
@@ -99,8 +117,12 @@ def passports_of(config: Config) -> dict[str, Info]:
     return found
 
 
-def _data(config: Config, metrics: Mapping[str, Any] | None, passports: Mapping[str, Info] | None) -> str:
-    """Lists the training sources with their licences, and what is to be known of them and of the scored sets."""
+def _data(
+    config: Config, metrics: Mapping[str, Any] | None, passports: Mapping[str, Info] | None
+) -> str:
+    """Lists the training sources with their licences, and what is to be known of them and of the
+    scored sets.
+    """
     tasks: dict[str, list[str]] = {}
     for source in config.data.sources:
         tasks.setdefault(source.name, []).extend(source.tasks or ("all its tasks",))
@@ -111,7 +133,11 @@ def _data(config: Config, metrics: Mapping[str, Any] | None, passports: Mapping[
         lines.append(f"- `{name}`: {', '.join(dict.fromkeys(listed))} ({licence})")
     scored = (metrics or {}).get("data", {})
     notes = [info.note for info in known.values()] + [entry.get("note") for entry in scored.values()]
-    notes += [f"Scored on `{name}`: {entry['licence']}." for name, entry in scored.items() if entry.get("licence")]
+    notes += [
+        f"Scored on `{name}`: {entry['licence']}."
+        for name, entry in scored.items()
+        if entry.get("licence")
+    ]
     lines += [f"\n{note}" for note in dict.fromkeys(filter(None, notes))]
     return "\n".join(lines) if lines else "Not named in the settings."
 
@@ -140,7 +166,9 @@ def _scores(metrics: Mapping[str, Any] | None) -> str:
         value = _interval(entry["corrected"].get(primary))
         lines.append(f"| {name} | {task} | {entry['n']} | {primary} | {value} | {over} |")
     made = ", ".join(
-        f"{key} `{metrics[key]}`" for key in ("config_hash", "data_checksum", "code_version") if key in metrics
+        f"{key} `{metrics[key]}`"
+        for key in ("config_hash", "data_checksum", "code_version")
+        if key in metrics
     )
     return (
         f"On the {split} split, corrected scores; a blind baseline answers without seeing the "

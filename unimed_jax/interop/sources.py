@@ -40,6 +40,8 @@ SOURCES: dict[str, Source] = {
     "siglip": Source("the folder of a Hugging Face SigLIP", ("vision/*",), load_tower),
     "med_moe": Source("the folder of a Med-MoE checkpoint", ("*",), load_med_moe),
     "router": Source("Med-MoE's router file", (ROUTERS,), load_router),
-    "unimed": Source("a checkpoint of the original Uni-Med (.pth)", ("connector/*", ADAPTERS), load_unimed),
+    "unimed": Source(
+        "a checkpoint of the original Uni-Med (.pth)", ("connector/*", ADAPTERS), load_unimed
+    ),
     "peft": Source("the folder of a PEFT adapter", (ADAPTERS,), load_peft),
 }

@@ -1,4 +1,5 @@
-"""Names what a trained model can be written as: the formats of `export`, what each refuses, and its writer.
+"""Names what a trained model can be written as: the formats of `export`, what each refuses, and its
+writer.
 
 The mirror of sources.py. A new format is a writer in families/ and one entry of `TARGETS`.
 """
@@ -25,10 +26,12 @@ class Content:
     leaves: Mapping[str, Any]  # every leaf by path, adapters not merged
     tokenizer: Path  # a Hugging Face tokenizer folder
     trained: frozenset[str] = frozenset()  # paths of the leaves that trained
-    moments: Any = None  # Adam's state of each of them (fields count, mean, square); only for a target that wants it
+    # Adam's state of each of them (fields count, mean, square); only for a target that wants it
+    moments: Any = None
     metrics: Mapping[str, Any] | None = None  # the run's metrics.json, for the model card
     notes: Sequence[str] = ()  # what the card must say of changed data and of a changed tokenizer
-    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # states of both, for the card (runs/inputs.py)
+    # states of both, for the card (runs/inputs.py)
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def ids(self) -> dict[str, int]:
         tokenizer = Tokenizer.load(self.tokenizer)
@@ -41,7 +44,8 @@ class Target(NamedTuple):
 
     what: str  # for --help
     write: Callable[[str | Path, Content], None]  # raises UserError for what the format cannot hold
-    refuse: Callable[[Config], str | None] = lambda config: None  # why this config's model cannot be written, or None
+    # why this config's model cannot be written, or None
+    refuse: Callable[[Config], str | None] = lambda config: None
     moments: bool = False  # whether it holds the optimizer's state
 
 
@@ -54,8 +58,9 @@ def _dense_only(config: Config) -> str | None:
 def _model_refuses(config: Config) -> str | None:
     if (config.text.form, config.data.fit) != ("unimed", "stretch"):
         return (
-            f"this format asks in Uni-Med's form only, and this run has config.text.form={config.text.form!r} and "
-            f"config.data.fit={config.data.fit!r}; choose another format."
+            "this format asks in Uni-Med's form only, and this run has "
+            f"config.text.form={config.text.form!r} and config.data.fit={config.data.fit!r}; choose "
+            "another format."
         )
     return _dense_only(config)
 
@@ -67,7 +72,9 @@ def _write_model(out: str | Path, content: Content) -> None:
 
 def _write_decoder(out: str | Path, content: Content) -> None:
     model = content.config.model
-    export_decoder(out, model.decoder, merged_leaves(model, content.leaves), content.tokenizer, content.ids())
+    export_decoder(
+        out, model.decoder, merged_leaves(model, content.leaves), content.tokenizer, content.ids()
+    )
 
 
 def _write_peft(out: str | Path, content: Content) -> None:
@@ -76,7 +83,9 @@ def _write_peft(out: str | Path, content: Content) -> None:
 
 
 def _write_unimed(out: str | Path, content: Content) -> None:
-    """Writes what the original's checkpoint holds and all that trained, so that nothing is left out silently."""
+    """Writes what the original's checkpoint holds and all that trained, so that nothing is left out
+    silently.
+    """
     original = next((path for kind, path in reversed(content.config.init) if kind == "unimed"), None)
     paths = content.trained | set(trainable_table(content.config.model).paths())
     held = {path: leaf for path, leaf in content.leaves.items() if path in paths}
@@ -91,6 +100,8 @@ TARGETS: dict[str, Target] = {
     "model": Target("all of it, for transformers", _write_model, _model_refuses),
     "decoder": Target("the language model, adapters merged", _write_decoder, _dense_only),
     "peft": Target("only the adapters", _write_peft),
-    "unimed": Target("a checkpoint file of the original Uni-Med", _write_unimed, _dense_only, moments=True),
+    "unimed": Target(
+        "a checkpoint file of the original Uni-Med", _write_unimed, _dense_only, moments=True
+    ),
     "med_moe": Target("the folder of a Med-MoE checkpoint", _write_med_moe),
 }

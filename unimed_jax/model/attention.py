@@ -75,7 +75,9 @@ def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | 
         if softcap is not None:
             return "cuDNN's kernel has no soft cap, and config.model.decoder.attention_softcap is set"
     if length != k.shape[2]:
-        return f"{length} queries meet {k.shape[2]} keys, and only rows that attend to themselves are fused"
+        return (
+            f"{length} queries meet {k.shape[2]} keys, and only rows that attend to themselves are fused"
+        )
     # cuDNN's gradients take only even lengths, and under a mask they turned NaN at some of those
     # (pytorch issue 196678).
     multiple = 2 if name == "cudnn" and mask is None else 128

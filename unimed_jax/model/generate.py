@@ -26,7 +26,9 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
 
-def pick(logits: Float[Array, "B vocab"], sampling: Sampling, key: Key[Array, "..."] | None) -> Int[Array, "B"]:
+def pick(
+    logits: Float[Array, "B vocab"], sampling: Sampling, key: Key[Array, "..."] | None
+) -> Int[Array, "B"]:
     """Picks the most likely token, or draws from the smallest set whose probabilities reach `top_p`.
 
     `key`: one for all rows, or one for each row [B].
@@ -68,9 +70,10 @@ def generate(
 ) -> Int[Array, "B new"]:
     """Answers left-padded prompts (data/layout.py); places after the end-of-text token hold `pad`.
 
-    Stops as soon as every row has ended. Compiles once per (rows, prompt length, max_new_tokens), so callers round
-    prompt lengths up to a few sizes. `eos`, `pad`: token ids. `key`: needed if the temperature is not 0; one for all
-    rows, or one for each row [B], whose draws then do not depend on the other rows.
+    Stops as soon as every row has ended. Compiles once per (rows, prompt length, max_new_tokens),
+    so callers round prompt lengths up to a few sizes. `eos`, `pad`: token ids. `key`: needed if the
+    temperature is not 0; one for all rows, or one for each row [B], whose draws then do not depend
+    on the other rows.
     """
     parts = _Parts(*nnx.split(model), Ends(eos, pad, sampling), key)
     span, step = _start(parts, batch, max_new_tokens)
@@ -112,7 +115,9 @@ class Ends(NamedTuple):
     sampling: Sampling
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("state", "key"), meta_fields=("graph", "ends"))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("state", "key"), meta_fields=("graph", "ends")
+)
 @dataclasses.dataclass(frozen=True)
 class _Parts:
     """Holds what both programs need: the split model, how tokens are picked, and the random key."""
@@ -132,7 +137,9 @@ class _Parts:
         first = jax.random.key(0)
         return first if isinstance(number, int) and number == 0 else jax.random.fold_in(first, number)
 
-    def next_token(self, model: UniMed, hidden: Array, number: Array | int, ended: Array) -> tuple[Array, Array]:
+    def next_token(
+        self, model: UniMed, hidden: Array, number: Array | int, ended: Array
+    ) -> tuple[Array, Array]:
         """Picks the token of that number from the last hidden state; rows that have ended get `pad`."""
         eos, pad, sampling = self.ends
         key = self.key

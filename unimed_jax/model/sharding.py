@@ -82,8 +82,8 @@ def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | No
     if count == 1:
         if not config.auto and math.prod(getattr(config, axis) for axis in MESH_AXES) > 1:
             raise UserError(
-                f"config.mesh asks for {math.prod(getattr(config, axis) for axis in MESH_AXES)} devices, but there is "
-                "one; set config.mesh.auto=True, or all sizes to 1."
+                f"config.mesh asks for {math.prod(getattr(config, axis) for axis in MESH_AXES)} "
+                "devices, but there is one; set config.mesh.auto=True, or all sizes to 1."
             )
         return None
     if config.auto:
@@ -101,7 +101,10 @@ def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | No
             raise UserError(f"config.mesh: {named} makes {product} devices, but there are {count}.")
     shares = math.prod(sizes[axis] for axis in AXES["batch"])
     if rows % shares:
-        raise UserError(f"config.data.rows={rows} cannot be shared by {shares} devices; choose a multiple of {shares}.")
+        raise UserError(
+            f"config.data.rows={rows} cannot be shared by {shares} devices; choose a multiple of "
+            f"{shares}."
+        )
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,

@@ -31,8 +31,9 @@ CUT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished char
 class Request:
     """Describes one question to the model; what is None is taken from `config.evaluate`.
 
-    images: paths, file contents as bytes, or pixels as uint8 [H, W, 3]; history: earlier (question, answer) turns;
-    seed: of the draws if the temperature is not 0; id: names the request in messages.
+    images: paths, file contents as bytes, or pixels as uint8 [H, W, 3]; history: earlier (question,
+    answer) turns; seed: of the draws if the temperature is not 0; id: names the request in
+    messages.
     """
 
     task: str
@@ -48,8 +49,8 @@ class Request:
 class Predictor:
     """Turns requests into texts with one model.
 
-    Give the `mesh` over which the model lies, or call it inside `run.inside()`. With several processes all of them
-    make the same calls and get the same texts.
+    Give the `mesh` over which the model lies, or call it inside `run.inside()`. With several
+    processes all of them make the same calls and get the same texts.
     """
 
     def __init__(self, model: UniMed, config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None):
@@ -59,9 +60,9 @@ class Predictor:
     def answers(self, requests: Sequence[Request], batch: int | None = None) -> list[str]:
         """Answers all requests, in order, `batch` at a time (default: `config.evaluate.batch`).
 
-        Consecutive requests share a batch if they have the same temperature and length of the answer, so batches
-        depend on the order given. Raises UserError for a request that does not fit its task or whose prompt is
-        longer than `text.max_prompt`.
+        Consecutive requests share a batch if they have the same temperature and length of the
+        answer, so batches depend on the order given. Raises UserError for a request that does not
+        fit its task or whose prompt is longer than `text.max_prompt`.
         """
         batch = batch or self._config.evaluate.batch
         texts: list[str] = []
@@ -88,7 +89,8 @@ class Predictor:
             if found is None:
                 break
             tokens += found
-            whole = text.rstrip(CUT).rstrip()  # white space belongs to the answer only if something follows
+            # white space belongs to the answer only if something follows
+            whole = text.rstrip(CUT).rstrip()
             if whole.startswith(said) and whole != said:
                 yield whole[len(said) :]
                 said = whole
@@ -159,25 +161,29 @@ def as_example(request: Request) -> Example:
     """
     if not is_text(request.question):
         raise UserError(
-            f"request {ascii(request.id or request.question)} holds half of a surrogate pair, which is no character; "
-            "mend its question."
+            f"request {ascii(request.id or request.question)} holds half of a surrogate pair, which "
+            "is no character; mend its question."
         )
     if request.history:
         raise UserError(
-            f"request {request.id or request.question!r} has earlier turns, which no prompt form holds yet; ask it "
-            "without history."
+            f"request {request.id or request.question!r} has earlier turns, which no prompt form "
+            "holds yet; ask it without history."
         )
     keys = tuple(f"image {i}" for i in range(len(request.images)))
     return Example(request.id or "request", request.task, request.question, "", images=keys)
 
 
 def _pixels(image: str | Path | bytes | np.ndarray, request: Request) -> np.ndarray:
-    """Reads an image of a request as uint8 [H, W, 3]; raises UserError with the request's name if it is none."""
+    """Reads an image of a request as uint8 [H, W, 3].
+
+    Raises UserError with the request's name if it is none.
+    """
     name = request.id or repr(request.question)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(
-                f"request {name} has an image of {image.dtype} {list(image.shape)}; give uint8 [height, width, 3]."
+                f"request {name} has an image of {image.dtype} {list(image.shape)}; give uint8 "
+                "[height, width, 3]."
             )
         return image
     try:
@@ -196,11 +202,15 @@ def prompt_batch(
 ) -> layout.Batch:
     """Makes left-padded prompts, one a row, and copies the first up to a power of two rows.
 
-    pixels: of each example its images, uint8 [H, W, 3]; batch: the most rows (default: `config.evaluate.batch`).
+    pixels: of each example its images, uint8 [H, W, 3]; batch: the most rows (default:
+    `config.evaluate.batch`).
     """
     vision = config.model.vision
     groups = [
-        layout.Group((encoder.prompt(example),), tuple(images.fit(image, config.data.fit, vision) for image in own))
+        layout.Group(
+            (encoder.prompt(example),),
+            tuple(images.fit(image, config.data.fit, vision) for image in own),
+        )
         for example, own in zip(examples, pixels, strict=True)
     ]
     rows = min(batch or config.evaluate.batch, 1 << (len(groups) - 1).bit_length())

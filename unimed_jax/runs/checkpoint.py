@@ -1,10 +1,10 @@
 """Checkpoints of a run: the only file that knows orbax.
 
-A checkpoint is a folder named after the steps done. It holds arrays (trainable leaves, leaves that no file
-could give back, optimiser moments, the step) and a note: what the caller says (settings' hash, data position),
-shape, dtype and fingerprint of every array, and a checksum of itself. It is written to a temporary folder and
-renamed, so it is there whole or not at all; what happens to it later (a lost file, a flipped bit) shows when it
-is read, and the one before is used.
+A checkpoint is a folder named after the steps done. It holds arrays (trainable leaves, leaves that
+no file could give back, optimiser moments, the step) and a note: what the caller says (settings'
+hash, data position), shape, dtype and fingerprint of every array, and a checksum of itself. It is
+written to a temporary folder and renamed, so it is there whole or not at all; what happens to it
+later (a lost file, a flipped bit) shows when it is read, and the one before is used.
 """
 
 import contextlib
@@ -35,12 +35,16 @@ Leaves = dict[str, Any]  # path -> array
 
 NOTE = "note.json"
 SETTLE_SECONDS = 2.0  # after a save that failed
-UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # endings of folders' names
+# endings of folders' names
+UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"
 SAVE_SECONDS = 3600  # after which a save has failed
 
 
 def newest_note(folder: Path) -> tuple[int, dict]:
-    """Returns (steps done, what the caller noted) of the newest checkpoint with a readable note; (0, {}) without."""
+    """Returns (steps done, what the caller noted) of the newest checkpoint with a readable note.
+
+    (0, {}) without.
+    """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
         with contextlib.suppress(ValueError):
@@ -64,23 +68,27 @@ class Replaced(UserError):
 
 
 class Checkpoints:
-    """Saves and reads the numbered checkpoints in `folder`, of which the `keep` newest and the best one stay.
+    """Saves and reads the numbered checkpoints in `folder`, of which the `keep` newest and the best
+    one stay.
 
-    With several processes all of them make the same calls; the arrays may be global, and each process writes and
-    reads its own shards.
+    With several processes all of them make the same calls; the arrays may be global, and each
+    process writes and reads its own shards.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, read_only: bool = False):
         self.folder = Path(folder).absolute()
         if read_only and not self.folder.is_dir():
-            raise UserError(f"{self.folder} does not exist; give the folder of a run that has saved a checkpoint.")
+            raise UserError(
+                f"{self.folder} does not exist; give the folder of a run that has saved a checkpoint."
+            )
         self._keep, self._read_only = keep, read_only
         self._writes = not read_only and jax.process_index() == 0
         self._saving: int | None = None
         self._best: int | None = None
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Kept open, so that a folder that somebody makes in the place of a deleted one is another one.
+            # Kept open, so that a folder that somebody makes in the place of a deleted one is
+            # another one.
             self._opened: int | None = os.open(self.folder, os.O_RDONLY)
             self._remove_leftovers()
         self._steps = self._on_disk()
@@ -96,13 +104,19 @@ class Checkpoints:
         return self._steps[-1] if self._steps else None
 
     def best(self) -> int | None:
-        """Returns the steps done at the best checkpoint, as the newest readable note names it; None without one."""
+        """Returns the steps done at the best checkpoint, as the newest readable note names it.
+
+        None without one.
+        """
         content = self._newest_note()
         best = None if content is None else content["best"]
         return best if best in self._steps else None
 
     def newest_note(self) -> dict:
-        """Returns what the caller noted in the newest checkpoint whose note is readable; empty without one."""
+        """Returns what the caller noted in the newest checkpoint whose note is readable.
+
+        Empty without one.
+        """
         content = self._newest_note()
         return {} if content is None else content["note"]
 
@@ -112,17 +126,25 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     # ---- writing -----------------------------------------------------------------------------------
-    def save(self, step: int, weights: Leaves, optimizer: Any, note: dict, best: int | None = None) -> None:
+    def save(
+        self, step: int, weights: Leaves, optimizer: Any, note: dict, best: int | None = None
+    ) -> None:
         """Copies the arrays and writes them in the background.
 
-        `note`: whatever JSON can hold. `best`: the checkpoint (this one or an earlier one) that stays however old it
-        is; one that was the best before goes when this one is on disk.
+        `note`: whatever JSON can hold. `best`: the checkpoint (this one or an earlier one) that
+        stays however old it is; one that was the best before goes when this one is on disk.
         """
         self.wait()
-        refuse_not_finite(weights, f"step {step}", "nothing is saved, and the checkpoints before it stay")
+        refuse_not_finite(
+            weights, f"step {step}", "nothing is saved, and the checkpoints before it stay"
+        )
         self._best = best
         items = {"weights": weights, "optimizer": optimizer}
-        content = {"note": note, "best": best, "arrays": {item: _describe(tree) for item, tree in items.items()}}
+        content = {
+            "note": note,
+            "best": best,
+            "arrays": {item: _describe(tree) for item, tree in items.items()},
+        }
         arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         arguments["note"] = ocp.args.JsonSave({**content, "checksum": _checksum(content)})
         self._saving = step
@@ -167,17 +189,21 @@ class Checkpoints:
                 time.sleep(0.05)
             if arguments or full or not isinstance(error, (OSError, ValueError)):
                 raise
-            raise UserError(  # the arrays were fit to be saved; what failed is the writing, in the background
-                f"checkpoint {self.folder}/{saving} could not be written ({_first_cause(error)}); see that nothing "
-                "else removes files there, and give the same command again."
+            # the arrays were fit to be saved; what failed is the writing, in the background
+            raise UserError(
+                f"checkpoint {self.folder}/{saving} could not be written ({_first_cause(error)}); "
+                "see that nothing else removes files there, and give the same command again."
             ) from error
 
     def _check_folder(self) -> None:
-        """Raises UserError if somebody has deleted the folder, even if threads of orbax have made it again since."""
+        """Raises UserError if somebody has deleted the folder, even if threads of orbax have made
+        it again since.
+        """
         if self._writes and self._opened is not None and not _is_folder(self.folder, self._opened):
             raise UserError(
-                f"{self.folder} was deleted or moved while its run went on, so nothing more can be saved there; put it "
-                "back, or choose another --workdir, and give the same command again."
+                f"{self.folder} was deleted or moved while its run went on, so nothing more can be "
+                "saved there; put it back, or choose another --workdir, and give the same command "
+                "again."
             )
 
     def _move(self, step: int, ending: str) -> None:
@@ -195,29 +221,42 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     # ---- reading -----------------------------------------------------------------------------------
-    def restore(self, weights: Leaves, optimizer: Any = None, only: int | None = None) -> tuple[Leaves, Any, dict]:
-        """Reads weights, optimizer and note of the newest checkpoint that is whole; `latest()` then names it.
+    def restore(
+        self, weights: Leaves, optimizer: Any = None, only: int | None = None
+    ) -> tuple[Leaves, Any, dict]:
+        """Reads weights, optimizer and note of the newest checkpoint that is whole.
 
-        `only`: of that checkpoint, and of no other if it is damaged. A run that trains meanwhile deletes old
-        checkpoints: opened read-only, the newest is looked for again where that has happened to the one being read;
-        where it has happened to `only`, `Replaced` is raised.
+        `latest()` then names it.
 
-        The arguments are trees of arrays or jax.ShapeDtypeStruct: what comes back has their shapes, dtypes and,
-        where they have one, sharding (else it lies on this process's first device), whatever it was saved with.
-        Without `optimizer` that part is not read. A damaged checkpoint is reported on stderr and, unless opened
-        read-only, renamed to `<step>.damaged`. Raises UserError where no checkpoint is whole, or its arrays are
-        not those of the arguments (another model).
+        `only`: of that checkpoint, and of no other if it is damaged. A run that trains meanwhile
+        deletes old checkpoints: opened read-only, the newest is looked for again where that has
+        happened to the one being read; where it has happened to `only`, `Replaced` is raised.
+
+        The arguments are trees of arrays or jax.ShapeDtypeStruct: what comes back has their shapes,
+        dtypes and, where they have one, sharding (else it lies on this process's first device),
+        whatever it was saved with. Without `optimizer` that part is not read. A damaged checkpoint
+        is reported on stderr and, unless opened read-only, renamed to `<step>.damaged`. Raises
+        UserError where no checkpoint is whole, or its arrays are not those of the arguments
+        (another model).
         """
-        wanted = {"weights": weights} if optimizer is None else {"weights": weights, "optimizer": optimizer}
+        wanted = (
+            {"weights": weights} if optimizer is None else {"weights": weights, "optimizer": optimizer}
+        )
         reasons: dict[int, str] = {}
         if self._read_only:
             self._steps = processes.from_leader(self._steps)
-        while left := [step for step in (self._steps if only is None else [only]) if step not in reasons]:
+        while left := [
+            step for step in (self._steps if only is None else [only]) if step not in reasons
+        ]:
             step, reason, note, found = left[-1], "", {}, {}
             try:
                 note = self._note(step)
                 for item, like in wanted.items():
-                    self._compare(f"{self.folder}/{step}/{item}", _saved_shapes(note["arrays"][item]), _shapes(like))
+                    self._compare(
+                        f"{self.folder}/{step}/{item}",
+                        _saved_shapes(note["arrays"][item]),
+                        _shapes(like),
+                    )
                 found = self._read(step, wanted, note["arrays"])
             except UserError:
                 raise
@@ -231,11 +270,11 @@ class Checkpoints:
                     found = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, wanted)
                     return found["weights"], found.get("optimizer"), note["note"]
                 reason = f"{changed[0]} is not as it was saved"
-            if self._read_only and not _everywhere((self.folder / str(step)).is_dir()):
+            if self._read_only and not _everywhere(os.path.lexists(self.folder / str(step))):
                 if only is not None:
                     raise Replaced(
-                        f"{self.folder}/{step} was deleted by the run that trains there while it was read; give the "
-                        "same command again, or wait until that run has ended."
+                        f"{self.folder}/{step} was deleted by the run that trains there while it "
+                        "was read; give the same command again, or wait until that run has ended."
                     )
                 self._steps = processes.from_leader(self._on_disk())
                 continue
@@ -243,7 +282,9 @@ class Checkpoints:
         if not reasons:
             raise UserError(f"{self.folder} holds no checkpoint; train first, or give another run.")
         listed = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
-        raise UserError(f"{self.folder} holds only damaged checkpoints ({listed}); restore it, or train again.")
+        raise UserError(
+            f"{self.folder} holds only damaged checkpoints ({listed}); restore it, or train again."
+        )
 
     def saved_weights(self) -> set[str]:
         """Returns the paths of the leaves that the newest checkpoint with a readable note holds."""
@@ -270,10 +311,14 @@ class Checkpoints:
 
         def place(item: str, path, leaf) -> jax.ShapeDtypeStruct:
             sharding = getattr(leaf, "sharding", None) or here
-            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(saved[item][_name(path)]["dtype"]), sharding=sharding)
+            return jax.ShapeDtypeStruct(
+                leaf.shape, jnp.dtype(saved[item][_name(path)]["dtype"]), sharding=sharding
+            )
 
         arguments = {
-            item: ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(functools.partial(place, item), tree))
+            item: ocp.args.StandardRestore(
+                jax.tree_util.tree_map_with_path(functools.partial(place, item), tree)
+            )
             for item, tree in wanted.items()
         }
         # Not by way of the checkpointer, which would wait for a process that could not read its part.
@@ -288,7 +333,8 @@ class Checkpoints:
             kept = f"is kept as {step}{DAMAGED}, and " if self._writes else ""
             if jax.process_index() == 0:
                 print(
-                    f"unimed_jax: checkpoint {self.folder}/{step} is damaged ({reason}); it {kept}{good} is used.",
+                    f"unimed_jax: checkpoint {self.folder}/{step} is damaged ({reason}); it "
+                    f"{kept}{good} is used.",
                     file=sys.stderr,
                 )
 
@@ -298,8 +344,9 @@ class Checkpoints:
         if wrong:
             name = wrong[0]
             raise UserError(
-                f"checkpoint {where} belongs to another model: {name} is {saved.get(name, 'absent')} there and "
-                f"{wanted.get(name, 'absent')} here ({len(wrong)} arrays differ); use the settings it was trained with."
+                f"checkpoint {where} belongs to another model: {name} is "
+                f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here "
+                f"({len(wrong)} arrays differ); use the settings it was trained with."
             )
 
 
@@ -313,7 +360,9 @@ def _is_folder(path: Path, descriptor: int) -> bool:
 
 @jax.jit
 def fingerprints(tree: Any) -> Any:
-    """Makes a number (uint32 []) of each array of the tree, the same on any mesh: integer sums have no order."""
+    """Makes a number (uint32 []) of each array of the tree, the same on any mesh: integer sums have
+    no order.
+    """
     return jax.tree.map(_fingerprint, tree)
 
 
@@ -323,7 +372,9 @@ def _fingerprint(x: Array) -> UInt32[Array, ""]:
     For a given place the hash is one to one, so a single changed value never goes unseen.
     """
     if jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize == 8:
-        x = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
+        x = jax.lax.bitcast_convert_type(
+            x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        )
     place = jnp.zeros(x.shape, jnp.uint32)  # in row-major order; iotas are sharded as x is
     for axis, size in enumerate(x.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -354,7 +405,10 @@ def _changed(found: dict[str, Any], saved: dict[str, dict]) -> list[str]:
 
 
 def _first_cause(error: BaseException) -> str:
-    """Says in few words what came first; what was made of it later quotes whole descriptions of stores."""
+    """Says in few words what came first.
+
+    What was made of it later quotes whole descriptions of stores.
+    """
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -376,8 +430,12 @@ def _saved_shapes(arrays: dict[str, dict]) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        _name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def _name(path) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )

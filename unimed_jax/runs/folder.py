@@ -1,4 +1,5 @@
-"""Reads and writes the text of a run's folder (settings, tokenizer), and says what a run still needs to start.
+"""Reads and writes the text of a run's folder (settings, tokenizer), and says what a run still
+needs to start.
 
 config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
 checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
@@ -31,8 +32,8 @@ RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "
 def write_config(folder: Path, config: Config) -> None:
     """Writes the settings into a new folder; in an old one they must be the same, except for the mesh.
 
-    `train.steps` may also be raised if `train.longer` says what becomes of the schedule; then the folder gets the new
-    settings, and loses the scores of the shorter run.
+    `train.steps` may also be raised if `train.longer` says what becomes of the schedule; then the
+    folder gets the new settings, and loses the scores of the shorter run.
     """
     file = folder / "config.json"
     if file.exists():
@@ -42,7 +43,9 @@ def write_config(folder: Path, config: Config) -> None:
         if old == config:
             return
         now = config.train
-        longer = dataclasses.replace(old, train=dataclasses.replace(old.train, steps=now.steps, longer=now.longer))
+        longer = dataclasses.replace(
+            old, train=dataclasses.replace(old.train, steps=now.steps, longer=now.longer)
+        )
         raised = longer == config and now.steps > old.train.steps
         if not raised or now.longer == "refuse":
             way_out = "choose another --workdir, or remove the folder"
@@ -66,10 +69,15 @@ def with_changed(config: Config, data: Changed, text: Changed) -> Config:
 
 
 def read_config(folder: Path) -> Config:
-    """Reads the settings of a run's folder; raises UserError if they are missing, damaged or of another kind."""
+    """Reads the settings of a run's folder.
+
+    Raises UserError if they are missing, damaged or of another kind.
+    """
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{file} does not exist; --run names the folder that training wrote (see --workdir).")
+        raise UserError(
+            f"{file} does not exist; --run names the folder that training wrote (see --workdir)."
+        )
     settings = read_json(file, "restore it or train again")
     if not isinstance(settings, dict):
         raise UserError(f"{file} holds no settings of a run; restore it or train again.")
@@ -87,9 +95,14 @@ def _difference(old: dict, new: dict, where: str = "config") -> str:
 
 
 def missing_inputs(config: Config, trains: bool = True) -> str | None:
-    """Names in one sentence the weight files and, to train, data folders that the settings lack; None if none."""
+    """Names in one sentence the weight files and, to train, data folders that the settings lack.
+
+    None if none.
+    """
     lacks = [
-        f"{SOURCES[kind].what} (config.init {kind!r})" for kind, path in config.init if kind in SOURCES and not path
+        f"{SOURCES[kind].what} (config.init {kind!r})"
+        for kind, path in config.init
+        if kind in SOURCES and not path
     ]
     for kind, path in config.init:
         if kind == "run" and not (Path(path) / "config.json").is_file():
@@ -98,7 +111,9 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
             lacks.append(f"the router {path} (config.init 'router'; train it first)")
         if kind == "gguf" and path:
             find_gguf(path)  # says itself what it lacks
-    if not config.text.tokenizer and (not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)):
+    if not config.text.tokenizer and (
+        not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)
+    ):
         lacks.append("the tokenizer folder (config.text.tokenizer)")
     if not trains:
         return f"config {config.name!r} still needs {'; '.join(lacks)}." if lacks else None
@@ -114,7 +129,10 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
 
 
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
-    """Opens the run's tokenizer (see `tokenizer_folder`); a BPE is trained once, on the training texts."""
+    """Opens the run's tokenizer (see `tokenizer_folder`).
+
+    A BPE is trained once, on the training texts.
+    """
     path = tokenizer_folder(folder, config)
     if path.exists():
         return Tokenizer.load(path)
@@ -134,7 +152,8 @@ def _training_examples(datasets: Sequence[Dataset]) -> Iterator[Example]:
 
 
 def tokenizer_folder(folder: Path, config: Config) -> Path:
-    """Returns the folder of the tokenizer: the settings', else that of the run whose embeddings it starts from.
+    """Returns the folder of the tokenizer: the settings', else that of the run whose embeddings it
+    starts from.
 
     The run's own for a tokenizer that it has trained or read from a GGUF file.
     """

@@ -1,4 +1,5 @@
-"""Keeps what a run was trained on, its data and its tokenizer, and notices when either is another one later.
+"""Keeps what a run was trained on, its data and its tokenizer, and notices when either is another
+one later.
 
 inputs.json in the run's folder, and the note of every checkpoint, hold
     inputs    name -> state: "data/<set>" and "evaluate/<set>" (checksum of a set's store), "tokenizer"
@@ -43,8 +44,12 @@ class Inputs:
         ]
 
 
-def state_of_data(config: Config, train: Iterable[Dataset], held_out: Iterable[Dataset]) -> dict[str, str]:
-    """Names the state of every open data set: those of config.data, and those of config.evaluate if it has its own."""
+def state_of_data(
+    config: Config, train: Iterable[Dataset], held_out: Iterable[Dataset]
+) -> dict[str, str]:
+    """Names the state of every open data set: those of config.data, and those of config.evaluate if
+    it has its own.
+    """
     found = {f"data/{dataset.id}": dataset.checksum for dataset in train}
     if config.evaluate.sources:
         found |= {f"evaluate/{dataset.id}": dataset.checksum for dataset in held_out}
@@ -57,7 +62,9 @@ def state_of_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def keep(folder: Path, config: Config, now: Mapping[str, str]) -> Inputs:
-    """Writes inputs.json when training starts, and returns it; of several processes the leader comes first.
+    """Writes inputs.json when training starts, and returns it.
+
+    Of several processes the leader comes first.
 
     Raises UserError if an input is another one than at an earlier start, unless config.data.changed or
     config.text.changed accepts that; then it is noted with the steps done.
@@ -71,16 +78,24 @@ def keep(folder: Path, config: Config, now: Mapping[str, str]) -> Inputs:
     return after
 
 
-def compare(folder: Path, config: Config, now: Mapping[str, str], before: Inputs | None = None) -> list[str]:
-    """Compares inputs with those that a run was trained on; returns what its results must say of changes.
+def compare(
+    folder: Path, config: Config, now: Mapping[str, str], before: Inputs | None = None
+) -> list[str]:
+    """Compares inputs with those that a run was trained on.
 
-    before: what to compare with, in place of what the folder says. Raises UserError as `keep` does; nothing is written.
+    Returns what its results must say of changes.
+
+    before: what to compare with, in place of what the folder says. Raises UserError as `keep` does;
+    nothing is written.
     """
     return _compared(folder, before or kept(folder), config, now).notes()
 
 
 def _compared(folder: Path, before: Inputs, config: Config, now: Mapping[str, str]) -> Inputs:
-    """Returns `before` with what is new and what changed, if that is accepted; raises UserError if not."""
+    """Returns `before` with what is new and what changed, if that is accepted.
+
+    Raises UserError if not.
+    """
     changes = []
     step, _ = newest_note(folder / CHECKPOINTS)
     for name, state in now.items():
@@ -99,14 +114,15 @@ def _refuse(folder: Path, name: str, old: str, state: str, config: Config) -> No
     if name == TOKENIZER:
         if config.text.changed == "refuse":
             raise UserError(
-                f"{folder} was trained with another tokenizer than it finds now (fingerprint {old[:8]} then, "
-                f"{state[:8]} now); restore its files, or set config.text.changed='accept', which every result will "
-                "say."
+                f"{folder} was trained with another tokenizer than it finds now (fingerprint "
+                f"{old[:8]} then, {state[:8]} now); restore its files, or set "
+                "config.text.changed='accept', which every result will say."
             )
     elif config.data.changed == "refuse":
         raise UserError(
-            f"{folder}: {_what(name)} is not what the run was trained with (checksum {old[:8]} then, {state[:8]} "
-            "now); restore its files, or set config.data.changed='accept', which every result will say."
+            f"{folder}: {_what(name)} is not what the run was trained with (checksum {old[:8]} "
+            f"then, {state[:8]} now); restore its files, or set config.data.changed='accept', which "
+            "every result will say."
         )
 
 
@@ -137,9 +153,13 @@ def kept(folder: Path) -> Inputs:
     found = _parsed(read_json(file, advice), str(file))
     for name, state in (inside.inputs if inside else {}).items():
         known = [found.inputs.get(name, state)]
-        known += [change[end] for change in found.changes if change["name"] == name for end in ("from", "to")]
+        known += [
+            change[end] for change in found.changes if change["name"] == name for end in ("from", "to")
+        ]
         if not any(same_state(state, other) for other in known):
-            raise UserError(f"{file} is not that of the run's checkpoints ({_what(name)} differs); {advice}.")
+            raise UserError(
+                f"{file} is not that of the run's checkpoints ({_what(name)} differs); {advice}."
+            )
     return found
 
 

@@ -1,8 +1,10 @@
-"""Opens runs: the weights that training starts from or has saved, laid over a mesh, and the model made of them.
+"""Opens runs: the weights that training starts from or has saved, laid over a mesh, and the model
+made of them.
 
-Weights of one run may come from another (`config.init` kind "run"), so opening recurses: open_run -> _open ->
-initial_leaves -> _leaves_of_run -> _open of the other run, until a run whose `init` names no run. All of them are laid
-over the same mesh, and no device ever holds more than its share of a leaf that is sharded.
+Weights of one run may come from another (`config.init` kind "run"), so opening recurses: open_run
+-> _open -> initial_leaves -> _leaves_of_run -> _open of the other run, until a run whose `init`
+names no run. All of them are laid over the same mesh, and no device ever holds more than its share
+of a leaf that is sharded.
 """
 
 import contextlib
@@ -22,7 +24,12 @@ from unimed_jax.config import Changed, Config, MeshConfig
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.finite import refuse_not_finite
-from unimed_jax.interop.families.unimed_hf import exported_config, exported_tokenizer, is_exported, load_exported
+from unimed_jax.interop.families.unimed_hf import (
+    exported_config,
+    exported_tokenizer,
+    is_exported,
+    load_exported,
+)
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import folded
@@ -55,13 +62,17 @@ class Run:
 
 
 def found_mesh(config: Config, trains: bool = True) -> Mesh | None:
-    """Makes the mesh over the devices found: as `config.mesh` says if that fits them, else laid out automatically.
+    """Makes the mesh over the devices found: as `config.mesh` says if that fits them, else laid out
+    automatically.
 
-    None for a single device. `trains=False` for an exported model, to which the rules of training do not apply.
+    None for a single device. `trains=False` for an exported model, to which the rules of training
+    do not apply.
     """
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer) if trains else {}
-    frozen = sum(leaf.size for path, leaf in shapes.items() if path not in rules or not rules[path].train)
+    frozen = sum(
+        leaf.size for path, leaf in shapes.items() if path not in rules or not rules[path].train
+    )
     arguments = config.data.rows, frozen * jnp.dtype(config.model.frozen_dtype).itemsize
     try:
         return sharding.make_mesh(config.mesh, *arguments)
@@ -69,8 +80,13 @@ def found_mesh(config: Config, trains: bool = True) -> Mesh | None:
         return sharding.make_mesh(MeshConfig(), *arguments)
 
 
-def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> tuple[UniMed, dict[str, str]]:
-    """Makes the model before the first step, laid over the mesh; also returns the source of every leaf."""
+def initial_model(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None
+) -> tuple[UniMed, dict[str, str]]:
+    """Makes the model before the first step, laid over the mesh.
+
+    Also returns the source of every leaf.
+    """
     leaves, sources = initial_leaves(config, tokenizer, mesh)
     return with_parameters(abstract(config.model), leaves), sources
 
@@ -78,17 +94,21 @@ def initial_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None
 def initial_leaves(
     config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None, wanted: Sequence[str] = ("*",)
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Makes or reads the leaves before the first step that match a pattern of `wanted`; also returns each one's source.
+    """Makes or reads the leaves before the first step that match a pattern of `wanted`.
 
-    A function of the settings only: the random numbers do not depend on the devices. Dtypes as in `leaf_dtypes`.
-    Only what is wanted, and of that only what no later source replaces, is made or read. Without a mesh all of it
-    lies on this process's first device.
+    Also returns each one's source.
+
+    A function of the settings only: the random numbers do not depend on the devices. Dtypes as in
+    `leaf_dtypes`. Only what is wanted, and of that only what no later source replaces, is made or
+    read. Without a mesh all of it lies on this process's first device.
     """
     tokenizer.check_fits(config.model.decoder.vocab)
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
     dtypes = leaf_dtypes(rules, config.model.frozen_dtype)
-    to = Destination(shapes, None if mesh is None else sharding.parameter_shardings(shapes, mesh), dtypes)
+    to = Destination(
+        shapes, None if mesh is None else sharding.parameter_shardings(shapes, mesh), dtypes
+    )
     still = {path for path in shapes if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)}
     leaves: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -100,13 +120,14 @@ def initial_leaves(
         elif kind not in SOURCES:
             known = ("seed", "run", *SOURCES)
             raise UserError(
-                f"config.init: {kind!r} is not a source of weights{nearest(kind, known)} Choose from {known}."
+                f"config.init: {kind!r} is not a source of weights{nearest(kind, known)} Choose "
+                f"from {known}."
             )
         elif not SOURCES[kind].among(still):
             if tuple(wanted) == ("*",):
                 raise UserError(
-                    f"config.init: ({kind!r}, {path!r}) gives no parameter of this model that a later source leaves; "
-                    "leave it out, or put it later."
+                    f"config.init: ({kind!r}, {path!r}) gives no parameter of this model that a "
+                    "later source leaves; leave it out, or put it later."
                 )
             continue
         else:
@@ -117,7 +138,8 @@ def initial_leaves(
         still -= taken
     if still:
         raise UserError(
-            f"config.init gives no {', '.join(folded(sorted(still))[:5])}; put ('seed', '') first, for random numbers."
+            f"config.init gives no {', '.join(folded(sorted(still))[:5])}; put ('seed', '') first, "
+            "for random numbers."
         )
     order = [p for p in shapes if p in leaves]
     return {p: leaves[p] for p in order}, {p: sources[p] for p in order}
@@ -134,7 +156,9 @@ def _random_leaves(
             order_coordinates(model, tokenizer.coordinate_start)
         return {p: leaf.astype(to.dtype(p)) for p, leaf in parameters(model).items() if p in wanted}
 
-    return jax.jit(make, out_shardings=None if to.shardings is None else {p: to.sharding(p) for p in wanted})()
+    return jax.jit(
+        make, out_shardings=None if to.shardings is None else {p: to.sharding(p) for p in wanted}
+    )()
 
 
 def _leaves_of_run(
@@ -142,11 +166,14 @@ def _leaves_of_run(
 ) -> dict[str, jax.Array]:
     """Takes from another run the wanted leaves that have the same name and shape there.
 
-    If only this model has experts, each of them starts as a copy of the other decoder's MLP of that layer.
+    If only this model has experts, each of them starts as a copy of the other decoder's MLP of that
+    layer.
     """
     other = _open(folder, mesh, changed="accept" if config.text.changed == "accept" else None)
     theirs, moe, depth = parameters(other.model), config.model.moe, config.model.decoder.depth
-    becomes_experts = moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth
+    becomes_experts = (
+        moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth
+    )
     del other  # so that each leaf is freed when it has been taken
     taken = {}
 
@@ -163,11 +190,15 @@ def _leaves_of_run(
         else:
             take({path: leaf})
     if not taken:
-        raise UserError(f"config.init: no parameter of run {folder} fits this model; check config.model.")
+        raise UserError(
+            f"config.init: no parameter of run {folder} fits this model; check config.model."
+        )
     return taken
 
 
-def _copied_to_experts(leaf: jax.Array, path: str, config: Config, to: Destination) -> dict[str, jax.Array]:
+def _copied_to_experts(
+    leaf: jax.Array, path: str, config: Config, to: Destination
+) -> dict[str, jax.Array]:
     """Copies one leaf of a dense decoder's MLPs to the experts, each device making only its share."""
     layers = "decoder/layers/"
     name = path.removeprefix(f"{layers}mlp/")
@@ -186,16 +217,23 @@ def base_note(leaves: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str
     These are the base weights that the checkpoint depends on but does not store.
     """
     numbers = jax.device_get(fingerprints(dict(leaves)))
-    return {path: {"source": sources[path], "fingerprint": int(number)} for path, number in numbers.items()}
+    return {
+        path: {"source": sources[path], "fingerprint": int(number)} for path, number in numbers.items()
+    }
 
 
 def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict]) -> None:
     """Raises UserError if a base weight that a checkpoint depends on has changed since it was saved."""
-    changed = [path for path, entry in now.items() if saved.get(path, entry)["fingerprint"] != entry["fingerprint"]]
+    changed = [
+        path
+        for path, entry in now.items()
+        if saved.get(path, entry)["fingerprint"] != entry["fingerprint"]
+    ]
     if changed:
         raise UserError(
             f"{folder} was trained on other weights than {now[changed[0]]['source']} holds now "
-            f"({', '.join(folded(changed)[:3])} differ); give those that it was trained on in config.init."
+            f"({', '.join(folded(changed)[:3])} differ); give those that it was trained on in "
+            "config.init."
         )
 
 
@@ -205,16 +243,20 @@ def open_run(
     which: Literal["newest", "best"] = "newest",
     changed: Changed | None = None,
 ) -> Run:
-    """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint, or of its best one.
+    """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint, or of its
+    best one.
 
-    The best one is that of the highest or lowest `config.train.best`, measured while training.
-    The model is laid over `mesh`; without one over all devices found (see `found_mesh`). Leaves that the checkpoint
-    does not hold are read again from where `config.init` says. A folder that `export --format=model` wrote is opened
-    too. Raises UserError for whatever is missing, damaged or does not fit; for a tokenizer that is not the run's,
-    unless `changed` (without it: the run's config.text.changed) accepts that.
+    The best one is that of the highest or lowest `config.train.best`, measured while training. The
+    model is laid over `mesh`; without one over all devices found (see `found_mesh`). Leaves that
+    the checkpoint does not hold are read again from where `config.init` says. A folder that `export
+    --format=model` wrote is opened too. Raises UserError for whatever is missing, damaged or does
+    not fit; for a tokenizer that is not the run's, unless `changed` (without it: the run's
+    config.text.changed) accepts that.
     """
     folder = Path(path)
-    return _open(folder, mesh or found_mesh(settings_of(folder), trains=not is_exported(folder)), which, changed)
+    return _open(
+        folder, mesh or found_mesh(settings_of(folder), trains=not is_exported(folder)), which, changed
+    )
 
 
 def settings_of(folder: Path) -> Config:
@@ -242,13 +284,23 @@ def _open(folder: Path, mesh: Mesh | None, which: str = "newest", changed: Chang
         notes = inputs.compare(folder, config, inputs.state_of_tokenizer(place, tokenizer))
         leaves, step = _saved_leaves(folder, config, tokenizer, mesh, which)
     refuse_not_finite(leaves, str(folder), "train again, or give another run")
-    return Run(folder, config, tokenizer, with_parameters(abstract(config.model), leaves), step, mesh, tuple(notes))
+    return Run(
+        folder,
+        config,
+        tokenizer,
+        with_parameters(abstract(config.model), leaves),
+        step,
+        mesh,
+        tuple(notes),
+    )
 
 
 def _saved_leaves(
     folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
 ) -> tuple[dict[str, jax.Array], int]:
-    """Reads all leaves at the newest or best checkpoint and the steps done there, each straight into its shards."""
+    """Reads all leaves at the newest or best checkpoint and the steps done there, each straight
+    into its shards.
+    """
     while True:
         try:
             return _leaves_at(folder, config, tokenizer, mesh, which)
@@ -259,7 +311,10 @@ def _saved_leaves(
 def _leaves_at(
     folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
 ) -> tuple[dict[str, jax.Array], int]:
-    """Reads as `_saved_leaves` does; raises Replaced if a run that trains deletes the best checkpoint meanwhile."""
+    """Reads as `_saved_leaves` does.
+
+    Raises Replaced if a run that trains deletes the best checkpoint meanwhile.
+    """
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
@@ -273,7 +328,11 @@ def _leaves_at(
     places = {} if mesh is None else sharding.parameter_shardings(shapes, mesh)
     saved = checkpoints.saved_weights()
     base, sources = initial_leaves(config, tokenizer, mesh, [p for p in shapes if p not in saved])
-    like = {p: jax.ShapeDtypeStruct(shapes[p].shape, dtypes[p], sharding=places.get(p)) for p in shapes if p in saved}
+    like = {
+        p: jax.ShapeDtypeStruct(shapes[p].shape, dtypes[p], sharding=places.get(p))
+        for p in shapes
+        if p in saved
+    }
     weights, _, note = checkpoints.restore(like, only=only)
     check_base(folder, note["base"], base_note(base, sources))
     step = checkpoints.latest() if only is None else only
@@ -283,7 +342,8 @@ def _leaves_at(
 
 
 def open_config(config: Config) -> Run:
-    """Opens what the weights of `config.init` make without training: base weights and an original checkpoint, say.
+    """Opens what the weights of `config.init` make without training: base weights and an original
+    checkpoint, say.
 
     Raises UserError where a leaf that matters would be random.
     """
@@ -294,7 +354,8 @@ def open_config(config: Config) -> Run:
     tokenizer = load_text(folder, config, ())
     mesh = found_mesh(config)
     model, sources = initial_model(config, tokenizer, mesh)
-    # An adapter that was never trained adds nothing, and the norm after the encoder is published as it starts.
+    # An adapter that was never trained adds nothing, and the norm after the encoder is published as
+    # it starts.
     harmless = ("*/lora_?", "vision/output_norm/*")
     random = [
         path
@@ -304,7 +365,7 @@ def open_config(config: Config) -> Run:
     refuse_not_finite(parameters(model), "the weights of config.init", "give others")
     if random:
         raise UserError(
-            f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source of trained ones "
-            f"(kinds: {', '.join(SOURCES)}, run)."
+            f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source "
+            f"of trained ones (kinds: {', '.join(SOURCES)}, run)."
         )
     return Run(folder, config, tokenizer, model, step=0, mesh=mesh)

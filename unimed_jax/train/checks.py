@@ -21,8 +21,9 @@ def check_start(config: Config, tokenizer: Tokenizer, paths: Iterable[str]) -> N
     if tokenizer.coordinate_start is None and (loss.coordinate_sd or loss.coordinate_weight != 1):
         name = "coordinate_sd" if loss.coordinate_sd else "coordinate_weight"
         raise UserError(
-            f"config.loss.{name}={getattr(loss, name)} has no effect, because the tokenizer has no tokens <0> to <100> "
-            "for box coordinates; leave it at its default, or choose another tokenizer."
+            f"config.loss.{name}={getattr(loss, name)} has no effect, because the tokenizer has no "
+            "tokens <0> to <100> for box coordinates; leave it at its default, or choose another "
+            "tokenizer."
         )
     for _, sentence in without_effect(config, FIDELITY[config.fidelity], SAID):
         processes.say(sentence)

@@ -37,8 +37,8 @@ class Strategy(Protocol):
     def combine(self, gradients: Leaves) -> Leaves:
         """Makes the gradient [*shape] of each leaf from those along the directions, [k, *shape].
 
-        They are gradients of the batch's losses divided by its whole weight, so that their sum is the gradient of the
-        total loss. A task without an answer in the batch has zeros.
+        They are gradients of the batch's losses divided by its whole weight, so that their sum is
+        the gradient of the total loss. A task without an answer in the batch has zeros.
         """
         ...
 

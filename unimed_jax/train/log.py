@@ -1,4 +1,6 @@
-"""The log of a run: one JSON line per logged step, TensorBoard, a progress bar, W&B where it is asked for."""
+"""The log of a run: one JSON line per logged step, TensorBoard, a progress bar, W&B where it is
+asked for.
+"""
 
 import contextlib
 import json
@@ -26,24 +28,38 @@ NAMED = 5  # damaged lines that a message names
 
 
 class Log:
-    """Writes scalars by step, from step `first` on, after the lines of the steps before (`continue_lines`)."""
+    """Writes scalars by step, from step `first` on, after the lines of the steps before
+    (`continue_lines`).
+    """
 
     def __init__(self, folder: Path, config: Config, first: int, bar_to: TextIO | None = None):
         file = folder / "log.jsonl"
         continue_lines(file, first)
         self._lines = file.open("a", buffering=1, encoding="utf-8")
         (folder / "tensorboard").mkdir(exist_ok=True)
-        # Not its SummaryWriter, whose thread dies on a full disk, after which training would wait for it forever.
+        # Not its SummaryWriter, whose thread dies on a full disk, after which training would wait
+        # for it forever.
         self._board = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
-        self._event(first, session_log=SessionLog(status=SessionLog.START))  # hides later steps of earlier files
+        # hides later steps of earlier files
+        self._event(first, session_log=SessionLog(status=SessionLog.START))
         self._wandb: Any = None
         if config.train.wandb:
             self._wandb = _wandb_run(folder, config)
         steps = config.train.steps
-        self._bar = tqdm(total=steps, initial=first, unit="step", file=bar_to or sys.stderr, mininterval=1.0, ncols=110)
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            unit="step",
+            file=bar_to or sys.stderr,
+            mininterval=1.0,
+            ncols=110,
+        )
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
-        """Writes the values of one step, named `group/name`; None stands for what the step did not have."""
+        """Writes the values of one step, named `group/name`.
+
+        None stands for what the step did not have.
+        """
         self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         present = {name: value for name, value in values.items() if value is not None}
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in present.items()]
@@ -55,11 +71,15 @@ class Log:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {examples_per_second:.0f} examples/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, {examples_per_second:.0f} examples/s", refresh=False
+        )
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
-        """Puts everything on disk: a run that continues from a checkpoint must find the steps before it."""
+        """Puts everything on disk: a run that continues from a checkpoint must find the steps
+        before it.
+        """
         self._lines.flush()
         os.fsync(self._lines.fileno())
         self._board.flush()
@@ -87,10 +107,13 @@ class Silence:
 
 # ---- the log of the run so far ---------------------------------------------------------------------
 def continue_lines(file: Path, first: int) -> None:
-    """Leaves in the log the lines of steps before `first`, from which the run goes on; says which are damaged.
+    """Leaves in the log the lines of steps before `first`, from which the run goes on.
 
-    What a killed run wrote beyond goes, and so does a last line without an end. A damaged line (no JSON, not UTF-8,
-    no step, or a later step between earlier ones) is moved to log.damaged, the good lines after it stay.
+    Says which are damaged.
+
+    What a killed run wrote beyond goes, and so does a last line without an end. A damaged line (no
+    JSON, not UTF-8, no step, or a later step between earlier ones) is moved to log.damaged, the
+    good lines after it stay.
     """
     try:
         size = file.stat().st_size
@@ -109,7 +132,9 @@ def continue_lines(file: Path, first: int) -> None:
             else:
                 end = place + len(line)
             place += len(line)
-    damaged = [(number, place, line) for number, place, line, readable in odd if place < end or not readable]
+    damaged = [
+        (number, place, line) for number, place, line, readable in odd if place < end or not readable
+    ]
     if damaged:
         _set_aside(file, end, damaged)
     elif end < size:
@@ -140,11 +165,13 @@ def _set_aside(file: Path, end: int, damaged: Sequence[tuple[int, int, bytes]]) 
             if place < end and place not in places:
                 out.write(line)
             place += len(line)
-    numbers = ", ".join(str(number) for number, _, _ in damaged[:NAMED]) + (", ..." if len(damaged) > NAMED else "")
+    numbers = ", ".join(str(number) for number, _, _ in damaged[:NAMED]) + (
+        ", ..." if len(damaged) > NAMED else ""
+    )
     one = len(damaged) == 1
     print(
-        f"unimed_jax: {file}: line{'' if one else 's'} {numbers} {'is' if one else 'are'} damaged and kept in {kept}; "
-        "the other lines stay.",
+        f"unimed_jax: {file}: line{'' if one else 's'} {numbers} {'is' if one else 'are'} damaged "
+        f"and kept in {kept}; the other lines stay.",
         file=sys.stderr,
     )
 
@@ -153,9 +180,13 @@ def _wandb_run(folder: Path, config: Config):
     try:
         import wandb
     except ImportError as error:
-        raise UserError("config.train.wandb needs the package wandb; pip install 'unimed-jax[wandb]'.") from error
+        raise UserError(
+            "config.train.wandb needs the package wandb; pip install 'unimed-jax[wandb]'."
+        ) from error
     identity = f"{folder.name}-{config_hash(config)}"
-    return wandb.init(project="unimed_jax", id=identity, resume="allow", dir=str(folder), config=to_dict(config))
+    return wandb.init(
+        project="unimed_jax", id=identity, resume="allow", dir=str(folder), config=to_dict(config)
+    )
 
 
 def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
@@ -168,7 +199,9 @@ def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
         values[f"loss/{task}"] = loss if np.isfinite(loss) else None
     if "routing" in metrics:
         slots = np.asarray(metrics["slots"])
-        for t, (task, row) in enumerate(zip(VISUAL_TASKS, np.asarray(metrics["routing"]).tolist(), strict=True)):
+        for t, (task, row) in enumerate(
+            zip(VISUAL_TASKS, np.asarray(metrics["routing"]).tolist(), strict=True)
+        ):
             for expert, weight in enumerate(row):
                 values[f"routing/{task}_{expert}"] = weight if slots[t] else None
     if "balance" in metrics:
@@ -179,7 +212,9 @@ def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
 
 
 def peak_memory() -> float:
-    """Returns the peak memory in GiB: the device's where it reports one, else this process's resident set."""
+    """Returns the peak memory in GiB: the device's where it reports one, else this process's
+    resident set.
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30

@@ -1,4 +1,6 @@
-"""Trains a model: from settings and a folder to a finished run, however often it is stopped in between."""
+"""Trains a model: from settings and a folder to a finished run, however often it is stopped in
+between.
+"""
 
 import time
 from contextlib import closing
@@ -13,7 +15,7 @@ from unimed_jax.config import Config
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.errors import UserError
 from unimed_jax.finite import named
-from unimed_jax.interruption import Interruption
+from unimed_jax.interruption import Interruption, claims_end
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
 from unimed_jax.rules import leaf_rules
@@ -25,12 +27,13 @@ from unimed_jax.train.program import build
 from unimed_jax.train.start import Start, prepare
 
 
+@claims_end()
 def train(config: Config, folder: Path) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint in `folder` if there is one.
 
-    Raises UserError if the loss, a gradient or an updated parameter is not finite, naming the records of that batch or
-    the parameters; nothing of such a step is saved. Raises `Stopped`, when all is saved, after a signal (see
-    interruption.py).
+    Raises UserError if the loss, a gradient or an updated parameter is not finite, naming the
+    records of that batch or the parameters; nothing of such a step is saved. Raises `Stopped`, when
+    all is saved, after a signal (see interruption.py).
     """
     start = prepare(config, folder)
     describe(start)
@@ -52,7 +55,8 @@ def run_steps(start: Start) -> None:
     share, shares = sharding.rows_of_process(mesh, config.data.rows)
     log = Log(start.folder, config, first) if processes.leads() else Silence()
     report = Reporter(log, start, Meter(shares))
-    # The innermost context: closing the checkpoints would wait for a save that a lost process never finishes.
+    # The innermost context: closing the checkpoints would wait for a save that a lost process never
+    # finishes.
     lost = processes.explain_lost_process()
     with Interruption() as interruption, closing(start.checkpoints), closing(log), lost:
         left = range(first, first if start.finished else config.train.steps)
@@ -82,7 +86,10 @@ def run_steps(start: Start) -> None:
             if last:
                 break
             start.checkpoints.check()
-    for what, programs in (("train step", program.step._cache_size()), ("losses", start.validation.compiled())):
+    for what, programs in (
+        ("train step", program.step._cache_size()),
+        ("losses", start.validation.compiled()),
+    ):
         if programs > 1:
             raise RuntimeError(f"the {what} was compiled {programs} times; its inputs changed shape")
 
@@ -101,13 +108,16 @@ def measure(start: Start, log: "Log | Silence", meter: "Meter", done: int) -> bo
 
 
 def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
-    """Reads the trained leaves and Adam's state of each, by path, from the checkpoint of an opened run."""
+    """Reads the trained leaves and Adam's state of each, by path, from the checkpoint of an opened
+    run.
+    """
     config, leaves = run.config, parameters(run.model)
     rules = leaf_rules(leaves, config.train, config.optimizer)
     trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
     checkpoints = Checkpoints(run.folder / "checkpoints", read_only=True)
     saved = {path: leaf for path, leaf in leaves.items() if path in checkpoints.saved_weights()}
-    state = build(config, run.mesh).state  # with shardings: moments are restored straight into their shards
+    # with shardings: moments are restored straight into their shards
+    state = build(config, run.mesh).state
     _, rest, _ = checkpoints.restore(saved, (state.step, state.moments), only=run.step)
     checkpoints.close()
     return trained, per_leaf(rest[1])
@@ -150,7 +160,9 @@ class Meter:
 
 
 class Reporter:
-    """Waits for a step's metrics, checks that they are finite, and logs them if the step's turn has come."""
+    """Waits for a step's metrics, checks that they are finite, and logs them if the step's turn has
+    come.
+    """
 
     def __init__(self, log: Log | Silence, start: Start, meter: Meter):
         self.log, self.start, self.meter = log, start, meter
@@ -169,23 +181,28 @@ class Reporter:
         metrics, train = jax.device_get(metrics), self.start.config.train
         if not metrics["finite"]:
             records = self.start.pipeline.record_ids(i)
-            shown = ", ".join(records[:20]) + (f" and {len(records) - 20} more" if len(records) > 20 else "")
+            shown = ", ".join(records[:20]) + (
+                f" and {len(records) - 20} more" if len(records) > 20 else ""
+            )
             raise UserError(
-                f"step {i}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}: not finite, "
-                f"so the run stops and nothing of this step is saved; look at its records ({shown}) or lower "
-                "config.optimizer.lr."
+                f"step {i}: loss {float(metrics['loss'])}, gradient norm "
+                f"{float(metrics['grad_norm'])}: not finite, so the run stops and nothing of this "
+                f"step is saved; look at its records ({shown}) or lower config.optimizer.lr."
             )
         if not metrics["updated"].all():
             leaves = zip(self.start.state.leaves, metrics["updated"], strict=True)
             raise UserError(
-                f"step {i}: {named([path for path, finite in leaves if not finite])} not finite after the update, "
-                "although the loss and its gradient were, so the run stops and nothing of this step is saved; lower "
-                "config.optimizer.lr or weight_decay, or the lr_scale of their rule."
+                f"step {i}: {named([path for path, finite in leaves if not finite])} not finite "
+                "after the update, although the loss and its gradient were, so the run stops and "
+                "nothing of this step is saved; lower config.optimizer.lr or weight_decay, or the "
+                "lr_scale of their rule."
             )
         self.meter.add(stats)
         if (i + 1) % train.log_every == 0 or i + 1 == train.steps:
             rates = self.meter.rates()
-            self.log.write(i, {**step_values(metrics), "train/lr": lr, **rates, "memory/peak_gib": peak_memory()})
+            self.log.write(
+                i, {**step_values(metrics), "train/lr": lr, **rates, "memory/peak_gib": peak_memory()}
+            )
             self.log.progress(i + 1, float(metrics["loss"]), rates["speed/examples_per_second"])
             self.meter.reset()
 
@@ -201,4 +218,6 @@ def describe(start: Start) -> None:
         action = "trains" if rules[path].train else "frozen"
         groups.setdefault((path.split("/")[0], start.sources[path], action), []).append(leaf.size)
     for (module, source, action), sizes in groups.items():
-        processes.say(f"{module}: {sum(sizes):,} parameters in {len(sizes)} leaves, {action}, from {source}")
+        processes.say(
+            f"{module}: {sum(sizes):,} parameters in {len(sizes)} leaves, {action}, from {source}"
+        )

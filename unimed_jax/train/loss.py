@@ -12,14 +12,19 @@ from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import COORDINATES, Batch, UniMed
 
 
-def answer_logits(model: UniMed, hidden: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B A vocab"]:
+def answer_logits(
+    model: UniMed, hidden: Float[Array, "B S D"], batch: Batch
+) -> Float[Array, "B A vocab"]:
     """Computes the logits that predict answer tokens; the head never runs on other positions."""
     picked = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)  # [B, A, D]
     return constrain(model.decoder.logits(picked), "batch", None, "vocab")
 
 
 def cross_entropy(
-    logits: Float[Array, "B A vocab"], targets: Int[Array, "B A"], loss: LossConfig, coordinate_start: int | None
+    logits: Float[Array, "B A vocab"],
+    targets: Int[Array, "B A"],
+    loss: LossConfig,
+    coordinate_start: int | None,
 ) -> tuple[Float[Array, "B A"], Float[Array, "B A"]]:
     """Computes, for each answer token, its cross entropy and weight factor.
 
@@ -37,7 +42,9 @@ def cross_entropy(
         return nll, factor
     # Clipped, so that the Gaussian of other tokens is finite too, and `where` hides no NaN.
     centre = jnp.clip(offset, 0, COORDINATES - 1)[..., None]
-    soft = jax.nn.softmax(-0.5 * ((jnp.arange(COORDINATES)[None, None] - centre) / loss.coordinate_sd) ** 2, axis=-1)
+    soft = jax.nn.softmax(
+        -0.5 * ((jnp.arange(COORDINATES)[None, None] - centre) / loss.coordinate_sd) ** 2, axis=-1
+    )
     log_c = jax.lax.dynamic_slice_in_dim(log_p, coordinate_start, COORDINATES, axis=-1)
     return jnp.where(is_coordinate, -(soft * log_c).sum(axis=-1), nll), factor
 
@@ -73,18 +80,22 @@ def task_losses(
 ) -> tuple[Losses, dict[str, Array]]:
     """Computes the losses of a batch by task, and sums to log.
 
-    The dict, all float32: slots [visual tasks] (images of each task) and routing [visual tasks, E] (the connector's
-    weights, summed over those images); of the decoder's layers with experts balance [layers] times the weight, and
-    tokens [layers, E]. `dropout_key` and `noise` as in Decoder.
+    The dict, all float32: slots [visual tasks] (images of each task) and routing [visual tasks, E]
+    (the connector's weights, summed over those images); of the decoder's layers with experts
+    balance [layers] times the weight, and tokens [layers, E]. `dropout_key` and `noise` as in
+    Decoder.
     """
     out = model(batch, dropout_key, noise)
-    nll, factor = cross_entropy(answer_logits(model, out.hidden, batch), batch["targets"], loss, coordinate_start)
+    nll, factor = cross_entropy(
+        answer_logits(model, out.hidden, batch), batch["targets"], loss, coordinate_start
+    )
     weights = batch["weights"] * factor
     # Multiplied and added, not as a product of matrices, which accelerators round to fewer bits.
     by_task = jax.nn.one_hot(batch["target_tasks"], len(TASKS))  # [B, A, tasks], zeros where unused
     weights_by_task = (weights[..., None] * by_task).sum(axis=(0, 1))  # [tasks]
     tasks = ((nll * weights)[..., None] * by_task).sum(axis=(0, 1))  # [tasks]
-    of_task = jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(VISUAL_TASKS))  # [B * M, visual tasks]
+    # [B * M, visual tasks]
+    of_task = jax.nn.one_hot(batch["image_tasks"].reshape(-1), len(VISUAL_TASKS))
     logged = {"slots": of_task.sum(axis=0)}
     if out.routing is not None:
         routing = jax.lax.stop_gradient(out.routing)

@@ -32,12 +32,14 @@ class AdamState(NamedTuple):
     square: Leaves
 
 
-def adam(betas: tuple[float, float], eps: float, skip_unused: bool) -> optax.GradientTransformationExtraArgs:
+def adam(
+    betas: tuple[float, float], eps: float, skip_unused: bool
+) -> optax.GradientTransformationExtraArgs:
     """Computes Adam's direction.
 
-    With `skip_unused`, `update(..., used=...)` names by path which leaves (or rows of a leaf) took part in
-    the step's graph; the others keep moments and count and get a zero update, as torch leaves parameters
-    whose gradient is None. A gradient of exact zeros does take part.
+    With `skip_unused`, `update(..., used=...)` names by path which leaves (or rows of a leaf) took
+    part in the step's graph; the others keep moments and count and get a zero update, as torch
+    leaves parameters whose gradient is None. A gradient of exact zeros does take part.
     """
     plain = optax.scale_by_adam(*betas, eps=eps)
     if not skip_unused:
@@ -46,7 +48,9 @@ def adam(betas: tuple[float, float], eps: float, skip_unused: bool) -> optax.Gra
 
     def init(leaves: Leaves) -> AdamState:
         mean, square = jax.tree.map(jnp.zeros_like, leaves), jax.tree.map(jnp.zeros_like, leaves)
-        count = {path: jnp.zeros(count_shape(path, leaf.shape), jnp.int32) for path, leaf in leaves.items()}
+        count = {
+            path: jnp.zeros(count_shape(path, leaf.shape), jnp.int32) for path, leaf in leaves.items()
+        }
         return AdamState(count, mean, square)
 
     def update(gradients: Leaves, state: AdamState, leaves: Leaves | None = None, *, used: Leaves):
@@ -74,7 +78,9 @@ def per_leaf(state: Any) -> AdamState:
 
 
 def count_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Gives the shape of a leaf's count: one per task token, which are parameters of their own as published."""
+    """Gives the shape of a leaf's count: one per task token, which are parameters of their own as
+    published.
+    """
     return (shape[0], 1) if path == "connector/task_tokens" else ()
 
 
@@ -110,11 +116,12 @@ class Optimizer:
 def participation(leaves: Leaves, image_tasks: Array, reads_task_token: bool) -> Leaves:
     """Says which leaves the loss of a batch depends on: 0 or 1, broadcastable to the leaf.
 
-    It depends on the connector only with an image, and on a task token only with an image of its task and
-    a router that reads it.
+    It depends on the connector only with an image, and on a task token only with an image of its
+    task and a router that reads it.
     """
     tasks = jnp.arange(len(VISUAL_TASKS))[:, None]
-    present = jnp.any(image_tasks.reshape(1, -1) == tasks, axis=1, keepdims=True).astype(jnp.int32)  # [visual tasks, 1]
+    # [visual tasks, 1]
+    present = jnp.any(image_tasks.reshape(1, -1) == tasks, axis=1, keepdims=True).astype(jnp.int32)
     some = jnp.any(image_tasks >= 0).astype(jnp.int32)
     used = {}
     for path in leaves:

@@ -1,7 +1,7 @@
 """Builds the training program of a config from its shapes: no weights, tokenizer or data are needed.
 
-The loop fills what `build` describes, `plan` and the benchmarks compile it. Imports jax, flax, optax, numpy and this
-package's config, model and train only.
+The loop fills what `build` describes, `plan` and the benchmarks compile it. Imports jax, flax,
+optax, numpy and this package's config, model and train only.
 """
 
 import dataclasses
@@ -24,12 +24,14 @@ from unimed_jax.train.step import TrainState, first_state, make_step
 class Program:
     """A jitted training step and everything that it takes, as shapes.
 
-    Compile ahead of time with `program.lower().compile()`; run it as
-    `state, metrics = program.step(state, frozen, batch, np.float32(lr))` inside `sharding.inside(program.mesh)`.
+    Compile ahead of time with `program.lower().compile()`; run it as `state, metrics =
+    program.step(state, frozen, batch, np.float32(lr))` inside `sharding.inside(program.mesh)`.
     """
 
     model: UniMed  # shapes in place of arrays
-    step: Any  # jitted: (state, frozen, batch, lr) -> (state, metrics), see train/step.py; the state is donated
+    # jitted: (state, frozen, batch, lr) -> (state, metrics), see train/step.py; the state is
+    # donated
+    step: Any
     # jax.ShapeDtypeStruct in place of arrays, with shardings if there is a mesh:
     state: TrainState
     frozen: dict[str, Any]  # path -> leaf that does not train
@@ -46,14 +48,16 @@ class Program:
     def lower(self) -> jax.stages.Lowered:
         """The step for exactly these shapes, ready to compile."""
         with sharding.inside(self.mesh):
-            return self.step.lower(self.state, self.frozen, self.batch, jax.ShapeDtypeStruct((), jnp.float32))
+            return self.step.lower(
+                self.state, self.frozen, self.batch, jax.ShapeDtypeStruct((), jnp.float32)
+            )
 
 
 def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None) -> Program:
     """Builds the program that trains `config.model` on batches of `config.data`, laid over `mesh`.
 
-    `coordinate_start` is the id of the first of the 101 coordinate tokens, if the tokenizer has them; only the losses
-    of `config.loss.coordinate_*` read it.
+    `coordinate_start` is the id of the first of the 101 coordinate tokens, if the tokenizer has
+    them; only the losses of `config.loss.coordinate_*` read it.
     """
     model = abstract(config.model)
     shapes = parameters(model)
@@ -75,15 +79,22 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
 
 
 def make_mesh(config: Config) -> Mesh | None:
-    """The mesh that `config.mesh` asks for over all devices of all processes; None for a single device."""
+    """The mesh that `config.mesh` asks for over all devices of all processes.
+
+    None for a single device.
+    """
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
     whole = sum(shape.size for path, shape in shapes.items() if not rules[path].train)
-    return sharding.make_mesh(config.mesh, config.data.rows, whole * jnp.dtype(config.model.frozen_dtype).itemsize)
+    return sharding.make_mesh(
+        config.mesh, config.data.rows, whole * jnp.dtype(config.model.frozen_dtype).itemsize
+    )
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch as `data.layout.training_batch` makes it: B rows, S tokens, M image slots, A answer tokens."""
+    """Shapes of a batch as `data.layout.training_batch` makes it: B rows, S tokens, M image slots,
+    A answer tokens.
+    """
     data, side = config.data, config.model.vision.image_size
     rows, tokens, images, answers = data.rows, data.row_tokens, data.row_images, data.row_answers
     of = jax.ShapeDtypeStruct
@@ -99,4 +110,6 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _placed(tree: Any, places: Any) -> Any:
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )

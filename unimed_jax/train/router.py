@@ -1,7 +1,8 @@
 """Med-MoE's router by itself: a linear classifier of modalities over the hidden states of a dense model.
 
-The published recipe: an image with its prompt is the mean over all hidden states and positions; one linear layer,
-cross-entropy, Adam. What it finds goes into every layer with experts (`config.init` kind "router").
+The published recipe: an image with its prompt is the mean over all hidden states and positions; one
+linear layer, cross-entropy, Adam. What it finds goes into every layer with experts (`config.init`
+kind "router").
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,8 +52,9 @@ class Labelled(NamedTuple):
 def train_router(config: Config, folder: Path) -> dict[str, Any]:
     """Trains the router that `config.router_fit` describes; writes router/, router.png and router.json.
 
-    router/ is in Med-MoE's format. router.json is returned: accuracy by number of labels and a confusion matrix for
-    every split of `config.evaluate.splits`. A finished one is read, not trained again.
+    router/ is in Med-MoE's format. router.json is returned: accuracy by number of labels and a
+    confusion matrix for every split of `config.evaluate.splits`. A finished one is read, not
+    trained again.
 
     Raises UserError where no image has a label, or one that is not among `router.classes`.
     """
@@ -84,7 +86,9 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
         rows = embed(train.examples[: counts[-1]], train.datasets[: counts[-1]])
         held_inputs = {split: embed(some.examples, some.datasets) for split, some in held.items()}
 
-    results: dict[str, Any] = {split: {"images": len(some.examples), "accuracy": []} for split, some in held.items()}
+    results: dict[str, Any] = {
+        split: {"images": len(some.examples), "accuracy": []} for split, some in held.items()
+    }
     for count in counts:
         kernel, bias = fit(rows[:count], train.classes[:count], len(classes), config)
         for split, some in held.items():
@@ -106,11 +110,17 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     }
     if trained_on.changes:
         report["notes"] = trained_on.notes()
-    refuse_not_finite({"kernel": kernel, "bias": bias}, f"the router of {folder}", "lower config.router_fit.lr")
+    refuse_not_finite(
+        {"kernel": kernel, "bias": bias}, f"the router of {folder}", "lower config.router_fit.lr"
+    )
     if processes.leads():
         ours = "decoder/layers/moe/router"
         with files.written_together(folder, (ROUTER, PICTURE, REPORT)) as place:
-            export_router(place / ROUTER, config.model, {f"{ours}/kernel": kernel[None], f"{ours}/bias": bias[None]})
+            export_router(
+                place / ROUTER,
+                config.model,
+                {f"{ours}/kernel": kernel[None], f"{ours}/bias": bias[None]},
+            )
             _draw(place / PICTURE, report)
             files.write_json(place / REPORT, plain(report))
     return plain(report)
@@ -122,7 +132,9 @@ def summary(report: dict[str, Any]) -> str:
     for split, result in report["splits"].items():
         for entry in result["accuracy"]:
             low, high = entry["ci95"]
-            lines.append(f"{split}: {entry['value']:.1%} ({low:.1%} to {high:.1%}) with {entry['labels']} labels")
+            lines.append(
+                f"{split}: {entry['value']:.1%} ({low:.1%} to {high:.1%}) with {entry['labels']} labels"
+            )
     return "\n".join(lines)
 
 
@@ -134,7 +146,9 @@ def _with_images(datasets: Sequence[Dataset], split: str) -> Iterator[tuple[Data
             yield from ((dataset, example) for example in dataset.examples(split) if example.images)
 
 
-def labelled(datasets: Sequence[Dataset], split: str, config: Config, classes: Sequence[str]) -> Labelled:
+def labelled(
+    datasets: Sequence[Dataset], split: str, config: Config, classes: Sequence[str]
+) -> Labelled:
     """Draws one prompt of each image whose examples have the label, and their order, by `config.seed`.
 
     Raises UserError if there is none, or if a label is not one of `classes`.
@@ -151,15 +165,16 @@ def labelled(datasets: Sequence[Dataset], split: str, config: Config, classes: S
             continue
         if label not in classes:
             raise UserError(
-                f"record {dataset.id}/{example.id}: {key}={label!r} is none of config.router_fit.classes "
-                f"({', '.join(classes)}); name it there, or mend the record."
+                f"record {dataset.id}/{example.id}: {key}={label!r} is none of "
+                f"config.router_fit.classes ({', '.join(classes)}); name it there, or mend the "
+                "record."
             )
         chosen.append((dataset, example))
         classes_of.append(classes.index(label))
     if not chosen:
         raise UserError(
-            f"config.router_fit.key={key!r}: no {split} image of {', '.join(d.id for d in datasets)} has this label; "
-            "name a key of their meta."
+            f"config.router_fit.key={key!r}: no {split} image of "
+            f"{', '.join(d.id for d in datasets)} has this label; name a key of their meta."
         )
     order = rng.permutation(len(chosen))
     sets, examples = zip(*(chosen[i] for i in order), strict=True)
@@ -170,7 +185,8 @@ def _counts(config: Config, available: int) -> tuple[int, ...]:
     counts = config.router_fit.labels or (available,)
     if counts[-1] > available:
         raise UserError(
-            f"config.router_fit.labels={counts}: the training split has {available} labelled images; ask less."
+            f"config.router_fit.labels={counts}: the training split has {available} labelled "
+            "images; ask less."
         )
     return counts
 
@@ -200,7 +216,9 @@ def embedder(
         for start in range(0, len(examples), config.evaluate.batch):
             rows = slice(start, start + config.evaluate.batch)
             part = examples[rows]
-            pixels = [[d.image(key) for key in e.images] for d, e in zip(datasets[rows], part, strict=True)]
+            pixels = [
+                [d.image(key) for key in e.images] for d, e in zip(datasets[rows], part, strict=True)
+            ]
             batch = prompt_batch(encoder, config, tokenizer.pad, part, pixels)
             out.append(np.asarray(means(model, batch))[: len(part)])
         return np.concatenate(out)
@@ -211,7 +229,10 @@ def embedder(
 def fit(
     inputs: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], classes: int, config: Config
 ) -> tuple[Float[np.ndarray, "D E"], Float[np.ndarray, "E"]]:
-    """Kernel and bias of the linear classifier, after all epochs; each goes through the inputs in a new order."""
+    """Kernel and bias of the linear classifier, after all epochs.
+
+    Each goes through the inputs in a new order.
+    """
     settings, (count, width) = config.router_fit, inputs.shape
     batch = min(settings.batch, count)
     steps = -(-count // batch)
@@ -231,12 +252,15 @@ def fit(
     @jax.jit
     def train(linear, inputs, labels):
         order = jax.vmap(lambda key: jax.random.permutation(key, count))(keys[2:])
-        order = jnp.pad(order, ((0, 0), (0, steps * batch - count)), constant_values=-1)  # the last batch may be short
+        # the last batch may be short
+        order = jnp.pad(order, ((0, 0), (0, steps * batch - count)), constant_values=-1)
         order = order.reshape(-1, batch)  # [epochs * steps, batch]
 
         def step(state, rows):
             linear, moments = state
-            gradient = jax.grad(loss)(linear, inputs[rows], labels[rows], (rows >= 0).astype(jnp.float32))
+            gradient = jax.grad(loss)(
+                linear, inputs[rows], labels[rows], (rows >= 0).astype(jnp.float32)
+            )
             updates, moments = optimizer.update(gradient, moments)
             return (optax.apply_updates(linear, updates), moments), None
 
@@ -277,8 +301,12 @@ def _draw(path: Path, report: dict[str, Any]) -> None:
         axes.imshow(confusion, cmap="Blues")
         for (row, column), number in np.ndenumerate(confusion):
             dark = number > confusion.max() / 2
-            axes.text(column, row, str(number), ha="center", va="center", color="white" if dark else "black")
+            axes.text(
+                column, row, str(number), ha="center", va="center", color="white" if dark else "black"
+            )
         axes.set_xticks(range(len(classes)), classes, rotation=30)
         axes.set_yticks(range(len(classes)), classes)
-        axes.set(xlabel="taken for", ylabel="is", title=f"{split}, {result['accuracy'][-1]['labels']} labels")
+        axes.set(
+            xlabel="taken for", ylabel="is", title=f"{split}, {result['accuracy'][-1]['labels']} labels"
+        )
     figure.savefig(path, format="png")

@@ -39,7 +39,9 @@ from unimed_jax.train.validate import Validation
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a run has found out on its way, besides weights and moments: it goes into every checkpoint's note."""
+    """What a run has found out on its way, besides weights and moments: it goes into every
+    checkpoint's note.
+    """
 
     best: float | None = None  # value of config.train.best
     best_step: int | None = None  # steps done when it was measured
@@ -64,7 +66,10 @@ class Progress:
 
 @dataclasses.dataclass
 class Start:
-    """A run that is ready for its next step. `state` and `progress` change as it trains, the rest stays."""
+    """A run that is ready for its next step.
+
+    `state` and `progress` change as it trains, the rest stays.
+    """
 
     config: Config
     folder: Path
@@ -95,7 +100,9 @@ class Start:
         return with_parameters(self.program.model, {**self.frozen, **self.state.leaves})
 
     def saved_leaves(self) -> dict[str, Any]:
-        """What a checkpoint holds of the model: leaves that train, and those that no file could give back."""
+        """What a checkpoint holds of the model: leaves that train, and those that no file could
+        give back.
+        """
         random = {path: leaf for path, leaf in self.frozen.items() if path not in self.base}
         return {**random, **self.state.leaves}
 
@@ -141,11 +148,16 @@ def prepare(config: Config, folder: Path) -> Start:
         leaves, sources = initial_leaves(config, tokenizer, program.mesh)
         refuse_not_finite(leaves, "the weights of config.init", "give others")
         frozen = {path: leaves[path] for path in program.frozen}
-        base = base_note({path: leaf for path, leaf in frozen.items() if sources[path] != "seed"}, sources)
-        state = first_state({path: leaves[path] for path in program.state.leaves}, program.optimizer, program.mesh)
+        base = base_note(
+            {path: leaf for path, leaf in frozen.items() if sources[path] != "seed"}, sources
+        )
+        state = first_state(
+            {path: leaves[path] for path in program.state.leaves}, program.optimizer, program.mesh
+        )
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     start = Start(
-        config, folder, datasets, tokenizer, pipeline, validation, program, state, frozen, sources, base, checkpoints,
+        config, folder, datasets, tokenizer, pipeline, validation, program, state, frozen, sources,
+        base, checkpoints,
         Progress(steps=config.train.steps), trained_on,
     )  # fmt: skip
 
@@ -155,7 +167,8 @@ def prepare(config: Config, folder: Path) -> Start:
     elif config.train.moments == "init":
         start.state = start.state._replace(moments=_moments_of_init(config, start.state, program.mesh))
     if program.mesh is None:
-        # Restored arrays belong to a device, fresh ones do not: without this the step would compile twice.
+        # Restored arrays belong to a device, fresh ones do not: without this the step would compile
+        # twice.
         start.state, start.frozen = jax.device_put((start.state, start.frozen), jax.local_devices()[0])
     return start
 
@@ -168,9 +181,7 @@ def _moments_of_init(config: Config, state: TrainState, mesh: Mesh | None) -> Ad
     """
     path = next((path for kind, path in reversed(config.init) if kind == "unimed"), None)
     if path is None:
-        raise UserError(
-            'config.train.moments="init" needs an original checkpoint: ("unimed", FILE) in config.init.'
-        )
+        raise UserError('config.train.moments="init" needs an original checkpoint: ("unimed", FILE) in config.init.')
     if not config.optimizer.skip_unused:
         raise UserError(
             f'config.train.moments="init": {path} counts the steps of each parameter; set '
@@ -202,4 +213,6 @@ def _continue(start: Start) -> None:
         progress = dataclasses.replace(progress, steps=config.train.steps, schedule_start=begin)
     start.progress = progress
     if progress.steps < start.done:
-        raise UserError(f"{start.folder} has done {start.done} steps, more than config.train.steps={progress.steps}.")
+        raise UserError(
+            f"{start.folder} has done {start.done} steps, more than config.train.steps={progress.steps}."
+        )

@@ -26,27 +26,37 @@ class TrainState(NamedTuple):
 
 
 def make_step(
-    model: UniMed, config: Config, optimizer: Optimizer, coordinate_start: int | None, mesh: Mesh | None = None
+    model: UniMed,
+    config: Config,
+    optimizer: Optimizer,
+    coordinate_start: int | None,
+    mesh: Mesh | None = None,
 ):
     """Makes the jitted step(state, frozen leaves, batch, learning rate) -> (state, metrics).
 
-    `model` is abstract (its leaves are replaced). On a mesh the state stays where `first_state` put it, and
-    every process gets the metrics. metrics, float32: loss [], task_loss [tasks] (NaN where
-    a task has no answer in the batch), grad_norm [], finite [] bool, updated [leaves] bool (whether each leaf, in the
-    order of the state's, is finite after the update), routing [visual tasks, E] (mean expert
-    weights over the batch's slots of a task), slots [visual tasks]; of the decoder's layers with experts balance
-    [layers] and shares [layers, E] (of tokens, by first choice).
+    `model` is abstract (its leaves are replaced). On a mesh the state stays where `first_state` put
+    it, and every process gets the metrics. metrics, float32: loss [], task_loss [tasks] (NaN where
+    a task has no answer in the batch), grad_norm [], finite [] bool, updated [leaves] bool (whether
+    each leaf, in the order of the state's, is finite after the update), routing [visual tasks, E]
+    (mean expert weights over the batch's slots of a task), slots [visual tasks]; of the decoder's
+    layers with experts balance [layers] and shares [layers, E] (of tokens, by first choice).
     """
     connector = config.model.connector
-    reads_task_token = connector.is_moe and connector.router in ("soft", "sparse") and connector.router_input != "token"
+    reads_task_token = (
+        connector.is_moe and connector.router in ("soft", "sparse") and connector.router_input != "token"
+    )
     # A key also says that this is training, which experts of limited capacity must know.
-    random = config.model.lora.rank > 0 and config.model.lora.dropout > 0 or config.model.moe.trains_otherwise
+    random = (
+        config.model.lora.rank > 0 and config.model.lora.dropout > 0 or config.model.moe.trains_otherwise
+    )
 
     combination = STRATEGIES[config.train.gradients]()
     directions = combination.directions(len(TASKS) + 1)
 
     def gradients(leaves: Leaves, frozen: Leaves, batch: Batch, key):
-        """Computes, for some rows, gradients [k, *shape] along the directions, losses, and sums to log."""
+        """Computes, for some rows, gradients [k, *shape] along the directions, losses, and sums to
+        log.
+        """
 
         def run(leaves: Leaves):
             full = with_parameters(model, {**frozen, **leaves})
@@ -59,13 +69,16 @@ def make_step(
         micro = config.train.accumulation
         if micro == 1:
             return gradients(leaves, frozen, batch, key)
-        split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)  # [micro, rows, ...]
+        # [micro, rows, ...]
+        split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
         first = jax.eval_shape(gradients, leaves, frozen, jax.tree.map(lambda x: x[0], split), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
         def body(total, inputs):
             batch, index = inputs
-            part = gradients(leaves, frozen, batch, None if key is None else jax.random.fold_in(key, index))
+            part = gradients(
+                leaves, frozen, batch, None if key is None else jax.random.fold_in(key, index)
+            )
             return jax.tree.map(jnp.add, total, part), None
 
         return jax.lax.scan(body, zeros, (split, jnp.arange(micro)))[0]
@@ -106,7 +119,9 @@ def first_state(trainable: Leaves, optimizer: Optimizer, mesh: Mesh | None = Non
     """Makes the state before step 0; moments lie where their parameters do."""
     if mesh is None:
         return _first(trainable, optimizer)
-    places = sharding.state_shardings(jax.eval_shape(lambda leaves: _first(leaves, optimizer), trainable), mesh)
+    places = sharding.state_shardings(
+        jax.eval_shape(lambda leaves: _first(leaves, optimizer), trainable), mesh
+    )
     return jax.jit(lambda leaves: _first(leaves, optimizer), out_shardings=places)(trainable)
 
 

@@ -67,7 +67,9 @@ class Validation:
             losses, _ = task_losses(model, batch, config.loss, tokenizer.coordinate_start, None)
             return losses.tasks.sum(), losses.weight
 
-        self._sums: Any = jax.jit(sums) if mesh is None else jax.jit(sums, out_shardings=sharding.everywhere(mesh))
+        self._sums: Any = (
+            jax.jit(sums) if mesh is None else jax.jit(sums, out_shardings=sharding.everywhere(mesh))
+        )
 
     def due(self, done: int) -> bool:
         """Says whether some unit is measured after `done` steps."""
@@ -107,8 +109,9 @@ class Validation:
             size = (question.tokens, len(example.images), question.answer)
             if (np.array(size) > capacity).any():
                 raise UserError(
-                    f"{unit.id_of(example)} needs rows of {size} tokens, images and answer tokens, more than "
-                    "config.data.row_tokens, row_images and row_answers; raise them, or leave its entry's `every` 0."
+                    f"{unit.id_of(example)} needs rows of {size} tokens, images and answer tokens, "
+                    "more than config.data.row_tokens, row_images and row_answers; raise them, or "
+                    "leave its entry's `every` 0."
                 )
             sizes.append(size)
         order = np.argsort(-(np.array(sizes) / np.maximum(capacity, 1)).max(axis=1), kind="stable")
@@ -124,8 +127,12 @@ class Validation:
         shape = layout.RowShape(*sizes, model.tokens_per_image, model.vision.image_size)
         rows = self._rows[unit.name]
         for first in range(self._share * own, len(rows), data.rows):
-            groups = [[self._loaded(unit, unit.examples[i]) for i in row] for row in rows[first : first + own]]
-            yield layout.training_batch(groups, shape, self._tokenizer.pad, str(self._config.loss.reduction))
+            groups = [
+                [self._loaded(unit, unit.examples[i]) for i in row] for row in rows[first : first + own]
+            ]
+            yield layout.training_batch(
+                groups, shape, self._tokenizer.pad, str(self._config.loss.reduction)
+            )
 
     def _loaded(self, unit: Unit, example: Example) -> layout.Group:
         fit, vision = self._config.data.fit, self._config.model.vision
@@ -135,10 +142,14 @@ class Validation:
         return layout.Group((question,), tuple(images.fit(image, fit, vision) for image in stored))
 
     def _check_best(self) -> None:
-        known = [f"{metric}/{name}" for name, metrics in self._metrics.items() for metric in ("loss", *metrics)]
+        known = [
+            f"{metric}/{name}"
+            for name, metrics in self._metrics.items()
+            for metric in ("loss", *metrics)
+        ]
         best = self._config.train.best
         if best and best not in known:
             raise UserError(
-                f"config.train.best={best!r} is not measured during training{nearest(best, known)} Choose from "
-                f"{', '.join(known)}, or name more metrics in its entry."
+                f"config.train.best={best!r} is not measured during training{nearest(best, known)} "
+                f"Choose from {', '.join(known)}, or name more metrics in its entry."
             )

@@ -28,20 +28,30 @@ def run(arguments: list[str]) -> None:
     """Opens the run on the devices found, or reads the predictions, and writes scores and a report."""
     options = parser(__name__, __doc__)
     options.add_argument("--run", help="a run's folder")
-    options.add_argument("--which", choices=("newest", "best"), help="with --run: which checkpoint (default: newest)")
+    options.add_argument(
+        "--which", choices=("newest", "best"), help="with --run: which checkpoint (default: newest)"
+    )
     options.add_argument("--predictions", help="a file of JSON lines; needs --config=FILE or --run=DIR")
     options.add_argument("--config", help=f"with --predictions: {CONFIG_HELP}")
-    options.add_argument("--out", help="folder of the report (default: the run's, or next to the predictions)")
+    options.add_argument(
+        "--out", help="folder of the report (default: the run's, or next to the predictions)"
+    )
     known, overrides = options.parse_known_args(arguments)
     if known.predictions is None and (known.run is None or known.config):
-        raise UserError("evaluate takes --run=DIR, or --predictions=FILE with --config=FILE; give one of them.")
+        raise UserError(
+            "evaluate takes --run=DIR, or --predictions=FILE with --config=FILE; give one of them."
+        )
     if known.predictions is None:
         _of_run(known.run, known.out, known.which or "newest", overrides)
         return
     if known.which:
-        raise UserError("--which chooses a checkpoint of --run=DIR, but --predictions reads none; leave it out.")
+        raise UserError(
+            "--which chooses a checkpoint of --run=DIR, but --predictions reads none; leave it out."
+        )
     if (known.run is None) == (known.config is None):
-        raise UserError("--predictions needs --config=FILE or --run=DIR, which say what was asked; give one of them.")
+        raise UserError(
+            "--predictions needs --config=FILE or --run=DIR, which say what was asked; give one of them."
+        )
 
     file = Path(known.predictions)
     if reason := no_file(file):
@@ -60,7 +70,9 @@ def run(arguments: list[str]) -> None:
     evaluate_predictions(config, file, out, None if known.run is None else Path(known.run))
 
 
-def _of_run(folder: str, out: str | None, which: Literal["newest", "best"], overrides: list[str]) -> None:
+def _of_run(
+    folder: str, out: str | None, which: Literal["newest", "best"], overrides: list[str]
+) -> None:
     place = check_run_folder(folder, "--run") if out is None else check_run_folder(out, "--out")
     start()
 
@@ -76,9 +88,11 @@ def _of_run(folder: str, out: str | None, which: Literal["newest", "best"], over
 
 
 def _refuse_nothing(config: Config) -> None:
-    """Raises UserError if nothing would be scored, because an empty report would replace that of the run."""
+    """Raises UserError if nothing would be scored, because an empty report would replace that of
+    the run.
+    """
     if not config.evaluates:
         raise UserError(
-            "config.evaluate.splits and config.evaluate.entries are empty, so that nothing would be scored; name a "
-            "split."
+            "config.evaluate.splits and config.evaluate.entries are empty, so that nothing would "
+            "be scored; name a split."
         )

@@ -31,7 +31,9 @@ def run(arguments: list[str]) -> None:
 
     if known.format not in TARGETS:
         choices = "; ".join(f"{name}: {target.what}" for name, target in TARGETS.items())
-        raise UserError(f"--format={known.format} is not a format{nearest(known.format, TARGETS)} Choose {choices}.")
+        raise UserError(
+            f"--format={known.format} is not a format{nearest(known.format, TARGETS)} Choose {choices}."
+        )
     target = TARGETS[known.format]
     config = changed(settings_of(Path(known.run)), overrides, ACCEPTING)
     run = open_run(known.run, changed=config.text.changed)

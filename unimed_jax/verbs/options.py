@@ -36,7 +36,9 @@ def parser(module: str, description: str | None) -> Parser:
     )
 
 
-def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str], of_run: bool = False) -> Config:
+def with_overrides(
+    settings: ml_collections.ConfigDict, overrides: Sequence[str], of_run: bool = False
+) -> Config:
     """Lays each `--config.a.b=value` over the settings and builds the Config.
 
     Raises UserError for an unknown key or word, for a value that is none of the setting's, and for
@@ -52,24 +54,29 @@ def with_overrides(settings: ml_collections.ConfigDict, overrides: Sequence[str]
         place: Any = settings
         for part in [*groups, name]:
             if isinstance(place, (list, tuple)):
-                raise UserError(f"{key}: its group is a list; change it in the config file, or give the whole list.")
+                raise UserError(
+                    f"{key}: its group is a list; change it in the config file, or give the whole list."
+                )
             if not isinstance(place, ml_collections.ConfigDict) or part not in place:
                 choices = list(place.keys()) if isinstance(place, ml_collections.ConfigDict) else []
                 raise UserError(f"{key} is not a setting{nearest(part, choices)}")
             parent, place = place, place[part]
         if isinstance(place, ml_collections.ConfigDict) and _is_group([*groups, name]):
             keys = ", ".join(list(place.keys())[:3])
-            raise UserError(f"{key} is a group of settings; give one of its keys ({key}.KEY=value; {keys}, ...).")
+            raise UserError(
+                f"{key} is a group of settings; give one of its keys ({key}.KEY=value; {keys}, ...)."
+            )
         new = _literal(value, place)
         if isinstance(place, (list, tuple)) and not isinstance(new, (list, tuple)):
             raise UserError(
-                f"{key} takes a list, not {value!r}; write it in the config file, or as Python would, in quotes: "
-                f"{key}=\"('first', 'second')\"."
+                f"{key} takes a list, not {value!r}; write it in the config file, or as Python "
+                f"would, in quotes: {key}=\"('first', 'second')\"."
             )
         try:
             with parent.unlocked(), parent.ignore_type():
                 parent[name] = new
-        except (TypeError, ValueError, KeyError, AttributeError) as error:  # keys that a ConfigDict does not take
+        # keys that a ConfigDict does not take
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{key}={value!r} is not a value of this setting ({error}).") from error
         named.append(".".join([*groups, name]))
     config = from_config_dict(settings, effects=not of_run)
@@ -85,7 +92,9 @@ def changed(config: Config, overrides: Sequence[str], allowed: Sequence[str]) ->
     """
     for word in overrides:
         if not word.startswith(tuple(allowed)):
-            raise UserError(f"argument {word!r} cannot change a finished run; only {', '.join(allowed)} can.")
+            raise UserError(
+                f"argument {word!r} cannot change a finished run; only {', '.join(allowed)} can."
+            )
     return with_overrides(ml_collections.ConfigDict(to_dict(config)), overrides, of_run=True)
 
 
@@ -104,7 +113,9 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> Config:
     """
     settings = load_config_file(file)
     if "stages" in settings:
-        raise UserError(f"--config={file} is a chain; name one of its stages ({', '.join(settings.stages)}).")
+        raise UserError(
+            f"--config={file} is a chain; name one of its stages ({', '.join(settings.stages)})."
+        )
     return with_overrides(settings, overrides)
 
 

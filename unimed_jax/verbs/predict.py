@@ -31,22 +31,30 @@ def run(arguments: list[str]) -> None:
         default=[],
         help="PNG, JPEG, TIFF, DICOM ... (every task but qa); once for each of several",
     )
-    options.add_argument("--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}")
-    options.add_argument("--out", help="refer, identify: where to draw the box (default: in the run's folder)")
+    options.add_argument(
+        "--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}"
+    )
+    options.add_argument(
+        "--out", help="refer, identify: where to draw the box (default: in the run's folder)"
+    )
     known, overrides = options.parse_known_args(arguments)
     others = [word for word in overrides if not word.startswith(ACCEPTING)]
     if (known.run is None) == (known.config is None) or (others and known.run):
         raise UserError(
-            "predict takes either --run=DIR or --config=FILE with its --config.key=value; give one of them."
+            "predict takes either --run=DIR or --config=FILE with its --config.key=value; give one "
+            "of them."
         )
     if known.task not in TASKS:
         raise UserError(
-            f"--task={known.task} is not a task{nearest(known.task, TASKS)} Choose from {', '.join(TASKS)}."
+            f"--task={known.task} is not a task{nearest(known.task, TASKS)} Choose from "
+            f"{', '.join(TASKS)}."
         )
     if known.task in ("vqa", "qa", "refer", "identify") and not known.text:
         raise UserError(f"task {known.task!r} needs --text.")
     if known.task in ("refer", "identify") and len(known.image) > 1:
-        raise UserError(f"task {known.task!r} is about one image, not {len(known.image)}; give one --image.")
+        raise UserError(
+            f"task {known.task!r} is about one image, not {len(known.image)}; give one --image."
+        )
 
     config = read_config(known.config, overrides) if known.config is not None else None
     picture = _picture(known, known.run if config is None else f"runs/{config.name}")
@@ -60,8 +68,8 @@ def run(arguments: list[str]) -> None:
 
     if known.task == "identify" and valid_box(known.text) is None:
         raise UserError(
-            f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the image, with x1 < x2 "
-            "and y1 < y2, at most 100."
+            f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the "
+            "image, with x1 < x2 and y1 < y2, at most 100."
         )
     images = tuple(read_image(path) for path in known.image)
     if config is None:
@@ -80,7 +88,10 @@ def run(arguments: list[str]) -> None:
     print()
     box = valid_box({"refer": text, "identify": known.text}.get(known.task, ""))
     if known.task == "refer" and box is None:
-        print("The answer holds no valid box ({<x1><y1><x2><y2>}, x1 < x2, y1 < y2, at most 100): nothing is drawn.")
+        print(
+            "The answer holds no valid box ({<x1><y1><x2><y2>}, x1 < x2, y1 < y2, at most 100): "
+            "nothing is drawn."
+        )
     if box and picture is not None:
         draw_box(picture, images[0], box, known.text if known.task == "refer" else text)
         print(f"drew {picture}")
@@ -92,17 +103,23 @@ def _picture(known: argparse.Namespace, folder: str) -> Path | None:
     Before the model is opened, which takes minutes if it is large.
     """
     if known.out is not None and Path(known.out).suffix.lower() not in PICTURES:
-        raise UserError(f"--out={known.out} is not the name of a picture; let it end in {', '.join(PICTURES)}.")
+        raise UserError(
+            f"--out={known.out} is not the name of a picture; let it end in {', '.join(PICTURES)}."
+        )
     if known.task not in ("refer", "identify") or not known.image:
         return None
     if known.out is not None:
         return check_output_file(known.out, "--out")
     picture = Path(folder, f"{Path(known.image[0]).stem}_{known.task}.png")
     if trainer := owner(Path(folder)):
-        raise UserError(f"{folder} is in use by the run of {trainer}; name another file for the picture with --out.")
+        raise UserError(
+            f"{folder} is in use by the run of {trainer}; name another file for the picture with --out."
+        )
     try:
         return check_output_file(picture, "--out")
     except UserError as error:
         if known.run is not None and not Path(folder).is_dir():
             return picture  # no run at all, which opening it says better
-        raise UserError(f"{str(error).partition(';')[0]}; name another file for the picture with --out.") from error
+        raise UserError(
+            f"{str(error).partition(';')[0]}; name another file for the picture with --out."
+        ) from error

@@ -18,17 +18,23 @@ def run(arguments: list[str]) -> None:
     options.epilog = "--config.key=value changes a setting."
     known, overrides = options.parse_known_args(arguments)
     if "://" in (known.workdir or ""):
-        raise UserError(f"--workdir={known.workdir} is not a folder; mount the bucket, and give its path there.")
+        raise UserError(
+            f"--workdir={known.workdir} is not a folder; mount the bucket, and give its path there."
+        )
     settings = load_config_file(known.config)
     if "stages" in settings:
-        folder = check_run_folder(f"runs/{settings.name}" if known.workdir is None else known.workdir, "--workdir")
+        folder = check_run_folder(
+            f"runs/{settings.name}" if known.workdir is None else known.workdir, "--workdir"
+        )
         start()
         from unimed_jax.analyze.chain import run_chain
 
         run_chain(settings, overrides, folder)
         return
     config = with_overrides(settings, overrides)
-    folder = check_run_folder(f"runs/{config.name}" if known.workdir is None else known.workdir, "--workdir")
+    folder = check_run_folder(
+        f"runs/{config.name}" if known.workdir is None else known.workdir, "--workdir"
+    )
     start()
 
     from unimed_jax.analyze.chain import train_and_evaluate

@@ -1,4 +1,5 @@
-"""Opens data sets: one file each with `INFO` and `read`, found by name here or by a dotted name anywhere.
+"""Opens data sets: one file each with `INFO` and `read`, found by name here or by a dotted name
+anywhere.
 
 `read(folder, split, options, skipped)` yields (Example, sources of its images); see data/prepare.py.
 """
@@ -22,7 +23,9 @@ _opened: dict[tuple[Path, int], Store] = {}  # by folder and time of its manifes
 
 
 def open_sources(data: DataConfig) -> list[Dataset]:
-    """Opens one data set per source, in their order; sources that differ in tasks or filters only share one.
+    """Opens one data set per source, in their order.
+
+    Sources that differ in tasks or filters only share one.
 
     A set is prepared first if it has not been. Raises UserError for anything wrong with a source.
     """
@@ -40,7 +43,10 @@ def distinct(datasets: Iterable[Dataset]) -> list[Dataset]:
 
 
 def path_of(source: SourceConfig, data: DataConfig) -> str:
-    """Returns where a source's files are: its path, from `data.root` on; without one, `<data.root>/<name>`."""
+    """Returns where a source's files are: its path, from `data.root` on.
+
+    Without one, `<data.root>/<name>`.
+    """
     given = source.path or (source.name if data.root else "")
     return str(Path(data.root, given)) if given else ""
 
@@ -67,12 +73,13 @@ def reader_of(name: str) -> Reader:
         found = importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"config.data.sources: module {name!r} does not import ({error}); check its name and PYTHONPATH."
+            f"config.data.sources: module {name!r} does not import ({error}); check its name and "
+            "PYTHONPATH."
         ) from error
     if not isinstance(getattr(found, "INFO", None), Info) or not callable(getattr(found, "read", None)):
         raise UserError(
-            f"config.data.sources: module {name!r} is not a reader, because it lacks INFO (an Info) or read(folder, "
-            "split, options, skipped); see docs/adding_a_dataset.md."
+            f"config.data.sources: module {name!r} is not a reader, because it lacks INFO (an Info) "
+            "or read(folder, split, options, skipped); see docs/adding_a_dataset.md."
         )
     return cast(Reader, found)
 
@@ -97,7 +104,9 @@ def _plain_value(value: Any) -> Any:
 
 
 def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str]:
-    """Gives each set its id: as given, else the last part of its name, with its path if two sets have the same."""
+    """Gives each set its id: as given, else the last part of its name, with its path if two sets
+    have the same.
+    """
     default = {identity: s[0].id or s[0].name.rpartition(".")[2] for identity, s in sets.items()}
     out: dict[str, str] = {}
     for identity, sources in sets.items():
@@ -107,8 +116,8 @@ def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str
             found = f"{found}-{Path(path).stem}"
         if found in out.values():
             raise UserError(
-                f"config.data.sources: two data sets have the id {found!r}; give each source with other files, options "
-                "or splits an id of its own."
+                f"config.data.sources: two data sets have the id {found!r}; give each source with "
+                "other files, options or splits an id of its own."
             )
         out[identity] = found
     return out
@@ -122,8 +131,8 @@ def _open(id: str, sources: list[SourceConfig], data: DataConfig) -> Dataset:
         path = path_of(source, data)
         if not path or not Path(path).exists():
             raise UserError(
-                f"config.data.sources: {path or 'the path of ' + repr(source.name)} does not exist; give the folder "
-                f"that holds {', '.join(reader.INFO.files)}."
+                f"config.data.sources: {path or 'the path of ' + repr(source.name)} does not exist; "
+                f"give the folder that holds {', '.join(reader.INFO.files)}."
             )
         folder = Path(path)
     info = described(reader.INFO, folder, source.info)

@@ -20,7 +20,12 @@ INFO = Info(
     name="classes",
     tasks=("cls",),
     cluster_word="image",
-    files=(*(f"{split}{ending}" for split in ("train", "val", "test") for ending in TABLES), "train", "val", "test"),
+    files=(
+        *(f"{split}{ending}" for split in ("train", "val", "test") for ending in TABLES),
+        "train",
+        "val",
+        "test",
+    ),
 )
 OPTIONS = {
     "question": "",  # what is asked; empty: the instruction says it all
@@ -37,7 +42,12 @@ def read(
     for name, path, label, cluster in _labelled(folder, split):
         answer = str(chosen["names"].get(label, label))
         facts = {"template": "class", "class": label}
-        yield Example(f"{split}/{name}", "cls", str(chosen["question"]), answer, (name,), None, cluster, facts), (path,)
+        yield (
+            Example(
+                f"{split}/{name}", "cls", str(chosen["question"]), answer, (name,), None, cluster, facts
+            ),
+            (path,),
+        )
 
 
 def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
@@ -45,15 +55,21 @@ def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
     tables = [path for ending in TABLES if (path := folder / f"{split}{ending}").is_file()]
     here = folder / split
     if len(tables) + here.is_dir() > 1:
-        raise UserError(f"{folder} has {split} as {tables[0].name} and in another form; leave one of them.")
+        raise UserError(
+            f"{folder} has {split} as {tables[0].name} and in another form; leave one of them."
+        )
     if tables:
         for where, record in records(tables[0], "give a table with the columns path and label"):
             name = word(record, "path" if "path" in record else "image", where, required=True)
-            label = word(record, "label" if "label" in record else "class", where, required=True, numbers=True)
+            label = word(
+                record, "label" if "label" in record else "class", where, required=True, numbers=True
+            )
             path = inside(folder, folder, name, where)
             yield name, path, label, word(record, "cluster", where) or name
     elif here.is_dir():
         for place in sorted(path for path in here.iterdir() if path.is_dir()):
-            for path in sorted(path for path in place.rglob("*") if path.is_file() and path.name[0] != "."):
+            for path in sorted(
+                path for path in place.rglob("*") if path.is_file() and path.name[0] != "."
+            ):
                 name = str(path.relative_to(folder))
                 yield name, path, place.name, name

@@ -1,8 +1,9 @@
 """Labelled boxes in the form of COCO: where things are, and what boxes hold (tasks refer and identify).
 
-A split's JSON, {"images", "annotations", "categories"}, is one of: annotations/instances_<split>*.json,
-instances_<split>*.json, <split>.json, <split>/_annotations.coco.json. Its images lie in the folder that `images` has
-for them: next to the JSON, or in <split>, images/<split>, images, or the folder itself.
+A split's JSON, {"images", "annotations", "categories"}, is one of:
+annotations/instances_<split>*.json, instances_<split>*.json, <split>.json,
+<split>/_annotations.coco.json. Its images lie in the folder that `images` has for them: next to the
+JSON, or in <split>, images/<split>, images, or the folder itself.
 """
 
 from collections import defaultdict
@@ -40,8 +41,8 @@ def read(
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields the questions about each image of a split, by the options of data/grounding.py.
 
-    Crowds (iscrowd) are no single things and left out without a word; a box that is empty or leaves its image, and an
-    image that is missing, are skipped. Corners are rounded to whole pixels.
+    Crowds (iscrowd) are no single things and left out without a word; a box that is empty or leaves
+    its image, and an image that is missing, are skipped. Corners are rounded to whole pixels.
     """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, grounding.OPTIONS, "coco")
@@ -51,8 +52,13 @@ def read(
         return
     content = parse_json(read_text(file, "restore it", LARGEST), str(file))
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not COCO's object of images, annotations and categories; give such a file.")
-    labels = {_id(c, file): word(c, "name", f"{file}, categories", True) for c in _list(content, "categories", file)}
+        raise UserError(
+            f"{file} is not COCO's object of images, annotations and categories; give such a file."
+        )
+    labels = {
+        _id(c, file): word(c, "name", f"{file}, categories", True)
+        for c in _list(content, "categories", file)
+    }
     of_image = _annotations(content, labels, file)
     for image in _list(content, "images", file):
         where = f"{file}, image {short(image.get('id'))}"
@@ -78,14 +84,21 @@ def read(
 
 def _file(folder: Path, split: str) -> Path | None:
     """Finds the JSON of a split."""
-    found = [path for name in SPELT[split] for form in FORMS for path in sorted(folder.glob(form.format(name)))]
+    found = [
+        path
+        for name in SPELT[split]
+        for form in FORMS
+        for path in sorted(folder.glob(form.format(name)))
+    ]
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found)
         raise UserError(f"{folder} has several files for {split} ({names}); leave one of them.")
     return found[0] if found else None
 
 
-def _annotations(content: Record, labels: Mapping[int, str], file: Path) -> dict[int, list[tuple[Any, Labelled]]]:
+def _annotations(
+    content: Record, labels: Mapping[int, str], file: Path
+) -> dict[int, list[tuple[Any, Labelled]]]:
     """Reads the boxes by the id of their image, each with its own id."""
     of_image = defaultdict(list)
     for entry in _list(content, "annotations", file):
@@ -98,7 +111,9 @@ def _annotations(content: Record, labels: Mapping[int, str], file: Path) -> dict
         if not entry.get("iscrowd"):
             x, y, width, height = box
             corners = round(x), round(y), round(x + width), round(y + height)
-            of_image[entry["image_id"]].append((entry.get("id"), Labelled(labels[entry["category_id"]], corners)))
+            of_image[entry["image_id"]].append(
+                (entry.get("id"), Labelled(labels[entry["category_id"]], corners))
+            )
     return of_image
 
 
@@ -123,6 +138,9 @@ def _side(image: Record, key: str, where: str) -> int:
 
 def _path(folder: Path, file: Path, split: str, name: str, where: str) -> Path:
     """Returns where the image lies, or would have to."""
-    places = [file.parent, *(folder / part for part in (*SPELT[split], *(f"images/{s}" for s in SPELT[split])))]
+    places = [
+        file.parent,
+        *(folder / part for part in (*SPELT[split], *(f"images/{s}" for s in SPELT[split]))),
+    ]
     paths = [inside(folder, place, name, where) for place in (*places, folder / "images", folder)]
     return next((path for path in paths if path.exists()), paths[0])

@@ -3,8 +3,8 @@
     annotation.json
     images/CXR1_1_IM-0001/0.png
 
-Words that were removed for privacy stand as XXXX. Reports repeat: about a quarter of the test reports occur word for
-word in the training part.
+Words that were removed for privacy stand as XXXX. Reports repeat: about a quarter of the test
+reports occur word for word in the training part.
 """
 
 from collections.abc import Iterator, Mapping

@@ -4,9 +4,9 @@
      "question": "Is there a fracture?", "answer": "no",
      "split": "train", "cluster": "case7", "meta": {"modality": "X-ray"}}
 
-`path` is such a file, or a folder of them; images lie in the file's folder. SCHEMA says what each key may hold, and
-`python -m unimed_jax.main data schema` prints it. A record with `boxes` in place of a task, a question and an answer
-stands for the questions that data/grounding.py makes of them.
+`path` is such a file, or a folder of them; images lie in the file's folder. SCHEMA says what each
+key may hold, and `python -m unimed_jax.main data schema` prints it. A record with `boxes` in place
+of a task, a question and an answer stands for the questions that data/grounding.py makes of them.
 """
 
 import dataclasses
@@ -21,7 +21,16 @@ from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
-from unimed_jax.data.records import Record, check_keys, chosen_options, inside, records, short, size_of, word
+from unimed_jax.data.records import (
+    Record,
+    check_keys,
+    chosen_options,
+    inside,
+    records,
+    short,
+    size_of,
+    word,
+)
 from unimed_jax.errors import UserError
 
 GROUNDED = ("refer", "identify")  # tasks with a box
@@ -30,7 +39,9 @@ _BOX = {
     "items": {"type": "number", "minimum": 0},
     "minItems": 4,
     "maxItems": 4,
-    "description": "x1, y1, x2, y2 in pixels of the upright image, from its upper left corner; the ends are outside",
+    "description": (
+        "x1, y1, x2, y2 in pixels of the upright image, from its upper left corner; the ends are outside"
+    ),
 }
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -38,10 +49,20 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "id": {"type": ["string", "integer"], "description": "its own over all splits"},
-        "images": {"type": "array", "items": {"type": "string"}, "description": "paths, from the file's folder on"},
+        "images": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "paths, from the file's folder on",
+        },
         "task": {"enum": list(TASKS)},
-        "question": {"type": "string", "description": "refer: the words for the thing; caption: may be absent"},
-        "answer": {"type": "string", "description": "refer: may be absent, the box says it; identify: the name"},
+        "question": {
+            "type": "string",
+            "description": "refer: the words for the thing; caption: may be absent",
+        },
+        "answer": {
+            "type": "string",
+            "description": "refer: may be absent, the box says it; identify: the name",
+        },
         "box": _BOX | {"description": f"tasks refer and identify: {_BOX['description']}"},
         "boxes": {
             "type": "array",
@@ -76,7 +97,9 @@ def read(
         for where, record in records(file, "give one object a line"):
             check_keys(record, tuple(SCHEMA["properties"]), where)
             if word(record, "split", where, required=True) not in INFO.splits:
-                raise UserError(f"{where}: split {record['split']!r} is none of {', '.join(INFO.splits)}.")
+                raise UserError(
+                    f"{where}: split {record['split']!r} is none of {', '.join(INFO.splits)}."
+                )
             if record["split"] == split:
                 yield from _examples(record, file.parent, where, chosen, skipped)
 
@@ -105,7 +128,11 @@ def _examples(
     if ("box" in record) != (task in GROUNDED):
         raise UserError(
             f"{where}: task {task!r} "
-            + ("takes no box; leave it out." if "box" in record else "needs a box; give [x1, y1, x2, y2] in pixels.")
+            + (
+                "takes no box; leave it out."
+                if "box" in record
+                else "needs a box; give [x1, y1, x2, y2] in pixels."
+            )
         )
     if "box" in record:
         box = _box(record["box"], where)
@@ -133,7 +160,9 @@ def _questions(
     if not isinstance(found, list) or not all(
         isinstance(entry, dict) and entry.keys() == {"label", "box"} for entry in found
     ):
-        raise UserError(f"{where}: 'boxes' is {short(found)}; give a list of {{'label': ..., 'box': ...}}.")
+        raise UserError(
+            f"{where}: 'boxes' is {short(found)}; give a list of {{'label': ..., 'box': ...}}."
+        )
     size = _size(paths, where)
     if isinstance(size, str):
         skipped.append(f"{name}: {size}")

@@ -1,9 +1,10 @@
 """Conversations about images in the JSON of LLaVA-Med and Med-MoE.
 
-A list of {"id", "image": name or list of one, "conversations": [{"from": "human" or "gpt", "value"}]}, with
-"answer_type" and "modality" (or LLaVA-Med's "domain") where a file has them; or such records one a line. `path` is a
-file of them, all of it for training, or a folder with train.json, val.json and test.json, or some of them (.jsonl,
-too); images lie in `images` next to it, or right there.
+A list of {"id", "image": name or list of one, "conversations": [{"from": "human" or "gpt",
+"value"}]}, with "answer_type" and "modality" (or LLaVA-Med's "domain") where a file has them; or
+such records one a line. `path` is a file of them, all of it for training, or a folder with
+train.json, val.json and test.json, or some of them (.jsonl, too); images lie in `images` next to
+it, or right there.
 """
 
 import os
@@ -32,7 +33,8 @@ INFO = Info(
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields one example a conversation: its last turn asks (task vqa, or qa without an image), others are `history`.
+    """Yields one example a conversation: its last turn asks (task vqa, or qa without an image),
+    others are `history`.
 
     A record whose image is no file that can be read is skipped. All other faults raise UserError.
     """
@@ -65,28 +67,38 @@ def _file(folder: Path, split: str) -> Path | None:
     # A set that is only tested on has no train.json.
     if split == "train" and not any(os.path.lexists(folder / name) for name in INFO.files):
         raise UserError(
-            f"{folder / 'train.json'} does not exist; give a .json or .jsonl file, or a folder with train.json, as "
-            "path."
+            f"{folder / 'train.json'} does not exist; give a .json or .jsonl file, or a folder with "
+            "train.json, as path."
         )
     return found[0] if found else None
 
 
 def _example(record: dict[str, Any], where: str, name: str) -> Example:
-    """Turns the record into an example; its image keys are the names of the files. `where` is for errors."""
-    messages = record.get("conversations", record.get("conversatons"))  # the second is LLaVA-Med's own spelling
+    """Turns the record into an example; its image keys are the names of the files.
+
+    `where` is for errors.
+    """
+    # the second is LLaVA-Med's own spelling
+    messages = record.get("conversations", record.get("conversatons"))
     image = record.get("image") or []
     images = [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(entry, str) for entry in images):
         raise UserError(f"{where}: 'image' is {short(image)}; give a file's name, or a list of them.")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise UserError(f"{where}: 'conversations' must be a list of {{'from': ..., 'value': ...}}; mend the record.")
+        raise UserError(
+            f"{where}: 'conversations' must be a list of {{'from': ..., 'value': ...}}; mend the record."
+        )
     # An answer that is null counts as an empty one, which whoever prepares the set leaves out.
     turns = turns_of([message | {"value": message["value"] or ""} for message in messages], where)
     marks = [question.count(IMAGE) for question, _ in turns]
-    if any(IMAGE in answer for _, answer in turns) or sum(marks) != len(images) or sum(marks) != marks[0]:
+    if (
+        any(IMAGE in answer for _, answer in turns)
+        or sum(marks) != len(images)
+        or sum(marks) != marks[0]
+    ):
         raise UserError(
-            f"{where}: {len(images)} images, and {IMAGE} {sum(marks)} times in its questions; write it once for "
-            "each image, in the first question."
+            f"{where}: {len(images)} images, and {IMAGE} {sum(marks)} times in its questions; write "
+            "it once for each image, in the first question."
         )
     asked = [(question.replace(IMAGE, "").strip(), answer) for question, answer in turns]
     *history, (question, answer) = asked
@@ -100,13 +112,19 @@ def _example(record: dict[str, Any], where: str, name: str) -> Example:
 
 def _is_message(message: Any) -> bool:
     """Says whether it is {"from": text, "value": text}; the value of an answer may be null."""
-    if not isinstance(message, dict) or not isinstance(message.get("from"), str) or "value" not in message:
+    if (
+        not isinstance(message, dict)
+        or not isinstance(message.get("from"), str)
+        or "value" not in message
+    ):
         return False
     return isinstance(message["value"], str) or (message["value"] is None and message["from"] == "gpt")
 
 
 def _modality(record: dict[str, Any], where: str) -> str:
-    """Returns `modality`, or the one that is true of LLaVA-Med's {"domain": {"mri": true, "ct_scan": false, ...}}."""
+    """Returns `modality`, or the one that is true of LLaVA-Med's {"domain": {"mri": true,
+    "ct_scan": false, ...}}.
+    """
     domain = record.get("domain")
     true = [name for name, holds in domain.items() if holds is True] if isinstance(domain, dict) else []
     return word(record, "modality", where) or (true[0] if len(true) == 1 else "")

@@ -2,8 +2,8 @@
 
     <name>.npz or <name>_<size>.npz     {train,val,test}_{images,labels}; option name="dermamnist"
 
-Pictures are read one at a time, so that a file of several GB costs no memory. ChestMNIST has several labels a picture:
-its answer names them in the order of the classes, or says "no finding".
+Pictures are read one at a time, so that a file of several GB costs no memory. ChestMNIST has
+several labels a picture: its answer names them in the order of the classes, or says "no finding".
 """
 
 import zipfile
@@ -19,21 +19,25 @@ from unimed_jax.data.records import chosen_options, one_of
 from unimed_jax.errors import UserError
 
 _ORGANS = (
-    "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver", "left lung", "right lung",
+    "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver",
+    "left lung", "right lung",
     "pancreas", "spleen",
 )  # fmt: skip
 # As the package medmnist names them; "kidney-left" is written as it is spoken (Uni-Med).
 CLASSES: dict[str, tuple[str, ...]] = {
     "pathmnist": (
-        "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
+        "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle",
+        "normal colon mucosa",
         "cancer-associated stroma", "colorectal adenocarcinoma epithelium",
     ),
     "chestmnist": (
-        "atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
+        "atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia",
+        "pneumothorax",
         "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia",
     ),
     "dermamnist": (
-        "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
+        "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma",
+        "benign keratosis-like lesions",
         "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions",
     ),
     "octmnist": ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal"),
@@ -42,12 +46,14 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "breastmnist": ("malignant", "normal, benign"),
     "bloodmnist": (
         "basophil", "eosinophil", "erythroblast",
-        "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
+        "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte",
+        "neutrophil",
         "platelet",
     ),
     "tissuemnist": (
         "Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
-        "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments", "Thick Ascending Limb",
+        "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
+        "Thick Ascending Limb",
     ),
     "organamnist": _ORGANS,
     "organcmnist": _ORGANS,
@@ -88,11 +94,16 @@ def read(
             labels = np.stack(list(_rows(archive, f"{split}_labels", file)))
             for number, pixels in enumerate(_rows(archive, f"{split}_images", file)):
                 if number >= len(labels):
-                    raise UserError(f"{file}: {split} has {len(labels)} labels but more images; get it again.")
+                    raise UserError(
+                        f"{file}: {split} has {len(labels)} labels but more images; get it again."
+                    )
                 key = f"{name}/{split}/{number}"
                 answer = _answer(labels[number], CLASSES[name], f"{file}, {split} {number}")
                 facts = {"template": name, "class": answer}
-                yield Example(key, "cls", str(chosen["question"]), answer, (key,), None, key, facts), (pixels,)
+                yield (
+                    Example(key, "cls", str(chosen["question"]), answer, (key,), None, key, facts),
+                    (pixels,),
+                )
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{file} cannot be read ({error}); get it again.") from error
 
@@ -101,13 +112,24 @@ def _rows(archive: zipfile.ZipFile, name: str, file: Path) -> Iterator[np.ndarra
     """Yields the rows of an array of whole numbers in the archive, one at a time."""
     with archive.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = read_header(stream)
         whole = dtype.kind in "ui" and dtype.itemsize <= 8 and not fortran
         if not whole or not 1 <= len(shape) <= 4 or max(shape[1:], default=1) > LARGEST:
-            raise UserError(f"{file}: {name} is an array {shape} of {dtype}, not of pictures or labels; get it again.")
-        if name.endswith("images") and (dtype != np.uint8 or shape[3:] not in ((), (3,)) or len(shape) < 3):
-            raise UserError(f"{file}: {name} is an array {shape} of {dtype}, not of pictures in uint8; get it again.")
+            raise UserError(
+                f"{file}: {name} is an array {shape} of {dtype}, not of pictures or labels; get it "
+                "again."
+            )
+        if name.endswith("images") and (
+            dtype != np.uint8 or shape[3:] not in ((), (3,)) or len(shape) < 3
+        ):
+            raise UserError(
+                f"{file}: {name} is an array {shape} of {dtype}, not of pictures in uint8; get it again."
+            )
         size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
         for number in range(shape[0]):
             data = stream.read(size)
@@ -121,7 +143,9 @@ def _answer(label: np.ndarray, classes: tuple[str, ...], where: str) -> str:
     if label.size == 1:
         number = int(label.reshape(-1)[0])
         if not 0 <= number < len(classes):
-            raise UserError(f"{where}: label {number} is none of the {len(classes)} classes; get the file again.")
+            raise UserError(
+                f"{where}: label {number} is none of the {len(classes)} classes; get the file again."
+            )
         return classes[number]
     if label.size != len(classes):
         raise UserError(f"{where}: it has {label.size} labels, not {len(classes)}; get the file again.")

@@ -28,7 +28,10 @@ OPTIONS = {"images": "images"}  # folder of the images, from the set's folder on
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields the captions of a split in the order of the table; a row whose image is missing is skipped by name."""
+    """Yields the captions of a split in the order of the table.
+
+    A row whose image is missing is skipped by name.
+    """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, OPTIONS, "medpix")
     file, images = folder / f"MedPix_single_{split}.csv", folder / chosen["images"]
@@ -38,5 +41,7 @@ def read(
         if word(record, "type", where, required=True) == "caption":
             name = word(record, "name", where, required=True)
             caption = " ".join(word(record, "context", where).split())
-            example = Example(f"{split}/{number}", "caption", "", caption, (name,), None, name, {"template": "caption"})
+            example = Example(
+                f"{split}/{number}", "caption", "", caption, (name,), None, name, {"template": "caption"}
+            )
             yield example, (inside(images, images, name, where),)

@@ -3,8 +3,8 @@
     splitted_dataset/descriptions_{train,dev,test}.jsonl   one image a line
     images/<image>.png
 
-cls asks three things, each its template: modality (CT or MR), plane, and region of the body. A case's region is that of
-all its images.
+cls asks three things, each its template: modality (CT or MR), plane, and region of the body. A
+case's region is that of all its images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,16 @@ from typing import Any
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import Record, chosen_options, inside, left_out_names, one_of, records, short, word
+from unimed_jax.data.records import (
+    Record,
+    chosen_options,
+    inside,
+    left_out_names,
+    one_of,
+    records,
+    short,
+    word,
+)
 from unimed_jax.errors import UserError
 
 FILES = {name: f"splitted_dataset/descriptions_{found}.jsonl" for name, found in
@@ -45,7 +54,8 @@ def read(
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields the caption of each image and the questions about it, as far as they have an answer.
 
-    A placeholder in place of a caption is skipped by name; a plane that is none of three only lacks its question.
+    A placeholder in place of a caption is skipped by name; a plane that is none of three only lacks
+    its question.
     """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, OPTIONS, "medpix2")
@@ -81,9 +91,16 @@ def _examples(record: Record, name: str, where: str, form: str, skipped: list[st
     else:
         if form == "facts":
             plane = f"{facts['plane']} plane" if facts["plane"] else ""
-            caption = ", ".join(part for part in (facts["modality"], plane, facts["region"]) if part) + f". {caption}"
-        yield Example(f"{name}/caption", "caption", "", caption, (name,), None, case, {"template": form, **meta})
+            caption = (
+                ", ".join(part for part in (facts["modality"], plane, facts["region"]) if part)
+                + f". {caption}"
+            )
+        yield Example(
+            f"{name}/caption", "caption", "", caption, (name,), None, case, {"template": form, **meta}
+        )
     for template, question in QUESTIONS.items():
         if facts[template]:
             more = {"template": template, **meta}
-            yield Example(f"{name}/{template}", "cls", question, facts[template], (name,), None, case, more)
+            yield Example(
+                f"{name}/{template}", "cls", question, facts[template], (name,), None, case, more
+            )

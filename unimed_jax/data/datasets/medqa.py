@@ -2,7 +2,8 @@
 
     questions/US/{train,dev,test}.jsonl                                    five options, or
     questions/US/4_options/phrases_no_exclude_{train,dev,test}.jsonl       four, when `options` is 4
-    {train,dev,test}.jsonl                                                 the same files without the folders
+    {train,dev,test}.jsonl                                                 the same files without
+    the folders
 
 A line is {"question", "answer", "options": {"A": ...}, "answer_idx"}.
 """
@@ -17,7 +18,10 @@ from unimed_jax.data.records import Record, chosen_options, one_of, records, sho
 from unimed_jax.errors import UserError
 
 SPELT = {"train": "train", "val": "dev", "test": "test"}
-FIVE, FOUR = ("questions/US/{}.jsonl", "{}.jsonl"), ("questions/US/4_options/phrases_no_exclude_{}.jsonl",)
+FIVE, FOUR = (
+    ("questions/US/{}.jsonl", "{}.jsonl"),
+    ("questions/US/4_options/phrases_no_exclude_{}.jsonl",),
+)
 
 INFO = Info(
     name="medqa",
@@ -50,7 +54,9 @@ def read(
         letter = word(record, "answer_idx", where, required=True)
         answer = word(record, "answer", where, required=True)
         if listed.get(letter) != answer:
-            raise UserError(f"{where}: answer {short(answer)} is not option {short(letter)}; get the file again.")
+            raise UserError(
+                f"{where}: answer {short(answer)} is not option {short(letter)}; get the file again."
+            )
         question = word(record, "question", where, required=True)
         if chosen["shown"]:
             question += "".join(f" ({key}) {text}" for key, text in listed.items())
@@ -61,6 +67,8 @@ def _options(record: Record, where: str) -> dict[str, str]:
     found = record.get("options")
     if isinstance(found, list):  # as some mirrors have it: [{"key": "A", "value": ...}]
         found = {entry.get("key"): entry.get("value") for entry in found if isinstance(entry, dict)}
-    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+    if not isinstance(found, dict) or not all(
+        isinstance(text, str) for pair in found.items() for text in pair
+    ):
         raise UserError(f"{where}: 'options' is {short(record.get('options'))}; get the file again.")
     return {key: text.strip() for key, text in found.items()}

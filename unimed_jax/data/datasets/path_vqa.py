@@ -2,8 +2,9 @@
 
 The layout is chosen by what lies in the folder:
 
-    qas/{train,val,test}_vqa.pkl, images/<split>/<img_id>.jpg     the original; its pickles are never executed
-    PathVQA_{TRAIN,VAL,TEST}.tsv                                  columns index, image (base64), question, answer
+    qas/{train,val,test}_vqa.pkl, images/<split>/<img_id>.jpg     the original; its pickles are
+    never executed PathVQA_{TRAIN,VAL,TEST}.tsv                                  columns index,
+    image (base64), question, answer
 
 Without a field for it, a question is closed if its answer is yes or no, which is exact for this set.
 """
@@ -47,7 +48,10 @@ def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: l
     elif (folder / TABLES[split]).exists():
         yield from _from_table(folder / TABLES[split], split)
     elif not any((folder / name).exists() for name in INFO.files):
-        raise UserError(f"{folder} holds neither {PICKLES[split]} nor {TABLES[split]}; give Path-VQA's folder as path.")
+        raise UserError(
+            f"{folder} holds neither {PICKLES[split]} nor {TABLES[split]}; give Path-VQA's folder "
+            "as path."
+        )
 
 
 def _from_pickle(folder: Path, split: str) -> Found:
@@ -59,21 +63,37 @@ def _from_pickle(folder: Path, split: str) -> Found:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); get it again.") from error
     except Refused as error:
         raise UserError(
-            f"{file} holds code or objects besides plain data ({error}); get it again from where you trust it."
+            f"{file} holds code or objects besides plain data ({error}); get it again from where "
+            "you trust it."
         ) from error
     if not isinstance(content, list):
         raise UserError(f"{file} is not a list of questions; get it again.")
     for number, record in enumerate(content):
         where = f"{file}, record {number}"
         label = record.get("label") if isinstance(record, dict) else None
-        if not isinstance(label, dict) or not label or not all(isinstance(answer, str) for answer in label):
-            raise UserError(f"{where} is no question with its answers ({short(record)}); get the file again.")
+        if (
+            not isinstance(label, dict)
+            or not label
+            or not all(isinstance(answer, str) for answer in label)
+        ):
+            raise UserError(
+                f"{where} is no question with its answers ({short(record)}); get the file again."
+            )
         name = word(record, "img_id", where, required=True)
-        paths = [inside(folder, folder / "images" / split, f"{name}{ending}", where) for ending in ENDINGS]
+        paths = [
+            inside(folder, folder / "images" / split, f"{name}{ending}", where) for ending in ENDINGS
+        ]
         path = next((path for path in paths if path.exists()), paths[0])
-        scores = {answer: score if isinstance(score, (int, float)) else 0 for answer, score in label.items()}
+        scores = {
+            answer: score if isinstance(score, (int, float)) else 0 for answer, score in label.items()
+        }
         answer = max(scores, key=lambda answer: scores[answer])
-        yield _example(split, number, word(record, "sent", where, required=True), answer, f"{split}/{name}"), (path,)
+        yield (
+            _example(
+                split, number, word(record, "sent", where, required=True), answer, f"{split}/{name}"
+            ),
+            (path,),
+        )
 
 
 def _from_table(file: Path, split: str) -> Found:

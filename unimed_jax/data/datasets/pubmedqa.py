@@ -25,7 +25,8 @@ INFO = Info(
     counts={"train": 500, "test": 500},
 )
 OPTIONS = {
-    "context": "none",  # what stands before the question. none: nothing (Uni-Med); contexts: the abstract without
+    # what stands before the question. none: nothing (Uni-Med); contexts: the abstract without
+    "context": "none",
     # its conclusion (the set's own setting); conclusion: the conclusion, which nearly says the answer
     "words": 0,  # of the context at most; 0: all
 }
@@ -44,10 +45,14 @@ def read(
         read_json(test_file, "get it too, because it names the official test questions"),
     )
     if not isinstance(articles, dict) or not isinstance(test, dict):
-        raise UserError(f"{folder}: {INFO.files[0]} or {INFO.files[1]} is no object of articles; get them again.")
+        raise UserError(
+            f"{folder}: {INFO.files[0]} or {INFO.files[1]} is no object of articles; get them again."
+        )
     lost = [pmid for pmid in test if pmid not in articles]
     if lost:
-        raise UserError(f"{test_file} names {lost[0]} and {len(lost) - 1} more, which {file} lacks; get both again.")
+        raise UserError(
+            f"{test_file} names {lost[0]} and {len(lost) - 1} more, which {file} lacks; get both again."
+        )
     for pmid, article in articles.items():
         if (pmid in test) == (split == "test"):
             where = f"{file}, article {pmid}"

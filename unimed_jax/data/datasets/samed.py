@@ -3,8 +3,8 @@
     images/<modality>/<id>.png
     regions/<modality>/<id>.json     [{"label": [x, y, width, height]}, ...] in pixels
 
-An id is ct_00--AbdomenCT1K--Case_00011--x_0040: modality, set, case, slice. All of it is one split, train; make others
-by case, which is what keeps slices of one patient together:
+An id is ct_00--AbdomenCT1K--Case_00011--x_0040: modality, set, case, slice. All of it is one split,
+train; make others by case, which is what keeps slices of one patient together:
 
     splits={"train": "train[:90%] by cluster", "test": "train[90%:] by cluster"}
 """
@@ -42,7 +42,9 @@ def read(
     grounding.check_options(chosen, "samed")
     files = sorted(folder.glob("regions/*/*.json"))
     if not files:
-        raise UserError(f"{folder} holds no regions/<modality>/<id>.json; give Uni-Med's folder of SA-Med2D as path.")
+        raise UserError(
+            f"{folder} holds no regions/<modality>/<id>.json; give Uni-Med's folder of SA-Med2D as path."
+        )
     for file in files:
         modality = file.parent.name
         key = f"{modality}/{file.stem}"
@@ -60,5 +62,7 @@ def read(
             else:
                 things.append(Labelled(label, box))
         case = "--".join(file.stem.split("--")[1:3]) or file.stem
-        for example in grounding.questions(key, things, size, chosen, cluster=case, meta={"modality": modality}):
+        for example in grounding.questions(
+            key, things, size, chosen, cluster=case, meta={"modality": modality}
+        ):
             yield example, (path,)

@@ -1,4 +1,5 @@
-"""SLAKE: questions about radiological images in English and Chinese (vqa), and organs in boxes (refer, identify).
+"""SLAKE: questions about radiological images in English and Chinese (vqa), and organs in boxes
+(refer, identify).
 
 The layout is chosen by what lies in the folder:
 
@@ -8,8 +9,8 @@ or
     train.json, validate.json (or validation.json), test.json    the questions of a split in one list
     imgs/<name>/...
 
-The two split the images of the Chinese questions differently: in the second 142 images are in train in one language and
-in test in the other, so `language="all"` is only sound in the first.
+The two split the images of the Chinese questions differently: in the second 142 images are in train
+in one language and in test in the other, so `language="all"` is only sound in the first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,12 +22,23 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
-from unimed_jax.data.records import Record, chosen_options, inside, labelled_boxes, one_of, records, size_of, word
+from unimed_jax.data.records import (
+    Record,
+    chosen_options,
+    inside,
+    labelled_boxes,
+    one_of,
+    records,
+    size_of,
+    word,
+)
 from unimed_jax.errors import UserError
 from unimed_jax.files import read_text
 
 LISTS = {"train": ("train.txt",), "val": ("validate.txt", "validation.txt"), "test": ("test.txt",)}
-TABLES = {split: tuple(name.replace(".txt", ".json") for name in names) for split, names in LISTS.items()}
+TABLES = {
+    split: tuple(name.replace(".txt", ".json") for name in names) for split, names in LISTS.items()
+}
 
 INFO = Info(
     name="slake",
@@ -100,7 +112,10 @@ def _question(record: Record, split: str, key: str, where: str) -> Example:
         "content": word(record, "content_type", where),
     }
     name = f"{split}/{word(record, 'qid', where, required=True, numbers=True)}"
-    question, answer = word(record, "question", where, required=True), word(record, "answer", where, numbers=True)
+    question, answer = (
+        word(record, "question", where, required=True),
+        word(record, "answer", where, numbers=True),
+    )
     meta = {key: value for key, value in facts.items() if value}
     return Example(name, "vqa", question, answer, (key,), None, key, meta)
 

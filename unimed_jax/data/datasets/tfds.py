@@ -1,7 +1,8 @@
 """Any set that tensorflow-datasets has prepared as array_record files: classes, questions or captions.
 
-`path` is the folder of a version, with dataset_info.json and features.json: .../my_set/1.0.0. TensorFlow is not needed.
-By default the feature `label` gives the class (task cls); the options name the features of other tasks.
+`path` is the folder of a version, with dataset_info.json and features.json: .../my_set/1.0.0.
+TensorFlow is not needed. By default the feature `label` gives the class (task cls); the options
+name the features of other tasks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,9 @@ from unimed_jax.errors import UserError, nearest
 
 SPELT = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
-INFO = Info(name="tfds", tasks=("cls", "vqa", "qa", "caption"), files=("dataset_info.json", "features.json"))
+INFO = Info(
+    name="tfds", tasks=("cls", "vqa", "qa", "caption"), files=("dataset_info.json", "features.json")
+)
 OPTIONS = {
     "task": "cls",
     "image": "image",  # names of features; empty: there is none
@@ -53,7 +56,16 @@ def read(
         keys, image = ((key,), (record[names["image"]],)) if "image" in names else ((), ())
         meta = {"template": task}
         yield (
-            Example(key, task, texts.get("question", ""), texts["answer"], keys, None, texts.get("cluster", key), meta),
+            Example(
+                key,
+                task,
+                texts.get("question", ""),
+                texts["answer"],
+                keys,
+                None,
+                texts.get("cluster", key),
+                meta,
+            ),
             image,
         )
 
@@ -67,8 +79,8 @@ def _builder(folder: Path) -> Any:
     except Exception as error:  # whatever it raises about files that somebody else wrote
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder} is not a set that tensorflow-datasets has prepared ({reason}); give the folder of a version, "
-            "with dataset_info.json and features.json."
+            f"{folder} is not a set that tensorflow-datasets has prepared ({reason}); give the "
+            "folder of a version, with dataset_info.json and features.json."
         ) from error
 
 
@@ -78,8 +90,8 @@ def _check_features(builder: Any, names: Mapping[str, str], folder: Path) -> Non
     for role, name in names.items():
         if name not in features:
             raise UserError(
-                f"{folder} has no feature {name!r}{nearest(name, features)} It has {', '.join(features)}; set the "
-                f"source's option {role}."
+                f"{folder} has no feature {name!r}{nearest(name, features)} It has "
+                f"{', '.join(features)}; set the source's option {role}."
             )
     if "answer" not in names:
         raise UserError(f"{folder}: the option answer is empty; name a feature ({', '.join(features)}).")
@@ -92,5 +104,7 @@ def _text(value: Any, labels: list[str] | None) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace").strip()
     if getattr(value, "ndim", 0):
-        raise UserError(f"a feature holds {short(value)}, which is no text and no class; choose another.")
+        raise UserError(
+            f"a feature holds {short(value)}, which is no text and no class; choose another."
+        )
     return str(value)

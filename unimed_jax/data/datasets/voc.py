@@ -1,4 +1,5 @@
-"""Labelled boxes in the form of Pascal VOC: where things are, and what boxes hold (tasks refer and identify).
+"""Labelled boxes in the form of Pascal VOC: where things are, and what boxes hold (tasks refer and
+identify).
 
 Annotations/<name>.xml       boxes, whose corners count from 1 and belong to the box
 ImageSets/Main/<split>.txt   names of a split, one a line: train, val, test
@@ -24,7 +25,12 @@ INFO = Info(
     name="voc",
     tasks=("refer", "identify"),
     cluster_word="image",
-    files=("ImageSets/Main/train.txt", "ImageSets/Main/val.txt", "ImageSets/Main/test.txt", "Annotations/*.xml"),
+    files=(
+        "ImageSets/Main/train.txt",
+        "ImageSets/Main/val.txt",
+        "ImageSets/Main/test.txt",
+        "Annotations/*.xml",
+    ),
 )
 
 
@@ -33,8 +39,8 @@ def read(
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields the questions about each image of a split, by the options of data/grounding.py.
 
-    A box that is empty or leaves its image is skipped, and so is an image that is missing or of another size than its
-    annotation says.
+    A box that is empty or leaves its image is skipped, and so is an image that is missing or of
+    another size than its annotation says.
     """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, grounding.OPTIONS, "voc")
@@ -62,7 +68,9 @@ def _names(folder: Path, split: str) -> list[str]:
     return [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
 
 
-def _annotation(file: Path, skipped: list[str], name: str) -> tuple[list[Labelled], tuple[int, int], str]:
+def _annotation(
+    file: Path, skipped: list[str], name: str
+) -> tuple[list[Labelled], tuple[int, int], str]:
     """Reads the things of an image, its (width, height) and the name of its file."""
     text = read_text(file, "restore it, or take its name out of ImageSets")
     if re.search(r"<!(doctype|entity)", text, re.IGNORECASE):
@@ -74,7 +82,9 @@ def _annotation(file: Path, skipped: list[str], name: str) -> tuple[list[Labelle
     size = _number(root, "size/width", file), _number(root, "size/height", file)
     things = []
     for number, found in enumerate(root.iterfind("object")):
-        corners = [_number(found, f"bndbox/{corner}", file) for corner in ("xmin", "ymin", "xmax", "ymax")]
+        corners = [
+            _number(found, f"bndbox/{corner}", file) for corner in ("xmin", "ymin", "xmax", "ymax")
+        ]
         # Corners count from 1, but many a tool writes 0.
         box = max(corners[0] - 1, 0), max(corners[1] - 1, 0), corners[2], corners[3]
         label = (found.findtext("name") or "").strip()

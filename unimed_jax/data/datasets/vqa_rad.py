@@ -2,10 +2,12 @@
 
 The layout is chosen by what lies in the folder:
 
-    VQA_RAD Dataset Public.json, VQA_RAD Image Folder/   the original; its test questions have a phrase_type test_*
-    trainset.json, testset.json, images/                 in circulation since MMQ; leaks test questions into train
+    VQA_RAD Dataset Public.json, VQA_RAD Image Folder/   the original; its test questions have a
+    phrase_type test_* trainset.json, testset.json, images/                 in circulation since
+    MMQ; leaks test questions into train
 
-The official split is by question: almost every test question is about an image that train asks about too.
+The official split is by question: almost every test question is about an image that train asks
+about too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,8 +27,14 @@ INFO = Info(
     tasks=("vqa",),
     splits=("train", "test"),
     licence="CC0 1.0",
-    citation="Lau et al., A dataset of clinically generated visual questions and answers, Scientific Data 2018",
-    note="By design of its split, 446 of the 451 test questions are about an image that train asks about too.",
+    citation=(
+        "Lau et al., A dataset of clinically generated visual questions and answers, Scientific "
+        "Data 2018"
+    ),
+    note=(
+        "By design of its split, 446 of the 451 test questions are about an image that train asks "
+        "about too."
+    ),
     cluster_word="image",
     by_design={"image": "the official split is by question"},
     files=(ORIGINAL, *SPLITS.values()),
@@ -48,7 +56,9 @@ def read(
     images = folder / (chosen["images"] or (PICTURES if original else "images"))
     for where, record in _records(folder, split, original):
         name = word(record, "image_name", where, required=True)
-        example = _example(record, f"{split}/{word(record, 'qid', where, required=True, numbers=True)}", where, name)
+        example = _example(
+            record, f"{split}/{word(record, 'qid', where, required=True, numbers=True)}", where, name
+        )
         if Path(name).stem in without:
             skipped.append(f"{example.id}: image {name} is left out by the option `without`")
         else:
@@ -62,7 +72,9 @@ def _records(folder: Path, split: str, original: bool) -> Iterator[tuple[str, Re
                 yield where, record
         return
     if not (folder / SPLITS[split]).exists():
-        raise UserError(f"{folder} holds neither {ORIGINAL!r} nor {SPLITS[split]}; give VQA-RAD's folder as path.")
+        raise UserError(
+            f"{folder} holds neither {ORIGINAL!r} nor {SPLITS[split]}; give VQA-RAD's folder as path."
+        )
     yield from records(folder / SPLITS[split])
 
 
@@ -74,6 +86,11 @@ def _example(record: Record, name: str, where: str, image: str) -> Example:
         "organ": word(record, "image_organ", where).lower(),
         "phrase": word(record, "phrase_type", where).removeprefix("test_"),
     }
-    question, answer = word(record, "question", where, required=True), word(record, "answer", where, numbers=True)
+    question, answer = (
+        word(record, "question", where, required=True),
+        word(record, "answer", where, numbers=True),
+    )
     meta = {key: value for key, value in facts.items() if value}
-    return Example(name, "vqa", " ".join(question.split()), " ".join(answer.split()), (image,), None, image, meta)
+    return Example(
+        name, "vqa", " ".join(question.split()), " ".join(answer.split()), (image,), None, image, meta
+    )

@@ -1,7 +1,9 @@
-"""Writes twins of data sets: synthetic data in the exact layout of a real one, for trying configs without access.
+"""Writes twins of data sets: synthetic data in the exact layout of a real one, for trying configs
+without access.
 
-`TWINS` names, for each reader, its layouts. A twin has the keys, file names and quirks of the real files (numbers as
-text, trailing blanks, placeholders, empty boxes), random words and random pixels; nothing in it comes from a patient.
+`TWINS` names, for each reader, its layouts. A twin has the keys, file names and quirks of the real
+files (numbers as text, trailing blanks, placeholders, empty boxes), random words and random pixels;
+nothing in it comes from a patient.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,14 +43,19 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
 def write_twin(name: str, out: str | Path, records: int = 24, layout: str = "", seed: int = 0) -> None:
     """Writes a twin of the data set that reader `name` reads into the new folder `out`.
 
-    records: of the training split, about; the others have a third. Raises UserError for an unknown name or layout, and
-    if `out` exists.
+    records: of the training split, about; the others have a third. Raises UserError for an unknown
+    name or layout, and if `out` exists.
     """
     if name not in TWINS:
-        raise UserError(f"there is no twin of {name!r}{nearest(name, TWINS)} Choose from {', '.join(TWINS)}.")
+        raise UserError(
+            f"there is no twin of {name!r}{nearest(name, TWINS)} Choose from {', '.join(TWINS)}."
+        )
     layouts = TWINS[name]
     layout = layout or next(iter(layouts))
     if layout not in layouts:
-        raise UserError(f"{name} has no layout {layout!r}{nearest(layout, layouts)} Choose from {', '.join(layouts)}.")
+        raise UserError(
+            f"{name} has no layout {layout!r}{nearest(layout, layouts)} Choose from "
+            f"{', '.join(layouts)}."
+        )
     with new_folder(out) as folder:
         layouts[layout](folder, records, np.random.default_rng(seed))

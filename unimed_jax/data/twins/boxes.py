@@ -10,6 +10,7 @@ from unimed_jax.data.twins.random import count, pick, words, write_json, write_l
 
 CLASSES = {"disc": (230, 60, 60), "bar": (60, 230, 60), "spot": (80, 80, 240)}
 WIDTH, HEIGHT = 64, 48
+_UNKNOWN = "<pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>"
 
 
 class Scene(NamedTuple):
@@ -51,12 +52,13 @@ def voc(folder: Path, records: int, rng: np.random.Generator) -> None:
             if split == "train" and number == 0:
                 objects.append(("disc", 5, 5, 5, 5))
             lines = [
-                f"<object><name>{label}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>"
-                f"<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                f"<object><name>{label}</name>{_UNKNOWN}<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"
+                f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
                 for label, x1, y1, x2, y2 in objects
             ]
             (annotations / f"{scene.name}.xml").write_text(
-                f"<annotation><folder>JPEGImages</folder><filename>{scene.name}.jpg</filename><path></path>"
+                "<annotation><folder>JPEGImages</folder>"
+                f"<filename>{scene.name}.jpg</filename><path></path>"
                 f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
                 f"<segmented>0</segmented>{''.join(lines)}</annotation>\n"
             )
@@ -70,7 +72,10 @@ def coco(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def coco_roboflow(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes COCO as Roboflow exports it: <split>/_annotations.coco.json among the images; val is `valid`."""
+    """Writes COCO as Roboflow exports it: <split>/_annotations.coco.json among the images.
+
+    Val is `valid`.
+    """
     for split in ("train", "val", "test"):
         place = folder / ("valid" if split == "val" else split)
         write_json(place / "_annotations.coco.json", _coco_of(_scenes(place, split, records, rng)))
@@ -82,11 +87,20 @@ def _coco_of(scenes: list[Scene]) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes):
-        images.append({"id": 17 * number + 5, "file_name": f"{scene.name}.jpg", "width": WIDTH, "height": HEIGHT})
+        images.append(
+            {"id": 17 * number + 5, "file_name": f"{scene.name}.jpg", "width": WIDTH, "height": HEIGHT}
+        )
         for label, x1, y1, x2, y2 in scene.things:
             box = [x1, y1, x2 - x1, y2 - y1]
-            annotations.append({"id": 11 * len(annotations) + 2, "image_id": 17 * number + 5, "bbox": box})
-            annotations[-1] |= {"category_id": ids[label], "area": box[2] * box[3], "iscrowd": 0, "segmentation": []}
+            annotations.append(
+                {"id": 11 * len(annotations) + 2, "image_id": 17 * number + 5, "bbox": box}
+            )
+            annotations[-1] |= {
+                "category_id": ids[label],
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "segmentation": [],
+            }
     crowd = annotations[0] | {"id": 1, "bbox": [0, 0, WIDTH, HEIGHT], "iscrowd": 1}
     categories = [{"id": found, "name": label, "supercategory": "none"} for label, found in ids.items()]
     return {
@@ -105,7 +119,11 @@ def jsonl(folder: Path, records: int, rng: np.random.Generator) -> None:
         scenes = _scenes(folder / "images", split, records, rng)
         for number, scene in enumerate(scenes):
             label, *box = scene.things[-1]
-            about = {"images": [f"images/{scene.name}.jpg"], "split": split, "cluster": f"p{number // 2}"}
+            about = {
+                "images": [f"images/{scene.name}.jpg"],
+                "split": split,
+                "cluster": f"p{number // 2}",
+            }
             meta = {"meta": {"modality": pick(rng, ("CT", "MR"))}}
             for task, more in (
                 ("vqa", {"question": "What is in front?", "answer": label} | meta),
@@ -117,7 +135,9 @@ def jsonl(folder: Path, records: int, rng: np.random.Generator) -> None:
                 lines.append({"id": f"{scene.name}/{task}", "task": task, **about, **more})
             things = [{"label": label, "box": box} for label, *box in scene.things]
             lines.append({"id": f"{scene.name}/boxes", "boxes": things, **about})
-            lines.append({"id": f"{scene.name}/qa", "task": "qa", "question": f"{number} and 1?", "split": split})
+            lines.append(
+                {"id": f"{scene.name}/qa", "task": "qa", "question": f"{number} and 1?", "split": split}
+            )
             lines[-1]["answer"] = str(number + 1)
         two = [f"images/{scene.name}.jpg" for scene in scenes[:2]]
         lines.append({"id": f"{split}/study", "task": "vqa", "images": two, "split": split})

@@ -1,4 +1,6 @@
-"""Twins of the sets of Uni-Med's recipe that hold pictures: SLAKE, Path-VQA, SA-Med2D, MedMNIST, reports, MedPix."""
+"""Twins of the sets of Uni-Med's recipe that hold pictures: SLAKE, Path-VQA, SA-Med2D, MedMNIST,
+reports, MedPix.
+"""
 
 import base64
 import json
@@ -28,7 +30,9 @@ def slake(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes the original layout: lists of image folders, questions in two languages in each folder."""
     for split, rows in _slake(folder, records, rng).items():
         names = list(dict.fromkeys(row["img_name"].removesuffix("/source.jpg") for row in rows))
-        (folder / f"{'validate' if split == 'val' else split}.txt").write_text("".join(f"{name}\n" for name in names))
+        (folder / f"{'validate' if split == 'val' else split}.txt").write_text(
+            "".join(f"{name}\n" for name in names)
+        )
         for name in names:
             some = [row for row in rows if row["img_name"] == f"{name}/source.jpg"]
             write_json(folder / "imgs" / name / "question.json", some)
@@ -55,13 +59,26 @@ def _slake(folder: Path, records: int, rng: np.random.Generator) -> dict[str, li
                 "img_name": f"xmlab{image}/source.jpg",
                 "location": pick(rng, ("Lung", "Abdomen")),
             }
-            about |= {"modality": pick(rng, ("MRI", "CT", "X-Ray")), "base_type": "vqa", "triple": ["vhead", "_", "_"]}
+            about |= {
+                "modality": pick(rng, ("MRI", "CT", "X-Ray")),
+                "base_type": "vqa",
+                "triple": ["vhead", "_", "_"],
+            }
             for language in ("en", "en", "zh"):
                 closed = bool(rng.integers(2))
-                row = {"question": f"{words(rng)}?", "answer": pick(rng, ("Yes", "No")) if closed else words(rng, 1, 3)}
+                row = {
+                    "question": f"{words(rng)}?",
+                    "answer": pick(rng, ("Yes", "No")) if closed else words(rng, 1, 3),
+                }
                 if language == "zh":
-                    row = {"question": "这张图片的成像方式是什么?", "answer": pick(rng, ("磁共振", "左肺, 右肺"))}
-                row |= {"q_lang": language, "answer_type": "CLOSED" if closed and language == "en" else "OPEN"}
+                    row = {
+                        "question": "这张图片的成像方式是什么?",
+                        "answer": pick(rng, ("磁共振", "左肺, 右肺")),
+                    }
+                row |= {
+                    "q_lang": language,
+                    "answer_type": "CLOSED" if closed and language == "en" else "OPEN",
+                }
                 found[split].append(about | row | {"content_type": "Organ", "qid": qid})
                 qid += 1
     return found
@@ -77,7 +94,14 @@ def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
             name = f"{split}_{i // 2:04d}"
             closed = bool(rng.integers(2))
             answer = pick(rng, ("yes", "no")) if closed else words(rng, 1, 4)
-            rows.append({"img_id": name, "sent": f"what is {words(rng)}?", "label": {answer: 1}, "question_id": 7 * i})
+            rows.append(
+                {
+                    "img_id": name,
+                    "sent": f"what is {words(rng)}?",
+                    "label": {answer: 1},
+                    "question_id": 7 * i,
+                }
+            )
             rows[-1] |= {"answer_type": "yes/no" if closed else "other", "question_type": "what"}
             picture(folder / "images" / split / f"{name}.jpg", rng, SIZE)
         (folder / f"qas/{split}_vqa.pkl").write_bytes(pickle.dumps(rows, protocol=pick(rng, (2, 3, 4))))
@@ -90,7 +114,9 @@ def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
         for i in range(count(split, records)):
             picture(folder / "picture.jpg", rng, SIZE)
             image = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
-            lines.append(f"{i}\t{image}\twhat is {words(rng)}?\t{pick(rng, ('yes', 'no', words(rng, 1, 4)))}")
+            lines.append(
+                f"{i}\t{image}\twhat is {words(rng)}?\t{pick(rng, ('yes', 'no', words(rng, 1, 4)))}"
+            )
         (folder / f"PathVQA_{split.upper()}.tsv").write_text("\n".join(lines) + "\n")
     (folder / "picture.jpg").unlink()
 
@@ -116,7 +142,13 @@ def medmnist(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def _mnist(
-    file: Path, records: int, rng: np.random.Generator, size: int, classes: int, colour: bool, several: bool = False
+    file: Path,
+    records: int,
+    rng: np.random.Generator,
+    size: int,
+    classes: int,
+    colour: bool,
+    several: bool = False,
 ) -> None:
     arrays: dict[str, Any] = {}
     for split in ("train", "val", "test"):
@@ -139,8 +171,13 @@ def mimic_cxr(folder: Path, records: int, rng: np.random.Generator) -> None:
             name = f"{rng.integers(1 << 32):08x}-{i:04d}"
             image = f"p10/p{patient}/s{study}/{name}.jpg"
             picture(folder / "files" / image, rng, SIZE, grey=True)
-            content[split].append({"id": name, "study_id": study, "subject_id": patient, "image_path": [image]})
-            content[split][-1] |= {"report": f"{words(rng, 10, 20)}.\n {words(rng, 4, 9)}.", "split": split}
+            content[split].append(
+                {"id": name, "study_id": study, "subject_id": patient, "image_path": [image]}
+            )
+            content[split][-1] |= {
+                "report": f"{words(rng, 10, 20)}.\n {words(rng, 4, 9)}.",
+                "split": split,
+            }
     write_json(folder / "annotation.json", content)
 
 
@@ -154,13 +191,17 @@ def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
             images = [f"{name}/{view}.png" for view in range(1 + i % 5)]
             for image in images:
                 picture(folder / "images" / image, rng, SIZE, grey=True)
-            content[split].append({"id": name, "report": f"{words(rng, 6, 15)} XXXX.", "image_path": images})
+            content[split].append(
+                {"id": name, "report": f"{words(rng, 6, 15)} XXXX.", "image_path": images}
+            )
     write_json(folder / "annotation.json", content)
 
 
 # ---- MedPix ----------------------------------------------------------------------------------------
 def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes RadFM's tables: captions with commas and line breaks, rows of other types, one row without its image."""
+    """Writes RadFM's tables: captions with commas and line breaks, rows of other types, one row
+    without its image.
+    """
     for split in ("train", "test"):
         lines = ["name,context,type"]
         for i in range(count(split, records)):

@@ -14,7 +14,9 @@ CLASSES = ("clear", "with fluid")
 
 
 def tfds(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes pictures with a class, a question, an answer and a patient, as that package does without TensorFlow."""
+    """Writes pictures with a class, a question, an answer and a patient, as that package does
+    without TensorFlow.
+    """
     import tensorflow_datasets
 
     # A class registers itself by its name; it would be refused the second time.
@@ -56,7 +58,11 @@ def _builder_class(tensorflow_datasets, records: int, rng: np.random.Generator):
             for i in range(count(split, records)):
                 picture = io.BytesIO()
                 Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(picture, "PNG")
-                about = {"question": f"{words(rng)}?", "answer": words(rng), "patient": f"{split}{i // 2}"}
+                about = {
+                    "question": f"{words(rng)}?",
+                    "answer": words(rng),
+                    "patient": f"{split}{i // 2}",
+                }
                 yield i, {"image": picture.getvalue(), "label": pick(rng, CLASSES), **about}
 
     return Twin

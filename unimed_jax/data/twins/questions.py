@@ -10,12 +10,20 @@ from unimed_jax.data.twins.random import count, pick, picture, words, write_json
 
 # ---- VQA-RAD ---------------------------------------------------------------------------------------
 def vqa_rad(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the original layout: one list, the split in phrase_type, one qid a text, some answers numbers."""
+    """Writes the original layout: one list, the split in phrase_type, one qid a text, some answers
+    numbers.
+    """
     rows = [_rad_row(i, rng, ("freeform", "para")) for i in range(count("train", records))]
-    rows += [_rad_row(len(rows) + i, rng, ("test_freeform", "test_para")) for i in range(count("test", records))]
+    rows += [
+        _rad_row(len(rows) + i, rng, ("test_freeform", "test_para"))
+        for i in range(count("test", records))
+    ]
     rows[0]["qid"] = "0"
     for row in rows:
-        row |= {"qid_linked_id": f"{row['qid']:0>8}-0000-4000-8000-000000000000", "evaluation": "not evaluated"}
+        row |= {
+            "qid_linked_id": f"{row['qid']:0>8}-0000-4000-8000-000000000000",
+            "evaluation": "not evaluated",
+        }
         row |= {"question_rephrase": "NULL", "question_relation": "NULL", "question_frame": "NULL"}
     write_json(folder / "VQA_RAD Dataset Public.json", rows, indent=3)
     for name in sorted({row["image_name"] for row in rows}):
@@ -50,7 +58,9 @@ def _rad_row(number: int, rng: np.random.Generator, kinds: tuple[str, ...]) -> d
 
 # ---- MedPix 2.0 ------------------------------------------------------------------------------------
 def medpix2(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes descriptions by split: several images a case, placeholders, planes typed in many ways, RGBA pictures."""
+    """Writes descriptions by split: several images a case, placeholders, planes typed in many ways,
+    RGBA pictures.
+    """
     every = []
     for part, split in enumerate(("train", "val", "test")):
         rows = []
@@ -68,13 +78,18 @@ def medpix2(folder: Path, records: int, rng: np.random.Generator) -> None:
             }
             if i % 7 == 3:
                 about["Caption"] = "Replace this - DESCRIPTION OF THE IMAGE OR FINDINGS."
-            region = pick(rng, ("Head", "Thorax", "Abdomen", "Spine and Muscles", "Reproductive and Urinary System"))
+            region = pick(
+                rng,
+                ("Head", "Thorax", "Abdomen", "Spine and Muscles", "Reproductive and Urinary System"),
+            )
             name = f"{case}_synpic{20000 + 100 * part + i}"
             rows.append({"Type": modality, "U_id": case, "image": name, "Description": about})
             rows[-1] |= {"Location": "Chest, Pulmonary", "Location Category": region}
             picture(folder / "images" / f"{name}.png", rng, grey=bool(i % 2))
         every += rows
-        write_lines(folder / f"splitted_dataset/descriptions_{'dev' if split == 'val' else split}.jsonl", rows)
+        write_lines(
+            folder / f"splitted_dataset/descriptions_{'dev' if split == 'val' else split}.jsonl", rows
+        )
     write_json(folder / "Descriptions.json", every, indent=4)
 
 
@@ -119,13 +134,20 @@ def medqa_four(folder: Path, records: int, rng: np.random.Generator) -> None:
 def _examined(rng: np.random.Generator, letters: str) -> dict[str, Any]:
     options = {letter: f"{words(rng)} {letter.lower()}" for letter in letters}
     right = pick(rng, letters)
-    found = {"question": f"A patient has {words(rng)}. What is next?", "answer": options[right], "options": options}
+    found = {
+        "question": f"A patient has {words(rng)}. What is next?",
+        "answer": options[right],
+        "options": options,
+    }
     return found | {"meta_info": "step1", "answer_idx": right}
 
 
 # ---- LLaVA-Med and Med-MoE -------------------------------------------------------------------------
 def llava(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a list of conversations a split; some have several turns, one an image that no longer exists."""
+    """Writes a list of conversations a split.
+
+    Some have several turns, one an image that no longer exists.
+    """
     for split, rows in _conversations(folder, records, rng).items():
         write_json(folder / f"{split}.json", rows)
 
@@ -137,17 +159,27 @@ def llava_lines(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def llava_pairs(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes images with one caption each, as the files for alignment have them; all of it for training."""
+    """Writes images with one caption each, as the files for alignment have them.
+
+    All of it for training.
+    """
     rows: list[dict[str, Any]] = []
     for i in range(records):
-        turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": words(rng)}]
-        rows.append({"id": str(i), "image": f"{i}.jpg", "domain": {"ct_scan": i % 2 == 0, "mri": i % 2 == 1}})
+        turns = [
+            {"from": "human", "value": "<image>\nDescribe the image."},
+            {"from": "gpt", "value": words(rng)},
+        ]
+        rows.append(
+            {"id": str(i), "image": f"{i}.jpg", "domain": {"ct_scan": i % 2 == 0, "mri": i % 2 == 1}}
+        )
         rows[-1]["conversatons"] = turns  # as LLaVA-Med spells it
         picture(folder / "images" / f"{i}.jpg", rng)
     write_json(folder / "train.json", rows)
 
 
-def _conversations(folder: Path, records: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+def _conversations(
+    folder: Path, records: int, rng: np.random.Generator
+) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for split in ("train", "val", "test"):
         rows: list[dict[str, Any]] = []
@@ -155,15 +187,23 @@ def _conversations(folder: Path, records: int, rng: np.random.Generator) -> dict
             turns = [{"from": "human", "value": f"<image>\n{words(rng).capitalize()}?"}]
             turns.append({"from": "gpt", "value": words(rng)})
             if i % 3 == 1:
-                turns += [{"from": "human", "value": f"And {words(rng)}?"}, {"from": "gpt", "value": words(rng)}]
+                turns += [
+                    {"from": "human", "value": f"And {words(rng)}?"},
+                    {"from": "gpt", "value": words(rng)},
+                ]
             image = f"{split}{i}.jpg"
             key = "conversatons" if i % 5 == 4 else "conversations"
-            rows.append({"id": f"{split}{i}", "image": image, key: turns, "modality": pick(rng, ("CT", "MR"))})
+            rows.append(
+                {"id": f"{split}{i}", "image": image, key: turns, "modality": pick(rng, ("CT", "MR"))}
+            )
             if i % 2:
                 rows[-1]["answer_type"] = "OPEN"
             if not (split == "train" and i == 2):
                 picture(folder / "images" / image, rng)
-        asked = [{"from": "human", "value": f"{words(rng).capitalize()}?"}, {"from": "gpt", "value": words(rng)}]
+        asked = [
+            {"from": "human", "value": f"{words(rng).capitalize()}?"},
+            {"from": "gpt", "value": words(rng)},
+        ]
         rows.append({"id": f"{split}-text", "conversations": asked})
         found[split] = rows
     return found
@@ -178,7 +218,9 @@ def classes(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def classes_csv(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a table a split, with the patient next to path and label, a label in quotation marks, and CRLF."""
+    """Writes a table a split, with the patient next to path and label, a label in quotation marks,
+    and CRLF.
+    """
     for split in ("train", "val", "test"):
         lines = ["path,label,cluster"]
         for i in range(count(split, records)):

@@ -27,7 +27,9 @@ def pick(rng: np.random.Generator, some: Sequence[Any]) -> Any:
     return some[int(rng.integers(len(some)))]
 
 
-def picture(path: Path, rng: np.random.Generator, size: tuple[int, int] = (48, 40), grey: bool = False) -> None:
+def picture(
+    path: Path, rng: np.random.Generator, size: tuple[int, int] = (48, 40), grey: bool = False
+) -> None:
     """Writes an image of random pixels; size is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (size[1], size[0]) if grey else (size[1], size[0], 3)

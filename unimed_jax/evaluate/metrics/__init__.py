@@ -1,7 +1,8 @@
 """Collects metrics of answers: corrected ones, registered by name, and the published ones.
 
-A *corrected* metric is a registered function from records to a `Measure` (sums over items, so that a bootstrap over
-clusters is one matrix product). Every file of this package is imported here: a new metric is a new file.
+A *corrected* metric is a registered function from records to a `Measure` (sums over items, so that
+a bootstrap over clusters is one matrix product). Every file of this package is imported here: a new
+metric is a new file.
 
     from unimed_jax.evaluate.metrics import Measure, Record, metric
 
@@ -10,8 +11,9 @@ clusters is one matrix product). Every file of this package is imported here: a 
         "The share of answers of at most three words."
         return Measure.mean([len(record["prediction"].split()) <= 3 for record in records])
 
-*Published* scores (published.py, captions.py) keep the flaws of the evaluations of Uni-Med and Med-MoE (a repeated
-word earns full F1, "no" is found in "normal", boxes are one pixel too wide), so that numbers compare with the papers.
+*Published* scores (published.py, captions.py) keep the flaws of the evaluations of Uni-Med and
+Med-MoE (a repeated word earns full F1, "no" is found in "normal", boxes are one pixel too wide), so
+that numbers compare with the papers.
 """
 
 import importlib

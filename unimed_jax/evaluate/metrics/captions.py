@@ -25,13 +25,19 @@ from unimed_jax.evaluate.words import WORDS, tokens
 
 NEEDS_JAVA = "not computed: needs Java"
 _JAVA_SECONDS = 900  # no corpus of reports takes longer
-_JAVA_FLAGS = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
+_JAVA_FLAGS = (
+    "-Dfile.encoding=UTF-8",
+    "-Dstdout.encoding=UTF-8",
+    "-Duser.language=en",
+    "-Duser.country=US",
+)
 # What pycocoevalcap drops after tokenising; brackets become lower case before, and so stay.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
 def _corpus_bleu(records: Sequence[Record], order: int) -> Measure:
-    sums = np.stack([bleu_sums(tokens(said), tokens(wanted)) for said, wanted in pairs(records)])  # [n, 10]
+    # [n, 10]
+    sums = np.stack([bleu_sums(tokens(said), tokens(wanted)) for said, wanted in pairs(records)])
     return Measure(sums, functools.partial(bleu, order=order))
 
 
@@ -49,9 +55,15 @@ def bleu1_regex_tokens(records: Sequence[Record]) -> Measure:
 
 @functools.cache
 def find_java() -> str | None:
-    """Returns the path of a Java that runs, or None (macOS has a `java` that only asks to install one)."""
+    """Returns the path of a Java that runs, or None (macOS has a `java` that only asks to install
+    one).
+    """
     path = shutil.which("java")
-    if path and subprocess.run([path, "-version"], capture_output=True, stdin=subprocess.DEVNULL).returncode == 0:
+    if (
+        path
+        and subprocess.run([path, "-version"], capture_output=True, stdin=subprocess.DEVNULL).returncode
+        == 0
+    ):
         return path
     return None
 
@@ -59,7 +71,11 @@ def find_java() -> str | None:
 @functools.cache
 def _package_folder() -> Path | None:
     spec = importlib.util.find_spec("pycocoevalcap")
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    return (
+        Path(next(iter(spec.submodule_search_locations)))
+        if spec and spec.submodule_search_locations
+        else None
+    )
 
 
 def why_no_java_metrics() -> str | None:
@@ -76,8 +92,15 @@ def ptb_tokenise(texts: Sequence[str]) -> list[str]:
     """
     folder, java = _package_folder(), find_java()
     assert folder and java
-    lines = "\n".join(" ".join(text.split()) for text in texts)  # a line break inside would shift the pairs
-    command = [java, *_JAVA_FLAGS, "-cp", "stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer"]
+    # a line break inside would shift the pairs
+    lines = "\n".join(" ".join(text.split()) for text in texts)
+    command = [
+        java,
+        *_JAVA_FLAGS,
+        "-cp",
+        "stanford-corenlp-3.4.1.jar",
+        "edu.stanford.nlp.process.PTBTokenizer",
+    ]
     done = subprocess.run(
         [*command, "-preserveLines", "-lowerCase"],
         cwd=folder / "tokenizer",
@@ -88,8 +111,12 @@ def ptb_tokenise(texts: Sequence[str]) -> list[str]:
     )
     tokenised = done.stdout.split("\n")[: len(texts)]
     if done.returncode or len(tokenised) != len(texts):
-        raise RuntimeError(f"the PTB tokeniser returned {len(tokenised)} lines for {len(texts)}: {done.stderr[-300:]}")
-    return [" ".join(word for word in line.split(" ") if word and word not in _DROPPED) for line in tokenised]
+        raise RuntimeError(
+            f"the PTB tokeniser returned {len(tokenised)} lines for {len(texts)}: {done.stderr[-300:]}"
+        )
+    return [
+        " ".join(word for word in line.split(" ") if word and word not in _DROPPED) for line in tokenised
+    ]
 
 
 def corpus_bleu(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -105,13 +132,25 @@ def corpus_bleu(pairs: Sequence[tuple[str, str]]) -> list[float]:
 def meteor(pairs: Sequence[tuple[str, str]]) -> float:
     """Computes corpus METEOR 1.5 of (prediction, reference) texts: PTB tokens, pycocoevalcap's METEOR.
 
-    Published scores give it normalised texts, which pass the tokeniser all the same: it splits "isn't" in two.
-    Raises RuntimeError if Java fails; ask `why_no_java_metrics` first.
+    Published scores give it normalised texts, which pass the tokeniser all the same: it splits
+    "isn't" in two. Raises RuntimeError if Java fails; ask `why_no_java_metrics` first.
     """
     tokenised = ptb_tokenise([text for pair in pairs for text in pair])
     folder, java = _package_folder(), find_java()
     assert folder and java
-    command = [java, *_JAVA_FLAGS, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = [
+        java,
+        *_JAVA_FLAGS,
+        "-Xmx2G",
+        "-jar",
+        "meteor-1.5.jar",
+        "-",
+        "-",
+        "-stdio",
+        "-l",
+        "en",
+        "-norm",
+    ]
     process = subprocess.Popen(
         command,
         cwd=folder / "meteor",
@@ -138,7 +177,9 @@ def meteor(pairs: Sequence[tuple[str, str]]) -> float:
     try:
         statistics = []
         for prediction, reference in zip(tokenised[::2], tokenised[1::2], strict=True):
-            prediction, reference = (" ".join(text.replace("|||", " ").split()) for text in (prediction, reference))
+            prediction, reference = (
+                " ".join(text.replace("|||", " ").split()) for text in (prediction, reference)
+            )
             say(f"SCORE ||| {reference} ||| {prediction}")
             statistics.append(hear())
         say(" ||| ".join(["EVAL", *statistics]))
@@ -186,11 +227,17 @@ def report_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float | str | i
     empty side are dropped first, as published, and `pairs_scored` counts the others.
     """
     names = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_1", "rouge_2", "rouge_l", "f1")
-    kept = [(prediction, reference) for prediction, reference in pairs if prediction.strip() and reference.strip()]
+    kept = [
+        (prediction, reference)
+        for prediction, reference in pairs
+        if prediction.strip() and reference.strip()
+    ]
     scores: dict[str, float | str | int] = {"pairs_scored": len(kept)}
     if not kept:
         return scores | {name: "not computed: no pair has two sides" for name in names}
-    normalised = [(normalise_answer(prediction), normalise_answer(reference)) for prediction, reference in kept]
+    normalised = [
+        (normalise_answer(prediction), normalise_answer(reference)) for prediction, reference in kept
+    ]
     missing = why_no_java_metrics()
     values: list[float | str] = [missing] * 5 if missing else []
     if not missing:

@@ -32,7 +32,10 @@ _CONTRACTED = """
 
 
 _CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
+    word[:i] + word[i + 1 :]: word
+    for word in _CONTRACTED.split()
+    for i, letter in enumerate(word)
+    if letter == "'"
 } | {"somebody'd": "somebodyd"}  # turned round in that table, so here too
 
 
@@ -78,7 +81,9 @@ def published_bleu(prediction: str, reference: str) -> list[float]:
     nltk replaces a precision of zero by the smallest double, hence values such as 1e-154.
     """
     sums = bleu_sums(normalise_answer(prediction).split(), normalise_answer(reference).split())
-    return [float(bleu(sums, order, floor=sys.float_info.min, every_order=True)) for order in (1, 2, 3, 4)]
+    return [
+        float(bleu(sums, order, floor=sys.float_info.min, every_order=True)) for order in (1, 2, 3, 4)
+    ]
 
 
 def published_contains(prediction: str, reference: str) -> bool:
@@ -109,7 +114,10 @@ def answer_report(
 
 
 def vqa_report(pairs: Sequence[tuple[str, str]], closed: Sequence[bool]) -> dict[str, dict[str, float]]:
-    """Computes the published VQA scores {"open", "closed", "all"}; parts without a question are absent."""
+    """Computes the published VQA scores {"open", "closed", "all"}.
+
+    Parts without a question are absent.
+    """
     parts = {
         "open": [pair for pair, is_closed in zip(pairs, closed, strict=True) if not is_closed],
         "closed": [pair for pair, is_closed in zip(pairs, closed, strict=True) if is_closed],
@@ -143,11 +151,10 @@ def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
 
     Their means over open questions are reported as `open_*`, over closed ones as `closed_*`.
 
-    exact_match: distinct words of the reference that were said, over all words said.
-    recall: what the published table calls open accuracy.
-    bleu1..3: precision of n-grams of only that length, of raw words, 0.1 in place of no match, times the brevity
-    penalty.
-    contains: closed accuracy, the reference anywhere in the prediction, also within a word.
+    exact_match: distinct words of the reference that were said, over all words said. recall: what
+    the published table calls open accuracy. bleu1..3: precision of n-grams of only that length, of
+    raw words, 0.1 in place of no match, times the brevity penalty. contains: closed accuracy, the
+    reference anywhere in the prediction, also within a word.
     """
     prediction, reference = prediction.lower(), reference.lower()
     said, wanted = normalise_answer(prediction).split(), set(normalise_answer(reference).split())
@@ -165,7 +172,9 @@ def medmoe_scores(prediction: str, reference: str) -> dict[str, float]:
 
 def medmoe_kind(answer_type: str) -> str:
     """Names the averages in which Med-MoE counts an answer: "open", "closed" or "ignored"."""
-    return {"open": "open", "OPEN": "open", "close": "closed", "CLOSED": "closed"}.get(answer_type, "ignored")
+    return {"open": "open", "OPEN": "open", "close": "closed", "CLOSED": "closed"}.get(
+        answer_type, "ignored"
+    )
 
 
 def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str]) -> dict[str, float]:
@@ -176,7 +185,11 @@ def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str])
     }
     report = {}
     for kind in names:
-        rows = [medmoe_scores(*p) for p, word in zip(pairs, answer_types, strict=True) if medmoe_kind(word) == kind]
+        rows = [
+            medmoe_scores(*p)
+            for p, word in zip(pairs, answer_types, strict=True)
+            if medmoe_kind(word) == kind
+        ]
         for name in names[kind] if rows else ():
             label = "accuracy" if name == "contains" else name
             report[f"{kind}_{label}"] = 100 * float(np.mean([row[name] for row in rows]))

@@ -45,7 +45,10 @@ class Metric:
     score: Scorer
 
     def __call__(self, records: Sequence[Record]) -> Measure:
-        """Scores records. Raises UserError if the metric returns another number of items than it was given."""
+        """Scores records.
+
+        Raises UserError if the metric returns another number of items than it was given.
+        """
         measure = self.score(records)
         if not isinstance(measure, Measure) or len(measure.items) != len(records):
             raise UserError(
@@ -64,8 +67,8 @@ def metric(
     """Registers the decorated function `(records) -> Measure` as the metric `name`.
 
     `tasks` are scored with it by default; without tasks it is computed only if an entry of
-    config.evaluate.entries names it. A task has one metric in whose `primary_for` it stands. Raises UserError
-    for an unknown task, a name that is taken, and a second primary metric.
+    config.evaluate.entries names it. A task has one metric in whose `primary_for` it stands. Raises
+    UserError for an unknown task, a name that is taken, and a second primary metric.
     """
     for task in (*tasks, *primary_for):
         if task not in TASKS:
@@ -74,10 +77,18 @@ def metric(
     def register(score: Scorer) -> Scorer:
         known = _METRICS.get(name)
         # A module that is imported again (a notebook's reload) may replace its own metric.
-        if known and (known.score.__module__, known.score.__qualname__) != (score.__module__, score.__qualname__):
-            raise UserError(f"metric {name!r} is registered already by {known.score.__module__}; choose another name.")
+        if known and (known.score.__module__, known.score.__qualname__) != (
+            score.__module__,
+            score.__qualname__,
+        ):
+            raise UserError(
+                f"metric {name!r} is registered already by {known.score.__module__}; choose another "
+                "name."
+            )
         for task in primary_for:
-            other = next((m for m in _METRICS.values() if task in m.primary_for and m.name != name), None)
+            other = next(
+                (m for m in _METRICS.values() if task in m.primary_for and m.name != name), None
+            )
             if other:
                 raise UserError(
                     f"metric {name!r}: task {task!r} has the primary metric {other.name!r} already; "
@@ -101,8 +112,8 @@ def find(name: str) -> Metric:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(
-                f"config.evaluate.entries: metric {name!r}: module {module!r} does not import ({error}); "
-                "install it or put its folder on PYTHONPATH."
+                f"config.evaluate.entries: metric {name!r}: module {module!r} does not import "
+                f"({error}); install it or put its folder on PYTHONPATH."
             ) from error
     if short not in _METRICS:
         raise UserError(
@@ -117,7 +128,8 @@ def of_task(task: str, names: Sequence[str] = ()) -> tuple[Metric, ...]:
     if names:
         return tuple(dict.fromkeys(find(name) for name in names))
     chosen = [known for known in _METRICS.values() if task in known.tasks]
-    return tuple(sorted(chosen, key=lambda known: task not in known.primary_for))  # stable: in order of registration
+    # stable: in order of registration
+    return tuple(sorted(chosen, key=lambda known: task not in known.primary_for))
 
 
 def pairs(records: Sequence[Record]) -> list[tuple[str, str]]:

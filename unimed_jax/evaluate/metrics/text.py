@@ -64,8 +64,9 @@ def bleu_sums(prediction: Sequence[str], reference: Sequence[str]) -> np.ndarray
 def bleu(sums: np.ndarray, order: int = 4, floor: float = 0.0, every_order: bool = False) -> np.ndarray:
     """Computes BLEU with one reference from `bleu_sums` [..., 14] added over items -> [...].
 
-    A precision of zero becomes `floor`; without any matched word the score is 0. Orders for which neither side has
-    a text long enough are left out, so that identical short texts score 1, unless `every_order` (as published).
+    A precision of zero becomes `floor`; without any matched word the score is 0. Orders for which
+    neither side has a text long enough are left out, so that identical short texts score 1, unless
+    `every_order` (as published).
     """
     predicted = sums[..., 4 : 4 + order]
     absent = (predicted == 0) & (sums[..., 10 : 10 + order] == 0) & (not every_order)
@@ -133,8 +134,9 @@ def closed_exact_match(records: Sequence[Record]) -> Measure:
 def closed_accuracies(records: Sequence[Record]) -> Measure:
     """The share of closed questions whose answer chooses the reference and nothing else.
 
-    Of yes and no the first one in the answer decides: "Yes, no fracture is seen" is yes, "No evidence of a mass, yes"
-    is no, "yes or no" is neither. Any other reference must stand in the answer as whole words, not denied, and not as
-    one of several: "left or right" is not left (`closed.closed_accuracy`).
+    Of yes and no the first one in the answer decides: "Yes, no fracture is seen" is yes, "No
+    evidence of a mass, yes" is no, "yes or no" is neither. Any other reference must stand in the
+    answer as whole words, not denied, and not as one of several: "left or right" is not left
+    (`closed.closed_accuracy`).
     """
     return per_record(records, closed_accuracy).where(_closed(records))

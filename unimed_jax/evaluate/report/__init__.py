@@ -1,8 +1,8 @@
 """The files of an evaluation: metrics.json, predictions.jsonl, report.md and pictures.
 
-Routing, if the connector has a router, comes as {"tv_trained": {value, ci95}, "tv_step0": {value, ci95},
-"tv_token_router": 0.0, "mean_weights": [task][expert], "maps": [tasks, T, E] weights per visual token}, the
-tasks in the order of config.VISUAL_TASKS; "maps" is drawn in routing.png only.
+Routing, if the connector has a router, comes as {"tv_trained": {value, ci95}, "tv_step0": {value,
+ci95}, "tv_token_router": 0.0, "mean_weights": [task][expert], "maps": [tasks, T, E] weights per
+visual token}, the tasks in the order of config.VISUAL_TASKS; "maps" is drawn in routing.png only.
 """
 
 import json
@@ -32,9 +32,10 @@ def write_report(
 ) -> None:
     """Writes all files of an evaluation into `folder` at once, in place of those of the one before.
 
-    Where metrics.json stands, the others are whole and of the same evaluation. `metrics`: see scores.summarise;
-    `image` reads the image (uint8 [H, W, 3]) of a set's id and a key; `again`: the argument of `evaluate` that makes
-    the same scores. Without matplotlib report.md says so in place of the pictures.
+    Where metrics.json stands, the others are whole and of the same evaluation. `metrics`: see
+    scores.summarise; `image` reads the image (uint8 [H, W, 3]) of a set's id and a key; `again`:
+    the argument of `evaluate` that makes the same scores. Without matplotlib report.md says so in
+    place of the pictures.
     """
     records = [record for part in scored for record in part.records]
     with files.written_together(folder, RESULTS) as place:

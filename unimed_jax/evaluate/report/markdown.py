@@ -33,18 +33,24 @@ def with_interval(entry: Mapping | None, sign: str = "") -> str:
     """Writes "0.512 [0.401, 0.623]"; a dash without an entry."""
     if entry is None:
         return "-"
-    ends = "no interval" if entry["ci95"] is None else ", ".join(number(end, sign) for end in entry["ci95"])
+    ends = (
+        "no interval" if entry["ci95"] is None else ", ".join(number(end, sign) for end in entry["ci95"])
+    )
     return f"{number(entry['value'], sign)} [{ends}]"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Makes a table in Markdown; bars inside cells are escaped."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines
+    )
 
 
 def score_line(name: str, task: str, entry: Mapping[str, Any]) -> str:
-    """Makes a line for the terminal: "brain vqa       exact_match  0.912  +0.401 over majority_per_question"."""
+    """Makes a line for the terminal: "brain vqa       exact_match  0.912  +0.401 over
+    majority_per_question".
+    """
     value, margin = entry["corrected"][entry["primary"]]["value"], entry["margin"]
     over = f"{number(margin['value'], '+')} over {margin['baseline']}" if margin else "no blind baseline"
     return f"{name} {task:9s} {entry['primary']:12s} {number(value)}  {over}"
@@ -70,7 +76,9 @@ def routing_line(routing: Mapping) -> str:
 def rows_of(metrics: Mapping[str, Any], split: str) -> Rows:
     """Lists (set, task, scores) of one split; with several sets also the pooled ones."""
     rows = [
-        (name, task, entry) for name, splits in metrics["sets"].items() for task, entry in splits.get(split, {}).items()
+        (name, task, entry)
+        for name, splits in metrics["sets"].items()
+        for task, entry in splits.get(split, {}).items()
     ]
     if len({name for name, *_ in rows}) > 1:
         pooled = metrics["pooled"].get(split, {}).items()
@@ -85,7 +93,11 @@ def _table(head: Sequence[str], rows: Rows, cells: Callable[[Mapping], Iterator[
 
 def _corrected(entry: Mapping) -> Iterator[Sequence[Any]]:
     margin, primary = entry["margin"], entry["primary"]
-    best = f"{number(entry['blind'][margin['baseline']][primary])} ({margin['baseline']})" if margin else "-"
+    best = (
+        f"{number(entry['blind'][margin['baseline']][primary])} ({margin['baseline']})"
+        if margin
+        else "-"
+    )
     value = with_interval(entry["corrected"].get(primary))
     yield entry["n"], primary, value, best, with_interval(margin, "+"), verdict(margin)
 
@@ -105,7 +117,9 @@ def _peers(entry: Mapping) -> Iterator[Sequence[Any]]:
     margin, primary = entry["peer_margin"], entry["primary"]
     if not margin:
         return
-    wins = {"above blind": "the model", "below blind": margin["baseline"]}.get(verdict(margin), "undecided")
+    wins = {"above blind": "the model", "below blind": margin["baseline"]}.get(
+        verdict(margin), "undecided"
+    )
     best = f"{number(entry['peers'][margin['baseline']][primary])} ({margin['baseline']})"
     yield number(entry["corrected"][primary]["value"]), best, with_interval(margin, "+"), wins
 
@@ -121,7 +135,14 @@ def _protocols(entry: Mapping) -> Iterator[Sequence[Any]]:
     yield (f"`{entry['protocol']}`",)
 
 
-_CORRECTED_HEAD = ("n", "primary metric", "value [95 % interval]", "best blind", "margin [95 %]", "verdict")
+_CORRECTED_HEAD = (
+    "n",
+    "primary metric",
+    "value [95 % interval]",
+    "best blind",
+    "margin [95 %]",
+    "verdict",
+)
 _TEMPLATES_HEAD = ("template", "n", "value [95 %]", "best blind", "margin [95 %]", "verdict")
 
 
@@ -130,7 +151,9 @@ _TEMPLATES_HEAD = ("template", "n", "value [95 %]", "best blind", "margin [95 %]
 # ---------------------------------------------------------------------------------------------
 
 
-def markdown(again: str, config: Config, metrics: Mapping[str, Any], pictures: Sequence[str], note: str) -> str:
+def markdown(
+    again: str, config: Config, metrics: Mapping[str, Any], pictures: Sequence[str], note: str
+) -> str:
     """Writes the text of report.md; `again`: the argument of `evaluate` that makes the same scores."""
     leading = metrics["split"]
     rows = rows_of(metrics, leading)
@@ -142,7 +165,8 @@ def markdown(again: str, config: Config, metrics: Mapping[str, Any], pictures: S
         *_notes(metrics, rows),
         f"## Baselines on {leading}\n\n"
         f"{_table(('baseline', 'kind', 'metric', 'value'), rows, _baselines)}\n\n"
-        "A blind baseline never looks at the image. A peer reads all that the model reads (qa, whose text is all).",
+        "A blind baseline never looks at the image. A peer reads all that the model reads (qa, "
+        "whose text is all).",
         *_peer_section(rows),
         f"## By question template on {leading}\n\n{_table(_TEMPLATES_HEAD, rows, _templates)}",
         *_other_splits(metrics),
@@ -160,14 +184,19 @@ def markdown(again: str, config: Config, metrics: Mapping[str, Any], pictures: S
 def data_notes(metrics: Mapping[str, Any]) -> list[str]:
     """Lists each set's own caveat and licence, from its passport."""
     return [
-        f"Data `{name}`: {' '.join(part for part in (entry['note'], _sentence(entry['licence'])) if part)}"
+        f"Data `{name}`: "
+        f"{' '.join(part for part in (entry['note'], _sentence(entry['licence'])) if part)}"
         for name, entry in metrics.get("data", {}).items()
         if entry.get("note") or entry.get("licence")
     ]
 
 
 def _sentence(licence: str) -> str:
-    return f"Licence: {licence}." if licence and "not stated" not in licence else licence and f"{licence}.".capitalize()
+    return (
+        f"Licence: {licence}."
+        if licence and "not stated" not in licence
+        else licence and f"{licence}.".capitalize()
+    )
 
 
 def _leading(config: Config, rows: Rows, split: str) -> list[str]:
@@ -175,8 +204,9 @@ def _leading(config: Config, rows: Rows, split: str) -> list[str]:
     corrected = (
         f"## Corrected scores on {split}\n\n"
         f"{_table(_CORRECTED_HEAD, rows, _corrected)}\n\n"
-        "The margin is the model minus the best blind baseline, a paired bootstrap over clusters of test items "
-        f"({config.evaluate.bootstrap} resamples); *above blind* means that its lower end is above 0."
+        "The margin is the model minus the best blind baseline, a paired bootstrap over clusters "
+        f"of test items ({config.evaluate.bootstrap} resamples); *above blind* means that its lower "
+        "end is above 0."
     )
     of_vqa = form_of(config.text).published
     system = "Uni-Med's" + (f" (vqa: {of_vqa}'s)" if of_vqa != "Uni-Med" else "")
@@ -203,11 +233,17 @@ def _peer_section(rows: Rows) -> list[str]:
 
 def _other_splits(metrics: Mapping[str, Any]) -> list[str]:
     others = [split for split in metrics["pooled"] if split != metrics["split"]]
-    return [f"## Split {split}\n\n{_table(_CORRECTED_HEAD, rows_of(metrics, split), _corrected)}" for split in others]
+    return [
+        f"## Split {split}\n\n{_table(_CORRECTED_HEAD, rows_of(metrics, split), _corrected)}"
+        for split in others
+    ]
 
 
 def _made(again: str, metrics: Mapping[str, Any]) -> str:
-    made = [f"{key} `{metrics[key]}`" for key in ("config_hash", "data_checksum", "code_version", "fidelity", "seed")]
+    made = [
+        f"{key} `{metrics[key]}`"
+        for key in ("config_hash", "data_checksum", "code_version", "fidelity", "seed")
+    ]
     return (
         f"## How this was made\n\n{', '.join(made)}.\n\n"
         "The full scores are in `metrics.json`, each answer in `predictions.jsonl`. To score again:\n\n"

@@ -22,8 +22,12 @@ _MOST_ROWS = 24
 _SIDE, _GAP, _LINE, _HEAD = 2.6, 0.35, 0.155, 0.75  # inches
 
 
-def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[str, str], np.ndarray]) -> None:
-    """Draws the picture sheet: a row per set and task, evenly spaced examples (not chosen by success)."""
+def draw_predictions(
+    path: Path, records: Sequence[Mapping], image: Callable[[str, str], np.ndarray]
+) -> None:
+    """Draws the picture sheet: a row per set and task, evenly spaced examples (not chosen by
+    success).
+    """
     from matplotlib.figure import Figure
 
     rows = _rows(records)
@@ -48,7 +52,12 @@ def draw_predictions(path: Path, records: Sequence[Mapping], image: Callable[[st
                 below -= _SIDE
                 axes = figure.add_axes((x / width, below / height, _SIDE / width, _SIDE / height))
                 _draw_image(axes, record, image(record["set"], record["images"][0]))
-            style: dict[str, Any] = {"fontsize": 8.5, "va": "top", "linespacing": 1.25, "parse_math": False}
+            style: dict[str, Any] = {
+                "fontsize": 8.5,
+                "va": "top",
+                "linespacing": 1.25,
+                "parse_math": False,
+            }
             figure.text(x / width, (below - 0.06) / height, text, **style)
         top -= row_height
     figure.savefig(path)
@@ -87,7 +96,9 @@ def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
     height, width = pixels.shape[:2]
     axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
     axes.axis("off")
-    predicted = predicted_box(record["prediction"], (width, height)) if record["task"] == "refer" else None
+    predicted = (
+        predicted_box(record["prediction"], (width, height)) if record["task"] == "refer" else None
+    )
     boxes = [(record["box"], TRUE_COLOUR, "-"), (predicted, PREDICTED_COLOUR, "--")]
     outline = [patheffects.withStroke(linewidth=4, foreground="black", alpha=0.6)]
     for box, colour, style in boxes:
@@ -110,13 +121,19 @@ def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
 
 
 def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: str) -> None:
-    """Draws an image (uint8 [H, W, 3]) with the box in hundredths of an answer or a question, and words."""
+    """Draws an image (uint8 [H, W, 3]) with the box in hundredths of an answer or a question, and
+    words.
+    """
     from matplotlib.figure import Figure
 
     height, width = pixels.shape[:2]
-    figure = Figure(figsize=(4.2, 4.2 * height / width + 0.4), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(4.2, 4.2 * height / width + 0.4), dpi=130, facecolor="white", layout="constrained"
+    )
     axes = figure.subplots()
-    scaled = [value / 100 * size for value, size in zip(box, (width, height, width, height), strict=True)]
+    scaled = [
+        value / 100 * size for value, size in zip(box, (width, height, width, height), strict=True)
+    ]
     _draw_image(axes, {"task": "", "prediction": "", "box": scaled}, pixels)
     axes.set_title(textwrap.fill(words, 48), fontsize=10, parse_math=False)
     with written_whole(path) as file:
@@ -134,13 +151,22 @@ def _caption(record: Mapping) -> str:
         parts = [f"true: {record['reference']}", " ", f"said: {prediction or '(nothing)'}"]
     else:
         verdict = "right" if exact_match(prediction, record["reference"]) else "WRONG"
-        parts = [record["question"], f"true: {record['reference']}", f"said: {prediction or '(nothing)'} ({verdict})"]
-    wrapped = [textwrap.wrap(part, 43, max_lines=9, placeholder=" ...") or [""] for part in parts if part]
+        parts = [
+            record["question"],
+            f"true: {record['reference']}",
+            f"said: {prediction or '(nothing)'} ({verdict})",
+        ]
+    wrapped = [
+        textwrap.wrap(part, 43, max_lines=9, placeholder=" ...") or [""] for part in parts if part
+    ]
     return "\n".join(line for lines in wrapped for line in lines)
 
 
 def token_grid(config: Config) -> tuple[int, int]:
-    """Returns (rows, columns) of a picture's visual tokens; one row where strips wrap over image rows."""
+    """Returns (rows, columns) of a picture's visual tokens.
+
+    One row where strips wrap over image rows.
+    """
     grid, connector = config.model.vision.grid, config.model.connector
     shapes: dict[str, tuple[int, int]] = {
         "projection": (grid, grid // connector.rate),
@@ -152,7 +178,9 @@ def token_grid(config: Config) -> tuple[int, int]:
 
 
 def draw_routing(path: Path, routing: Mapping, grid: tuple[int, int]) -> None:
-    """Draws heat maps of the mean routing weight per visual token: a row per task, a column per expert."""
+    """Draws heat maps of the mean routing weight per visual token: a row per task, a column per
+    expert.
+    """
     from matplotlib.figure import Figure
 
     maps = np.asarray(routing["maps"], np.float64)  # [tasks, T, E]
@@ -161,17 +189,27 @@ def draw_routing(path: Path, routing: Mapping, grid: tuple[int, int]) -> None:
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     panels = figure.subplots(tasks, experts, squeeze=False)
     figure.subplots_adjust(
-        left=0.95 / width, right=1 - 1.15 / width, bottom=0.3 / height, top=1 - 0.95 / height, wspace=0.12, hspace=0.28
+        left=0.95 / width,
+        right=1 - 1.15 / width,
+        bottom=0.3 / height,
+        top=1 - 0.95 / height,
+        wspace=0.12,
+        hspace=0.28,
     )
     for t in range(tasks):
         for e in range(experts):
             axes = panels[t][e]
             shown = axes.imshow(
-                maps[t, :, e].reshape(grid), vmin=maps.min(), vmax=maps.max(), cmap="cividis", extent=(0, 1, 1, 0)
+                maps[t, :, e].reshape(grid),
+                vmin=maps.min(),
+                vmax=maps.max(),
+                cmap="cividis",
+                extent=(0, 1, 1, 0),
             )  # [rows, columns]
             axes.set(xticks=[], yticks=[])
             axes.set_title(
-                f"expert {e}: {maps[t, :, e].mean():.3f}" if t == 0 else f"{maps[t, :, e].mean():.3f}", fontsize=9.5
+                f"expert {e}: {maps[t, :, e].mean():.3f}" if t == 0 else f"{maps[t, :, e].mean():.3f}",
+                fontsize=9.5,
             )
         panels[t][0].set_ylabel(VISUAL_TASKS[t], fontsize=11, weight="bold")
     bar = figure.add_axes((1 - 0.95 / width, 0.3 / height, 0.16 / width, 1 - 1.25 / height))

@@ -43,7 +43,8 @@ READ = {
     "rope.scaling.factor",
     "rope.scale_linear",
 }
-# Keys that change no number, whatever they say: what was done before, or what this architecture does not read.
+# Keys that change no number, whatever they say: what was done before, or what this architecture
+# does not read.
 DESCRIPTIVE = {
     "tensor_data_layout",
     "rope.scaling.finetuned",
@@ -104,11 +105,14 @@ def decoder_from_gguf(file: GgufFile) -> DecoderConfig:
     for word in ("attention.value_length", "rope.dimension_count"):
         if count(word, head_dim) != head_dim:
             raise UserError(
-                f"{file.origin}: llama.{word} is {count(word)} and a key has {head_dim}; they must be the same here."
+                f"{file.origin}: llama.{word} is {count(word)} and a key has {head_dim}; they must "
+                "be the same here."
             )
     theta = file.value("llama.rope.freq_base", float, 10000.0)
     embedding = file.stored.get("token_embd.weight")
-    biased = [linear for linear in get_args(AttentionLinear) if f"blk.0.{LINEARS[linear]}.bias" in file.stored]
+    biased = [
+        linear for linear in get_args(AttentionLinear) if f"blk.0.{LINEARS[linear]}.bias" in file.stored
+    ]
     return DecoderConfig(
         vocab=embedding.shape[0] if embedding else 0,
         width=width,
@@ -127,17 +131,23 @@ def decoder_from_gguf(file: GgufFile) -> DecoderConfig:
 
 
 def _refuse_unknown_keys(file: GgufFile) -> None:
-    """Raises UserError for another architecture, or for a key that could change what the decoder computes."""
+    """Raises UserError for another architecture, or for a key that could change what the decoder
+    computes.
+    """
     architecture = file.value("general.architecture", str)
     if architecture != "llama":
-        raise UserError(f"{file.origin}: architecture {architecture!r} is not supported; give a file of 'llama'.")
+        raise UserError(
+            f"{file.origin}: architecture {architecture!r} is not supported; give a file of 'llama'."
+        )
     for key in file.fields:
         word = key.removeprefix("llama.")
         if word == key or word in READ | DESCRIPTIVE:
             continue
         value = file.value(key, object)
         if word not in NEUTRAL or value != NEUTRAL[word]:
-            raise UserError(f"{file.origin}: {key}={str(value)[:80]} is not supported; give a model without it.")
+            raise UserError(
+                f"{file.origin}: {key}={str(value)[:80]} is not supported; give a model without it."
+            )
 
 
 def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | None:
@@ -148,10 +158,14 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
     """
     kind = file.value("llama.rope.scaling.type", str, "linear")  # the format's default
     if kind not in ("linear", "none"):
-        raise UserError(f"{file.origin}: llama.rope.scaling.type={kind} is not supported; choose from none, linear.")
+        raise UserError(
+            f"{file.origin}: llama.rope.scaling.type={kind} is not supported; choose from none, linear."
+        )
     factor = _rope_factor(file) if kind == "linear" else 1.0
     if factor != 1 and "rope_freqs.weight" in file.stored:
-        raise UserError(f"{file.origin} scales its positions twice, by rope.scaling.factor and by rope_freqs.weight.")
+        raise UserError(
+            f"{file.origin} scales its positions twice, by rope.scaling.factor and by rope_freqs.weight."
+        )
     if factor != 1:
         return RopeScaling(kind="linear", factor=factor)
     if "rope_freqs.weight" not in file.stored:
@@ -210,7 +224,9 @@ def _linear_entries(name: str, d: DecoderConfig, moe: MoeConfig, linear: str, la
 
 
 def load_gguf(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
-    """Loads the decoder's leaves, except adapters and routers, from a GGUF file; `to` as in `load_leaves`.
+    """Loads the decoder's leaves, except adapters and routers, from a GGUF file.
+
+    `to` as in `load_leaves`.
 
     path: as in `find_gguf`. Experts start as copies of their layer's MLP. Raises UserError if the
     file's settings are not those of `config` or its weights do not fit.
@@ -229,8 +245,8 @@ def _refuse_unknown_quantisations(file: GgufFile) -> None:
     kinds = ", ".join(sorted({str(file.stored[name].dtype) for name in opaque}))
     verb = "is" if len(opaque) == 1 else "are"
     raise UserError(
-        f"{file.origin}: {', '.join(folded(opaque))} {verb} stored as {kinds}, which the package gguf does not "
-        "dequantise; give a file of another type (F16, Q8_0, Q4_K, ...)."
+        f"{file.origin}: {', '.join(folded(opaque))} {verb} stored as {kinds}, which the package "
+        "gguf does not dequantise; give a file of another type (F16, Q8_0, Q4_K, ...)."
     )
 
 
@@ -247,7 +263,8 @@ _LLAMA3 = (
 # pieces).
 WORD_RULES: dict[str, tuple[str | None, bool]] = {
     "gpt-2": (None, True),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", True)),  # every digit by itself
+    # every digit by itself
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", True)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3, False)),
 }
 LONGEST_TOKEN = 1000  # characters; every way to cut a token in two is looked at
@@ -272,10 +289,14 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     tokens = _list(file, "tokens", str)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise UserError(f"{file.origin} holds a token twice (tokenizer.ggml.tokens); get the file again.")
+        raise UserError(
+            f"{file.origin} holds a token twice (tokenizer.ggml.tokens); get the file again."
+        )
     longest = max(map(len, tokens), default=0)
     if longest > LONGEST_TOKEN:
-        raise UserError(f"{file.origin} holds a token of {longest} characters (tokenizer.ggml.tokens); get it again.")
+        raise UserError(
+            f"{file.origin} holds a token of {longest} characters (tokenizer.ggml.tokens); get it again."
+        )
     special = _special_tokens(file, tokens)
     made = _tokenizer(file, vocabulary, special)
     with new_folder(folder) as place:
@@ -286,19 +307,28 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
 
 def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
     """Gives the text of each special token that the file has, by Hugging Face's name for it."""
-    ids = {name: file.value(f"tokenizer.ggml.{word}_token_id", int, -1) for name, word in SPECIAL_TOKENS.items()}
+    ids = {
+        name: file.value(f"tokenizer.ggml.{word}_token_id", int, -1)
+        for name, word in SPECIAL_TOKENS.items()
+    }
     return {name: tokens[number] for name, number in ids.items() if 0 <= number < len(tokens)}
 
 
-def _tokenizer(file: GgufFile, vocabulary: dict[str, int], special: dict[str, str]) -> tokenizers.Tokenizer:
-    """Builds the tokenizer of the file's kind, with its special tokens and the start token if it adds one."""
+def _tokenizer(
+    file: GgufFile, vocabulary: dict[str, int], special: dict[str, str]
+) -> tokenizers.Tokenizer:
+    """Builds the tokenizer of the file's kind, with its special tokens and the start token if it
+    adds one.
+    """
     kind = file.value("tokenizer.ggml.model", str)
     if kind == "gpt2":
         made = _byte_level(file, vocabulary)
     elif kind == "llama":
         made = _sentencepiece(file, vocabulary, special.get("unk_token"))
     else:
-        raise UserError(f"{file.origin}: its tokenizer is of kind {kind!r}; choose a file with 'gpt2' or 'llama'.")
+        raise UserError(
+            f"{file.origin}: its tokenizer is of kind {kind!r}; choose a file with 'gpt2' or 'llama'."
+        )
     for token, number in zip(vocabulary, _types(file, len(vocabulary)), strict=True):
         if number in (CONTROL, USER_DEFINED):
             made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=number == CONTROL)])
@@ -325,13 +355,15 @@ def _tokenizer_settings(file: GgufFile, special: dict[str, str]) -> dict[str, An
     return settings | ({"chat_template": template} if template else {})
 
 
-def _list(file: GgufFile, key: str, kind: type, length: int | None = None, default: list | None = None) -> list:
+def _list(
+    file: GgufFile, key: str, kind: type, length: int | None = None, default: list | None = None
+) -> list:
     """Reads the list under tokenizer.ggml.<key>, which must hold `length` values of type `kind`."""
     values = file.value(f"tokenizer.ggml.{key}", list, default)
     if not all(isinstance(value, kind) for value in values) or len(values) != (length or len(values)):
         raise UserError(
-            f"{file.origin}: tokenizer.ggml.{key} is not a list of {length or 'any number of'} {kind.__name__}; get "
-            "the file again."
+            f"{file.origin}: tokenizer.ggml.{key} is not a list of {length or 'any number of'} "
+            f"{kind.__name__}; get the file again."
         )
     return values
 
@@ -346,8 +378,9 @@ def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokeni
     name = file.value("tokenizer.ggml.pre", str)
     if name not in WORD_RULES:
         raise UserError(
-            f"{file.origin}: how its tokenizer cuts words (tokenizer.ggml.pre {name!r}) is not known here; give the "
-            f"model's Hugging Face tokenizer folder as config.text.tokenizer (known: {', '.join(WORD_RULES)})."
+            f"{file.origin}: how its tokenizer cuts words (tokenizer.ggml.pre {name!r}) is not "
+            "known here; give the model's Hugging Face tokenizer folder as config.text.tokenizer "
+            f"(known: {', '.join(WORD_RULES)})."
         )
     pattern, gpt2_rule = WORD_RULES[name]
     merges = [tuple(merge.split(" ")) for merge in _list(file, "merges", str)]
@@ -356,7 +389,9 @@ def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokeni
     try:
         made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_words))
     except Exception as error:  # a merge of unknown tokens
-        raise UserError(f"{file.origin}: its merges do not fit its tokens ({error}); get the file again.") from error
+        raise UserError(
+            f"{file.origin}: its merges do not fit its tokens ({error}); get the file again."
+        ) from error
     steps: list[Any] = []
     if pattern is not None:
         steps.append(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
@@ -366,7 +401,9 @@ def _byte_level(file: GgufFile, vocabulary: dict[str, int]) -> tokenizers.Tokeni
     return made
 
 
-def _sentencepiece(file: GgufFile, vocabulary: dict[str, int], unknown: str | None) -> tokenizers.Tokenizer:
+def _sentencepiece(
+    file: GgufFile, vocabulary: dict[str, int], unknown: str | None
+) -> tokenizers.Tokenizer:
     """Builds SentencePiece's BPE, which merges the two neighbours whose joint token scores highest.
 
     The file holds scores instead of merges, so every split of every token becomes a merge, highest

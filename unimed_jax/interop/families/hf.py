@@ -75,7 +75,9 @@ def linear_path(linear: str) -> str:
     return f"decoder/layers/{'attention' if linear in 'qkvo' else 'mlp'}/{linear}"
 
 
-def copies_of_linear(d: DecoderConfig, moe: MoeConfig, linear: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
+def copies_of_linear(
+    d: DecoderConfig, moe: MoeConfig, linear: str, layer: int
+) -> list[tuple[str, tuple[int, ...]]]:
     """Lists (path, index) of all our linears that are initialised from this linear of a dense decoder.
 
     There are several if the layer has experts: each expert, the meta expert and the residual MLP start
@@ -121,7 +123,9 @@ def hf_decoder_table(
         table.append(Entry(f"{prefix}lm_head.weight", "decoder/head", layout="transpose"))
     if d.head_bias:
         table.append(Entry(f"{prefix}lm_head.bias", "decoder/head_bias"))
-    repeated = ((f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"),) if d.tied_head else ()
+    repeated = (
+        ((f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"),) if d.tied_head else ()
+    )
     return Table(tuple(table), ("*.rotary_emb.inv_freq",), repeated)
 
 
@@ -163,7 +167,8 @@ def export_decoder(
     ids: Mapping[str, int],
     positions: int = POSITIONS,
 ) -> None:
-    """Writes a folder that `AutoModelForCausalLM` loads: config.json, safetensors, the tokenizer's files.
+    """Writes a folder that `AutoModelForCausalLM` loads: config.json, safetensors, the tokenizer's
+    files.
 
     leaves: the decoder's, by path, with adapters merged (`merge_lora`). tokenizer: its folder. ids: of
     bos, eos, pad. Raises UserError if no Hugging Face family has these settings, or if `out` exists
@@ -182,7 +187,9 @@ def export_decoder(
 
 
 def widest_dtype(stored: Mapping[str, Stored]) -> str:
-    """Names the widest dtype among tensors, for the field of a config.json in which they are to be loaded."""
+    """Names the widest dtype among tensors, for the field of a config.json in which they are to be
+    loaded.
+    """
     return str(max((s.dtype for s in stored.values()), key=lambda dtype: np.dtype(dtype).itemsize))
 
 

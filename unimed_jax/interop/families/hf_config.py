@@ -25,7 +25,8 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")  # the other kinds that are read: see towers.py
+# the other kinds that are read: see towers.py
+TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 # max_position_embeddings of an export: rotary embeddings have no limit, but the field is required.
 POSITIONS = 4096
 
@@ -38,7 +39,8 @@ POSITIONS = 4096
 class Family(NamedTuple):
     """Says how the settings of one kind of decoder (`model_type`) are read."""
 
-    ours: Callable[[Any], dict[str, Any]]  # its settings -> those fields of ours that differ from plain LLaMA's
+    # its settings -> those fields of ours that differ from plain LLaMA's
+    ours: Callable[[Any], dict[str, Any]]
     unsupported: tuple[str, ...] = ()  # its settings that must be off
     eps: str = "rms_norm_eps"  # its name for the epsilon of the norms
     activation: str = "hidden_act"  # its name for the activation of the MLP
@@ -161,14 +163,19 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_hf_config(folder: str | Path) -> "PretrainedConfig":
-    """Reads a folder's config.json; raises UserError if there is none, or if it is of an unknown kind."""
+    """Reads a folder's config.json.
+
+    Raises UserError if there is none, or if it is of an unknown kind.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no config.json; give the folder of a Hugging Face model.")
     kind = read_sizes(file, "give the folder of a Hugging Face model").get("model_type")
     if kind not in (*FAMILIES, *TOWERS):  # transformers builds what a config of any other kind asks for
         known = ", ".join((*FAMILIES, *TOWERS))
-        raise UserError(f"{file} cannot be read: model_type {repr(kind)[:60]} is not supported; choose from {known}.")
+        raise UserError(
+            f"{file} cannot be read: model_type {repr(kind)[:60]} is not supported; choose from {known}."
+        )
     try:
         # Without trust, a config that asks for code of its own is refused instead of asked about.
         from transformers import AutoConfig
@@ -186,7 +193,8 @@ def decoder_from_hf(settings: "PretrainedConfig", where: str = "config.json") ->
     """
     if settings.model_type not in FAMILIES:
         raise UserError(
-            f"{where}: model_type {settings.model_type!r} is not supported; choose from {', '.join(FAMILIES)}."
+            f"{where}: model_type {settings.model_type!r} is not supported; choose from "
+            f"{', '.join(FAMILIES)}."
         )
     with understood(where):
         decoder = _translated(settings, where)
@@ -197,15 +205,21 @@ def _translated(settings: "PretrainedConfig", where: str) -> DecoderConfig:
     kind = settings.model_type
     family = FAMILIES[kind]
     if getattr(settings, "quantization_config", None):
-        raise UserError(f"{where}: the weights are quantised (quantization_config); give the original ones.")
+        raise UserError(
+            f"{where}: the weights are quantised (quantization_config); give the original ones."
+        )
     for name in family.unsupported:
         value = getattr(settings, name)
         if value:
-            raise UserError(f"{where}: {name}={repr(value)[:60]} is not supported for {kind}; give a model without it.")
+            raise UserError(
+                f"{where}: {name}={repr(value)[:60]} is not supported for {kind}; give a model "
+                "without it."
+            )
     act = getattr(settings, family.activation)
     if act not in ACTIVATIONS:
         raise UserError(
-            f"{where}: {family.activation} {repr(act)[:60]} is not supported; choose from {', '.join(ACTIVATIONS)}."
+            f"{where}: {family.activation} {repr(act)[:60]} is not supported; choose from "
+            f"{', '.join(ACTIVATIONS)}."
         )
     heads = settings.num_attention_heads
     fields: dict[str, Any] = {
@@ -231,8 +245,8 @@ def _rope_from_hf(settings: Any, family: Family, windowed: bool, where: str) -> 
         parameters, near = parameters["full_attention"], parameters["sliding_attention"]
         if near.get("rope_type", "default") != "default":
             raise UserError(
-                f"{where}: rope_type {near['rope_type']!r} of rope_parameters.sliding_attention is not supported; "
-                "layers with a window must have the default."
+                f"{where}: rope_type {near['rope_type']!r} of rope_parameters.sliding_attention is "
+                "not supported; layers with a window must have the default."
             )
         local = float(near["rope_theta"]) if windowed else None
     if "rope_theta" not in parameters:
@@ -240,7 +254,8 @@ def _rope_from_hf(settings: Any, family: Family, windowed: bool, where: str) -> 
     fraction = float(parameters.get("partial_rotary_factor", 1.0))
     if fraction != 1 and not family.partial_rotary:
         raise UserError(
-            f"{where}: partial_rotary_factor={fraction} is not supported for {settings.model_type}; it must be 1."
+            f"{where}: partial_rotary_factor={fraction} is not supported for {settings.model_type}; "
+            "it must be 1."
         )
     theta = float(parameters["rope_theta"])
     scaling = _scaling_from_hf(parameters, where)
@@ -268,7 +283,9 @@ def _scaling_from_hf(parameters: Mapping[str, Any], where: str) -> RopeScaling |
             high_freq_factor=float(parameters["high_freq_factor"]),
             original_positions=int(parameters["original_max_position_embeddings"]),
         )
-    raise UserError(f"{where}: rope_type {kind!r} is not supported; choose from default, linear, llama3.")
+    raise UserError(
+        f"{where}: rope_type {kind!r} is not supported; choose from default, linear, llama3."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,8 +308,8 @@ def decoder_to_hf(d: DecoderConfig, positions: int = POSITIONS) -> "PretrainedCo
         if fits:
             return settings
     raise UserError(
-        f"no Hugging Face decoder ({', '.join(FAMILIES)}) has all settings of config.model.decoder, so it cannot be "
-        "exported as one."
+        f"no Hugging Face decoder ({', '.join(FAMILIES)}) has all settings of config.model.decoder, "
+        "so it cannot be exported as one."
     )
 
 
@@ -335,7 +352,9 @@ def _fields_to_hf(d: DecoderConfig, positions: int) -> dict[str, Any]:
         "final_logit_softcapping": d.logit_softcap,
         "sliding_window": max(explicit.windows) or None,
         "use_sliding_window": any(explicit.windows),
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in explicit.windows],
+        "layer_types": [
+            "sliding_attention" if window else "full_attention" for window in explicit.windows
+        ],
         "max_position_embeddings": max(positions, 2 * stretched),
     }
 
@@ -378,22 +397,32 @@ def _is_llama3(scaling: RopeScaling | None) -> TypeGuard[RopeScaling]:
 
 
 def decoder_differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
-    """Lists (field, value of a, value of b) for the settings by which two decoders compute differently."""
+    """Lists (field, value of a, value of b) for the settings by which two decoders compute
+    differently.
+    """
     a, b = _explicit(a), _explicit(b)
     names = [field.name for field in dataclasses.fields(DecoderConfig)]
-    return [(name, getattr(a, name), getattr(b, name)) for name in names if getattr(a, name) != getattr(b, name)]
+    return [
+        (name, getattr(a, name), getattr(b, name))
+        for name in names
+        if getattr(a, name) != getattr(b, name)
+    ]
 
 
 def refuse_other_decoder(theirs: DecoderConfig, d: DecoderConfig, where: str | Path) -> None:
     """Raises UserError if the decoder found at `where` is not `d`."""
     text = differences_text(decoder_differences(theirs, d))
     if text:
-        raise UserError(f"config.model.decoder is not the decoder of {where}: {text}; set what is said there.")
+        raise UserError(
+            f"config.model.decoder is not the decoder of {where}: {text}; set what is said there."
+        )
 
 
 def differences_text(values: Iterable[tuple[str, Any, Any]]) -> str:
     """Puts into words which settings differ ("" if none); takes (setting, value there, value here)."""
-    return ", ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in values if there != here)
+    return ", ".join(
+        f"{name} is {there!r} there and {here!r} here" for name, there, here in values if there != here
+    )
 
 
 def _explicit(d: DecoderConfig) -> DecoderConfig:

@@ -58,7 +58,9 @@ def read_med_moe_config(folder: str | Path) -> dict[str, Any]:
     return read_sizes(file, "give the folder of a Med-MoE checkpoint")
 
 
-def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE, where: str = "") -> ModelConfig:
+def model_from_med_moe(
+    settings: Mapping[str, Any], vision: VisionConfig = CLIP_LARGE, where: str = ""
+) -> ModelConfig:
     """Translates a checkpoint's config.json into our settings, with everything as published.
 
     A checkpoint without a `moe` group, or with moe_enable off, is a dense model (stage 1 or 2). Raises
@@ -68,10 +70,13 @@ def model_from_med_moe(settings: Mapping[str, Any], vision: VisionConfig = CLIP_
     kind = s.get("model_type")
     if kind not in (STABLELM, PHI):
         raise UserError(
-            f"{where}: model_type {kind!r} is not a Med-MoE model that can be read here; give {STABLELM} or {PHI}."
+            f"{where}: model_type {kind!r} is not a Med-MoE model that can be read here; give "
+            f"{STABLELM} or {PHI}."
         )
     if s.get("mm_vision_select_feature", "patch") != "patch":
-        raise UserError(f"{where}: mm_vision_select_feature must be 'patch': no class token reaches the decoder.")
+        raise UserError(
+            f"{where}: mm_vision_select_feature must be 'patch': no class token reaches the decoder."
+        )
     with understood(where):
         try:
             config = ModelConfig(
@@ -136,7 +141,9 @@ def _experts_from_med_moe(moe: Mapping[str, Any], where: str) -> MoeConfig:
         return MoeConfig()
     counts = set(moe["num_experts"])
     if len(counts) != 1:
-        raise UserError(f"{where}: moe.num_experts {moe['num_experts']} differ, which is not supported here.")
+        raise UserError(
+            f"{where}: moe.num_experts {moe['num_experts']} differ, which is not supported here."
+        )
     capacity = 4.0 if moe["top_k_experts"] == 2 else None
     return MoeConfig(
         experts=counts.pop(),
@@ -233,7 +240,9 @@ def _refuse_inexpressible(config: ModelConfig, back: ModelConfig) -> None:
         if there != here:
             differ.append((f"vision.{name}", there, here))
     if differ:
-        text = ", ".join(f"{name} is always {there!r} there and {here!r} here" for name, there, here in differ)
+        text = ", ".join(
+            f"{name} is always {there!r} there and {here!r} here" for name, there, here in differ
+        )
         raise UserError(f"config.model cannot be exported as a Med-MoE checkpoint: {text}.")
 
 
@@ -248,7 +257,9 @@ def med_moe_table(config: ModelConfig) -> Table:
 
 
 def med_moe_decoder_table(config: ModelConfig) -> Table:
-    """Lists the decoder's tensors: Hugging Face's names, and DeepSpeed's in the layers that have experts."""
+    """Lists the decoder's tensors: Hugging Face's names, and DeepSpeed's in the layers that have
+    experts.
+    """
     dense = hf.hf_decoder_table(config.decoder, moe=config.moe)
     outside = [entry for entry in dense if not entry.path.startswith("decoder/layers/moe/")]
     table = dataclasses.replace(dense, entries=tuple(outside))
@@ -260,7 +271,9 @@ def med_moe_decoder_table(config: ModelConfig) -> Table:
 def expert_layer_table(config: ModelConfig, name: str, nth: int) -> Table:
     """Lists what a checkpoint holds under `name` instead of an MLP, for the nth layer with experts."""
     m, ours = config.moe, "decoder/layers/moe"
-    entries = [Entry(f"{name}.deepspeed_moe.gate.wg.weight", f"{ours}/router/kernel", (nth,), "transpose")]
+    entries = [
+        Entry(f"{name}.deepspeed_moe.gate.wg.weight", f"{ours}/router/kernel", (nth,), "transpose")
+    ]
     entries.append(Entry(f"{name}.deepspeed_moe.gate.wg.bias", f"{ours}/router/bias", (nth,)))
     for e in range(m.experts):
         expert = f"{name}.deepspeed_moe.experts.deepspeed_experts.{e}"
@@ -269,7 +282,9 @@ def expert_layer_table(config: ModelConfig, name: str, nth: int) -> Table:
         entries += _mlp_entries(config.decoder, f"{name}.meta_moe", f"{ours}/meta", (nth,))
     if m.residual:
         entries += _mlp_entries(config.decoder, f"{name}.mlp", f"{ours}/residual", (nth,))
-        entries.append(Entry(f"{name}.coefficient.weight", f"{ours}/coefficient/kernel", (nth,), "transpose"))
+        entries.append(
+            Entry(f"{name}.coefficient.weight", f"{ours}/coefficient/kernel", (nth,), "transpose")
+        )
         entries.append(Entry(f"{name}.coefficient.bias", f"{ours}/coefficient/bias", (nth,)))
     return Table(tuple(entries))
 
@@ -338,12 +353,18 @@ def load_med_moe(folder: str | Path, config: ModelConfig, to: Destination) -> di
 
 
 def load_router(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
-    """Loads the routers of all layers with experts from one file: {"fc1.weight" [E, D], "fc1.bias" [E]}."""
+    """Loads the routers of all layers with experts from one file: {"fc1.weight" [E, D], "fc1.bias"
+    [E]}.
+    """
     return load_leaves(router_table(config), open_weights(path), to)
 
 
 def export_med_moe(
-    out: str | Path, config: ModelConfig, leaves: Mapping[str, Any], tokenizer: str | Path, ids: Mapping[str, int]
+    out: str | Path,
+    config: ModelConfig,
+    leaves: Mapping[str, Any],
+    tokenizer: str | Path,
+    ids: Mapping[str, int],
 ) -> None:
     """Writes a checkpoint's folder: config.json, safetensors, the tokenizer's files.
 

@@ -1,4 +1,6 @@
-"""Reads and writes LoRA adapters as folders of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes LoRA adapters as folders of PEFT: `adapter_config.json` and
+`adapter_model.safetensors`.
+"""
 
 import json
 import math
@@ -12,7 +14,15 @@ from unimed_jax.files import new_folder, read_json
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
-from unimed_jax.interop.tensors.table import Entry, Table, Tensors, check, each_published, first_of, published_shapes
+from unimed_jax.interop.tensors.table import (
+    Entry,
+    Table,
+    Tensors,
+    check,
+    each_published,
+    first_of,
+    published_shapes,
+)
 
 SETTINGS_BYTES = 1 << 20  # of an adapter_config.json, at most
 HIGHEST_RANK = 1 << 16
@@ -58,7 +68,9 @@ STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def adaptable_linears(config: ModelConfig) -> dict[str, str]:
-    """Maps each linear that can carry an adapter to its name within a layer of Hugging Face's decoder."""
+    """Maps each linear that can carry an adapter to its name within a layer of Hugging Face's
+    decoder.
+    """
     names = hf.linear_names(config.decoder)
     return {name: names[name] for name in ORDER if name in names}
 
@@ -89,17 +101,23 @@ def load_peft(folder: str | Path, config: ModelConfig, to: Destination) -> dict[
     rank, alpha = _rank_and_alpha(folder)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise UserError(f"folder {folder} holds no {' or '.join(WEIGHTS)}; give the folder of a PEFT adapter.")
+        raise UserError(
+            f"folder {folder} holds no {' or '.join(WEIGHTS)}; give the folder of a PEFT adapter."
+        )
     tensors = open_weights(path)
     table, lora = peft_table(config), config.lora
-    targets = [ours for ours, theirs in adaptable_linears(config).items() if _has_adapter(tensors, theirs)]
+    targets = [
+        ours for ours, theirs in adaptable_linears(config).items() if _has_adapter(tensors, theirs)
+    ]
     differences = []
     if rank != lora.rank:
         differences.append(f"its rank is {rank}, not {lora.rank}")
     if not math.isclose(alpha, lora.alpha, rel_tol=1e-6):
         differences.append(f"its alpha is {alpha:g}, not {lora.alpha:g}")
     if lora.rank and set(targets) != set(lora.targets):
-        differences.append(f"its targets are {', '.join(targets) or 'none'}, not {', '.join(lora.targets)}")
+        differences.append(
+            f"its targets are {', '.join(targets) or 'none'}, not {', '.join(lora.targets)}"
+        )
     check(table, tensors, to.leaves, differences)
     return load_leaves(table, tensors, to)
 
@@ -122,11 +140,13 @@ def _rank_and_alpha(folder: Path) -> tuple[int, float]:
             raise ValueError(f"lora_alpha is {repr(alpha)[:60]}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} does not describe a LoRA adapter ({error!r}); get it again.") from error
-    unsupported = [f"{key}={repr(value)[:60]}" for key, value in settings.items() if not _is_plain(key, value)]
+    unsupported = [
+        f"{key}={repr(value)[:60]}" for key, value in settings.items() if not _is_plain(key, value)
+    ]
     if unsupported:
         raise UserError(
-            f"{file} describes more than plain LoRA on linears ({first_of(unsupported)}), which cannot be represented "
-            "here; merge it into its model with PEFT and give that."
+            f"{file} describes more than plain LoRA on linears ({first_of(unsupported)}), which "
+            "cannot be represented here; merge it into its model with PEFT and give that."
         )
     # Rank-stabilised LoRA divides alpha by the root of the rank, LoRA by the rank.
     return rank, alpha * rank**0.5 if settings.get("use_rslora") else alpha
@@ -143,7 +163,9 @@ def _is_plain(key: str, value: Any) -> bool:
     return key in READ + HARMLESS or not value
 
 
-def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any], base_model: str) -> None:
+def export_peft(
+    out: str | Path, config: ModelConfig, leaves: Mapping[str, Any], base_model: str
+) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads onto the decoder.
 
     leaves: at least the adapters', by path. base_model: name or folder of the decoder, for the
@@ -151,7 +173,9 @@ def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any],
     """
     lora = config.lora
     if not lora.rank:
-        raise UserError("config.model.lora.rank is 0: there are no adapters to export; export the decoder instead.")
+        raise UserError(
+            "config.model.lora.rank is 0: there are no adapters to export; export the decoder instead."
+        )
     names = adaptable_linears(config)
     settings = {
         "peft_type": "LORA",
@@ -170,7 +194,9 @@ def export_peft(out: str | Path, config: ModelConfig, leaves: Mapping[str, Any],
     table = peft_table(config)
     with new_folder(out) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        write_safetensors(folder, published_shapes(table, leaves), each_published(table, leaves), stem="adapter_model")
+        write_safetensors(
+            folder, published_shapes(table, leaves), each_published(table, leaves), stem="adapter_model"
+        )
 
 
 def whole_number(x: float) -> float | int:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 
 def tower_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> VisionConfig:
-    """Translates Hugging Face's settings of CLIP or SigLIP (the whole model, or only its tower) into ours.
+    """Translates Hugging Face's settings of CLIP or SigLIP (the whole model, or only its tower)
+    into ours.
 
     Of CLIP we take the features of the last block but one, as LLaVA does; of SigLIP those of the last
     block, after its norm. The image size is what the patches cover: 378 of the 384 pixels of SigLIP
@@ -33,7 +34,8 @@ def tower_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> V
     kind = settings.model_type.split("_")[0]
     if kind not in ("clip", "siglip"):
         raise UserError(
-            f"{where}: {settings.model_type!r} is not a vision tower that can be read here; give CLIP or SigLIP."
+            f"{where}: {settings.model_type!r} is not a vision tower that can be read here; give "
+            "CLIP or SigLIP."
         )
     with understood(where):
         vision = _translated(getattr(settings, "vision_config", settings), kind, where)
@@ -43,7 +45,9 @@ def tower_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> V
 def _translated(tower: Any, kind: str, where: str) -> VisionConfig:
     act = {**ACTIVATIONS, "quick_gelu": "quick_gelu"}.get(tower.hidden_act)
     if act is None:
-        raise UserError(f"{where}: hidden_act {repr(tower.hidden_act)[:60]} of the vision tower is not supported.")
+        raise UserError(
+            f"{where}: hidden_act {repr(tower.hidden_act)[:60]} of the vision tower is not supported."
+        )
     common: dict[str, Any] = {
         "image_size": tower.image_size // tower.patch_size * tower.patch_size,
         "patch_size": tower.patch_size,
@@ -75,7 +79,10 @@ def _translated(tower: Any, kind: str, where: str) -> VisionConfig:
 
 
 def hf_tower_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
-    """Lists the tensors of a CLIP or SigLIP tower; any of our encoders can be written under these names."""
+    """Lists the tensors of a CLIP or SigLIP tower.
+
+    Any of our encoders can be written under these names.
+    """
     embeddings = f"{prefix}embeddings"
     entries = [
         Entry(f"{embeddings}.patch_embedding.weight", "vision/patch/kernel", layout="patch"),
@@ -107,13 +114,18 @@ def hf_tower_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
 
 
 def _hf_block_entries(v: VisionConfig, theirs: str, i: int) -> list[Entry]:
-    """Maps one block; queries, keys and values are three linears in the file and one kernel [D, 3 D] of ours."""
+    """Maps one block.
+
+    Queries, keys and values are three linears in the file and one kernel [D, 3 D] of ours.
+    """
     ours = "vision/blocks"
     entries = []
     for n, letter in enumerate("qkv"):
         columns = slice(n * v.width, (n + 1) * v.width)
         name = f"{theirs}.self_attn.{letter}_proj"
-        entries.append(Entry(f"{name}.weight", f"{ours}/attention/qkv/kernel", (i, ALL, columns), "transpose"))
+        entries.append(
+            Entry(f"{name}.weight", f"{ours}/attention/qkv/kernel", (i, ALL, columns), "transpose")
+        )
         if letter in v.qkv_bias.replace("none", ""):
             entries.append(Entry(f"{name}.bias", f"{ours}/attention/{letter}_bias", (i,)))
     linears = {"self_attn.out_proj": "attention/out", "mlp.fc1": "up", "mlp.fc2": "down"}

@@ -1,9 +1,10 @@
 """Writes the complete model as a folder that `AutoModelForCausalLM` loads in torch, and reads it back.
 
-config.json             the decoder's own settings (`text_config`), all of ours (`unimed`), prompts, special ids
-model*.safetensors      decoder as its family names it, vision as CLIP's tower, connector as the original names it
-modeling_unimed.py      torch_model/modeling_unimed.py: the same model in plain torch
-tokenizer files, preprocessor_config.json, generation_config.json, README.md (model_card.py)
+config.json             the decoder's own settings (`text_config`), all of ours (`unimed`), prompts,
+special ids model*.safetensors      decoder as its family names it, vision as CLIP's tower,
+connector as the original names it modeling_unimed.py      torch_model/modeling_unimed.py: the same
+model in plain torch tokenizer files, preprocessor_config.json, generation_config.json, README.md
+(model_card.py)
 """
 
 import dataclasses
@@ -59,9 +60,9 @@ def export_unimed_hf(
 ) -> None:
     """Writes the folder; adapters are merged into the decoder, and every leaf keeps its dtype.
 
-    leaves: all by path, adapters not merged. tokenizer: its folder. metrics: the content of the run's metrics.json,
-    for the model card, as `notes` and `inputs` are. Raises UserError if no Hugging Face decoder has these settings,
-    or if `out` exists already.
+    leaves: all by path, adapters not merged. tokenizer: its folder. metrics: the content of the
+    run's metrics.json, for the model card, as `notes` and `inputs` are. Raises UserError if no
+    Hugging Face decoder has these settings, or if `out` exists already.
     """
     leaves = merged_leaves(config.model, leaves)
     settings = portable(config)
@@ -101,7 +102,8 @@ def merged_leaves(config: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, A
 
 
 class Merged:
-    """A stack of kernels [layers, in, out] with their adapters folded in: W + scale A B, each layer when it is read.
+    """A stack of kernels [layers, in, out] with their adapters folded in: W + scale A B, each layer
+    when it is read.
 
     So the devices never hold a second copy of the decoder.
     """
@@ -119,8 +121,13 @@ class Merged:
 
 
 def portable(config: Config) -> Config:
-    """Removes adapters and this machine's folders from the settings; of a path only the last part is kept."""
-    sources = tuple(dataclasses.replace(source, path=Path(source.path).name) for source in config.data.sources)
+    """Removes adapters and this machine's folders from the settings.
+
+    Of a path only the last part is kept.
+    """
+    sources = tuple(
+        dataclasses.replace(source, path=Path(source.path).name) for source in config.data.sources
+    )
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, lora=LoraConfig()),
@@ -179,8 +186,8 @@ def _preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
 def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
     """Cuts the evaluation prompt of a task into its constant parts.
 
-    image: the text before the image (None if the task has no image); body: the instruction with "{question}";
-    before, after: the text around the body.
+    image: the text before the image (None if the task has no image); body: the instruction with
+    "{question}"; before, after: the text around the body.
     """
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
     example = Example("", task, "{question}", "", images=("",) if task in VISUAL_TASKS else ())
@@ -204,22 +211,33 @@ def is_exported(folder: str | Path) -> bool:
 
 
 def exported_tokenizer(folder: str | Path) -> str:
-    """Reads the state (`Tokenizer.state`) of the tokenizer that was exported; empty in an earlier version's folder."""
-    return str(read_json(Path(folder) / "config.json", "export the model again").get("tokenizer_state", ""))
+    """Reads the state (`Tokenizer.state`) of the tokenizer that was exported.
+
+    Empty in an earlier version's folder.
+    """
+    return str(
+        read_json(Path(folder) / "config.json", "export the model again").get("tokenizer_state", "")
+    )
 
 
 def exported_config(folder: str | Path) -> Config:
-    """Reads the settings of a folder that `export_unimed_hf` wrote; they name the folder as their tokenizer.
+    """Reads the settings of a folder that `export_unimed_hf` wrote.
+
+    They name the folder as their tokenizer.
 
     Raises UserError if the folder's config.json is missing, damaged or that of another kind of model.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder} holds no config.json; give a folder that `export --format=model` wrote.")
+        raise UserError(
+            f"{folder} holds no config.json; give a folder that `export --format=model` wrote."
+        )
     try:
         settings = read_json(file, "export the model again")["unimed"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is of another kind of model; give what `export --format=model` wrote.") from error
+        raise UserError(
+            f"{file} is of another kind of model; give what `export --format=model` wrote."
+        ) from error
     config = from_config_dict(settings, effects=False)
     return dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer=str(folder)))
 

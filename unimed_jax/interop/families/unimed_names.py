@@ -9,7 +9,9 @@ from unimed_jax.model.connector import visual_features
 
 
 def connector_table(config: ModelConfig) -> Table:
-    """Lists the connector's tensors: task tokens, router and projection experts, or the dense projector."""
+    """Lists the connector's tensors: task tokens, router and projection experts, or the dense
+    projector.
+    """
     c = config.connector
     entries: list[Entry] = []
     if c.task_tokens:
@@ -84,7 +86,9 @@ def router_halves(config: ModelConfig) -> dict[str, int]:
 
 
 def trainable_table(config: ModelConfig) -> Table:
-    """Lists what the original's checkpoint holds under `model`, in its order: adapters, then the connector."""
+    """Lists what the original's checkpoint holds under `model`, in its order: adapters, then the
+    connector.
+    """
     adapters = peft.peft_table(config, "llm_model.base_model.model.model.layers", ".default")
     not_needed = Table((), ("*.rotary_emb.inv_freq",))
     return adapters + not_needed + connector_table(config)
@@ -96,7 +100,8 @@ def duplicate_name(name: str) -> str | None:
 
 
 def optimizer_order(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """Lists the published parameters in the order of the original's AdamW: with weight decay, and without.
+    """Lists the published parameters in the order of the original's AdamW: with weight decay, and
+    without.
 
     Within each the order is that of its modules: adapters layer by layer (q, k, v, o, gate, down, up;
     A, B), task tokens, experts, router. A parameter that never got a gradient has a number there but no

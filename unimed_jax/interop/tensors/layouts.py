@@ -1,4 +1,6 @@
-"""Converts between blocks of our leaves and the tensors that files publish for them, layout by layout."""
+"""Converts between blocks of our leaves and the tensors that files publish for them, layout by
+layout.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 Shape = tuple[int, ...]
-Region = tuple[slice, ...]  # a start and a stop in every dimension of a leaf, or of an entry's block of it
+# a start and a stop in every dimension of a leaf, or of an entry's block of it
+Region = tuple[slice, ...]
 ALL = slice(None)
 
 

@@ -35,7 +35,11 @@ class Destination:
         return np.dtype(self.dtypes.get(path, self.leaves[path].dtype))
 
     def sharding(self, path: str) -> Sharding:
-        return SingleDeviceSharding(jax.local_devices()[0]) if self.shardings is None else self.shardings[path]
+        return (
+            SingleDeviceSharding(jax.local_devices()[0])
+            if self.shardings is None
+            else self.shardings[path]
+        )
 
 
 def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, jax.Array]:
@@ -54,7 +58,9 @@ def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, ja
     return out
 
 
-def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, read_part: Callable) -> jax.Array:
+def filled(
+    shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, read_part: Callable
+) -> jax.Array:
     """Builds a sharded array; each device's shard is read in strips, and replicas share one read.
 
     read_part: region of the whole array -> its values.
@@ -63,7 +69,9 @@ def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, read_par
     devices_of = _devices_by_region(shape, sharding)
 
     def strip(start: int, rows: int) -> jax.Array:
-        """Reads `rows` rows from row `start` on of every shard, as one array that is sharded in the same way."""
+        """Reads `rows` rows from row `start` on of every shard, as one array that is sharded in the
+        same way.
+        """
         parts = []
         for region, devices in devices_of.items():
             (first, _), *rest = region
@@ -80,14 +88,19 @@ def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, read_par
     rows = -(-shard[0] // count)
     out = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
     for i in range(count):
-        start = min(i * rows, shard[0] - rows)  # the last strip may overlap, so that all are written by one program
+        # the last strip may overlap, so that all are written by one program
+        start = min(i * rows, shard[0] - rows)
         out = _write(out, strip(start, rows), start, sharding)
         out.block_until_ready()  # otherwise strips pile up in host memory
     return out
 
 
-def _devices_by_region(shape: tuple[int, ...], sharding: Sharding) -> dict[tuple[tuple[int, int], ...], list[Any]]:
-    """Lists, for every region that a shard of this process covers, the devices that hold a copy of it."""
+def _devices_by_region(
+    shape: tuple[int, ...], sharding: Sharding
+) -> dict[tuple[tuple[int, int], ...], list[Any]]:
+    """Lists, for every region that a shard of this process covers, the devices that hold a copy of
+    it.
+    """
     devices_of: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         region = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))

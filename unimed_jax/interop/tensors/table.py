@@ -1,11 +1,13 @@
-"""Maps published tensors to our leaves: one declarative table per family of weights, read in both directions.
+"""Maps published tensors to our leaves: one declarative table per family of weights, read in both
+directions.
 
 Published linears are torch's: [out, in], one module per layer. Ours are [in, out], stacked over the
 layers, experts concatenated. A table says for each published tensor which block of which leaf holds the
 same numbers, and in which layout:
 
     # Our kernel is [24, 960, 320]; the file holds one [320, 960] tensor per layer.
-    Entry("model.layers.7.self_attn.k_proj.weight", "decoder/layers/attention/k/kernel", (7,), "transpose")
+    Entry("model.layers.7.self_attn.k_proj.weight", "decoder/layers/attention/k/kernel", (7,),
+    "transpose")
 
 `check` and `read_region` take weights in, `published_shapes` and `each_published` give them out.
 """
@@ -52,7 +54,9 @@ class Tensors:
 class Arrays(Tensors):
     """Gives arrays that are in memory already, and for all other names the tensors of `base`."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], base: Tensors | None = None, origin: str = "memory"):
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], base: Tensors | None = None, origin: str = "memory"
+    ):
         self.arrays, self.base = arrays, base
         self.origin = base.origin if base else origin
         in_memory = {name: Stored(value.shape, value.dtype) for name, value in arrays.items()}
@@ -76,7 +80,8 @@ class Entry:
 
     name: str  # of the published tensor
     path: str  # of our leaf
-    index: tuple[int | slice, ...] = ()  # the block in our leaf; the dimensions that it does not name are whole
+    # the block in our leaf; the dimensions that it does not name are whole
+    index: tuple[int | slice, ...] = ()
     layout: str = "same"  # a key of LAYOUTS
     # The range of the tensor's columns that the block holds, if several leaves share the tensor (the
     # router's halves).
@@ -123,7 +128,9 @@ class Entry:
             in_file = (in_file[0], slice(in_file[1].start + first, in_file[1].stop + first))
         values = tensors.read(self.name, in_file)
         if not is_finite(values):
-            raise UserError(f"{tensors.origin}: {self.name} holds NaN or infinite numbers; get the file again.")
+            raise UserError(
+                f"{tensors.origin}: {self.name} holds NaN or infinite numbers; get the file again."
+            )
         values = layout.to_ours(values, self.heads)[kept]
         # Re-insert the dimensions that `index` indexes with an integer, with length 1.
         return _relative(both, region), values.reshape(_shape(both))
@@ -160,11 +167,14 @@ class Table:
 
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
-    # (tensor, the one that it repeats): not needed either, but a file that has it must have the same numbers in it.
+    # (tensor, the one that it repeats): not needed either, but a file that has it must have the
+    # same numbers in it.
     repeated: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: "Table") -> "Table":
-        return Table(self.entries + other.entries, self.ignored + other.ignored, self.repeated + other.repeated)
+        return Table(
+            self.entries + other.entries, self.ignored + other.ignored, self.repeated + other.repeated
+        )
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -200,29 +210,40 @@ NAMED = 12  # tensors of one kind that a sentence names, at most
 LONGEST = 100  # characters of a name in it
 
 
-def check(table: Table, tensors: Tensors, leaves: Mapping[str, Any], differences: Iterable[str] = ()) -> None:
+def check(
+    table: Table, tensors: Tensors, leaves: Mapping[str, Any], differences: Iterable[str] = ()
+) -> None:
     """Raises one UserError that names the missing, unexpected, mis-shaped and unreadable tensors.
 
     leaves: anything with a shape, by path, for every path of the table.
     differences: what else does not fit, in words; it joins the same sentence.
     """
     expected = {name: stored.shape for name, stored in published_shapes(table, leaves).items()}
-    problems = [*differences, *_wrong_names(table, tensors, expected), *_wrong_tensors(tensors, expected)]
+    problems = [
+        *differences,
+        *_wrong_names(table, tensors, expected),
+        *_wrong_tensors(tensors, expected),
+    ]
     if len(problems) > NAMED:
         problems[NAMED:] = [f"{len(problems) - NAMED} more faults"]
     if problems:
-        raise UserError(f"{tensors.origin} does not fit the model: {'; '.join(problems)}; check config.model.")
+        raise UserError(
+            f"{tensors.origin} does not fit the model: {'; '.join(problems)}; check config.model."
+        )
     for name, of in table.repeated:
         if name in tensors.stored and not _same_numbers(tensors, name, of):
             raise UserError(
-                f"{tensors.origin}: {name} differs from {of}, though the settings say that they are one "
-                f"(tie_word_embeddings); to keep it, say false there and set config.model.decoder.tied_head=False, or "
-                f"remove {name} from the file."
+                f"{tensors.origin}: {name} differs from {of}, though the settings say that they are "
+                "one (tie_word_embeddings); to keep it, say false there and set "
+                f"config.model.decoder.tied_head=False, or remove {name} from the file."
             )
 
 
 def _same_numbers(tensors: Tensors, a: str, b: str) -> bool:
-    """Says whether two matrices of a file are equal, in whatever types they are stored; read a strip at a time."""
+    """Says whether two matrices of a file are equal, in whatever types they are stored.
+
+    Read a strip at a time.
+    """
     one, two = tensors.stored[a], tensors.stored[b]
     if one.shape != two.shape or one.dtype not in FLOATS or two.dtype not in FLOATS:
         return False
@@ -297,7 +318,9 @@ def folded(names: Iterable[str]) -> list[str]:
         first = re.search("[0-9]{1,9}", name)
         key = (name[: first.start()], name[first.end() :]) if first else (name, "")
         groups.setdefault(key, []).extend([int(first.group())] if first else [])
-    return [f"{before}{_ranges(sorted(set(numbers)))}{after}" for (before, after), numbers in groups.items()]
+    return [
+        f"{before}{_ranges(sorted(set(numbers)))}{after}" for (before, after), numbers in groups.items()
+    ]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -315,7 +338,8 @@ def _ranges(numbers: list[int]) -> str:
 
 def is_finite(values: np.ndarray) -> bool:
     """Says whether an array holds neither NaN nor infinity."""
-    if values.dtype == ml_dtypes.bfloat16:  # testing the exponent bits is three times as fast as its isfinite
+    # testing the exponent bits is three times as fast as its isfinite
+    if values.dtype == ml_dtypes.bfloat16:
         return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(values).all())
 
@@ -361,7 +385,9 @@ def to_leaves(
     tensors = tensors if isinstance(tensors, Tensors) else Arrays(tensors)
     check(table, tensors, leaves)
     shapes = {path: tuple(leaves[path].shape) for path in table.paths()}
-    return {path: read_region(table, tensors, path, shape, whole(shape)) for path, shape in shapes.items()}
+    return {
+        path: read_region(table, tensors, path, shape, whole(shape)) for path, shape in shapes.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -388,7 +414,9 @@ def to_published(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarra
 
 
 def each_published(table: Table, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, tensor) for every published tensor, one at a time, in the order of `published_shapes`."""
+    """Yields (name, tensor) for every published tensor, one at a time, in the order of
+    `published_shapes`.
+    """
     for name, entries in table.by_name().items():
         yield name, assembled(entries, leaves)
 

@@ -1,7 +1,8 @@
-"""Reads torch's zip files (`.bin`, `.pth`, `.pt`) without executing anything, and writes them without torch.
+"""Reads torch's zip files (`.bin`, `.pth`, `.pt`) without executing anything, and writes them
+without torch.
 
-Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), which `torch_pickle` interprets, and the
-numbers of each tensor's storage as a record of their own.
+Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), which `torch_pickle`
+interprets, and the numbers of each tensor's storage as a record of their own.
 """
 
 import collections
@@ -18,7 +19,14 @@ import numpy as np
 
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.table import Region, Stored, Tensors
-from unimed_jax.interop.tensors.torch_pickle import BYTES, TORCH_DTYPES, Refused, Storage, TorchTensor, read_pickle
+from unimed_jax.interop.tensors.torch_pickle import (
+    BYTES,
+    TORCH_DTYPES,
+    Refused,
+    Storage,
+    TorchTensor,
+    read_pickle,
+)
 
 STORAGES = {np.dtype(dtype): name for name, dtype in TORCH_DTYPES.items()}
 DIRECTORY_LIMIT = 1 << 24  # bytes of the list of records at the end of the archive
@@ -28,7 +36,9 @@ LOCAL_HEADER = 30  # bytes of a zip record's header, before its name and its ext
 def damaged(path: Path, error: Exception) -> UserError:
     """Makes the error for a file that its format's reader could not read."""
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"{path} is damaged or is not the kind of file that its name says ({reason}); get it again.")
+    return UserError(
+        f"{path} is damaged or is not the kind of file that its name says ({reason}); get it again."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -37,15 +47,21 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 
 def _check_directory(path: Path) -> None:
-    """Raises ValueError if the archive's list of records is so long that reading it takes minutes and gigabytes."""
+    """Raises ValueError if the archive's list of records is so long that reading it takes minutes
+    and gigabytes.
+    """
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 16) - 100))  # a comment of at most 65,535 bytes comes last
+        # a comment of at most 65,535 bytes comes last
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 100))
         tail = file.read()
         end = tail.rfind(b"PK\5\6")
         sizes = [int.from_bytes(tail[end + 12 : end + 16], "little")] if end >= 0 else []
-        locator = tail.rfind(b"PK\6\7", 0, max(end, 0))  # names the place of a record with 64-bit numbers
+        # names the place of a record with 64-bit numbers
+        locator = tail.rfind(b"PK\6\7", 0, max(end, 0))
         if locator >= 0:
-            file.seek(min(int.from_bytes(tail[locator + 8 : locator + 16], "little"), path.stat().st_size))
+            file.seek(
+                min(int.from_bytes(tail[locator + 8 : locator + 16], "little"), path.stat().st_size)
+            )
             sizes.append(int.from_bytes(file.read(56)[40:48], "little"))
             large = tail.rfind(b"PK\6\6", 0, locator)
             sizes += [int.from_bytes(tail[large + 40 : large + 48], "little")] if large >= 0 else []
@@ -71,16 +87,16 @@ class TorchFile:
                 self.tree = self._unpickled(archive)
         except Refused as error:
             raise UserError(
-                f"{path} holds code or objects besides tensors ({error}), and nothing of it was run; save only its "
-                "state_dict, best as safetensors."
+                f"{path} holds code or objects besides tensors ({error}), and nothing of it was "
+                "run; save only its state_dict, best as safetensors."
             ) from error
         except zipfile.BadZipFile as error:
             with open(path, "rb") as file:
                 is_pickle = file.read(1) == b"\x80"
             if is_pickle:
                 raise UserError(
-                    f"{path} is in torch's format from before version 1.6, which cannot be read here; load it with "
-                    "torch and save it again, best as safetensors."
+                    f"{path} is in torch's format from before version 1.6, which cannot be read "
+                    "here; load it with torch and save it again, best as safetensors."
                 ) from error
             raise damaged(path, error) from error
         except UserError:
@@ -92,7 +108,9 @@ class TorchFile:
         """Reads the tree of the archive, whose tensors name their records."""
         pickled = next((name for name in self.records if name.endswith("data.pkl")), None)
         if pickled is None or self.records[pickled].file_size > BYTES:
-            raise UserError(f"{self.path} is a zip file, but none that torch.save wrote of tensors; check it.")
+            raise UserError(
+                f"{self.path} is a zip file, but none that torch.save wrote of tensors; check it."
+            )
         root = pickled.removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in self.records and self._record(archive, order, len(b"little")) != b"little":
@@ -102,7 +120,8 @@ class TorchFile:
     def _record(self, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
         """Reads a record of the archive, or its first bytes if it has more than `limit`."""
         if self.records[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{name} is packed in a way that torch does not use")  # others unpack without a limit
+            # others unpack without a limit
+            raise ValueError(f"{name} is packed in a way that torch does not use")
         with archive.open(name) as file:
             return file.read(limit)
 
@@ -114,7 +133,9 @@ class TorchFile:
         # The map lives only as long as this call: with it the pages that were read are given back.
         numbers = np.memmap(self.path, storage.dtype, "r", self._start_of(storage), (storage.size,))
         strides = tuple(stride * storage.dtype.itemsize for stride in tensor.strides)
-        view = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
+        view = np.lib.stride_tricks.as_strided(
+            numbers[tensor.offset :], tensor.shape, strides, writeable=False
+        )
         return np.array(view[index])
 
     def _start_of(self, storage: Storage) -> int:
@@ -122,7 +143,9 @@ class TorchFile:
         size = storage.size * storage.dtype.itemsize
         info = self.records.get(storage.record)
         if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < size:
-            raise UserError(f"{self.path} lacks numbers of one of its tensors ({storage.record}); get it again.")
+            raise UserError(
+                f"{self.path} lacks numbers of one of its tensors ({storage.record}); get it again."
+            )
         with open(self.path, "rb") as file:
             file.seek(info.header_offset)
             header = file.read(LOCAL_HEADER)
@@ -133,7 +156,10 @@ class TorchFile:
         return start
 
     def to_write(self, tree: Any) -> Any:
-        """Turns a part of `tree` into what `write_torch` takes; tensors that this file shares stay shared."""
+        """Turns a part of `tree` into what `write_torch` takes.
+
+        Tensors that this file shares stay shared.
+        """
         made: dict[TorchTensor, Later] = {}
 
         def copy(part: Any) -> Any:
@@ -154,13 +180,19 @@ class TorchFile:
         tree = self.tree
         for key in keys:
             if not isinstance(tree, dict) or key not in tree:
-                raise UserError(f"{self.path} has no {'.'.join(keys)}; give a checkpoint in the original's format.")
+                raise UserError(
+                    f"{self.path} has no {'.'.join(keys)}; give a checkpoint in the original's format."
+                )
             tree = tree[key]
         if not keys and isinstance(tree, dict):
             inner = [key for key in ("model", "state_dict", "module") if isinstance(tree.get(key), dict)]
             tree = tree[inner[0]] if inner else tree
-        if not isinstance(tree, dict) or not any(isinstance(value, TorchTensor) for value in tree.values()):
-            raise UserError(f"{self.path} holds no tensors by name; give a file with a model's state_dict.")
+        if not isinstance(tree, dict) or not any(
+            isinstance(value, TorchTensor) for value in tree.values()
+        ):
+            raise UserError(
+                f"{self.path} holds no tensors by name; give a file with a model's state_dict."
+            )
         return TorchTensors(self, {str(k): v for k, v in tree.items() if isinstance(v, TorchTensor)})
 
 
@@ -170,7 +202,9 @@ class TorchTensors(Tensors):
     def __init__(self, file: TorchFile, tensors: dict[str, TorchTensor], origin: str = ""):
         self.file, self.tensors = file, tensors
         self.origin = origin or str(file.path)
-        self.stored = {name: Stored(tensor.shape, tensor.storage.dtype) for name, tensor in tensors.items()}
+        self.stored = {
+            name: Stored(tensor.shape, tensor.storage.dtype) for name, tensor in tensors.items()
+        }
 
     def read(self, name: str, index: Region = ()) -> np.ndarray:
         return self.file.read(self.tensors[name], index)
@@ -203,7 +237,8 @@ def write_torch(path: Path, tree: Any) -> None:
     with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
 
         def record(name: str, data: Any) -> None:
-            info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980, so that the same tree gives the same file
+            # dated 1980, so that the same tree gives the same file
+            info = zipfile.ZipInfo(f"archive/{name}")
             info.file_size = memoryview(data).nbytes
             large = info.file_size > LARGE
             field = 4  # bytes, of the empty extra field with which the record is padded to ALIGNMENT
@@ -257,11 +292,14 @@ class _Pickled:
     def _tensor(self, x: Later | np.ndarray) -> None:
         key = self.keys.setdefault(id(x), len(self.keys))
         if key == len(self.tensors):
-            self.tensors.append(x if isinstance(x, Later) else Later(Stored(x.shape, x.dtype), lambda: x))
+            self.tensors.append(
+                x if isinstance(x, Later) else Later(Stored(x.shape, x.dtype), lambda: x)
+            )
         shape, dtype = self.tensors[key].stored
         strides = tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
         size = int(np.prod(shape, dtype=np.int64))
-        offset, needs_gradient, hooks = 0, False, collections.OrderedDict()  # type: ignore[var-annotated]
+        hooks: collections.OrderedDict = collections.OrderedDict()
+        offset, needs_gradient = 0, False
         self.out += _name("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + pickle.MARK
         self._write("storage")
         self.out += _name("torch", STORAGES[np.dtype(dtype)])

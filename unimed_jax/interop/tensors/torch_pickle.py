@@ -1,8 +1,9 @@
 """Interprets the pickles that `torch.save` writes: plain data and tensors, and nothing else.
 
-A pickle is a program for a small machine. Python's own machine believes what a program claims (a memo of 2^31
-places, a text of 2^60 bytes, a key whose hash takes years) and can call any function. This one knows only the
-opcodes of plain data; each takes no more memory than a small multiple of its own bytes.
+A pickle is a program for a small machine. Python's own machine believes what a program claims (a
+memo of 2^31 places, a text of 2^60 bytes, a key whose hash takes years) and can call any function.
+This one knows only the opcodes of plain data; each takes no more memory than a small multiple of
+its own bytes.
 """
 
 import collections
@@ -62,7 +63,10 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Known:
-    """Stands for a name of torch's that a pickle may use; no class or function of any library is used."""
+    """Stands for a name of torch's that a pickle may use.
+
+    No class or function of any library is used.
+    """
 
     name: str
 
@@ -80,8 +84,9 @@ NAMES = {
 def read_pickle(data: bytes, root: str, file_bytes: int) -> Any:
     """Makes the tree that a pickle describes.
 
-    root: what stands before the names of the records in the archive. file_bytes: size of the whole file, which bounds
-    every number of elements. Raises Refused for code and objects, and other exceptions for what is malformed.
+    root: what stands before the names of the records in the archive. file_bytes: size of the whole
+    file, which bounds every number of elements. Raises Refused for code and objects, and other
+    exceptions for what is malformed.
     """
     tree = _Machine(data, root, file_bytes).run()
     _check_tree(tree, 10 * len(data) + 1000)
@@ -89,9 +94,11 @@ def read_pickle(data: bytes, root: str, file_bytes: int) -> Any:
 
 
 def _check_tree(tree: Any, limit: int) -> None:
-    """Raises UnpicklingError unless walking through the tree ends soon and meets plain data and tensors only.
+    """Raises UnpicklingError unless walking through the tree ends soon and meets plain data and
+    tensors only.
 
-    A container that holds itself, or whose parts are shared over and over, has few bytes and endless branches.
+    A container that holds itself, or whose parts are shared over and over, has few bytes and
+    endless branches.
     """
     left = [(tree, 0)]
     seen = 0
@@ -129,7 +136,9 @@ def _storage(pid: Any, root: str, file_bytes: int) -> Storage:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
     numbers = (offset, *shape, *strides)
-    if not isinstance(storage, Storage) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
+    if not isinstance(storage, Storage) or any(
+        type(n) is not int or not 0 <= n < 1 << 63 for n in numbers
+    ):
         raise pickle.UnpicklingError("a tensor is described by something other than numbers")
     if len(shape) != len(strides) or len(shape) > DIMENSIONS:
         raise pickle.UnpicklingError("a tensor has a stride too few or too many")

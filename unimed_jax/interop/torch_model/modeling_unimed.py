@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 
 class UniMedConfig(PretrainedConfig):
@@ -53,7 +59,11 @@ class UniMedConfig(PretrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config, self.unimed, self.prompts = text_config, unimed, prompts
         self.visual_tasks, self.image_token_id = list(visual_tasks), image_token_id
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            bos_token_id,
+            eos_token_id,
+            pad_token_id,
+        )
         self.dropped_token_ids = list(dropped_token_ids)
         super().__init__(**kwargs)
 
@@ -64,7 +74,12 @@ class QuickGELU(nn.Module):
 
 
 def activation(name):
-    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "silu": nn.SiLU()}[name]
+    return {
+        "gelu": nn.GELU(),
+        "gelu_tanh": nn.GELU("tanh"),
+        "quick_gelu": QuickGELU(),
+        "silu": nn.SiLU(),
+    }[name]
 
 
 # ---- vision encoder: a pre-norm ViT under the names of Hugging Face's CLIP -----------------------
@@ -76,12 +91,15 @@ class VisionEmbeddings(nn.Module):
         patch, width = v["patch_size"], v["width"]
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=v["patch_bias"])
         self.class_embedding = nn.Parameter(torch.zeros(width)) if v["cls_token"] else None
-        self.position_embedding = nn.Embedding(int(v["cls_token"]) + (v["image_size"] // patch) ** 2, width)
+        self.position_embedding = nn.Embedding(
+            int(v["cls_token"]) + (v["image_size"] // patch) ** 2, width
+        )
 
     def forward(self, pixels):
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [N, patches, width]
         if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [N, 1 + patches, width]
+            # [N, 1 + patches, width]
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
         return x + self.position_embedding.weight
 
 
@@ -148,7 +166,9 @@ class VisionModel(nn.Module):
         self.embeddings = VisionEmbeddings(v)
         self.pre_layrnorm = nn.LayerNorm(v["width"], eps=v["norm_eps"]) if v["pre_norm"] else None
         self.encoder = VisionLayers(v)
-        self.post_layernorm = nn.LayerNorm(v["width"], eps=v["output_norm_eps"]) if v["output_norm"] else None
+        self.post_layernorm = (
+            nn.LayerNorm(v["width"], eps=v["output_norm_eps"]) if v["output_norm"] else None
+        )
 
     def forward(self, pixels):
         x = self.embeddings(pixels)
@@ -181,7 +201,11 @@ class Router(nn.Module):
 
     def __init__(self, width, hidden, experts, act):
         super().__init__()
-        self.fc1, self.fc2, self.activation = nn.Linear(width, hidden), nn.Linear(hidden, experts), activation(act)
+        self.fc1, self.fc2, self.activation = (
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, experts),
+            activation(act),
+        )
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x))).float()
@@ -197,7 +221,9 @@ class Connector(nn.Module):
         task_width, act, kind = c["task_token_width"] or width, c["activation"], c["kind"]
         self.task_tokens: Any = None
         if c["task_tokens"]:
-            self.task_tokens = nn.ParameterDict({task: nn.Parameter(torch.zeros(1, 1, task_width)) for task in tasks})
+            self.task_tokens = nn.ParameterDict(
+                {task: nn.Parameter(torch.zeros(1, 1, task_width)) for task in tasks}
+            )
         self.router: Any = None
         self.moe_layers: Any = None
         self.llm_proj: Any = None
@@ -217,7 +243,9 @@ class Connector(nn.Module):
                 for _ in range(c["experts"])
             )
             if c["router"] in ("soft", "sparse"):
-                read = {"task_token": task_width + width, "task": task_width, "token": width}[c["router_input"]]
+                read = {"task_token": task_width + width, "task": task_width, "token": width}[
+                    c["router_input"]
+                ]
                 self.router = Router(read, c["router_hidden"] or 4 * read, c["experts"], act)
 
     def forward(self, patches, tasks):
@@ -268,9 +296,14 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         settings, text = config.unimed["model"], config.text_config
         self.vision_model = VisionModel(settings["vision"])
         vision_width = settings["vision"]["width"]
-        self.connector = Connector(settings["connector"], vision_width, text.hidden_size, config.visual_tasks)
+        self.connector = Connector(
+            settings["connector"], vision_width, text.hidden_size, config.visual_tasks
+        )
         # Early transformers 5 would choose sdpa for Gemma 2, which forgets the soft cap of its scores.
-        capped = getattr(text, "attn_logit_softcapping", None) and text._attn_implementation in (None, "sdpa")
+        capped = getattr(text, "attn_logit_softcapping", None) and text._attn_implementation in (
+            None,
+            "sdpa",
+        )
         attention = {"attn_implementation": "eager"} if capped else {}
         self.language_model = AutoModelForCausalLM.from_config(text, **attention)
         self.post_init()
@@ -293,32 +326,43 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         names = [task] * len(pixel_values) if isinstance(task, str) else list(task or ())
         if len(names) != len(pixel_values):
-            raise ValueError(f"{len(pixel_values)} images need as many tasks (or one for all), not {task!r}.")
+            raise ValueError(
+                f"{len(pixel_values)} images need as many tasks (or one for all), not {task!r}."
+            )
         for name in names:
             if name not in self.config.visual_tasks:
-                raise ValueError(f"{name!r} is not a task with an image; choose from {self.config.visual_tasks}.")
+                raise ValueError(
+                    f"{name!r} is not a task with an image; choose from {self.config.visual_tasks}."
+                )
         ids = torch.tensor([self.config.visual_tasks.index(name) for name in names], device=self.device)
         features = self.vision_model(pixel_values.to(self.device, self.dtype))
         return self.connector(features, ids)
 
     def embed(self, input_ids, pixel_values=None, task=None):
-        """Embeds tokens, and puts the visual tokens, in order, wherever `input_ids` is `image_token_id`."""
+        """Embeds tokens, and puts the visual tokens, in order, wherever `input_ids` is
+        `image_token_id`.
+        """
         places = input_ids == self.config.image_token_id
         # Gemma's embedding scales its output; visual tokens stay as the connector makes them.
         embedding = self.get_input_embeddings()
         x = embedding(input_ids.masked_fill(places, self.config.pad_token_id))
         if pixel_values is None:
             if places.any():
-                raise ValueError("input_ids hold places of visual tokens, but there are no pixel_values.")
+                raise ValueError(
+                    "input_ids hold places of visual tokens, but there are no pixel_values."
+                )
             return x
         tokens = self.image_tokens(pixel_values, task).to(x.dtype)
         if places.sum() != tokens.shape[0] * tokens.shape[1]:
             raise ValueError(
-                f"input_ids hold {int(places.sum())} places of visual tokens, but {len(tokens)} images make "
-                f"{tokens.shape[0] * tokens.shape[1]}."
+                f"input_ids hold {int(places.sum())} places of visual tokens, but {len(tokens)} "
+                f"images make {tokens.shape[0] * tokens.shape[1]}."
             )
-        if self.config.text_config.model_type in ("gemma", "gemma2") and not hasattr(embedding, "embed_scale"):
-            tokens = tokens / x.shape[-1] ** 0.5  # early transformers 5: the model scales whatever it is given
+        if self.config.text_config.model_type in ("gemma", "gemma2") and not hasattr(
+            embedding, "embed_scale"
+        ):
+            # early transformers 5: the model scales whatever it is given
+            tokens = tokens / x.shape[-1] ** 0.5
         return x.masked_scatter(places[..., None].expand_as(x), tokens)
 
     def forward(
@@ -332,7 +376,9 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Runs the model; returns the decoder's output (logits, cache, and the loss if `labels` are given).
+        """Runs the model.
+
+        Returns the decoder's output (logits, cache, and the loss if `labels` are given).
 
         input_ids: [B, S], left padded where `attention_mask` is 0. pixel_values: [N, 3, size, size],
         the images of all rows in order. task: a name for all of them, or one for each. All other
@@ -341,7 +387,9 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, task)
         if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[
+                :, -inputs_embeds.shape[1] :
+            ]
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -352,7 +400,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, task=None, **kwargs):
-        """Generates the ids of the answers [B, new], without prompts; arguments as in `forward`, or transformers'."""
+        """Generates the ids of the answers [B, new], without prompts.
+
+        Arguments as in `forward`, or transformers'.
+        """
         if input_ids is not None:
             kwargs["inputs_embeds"] = self.embed(input_ids, pixel_values, task)
             if kwargs.get("attention_mask") is None:
@@ -382,12 +433,19 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         return out
 
     def prepare(self, tokenizer, questions):
-        """Makes the arguments of `generate` for several (image, task, text): rows padded on the left, pixels, tasks."""
-        rows = [self.prompt_ids(tokenizer, image is not None, task, text) for image, task, text in questions]
+        """Makes the arguments of `generate` for several (image, task, text): rows padded on the
+        left, pixels, tasks.
+        """
+        rows = [
+            self.prompt_ids(tokenizer, image is not None, task, text) for image, task, text in questions
+        ]
         longest = max(len(row) for row in rows)
         ids = torch.tensor([[self.config.pad_token_id] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        batch: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        batch: dict[str, Any] = {
+            "input_ids": ids.to(self.device),
+            "attention_mask": mask.to(self.device),
+        }
         pictures = [(self.pixels(image), task) for image, task, _ in questions if image is not None]
         if pictures:
             batch["pixel_values"] = torch.stack([pixels for pixels, _ in pictures]).to(self.device)
@@ -402,7 +460,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         form = config.prompts[task]
         visual = form["image"] is not None
         if visual != has_image:
-            raise ValueError(f"task {task!r} {'needs an image' if visual else 'is text only; ask vqa about an image'}.")
+            raise ValueError(
+                f"task {task!r} "
+                f"{'needs an image' if visual else 'is text only; ask vqa about an image'}."
+            )
 
         def shorten(words):
             limit = rules["max_words"]
@@ -417,10 +478,14 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         if visual:
             settings = config.unimed["model"]
             side = settings["vision"]["image_size"] // settings["vision"]["patch_size"]
-            ids += encode(form["image"]) + [config.image_token_id] * (side**2 // settings["connector"]["rate"])
+            ids += encode(form["image"]) + [config.image_token_id] * (
+                side**2 // settings["connector"]["rate"]
+            )
         ids += encode(form["before"] + body + form["after"])
         if len(ids) > rules["max_prompt"]:
-            raise ValueError(f"the prompt has {len(ids)} tokens, more than {rules['max_prompt']}; shorten the text.")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, more than {rules['max_prompt']}; shorten the text."
+            )
         return ids
 
     def pixels(self, image):
@@ -432,7 +497,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         size = vision["image_size"]
         if not isinstance(image, Image.Image):
             image = Image.fromarray(image)
-        if image.mode.startswith("I"):  # deeper than 8 bits: white is the smallest 2^n - 1 that holds all of it
+        # deeper than 8 bits: white is the smallest 2^n - 1 that holds all of it
+        if image.mode.startswith("I"):
             deep = np.asarray(image)
             white = max(255, 2 ** int(deep.max()).bit_length() - 1)
             image = Image.fromarray(np.round(np.clip(deep, 0, None) / white * 255).astype(np.uint8))

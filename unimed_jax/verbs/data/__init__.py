@@ -1,10 +1,11 @@
 """Works with data sets; each command has --help.
 
-data show NAME (--path=DIR or --config=FILE) --out=FILE.png   examples with images, questions, answers and boxes
-data check --config=FILE --out=DIR                 counts, faults, leaks between splits and between sets
-data twin NAME --out=DIR [--layout=...] [--n=24]   synthetic data in the exact layout of a real set
-data schema                                        the JSON Schema of our own form of data (the reader jsonl)
-data export --config=FILE --out=DIR [--split=test] questions.jsonl and images/*.png, without the answers
+data show NAME (--path=DIR or --config=FILE) --out=FILE.png   examples with images, questions,
+answers and boxes data check --config=FILE --out=DIR                 counts, faults, leaks between
+splits and between sets data twin NAME --out=DIR [--layout=...] [--n=24]   synthetic data in the
+exact layout of a real set data schema                                        the JSON Schema of our
+own form of data (the reader jsonl) data export --config=FILE --out=DIR [--split=test]
+questions.jsonl and images/*.png, without the answers
 """
 
 import importlib
@@ -21,5 +22,7 @@ def run(arguments: list[str]) -> int | None:
         parser(__name__, __doc__).parse_args(arguments)
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
-        raise UserError(f"data: {command!r} is not one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        raise UserError(
+            f"data: {command!r} is not one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}"
+        )
     return importlib.import_module(f"{__name__}.{command}").run(arguments[1:])

@@ -1,6 +1,7 @@
 """Audits the data of a config: counts, faults, and leaks between splits and between sets.
 
-Writes check.json, check.md and pairs.png (the worst pairs of images). Its status is 1 if something must be looked at.
+Writes check.json, check.md and pairs.png (the worst pairs of images). Its status is 1 if something
+must be looked at.
 """
 
 import os
@@ -16,7 +17,9 @@ def run(arguments: list[str]) -> int:
     options = parser(__name__, __doc__)
     options.add_argument("--config", required=True, help=CONFIG_HELP)
     options.add_argument("--out", required=True, help="the folder of the report")
-    options.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that look at images")
+    options.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="that look at images"
+    )
     known, overrides = options.parse_known_args(arguments)
     if known.processes < 1:
         raise UserError(f"--processes={known.processes} looks at nothing; give 1 or more.")
@@ -30,5 +33,7 @@ def run(arguments: list[str]) -> int:
     write_audit(Path(known.out), content, pairs, sets)
     for line in content["look"]:
         print(line)
-    print(f"wrote {known.out}/check.md and check.json: {len(content['look'])} findings must be looked at")
+    print(
+        f"wrote {known.out}/check.md and check.json: {len(content['look'])} findings must be looked at"
+    )
     return 1 if content["look"] else 0

@@ -1,4 +1,6 @@
-"""Writes the questions and images that another tool needs to answer them: questions.jsonl and images/*.png."""
+"""Writes the questions and images that another tool needs to answer them: questions.jsonl and
+images/*.png.
+"""
 
 import dataclasses
 
@@ -18,7 +20,9 @@ def run(arguments: list[str]) -> None:
     check_output(known.out, "--out")
     start()
     if known.split and not config.evaluate.entries:
-        config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, splits=(known.split,)))
+        config = dataclasses.replace(
+            config, evaluate=dataclasses.replace(config.evaluate, splits=(known.split,))
+        )
 
     from unimed_jax.evaluate.questions import export_questions
 

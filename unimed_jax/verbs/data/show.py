@@ -25,9 +25,14 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.data.example_sheet import example_sheet
 
     if known.config:
-        sets = {dataset.id: dataset for dataset in distinct(open_sources(read_config(known.config, overrides).data))}
+        sets = {
+            dataset.id: dataset
+            for dataset in distinct(open_sources(read_config(known.config, overrides).data))
+        }
         if known.name not in sets:
-            raise UserError(f"data show: {known.config} has no data set {known.name!r}{nearest(known.name, sets)}")
+            raise UserError(
+                f"data show: {known.config} has no data set {known.name!r}{nearest(known.name, sets)}"
+            )
         dataset = sets[known.name]
     elif overrides:
         raise UserError(f"argument {overrides[0]!r} is unknown; see --help.")

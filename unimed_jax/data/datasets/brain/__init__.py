@@ -1,7 +1,8 @@
-"""Makes the brain set: six tasks on slices of a real head, split by slabs, and questions about ICD-10-CM.
+"""Makes the brain set: six tasks on slices of a real head, split by slabs, and questions about
+ICD-10-CM.
 
-The head is the ICBM152 average (T1 and its grey and white matter maps) inside nilearn: one average brain, so
-that what is measured on it holds across slices and jitter, never across patients.
+The head is the ICBM152 average (T1 and its grey and white matter maps) inside nilearn: one average
+brain, so that what is measured on it holds across slices and jitter, never across patients.
 """
 
 import hashlib
@@ -22,10 +23,18 @@ from unimed_jax.data.info import Info
 INFO = Info(
     name="brain",
     tasks=TASKS,
-    licence="ICBM152 2009a template (McConnell Brain Imaging Centre; free to use, copy and distribute with its "
-    "notice), through nilearn (BSD-3); ICD-10-CM through simple_icd_10_cm (MIT)",
-    citation="Fonov et al. 2009, Unbiased nonlinear average age-appropriate brain templates from birth to adulthood",
-    note="Slices of ONE average brain: results hold across slices and jitter, and say nothing about patients.",
+    licence=(
+        "ICBM152 2009a template (McConnell Brain Imaging Centre; free to use, copy and distribute "
+        "with its notice), through nilearn (BSD-3); ICD-10-CM through simple_icd_10_cm (MIT)"
+    ),
+    citation=(
+        "Fonov et al. 2009, Unbiased nonlinear average age-appropriate brain templates from birth "
+        "to adulthood"
+    ),
+    note=(
+        "Slices of ONE average brain: results hold across slices and jitter, and say nothing about "
+        "patients."
+    ),
     cluster_word="slab",
     counts={"train": 80425, "val": 709, "test": 2392},
     version="2",
@@ -44,8 +53,8 @@ _SEEDS = {"train": 1, "val": 2, "test": 3}
 def draw_slices(split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[Slice]:
     """Yields all jittered slices of a split.
 
-    Val and test have two jitters a slice; sagittal slices, which are rarer and may be mirrored, have twice as
-    many as the others.
+    Val and test have two jitters a slice; sagittal slices, which are rarer and may be mirrored,
+    have twice as many as the others.
     """
     count = jitters if split == "train" else _HELD_OUT_JITTERS
     jobs = [
@@ -56,7 +65,9 @@ def draw_slices(split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[S
         for name in MAPS
         for copy in range(count * (2 if slab.plane == "sagittal" else 1))
     ]
-    for slab, position, name, copy in tqdm(jobs, f"brain set, {split}", unit="image", leave=False, disable=None):
+    for slab, position, name, copy in tqdm(
+        jobs, f"brain set, {split}", unit="image", leave=False, disable=None
+    ):
         key = f"{slab.plane}_{position:+04d}_{name}_{copy:02d}"
         rng = generator(seed, _SEEDS[split], key)
         yield render(slab, position, name, Jitter.draw(rng, slab.plane), key, rng)
@@ -72,7 +83,10 @@ def plain_slices(slab: Slab) -> Iterator[Slice]:
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
-    """Yields examples about slices by image key, then those about codes by category; options `jitters`, `seed`."""
+    """Yields examples about slices by image key, then those about codes by category.
+
+    Options `jitters`, `seed`.
+    """
     jitters, seed = options.get("jitters", JITTERS), options.get("seed", 0)
     for piece, examples in sorted(asked(split, jitters, seed), key=lambda pair: pair[0].key):
         for example in examples:

@@ -1,7 +1,7 @@
 """Makes text-only questions from ICD-10-CM: which block or chapter a code or a medical term belongs to.
 
-Codes are spelt character by character ("G 3 0 . 1"), so that any tokenizer shows the model their characters.
-A three-character category, with all its codes and terms, belongs to exactly one split.
+Codes are spelt character by character ("G 3 0 . 1"), so that any tokenizer shows the model their
+characters. A three-character category, with all its codes and terms, belongs to exactly one split.
 """
 
 import functools
@@ -35,9 +35,14 @@ def split_of(category: str, seed: int) -> str:
 
 @functools.cache
 def ask(seed: int) -> dict[str, dict[str, list[Example]]]:
-    """Returns split -> category -> its questions; ids are `icd/<category>/<number>`, `cluster` is the category."""
+    """Returns split -> category -> its questions.
+
+    Ids are `icd/<category>/<number>`, `cluster` is the category.
+    """
     if importlib.util.find_spec("simple_icd_10_cm") is None:
-        raise UserError("the brain set's text questions need simple_icd_10_cm; run pip install -e '.[demo]'.")
+        raise UserError(
+            "the brain set's text questions need simple_icd_10_cm; run pip install -e '.[demo]'."
+        )
     import simple_icd_10_cm as icd
 
     categories = sorted({code for code in icd.get_all_codes(True) if re.fullmatch(r"[A-Z]\d\w", code)})
@@ -56,19 +61,35 @@ def ask(seed: int) -> dict[str, dict[str, list[Example]]]:
             rows[category].append(("chapter", f"Which chapter holds {spell(code)}?", chapter, code))
         for code in rng.permutation(codes)[:_PER_CATEGORY].tolist():
             rows[category].append(("block", f"Which block holds {spell(code)}?", spell(block), code))
-        terms = {t for c in (category, *icd.get_descendants(category)) for t in icd.get_inclusion_term(c)}
+        terms = {
+            t for c in (category, *icd.get_descendants(category)) for t in icd.get_inclusion_term(c)
+        }
         terms.add(icd.get_description(category))
         # A term that cites a code would give itself away.
-        fit = sorted(t for t in terms if len(t) <= _LONGEST_TERM and t.isascii() and not re.search(r"[A-Z]\d\d", t))
+        fit = sorted(
+            t
+            for t in terms
+            if len(t) <= _LONGEST_TERM and t.isascii() and not re.search(r"[A-Z]\d\d", t)
+        )
         for term in rng.permutation(fit)[:_PER_CATEGORY].tolist():
             owners[term.lower()].add(category)
             rows[category].append(("term", f"Which chapter holds {term}?", chapter, term))
 
     asked: dict[str, dict[str, list[Example]]] = {"train": {}, "val": {}, "test": {}}
     for category, items in rows.items():
-        kept = [r for r in items if r[0] != "term" or len(owners[r[3].lower()]) == 1]  # a shared term would leak
+        # a shared term would leak
+        kept = [r for r in items if r[0] != "term" or len(owners[r[3].lower()]) == 1]
         asked[split_of(category, seed)][category] = [
-            Example(f"icd/{category}/{number}", "qa", question, answer, (), None, category, {"template": template})
+            Example(
+                f"icd/{category}/{number}",
+                "qa",
+                question,
+                answer,
+                (),
+                None,
+                category,
+                {"template": template},
+            )
             for number, (template, question, answer, _) in enumerate(kept)
         ]
     for split, total in TOTAL.items():
@@ -76,8 +97,13 @@ def ask(seed: int) -> dict[str, dict[str, list[Example]]]:
     return asked
 
 
-def _thin(asked: dict[str, list[Example]], each: int, rng: np.random.Generator) -> dict[str, list[Example]]:
-    """Draws `each` questions of every template; within a template the answers take turns, so that none prevails."""
+def _thin(
+    asked: dict[str, list[Example]], each: int, rng: np.random.Generator
+) -> dict[str, list[Example]]:
+    """Draws `each` questions of every template.
+
+    Within a template the answers take turns, so that none prevails.
+    """
     keep = set()
     for template in TEMPLATES:
         rows = [e for examples in asked.values() for e in examples if e.meta["template"] == template]

@@ -1,8 +1,9 @@
 """Asks about the brain slices: five visual tasks, generated from a seed.
 
-Every answer follows from the picture's own geometry (`Slice`): nothing is asked of structures that are tiny or
-cut off, and no side is named in a sagittal slice. Questions of vqa are balanced: for each wording, every answer
-is correct equally often in each split, so that the words alone do not give it away.
+Every answer follows from the picture's own geometry (`Slice`): nothing is asked of structures that
+are tiny or cut off, and no side is named in a sagittal slice. Questions of vqa are balanced: for
+each wording, every answer is correct equally often in each split, so that the words alone do not
+give it away.
 """
 
 import itertools
@@ -23,7 +24,8 @@ CLS_QUESTIONS = {
     "map": "T1 image, grey matter map or white matter map?",
 }
 
-# vqa template -> questions per image on average in train; in val and test all templates get the same number.
+# vqa template -> questions per image on average in train; in val and test all templates get the
+# same number.
 VQA_SHARE = {
     "visible": 2.0,
     "choice": 1.0,
@@ -36,7 +38,10 @@ VQA_SHARE = {
 }
 CLOSED = ("visible", "is_plane", "order")
 # Questions per image and task at most, and examples per task of a split where it is thinned.
-PER_IMAGE = {"train": {"refer": 4, "identify": 4, "cls": 2}, "held_out": {"refer": 4, "identify": 4, "cls": 2}}
+PER_IMAGE = {
+    "train": {"refer": 4, "identify": 4, "cls": 2},
+    "held_out": {"refer": 4, "identify": 4, "cls": 2},
+}
 TOTAL = {"val": 120, "test": 400}
 
 _PLURAL = {
@@ -56,7 +61,9 @@ _LEVELS = {
 
 
 class Candidate(NamedTuple):
-    """Holds a question that could be asked of slice number `at`, balanced among the answers of its `group`."""
+    """Holds a question that could be asked of slice number `at`, balanced among the answers of its
+    `group`.
+    """
 
     group: Hashable
     at: int
@@ -74,7 +81,10 @@ def level(plane: str, position: int) -> str:
 
 
 def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[list[Example]]:
-    """Asks about each slice of one split, in the order of `slices`; ids are `<slice>/<task>/<number>`."""
+    """Asks about each slice of one split, in the order of `slices`.
+
+    Ids are `<slice>/<task>/<number>`.
+    """
     limits = PER_IMAGE["train" if split == "train" else "held_out"]
     drafts: dict[str, list[_Draft]] = {task: [] for task in VISUAL_TASKS}
     for at, piece in enumerate(slices):
@@ -101,19 +111,27 @@ def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[l
     numbers: dict[tuple[int, str], int] = defaultdict(int)
     for task, rows in drafts.items():
         if split in TOTAL and task != "caption" and len(rows) > TOTAL[split]:
-            kinds = [(row[1], row[4].get("structure") if task in ("refer", "identify") else "") for row in rows]
+            kinds = [
+                (row[1], row[4].get("structure") if task in ("refer", "identify") else "")
+                for row in rows
+            ]
             rows = [rows[i] for i in take_turns(kinds, TOTAL[split], rng)]
         for at, template, question, answer, more, place in rows:
             piece = slices[at]
             name = f"{piece.key}/{task}/{numbers[at, task]}"
             numbers[at, task] += 1
             facts = {"template": template, "plane": piece.plane, "map": piece.map} | more
-            asked[at].append(Example(name, task, question, answer, (piece.key,), place, piece.slab.name, facts))
+            asked[at].append(
+                Example(name, task, question, answer, (piece.key,), place, piece.slab.name, facts)
+            )
     return asked
 
 
 def take_turns(kinds: Sequence[Hashable], total: int, rng: np.random.Generator) -> list[int]:
-    """Draws `total` items so that kinds take turns: none prevails while others are left; returns rising indices."""
+    """Draws `total` items so that kinds take turns: none prevails while others are left.
+
+    Returns rising indices.
+    """
     queues: dict[Hashable, list[int]] = defaultdict(list)
     for i in rng.permutation(len(kinds)).tolist():
         queues[kinds[i]].append(i)
@@ -124,7 +142,8 @@ def take_turns(kinds: Sequence[Hashable], total: int, rng: np.random.Generator) 
 def balanced(candidates: list[Candidate], total: int, rng: np.random.Generator) -> list[Candidate]:
     """Draws about `total` candidates in which, within each group, every answer occurs equally often.
 
-    Groups take turns; each turn adds one candidate of every answer. A group with a single answer gives none.
+    Groups take turns; each turn adds one candidate of every answer. A group with a single answer
+    gives none.
     """
     groups: dict[Hashable, dict[str, list[Candidate]]] = defaultdict(lambda: defaultdict(list))
     for i in rng.permutation(len(candidates)):
@@ -159,18 +178,38 @@ def _vqa(slices: Sequence[Slice], rng: np.random.Generator) -> dict[str, list[Ca
         for name in piece.absent:
             add("visible", name, i, f"Is the {name} visible?", "no", name)
         for name, other in itertools.product(visible, piece.absent):
-            first, second = sorted((name, other)) if rng.integers(2) else sorted((name, other), reverse=True)
+            first, second = (
+                sorted((name, other)) if rng.integers(2) else sorted((name, other), reverse=True)
+            )
             question = f"Which is visible, the {first} or the {second}?"
             add("choice", frozenset((name, other)), i, question, name, name)
         add("plane", "plane", i, "In which plane is this slice?", piece.plane)
         for plane in PLANES:
-            add("is_plane", plane, i, f"Is this {_article(plane)} slice?", "yes" if plane == piece.plane else "no")
+            add(
+                "is_plane",
+                plane,
+                i,
+                f"Is this {_article(plane)} slice?",
+                "yes" if plane == piece.plane else "no",
+            )
         add("map", "map", i, "What kind of image is this?", MAPS[piece.map])
-        add("level", "level", i, "At which level of the brain is this slice?", level(piece.plane, piece.position))
+        add(
+            "level",
+            "level",
+            i,
+            "At which level of the brain is this slice?",
+            level(piece.plane, piece.position),
+        )
         if piece.plane != "sagittal":
             continue
         # Mirrored at random, so only the picture tells left from right.
-        add("anterior", "anterior", i, "Which side of the image is anterior?", "right" if piece.mirrored else "left")
+        add(
+            "anterior",
+            "anterior",
+            i,
+            "Which side of the image is anterior?",
+            "right" if piece.mirrored else "left",
+        )
         for name, other in itertools.permutations(visible, 2):
             a, b = piece.boxes[name], piece.boxes[other]
             apart = (a[0] + a[2] - b[0] - b[2]) / 2  # pixels between the centres
@@ -190,7 +229,8 @@ def _article(plane: str) -> str:
 
 
 def report(piece: Slice) -> str:
-    """Reports one image: what it is, then place and size of up to four structures (a pair counts as one).
+    """Reports one image: what it is, then place and size of up to four structures (a pair counts as
+    one).
 
     Places are thirds of the image; sizes are those of the box in mm as shown, to the nearest 5 mm.
     """
@@ -202,7 +242,9 @@ def report(piece: Slice) -> str:
             merged |= {f"{side} {name}" for side in SIDES}
             _, y1, _, y2 = np.mean(pair, axis=0)
             row = _third((y1 + y2) / 2, ("upper part", "middle", "lower part"))
-            width, height = (_mm((a[i + 2] - a[i] + b[i + 2] - b[i]) / 2) for a, b in [pair] for i in (0, 1))
+            width, height = (
+                _mm((a[i + 2] - a[i] + b[i + 2] - b[i]) / 2) for a, b in [pair] for i in (0, 1)
+            )
             text = f"Both {_PLURAL[name]} are in the {row}, {width} x {height} mm each."
             found.append((_area(pair[0]) + _area(pair[1]), text))
     for name, box in sorted(piece.boxes.items()):
@@ -213,8 +255,12 @@ def report(piece: Slice) -> str:
             text = f"The {name} is at the {row}{column}, {size}."
             found.append((_area(box), text))
     found.sort(key=lambda item: (-item[0], item[1]))
-    sentences = [f"{piece.plane.capitalize()} {MAPS[piece.map]}, {level(piece.plane, piece.position)} level."]
-    sentences += [text for _, text in found[:4]] or ["None of the structures is large enough to measure."]
+    sentences = [
+        f"{piece.plane.capitalize()} {MAPS[piece.map]}, {level(piece.plane, piece.position)} level."
+    ]
+    sentences += [text for _, text in found[:4]] or [
+        "None of the structures is large enough to measure."
+    ]
     if piece.plane == "sagittal":
         sentences.append(f"Anterior is on the {'right' if piece.mirrored else 'left'}.")
     return " ".join(sentences)

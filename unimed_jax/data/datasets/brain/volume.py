@@ -1,7 +1,8 @@
 """Reads the head of the brain set: ICBM152 volumes, structures in them, slices and where they lie.
 
-World coordinates are MNI millimetres: x to the patient's right, y to the front, z up. The volumes have 1 mm
-voxels. A slice is shown as radiologists do: front or top up, the patient's right on the image's left.
+World coordinates are MNI millimetres: x to the patient's right, y to the front, z up. The volumes
+have 1 mm voxels. A slice is shown as radiologists do: front or top up, the patient's right on the
+image's left.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ SINGLE = ("cerebellum", "brainstem", "corpus callosum")
 SIDES = ("left", "right")
 STRUCTURES = (*(f"{side} {name}" for name in PAIRED for side in SIDES), *SINGLE)  # label = index + 1
 
-# The T1 holds fluid near 90, grey matter near 170 and white matter up to 236: black and white just outside.
+# The T1 holds fluid near 90, grey matter near 170 and white matter up to 236: black and white just
+# outside.
 _T1_WINDOW = (60, 250)
 _ORIGIN = (-98, -134, -72)  # world coordinates of voxel 0, 0, 0
 _SHAPE = (197, 233, 189)  # voxels
@@ -43,7 +45,9 @@ _AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-    """Holds neighbouring slices of one plane, first to last mm inclusive (sagittal: of |x|), all in one split."""
+    """Holds neighbouring slices of one plane, first to last mm inclusive (sagittal: of |x|), all in
+    one split.
+    """
 
     plane: str
     split: str
@@ -60,8 +64,9 @@ class Slab:
 
 
 GAP = 4  # slices left out between two slabs: no two splits come closer than 4 mm
-# plane: first slice, then slabs of so many slices (T train, v val, t test). The borders are set so that every
-# structure has slices of each plane that shows it well in train, and that test meets each structure.
+# plane: first slice, then slabs of so many slices (T train, v val, t test). The borders are set so
+# that every structure has slices of each plane that shows it well in train, and that test meets
+# each structure.
 _LAYOUT = {
     "axial": (-66, "T5 t5 T12 t5 T12 t5 T12 v5 T12 t5 T19"),
     "coronal": (-98, "T16 t5 T12 v5 T12 t5 T12 t5 T12 t5 T12 t5 T12"),
@@ -100,21 +105,34 @@ class Volume:
 
 @functools.cache
 def load_volume() -> Volume:
-    """Reads the three ICBM152 maps inside nilearn (symmetric 2009a; nothing is downloaded) and labels them."""
+    """Reads the three ICBM152 maps inside nilearn (symmetric 2009a; nothing is downloaded) and
+    labels them.
+    """
     spec = importlib.util.find_spec("nilearn")
     if spec is None or spec.origin is None:
-        raise UserError("the brain set reads the ICBM152 volumes inside nilearn; run pip install -e '.[demo]'.")
+        raise UserError(
+            "the brain set reads the ICBM152 volumes inside nilearn; run pip install -e '.[demo]'."
+        )
     raw = {}
     for name, short in (("t1", "t1"), ("grey", "gm"), ("white", "wm")):
-        path = Path(spec.origin).parent / "datasets" / "data" / f"mni_icbm152_{short}_tal_nlin_sym_09a_converted.nii.gz"
+        path = (
+            Path(spec.origin).parent
+            / "datasets"
+            / "data"
+            / f"mni_icbm152_{short}_tal_nlin_sym_09a_converted.nii.gz"
+        )
         if not path.is_file():
-            raise UserError(f"{path} is missing from nilearn; install a nilearn that carries it (0.11 or newer).")
+            raise UserError(
+                f"{path} is missing from nilearn; install a nilearn that carries it (0.11 or newer)."
+            )
         raw[name] = _read_map(path)
     # Only this part of the head holds structures; the rest would cost four times the work.
     low, high = np.array((-64, -102, -72)), np.array((64, 46, 40))  # world mm
     part = tuple(slice(a - o, b - o + 1) for a, b, o in zip(low, high, _ORIGIN, strict=True))
     labels = np.zeros(raw["t1"].shape, np.uint8)
-    labels[part] = _label(raw["t1"][part], raw["grey"][part].astype(np.int16), raw["white"][part].astype(np.int16), low)
+    labels[part] = _label(
+        raw["t1"][part], raw["grey"][part].astype(np.int16), raw["white"][part].astype(np.int16), low
+    )
     maps = {name: data.astype(np.float32) / 255 for name, data in raw.items()}
     dark, bright = _T1_WINDOW
     maps["t1"] = np.clip((raw["t1"].astype(np.float32) - dark) / (bright - dark), 0, 1)
@@ -122,7 +140,10 @@ def load_volume() -> Volume:
 
 
 def _read_map(path: Path) -> np.ndarray:
-    """Reads a NIfTI map, uint8 [X, Y, Z]; raises UserError unless its header says the shape, type and place known."""
+    """Reads a NIfTI map, uint8 [X, Y, Z].
+
+    Raises UserError unless its header says the shape, type and place known.
+    """
     import nibabel
 
     try:
@@ -137,7 +158,8 @@ def _read_map(path: Path) -> np.ndarray:
 
 
 def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """Labels the structures by seed shapes (MNI mm) met with the most probable tissue, checked against an atlas.
+    """Labels the structures by seed shapes (MNI mm) met with the most probable tissue, checked
+    against an atlas.
 
     Maps [X, Y, Z] whose first voxel lies at `origin` -> labels, uint8 [X, Y, Z].
     """
@@ -156,7 +178,10 @@ def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarr
     labels = np.zeros(t1.shape, np.uint8)
 
     def put(name: str, mask: np.ndarray, opening: int = 0) -> None:
-        """Labels the largest piece of `mask` that no structure has taken yet; earlier ones keep what they have."""
+        """Labels the largest piece of `mask` that no structure has taken yet.
+
+        Earlier ones keep what they have.
+        """
         mask = mask & (labels == 0)
         core = ndimage.binary_opening(mask, iterations=opening) if opening else mask
         pieces, count = ndimage.label(core)
@@ -173,11 +198,18 @@ def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarr
         half = x * sign > 0
         put(f"{side} lateral ventricle", ventricles & half)
         put(f"{side} thalamus", ellipsoid((sign * 11, -19, 8), (12, 15, 11)) & tissue & half)
-        put(f"{side} caudate nucleus", ellipsoid((sign * 13, 9, 10), (8, 18, 16)) & is_grey & half, opening=1)
+        put(
+            f"{side} caudate nucleus",
+            ellipsoid((sign * 13, 9, 10), (8, 18, 16)) & is_grey & half,
+            opening=1,
+        )
         put(f"{side} putamen", ellipsoid((sign * 26, 3, 1), (9, 19, 13)) & is_grey & half, opening=1)
         put(f"{side} amygdala", ellipsoid((sign * 23, -5, -19), (10, 8, 9)) & is_grey & half, opening=1)
         # Its head lies lower than its tail.
-        put(f"{side} hippocampus", ellipsoid((sign * 27, -24, -14), (11, 22, 8), dz_dy=-0.5) & is_grey & half)
+        put(
+            f"{side} hippocampus",
+            ellipsoid((sign * 27, -24, -14), (11, 22, 8), dz_dy=-0.5) & is_grey & half,
+        )
     put("brainstem", ellipsoid((0, -30, -34), (17, 15, 37), dy_dz=0.2) & tissue)
     # The tentorium, the dark sheet above the cerebellum in the T1, as a fitted surface.
     behind, before = np.maximum(-50 - y, 0), np.maximum(y + 50, 0)
@@ -221,7 +253,9 @@ class Jitter:
         )
 
     def matrix(self) -> np.ndarray:
-        """Gives [2, 2] float: (row, column) mm of the slice -> mm of the image, both from their centres."""
+        """Gives [2, 2] float: (row, column) mm of the slice -> mm of the image, both from their
+        centres.
+        """
         angle = np.deg2rad(self.rotation)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         return self.scale * turn @ np.diag([1.0, -1.0 if self.mirrored else 1.0])
@@ -237,7 +271,8 @@ class Slice:
     map: str  # of MAPS
     mirrored: bool
     image: np.ndarray  # uint8 [SIZE, SIZE]
-    boxes: Mapping[str, tuple[int, int, int, int]]  # structures large enough to ask for: x1, y1, x2, y2 pixels
+    # structures large enough to ask for: x1, y1, x2, y2 pixels
+    boxes: Mapping[str, tuple[int, int, int, int]]
     absent: tuple[str, ...]  # structures of which nothing is in the slice
 
     @property
@@ -256,7 +291,9 @@ def show(array: np.ndarray, plane: str, position: int) -> np.ndarray:
 
 
 def _middle(plane: str) -> np.ndarray:
-    """Gives (row, column) of the brain's middle in `show`'s slices, whose axes all run downwards in world mm."""
+    """Gives (row, column) of the brain's middle in `show`'s slices, whose axes all run downwards in
+    world mm.
+    """
     index = [n - 1 - (c - o) for n, c, o in zip(_SHAPE, _CENTRE, _ORIGIN, strict=True)]
     rows, columns = {"axial": (1, 0), "coronal": (2, 0), "sagittal": (2, 1)}[plane]
     return np.array([index[rows], index[columns]])
@@ -270,14 +307,18 @@ def _plane_map(plane: str, position: int, name: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _plane_masks(plane: str, position: int) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Gives each structure's pixels, int [n, 2] (row, column), specks left out; and the names that are absent."""
+    """Gives each structure's pixels, int [n, 2] (row, column), specks left out.
+
+    And the names that are absent.
+    """
     labels = show(load_volume().labels, plane, position)
     masks, absent = {}, []
     for name in STRUCTURES:
         mask = labels == STRUCTURES.index(name) + 1
         if plane == "sagittal" and name not in SINGLE:
             side, name = name.split(" ", 1)
-            # The slice shows one side only (x > 0 is the right); at the midline both are cut at the edge.
+            # The slice shows one side only (x > 0 is the right); at the midline both are cut at the
+            # edge.
             if (side == "right") != (position > 0) or abs(position) < 4:
                 continue
         if not mask.any():
@@ -292,7 +333,12 @@ def _plane_masks(plane: str, position: int) -> tuple[dict[str, np.ndarray], tupl
 
 
 def render(
-    slab: Slab, position: int, name: str, jitter: Jitter, key: str = "", rng: np.random.Generator | None = None
+    slab: Slab,
+    position: int,
+    name: str,
+    jitter: Jitter,
+    key: str = "",
+    rng: np.random.Generator | None = None,
 ) -> Slice:
     """Draws the slice at `position` mm of map `name` under `jitter`; `rng` draws its noise."""
     plane, forward, middle = slab.plane, jitter.matrix(), _middle(slab.plane)
@@ -302,7 +348,8 @@ def render(
     values = ndimage.affine_transform(
         _plane_map(plane, position, name), back * PIXEL, middle + back @ corner, (SIZE, SIZE), order=1
     )  # [SIZE, SIZE]
-    values = 0.85 * jitter.gain * np.clip(values, 0, 1) ** jitter.gamma  # .85: the brightest white stays below 255
+    # .85: the brightest white stays below 255
+    values = 0.85 * jitter.gain * np.clip(values, 0, 1) ** jitter.gamma
     if jitter.noise:
         assert rng is not None
         values = values + rng.normal(0, jitter.noise, values.shape)
@@ -320,7 +367,10 @@ def render(
 def _box(
     pixels: np.ndarray, forward: np.ndarray, middle: np.ndarray, jitter: Jitter
 ) -> tuple[int, int, int, int] | None:
-    """Finds x1, y1, x2, y2 of mask pixels [n, 2] under the jitter; None where that is too small or cut off."""
+    """Finds x1, y1, x2, y2 of mask pixels [n, 2] under the jitter.
+
+    None where that is too small or cut off.
+    """
     at = ((pixels - middle) @ forward.T + jitter.shift) / PIXEL + SIZE / 2  # [n, 2]
     half = 0.5 * jitter.scale / PIXEL  # a voxel reaches half a mm around its centre
     inside = ((at >= 0) & (at <= SIZE)).all(1).mean()

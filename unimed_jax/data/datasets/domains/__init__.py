@@ -1,7 +1,8 @@
 """Makes the domains set: questions about images of four domains, for Med-MoE's stages at a tiny size.
 
-Two domains are slices of the brain set, with its questions; two are views of the pictures in images.py. All have
-as many images in a split. `meta["modality"]` names the domain: what a router is taught.
+Two domains are slices of the brain set, with its questions; two are views of the pictures in
+images.py. All have as many images in a split. `meta["modality"]` names the domain: what a router is
+taught.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,13 @@ from unimed_jax.data.info import Info
 INFO = Info(
     name="domains",
     tasks=("vqa", "caption", "cls"),
-    licence="that of the brain set, and of the pictures inside scikit-image (BSD-3, CC0) and pydicom (MIT)",
-    note="Slices of ONE average brain and 27 pictures of test files: it shows that the stages work, and says nothing "
-    "about patients.",
+    licence=(
+        "that of the brain set, and of the pictures inside scikit-image (BSD-3, CC0) and pydicom (MIT)"
+    ),
+    note=(
+        "Slices of ONE average brain and 27 pictures of test files: it shows that the stages work, "
+        "and says nothing about patients."
+    ),
     cluster_word="source image",
     counts={"train": 13609, "val": 474, "test": 1074},
     version="2",
@@ -36,7 +41,10 @@ _DOMAIN_QUESTION = "Brain T1, brain tissue map, other scan or optical image?"
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
-    """Yields vqa and cls in all splits, caption in train only; options `seed`, `jitters`, `brain_seed`."""
+    """Yields vqa and cls in all splits, caption in train only.
+
+    Options `seed`, `jitters`, `brain_seed`.
+    """
     rng = brain.generator("domains", options.get("seed", 0), split)
     slices = brain.asked(split, options.get("jitters", brain.JITTERS), options.get("brain_seed", 0))
     slices.sort(key=lambda pair: pair[0].key)
@@ -49,8 +57,13 @@ def read(
             yield example, tuple((views if key in views else pixels)[key] for key in example.images)
 
 
-def _of_pictures(split: str, each: int, rng: np.random.Generator) -> tuple[list[Example], dict[str, np.ndarray]]:
-    """Makes views of the split's pictures with their questions, and their pixels; a domain's pictures take turns."""
+def _of_pictures(
+    split: str, each: int, rng: np.random.Generator
+) -> tuple[list[Example], dict[str, np.ndarray]]:
+    """Makes views of the split's pictures with their questions, and their pixels.
+
+    A domain's pictures take turns.
+    """
     pixels: dict[str, np.ndarray] = {}  # uint8 [64, 64, 3]
     views: list[tuple[str, Source]] = []
     for modality in (SCAN, OPTICAL):
@@ -71,7 +84,8 @@ def _of_pictures(split: str, each: int, rng: np.random.Generator) -> tuple[list[
         len(views),
         rng,
     )
-    asked: list[list[tuple[str, str, str, str]]] = [[] for _ in views]  # task, template, question, answer
+    # task, template, question, answer
+    asked: list[list[tuple[str, str, str, str]]] = [[] for _ in views]
     for i, (_, source) in enumerate(views):
         asked[i] += [
             ("vqa", "map", "What kind of image is this?", source.kind),
@@ -98,7 +112,9 @@ def _capital(words: str) -> str:
 
 
 def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) -> list[Example]:
-    """Takes vqa, cls and caption of `each` T1 slices and as many tissue maps, slabs in turn, and asks their domain."""
+    """Takes vqa, cls and caption of `each` T1 slices and as many tissue maps, slabs in turn, and
+    asks their domain.
+    """
     clusters = {key: e.cluster for e in examples for key in e.images}
     modality = {key: T1 if e.meta["map"] == "t1" else TISSUE for e in examples for key in e.images}
     chosen: set[str] = set()
@@ -113,5 +129,7 @@ def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) 
     for first in {e.images: e for e in reversed(out)}.values():
         meta = {**{k: first.meta[k] for k in ("plane", "map", "modality")}, "template": "domain"}
         name, domain = f"{first.images[0]}/cls/domain", meta["modality"]
-        out.append(Example(name, "cls", _DOMAIN_QUESTION, domain, first.images, None, first.cluster, meta))
+        out.append(
+            Example(name, "cls", _DOMAIN_QUESTION, domain, first.images, None, first.cluster, meta)
+        )
     return out

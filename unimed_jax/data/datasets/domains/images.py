@@ -1,6 +1,7 @@
 """Cuts images of other kinds than the brain set's, those inside pydicom and scikit-image, to many views.
 
-There are few of them, so each belongs to one split with all its views: what is measured holds for these images.
+There are few of them, so each belongs to one split with all its views: what is measured holds for
+these images.
 """
 
 import functools
@@ -41,8 +42,8 @@ KINDS = {  # kind -> with its article
     "retina image": "a retina image",
     "photograph": "a photograph",
 }
-# Left out: copies of a picture in other encodings (examples_rgb_color.dcm is examples_jpeg2k.dcm), drawings, and the
-# pictures of 16 pixels in pydicom's dicomdirtests.
+# Left out: copies of a picture in other encodings (examples_rgb_color.dcm is examples_jpeg2k.dcm),
+# drawings, and the pictures of 16 pixels in pydicom's dicomdirtests.
 SOURCES = (
     Source("693_J2KI.dcm", "train", SCAN, "CT", "a head"),
     Source("CT_small.dcm", "train", SCAN, "CT", "a spine"),
@@ -101,5 +102,7 @@ def view(source: Source, rng: np.random.Generator) -> np.ndarray:
     white = np.asarray(small, np.float32) / 255  # [64, 64, 3]
     if source.shown != "writing" and rng.random() < 0.5:
         white = white[:, ::-1]
-    white = rng.uniform(0.9, 1.1) * white ** rng.uniform(0.85, 1.2) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
+    white = rng.uniform(0.9, 1.1) * white ** rng.uniform(0.85, 1.2) + rng.normal(
+        0, 0.02, (SIZE, SIZE, 1)
+    )
     return np.round(np.clip(white, 0, 1) * 255).astype(np.uint8)
