@@ -108,7 +108,7 @@ def run_reader(reader: str, seed: int, start: int, count: int) -> None:
     outcome(first[1])
     with open("/proc/self/statm") as pages:
         address_space = int(pages.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (address_space + MEMORY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space + 4 * MEMORY, resource.RLIM_INFINITY))
     signal.signal(signal.SIGPROF, _late)
     _peak()
     before = _peak()

@@ -83,7 +83,7 @@ def test_the_campaign_goes_on_after_a_process_that_ends(monkeypatch, tmp_path):
         "import os\n"
         "from unimed_jax.errors import UserError\n"
         "def refuse():\n    raise UserError('no.')\n"
-        "def fill():\n    bytearray(3 << 30)\n"
+        "def fill():\n    bytearray(6 << 30)\n"
         "def cases(seed):\n"
         "    for number in range(6):\n"
         "        yield f'case {number}', (lambda: os._exit(7)) if number == 2 else fill if number "

@@ -108,7 +108,8 @@ def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
         yield from (run.text for run in runs_of(form.training(example, i)) if run.text)
 
 
-STRANGE = "a \u2603\U000f0000"  # holds characters that no vocabulary has: one without a token for them fails at once
+# Characters that no vocabulary has: a tokenizer without a token for them fails at once.
+STRANGE = "a \u2603\U000f0000"
 MOST_ROWS = 1 << 24  # that an embedding may need
 LARGEST = 64 << 20  # bytes of a tokenizer.json, twice those of the largest published ones
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -230,8 +231,12 @@ class Tokenizer:
             self._rust.no_padding()
             self._rust.encode_special_tokens = True
         self.size = 1 + max(tokenizer.get_vocab().values(), default=-1)
-        if self.size > MOST_ROWS:  # the package would list every id that is left out, to write the tokenizer
-            raise UserError(f"{name} has the id {self.size - 1}, but ids end at {MOST_ROWS - 1} here; get another.")
+        if (
+            self.size > MOST_ROWS
+        ):  # the package would list every id that is left out, to write the tokenizer
+            raise UserError(
+                f"{name} has the id {self.size - 1}, but ids end at {MOST_ROWS - 1} here; get another."
+            )
         self.eos: int = tokenizer.eos_token_id
         self.bos: int = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         spare = self.eos if tokenizer.unk_token_id is None else tokenizer.unk_token_id
