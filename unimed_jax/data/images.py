@@ -113,7 +113,7 @@ def check_header(data: bytes, name: str) -> None:
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
-    """Reads (width, height) from a picture's header as `read_image` gives it, turned upright; not of DICOM.
+    """Reads (width, height) from a picture's header, turned upright as by `read_image`; not of DICOM.
 
     Raises UserError if it is no regular file or no picture.
     """

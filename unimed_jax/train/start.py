@@ -181,7 +181,9 @@ def _moments_of_init(config: Config, state: TrainState, mesh: Mesh | None) -> Ad
     """
     path = next((path for kind, path in reversed(config.init) if kind == "unimed"), None)
     if path is None:
-        raise UserError('config.train.moments="init" needs an original checkpoint: ("unimed", FILE) in config.init.')
+        raise UserError(
+            'config.train.moments="init" needs an original checkpoint: ("unimed", FILE) in config.init.'
+        )
     if not config.optimizer.skip_unused:
         raise UserError(
             f'config.train.moments="init": {path} counts the steps of each parameter; set '
