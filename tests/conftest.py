@@ -19,6 +19,8 @@ import jax
 import pytest
 from support.golden_folders import golden_folder
 
+# Their asserts show values, as those of test files do.
+pytest.register_assert_rewrite("support.med_moe_checks", "support.uni_med_checks")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
