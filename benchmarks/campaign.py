@@ -1,5 +1,6 @@
-"""Runs one of the campaigns in the folder `campaigns`: python benchmarks/campaign.py fuzz
---reader=pth --cases=1000
+"""Runs one of the campaigns in the folder `campaigns`.
+
+For example: `python benchmarks/campaign.py fuzz --reader=pth --cases=1000`.
 """
 
 import importlib

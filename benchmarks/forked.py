@@ -1,5 +1,6 @@
-"""Runs commands of unimed_jax in processes forked from one that has imported everything: half the
-time of a start.
+"""Runs commands of unimed_jax in processes forked from one that has imported everything.
+
+This halves the time that a command takes to start.
 """
 
 import contextlib
@@ -69,8 +70,9 @@ class Commands:
         self.child = int(self._server.stdout.readline())
 
     def alive(self) -> bool:
-        """Whether the command still runs (a child that has ended stays until `end` asks for its
-        status).
+        """Says whether the command still runs.
+
+        A child that has ended stays in the process table until `end` asks for its status.
         """
         try:
             return Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,6 +1,8 @@
-"""Uni-Med in plain torch, the peer that the benchmarks compare with: the connector as the original
-runs it (every expert in a loop, the router on task token and visual token side by side for every
-token), a plain ViT, Hugging Face's LLaMA wrapped by PEFT.
+"""Implements Uni-Med in plain torch, as the peer that the benchmarks compare with.
+
+The connector runs as in the original: every expert in a loop, the router on task token and visual
+token side by side for every token. The encoder is a plain ViT, and the decoder is Hugging Face's
+LLaMA wrapped by PEFT.
 
 Modules are named so that a state dict holds the names of
 `unimed_jax/interop/families/unimed_names.py`: our weights cross by that table, and

@@ -1,6 +1,4 @@
-"""Makes the models, examples, rows and weights that train_step.py compares on, the same for every
-side.
-"""
+"""Makes the models, examples, rows and weights that train_step.py compares all sides on."""
 
 import dataclasses
 from pathlib import Path

@@ -204,9 +204,7 @@ class Matches:
 
 
 class FrozenDict(dict):
-    """Keeps its first content and can be hashed, so that settings with a dict are frozen and
-    hashable.
-    """
+    """Keeps the content that it was made with, so that settings that hold it can be hashed."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))

@@ -99,9 +99,7 @@ def _call(module: Any, file: str, arguments: list[str]) -> Any:
 
 
 def _settings(returned: Any, file: str) -> ml_collections.ConfigDict:
-    """Makes sure that a config file returned settings, and gives them the file's name if they have
-    none.
-    """
+    """Checks that a config file returned settings, and names unnamed settings after the file."""
     if isinstance(returned, ml_collections.FrozenConfigDict):
         returned = returned.as_configdict()
     if not isinstance(returned, ml_collections.ConfigDict):

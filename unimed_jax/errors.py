@@ -24,8 +24,9 @@ class UserError(Exception):
 
 
 class PassingError(UserError):
-    """Reports a failure outside this machine that may be over at the next try, so launchers repeat
-    the command.
+    """Reports a failure outside this machine that may be over at the next try.
+
+    Its exit status lets launchers repeat the command.
     """
 
     status = 1

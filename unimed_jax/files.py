@@ -104,8 +104,9 @@ def written_together(folder: str | Path, names: Sequence[str]) -> Iterator[Path]
 
 
 def _change_places(folder: Path, names: Sequence[str], temporary: Path) -> None:
-    """Moves the old files out of `folder`, the last name first, and the new ones in, the last name
-    last.
+    """Moves the old files out of `folder` and the new ones into it.
+
+    The file of the last name leaves first and arrives last.
     """
     before, placed = temporary / ".before", []
     before.mkdir()
@@ -189,8 +190,9 @@ def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
 
 
 def remove_leftovers(folder: str | Path, name: str = "") -> None:
-    """Removes what killed processes left in `folder` while they wrote `name` (without one: any file
-    or folder).
+    """Removes what killed processes left in `folder` while they wrote `name`.
+
+    Without a name, the leftovers of any file or folder are removed.
 
     What a living process writes is locked and stays. Where the file system has no locks, age tells
     (`ABANDONED`).
@@ -449,8 +451,9 @@ def _check_depth(value: Any) -> None:
 
 
 def _check_characters(value: Any, where: str, advice: str) -> None:
-    """Raises UserError that names the place, as keys and numbers from 0, of the first text that is
-    none.
+    """Raises UserError for the first text that is not valid Unicode, and names its place.
+
+    The place is given as keys and as numbers from 0.
     """
     still: list[tuple[str, Any]] = [("", value)]
     while still:

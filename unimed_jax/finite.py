@@ -25,8 +25,9 @@ def not_finite(leaves: Mapping[str, Any]) -> list[str]:
 
 
 def named(paths: list[str]) -> str:
-    """Names parameters by their groups, as a sentence begins: "2 parameters of connector/experts
-    are".
+    """Names parameters by their groups, in the words that begin a sentence.
+
+    For example: "2 parameters of connector/experts are".
     """
     groups = list(dict.fromkeys(path.rpartition("/")[0] or path for path in paths))
     shown = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more groups" if len(groups) > 3 else "")

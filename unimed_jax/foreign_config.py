@@ -1,6 +1,4 @@
-"""Reads a config.json that somebody else wrote, and bounds its numbers before anything is built of
-them.
-"""
+"""Reads a config.json that another program wrote, and bounds its numbers before they are used."""
 
 from pathlib import Path
 from typing import Any

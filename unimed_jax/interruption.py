@@ -1,5 +1,6 @@
-"""Ends a run in an orderly way: after a signal, if its folder is in use, or if the system refuses
-something.
+"""Ends a run in an orderly way after a signal or when the system refuses something.
+
+A run whose folder is in use by another one ends as well.
 """
 
 import contextlib
@@ -269,8 +270,9 @@ def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
 
 @contextlib.contextmanager
 def claims_end() -> Iterator[None]:
-    """Gives back, at the end of the block or of the function that it decorates, the folders claimed
-    inside.
+    """Gives back the folders that were claimed inside the block, when it ends.
+
+    It can decorate a function, too: its call is then the block.
     """
     before = set(_claims)
     try:
@@ -299,8 +301,9 @@ def owner(folder: Path) -> str:
 # ---- what the system refuses -----------------------------------------------------------------------
 @contextlib.contextmanager
 def explain_system_errors() -> Iterator[None]:
-    """Turns what the operating system refuses (a full disk, a file, a folder, a socket) into a
-    UserError.
+    """Turns what the operating system refuses into a UserError.
+
+    It may refuse a file, a folder or a socket, or the disk may be full.
 
     A full disk is found behind any error that it caused, however it is worded. Of other refusals
     only the `OSError` itself is turned, and what the library that writes arrays makes of one: an

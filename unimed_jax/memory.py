@@ -71,8 +71,9 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
 
 
 def check_answering(model: ModelConfig, rows: int, tokens: int) -> None:
-    """Raises UserError if answers in batches of `rows`, each of so many tokens with its prompt,
-    cannot fit.
+    """Raises UserError if answers in batches of `rows` cannot fit into memory.
+
+    tokens: the length of each answer with its prompt.
     """
     decoder, width = model.decoder, jnp.dtype(model.compute_dtype).itemsize
     cache = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim * rows * tokens

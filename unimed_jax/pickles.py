@@ -94,8 +94,7 @@ def read_pickle(data: bytes, root: str, file_bytes: int) -> Any:
 
 
 def _check_tree(tree: Any, limit: int) -> None:
-    """Raises UnpicklingError unless walking through the tree ends soon and meets plain data and
-    tensors only.
+    """Raises UnpicklingError unless the tree is of plain data and tensors and soon walked through.
 
     A container that holds itself, or whose parts are shared over and over, has few bytes and
     endless branches.

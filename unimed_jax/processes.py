@@ -117,7 +117,7 @@ def join() -> None:
 
 
 def _start_seconds() -> float:
-    """Reads UNIMED_START_SECONDS."""
+    """Reads how many seconds the processes may take to start, from UNIMED_START_SECONDS."""
     given = os.environ.get("UNIMED_START_SECONDS", str(START_SECONDS))
     if not (given.isdecimal() and int(given) > 0):
         raise UserError(f"UNIMED_START_SECONDS={given!r} is not a number of seconds; give 1 or more.")
@@ -209,8 +209,9 @@ def _connect(
 
 
 def _leave(sentence: str, status: int) -> NoReturn:
-    """Ends the process at once: an ordinary end would wait for the thread that waits for other
-    processes.
+    """Prints a sentence and ends the process at once.
+
+    An ordinary end would wait for the thread that waits for other processes.
     """
     print(f"unimed_jax: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)

@@ -71,11 +71,12 @@ def protocol_id(
     fit: str,
     metric: str,
 ) -> str:
-    """Names all that a score depends on besides the model, so that equal ids can be compared and
-    others cannot.
+    """Names everything that a score depends on besides the model.
 
-    Set and revision, split (and the rule that made it), rule for closed questions, normaliser,
-    prompt form, image fit, metric:
+    Scores with equal ids can be compared, others cannot.
+
+    The parts are set and revision, split (and the rule that made it), rule for closed questions,
+    normaliser, prompt form, image fit, metric:
     "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit=stretch/exact_match".
     """
     parts = [

@@ -1,5 +1,6 @@
-"""Lets atheris search for pickles and GGUF heads that reach new code: benchmarks/campaign.py
-coverage --runs=100000
+"""Lets atheris search for pickles and GGUF headers that reach new code in the readers.
+
+    python benchmarks/campaign.py coverage --runs=100000
 
 atheris (pip install atheris; Python 3.11 to 3.13 on Linux) changes bytes and keeps what runs new
 lines of the readers. Without it the campaign says so and ends.
@@ -20,8 +21,9 @@ READERS = ("pickle", "gguf")
 
 
 def run(arguments: list[str]) -> None:
-    """Prints, for each reader, how many inputs were run and whether anything but a refusal came of
-    one.
+    """Runs the search on each reader and prints a line for each.
+
+    The line says how many inputs were run, and whether one of them led to anything but a refusal.
     """
     parser = argparse.ArgumentParser(prog="campaign.py coverage")
     parser.add_argument("--runs", type=int, default=100_000, help="of each reader")

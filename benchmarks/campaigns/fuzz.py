@@ -1,5 +1,6 @@
-"""Gives every reader thousands of damaged and hostile files: each must be read or refused in one
-sentence.
+"""Gives every reader thousands of damaged and hostile files.
+
+Each file must be read, or refused in one sentence.
 
     python benchmarks/campaign.py fuzz --cases=10000 --seed=0 --reader=pth
 

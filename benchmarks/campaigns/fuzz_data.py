@@ -1,5 +1,6 @@
-"""Makes damaged data files without end: records of LLaVA, info.json, the manifest and the index of
-a prepared set.
+"""Makes an endless series of damaged data files for the readers of data sets.
+
+The files are records of LLaVA, info.json, and the manifest and the index of a prepared set.
 
 `cases(seed)` yields (name, call); a call reads one damaged input and returns, or raises UserError.
 Anything else that it raises is a finding.

@@ -1,5 +1,6 @@
-"""Damages small pictures of every kind that is read, and reads them: an array or one sentence must
-come of it.
+"""Damages small pictures of every supported kind and reads them.
+
+Each must become an array, or be refused in one sentence.
 
 `cases(seed)` yields names and calls without an end; the same seed gives the same cases. A call
 raises UserError if the picture was refused, and AssertionError if something else than a picture
@@ -75,8 +76,9 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _with_sums(data: bytes) -> bytes:
-    """Writes the checksums of a PNG's chunks anew, or the decoder would look at nothing behind a
-    damaged one.
+    """Computes the checksums of a PNG's chunks again after its bytes were changed.
+
+    With a wrong checksum the decoder would look at nothing that comes after it.
     """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data

@@ -1,5 +1,6 @@
-"""Hostile weights, settings and tokenizers: for each reader endless cases, each a function of a
-seed and a number.
+"""Makes hostile weights, settings and tokenizers for the readers of models.
+
+Each reader has an endless series of cases; a case depends only on a seed and a number.
 """
 
 import collections

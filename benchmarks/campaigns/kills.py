@@ -1,10 +1,9 @@
-"""Kills commands at random moments, gives the same command again, and compares with what nothing
-happened to.
+"""Kills commands at random moments, repeats them, and compares their files with unbroken ones.
 
-Training, saving, building a data set, evaluating, exporting, a chain of two stages and a run of two
-processes, on coloured squares. After every kill each file under its final name must be whole: that
-of before, or that of the end. After the last one the losses and all files must be those of the
-unbroken command, and nothing else may lie there.
+The commands are training, saving, building a data set, evaluating, exporting, a chain of two stages
+and a run of two processes, on coloured squares. After every kill each file under its final name must
+be whole: its state from before the command, or its state from the end. After the last kill the losses
+and all files must be those of a command that was never killed, and no other files may be there.
 """
 
 import argparse
@@ -230,8 +229,9 @@ class Campaign:
 
 
 def finals(folder: Path) -> dict[str, bytes]:
-    """Every file under its final name, but those of checkpoints (whose bytes hold times) and of the
-    log.
+    """Reads every file that has its final name.
+
+    Left out are the files of checkpoints, whose bytes hold times, and the log.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -244,8 +244,9 @@ def finals(folder: Path) -> dict[str, bytes]:
 
 
 def halves(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
-    """Files that are neither those of before nor those of the end, and results of two evaluations
-    side by side.
+    """Lists files that are half written, and folders that mix the results of two evaluations.
+
+    A file is whole if it equals its state before the command or its state after the command.
     """
     found = finals(folder)
     wrong = [

@@ -1,5 +1,4 @@
-"""Watches memory, threads and open files over many steps of one run and over many evaluations in
-one process.
+"""Watches memory, threads and open files over a long run and many evaluations in one process.
 
 Prints a row for each tenth of the way and the slope of each by least squares over the second half;
 what libraries allocate once has come by then.
@@ -25,7 +24,7 @@ class Held(NamedTuple):
 
 
 def run(arguments: list[str]) -> None:
-    """Trains, evaluates, prints."""
+    """Trains, then evaluates many times, and prints what the process holds on the way."""
     options = argparse.ArgumentParser(prog="campaign.py leaks", description=__doc__)
     options.add_argument("--steps", type=int, default=2000)
     options.add_argument("--evaluations", type=int, default=200)

@@ -1,5 +1,6 @@
-"""Tries hostile values on every setting: which are refused, in which sentence, and what a run does
-with the others.
+"""Tries hostile values on every setting, first in the checker and then in short runs.
+
+It shows which values are refused, in which sentence, and what a run does with the others.
 
 Run it as `python benchmarks/campaign.py settings`; `--help` lists its options. The values are tried
 twice: by the checker of settings in this process, all of them, and a sample of the accepted ones in
@@ -212,8 +213,9 @@ OTHERS: tuple[Any, ...] = (
 
 
 def hostile(field: Field) -> Iterator[Any]:
-    """Yields the values to try on a field: of any type, inside its own tuple or dict, and at its
-    own bounds.
+    """Yields the values to try on a field.
+
+    They are values of every type, values inside the field's own tuple or dict, and its bounds.
     """
     yield from (*NUMBERS, *TEXTS, *OTHERS)
     yield from _choices(field.hint)
@@ -341,8 +343,9 @@ def sampled(accepted: list[Tried], seed: int) -> Iterator[Tried]:
 
 
 def attempt(one: Tried, folder: Path) -> Outcome:
-    """Trains the tests' smallest model for two steps with this value, and scores it, in a process
-    of its own.
+    """Trains and scores the tests' smallest model with one value, in a process of its own.
+
+    Training takes two steps.
     """
     begun, seconds, most = time.monotonic(), 0.0, 0.0
     said = folder / "said.txt"

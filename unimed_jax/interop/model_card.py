@@ -1,5 +1,6 @@
-"""Writes the README.md of an exported model: what it is, where it comes from, how well it does, its
-limits.
+"""Writes the README.md of an exported model.
+
+It says what the model is, where it comes from, how well it does, and what its limits are.
 """
 
 import contextlib
@@ -120,8 +121,9 @@ def passports_of(config: Config) -> dict[str, Info]:
 def _data(
     config: Config, metrics: Mapping[str, Any] | None, passports: Mapping[str, Info] | None
 ) -> str:
-    """Lists the training sources with their licences, and what is to be known of them and of the
-    scored sets.
+    """Lists the training sources with their licences, and the known facts of all data sets.
+
+    The facts cover the sets that the model was scored on, too.
     """
     tasks: dict[str, list[str]] = {}
     for source in config.data.sources:

@@ -1,7 +1,7 @@
-"""Names what a trained model can be written as: the formats of `export`, what each refuses, and its
-writer.
+"""Lists the formats that `export` can write, with what each refuses and its writer.
 
-The mirror of sources.py. A new format is a writer in families/ and one entry of `TARGETS`.
+This module is the mirror of sources.py. A new format is a writer in families/ and one entry of
+`TARGETS`.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Content:
 
 
 class Target(NamedTuple):
-    """Describes one format."""
+    """Describes one format that a trained model can be written in."""
 
     what: str  # for --help
     write: Callable[[str | Path, Content], None]  # raises UserError for what the format cannot hold
@@ -83,8 +83,9 @@ def _write_peft(out: str | Path, content: Content) -> None:
 
 
 def _write_unimed(out: str | Path, content: Content) -> None:
-    """Writes what the original's checkpoint holds and all that trained, so that nothing is left out
-    silently.
+    """Writes the content of an original checkpoint plus all that trained.
+
+    So nothing is left out silently.
     """
     original = next((path for kind, path in reversed(content.config.init) if kind == "unimed"), None)
     paths = content.trained | set(trainable_table(content.config.model).paths())

@@ -156,7 +156,7 @@ class Mlp(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Normalises in float32.
+    """Normalises the last axis in float32, by LayerNorm or RMSNorm.
 
     kind: "layer" is LayerNorm with scale and bias, "rms" is RMSNorm with scale, and "rms_zero" is
     RMSNorm with 1 + scale (Gemma).

@@ -68,8 +68,7 @@ class Replaced(UserError):
 
 
 class Checkpoints:
-    """Saves and reads the numbered checkpoints in `folder`, of which the `keep` newest and the best
-    one stay.
+    """Saves and reads numbered checkpoints, of which the `keep` newest and the best one stay.
 
     With several processes all of them make the same calls; the arrays may be global, and each
     process writes and reads its own shards.
@@ -196,9 +195,7 @@ class Checkpoints:
             ) from error
 
     def _check_folder(self) -> None:
-        """Raises UserError if somebody has deleted the folder, even if threads of orbax have made
-        it again since.
-        """
+        """Raises UserError if the folder was deleted, even if threads of orbax have made a new one."""
         if self._writes and self._opened is not None and not _is_folder(self.folder, self._opened):
             raise UserError(
                 f"{self.folder} was deleted or moved while its run went on, so nothing more can be "
@@ -360,8 +357,9 @@ def _is_folder(path: Path, descriptor: int) -> bool:
 
 @jax.jit
 def fingerprints(tree: Any) -> Any:
-    """Makes a number (uint32 []) of each array of the tree, the same on any mesh: integer sums have
-    no order.
+    """Computes a number (uint32 []) for each array of the tree, the same on any mesh.
+
+    It is a sum of integers, which has no order.
     """
     return jax.tree.map(_fingerprint, tree)
 

@@ -1,5 +1,6 @@
-"""Reads and writes the text of a run's folder (settings, tokenizer), and says what a run still
-needs to start.
+"""Reads and writes the text files of a run's folder, and says what a run lacks to start.
+
+The text is that of the settings and of the tokenizer.
 
 config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
 checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
@@ -152,8 +153,9 @@ def _training_examples(datasets: Sequence[Dataset]) -> Iterator[Example]:
 
 
 def tokenizer_folder(folder: Path, config: Config) -> Path:
-    """Returns the folder of the tokenizer: the settings', else that of the run whose embeddings it
-    starts from.
+    """Returns the folder of a run's tokenizer.
+
+    It is the one that the settings name, else that of the run whose embeddings this run starts from.
 
     The run's own for a tokenizer that it has trained or read from a GGUF file.
     """

@@ -1,5 +1,4 @@
-"""Keeps what a run was trained on, its data and its tokenizer, and notices when either is another
-one later.
+"""Records the data and the tokenizer of a run, and notices when one of them has changed.
 
 inputs.json in the run's folder, and the note of every checkpoint, hold
     inputs    name -> state: "data/<set>" and "evaluate/<set>" (checksum of a set's store), "tokenizer"
@@ -47,8 +46,9 @@ class Inputs:
 def state_of_data(
     config: Config, train: Iterable[Dataset], held_out: Iterable[Dataset]
 ) -> dict[str, str]:
-    """Names the state of every open data set: those of config.data, and those of config.evaluate if
-    it has its own.
+    """Names the state of every open data set.
+
+    These are the sets of config.data, and those of config.evaluate if it has its own.
     """
     found = {f"data/{dataset.id}": dataset.checksum for dataset in train}
     if config.evaluate.sources:

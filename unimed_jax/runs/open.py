@@ -1,5 +1,4 @@
-"""Opens runs: the weights that training starts from or has saved, laid over a mesh, and the model
-made of them.
+"""Opens runs: reads the weights that they start from or have saved, and builds their models.
 
 Weights of one run may come from another (`config.init` kind "run"), so opening recurses: open_run
 -> _open -> initial_leaves -> _leaves_of_run -> _open of the other run, until a run whose `init`
@@ -62,8 +61,9 @@ class Run:
 
 
 def found_mesh(config: Config, trains: bool = True) -> Mesh | None:
-    """Makes the mesh over the devices found: as `config.mesh` says if that fits them, else laid out
-    automatically.
+    """Makes the mesh over the devices found.
+
+    It is laid out as `config.mesh` says if that fits the devices, else automatically.
 
     None for a single device. `trains=False` for an exported model, to which the rules of training
     do not apply.
@@ -243,8 +243,7 @@ def open_run(
     which: Literal["newest", "best"] = "newest",
     changed: Changed | None = None,
 ) -> Run:
-    """Reads a run's folder: settings, tokenizer, and the model of its newest checkpoint, or of its
-    best one.
+    """Reads a run's folder: settings, tokenizer, and the model of its newest or best checkpoint.
 
     The best one is that of the highest or lowest `config.train.best`, measured while training. The
     model is laid over `mesh`; without one over all devices found (see `found_mesh`). Leaves that
@@ -298,8 +297,9 @@ def _open(folder: Path, mesh: Mesh | None, which: str = "newest", changed: Chang
 def _saved_leaves(
     folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
 ) -> tuple[dict[str, jax.Array], int]:
-    """Reads all leaves at the newest or best checkpoint and the steps done there, each straight
-    into its shards.
+    """Reads all leaves at the newest or best checkpoint, and the number of steps done there.
+
+    Each leaf is read straight into its shards.
     """
     while True:
         try:
@@ -342,8 +342,9 @@ def _leaves_at(
 
 
 def open_config(config: Config) -> Run:
-    """Opens what the weights of `config.init` make without training: base weights and an original
-    checkpoint, say.
+    """Opens the model that the weights of `config.init` make without any training.
+
+    They may be base weights and an original checkpoint, for example.
 
     Raises UserError where a leaf that matters would be random.
     """

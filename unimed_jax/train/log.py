@@ -1,5 +1,6 @@
-"""The log of a run: one JSON line per logged step, TensorBoard, a progress bar, W&B where it is
-asked for.
+"""Writes the log of a run.
+
+It consists of one JSON line per logged step, TensorBoard, a progress bar and, if asked for, W&B.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ NAMED = 5  # damaged lines that a message names
 
 
 class Log:
-    """Writes scalars by step, from step `first` on, after the lines of the steps before
-    (`continue_lines`).
+    """Writes scalars by step, from step `first` on.
+
+    The log keeps the lines of the steps before (see `continue_lines`).
     """
 
     def __init__(self, folder: Path, config: Config, first: int, bar_to: TextIO | None = None):
@@ -77,9 +79,7 @@ class Log:
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
-        """Puts everything on disk: a run that continues from a checkpoint must find the steps
-        before it.
-        """
+        """Puts everything on disk, because a run that continues must find all steps before it."""
         self._lines.flush()
         os.fsync(self._lines.fileno())
         self._board.flush()
@@ -212,8 +212,9 @@ def step_values(metrics: dict[str, Any]) -> dict[str, float | None]:
 
 
 def peak_memory() -> float:
-    """Returns the peak memory in GiB: the device's where it reports one, else this process's
-    resident set.
+    """Returns the peak memory in GiB.
+
+    It is the device's where that reports one, else the resident set of this process.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:

@@ -1,6 +1,4 @@
-"""Trains a model: from settings and a folder to a finished run, however often it is stopped in
-between.
-"""
+"""Trains a model from settings and a folder, however often the run is stopped in between."""
 
 import time
 from contextlib import closing
@@ -108,9 +106,7 @@ def measure(start: Start, log: "Log | Silence", meter: "Meter", done: int) -> bo
 
 
 def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
-    """Reads the trained leaves and Adam's state of each, by path, from the checkpoint of an opened
-    run.
-    """
+    """Reads the trained leaves and Adam's state, both by path, from the checkpoint of an open run."""
     config, leaves = run.config, parameters(run.model)
     rules = leaf_rules(leaves, config.train, config.optimizer)
     trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
@@ -160,9 +156,7 @@ class Meter:
 
 
 class Reporter:
-    """Waits for a step's metrics, checks that they are finite, and logs them if the step's turn has
-    come.
-    """
+    """Waits for a step's metrics, checks that they are finite, and logs them when they are due."""
 
     def __init__(self, log: Log | Silence, start: Start, meter: Meter):
         self.log, self.start, self.meter = log, start, meter

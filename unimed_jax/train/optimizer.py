@@ -35,7 +35,7 @@ class AdamState(NamedTuple):
 def adam(
     betas: tuple[float, float], eps: float, skip_unused: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """Computes Adam's direction.
+    """Makes the transformation that turns gradients into Adam's direction.
 
     With `skip_unused`, `update(..., used=...)` names by path which leaves (or rows of a leaf) took
     part in the step's graph; the others keep moments and count and get a zero update, as torch
@@ -78,8 +78,9 @@ def per_leaf(state: Any) -> AdamState:
 
 
 def count_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Gives the shape of a leaf's count: one per task token, which are parameters of their own as
-    published.
+    """Gives the shape of a leaf's count of steps.
+
+    Task tokens have one count each, since they are parameters of their own in the original.
     """
     return (shape[0], 1) if path == "connector/task_tokens" else ()
 

@@ -92,8 +92,9 @@ def make_mesh(config: Config) -> Mesh | None:
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch as `data.layout.training_batch` makes it: B rows, S tokens, M image slots,
-    A answer tokens.
+    """Gives the shapes of a batch as `data.layout.training_batch` makes it.
+
+    They depend on B rows, S tokens, M image slots and A answer tokens.
     """
     data, side = config.data, config.model.vision.image_size
     rows, tokens, images, answers = data.rows, data.row_tokens, data.row_images, data.row_answers

@@ -39,8 +39,9 @@ from unimed_jax.train.validate import Validation
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a run has found out on its way, besides weights and moments: it goes into every
-    checkpoint's note.
+    """Holds what a run has found out on its way, besides weights and moments.
+
+    It goes into the note of every checkpoint.
     """
 
     best: float | None = None  # value of config.train.best
@@ -88,7 +89,7 @@ class Start:
 
     @property
     def done(self) -> int:
-        """Steps done."""
+        """Returns the number of steps done."""
         return int(self.state.step)
 
     @property
@@ -100,8 +101,9 @@ class Start:
         return with_parameters(self.program.model, {**self.frozen, **self.state.leaves})
 
     def saved_leaves(self) -> dict[str, Any]:
-        """What a checkpoint holds of the model: leaves that train, and those that no file could
-        give back.
+        """Returns the leaves of the model that a checkpoint holds.
+
+        These are the leaves that train, and those that no file could give back.
         """
         random = {path: leaf for path, leaf in self.frozen.items() if path not in self.base}
         return {**random, **self.state.leaves}

@@ -54,8 +54,9 @@ def make_step(
     directions = combination.directions(len(TASKS) + 1)
 
     def gradients(leaves: Leaves, frozen: Leaves, batch: Batch, key):
-        """Computes, for some rows, gradients [k, *shape] along the directions, losses, and sums to
-        log.
+        """Computes gradients, losses and sums to log for some rows.
+
+        The gradients along the directions are [k, *shape].
         """
 
         def run(leaves: Leaves):

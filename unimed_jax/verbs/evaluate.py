@@ -88,8 +88,9 @@ def _of_run(
 
 
 def _refuse_nothing(config: Config) -> None:
-    """Raises UserError if nothing would be scored, because an empty report would replace that of
-    the run.
+    """Raises UserError if nothing would be scored.
+
+    An empty report would replace the run's report.
     """
     if not config.evaluates:
         raise UserError(

@@ -131,9 +131,7 @@ def decoder_from_gguf(file: GgufFile) -> DecoderConfig:
 
 
 def _refuse_unknown_keys(file: GgufFile) -> None:
-    """Raises UserError for another architecture, or for a key that could change what the decoder
-    computes.
-    """
+    """Raises UserError for another architecture, or for a key that could change the results."""
     architecture = file.value("general.architecture", str)
     if architecture != "llama":
         raise UserError(
@@ -317,9 +315,7 @@ def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
 def _tokenizer(
     file: GgufFile, vocabulary: dict[str, int], special: dict[str, str]
 ) -> tokenizers.Tokenizer:
-    """Builds the tokenizer of the file's kind, with its special tokens and the start token if it
-    adds one.
-    """
+    """Builds the file's tokenizer, with its special tokens and, if it adds one, the start token."""
     kind = file.value("tokenizer.ggml.model", str)
     if kind == "gpt2":
         made = _byte_level(file, vocabulary)

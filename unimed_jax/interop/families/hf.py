@@ -167,8 +167,9 @@ def export_decoder(
     ids: Mapping[str, int],
     positions: int = POSITIONS,
 ) -> None:
-    """Writes a folder that `AutoModelForCausalLM` loads: config.json, safetensors, the tokenizer's
-    files.
+    """Writes a folder that `AutoModelForCausalLM` loads.
+
+    It holds config.json, safetensors and the tokenizer's files.
 
     leaves: the decoder's, by path, with adapters merged (`merge_lora`). tokenizer: its folder. ids: of
     bos, eos, pad. Raises UserError if no Hugging Face family has these settings, or if `out` exists
@@ -187,9 +188,7 @@ def export_decoder(
 
 
 def widest_dtype(stored: Mapping[str, Stored]) -> str:
-    """Names the widest dtype among tensors, for the field of a config.json in which they are to be
-    loaded.
-    """
+    """Names the widest dtype among tensors, in which a config.json says that they are loaded."""
     return str(max((s.dtype for s in stored.values()), key=lambda dtype: np.dtype(dtype).itemsize))
 
 

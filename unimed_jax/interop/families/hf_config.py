@@ -397,9 +397,7 @@ def _is_llama3(scaling: RopeScaling | None) -> TypeGuard[RopeScaling]:
 
 
 def decoder_differences(a: DecoderConfig, b: DecoderConfig) -> list[tuple[str, Any, Any]]:
-    """Lists (field, value of a, value of b) for the settings by which two decoders compute
-    differently.
-    """
+    """Lists (field, value of a, value of b) where two decoders differ in what they compute."""
     a, b = _explicit(a), _explicit(b)
     names = [field.name for field in dataclasses.fields(DecoderConfig)]
     return [

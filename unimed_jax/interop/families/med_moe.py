@@ -257,8 +257,9 @@ def med_moe_table(config: ModelConfig) -> Table:
 
 
 def med_moe_decoder_table(config: ModelConfig) -> Table:
-    """Lists the decoder's tensors: Hugging Face's names, and DeepSpeed's in the layers that have
-    experts.
+    """Lists the decoder's tensors under the names that a checkpoint gives them.
+
+    The names are Hugging Face's and, in the layers that have experts, DeepSpeed's.
     """
     dense = hf.hf_decoder_table(config.decoder, moe=config.moe)
     outside = [entry for entry in dense if not entry.path.startswith("decoder/layers/moe/")]
@@ -353,8 +354,9 @@ def load_med_moe(folder: str | Path, config: ModelConfig, to: Destination) -> di
 
 
 def load_router(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
-    """Loads the routers of all layers with experts from one file: {"fc1.weight" [E, D], "fc1.bias"
-    [E]}.
+    """Loads the routers of all layers with experts from one file.
+
+    The file holds "fc1.weight" [E, D] and "fc1.bias" [E].
     """
     return load_leaves(router_table(config), open_weights(path), to)
 

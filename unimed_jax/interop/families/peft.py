@@ -1,5 +1,6 @@
-"""Reads and writes LoRA adapters as folders of PEFT: `adapter_config.json` and
-`adapter_model.safetensors`.
+"""Reads and writes LoRA adapters as folders of PEFT.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`.
 """
 
 import json
@@ -68,9 +69,7 @@ STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def adaptable_linears(config: ModelConfig) -> dict[str, str]:
-    """Maps each linear that can carry an adapter to its name within a layer of Hugging Face's
-    decoder.
-    """
+    """Maps each linear that can carry an adapter to its name in a layer of Hugging Face's decoder."""
     names = hf.linear_names(config.decoder)
     return {name: names[name] for name in ORDER if name in names}
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 
 def tower_from_hf(settings: "PretrainedConfig", where: str = "config.json") -> VisionConfig:
-    """Translates Hugging Face's settings of CLIP or SigLIP (the whole model, or only its tower)
-    into ours.
+    """Translates Hugging Face's settings of CLIP or SigLIP into ours.
+
+    settings: of the whole model, or of its vision tower only.
 
     Of CLIP we take the features of the last block but one, as LLaVA does; of SigLIP those of the last
     block, after its norm. The image size is what the patches cover: 378 of the 384 pixels of SigLIP
@@ -114,7 +115,7 @@ def hf_tower_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
 
 
 def _hf_block_entries(v: VisionConfig, theirs: str, i: int) -> list[Entry]:
-    """Maps one block.
+    """Lists the entries that map one block of a Hugging Face tower to our leaves.
 
     Queries, keys and values are three linears in the file and one kernel [D, 3 D] of ours.
     """

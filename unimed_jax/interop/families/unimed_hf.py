@@ -102,10 +102,10 @@ def merged_leaves(config: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, A
 
 
 class Merged:
-    """A stack of kernels [layers, in, out] with their adapters folded in: W + scale A B, each layer
-    when it is read.
+    """Holds a stack of kernels and folds their adapters into each layer when it is read.
 
-    So the devices never hold a second copy of the decoder.
+    The stack is [layers, in, out]; a layer is W + scale A B. So the devices never hold a second copy
+    of the decoder.
     """
 
     def __init__(self, kernel: Any, a: Any, b: Any, scale: float):

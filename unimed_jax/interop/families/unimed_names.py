@@ -9,8 +9,9 @@ from unimed_jax.model.connector import visual_features
 
 
 def connector_table(config: ModelConfig) -> Table:
-    """Lists the connector's tensors: task tokens, router and projection experts, or the dense
-    projector.
+    """Lists the connector's tensors.
+
+    They are task tokens, router and projection experts, or the layers of the dense projector.
     """
     c = config.connector
     entries: list[Entry] = []
@@ -86,8 +87,9 @@ def router_halves(config: ModelConfig) -> dict[str, int]:
 
 
 def trainable_table(config: ModelConfig) -> Table:
-    """Lists what the original's checkpoint holds under `model`, in its order: adapters, then the
-    connector.
+    """Lists what the original's checkpoint holds under `model`, in its order.
+
+    The adapters come first, then the connector.
     """
     adapters = peft.peft_table(config, "llm_model.base_model.model.model.layers", ".default")
     not_needed = Table((), ("*.rotary_emb.inv_freq",))
@@ -100,8 +102,9 @@ def duplicate_name(name: str) -> str | None:
 
 
 def optimizer_order(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """Lists the published parameters in the order of the original's AdamW: with weight decay, and
-    without.
+    """Lists the published parameters in the order of the original's AdamW.
+
+    Returns those with weight decay and those without.
 
     Within each the order is that of its modules: adapters layer by layer (q, k, v, o, gate, down, up;
     A, B), task tokens, experts, router. A parameter that never got a gradient has a number there but no

@@ -68,8 +68,9 @@ def load_unimed(path: str | Path, config: ModelConfig, to: Destination) -> dict[
 
 
 def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) -> TorchTensors:
-    """Gives the file's tensors after checking that they fit, and that an expert's two copies are
-    the same.
+    """Returns the file's tensors after checking that they fit the model.
+
+    An expert is stored twice in the file; the two copies must be the same.
     """
     tensors, table = file.tensors(), trainable_table(config)
     check(table, tensors, leaves, _differences(config, file.tree))
@@ -318,8 +319,9 @@ def _refuse_unrepresentable(config: ModelConfig, leaves: Mapping[str, Any], tabl
 def _to_write(
     entries: Mapping[str, list[Entry]], leaves: Mapping[str, Any], dtypes: Mapping[str, Any]
 ) -> dict[str, Later]:
-    """Promises the published tensors of these leaves, in the given dtypes (by name) or else in
-    their own.
+    """Prepares the published tensors of these leaves; each is computed only when it is written.
+
+    dtypes: by published name; a tensor without an entry keeps the dtype of its leaves.
     """
 
     def make(name: str) -> np.ndarray:

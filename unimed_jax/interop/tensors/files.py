@@ -104,8 +104,9 @@ class Safetensors(Tensors):
 
 
 class Shards(Tensors):
-    """Reads several weight files that an index names ("weight_map": tensor -> file in the same
-    folder).
+    """Reads several weight files that an index in the same folder names.
+
+    The index holds "weight_map": tensor -> file.
     """
 
     def __init__(self, index: Path):
@@ -181,8 +182,9 @@ def write_safetensors(
 
 
 def _shards(stored: Mapping[str, Stored], limit: int) -> list[list[str]]:
-    """Groups the tensors, in their order, into files of at most `limit` bytes (or of one larger
-    tensor).
+    """Groups the tensors, in their order, into files of at most `limit` bytes.
+
+    A tensor larger than that gets a file of its own.
     """
     shards: list[list[str]] = [[]]
     left = limit

@@ -48,8 +48,9 @@ def find_gguf(path: str | Path) -> Path:
 
 
 def _reader(gguf: Any, file: Path) -> Any:
-    """Parses a file with the package `gguf`, which by itself believes what the file says of its own
-    lengths.
+    """Parses a GGUF file with the package `gguf`, and checks the lengths that the file states.
+
+    The package by itself believes them.
     """
 
     class Reader(gguf.GGUFReader):
@@ -128,8 +129,9 @@ class GgufFile(Tensors):
         self.stored = {name: self._stored(tensor) for name, tensor in self.tensors.items()}
 
     def _stored(self, tensor) -> Stored:
-        """Gives the shape and dtype that `read` returns, or the quantisation's name if it cannot be
-        dequantised.
+        """Gives the shape and dtype that `read` returns for a tensor.
+
+        In place of the dtype it gives the quantisation's name if that cannot be dequantised.
         """
         shape = tuple(int(n) for n in tensor.shape[::-1])
         if tensor.data.dtype.kind == "f":

@@ -1,6 +1,4 @@
-"""Converts between blocks of our leaves and the tensors that files publish for them, layout by
-layout.
-"""
+"""Defines layouts, each of which converts blocks of our leaves to published tensors and back."""
 
 import math
 from collections.abc import Callable

@@ -69,9 +69,7 @@ def filled(
     devices_of = _devices_by_region(shape, sharding)
 
     def strip(start: int, rows: int) -> jax.Array:
-        """Reads `rows` rows from row `start` on of every shard, as one array that is sharded in the
-        same way.
-        """
+        """Reads `rows` rows of every shard, from its row `start` on, as one array sharded alike."""
         parts = []
         for region, devices in devices_of.items():
             (first, _), *rest = region
@@ -98,9 +96,7 @@ def filled(
 def _devices_by_region(
     shape: tuple[int, ...], sharding: Sharding
 ) -> dict[tuple[tuple[int, int], ...], list[Any]]:
-    """Lists, for every region that a shard of this process covers, the devices that hold a copy of
-    it.
-    """
+    """Lists the devices that hold a copy of each region, for all shards of this process."""
     devices_of: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         region = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))

@@ -1,5 +1,6 @@
-"""Maps published tensors to our leaves: one declarative table per family of weights, read in both
-directions.
+"""Maps published tensors to our leaves, by one declarative table per family of weights.
+
+The table is read in both directions.
 
 Published linears are torch's: [out, in], one module per layer. Ours are [in, out], stacked over the
 layers, experts concatenated. A table says for each published tensor which block of which leaf holds the
@@ -414,8 +415,9 @@ def to_published(table: Table, leaves: Mapping[str, Any]) -> dict[str, np.ndarra
 
 
 def each_published(table: Table, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, tensor) for every published tensor, one at a time, in the order of
-    `published_shapes`.
+    """Yields (name, tensor) for every published tensor, one at a time.
+
+    They come in the order of `published_shapes`.
     """
     for name, entries in table.by_name().items():
         yield name, assembled(entries, leaves)

@@ -1,5 +1,6 @@
-"""Reads torch's zip files (`.bin`, `.pth`, `.pt`) without executing anything, and writes them
-without torch.
+"""Reads torch's zip files without executing anything, and writes them without torch.
+
+Their names end in `.bin`, `.pth` or `.pt`.
 
 Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), which `unimed_jax.pickles`
 interprets, and the numbers of each tensor's storage as a record of their own.
@@ -47,8 +48,9 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 
 def _check_directory(path: Path) -> None:
-    """Raises ValueError if the archive's list of records is so long that reading it takes minutes
-    and gigabytes.
+    """Raises ValueError if the archive's list of records is too long to be read.
+
+    Reading such a list can take minutes and gigabytes.
     """
     with open(path, "rb") as file:
         # a comment of at most 65,535 bytes comes last

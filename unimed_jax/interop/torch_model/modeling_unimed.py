@@ -339,8 +339,9 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         return self.connector(features, ids)
 
     def embed(self, input_ids, pixel_values=None, task=None):
-        """Embeds tokens, and puts the visual tokens, in order, wherever `input_ids` is
-        `image_token_id`.
+        """Embeds tokens and puts the images' visual tokens into the places meant for them.
+
+        These are the places where `input_ids` is `image_token_id`, in their order.
         """
         places = input_ids == self.config.image_token_id
         # Gemma's embedding scales its output; visual tokens stay as the connector makes them.
@@ -376,7 +377,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Runs the model.
+        """Runs the model on a batch of token ids and images.
 
         Returns the decoder's output (logits, cache, and the loss if `labels` are given).
 
@@ -433,8 +434,9 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         return out
 
     def prepare(self, tokenizer, questions):
-        """Makes the arguments of `generate` for several (image, task, text): rows padded on the
-        left, pixels, tasks.
+        """Makes the arguments of `generate` for several questions.
+
+        questions: (image, task, text) each. Rows are padded on the left.
         """
         rows = [
             self.prompt_ids(tokenizer, image is not None, task, text) for image, task, text in questions

@@ -1,5 +1,6 @@
-"""Writes the questions and images that another tool needs to answer them: questions.jsonl and
-images/*.png.
+"""Writes the questions and images of config.evaluate for another tool to answer.
+
+The files are questions.jsonl and images/*.png.
 """
 
 import dataclasses

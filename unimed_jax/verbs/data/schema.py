@@ -6,7 +6,7 @@ from unimed_jax.verbs.options import parser
 
 
 def run(arguments: list[str]) -> None:
-    """Prints it."""
+    """Prints the JSON Schema on standard output."""
     parser(__name__, __doc__).parse_args(arguments)
 
     from unimed_jax.data.datasets.jsonl import SCHEMA
