@@ -84,7 +84,7 @@ class Commands:
             os.kill(self.child, signal.SIGKILL)
 
     def end(self) -> int:
-        """Waits; returns the exit status, or minus the signal's number."""
+        """Waits for the command; returns its exit status, or minus the number of the signal."""
         return int(self._server.stdout.readline())
 
     def run(self, words: Sequence[str], folder: Path, **environment: str) -> int:
@@ -120,7 +120,7 @@ def commands(place: Path, count: int = 1) -> Iterator[list[Commands]]:
 
 
 def wait_until(what, seconds: float = 120.0, pause: float = 0.001) -> bool:
-    """Asks until it holds; False after so many seconds."""
+    """Waits until a condition is true; returns False if it is not after so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if what():

@@ -61,7 +61,7 @@ class Ours:
     def logits(
         self, examples: Sequence[Example], pixels: Pixels, answers: Sequence[list[int]]
     ) -> list[np.ndarray]:
-        """Computes for each example the logits [answer tokens, vocab] that predict its given answer."""
+        """Computes the logits [answer tokens, vocab] that predict each example's given answer."""
         size, groups = self.config.model.vision.image_size, []
         for example, shown, answer in zip(examples, pixels, answers, strict=True):
             prompt = self.encoder.prompt(example)

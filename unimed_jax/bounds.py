@@ -190,7 +190,10 @@ class Distinct:
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Allows text that matches a regular expression as a whole; `choices` says in words what that is."""
+    """Allows text that a regular expression matches as a whole.
+
+    choices: says in words which texts these are.
+    """
 
     pattern: str
     choices: str

@@ -1,4 +1,7 @@
-"""Reads a config file: runs it, finds its neighbours, and names the file and line of a mistake in it."""
+"""Reads a config file: runs it, finds its neighbours, and says where a mistake in it lies.
+
+The place of a mistake is given as a file and a line.
+"""
 
 import ast
 import contextlib
@@ -156,7 +159,7 @@ def _importable(folders: list[Path]) -> Iterator[None]:
 
 # ---- mistakes --------------------------------------------------------------------------------------
 def _words(error: BaseException) -> str:
-    """What an error says, on one line; its kind where that says too little."""
+    """Returns what an error says, on one line, with its kind where the words say too little."""
     try:
         words = " ".join(str(error).split())
     except Exception:  # of a class that the config file defines
@@ -169,7 +172,10 @@ def _words(error: BaseException) -> str:
 
 
 def _place(error: BaseException, file: str, folders: list[Path]) -> str:
-    """Where a config file failed, as `file, line 3`: the innermost frame in it or in its neighbours."""
+    """Names the place where a config file failed, as `file, line 3`.
+
+    It is the innermost frame in the file or in its neighbours.
+    """
     if isinstance(error, SyntaxError):
         named = error.filename if error.filename and Path(error.filename).suffix == ".py" else file
         return f"{named}, line {error.lineno or '?'}"
@@ -198,7 +204,10 @@ def _lines(numbers: set[int]) -> str:
 
 
 def _assigned(file: Path, setting: str) -> set[int]:
-    """Returns the lines with `group.setting = ...` or, without any, the one with `dict(setting=...)`."""
+    """Returns the lines of a file that assign a setting.
+
+    These have `group.setting = ...` or, if there are none, the one with `dict(setting=...)`.
+    """
     attributes, keywords = set(), set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         targets = node.targets if isinstance(node, ast.Assign) else ()

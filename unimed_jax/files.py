@@ -34,9 +34,9 @@ _LONGEST = 200  # bytes of a name that its temporary name repeats; file systems 
 # ---- one file, one folder --------------------------------------------------------------------------
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path.
+    """Gives a temporary path; the file that is written there replaces `path` at the end.
 
-    The file written there replaces `path` on success and is removed on an error.
+    On an error it is removed.
 
     Its name has no ending that tells the format, so libraries must be given that. Raises UserError
     if the file cannot be written, whatever the library that writes it raises on a full disk.
@@ -83,9 +83,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 # ---- files that belong together --------------------------------------------------------------------
 @contextlib.contextmanager
 def written_together(folder: str | Path, names: Sequence[str]) -> Iterator[Path]:
-    """Gives a temporary folder.
-
-    What is written there replaces everything in `folder` that `names` lists.
+    """Gives a temporary folder, whose content replaces what `names` lists in `folder` at the end.
 
     Old files of these names that have no successor go, too. Files of the old set and of the new one
     never stand side by side: a kill while they change places leaves a part of one set, without the
@@ -130,7 +128,9 @@ def _change_places(folder: Path, names: Sequence[str], temporary: Path) -> None:
 # ---- temporary names -------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
-    """Makes an empty file or folder next to `path`, locked inside the block, after which it is removed.
+    """Makes an empty file or folder next to `path`, and removes it after the block.
+
+    It is locked inside the block.
 
     What a killed process left for the same path is removed before. Raises UserError if anything
     inside the block cannot be written.

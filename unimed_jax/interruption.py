@@ -156,7 +156,10 @@ def _note(seen: dict[int, float], number: int) -> None:
 
 
 def _tell(text: str) -> None:
-    """Writes to stderr without Python's buffers, since the signal may come in the middle of a print."""
+    """Writes to stderr without Python's buffers.
+
+    A signal may come in the middle of a print, which uses them.
+    """
     with contextlib.suppress(OSError):  # a closed or broken pipe
         os.write(2, text.encode())
 

@@ -1,4 +1,4 @@
-"""Compares the memory that a run needs at least with what the machine has, before anything is allocated.
+"""Compares the memory that a run needs with what the machine has, before anything is allocated.
 
 Less is counted than a run takes, so that no run that fits is refused: weights, moments, gradients, a
 batch, its logits, a cache. This keeps a setting that is wrong by orders of magnitude from ending in a

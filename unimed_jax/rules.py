@@ -54,7 +54,10 @@ def leaf_rules(
 
 
 def refuse_idle_rules(paths: Sequence[str], train: TrainConfig) -> None:
-    """Raises UserError if every leaf is frozen, or a rule other than the last `*` applies to no leaf."""
+    """Raises UserError if every leaf is frozen, or if a rule applies to no leaf.
+
+    A rule for `*` may apply to none.
+    """
     applied = set()
     for path in paths:
         applied.add(

@@ -79,7 +79,10 @@ def check_values(settings: dict) -> None:
 
 
 def _build(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """Turns plain data into the annotated type `kind`, recursively, and checks each value by itself."""
+    """Turns plain data into the annotated type `kind`, and checks each value by itself.
+
+    It works recursively.
+    """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         built = _build(parts[0], value, where)

@@ -38,14 +38,17 @@ STAGES = {name: kills.SUBJECTS[name] for name in ("build", "train", "evaluate", 
 
 
 class Room(NamedTuple):
-    """What a folder's disk holds."""
+    """Holds the bytes and files that a folder's disk holds."""
 
     bytes: int
     files: int
 
 
 def run(arguments: list[str]) -> None:
-    """Fills, looks, makes room, goes on; prints a line for each trial and the totals."""
+    """Runs every trial; prints a line for each and the totals.
+
+    A trial fills the disk, checks what is left, makes room and repeats the command.
+    """
     options = argparse.ArgumentParser(prog="campaign.py disks", description=__doc__)
     options.add_argument("--only", help="these commands only, with commas")
     known = options.parse_args(arguments)
@@ -101,7 +104,7 @@ def _trial(
 
 
 def _needed(campaign: kills.Campaign, name: str) -> Room:
-    """What the command writes on a disk with room for all of it."""
+    """Measures what the command writes on a disk that is large enough."""
     with _disk(campaign.place / "disk") as disk:
         folder = campaign.fresh(name, disk / name)
         before = _used(disk)

@@ -241,7 +241,10 @@ def _copied(whole: Path, here: Path, changed: dict[str, bytes]) -> Path:
 
 # ---- damage ----------------------------------------------------------------------------------------
 def _damaged(content: Any, rng: random.Random) -> tuple[bytes, str]:
-    """Writes JSON with other values, as lines, with other bytes, or as something else; also says how."""
+    """Writes damaged JSON to a file and says how it is damaged.
+
+    The values, the lines or the bytes may be others, or the file may hold something else altogether.
+    """
     how = rng.choice(("values", "values", "values", "lines", "bytes", "bytes", "whole"))
     if how == "whole":
         return rng.choice(WHOLES), how

@@ -547,7 +547,7 @@ def _use(folder: Path) -> None:
 
 
 def _piece(word: str, score: float, kind: int) -> bytes:
-    """A piece as SentencePiece's protocol buffer holds it: 1 text, 2 score, 3 kind."""
+    """Makes a piece as SentencePiece's protocol buffer holds it: 1 text, 2 score, 3 kind."""
     text = word.encode()
     inner = (
         b"\x0a"
@@ -562,7 +562,7 @@ def _piece(word: str, score: float, kind: int) -> bytes:
 
 
 def sentencepiece_model() -> bytes:
-    """A model of SentencePiece, of the kind BPE, made by hand."""
+    """Makes a model of SentencePiece, of the kind BPE, by hand."""
     kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
     pieces = b"".join(_piece(word, -float(i), kinds.get(word, 1)) for i, word in enumerate(WORDS))
     trainer = b"\x18\x02" + b"\x20" + bytes([len(WORDS)])  # model_type BPE, vocab_size

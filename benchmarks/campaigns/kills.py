@@ -63,9 +63,10 @@ OTHER = ("lock", "log.jsonl", "__pycache__")  # files that are compared in anoth
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A command that is killed. `writing`: what lies there while it writes.
+    """Describes a command that is killed.
 
-    Half of the kills wait for that.
+    writing: a pattern of what exists in the folder while the command writes. Half of the kills wait for
+    that.
     """
 
     words: tuple[str, ...]
@@ -99,7 +100,7 @@ SHORT = {"train": (2,), "build": (1,), "evaluate": (1,), "export": (1,)}  # five
 
 
 def run(arguments: list[str]) -> None:
-    """Kills, continues, compares; prints a line for each sequence and the totals."""
+    """Kills and continues every command; prints a line for each sequence and the totals."""
     options = argparse.ArgumentParser(prog="campaign.py kills", description=__doc__)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--only", help="these subjects only, with commas")
@@ -125,7 +126,7 @@ def run(arguments: list[str]) -> None:
 
 
 class Campaign:
-    """Folders of unbroken commands, and copies in which they are killed."""
+    """Makes folders of unbroken commands, and folders in which the same commands are killed."""
 
     def __init__(self, place: Path, seed: int, workers: list[Commands]):
         self.place, self.seed, self.workers = place, seed, workers
@@ -133,7 +134,7 @@ class Campaign:
 
     # ---- unbroken ----------------------------------------------------------------------------------
     def fresh(self, name: str, folder: Path) -> Path:
-        """A folder in which the command has not run yet."""
+        """Makes a folder in which the command has not run yet."""
         subject = SUBJECTS[name]
         if subject.needs:
             shutil.copytree(self.unbroken(subject.needs), folder)
@@ -145,7 +146,7 @@ class Campaign:
         return folder
 
     def unbroken(self, name: str) -> Path:
-        """The folder of a command that nothing happened to."""
+        """Returns the folder of a command that was never killed."""
         name = "train" if name == "save" else name
         folder = self.place / "unbroken" / name
         if not folder.exists():
@@ -180,7 +181,7 @@ class Campaign:
 
     # ---- killed ------------------------------------------------------------------------------------
     def sequence(self, name: str, number: int, kills: int) -> tuple[list[str], list[str]]:
-        """Kills the command so often, then lets it end.
+        """Kills the command `kills` times, then lets it end.
 
         Returns the moments of the kills and what was wrong.
         """
@@ -269,7 +270,7 @@ def halves(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> l
 
 
 def losses(folder: Path) -> dict[str, list[dict]]:
-    """Every logged value that measures no time or memory, by log."""
+    """Reads every logged value that measures no time or memory, by log."""
     found = {}
     for log in sorted(folder.rglob("log.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -282,7 +283,7 @@ def losses(folder: Path) -> dict[str, list[dict]]:
 
 
 def differences(folder: Path, unbroken: Path) -> list[str]:
-    """What is not as in the unbroken folder."""
+    """Lists what differs from the unbroken folder."""
     ours, theirs = finals(folder), finals(unbroken)
     wrong = [
         f"{name} differs"

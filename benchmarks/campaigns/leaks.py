@@ -16,7 +16,7 @@ import numpy as np
 
 
 class Held(NamedTuple):
-    """What this process holds."""
+    """Holds what this process uses at one moment."""
 
     mib: float  # resident memory
     threads: int

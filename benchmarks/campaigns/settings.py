@@ -43,14 +43,14 @@ WAIT = 300
 
 
 class Field(NamedTuple):
-    """One setting, with the type that it is declared with."""
+    """Describes one setting, with the type that it is declared with."""
 
     path: tuple[str | int, ...]
     hint: Any
 
     @property
     def name(self) -> str:
-        """The dotted name, as sentences write it: data.sources[0].weight."""
+        """Returns the dotted name, as sentences write it: data.sources[0].weight."""
         return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path)[1:]
 
 
@@ -277,7 +277,7 @@ def _edges(bound: Any) -> tuple:
 
 
 class Tried(NamedTuple):
-    """One value of one field, and what became of it."""
+    """Holds one value of one field, and what the checker made of it."""
 
     field: Field
     value: Any
@@ -315,7 +315,7 @@ WORK = (
 
 
 class Outcome(NamedTuple):
-    """What became of one run."""
+    """Holds what became of one run."""
 
     kind: str  # "ran", "refused", "at work"; anything else is a finding
     text: str

@@ -1,4 +1,4 @@
-"""Small DICOM files made by code: an array, and whatever else the header shall say."""
+"""Makes small DICOM files: an array, and whatever else the header should say."""
 
 import io
 
@@ -30,7 +30,10 @@ def put(data: Dataset, fields: dict) -> None:
 
 
 def dicom_file(array: np.ndarray, syntax: str = ExplicitVRLittleEndian, **fields) -> bytes:
-    """Writes one frame [H, W] or [H, W, 3] of integers; fields come on top, with the rules of `item`."""
+    """Writes one frame [H, W] or [H, W, 3] of integers as a DICOM file.
+
+    Further fields are added by the rules of `item`.
+    """
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = syntax

@@ -1,4 +1,4 @@
-"""Tiny models of many kinds, exported once as folders for torch, and what they are asked."""
+"""Exports tiny models of many kinds as folders for torch, and makes the questions to ask them."""
 
 import dataclasses
 import functools
@@ -142,7 +142,7 @@ def settings_of(model, **text) -> Config:
 
 
 def random_model(settings):
-    """A model that sometimes ends its answers."""
+    """Makes a random model that sometimes ends its answers."""
     model = tiny.model(settings)
     leaf = "embedding" if settings.decoder.tied_head else "head"
     values = parameters(model)[f"decoder/{leaf}"]
@@ -152,7 +152,7 @@ def random_model(settings):
 
 @pytest.fixture(scope="session")
 def exported(tokenizer_folder, tmp_path_factory):
-    """variant -> (config, model, folder), made once."""
+    """Returns a function from a variant to its (config, model, folder), which is made only once."""
 
     @functools.cache
     def make(name):
@@ -169,7 +169,10 @@ def exported(tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def asked():
-    """An example of each task; images of several sizes, one of them the model's own."""
+    """Makes an example of each task, with images of several sizes.
+
+    One of them has the model's own size.
+    """
     rng = np.random.default_rng(0)
     examples, pixels = [], []
     for i, (task, question) in enumerate(QUESTIONS.items()):
@@ -186,7 +189,7 @@ def answers(model, config, tokenizer, examples, pixels) -> list[str]:
 
 
 def merged(model):
-    """The leaves of a model, adapters folded in."""
+    """Returns the leaves of a model, with adapters folded in."""
     return {
         path: np.asarray(leaf) for path, leaf in merged_leaves(model.config, parameters(model)).items()
     }

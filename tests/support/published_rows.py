@@ -1,4 +1,4 @@
-"""Rows as the original of Uni-Med lays them out, from ids."""
+"""Makes rows from ids, laid out as the original of Uni-Med lays them out."""
 
 from collections.abc import Sequence
 

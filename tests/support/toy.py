@@ -80,7 +80,10 @@ class Toy:
 
 
 class Model:
-    """Answers rightly if it sees the right image (or needs none); remembers how much it was asked."""
+    """Answers rightly if it sees the right image or needs none.
+
+    It also counts how much it was asked.
+    """
 
     def __init__(self, toy, dies_after=None):
         self.toy, self.calls, self.dies_after = toy, [], dies_after
@@ -105,7 +108,7 @@ class Model:
 
 
 class Says:
-    """Answers every example by one function."""
+    """Answers every example with what one function returns."""
 
     def __init__(self, say):
         self.say = say

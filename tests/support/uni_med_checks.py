@@ -1,4 +1,7 @@
-"""Checks Uni-Med's golden cases that need no model: preprocessing, text, scores, schedules, mixture."""
+"""Checks Uni-Med's golden cases that need no model.
+
+They are about preprocessing, text, scores, schedules and the mixture of data sets.
+"""
 
 import jax.numpy as jnp
 import numpy as np

@@ -7,7 +7,10 @@ from unimed_jax.interop.tensors.table import Entry, Table
 
 
 def frozen_table(config: ModelConfig) -> Table:
-    """Lists decoder, vision encoder and the norm after it, which the original never loads or trains."""
+    """Lists the frozen weights: decoder, vision encoder and the norm after it.
+
+    The original never loads or trains that norm.
+    """
     norm = (
         Entry("ln_vision.weight", "vision/output_norm/scale"),
         Entry("ln_vision.bias", "vision/output_norm/bias"),

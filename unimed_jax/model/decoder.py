@@ -1,4 +1,6 @@
-"""Implements the language decoder: one pre-norm block for all families, with layers stacked and scanned.
+"""Implements the language decoder of all families, with layers stacked and scanned.
+
+All families share one pre-norm block.
 
 Shapes: B rows, S tokens per row, D channels, K keys that are attended (S, or the C places of a
 cache).
@@ -216,7 +218,10 @@ class Decoder(nnx.Module):
         attention: str = "auto",
         remat: str = "none",
     ):
-        """`attention` and `remat` are those of ModelConfig."""
+        """Creates the embedding, the layers and the head.
+
+        attention, remat: those of ModelConfig.
+        """
         self.config = c = config
         self.moe, self.remat = moe, remat
         adapter = lora if lora.rank else None

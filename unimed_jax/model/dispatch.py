@@ -1,4 +1,6 @@
-"""Implements the decoder's mixture of experts (Med-MoE, arXiv 2404.10237), with three ways to run it.
+"""Implements the decoder's mixture of experts, with three ways to run it.
+
+It is that of Med-MoE (arXiv 2404.10237).
 
 `routing.route` decides where tokens go; this file takes them there and back:
 
@@ -180,7 +182,9 @@ def _scatter_run_gather(
     weights: Float[Array, "N K"],
     kept: Bool[Array, "N K"],
 ) -> Float[Array, "N D"]:
-    """Scatters tokens into `rows` rows, runs `run` on them and gathers each token's weighted outputs.
+    """Scatters tokens into `rows` rows, runs `run` on them and gathers the outputs of each token.
+
+    The outputs are weighted.
 
     Every kept choice has a place of its own; a choice that is not kept writes nothing and reads
     zeros.
@@ -234,7 +238,7 @@ class ExpertLayout(NamedTuple):
 
     @property
     def exchanges_tokens(self) -> bool:
-        """Whether devices that hold different experts also hold different rows."""
+        """Says whether devices that hold different experts also hold different rows."""
         exchanges = bool(set(self.holders) & set(self.rows))
         assert not exchanges or set(self.holders) <= set(self.rows)
         return exchanges
@@ -254,7 +258,7 @@ class ExpertLayout(NamedTuple):
 
 
 def _in_down(path: tuple) -> bool:
-    """Whether a leaf's path in an Mlp leads through its `down` linear."""
+    """Says whether a leaf's path in an Mlp leads through its `down` linear."""
     return any(getattr(key, "name", None) == "down" for key in path)
 
 
@@ -414,7 +418,10 @@ def _block_product_forward(x, kernels, owners, axes):
 
 
 def _block_product_backward(axes, saved, dy):
-    """Accumulates in one pass; automatic gradients would add a whole [E, D, F] for each block."""
+    """Computes the gradients of `block_product` in one pass over the blocks.
+
+    Automatic gradients would add a whole [E, D, F] for each block.
+    """
     x, kernels, owners = saved
 
     def one(total, inputs):

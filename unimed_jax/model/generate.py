@@ -1,4 +1,6 @@
-"""Generates text by two jitted programs: one for the prompt, one for token after token over a cache.
+"""Generates text by two jitted programs, one for the prompt and one for all further tokens.
+
+The second one computes token after token over a cache.
 
 Shapes: B rows, P tokens of a prompt, `new` tokens of an answer.
 """
@@ -29,7 +31,9 @@ class Sampling(NamedTuple):
 def pick(
     logits: Float[Array, "B vocab"], sampling: Sampling, key: Key[Array, "..."] | None
 ) -> Int[Array, "B"]:
-    """Picks the most likely token, or draws from the smallest set whose probabilities reach `top_p`.
+    """Picks the most likely token, or draws one at random.
+
+    A token is drawn from the smallest set whose probabilities reach `top_p`.
 
     `key`: one for all rows, or one for each row [B].
     """
@@ -91,7 +95,9 @@ def stream(
     key: Key[Array, "..."] | None = None,
     chunk: int = 1,
 ) -> Iterator[Int[np.ndarray, "B n"]]:
-    """Yields the tokens of `generate` as they are picked: the first one, then up to `chunk` at a time.
+    """Yields the tokens of `generate` as they are picked.
+
+    The first one comes alone, then up to `chunk` at a time.
 
     Runs the compiled programs of `generate`, so both give the same tokens.
     """
@@ -131,7 +137,10 @@ class _Parts:
         return nnx.merge(self.graph, self.state)
 
     def noise(self, number: Array | int) -> Array | None:
-        """Gives the key of the routers' noise for the token of that number, for models that want it."""
+        """Gives the key of the routers' noise for the token of that number.
+
+        Models without such noise get None.
+        """
         if not self.model().config.moe.eval_noise:
             return None
         first = jax.random.key(0)
@@ -140,7 +149,10 @@ class _Parts:
     def next_token(
         self, model: UniMed, hidden: Array, number: Array | int, ended: Array
     ) -> tuple[Array, Array]:
-        """Picks the token of that number from the last hidden state; rows that have ended get `pad`."""
+        """Picks the token of that number from the last hidden state.
+
+        Rows that have ended get `pad`.
+        """
         eos, pad, sampling = self.ends
         key = self.key
         if key is not None:

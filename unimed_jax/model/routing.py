@@ -171,7 +171,9 @@ def balance(
     first: Bool[Array, "N E"],
     counted: Bool[Array, "N"],
 ) -> Float[Array, ""]:
-    """Computes the balancing loss: E * sum over experts of mean probability * share of first choices.
+    """Computes the balancing loss of the experts.
+
+    It is E * sum over experts of mean probability * share of first choices.
 
     Mean and share are taken over the `counted` tokens. It is 1 when the tokens are spread evenly.
     """

@@ -26,7 +26,7 @@ from unimed_jax.model.layers import (
 
 
 class VisionAttention(nnx.Module):
-    """Self-attention with one stored kernel for q, k and v; EVA has biases for q and v only."""
+    """Attends with one stored kernel for q, k and v; EVA has biases for q and v only."""
 
     def __init__(self, config: VisionConfig, implementation: str, rngs: nnx.Rngs):
         width = config.width
@@ -81,7 +81,10 @@ class VisionEncoder(nnx.Module):
         attention: str = "auto",
         remat: str = "none",
     ):
-        """`attention` and `remat` are those of ModelConfig."""
+        """Creates the patch embedding, the positions and the blocks.
+
+        attention, remat: those of ModelConfig.
+        """
         self.config, self.remat = config, remat
         width = config.width
         extra = int(config.cls_token)

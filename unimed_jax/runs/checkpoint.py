@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the only file that knows orbax.
+"""Saves and reads the checkpoints of a run; no other file knows orbax.
 
 A checkpoint is a folder named after the steps done. It holds arrays (trainable leaves, leaves that
 no file could give back, optimiser moments, the step) and a note: what the caller says (settings'
@@ -323,7 +323,7 @@ class Checkpoints:
         return {item: found[item] for item in wanted}
 
     def _give_up(self, reasons: dict[int, str], good: int) -> None:
-        """Says which checkpoints newer than `good` are damaged, and clears their names for new ones."""
+        """Says which checkpoints newer than `good` are damaged, and frees their names for new ones."""
         for step, reason in reasons.items():
             self._steps.remove(step)
             self._move(step, DAMAGED)

@@ -31,7 +31,9 @@ RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Writes the settings into a new folder; in an old one they must be the same, except for the mesh.
+    """Writes the settings into a new folder, or compares them with those of an old one.
+
+    In an old folder they must be the same, except for the mesh.
 
     `train.steps` may also be raised if `train.longer` says what becomes of the schedule; then the
     folder gets the new settings, and loses the scores of the shorter run.

@@ -223,7 +223,10 @@ def base_note(leaves: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str
 
 
 def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict]) -> None:
-    """Raises UserError if a base weight that a checkpoint depends on has changed since it was saved."""
+    """Raises UserError if a base weight of a checkpoint has changed since that was saved.
+
+    Base weights are those that the checkpoint depends on and does not hold itself.
+    """
     changed = [
         path
         for path, entry in now.items()

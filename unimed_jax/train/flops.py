@@ -1,4 +1,4 @@
-"""Counts the floating-point operations that a training step needs: what a better program could not save.
+"""Counts the floating-point operations that a training step cannot do without.
 
 A product of [n, in] with a kernel [in, out] needs 2 * n * in * out operations forward, as many for
 the gradient of its input if something below it trains, and as many for the gradient of the kernel
@@ -16,7 +16,9 @@ from unimed_jax.rules import leaf_rules
 
 
 def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
-    """FLOPs of one step on full rows: keys vision, connector, decoder, attention (of the decoder), head.
+    """Counts the operations (FLOPs) of one step on full rows, by part of the model.
+
+    The keys are vision, connector, decoder, attention (of the decoder) and head.
 
     Each row holds `examples` of equal length, which do not see each other. Experts of the decoder
     count as often as a token visits them, those of the connector always (the soft router runs them
@@ -68,7 +70,10 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
 
 
 def _is_kernel(path: str) -> bool:
-    """Whether a parameter multiplies activations; biases, scales and tables of embeddings do not."""
+    """Says whether a parameter multiplies activations.
+
+    Biases, scales and tables of embeddings do not.
+    """
     return path.endswith(
         ("kernel", "/lora_a", "/lora_b", "connector/experts/up", "connector/experts/down")
     )

@@ -93,7 +93,10 @@ def run_steps(start: Start) -> None:
 
 
 def measure(start: Start, log: "Log | Silence", meter: "Meter", done: int) -> bool:
-    """Logs the entries that are due after `done` steps; returns whether `best` has a new best value."""
+    """Logs the entries of the evaluation that are due after `done` steps.
+
+    Returns whether `best` has a new best value.
+    """
     begun = time.perf_counter()
     found = start.validation.measure(done, start.state, start.frozen)
     # A NaN is not JSON; None stands for what a step did not have.

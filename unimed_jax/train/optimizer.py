@@ -1,4 +1,7 @@
-"""Implements AdamW and its schedule as Uni-Med publishes them, over a flat dict of trainable leaves."""
+"""Implements AdamW and its schedule as Uni-Med publishes them.
+
+The parameters are a flat dict of trainable leaves.
+"""
 
 import math
 from typing import Any, NamedTuple

@@ -1,4 +1,6 @@
-"""Builds the training program of a config from its shapes: no weights, tokenizer or data are needed.
+"""Builds the training program of a config from its shapes alone.
+
+No weights, tokenizer or data are needed.
 
 The loop fills what `build` describes, `plan` and the benchmarks compile it. Imports jax, flax,
 optax, numpy and this package's config, model and train only.
@@ -22,7 +24,7 @@ from unimed_jax.train.step import TrainState, first_state, make_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted training step and everything that it takes, as shapes.
+    """Holds a jitted training step and everything that it takes, as shapes.
 
     Compile ahead of time with `program.lower().compile()`; run it as `state, metrics =
     program.step(state, frozen, batch, np.float32(lr))` inside `sharding.inside(program.mesh)`.
@@ -42,11 +44,14 @@ class Program:
 
     @property
     def leaves(self) -> dict[str, Any]:
-        """Every leaf of the model by path, in the model's order: as `state` and `frozen` describe it."""
+        """Lists every leaf of the model by path, in the model's order.
+
+        Each leaf is described as in `state` or `frozen`.
+        """
         return {path: self.state.leaves.get(path, self.frozen.get(path)) for path in self.rules}
 
     def lower(self) -> jax.stages.Lowered:
-        """The step for exactly these shapes, ready to compile."""
+        """Lowers the step for exactly these shapes, so that it is ready to compile."""
         with sharding.inside(self.mesh):
             return self.step.lower(
                 self.state, self.frozen, self.batch, jax.ShapeDtypeStruct((), jnp.float32)
@@ -79,7 +84,7 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
 
 
 def make_mesh(config: Config) -> Mesh | None:
-    """The mesh that `config.mesh` asks for over all devices of all processes.
+    """Makes the mesh that `config.mesh` asks for, over all devices of all processes.
 
     None for a single device.
     """

@@ -1,4 +1,6 @@
-"""Med-MoE's router by itself: a linear classifier of modalities over the hidden states of a dense model.
+"""Trains Med-MoE's router by itself, as a linear classifier of modalities.
+
+It classifies the hidden states of a dense model.
 
 The published recipe: an image with its prompt is the mean over all hidden states and positions; one
 linear layer, cross-entropy, Adam. What it finds goes into every layer with experts (`config.init`
@@ -50,7 +52,9 @@ class Labelled(NamedTuple):
 
 
 def train_router(config: Config, folder: Path) -> dict[str, Any]:
-    """Trains the router that `config.router_fit` describes; writes router/, router.png and router.json.
+    """Trains the router that `config.router_fit` describes and reports how well it classifies.
+
+    Writes router/, router.png and router.json.
 
     router/ is in Med-MoE's format. router.json is returned: accuracy by number of labels and a
     confusion matrix for every split of `config.evaluate.splits`. A finished one is read, not
@@ -127,7 +131,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A line for each split and number of labels."""
+    """Describes the accuracy in a line for each split and number of labels."""
     lines = []
     for split, result in report["splits"].items():
         for entry in result["accuracy"]:
@@ -149,7 +153,9 @@ def _with_images(datasets: Sequence[Dataset], split: str) -> Iterator[tuple[Data
 def labelled(
     datasets: Sequence[Dataset], split: str, config: Config, classes: Sequence[str]
 ) -> Labelled:
-    """Draws one prompt of each image whose examples have the label, and their order, by `config.seed`.
+    """Draws one prompt of each image whose examples have the label, and the order of the prompts.
+
+    Both depend on `config.seed`.
 
     Raises UserError if there is none, or if a label is not one of `classes`.
     """
@@ -195,7 +201,10 @@ def _counts(config: Config, available: int) -> tuple[int, ...]:
 def embedder(
     model: UniMed, config: Config, tokenizer: Tokenizer
 ) -> Callable[[Sequence[Example], Sequence[Dataset]], Float[np.ndarray, "N D"]]:
-    """Makes embed(examples, the data set of each) -> the mean of each prompt's hidden states [N, D].
+    """Makes a function that embeds examples by a dense model's hidden states.
+
+    The function takes examples and the data set of each, and returns the mean of each prompt's hidden
+    states [N, D].
 
     The mean is over all layers, the embeddings included, and all tokens of the prompt.
     """
@@ -229,7 +238,7 @@ def embedder(
 def fit(
     inputs: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], classes: int, config: Config
 ) -> tuple[Float[np.ndarray, "D E"], Float[np.ndarray, "E"]]:
-    """Kernel and bias of the linear classifier, after all epochs.
+    """Trains the linear classifier; returns its kernel and bias after all epochs.
 
     Each goes through the inputs in a new order.
     """
@@ -272,7 +281,7 @@ def fit(
 
 # ---- report ----------------------------------------------------------------------------------------
 def _accuracy(guessed: np.ndarray, some: Labelled, config: Config) -> dict[str, Any]:
-    """Accuracy and its bootstrap 95 % interval over clusters."""
+    """Measures accuracy and its bootstrap 95 % interval over clusters."""
     measure = Measure.mean((guessed == some.classes).astype(float))
     clusters = [f"{d.id}/{e.cluster or e.id}" for d, e in zip(some.datasets, some.examples, strict=True)]
     (draws,) = resample([measure], clusters, config.evaluate.bootstrap, config.seed)
@@ -280,7 +289,10 @@ def _accuracy(guessed: np.ndarray, some: Labelled, config: Config) -> dict[str, 
 
 
 def _draw(path: Path, report: dict[str, Any]) -> None:
-    """Accuracy against the number of labels, and each split's confusion matrix with all of them."""
+    """Draws accuracy against the number of labels, and each split's confusion matrix.
+
+    The matrices are those with all labels.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -52,7 +52,10 @@ class Progress:
     schedule_start: int = 0  # step at which the learning rate's schedule began
 
     def measured(self, value: float, done: int, config: Config) -> "Progress":
-        """The progress after one more measurement of config.train.best; a NaN is never better."""
+        """Returns the progress after one more measurement of config.train.best.
+
+        A NaN is never better.
+        """
         sign = 1 if config.train.best_mode == "max" else -1
         if value == value and (self.best is None or sign * value > sign * self.best):
             return dataclasses.replace(self, best=value, best_step=done, waited=0)
@@ -60,14 +63,14 @@ class Progress:
         return dataclasses.replace(self, waited=waited, finished=0 < config.train.patience <= waited)
 
     def learning_rate(self, step: int, config: Config) -> float:
-        """The rate of step `step`: the schedule spans the steps since its start."""
+        """Returns the learning rate of step `step`; the schedule spans the steps since its start."""
         first = self.schedule_start
         return learning_rate(step - first, config.train.steps - first, config.optimizer)
 
 
 @dataclasses.dataclass
 class Start:
-    """A run that is ready for its next step.
+    """Holds a run that is ready for its next step.
 
     `state` and `progress` change as it trains, the rest stays.
     """

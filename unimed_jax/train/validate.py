@@ -1,4 +1,6 @@
-"""Measures losses and metrics on held-out data while training, for the entries with `every` above 0.
+"""Measures losses and metrics on held-out data while training.
+
+It does so for the entries with `every` above 0.
 
 The loss of an entry is that of its answers as in training, summed over fixed batches in the shape of
 training rows, so that one more program is compiled, and the training step is not compiled again.

@@ -19,7 +19,7 @@ CONFIG_HELP = "a file of configs/, with :argument if it takes one"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong argument as a UserError."""
+    """Reports a wrong argument as a UserError; otherwise it is argparse's parser."""
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help.")

@@ -1,4 +1,6 @@
-"""Answers one question with a trained model; a box in the question or the answer is drawn on the image.
+"""Answers one question with a trained model, and draws the boxes of question and answer.
+
+A box in the question or in the answer is drawn on the image.
 
 --run names the folder of a run, or one that `export --format=model` wrote. --config takes its place
 if config.init names all weights (those of an original checkpoint and its base model, say).
@@ -98,7 +100,9 @@ def run(arguments: list[str]) -> None:
 
 
 def _picture(known: argparse.Namespace, folder: str) -> Path | None:
-    """Returns where the box will be drawn, None for a task without one; refuses what cannot be written.
+    """Returns where the box will be drawn, or None for a task without one.
+
+    Refuses a place that cannot be written.
 
     Before the model is opened, which takes minutes if it is large.
     """

@@ -1,4 +1,6 @@
-"""Trains, scores and reports what a config describes; the same command continues after an interruption.
+"""Trains, scores and reports what a config describes.
+
+The same command continues after an interruption.
 
 A config with `stages` is a chain: each stage in turn, finished ones are skipped.
 """

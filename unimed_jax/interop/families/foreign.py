@@ -1,4 +1,4 @@
-"""Checks the settings of a model that another program described, after they are translated into ours."""
+"""Checks the translated settings of a model that another program described."""
 
 import contextlib
 from collections.abc import Iterator

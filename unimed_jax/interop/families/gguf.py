@@ -181,7 +181,10 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
 
 
 def _rope_factor(file: GgufFile) -> float:
-    """Reads the factor of linear scaling, 1 if the file has none; 0 means none too, as in llama.cpp."""
+    """Reads the factor of linear scaling; it is 1 if the file has none.
+
+    A stored 0 means none, too, as in llama.cpp.
+    """
     old = file.value("llama.rope.scale_linear", float, 0.0)  # what the key was called at first
     factor = file.value("llama.rope.scaling.factor", float, old) or 1.0
     if not 0 < factor < float("inf"):
@@ -210,7 +213,10 @@ def gguf_decoder_table(d: DecoderConfig, moe: MoeConfig = MoeConfig()) -> Table:
 
 
 def _linear_entries(name: str, d: DecoderConfig, moe: MoeConfig, linear: str, layer: int) -> list[Entry]:
-    """Maps one linear of the file; queries and keys are stored with rotary pairs next to each other."""
+    """Maps one linear of the file to our kernel.
+
+    Queries and keys are stored with the two channels of each rotary pair next to each other.
+    """
     heads = {"q": d.heads, "k": d.kv_heads}.get(linear, 0)
     kernel_layout, bias_layout = ("pairs", "pairs") if heads else ("transpose", "same")
     entries = []

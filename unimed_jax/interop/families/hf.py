@@ -1,4 +1,6 @@
-"""Reads and writes decoders as Hugging Face folders: names of the tensors, weights, tokenizer files.
+"""Reads and writes decoders as folders in Hugging Face's format.
+
+A folder holds the settings, the weights under Hugging Face's names, and the tokenizer's files.
 
 Their settings are translated by `hf_config`.
 
@@ -34,7 +36,10 @@ from unimed_jax.processes import say
 
 
 def linear_names(d: DecoderConfig) -> dict[str, str]:
-    """Maps each of our linears to its name in a layer of Hugging Face's; only Phi's MLP has no gate."""
+    """Maps each of our linears to its name in a layer of Hugging Face's decoder.
+
+    Only Phi's MLP has no gate.
+    """
     names = {linear: f"self_attn.{linear}_proj" for linear in "qkv"}
     if not d.gated_mlp:
         return names | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}
@@ -78,7 +83,7 @@ def linear_path(linear: str) -> str:
 def copies_of_linear(
     d: DecoderConfig, moe: MoeConfig, linear: str, layer: int
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Lists (path, index) of all our linears that are initialised from this linear of a dense decoder.
+    """Lists (path, index) of all our linears that start from this linear of a dense decoder.
 
     There are several if the layer has experts: each expert, the meta expert and the residual MLP start
     as copies.

@@ -146,7 +146,9 @@ def _norm_entries(theirs: str, ours: str, index: tuple[int, ...] = ()) -> list[E
 
 
 def load_tower(path: str | Path, config: ModelConfig, to: Destination) -> dict[str, Any]:
-    """Loads the vision leaves from a Hugging Face folder of CLIP or SigLIP; `to` as in `load_leaves`.
+    """Loads the vision leaves from a Hugging Face folder of CLIP or SigLIP.
+
+    to: as in `load_leaves`.
 
     Positions of another image size are resized. Raises UserError if the folder's settings are not those
     of `config` (except the image size), or if its weights do not fit.
@@ -223,7 +225,9 @@ def _blocks(v: VisionConfig) -> int:
 
 
 def with_resized_positions(tensors: Tensors, name: str, v: VisionConfig) -> Tensors:
-    """Resizes the position embeddings `name` ([tokens, width] or [1, tokens, width]) to our image size.
+    """Resizes the position embeddings `name` to our image size.
+
+    They are [tokens, width] or [1, tokens, width].
 
     Positions that are not a square grid of our width stay as they are; `load_leaves` then refuses them
     together with everything else that does not fit.

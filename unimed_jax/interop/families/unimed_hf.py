@@ -1,4 +1,4 @@
-"""Writes the complete model as a folder that `AutoModelForCausalLM` loads in torch, and reads it back.
+"""Writes the complete model as a folder for torch's `AutoModelForCausalLM`, and reads it back.
 
 config.json             the decoder's own settings (`text_config`), all of ours (`unimed`), prompts,
 special ids model*.safetensors      decoder as its family names it, vision as CLIP's tower,

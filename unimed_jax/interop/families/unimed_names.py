@@ -97,7 +97,10 @@ def trainable_table(config: ModelConfig) -> Table:
 
 
 def duplicate_name(name: str) -> str | None:
-    """Gives the second name under which the file holds an expert's tensor, or None for other tensors."""
+    """Gives the second name under which the file holds an expert's tensor.
+
+    Other tensors have none, for which it returns None.
+    """
     return "llm_proj." + name.removeprefix("moe_layers.") if name.startswith("moe_layers.") else None
 
 

@@ -106,7 +106,9 @@ def _differences(config: ModelConfig, tree: Any) -> list[str]:
 
 
 def load_moments(path: str | Path, config: ModelConfig, to: Destination) -> Moments:
-    """Loads AdamW's state from a checkpoint of the original, in float32, by the paths of `load_unimed`.
+    """Loads AdamW's state, in float32, from a checkpoint of the original.
+
+    It comes by the same paths as the leaves of `load_unimed`.
 
     A parameter without state gets count 0 and moments 0. Raises UserError for a state that is not
     this model's, or one that we cannot hold: parameters of one leaf of ours that took part in
@@ -173,7 +175,10 @@ def _optimizer(file: TorchFile, config: ModelConfig) -> tuple[dict[int, str], di
 
 
 def _step(file: TorchFile, name: str, step: Any) -> int:
-    """Reads the number of steps of a parameter: a tensor [] in torch, a number in its older versions."""
+    """Reads the number of steps of a parameter.
+
+    It is a tensor [] in torch, and a number in older versions of torch.
+    """
     if isinstance(step, TorchTensor) and step.shape == ():
         step = file.read(step).item()
     if not isinstance(step, (int, float)) or not 0 <= step < 1 << 31 or step != int(step):

@@ -201,7 +201,7 @@ def _shards(stored: Mapping[str, Stored], limit: int) -> list[list[str]]:
 def _write_shard(
     path: Path, stored: Mapping[str, Stored], stream: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes one safetensors file: the length of the header, the header, the numbers of the tensors."""
+    """Writes one safetensors file: the header's length, the header, and the tensors' numbers."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     end = 0
     for name, one in stored.items():

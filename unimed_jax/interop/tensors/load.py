@@ -21,7 +21,9 @@ STRIP = 128 << 20  # bytes of a shard that are in host memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """Says which leaves are wanted, on which devices and in which dtypes; all by the path of the leaf.
+    """Says which leaves are wanted, on which devices and in which dtypes.
+
+    All are given by the path of the leaf.
 
     leaves: anything with a shape and a dtype. shardings: None puts all on the first device. dtypes:
     replace those of `leaves`, for the paths that are named.
@@ -43,7 +45,9 @@ class Destination:
 
 
 def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, jax.Array]:
-    """Reads the leaves that the table names from the file's tensors, in the layout and dtypes of `to`.
+    """Reads the leaves that the table names from the file's tensors.
+
+    They get the layout and dtypes of `to`.
 
     A process reads what its own devices hold and nothing else; host memory holds one strip per device
     at a time. Raises UserError before anything is read for everything that does not fit (`check`), and

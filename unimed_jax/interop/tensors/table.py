@@ -137,7 +137,10 @@ class Entry:
         return _relative(both, region), values.reshape(_shape(both))
 
     def _without_numbered(self, region: Region) -> Region:
-        """Drops the dimensions that `index` indexes with an integer: the published tensor lacks them."""
+        """Drops the dimensions that `index` indexes with an integer.
+
+        The published tensor lacks them.
+        """
         numbered = {d for d, i in enumerate(self.index) if not isinstance(i, slice)}
         return tuple(part for d, part in enumerate(region) if d not in numbered)
 
@@ -367,7 +370,10 @@ def read_region(
 
 
 def _copy(target: np.ndarray, values: np.ndarray, strip: int = 64) -> None:
-    """Sets target[...] = values; a transposed view is copied in strips, which is three times as fast."""
+    """Copies values into an array of the same shape.
+
+    A transposed view is copied in strips, which is three times as fast.
+    """
     if values.flags.c_contiguous:
         target[...] = values
         return

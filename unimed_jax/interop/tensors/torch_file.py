@@ -229,7 +229,9 @@ class Later:
 
 
 def write_torch(path: Path, tree: Any) -> None:
-    """Writes a file that `torch.load` reads, also with `weights_only`. Use it within `written_whole`.
+    """Writes a file that `torch.load` reads, also with `weights_only`.
+
+    Use it within `written_whole`.
 
     tree: dicts, lists, tuples, strings, numbers, None and tensors (arrays, or `Later`). A tensor that
     appears in several places is written once and is one storage when it is read again. Host memory

@@ -1,4 +1,6 @@
-"""Runs a UniMed model in torch and transformers: vision encoder, connector mixture of experts, decoder.
+"""Runs a UniMed model in torch and transformers.
+
+It consists of a vision encoder, a connector mixture of experts and a decoder.
 
 This file lies next to weights that unimed_jax exported. It needs only torch, transformers, numpy and
 Pillow:
@@ -212,7 +214,10 @@ class Router(nn.Module):
 
 
 class Connector(nn.Module):
-    """Turns patch features [N, patches, width] and each image's task into visual tokens [N, T, out]."""
+    """Turns patch features and each image's task into visual tokens.
+
+    The features are [N, patches, width], the visual tokens [N, T, out].
+    """
 
     def __init__(self, c, vision_width, out, tasks):
         super().__init__()
