@@ -50,7 +50,7 @@ for line in sys.stdin:
 
 
 class Commands:
-    """Starts one command at a time in a child; `status` None: it still runs."""
+    """Starts commands in child processes, one at a time."""
 
     def __init__(self, environment: Mapping[str, str]):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -102,7 +102,7 @@ class Commands:
 
 @contextlib.contextmanager
 def commands(place: Path, count: int = 1) -> Iterator[list[Commands]]:
-    """Gives `count` places to run commands in; what one compiles, the next ones load."""
+    """Gives `count` servers that run commands and share what they have compiled."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "JAX_PLATFORMS": "cpu",

@@ -22,7 +22,7 @@ from typing import Any
 
 
 class Failed(Exception):
-    """Says that a side could not do what it was asked."""
+    """Reports that a side could not do what it was asked."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -127,7 +127,7 @@ def pin(threads: int, device: str = "cpu") -> None:
 def serve(operations: dict[str, Callable[..., Any]]) -> None:
     """Serves a side's requests; each names an operation and its arguments."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
     for line in sys.stdin:
         request = json.loads(line)
         try:

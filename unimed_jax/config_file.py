@@ -122,7 +122,7 @@ def _settings(returned: Any, file: str) -> ml_collections.ConfigDict:
 
 
 def _check_chain(settings: ml_collections.ConfigDict, file: str) -> None:
-    """Refuses a chain whose name is no text, or whose stages are not the names of config files."""
+    """Refuses a chain whose name is not text, or whose stages are not the names of config files."""
     stages = settings.stages
     if (
         not isinstance(stages, (list, tuple))

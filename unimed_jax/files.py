@@ -337,7 +337,7 @@ def read_text(path: str | Path, advice: str = "mend it or get it again", largest
 
 
 def no_file(path: str | Path) -> str:
-    """Says why a path is no file that can be read, as the end of a sentence; empty where it is one."""
+    """Says why a path cannot be read as a file, in words that end a sentence; empty if it can."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -403,7 +403,7 @@ def json_lines(
 
 
 def is_text(text: str) -> bool:
-    """Says whether a text can be encoded: it holds no half of a surrogate pair."""
+    """Says whether a text can be encoded, which half of a surrogate pair would prevent."""
     return not _LONE.search(text)
 
 

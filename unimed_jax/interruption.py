@@ -133,7 +133,7 @@ class Stoppable:
                 _end(min(seen), str(Stopped(min(seen))))
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Keeps a swallowed `Stopped` off the screen: it comes again."""
+        """Keeps Python from printing a swallowed `Stopped`, which will be raised again."""
         if not isinstance(unraisable.exc_value, Stopped):
             self._hook_before(unraisable)
 
@@ -308,7 +308,7 @@ def explain_system_errors() -> Iterator[None]:
 
     It may refuse a file, a folder or a socket, or the disk may be full.
 
-    A full disk is found behind any error that it caused, however it is worded. Of other refusals
+    A full disk is recognised as the cause of any error, however that is worded. Of other refusals
     only the `OSError` itself is turned, and what the library that writes arrays makes of one: an
     error that follows an `OSError` which was handled is a defect. A broken pipe passes, because it
     may be that of the program's own output.

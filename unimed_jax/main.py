@@ -99,7 +99,7 @@ def _keep_printable() -> None:
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Refuses an argument whose bytes are no text: no settings, path or prompt could hold it later."""
+    """Refuses an argument that is not valid text, which no settings, path or prompt could hold."""
     for word in words:
         try:
             word.encode()

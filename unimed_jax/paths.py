@@ -1,4 +1,4 @@
-"""Checks the paths that a person gives before any work, so that an odd one is one sentence."""
+"""Checks the paths that a person gives before any work, and refuses odd ones in one sentence."""
 
 import os
 import tempfile

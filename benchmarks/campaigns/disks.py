@@ -1,10 +1,10 @@
 """Fills the disk under every command, in bytes and in files, at several points of what it writes.
 
-Needs root on Linux.
+It needs root on Linux.
 
 Each command runs on a small disk in memory that takes only a part of what it writes. It must end
-with one sentence and leave whole files: those of before, or those of the end. On a larger disk the
-same command must then end with the files of one that always had room.
+with one sentence and leave whole files, as they were before the command or as they are after it. On
+a larger disk the same command must then end with the files of a command that never ran out of space.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Room(NamedTuple):
 def run(arguments: list[str]) -> None:
     """Runs every trial; prints a line for each and the totals.
 
-    A trial fills the disk, checks what is left, makes room and repeats the command.
+    A trial fills the disk, checks what is left, frees space and repeats the command.
     """
     options = argparse.ArgumentParser(prog="campaign.py disks", description=__doc__)
     options.add_argument("--only", help="these commands only, with commas")
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> None:
 def _trial(
     campaign: kills.Campaign, name: str, what: str, part: float, needed: Room
 ) -> tuple[int, list[str]]:
-    """Runs the command on a disk with room for a part of what it writes, then on one with enough."""
+    """Runs the command on a disk that is too small, then on one that is large enough."""
     unbroken, worker = campaign.unbroken(name), campaign.workers[0]
     with _disk(campaign.place / "disk") as disk:
         folder = campaign.fresh(name, disk / name)

@@ -99,7 +99,7 @@ def _places(tree: Any):
 
 
 def changed_json(rng: np.random.Generator, tree: Any, values: list = VALUES) -> bytes:
-    """Writes a changed tree; now and then its text is damaged too, or nested without end."""
+    """Writes a changed tree; sometimes its text is damaged, too, or nested extremely deep."""
     text = json.dumps(changed_tree(rng, tree, values)).encode()
     chance = rng.random()
     if chance < 0.1:

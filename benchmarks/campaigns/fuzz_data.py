@@ -96,7 +96,7 @@ WHOLES = [
 
 
 def cases(seed: int) -> Iterator[tuple[str, Call]]:
-    """Yields (name, call) without end, the same for the same seed.
+    """Yields (name, call) endlessly, the same ones for the same seed.
 
     The files lie in a folder that goes at the end.
     """

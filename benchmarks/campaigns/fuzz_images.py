@@ -2,9 +2,8 @@
 
 Each must become an array, or be refused in one sentence.
 
-`cases(seed)` yields names and calls without an end; the same seed gives the same cases. A call
-raises UserError if the picture was refused, and AssertionError if something else than a picture
-came of it.
+`cases(seed)` yields names and calls endlessly; the same seed gives the same cases. A call raises
+UserError if the picture was refused, and AssertionError if the result is not a picture.
 """
 
 import io
@@ -28,7 +27,7 @@ _EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF
 
 
 def cases(seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields (name, call) without an end; the call reads one damaged picture."""
+    """Yields (name, call) endlessly; each call reads one damaged picture."""
     files = whole_files()
     names = sorted(files)
     for number in itertools.count():

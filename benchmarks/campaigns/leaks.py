@@ -1,7 +1,7 @@
 """Watches memory, threads and open files over a long run and many evaluations in one process.
 
-Prints a row for each tenth of the way and the slope of each by least squares over the second half;
-what libraries allocate once has come by then.
+It prints a row for each tenth of the way, and the slope of each value by least squares over the second
+half: what libraries allocate only once is allocated before that.
 """
 
 import argparse

@@ -106,7 +106,7 @@ def _group(hint: Any) -> tuple[type | None, bool]:
 
 
 def settings_with(field: Field, value: Any) -> dict:
-    """Makes settings that hold this value and what it needs to be read.
+    """Makes settings that hold this value and the values without which it would not be read.
 
     All others are at their default.
     """
@@ -315,7 +315,7 @@ WORK = (
 
 
 class Outcome(NamedTuple):
-    """Holds what became of one run."""
+    """Holds the outcome of one run."""
 
     kind: str  # "ran", "refused", "at work"; anything else is a finding
     text: str
@@ -324,7 +324,7 @@ class Outcome(NamedTuple):
 
 
 def sampled(accepted: list[Tried], seed: int) -> Iterator[Tried]:
-    """Yields accepted values without end of one field after another, the fields in a random order."""
+    """Yields accepted values endlessly, of one field after another in a random order."""
     rng = random.Random(seed)
     by_field: dict[str, list[Tried]] = {}
     for one in accepted:
@@ -369,7 +369,7 @@ def attempt(one: Tried, folder: Path) -> Outcome:
 
 
 def _run(one: Tried, folder: Path, said: Path) -> int:
-    """Does the run, in the child; writes what became of it into `said`."""
+    """Trains and scores in the child process, and writes the outcome into `said`."""
     import jax
     from support.fake_brain import tiny_config
 

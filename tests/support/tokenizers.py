@@ -45,7 +45,7 @@ def _trained(kind: str) -> str:
         )
     if kind.startswith("prepend"):
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    if kind == "prepend, words":  # merges as LLaMA-2's: none holds a "▁" behind its first letter
+    if kind == "prepend, words":  # merges as LLaMA-2's: only their first letter may be "▁"
         made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"▁?[\w<>/]+|:|[^\w▁:]"), "isolated")
     if kind.startswith("metaspace"):
         made.pre_tokenizer = pre_tokenizers.Metaspace(

@@ -145,7 +145,7 @@ def _data(
 
 
 def _states(inputs: Mapping[str, str]) -> str:
-    """Lists the checksums of what it was trained with."""
+    """Lists the checksums of what the model was trained with."""
     listed = ", ".join(f"`{name}@{state[:8]}`" for name, state in inputs.items())
     return f"\n\nTrained with {listed}." if listed else ""
 

@@ -25,7 +25,7 @@ class Source(NamedTuple):
     load: Loader
 
     def among(self, paths: Iterable[str]) -> bool:
-        """Says whether it may give one of these leaves."""
+        """Says whether this kind of weights may give one of these leaves."""
         return any(fnmatch.fnmatchcase(path, pattern) for path in paths for pattern in self.gives)
 
 

@@ -72,7 +72,7 @@ def draw_noise(
 def expert_capacity(tokens: int, config: MoeConfig, training: bool) -> int | None:
     """Computes how many tokens an expert may take: factor * top_k * tokens / experts, rounded up.
 
-    None means that there is no limit. At least `config.min_capacity`.
+    None means that there is no limit. A limit is at least `config.min_capacity`.
     """
     factor = config.capacity_factor if training else config.eval_capacity_factor
     if factor is None:

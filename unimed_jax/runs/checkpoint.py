@@ -53,7 +53,7 @@ def newest_note(folder: Path) -> tuple[int, dict]:
 
 
 def _note_of(checkpoint: Path) -> dict:
-    """Reads what was saved beside a checkpoint's arrays; raises ValueError where it is not that."""
+    """Reads the note beside a checkpoint's arrays; raises ValueError if it is damaged."""
     try:
         content = parse_json(read_text(checkpoint / "note" / NOTE), NOTE, finite=False)
     except UserError as error:  # an older checkpoint may serve
@@ -413,7 +413,7 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _everywhere(true: bool) -> bool:
-    """Tells whether it holds in every process."""
+    """Tells whether a condition is true in every process."""
     if jax.process_count() == 1:
         return true
     return bool(multihost_utils.process_allgather(np.asarray(true)).all())

@@ -35,7 +35,7 @@ def write_config(folder: Path, config: Config) -> None:
 
     In an old folder they must be the same, except for the mesh.
 
-    `train.steps` may also be raised if `train.longer` says what becomes of the schedule; then the
+    `train.steps` may also be raised if `train.longer` says how the schedule goes on; then the
     folder gets the new settings, and loses the scores of the shorter run.
     """
     file = folder / "config.json"
@@ -63,7 +63,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def with_changed(config: Config, data: Changed, text: Changed) -> Config:
-    """Returns the settings with others of what becomes of changed data and of a changed tokenizer."""
+    """Returns the settings with other values of data.changed and text.changed."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, changed=data),

@@ -31,11 +31,11 @@ class Inputs:
     changes: tuple[Mapping[str, Any], ...] = ()
 
     def plain(self) -> dict[str, Any]:
-        """Returns what JSON holds of it."""
+        """Returns the content of inputs.json as plain data."""
         return {"inputs": dict(self.inputs), "changes": [dict(change) for change in self.changes]}
 
     def notes(self) -> list[str]:
-        """Says in a sentence each what changed, for every result."""
+        """Describes each change in a sentence, which every result repeats."""
         return [
             f"{_what(change['name'])} changed after step {change['step']} ({change['from'][:8]} before, "
             f"{change['to'][:8]} since), which was accepted"
@@ -164,7 +164,7 @@ def kept(folder: Path) -> Inputs:
 
 
 def _parsed(content: Any, where: str) -> Inputs:
-    """Checks what JSON gave; raises UserError if it is of another form."""
+    """Checks the content of inputs.json; raises UserError if it has another form."""
     try:
         inputs = {str(name): str(state) for name, state in content["inputs"].items()}
         changes = [

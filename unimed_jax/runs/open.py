@@ -45,7 +45,10 @@ from unimed_jax.runs.inputs import Inputs
 
 @dataclasses.dataclass
 class Run:
-    """Holds a model with what belongs to it; `mesh`: over which its leaves lie (None: one device)."""
+    """Holds a model with what belongs to it.
+
+    mesh: the devices over which its leaves lie, or None for one device.
+    """
 
     folder: Path
     config: Config
@@ -314,7 +317,7 @@ def _saved_leaves(
 def _leaves_at(
     folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
 ) -> tuple[dict[str, jax.Array], int]:
-    """Reads as `_saved_leaves` does.
+    """Reads the leaves at the checkpoint that is the newest or best one now.
 
     Raises Replaced if a run that trains deletes the best checkpoint meanwhile.
     """

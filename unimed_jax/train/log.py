@@ -107,13 +107,13 @@ class Silence:
 
 # ---- the log of the run so far ---------------------------------------------------------------------
 def continue_lines(file: Path, first: int) -> None:
-    """Leaves in the log the lines of steps before `first`, from which the run goes on.
+    """Keeps the log's lines of steps before `first`, from which the run goes on.
 
-    Says which are damaged.
+    It reports which of them are damaged.
 
-    What a killed run wrote beyond goes, and so does a last line without an end. A damaged line (no
-    JSON, not UTF-8, no step, or a later step between earlier ones) is moved to log.damaged, the
-    good lines after it stay.
+    Lines of later steps, which a killed run wrote, are removed, and so is an incomplete last line. A
+    damaged line (not JSON, not UTF-8, without a step, or of a later step between earlier ones) is
+    moved to log.damaged; the good lines after it stay.
     """
     try:
         size = file.stat().st_size

@@ -41,9 +41,9 @@ def with_overrides(
 ) -> Config:
     """Lays each `--config.a.b=value` over the settings and builds the Config.
 
-    Raises UserError for an unknown key or word, for a value that is none of the setting's, and for
-    a setting without effect; of those of a run that exists (`of_run`) only for one that an override
-    names.
+    Raises UserError for an unknown key or word, for a value that the setting does not allow, and
+    for a setting without effect. With `of_run`, for a run that exists, only settings that an override
+    names are checked for an effect.
     """
     named = []
     for word in overrides:

@@ -1,6 +1,6 @@
-"""Answers one question with a trained model, and draws the boxes of question and answer.
+"""Answers one question with a trained model, and draws its boxes on the image.
 
-A box in the question or in the answer is drawn on the image.
+A box may be in the question or in the answer.
 
 --run names the folder of a run, or one that `export --format=model` wrote. --config takes its place
 if config.init names all weights (those of an original checkpoint and its base model, say).

@@ -2,7 +2,7 @@
 
 The same command continues after an interruption.
 
-A config with `stages` is a chain: each stage in turn, finished ones are skipped.
+A config with `stages` is a chain: its stages run in turn, and finished ones are skipped.
 """
 
 from unimed_jax.config_file import load_config_file

@@ -209,7 +209,7 @@ def _decoder_to_med_moe(d: DecoderConfig) -> dict[str, Any]:
 
 
 def _experts_to_med_moe(config: ModelConfig) -> dict[str, Any]:
-    """Makes the group `moe`."""
+    """Makes the group `moe` of a checkpoint's config.json."""
     m, layers = config.moe, list(config.moe.numbers(config.decoder.depth))
     return {
         "moe_enable": True,

@@ -74,7 +74,7 @@ def _reader(gguf: Any, file: Path) -> Any:
             return super()._build_tensor_info(offs, count)
 
         def _get_field_parts(self, orig_offs, raw_type):
-            """Reads a list in one piece.
+            """Reads a list of numbers in one piece.
 
             The package makes an object of each number, half a kilobyte large.
             """

@@ -1,11 +1,15 @@
 """Works with data sets; each command has --help.
 
-data show NAME (--path=DIR or --config=FILE) --out=FILE.png   examples with images, questions,
-answers and boxes data check --config=FILE --out=DIR                 counts, faults, leaks between
-splits and between sets data twin NAME --out=DIR [--layout=...] [--n=24]   synthetic data in the
-exact layout of a real set data schema                                        the JSON Schema of our
-own form of data (the reader jsonl) data export --config=FILE --out=DIR [--split=test]
-questions.jsonl and images/*.png, without the answers
+data show NAME (--path=DIR or --config=FILE) --out=FILE.png
+    draws examples with images, questions, answers and boxes
+data check --config=FILE --out=DIR
+    counts examples, finds faults, and finds leaks between splits and between sets
+data twin NAME --out=DIR [--layout=...] [--n=24]
+    writes synthetic data in the exact layout of a real set
+data schema
+    prints the JSON Schema of our own form of data (the reader jsonl)
+data export --config=FILE --out=DIR [--split=test]
+    writes questions.jsonl and images/*.png, without the answers
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Audits the data of a config: counts, faults, and leaks between splits and between sets.
 
-Writes check.json, check.md and pairs.png (the worst pairs of images). Its status is 1 if something
-must be looked at.
+It writes check.json, check.md and pairs.png (the worst pairs of images). The exit status is 1 if
+something must be looked at.
 """
 
 import os
