@@ -1,11 +1,12 @@
 """Measures how near full-size Uni-Med comes to the limits of one accelerator.
 
-    python benchmarks/accelerator.py --out=accelerator.jsonl --budget=300 python
-    benchmarks/accelerator.py --out=tiny.jsonl --tiny          # the same rows at toy size, on a CPU
-    in seconds
+    python benchmarks/accelerator.py --out=accelerator.jsonl --budget=300
+    python benchmarks/accelerator.py --out=tiny.jsonl --tiny
 
-Rows, cheapest first, each written as soon as it is measured: a JSON line to --out, and the table so
-far to the same name with the ending .md. A row that would not end within --budget seconds is
+The second command runs the same rows at toy size, on a CPU in seconds.
+
+The cheapest rows come first. Each is written as soon as it is measured: a JSON line to --out, and the
+table so far to the same name with the ending .md. A row that would not end within --budget seconds is
 skipped, one that fails (out of memory, say) is noted, and the next one runs.
 
 - `copy`: GB/s of reading and writing the device's memory.
@@ -20,7 +21,8 @@ skipped, one that fails (out of memory, say) is noted, and the next one runs.
   over the measured product. `plain attention` and `no dropout` say what the fused kernel saves and
   what drawing random numbers costs.
 
-All numbers of weights and batch are random, made on the device. Needs jax, flax, optax and numpy only.
+All numbers of weights and batch are random, made on the device. Only jax, flax,
+optax and numpy are needed.
 """
 
 import argparse

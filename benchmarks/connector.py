@@ -2,7 +2,7 @@
 
     python benchmarks/connector.py --threads=2 --out=connector.json
 
-Needs torch: pip install -e '.[parity]'.
+It needs torch: pip install -e '.[parity]'.
 
 Four images of one task as EVA-CLIP-g leaves them (256 patches of 1408) -> 4 x 64 tokens of 5632 ->
 five experts 5632 -> 4096 -> 4096 and a soft router 11264 -> 45056 -> 5 over task token and visual

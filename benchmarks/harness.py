@@ -1,8 +1,8 @@
 """Runs the sides of a comparison in turn, each in its own process, and tabulates their figures.
 
 A side is a script run with `--side=NAME`; it reads one JSON request a line and answers with one
-(`serve`). The driver starts all sides, then goes round them, so that what else the machine does
-falls on all alike.
+(`serve`). The driver starts all sides and asks them in turn, so that other load on the machine
+slows all alike.
 """
 
 import importlib.util

@@ -1,7 +1,9 @@
 """Measures how much host memory loading a safetensors model takes beyond the arrays.
 
-python benchmarks/load_memory.py [--gb=4] [--devices=1]   writes a random LLaMA of that size into a
-temporary folder (disk: that much), loads it in a fresh process and prints one line of JSON.
+    python benchmarks/load_memory.py --gb=4 --devices=1
+
+It writes a random LLaMA of that size into a temporary folder (which takes as much space on the disk),
+loads it in a new process and prints one line of JSON.
 """
 
 import argparse

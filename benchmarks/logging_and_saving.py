@@ -2,8 +2,8 @@
 
     python benchmarks/logging_and_saving.py --config=configs/brain_tiny.py --out=logging_and_saving.json
 
-Sides, taken in turn so that what else the machine does falls on all alike, each a call of `train`
-in a new folder:
+Each side is a call of `train` in a new folder. The sides are taken in turn, so that other load on the
+machine slows all alike:
 
 - `neither`: no step is logged and none saved;
 - `logging`: every step is logged;

@@ -13,10 +13,10 @@ so experts get about as many tokens each.
 - `capacity, 1.25`: buffers of 1.25 times an expert's even share; tokens beyond are dropped.
 - `no experts`: the same model with its plain MLPs.
 
-Every side is a process of its own, and all are asked in turn, so that what else the machine does
-falls on all alike. Losses and gradient norms of the sides that drop nothing must agree before a
+Every side is a process of its own, and all are asked in turn, so that other load on the machine
+slows all alike. Losses and gradient norms of the sides that drop nothing must agree before a
 figure is given. A figure is the median over rounds (min .. max). Temporaries are what the compiler
-sets aside beyond state and batch; the peak is the process'.
+sets aside beyond state and batch; the peak is that of the process.
 
 With --compile-for no step is run: each side's program, at a published size, is compiled for a TPU
 slice (the batch of the config, rows over all chips, experts over up to four), and what it holds of

@@ -1,10 +1,11 @@
 """Measures a large store: time to open, memory of index and grouping, random reads a second.
 
-    python benchmarks/store.py --cache=DIR     # builds the store and says how long that took python
-    benchmarks/store.py --cache=DIR     # the same again opens it, in a process that did not build
-    it
+    python benchmarks/store.py --cache=DIR
 
-Prints one line of JSON. The images are one pixel each.
+The first run builds the store and says how long that took. The same command again opens the store, in
+a process that did not build it.
+
+It prints one line of JSON. The images are one pixel each.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     HF_HUB_OFFLINE=1 python benchmarks/torch_answers.py --run=runs/brain_tiny --examples=50
     --out=answers.json
 
-Needs torch: pip install -e '.[parity]'.
+It needs torch: pip install -e '.[parity]'.
 
 The folder is written by `export_model` if it does not exist yet, and loaded as a user loads it:
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Both sides make prompt and

@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py --size=small --threads=2 --out=train_step.json
 
-Needs torch and PEFT: pip install -e '.[parity]'.
+It needs torch and PEFT: pip install -e '.[parity]'.
 
-Sides, each a process of its own, asked in turn so that what else the machine does falls on all alike:
+The sides are processes of their own, asked in turn so that other load on the machine slows all alike:
 
 - `ours`: `unimed_jax/train/step.py`, jitted: forward, backward, AdamW on adapters and connector.
 - `ours_shared` (in `mixture`): the same, questions of one image sharing its tokens, as

@@ -1,7 +1,8 @@
 """Defines the bounds that settings carry in their type, as in `Annotated[int, AtLeast(1)]`.
 
 `settings.py` asks every bound of a field for its `refusal` of a value: None if the value is allowed,
-else the end of the sentence that begins with the setting's name. Also defines a dict that can be hashed.
+else the end of the sentence that begins with the setting's name. The module also
+defines a dict that can be hashed.
 """
 
 import dataclasses

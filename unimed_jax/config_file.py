@@ -187,7 +187,7 @@ def _place(error: BaseException, file: str, folders: list[Path]) -> str:
 def _line_of(sentence: str, file: str, folders: list[Path]) -> str:
     """Finds the lines that assign the setting that the sentence begins with.
 
-    Empty for none or more than three.
+    The result is empty if there are none, or more than three.
     """
     setting = "." + re.sub(r"\[.*?\]", "", re.split(r"[ =:,]", sentence, maxsplit=1)[0])
     if lines := _assigned(Path(file), setting):

@@ -194,8 +194,8 @@ def remove_leftovers(folder: str | Path, name: str = "") -> None:
 
     Without a name, the leftovers of any file or folder are removed.
 
-    What a living process writes is locked and stays. Where the file system has no locks, age tells
-    (`ABANDONED`).
+    What a living process writes is locked and stays. Where the file system has no locks, the age
+    decides (`ABANDONED`).
     """
     pattern = re.compile(rf"\.{re.escape(_shortened(name)) if name else '.+'}\.\d+(-\d+)?")
     try:
@@ -241,7 +241,7 @@ def _remove(path: Path) -> None:
 def full_disk(error: BaseException, *folders: Path) -> str:
     """Says what is full if a full disk caused `error`, directly or through other errors.
 
-    Empty if none did.
+    The answer is empty if none did.
 
     Libraries raise errors of their own, some of which quote the system's number or words. For any
     other one each of `folders` is asked to take a few bytes.
@@ -440,7 +440,7 @@ def _finite_number(word: str) -> float:
 def _check_depth(value: Any) -> None:
     """Raises RecursionError if lists and objects lie more than `DEEPEST` deep.
 
-    Level by level, hence fast.
+    It walks level by level, which is fast.
     """
     level, depth = [value], 0
     while level := [v for v in level if type(v) is dict or type(v) is list]:

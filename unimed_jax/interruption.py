@@ -239,7 +239,7 @@ def claim(folder: Path, otherwise: str = "choose another --workdir") -> None:
 
     Whoever trains and then evaluates claims the folder before both. If a run has several processes,
     the first one locks for all. Raises UserError if another run has the lock (`otherwise` is what
-    can be done instead of waiting), or if there can be no such folder.
+    can be done instead of waiting), or if the folder cannot exist.
     """
     import jax
 
@@ -348,7 +348,7 @@ def _quoted(error: BaseException) -> int | None:
 def _place(error: BaseException | None) -> str:
     """Names the file that an error, or what caused it, is about, in parentheses.
 
-    Empty if none names one.
+    The answer is empty if no error names a file.
     """
     while error is not None:
         file = getattr(error, "filename", None) or next(

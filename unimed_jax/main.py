@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
     A mistake that the user can mend is one sentence on stderr and status 2, a failure outside this
     machine status 1; a stop by SIGTERM or Ctrl-C is one sentence and status 143 or 130. If nobody
-    reads the output any more, as in `| head -1`, it ends without a word and status 141, that of
+    reads the output any more, as in `| head -1`, it ends silently with status 141, that of
     SIGPIPE.
     """
     argv = sys.argv[1:] if argv is None else argv

@@ -98,7 +98,7 @@ WHOLES = [
 def cases(seed: int) -> Iterator[tuple[str, Call]]:
     """Yields (name, call) endlessly, the same ones for the same seed.
 
-    The files lie in a folder that goes at the end.
+    The files lie in a folder that is removed at the end.
     """
     with tempfile.TemporaryDirectory(prefix="unimed_jax_fuzz_") as name:
         place = Path(name)

@@ -48,7 +48,7 @@ def read(data: bytes) -> None:
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     """Flips, overwrites, inserts, repeats or cuts some bytes.
 
-    Most of it near the start, where headers are.
+    Most changes are near the start, where headers are.
     """
     out = bytearray(data)
     for _ in range(int(rng.integers(1, 6))):

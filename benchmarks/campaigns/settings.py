@@ -83,7 +83,7 @@ CONTEXT = {
 def fields(kind: type = Config, path: tuple[str | int, ...] = ()) -> Iterator[Field]:
     """Yields every field of the settings, groups of fields too.
 
-    Of the entries of a tuple those of entry 0.
+    Of a tuple of groups only the fields of its first entry are yielded.
     """
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         here = (*path, name)
@@ -288,7 +288,7 @@ class Tried(NamedTuple):
 def trials() -> Iterator[Tried]:
     """Yields every field with every value, after the checker.
 
-    What it raises besides UserError comes through.
+    Whatever the checker raises besides UserError is passed on.
     """
     for field in fields():
         for value in hostile(field):
@@ -473,7 +473,7 @@ def _runs(accepted: list[Tried], seconds: float, seed: int) -> None:
 def _prepare(base: Path) -> None:
     """Imports what the runs need, so that each of them starts as a copy of this process.
 
-    JAX starts in them.
+    JAX starts only in the copies.
     """
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,7 +1,7 @@
 """Finds the folders of golden cases.
 
-Not in conftest.py: there is one in several folders of tests, and which of them `import conftest`
-means depends on what was collected last.
+This is not in conftest.py: there is one in several folders of tests, and which of them
+`import conftest` means depends on what was collected last.
 """
 
 from pathlib import Path

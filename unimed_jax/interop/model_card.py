@@ -107,7 +107,7 @@ def model_card(
 def passports_of(config: Config) -> dict[str, Info]:
     """Finds what is known of the training sources, by name.
 
-    Of a source that is not there any more nothing.
+    Nothing is known of a source that does not exist any more.
     """
     found: dict[str, Info] = {}
     for source in config.data.sources:

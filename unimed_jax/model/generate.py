@@ -74,7 +74,7 @@ def generate(
 ) -> Int[Array, "B new"]:
     """Answers left-padded prompts (data/layout.py); places after the end-of-text token hold `pad`.
 
-    Stops as soon as every row has ended. Compiles once per (rows, prompt length, max_new_tokens),
+    It stops as soon as every row has ended. It compiles once per (rows, prompt length, max_new_tokens),
     so callers round prompt lengths up to a few sizes. `eos`, `pad`: token ids. `key`: needed if the
     temperature is not 0; one for all rows, or one for each row [B], whose draws then do not depend
     on the other rows.
@@ -99,7 +99,7 @@ def stream(
 
     The first one comes alone, then up to `chunk` at a time.
 
-    Runs the compiled programs of `generate`, so both give the same tokens.
+    It runs the compiled programs of `generate`, so both give the same tokens.
     """
     parts = _Parts(*nnx.split(model), Ends(eos, pad, sampling), key)
     span, step = _start(parts, batch, max_new_tokens)

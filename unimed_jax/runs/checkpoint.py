@@ -43,7 +43,7 @@ SAVE_SECONDS = 3600  # after which a save has failed
 def newest_note(folder: Path) -> tuple[int, dict]:
     """Returns (steps done, what the caller noted) of the newest checkpoint with a readable note.
 
-    (0, {}) without.
+    The answer is (0, {}) if there is no such checkpoint.
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
@@ -105,7 +105,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """Returns the steps done at the best checkpoint, as the newest readable note names it.
 
-        None without one.
+        The answer is None if there is no such note.
         """
         content = self._newest_note()
         best = None if content is None else content["best"]
@@ -114,7 +114,7 @@ class Checkpoints:
     def newest_note(self) -> dict:
         """Returns what the caller noted in the newest checkpoint whose note is readable.
 
-        Empty without one.
+        The answer is empty if there is no such checkpoint.
         """
         content = self._newest_note()
         return {} if content is None else content["note"]
@@ -403,9 +403,9 @@ def _changed(found: dict[str, Any], saved: dict[str, dict]) -> list[str]:
 
 
 def _first_cause(error: BaseException) -> str:
-    """Says in few words what came first.
+    """Names the first cause of an error in a few words.
 
-    What was made of it later quotes whole descriptions of stores.
+    Errors that libraries raise because of it quote whole descriptions of stores.
     """
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]

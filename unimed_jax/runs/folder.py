@@ -2,11 +2,16 @@
 
 The text is that of the settings and of the tokenizer.
 
-config.json       the settings, fidelity expanded       tokenizer/    a Hugging Face tokenizer folder
-checkpoints/      see checkpoint.py                     log.jsonl     one line per logged step
-contact_sheet.png images with their boxes               tensorboard/, lock: who trains here
-inputs.json       data and tokenizer (inputs.py)
-metrics.json, predictions.jsonl, report.md, other *.png what the evaluation left
+The folder holds:
+
+- config.json: the settings, with what `fidelity` sets.
+- tokenizer/: a Hugging Face tokenizer folder.
+- checkpoints/: see checkpoint.py.
+- log.jsonl: one line per logged step; tensorboard/ holds the same.
+- inputs.json: the states of data and tokenizer (inputs.py).
+- contact_sheet.png: images with their boxes.
+- lock: says who trains here.
+- metrics.json, predictions.jsonl, report.md and other *.png: the results of the evaluation.
 """
 
 import dataclasses
@@ -100,7 +105,7 @@ def _difference(old: dict, new: dict, where: str = "config") -> str:
 def missing_inputs(config: Config, trains: bool = True) -> str | None:
     """Names in one sentence the weight files and, to train, data folders that the settings lack.
 
-    None if none.
+    The answer is None if nothing is missing.
     """
     lacks = [
         f"{SOURCES[kind].what} (config.init {kind!r})"
@@ -159,7 +164,7 @@ def tokenizer_folder(folder: Path, config: Config) -> Path:
 
     It is the one that the settings name, else that of the run whose embeddings this run starts from.
 
-    The run's own for a tokenizer that it has trained or read from a GGUF file.
+    A tokenizer that the run has trained or read from a GGUF file is in its own folder.
     """
     named = config.text.tokenizer
     if named:

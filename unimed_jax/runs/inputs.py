@@ -1,8 +1,10 @@
 """Records the data and the tokenizer of a run, and notices when one of them has changed.
 
-inputs.json in the run's folder, and the note of every checkpoint, hold
+inputs.json in the run's folder, and the note of every checkpoint, hold:
+
     inputs    name -> state: "data/<set>" and "evaluate/<set>" (checksum of a set's store), "tokenizer"
-    changes   those that were another one at a later start and accepted: step, name, from, to
+    changes   inputs that had changed at a later start and were accepted: step, name, from, to
+
 A state has one part or more, joined by slashes; two states are the same if they agree in one part.
 """
 
@@ -64,9 +66,9 @@ def state_of_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
 def keep(folder: Path, config: Config, now: Mapping[str, str]) -> Inputs:
     """Writes inputs.json when training starts, and returns it.
 
-    Of several processes the leader comes first.
+    If there are several processes, the leader does so first.
 
-    Raises UserError if an input is another one than at an earlier start, unless config.data.changed or
+    Raises UserError if an input has changed since an earlier start, unless config.data.changed or
     config.text.changed accepts that; then it is noted with the steps done.
     """
     before = kept(folder)

@@ -68,7 +68,7 @@ def found_mesh(config: Config, trains: bool = True) -> Mesh | None:
 
     It is laid out as `config.mesh` says if that fits the devices, else automatically.
 
-    None for a single device. `trains=False` for an exported model, to which the rules of training
+    A single device gets None. `trains=False` is for an exported model, to which the rules of training
     do not apply.
     """
     shapes = parameters(abstract(config.model))
@@ -101,9 +101,9 @@ def initial_leaves(
 
     Also returns each one's source.
 
-    A function of the settings only: the random numbers do not depend on the devices. Dtypes as in
-    `leaf_dtypes`. Only what is wanted, and of that only what no later source replaces, is made or
-    read. Without a mesh all of it lies on this process's first device.
+    The leaves depend on the settings only: the random numbers do not depend on the devices. Dtypes
+    are as in `leaf_dtypes`. Only what is wanted, and of that only what no later source replaces, is
+    made or read. Without a mesh all of it lies on this process's first device.
     """
     tokenizer.check_fits(config.model.decoder.vocab)
     shapes = parameters(abstract(config.model))

@@ -113,7 +113,7 @@ def loss_sums(model: UniMed, *arguments, **keywords) -> tuple[Array, dict[str, A
 
     The dict also holds weight, task_loss and task_weight.
 
-    For tests and analyses of a model without a training program.
+    It serves tests and analyses of a model without a training program.
     """
     losses, logged = task_losses(model, *arguments, **keywords)
     return losses.total, {

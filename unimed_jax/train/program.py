@@ -2,8 +2,8 @@
 
 No weights, tokenizer or data are needed.
 
-The loop fills what `build` describes, `plan` and the benchmarks compile it. Imports jax, flax,
-optax, numpy and this package's config, model and train only.
+The loop fills what `build` describes; `plan` and the benchmarks compile it. This module imports only
+jax, flax, optax, numpy and this package's config, model and train.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
 def make_mesh(config: Config) -> Mesh | None:
     """Makes the mesh that `config.mesh` asks for, over all devices of all processes.
 
-    None for a single device.
+    A single device gets None.
     """
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)

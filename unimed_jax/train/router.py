@@ -57,8 +57,8 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     Writes router/, router.png and router.json.
 
     router/ is in Med-MoE's format. router.json is returned: accuracy by number of labels and a
-    confusion matrix for every split of `config.evaluate.splits`. A finished one is read, not
-    trained again.
+    confusion matrix for every split of `config.evaluate.splits`. A router that is finished already is
+    read, not trained again.
 
     Raises UserError where no image has a label, or one that is not among `router.classes`.
     """
@@ -240,7 +240,7 @@ def fit(
 ) -> tuple[Float[np.ndarray, "D E"], Float[np.ndarray, "E"]]:
     """Trains the linear classifier; returns its kernel and bias after all epochs.
 
-    Each goes through the inputs in a new order.
+    Each epoch goes through the inputs in a new order.
     """
     settings, (count, width) = config.router_fit, inputs.shape
     batch = min(settings.batch, count)

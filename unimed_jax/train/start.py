@@ -72,7 +72,7 @@ class Progress:
 class Start:
     """Holds a run that is ready for its next step.
 
-    `state` and `progress` change as it trains, the rest stays.
+    `state` and `progress` change as it trains; the rest stays the same.
     """
 
     config: Config
@@ -127,7 +127,7 @@ class Start:
 def prepare(config: Config, folder: Path) -> Start:
     """Opens data, weights and the newest checkpoint in `folder`, and builds the training program.
 
-    Of several processes each calls it. Raises UserError for what is missing or does not fit.
+    If there are several processes, each calls it. Raises UserError for what is missing or does not fit.
     """
     # ---- files, data, text -------------------------------------------------------------------------
     claim(folder)

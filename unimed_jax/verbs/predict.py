@@ -104,7 +104,7 @@ def _picture(known: argparse.Namespace, folder: str) -> Path | None:
 
     Refuses a place that cannot be written.
 
-    Before the model is opened, which takes minutes if it is large.
+    It is called before the model is opened, which takes minutes if that is large.
     """
     if known.out is not None and Path(known.out).suffix.lower() not in PICTURES:
         raise UserError(

@@ -1,10 +1,13 @@
 """Writes the complete model as a folder for torch's `AutoModelForCausalLM`, and reads it back.
 
-config.json             the decoder's own settings (`text_config`), all of ours (`unimed`), prompts,
-special ids model*.safetensors      decoder as its family names it, vision as CLIP's tower,
-connector as the original names it modeling_unimed.py      torch_model/modeling_unimed.py: the same
-model in plain torch tokenizer files, preprocessor_config.json, generation_config.json, README.md
-(model_card.py)
+The folder holds:
+
+- config.json: the decoder's own settings (`text_config`), all of ours (`unimed`), prompts and special
+  ids.
+- model*.safetensors: the decoder as its family names it, the vision encoder as CLIP's tower, and the
+  connector as the original names it.
+- modeling_unimed.py: the same model in plain torch (torch_model/modeling_unimed.py).
+- the tokenizer's files, preprocessor_config.json, generation_config.json and README.md (model_card.py).
 """
 
 import dataclasses
@@ -213,7 +216,7 @@ def is_exported(folder: str | Path) -> bool:
 def exported_tokenizer(folder: str | Path) -> str:
     """Reads the state (`Tokenizer.state`) of the tokenizer that was exported.
 
-    Empty in an earlier version's folder.
+    It is empty in a folder of an earlier version.
     """
     return str(
         read_json(Path(folder) / "config.json", "export the model again").get("tokenizer_state", "")

@@ -274,7 +274,7 @@ def _states_to_write(
 ) -> dict[int, Any]:
     """Makes torch's state of AdamW, by the number of a parameter.
 
-    One that took part in no step has none.
+    A parameter that took part in no step has no state.
     """
     if moments is None:
         return {}

@@ -246,7 +246,7 @@ def check(
 def _same_numbers(tensors: Tensors, a: str, b: str) -> bool:
     """Says whether two matrices of a file are equal, in whatever types they are stored.
 
-    Read a strip at a time.
+    They are read a strip at a time.
     """
     one, two = tensors.stored[a], tensors.stored[b]
     if one.shape != two.shape or one.dtype not in FLOATS or two.dtype not in FLOATS:

@@ -408,7 +408,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, input_ids=None, pixel_values=None, task=None, **kwargs):
         """Generates the ids of the answers [B, new], without prompts.
 
-        Arguments as in `forward`, or transformers'.
+        The arguments are those of `forward` and of transformers' `generate`.
         """
         if input_ids is not None:
             kwargs["inputs_embeds"] = self.embed(input_ids, pixel_values, task)
