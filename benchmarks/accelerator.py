@@ -42,7 +42,7 @@ from typing import Any
 
 # A checkout is enough: nothing has to be installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-if __name__ == "__main__":  # not when a test imports this file: its process starts others
+if __name__ == "__main__":  # not when a test imports this file, whose process starts others
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
 import harness
@@ -110,7 +110,7 @@ class Scale:
 
     model: ModelConfig
     copied: int  # bytes of the array that is copied
-    side: int  # of the square matrices
+    side: int  # rows of the square matrices
     new: int  # tokens of an answer
     image_every: int  # tokens of a training row for each image
     train: tuple[tuple[int, int, str], ...]  # rows, tokens of a row, what differs (see `training`)

@@ -44,7 +44,7 @@ TOLERANCE = {
     **{("cpu", "float32"): 1e-4, ("cuda", "float32"): 1e-2},
     **{("cpu", "bfloat16"): 5e-2, ("cuda", "bfloat16"): 5e-2},
 }
-TASK = 1  # of all images, in VISUAL_TASKS
+TASK = 1  # number of all images' task in VISUAL_TASKS
 
 
 def model(image: int, patch: int, width: int, out: int) -> ModelConfig:

@@ -90,7 +90,7 @@ def full_rows(config: Any, seed: int = 0) -> dict[str, Any]:
     ids = np.where(seen, PAD, np.where(place == 0, BOS, tokens))
     number = np.broadcast_to(slot + 1, ids.shape)
     asked = rng.integers(0, len(VISUAL_TASKS), (rows, images))
-    target = length - answer + np.arange(answer)  # within its example
+    target = length - answer + np.arange(answer)  # positions within the example
     index = np.broadcast_to(slot * length + target - 1, (rows, images, answer))
     arrays = {
         "image_tasks": asked,
@@ -182,7 +182,7 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         "cpu": f"{cpu} ({platform.machine()})",
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
-        "load_average": os.getloadavg()[0],  # what else ran when it began
+        "load_average": os.getloadavg()[0],  # load from other processes at the start
         "python": platform.python_version(),
         **packages,
     }

@@ -45,7 +45,7 @@ class Watch:
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.inside = 0.0
-        self.until_end = 0.0  # of the steps so far
+        self.until_end = 0.0  # time in the calls until the last step
 
     def at_end(self, reached):
         """Notes the time; `reached` is asked once a step, after everything else except its save."""

@@ -52,7 +52,7 @@ def activated(config: Config) -> int:
     return sum(
         row["activated"]
         for name, row in modules.items()
-        if name.startswith("decoder/") and name != "decoder/embedding"  # only looked up
+        if name.startswith("decoder/") and name != "decoder/embedding"  # the embedding is only looked up
     )
 
 

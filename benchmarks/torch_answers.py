@@ -36,7 +36,7 @@ from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import prompt_batch
 from unimed_jax.train.loss import answer_logits
 
-TOLERANCE = 1e-3  # of any logit
+TOLERANCE = 1e-3  # difference of any logit
 Pixels = Sequence[Sequence[np.ndarray]]  # the images of each example, uint8 [H, W, 3]
 
 

@@ -185,7 +185,7 @@ def serve(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
         # as XLA multiplies by default
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
+        warnings.simplefilter("ignore", FutureWarning)  # transformers warns PEFT
         runner: Ours | Torch = Torch(chosen, arguments.case, side, arguments.folder, arguments.device)
     else:
         runner = Ours(chosen, arguments.case, side, arguments.folder)

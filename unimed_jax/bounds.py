@@ -250,7 +250,7 @@ Decay = Annotated[float, AtLeast(0), Below(1), AtMost(0.999999)]
 Dropout = Annotated[float, AtLeast(0), Below(1), AtMost(0.99)]
 
 Text = Annotated[str, Characters(4096)]
-Place = Annotated[str, Characters(4096)]  # of a file or folder
+Place = Annotated[str, Characters(4096)]  # path of a file or folder
 Paragraph = Annotated[str, Characters(65536, one_line=False)]
 Name = Annotated[str, Filled(), Characters(4096)]
 Part = Annotated[str, Filled(), Characters(200), FolderName()]

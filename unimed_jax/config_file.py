@@ -23,7 +23,7 @@ from unimed_jax.interruption import Stopped
 from unimed_jax.settings import check_values
 
 LONGEST = 300  # characters of what a config file raises that are shown
-MOST_LINES = 3  # that are worth naming
+MOST_LINES = 3  # lines that a message names
 
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:
@@ -43,7 +43,7 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
             returned = _call(_module(file), file, [argument] if argument else [])
     except (UserError, Stopped, KeyboardInterrupt):
         raise
-    except BaseException as error:  # whatever it raises, SystemExit too
+    except BaseException as error:  # a config file may raise anything, even SystemExit
         raise UserError(f"--config={_place(error, file, folders)}: {_words(error)}") from error
     settings = _settings(returned, file)
     if "stages" in settings:
@@ -116,7 +116,7 @@ def _settings(returned: Any, file: str) -> ml_collections.ConfigDict:
         if not returned.get("name"):
             with returned.unlocked(), returned.ignore_type():
                 returned.name = Path(file).stem
-    except Exception as error:  # whatever ml_collections raises
+    except Exception as error:  # ml_collections raises many kinds
         raise UserError(f"--config={file}: {_words(error)}") from error
     return returned
 
@@ -162,7 +162,7 @@ def _words(error: BaseException) -> str:
     """Returns what an error says, on one line, with its kind where the words say too little."""
     try:
         words = " ".join(str(error).split())
-    except Exception:  # of a class that the config file defines
+    except Exception:  # the config file may define the error's class
         words = ""
     if isinstance(error, SystemExit):
         return f"it ends the program (exit status {words or '0'}); let it return settings."

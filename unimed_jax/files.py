@@ -69,7 +69,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    except OSError as error:  # a name that is too long, say
+    except OSError as error:  # for example a name that is too long
         raise _unwritable(path, error) from error
     if taken:
         raise UserError(f"{path} exists already; choose another folder, or remove it.")
@@ -147,7 +147,7 @@ def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
         except UserError:
             raise
         except Exception as error:
-            full = full_disk(error, path.parent)  # asked before the removal, which makes space
+            full = full_disk(error, path.parent)  # asked before the removal, which frees space
             if full:
                 raise UserError(
                     f"{path} could not be written ({full}) and nothing of it was kept; free some "
@@ -174,7 +174,7 @@ def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
                 temporary.mkdir()
             else:
                 temporary.touch(exist_ok=False)
-        # of a process on another host, or in another container, that has this number, too
+        # a process on another host, or in another container, may have the same number
         except FileExistsError:
             continue
         try:
@@ -203,7 +203,7 @@ def remove_leftovers(folder: str | Path, name: str = "") -> None:
     except OSError:  # no folder, no leftovers
         return
     for path in found:
-        with contextlib.suppress(OSError):  # gone already, or of another user
+        with contextlib.suppress(OSError):  # it is gone already, or belongs to another user
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if _abandoned(descriptor):
@@ -280,7 +280,7 @@ def _unwritable(path: Path, error: OSError) -> UserError:
     """Says in one sentence that `path` could not be written."""
     reason = error.strerror or str(error)
     if error.filename is not None and str(path.parent) not in os.fsdecode(error.filename):
-        reason += f": {os.fsdecode(error.filename)}"  # a file that was to be read, say
+        reason += f": {os.fsdecode(error.filename)}"  # for example a file that was to be read
     return UserError(f"{path} could not be written ({reason}) and nothing of it was kept.")
 
 
@@ -307,13 +307,13 @@ def _flush_folder(folder: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading text that somebody else wrote
+# Reading text that other programs wrote
 # --------------------------------------------------------------------------------------------------
 
 LARGEST = 256 << 20  # bytes of a file of settings, scores or an index; files of data may be larger
-DEEPEST = 100  # lists and objects inside each other; what comes after the parser recurses too
+DEEPEST = 100  # lists and objects inside each other; code after the parser recurses, too
 _LONE = re.compile(r"[\ud800-\udfff]")  # half of a surrogate pair, which no encoding can write
-_SPELT = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells one
+_SPELT = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells such a half
 
 
 def read_text(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> str:

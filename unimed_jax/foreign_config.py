@@ -6,8 +6,8 @@ from typing import Any
 from unimed_jax.errors import UserError
 from unimed_jax.files import read_json
 
-CONFIG_BYTES = 1 << 20  # of a config.json, at most
-# The largest numbers that are believed, a hundred times those of the largest models.
+CONFIG_BYTES = 1 << 20  # largest config.json that is read
+# The largest numbers that are accepted, a hundred times those of the largest models.
 LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS = 10_000, 1 << 16, 1 << 24, 1 << 28, 1 << 40
 LARGEST = {
     "num_hidden_layers": LAYERS,

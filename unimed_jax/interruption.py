@@ -53,11 +53,11 @@ class Stoppable:
     a thread of its own listens to them.
     """
 
-    current: "Stoppable | None" = None  # the one whose block runs
+    current: "Stoppable | None" = None  # the object whose block runs
 
     def __init__(self, numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) -> None:
         self.number: int | None = None  # the first signal, once the main thread has seen it
-        self.delayed = False  # by an `Interruption`
+        self.delayed = False  # whether an `Interruption` delays the signal
         self.passes_on = False  # Ctrl-C, as SIGTERM, to the service by which processes agree
         self._numbers = numbers
         self._seen: dict[int, float] = {}  # signal -> when the main thread saw the first of it
@@ -213,7 +213,7 @@ class Interruption:
             # Nothing asks the service any more, so SIGTERM goes back to Python's handler.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         self._context.__exit__(kind, error, trace)
-        if error is None and self._signals.number is not None:  # it came after the last question
+        if error is None and self._signals.number is not None:  # the signal came after the last question
             raise Stopped(self._signals.number)
 
     def reached(self) -> bool:
@@ -296,7 +296,7 @@ def owner(folder: Path) -> str:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return lock.read().strip() or "another process"
-    except OSError:  # no run at all, or no locks
+    except OSError:  # there is no such run, or the file system has no locks
         pass
     return ""
 

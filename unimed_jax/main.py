@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     SIGPIPE.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # it would miss PyTorch, which nothing here needs
+    # transformers would miss PyTorch, which nothing here needs
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         try:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             _redirect(closed)
             return 128 + signal.SIGPIPE
         return _say(system_sentence(error), UserError.status)
-    except OSError as error:  # the flush: stdout is on a full disk, say
+    except OSError as error:  # the flush fails, for example on a full disk
         _redirect([1])
         return _say(system_sentence(error), UserError.status)
 

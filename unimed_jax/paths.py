@@ -128,7 +128,7 @@ def _check_writable(place: Path, given: str) -> None:
             pass
     except OSError as error:
         if error.errno in FULL:
-            raise  # said of any full disk in the same words
+            raise  # the caller reports every full disk in the same words
         raise UserError(
             f"{given} cannot be written ({place}: {error.strerror}); choose another place."
         ) from error

@@ -31,11 +31,11 @@ TORCH_DTYPES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-BYTES = 1 << 24  # of a pickle, at most: the names and shapes of some 80,000 tensors
-OPCODES = 4_000_000  # in a pickle, at most; a tensor takes some 30
+BYTES = 1 << 24  # largest pickle: names and shapes of some 80,000 tensors
+OPCODES = 4_000_000  # most opcodes in a pickle; a tensor takes some 30
 LONGEST_NUMBER = 64  # bytes of an integer
 DEEPEST = 100  # containers inside each other
-DIMENSIONS = 64  # of a tensor, as many as numpy holds
+DIMENSIONS = 64  # most dimensions of a tensor, as in numpy
 REPEATED = 1 << 20  # elements that a tensor may always have, however few numbers it repeats
 PLAIN = (str, int, float, bool, type(None))
 
@@ -43,7 +43,7 @@ PLAIN = (str, int, float, bool, type(None))
 class Storage(NamedTuple):
     """Describes a run of numbers in the file, of which tensors are views."""
 
-    record: str  # within the archive
+    record: str  # name within the archive
     dtype: np.dtype
     size: int  # elements
 

@@ -44,7 +44,7 @@ def start() -> None:
         import jax
 
         jax.devices()
-    except Exception as error:  # whatever JAX and its plugins raise
+    except Exception as error:  # JAX and its plugins raise many kinds
         # Without its hint, which takes JAX_PLATFORMS for what is wrong.
         reason = re.sub(r" \((set|you may) .*JAX_PLATFORMS.*\)$", "", _reason(error))
         reason = reason or "no device of the kind that is asked for"

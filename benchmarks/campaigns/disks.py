@@ -20,7 +20,7 @@ from typing import NamedTuple
 from campaigns import kills
 from forked import commands
 
-PARTS = (0.0, 0.3, 0.6, 0.9)  # of what the command writes
+PARTS = (0.0, 0.3, 0.6, 0.9)  # share of what the command writes
 LARGE = 256 << 20  # bytes
 MANY = 1 << 16  # files
 BOX = (

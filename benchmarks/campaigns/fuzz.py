@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from unimed_jax.errors import UserError
 
-SECONDS = 10  # of a processor
+SECONDS = 10  # of processor time
 MEMORY = 1 << 30  # bytes
-SILENCE = 300  # seconds without a word from the process of a reader
+SILENCE = 300  # seconds in which a reader's process prints nothing
 LONGEST = 2000  # characters of a sentence
 # Modules with `cases(reader, seed)` and READERS, or with `cases(seed)` (then the module is one reader).
 MODULES = ("fuzz_weights", "fuzz_images", "fuzz_data")
@@ -119,7 +119,7 @@ def run_reader(reader: str, seed: int, start: int, count: int) -> None:
         begun = time.process_time()
         try:
             kind, said = outcome(read)
-        except TimeoutError as error:  # it came while the outcome was looked at
+        except TimeoutError as error:  # the alarm came while the outcome was examined
             kind, said = "finding", str(error)
         signal.setitimer(signal.ITIMER_PROF, 0)
         seconds, memory = time.process_time() - begun, max(0, _peak() - before)
@@ -201,7 +201,7 @@ def campaign(reader: str, seed: int, start: int, count: int) -> dict[str, Any]:
             )
             total["findings"].append(f"{name or reader}: the process {what}")
             if number == began and not name:
-                break  # it cannot even start
+                break  # the reader cannot even start
             total["cases"] += 1
             number += 1
     return total

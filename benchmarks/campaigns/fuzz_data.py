@@ -180,7 +180,7 @@ def _info(raw: Path, place: Path) -> Callable[[random.Random], tuple[str, Call]]
 def _manifest(whole: Path, place: Path) -> Callable[[random.Random], tuple[str, Call]]:
     def make(rng: random.Random) -> tuple[str, Call]:
         content = json.loads((whole / "manifest.json").read_text())
-        # half of them with the right checksum, as one who knows it would write them
+        # half of them have the right checksum, as an informed attacker would write it
         signed = rng.random() < 0.5
         if signed:
             changed = _changed(content, rng)

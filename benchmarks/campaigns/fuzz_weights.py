@@ -36,7 +36,7 @@ from unimed_jax.interop.tensors.torch_file import TorchFile, write_torch
 from unimed_jax.runs.folder import read_config
 from unimed_jax.settings import from_config_dict
 
-Case = tuple[str, Callable[[], None]]  # its name, and what reads it; raises UserError if it is refused
+Case = tuple[str, Callable[[], None]]  # name and reading function, which raises UserError for a refusal
 # writes and reads case number n in an empty folder
 Make = Callable[[np.random.Generator, int, Path], None]
 
@@ -529,7 +529,7 @@ def _tokenizer(rng: np.random.Generator, number: int, folder: Path) -> None:
         for part in ("normalizer", "pre_tokenizer", "decoder", "model", "added_tokens")
         if spec.get(part)
     ]
-    part = parts[rng.integers(len(parts))]  # else nearly all changes would fall into the vocabulary
+    part = parts[rng.integers(len(parts))]  # otherwise nearly all changes would fall into the vocabulary
     if not other:
         spec[part] = changed_tree(rng, spec[part], TOKENIZER_VALUES)
     text = json.dumps(spec).encode()

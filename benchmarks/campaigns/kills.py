@@ -87,7 +87,7 @@ SUBJECTS = {
     "chain": Subject(("--config=chain.py", "--workdir=chain"), "chain/*/checkpoints/*-tmp"),
     "processes": Subject((*TRAIN, "--config.train.steps=6"), "run/checkpoints/*-tmp", processes=2),
 }
-SEQUENCES = {  # how many kills follow each other before the command is left alone
+SEQUENCES = {  # numbers of kills before the command may end
     "train": (5, 5),
     "save": (5, 5),
     "build": (3, 3),
@@ -130,7 +130,7 @@ class Campaign:
 
     def __init__(self, place: Path, seed: int, workers: list[Commands]):
         self.place, self.seed, self.workers = place, seed, workers
-        self.seconds: dict[str, float] = {}  # of an unbroken command
+        self.seconds: dict[str, float] = {}  # duration of each unbroken command
 
     # ---- unbroken ----------------------------------------------------------------------------------
     def fresh(self, name: str, folder: Path) -> Path:
@@ -152,7 +152,7 @@ class Campaign:
         if not folder.exists():
             self.fresh(name, folder)
             self.finish(name, folder)
-            began = time.monotonic()  # of one that finds everything compiled
+            began = time.monotonic()  # times a run that finds everything compiled
             shutil.rmtree(folder)
             self.fresh(name, folder)
             self.finish(name, folder)
@@ -222,7 +222,7 @@ class Campaign:
             statuses = [worker.end() for worker in used]
             if all(status == -9 for status in statuses):
                 return "writing" if writes else "before"
-            # it has ended: what it wrote must go first
+            # the command has ended, so what it wrote must be removed first
             if name in ("export", "build") and not any(statuses):
                 shutil.rmtree(folder)
                 self.fresh(name, folder)

@@ -33,8 +33,8 @@ from unimed_jax.config import Config
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
 
-SECONDS, GIB = 60, 2.0  # of computing, and memory, that one run may take
-# seconds after which it is ended whatever it computed: it may wait for others, or for nothing
+SECONDS, GIB = 60, 2.0  # limits of one run: processor time and memory
+# seconds after which a run is ended in any case, as it may wait without computing
 WAIT = 300
 
 # --------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ class Outcome(NamedTuple):
 
     kind: str  # "ran", "refused", "at work"; anything else is a finding
     text: str
-    seconds: float  # of computing
+    seconds: float  # processor time
     gib: float  # most memory that it held
 
 
@@ -381,7 +381,7 @@ def _run(one: Tried, folder: Path, said: Path) -> int:
         os.dup2(nowhere.fileno(), 2)
     # tiny programs, each compiled once and run twice
     jax.config.update("jax_disable_most_optimizations", True)
-    memory.available_bytes = lambda: GIB * 2**30  # as on a machine that has no more
+    memory.available_bytes = lambda: GIB * 2**30  # as on a machine with only that much memory
     try:
         settings = tiny_config(steps=2).to_dict()
         settings["evaluate"].update(splits=("val",), limit=2, batch=2, max_new_tokens=4, bootstrap=10)
@@ -390,7 +390,7 @@ def _run(one: Tried, folder: Path, said: Path) -> int:
         said.write_text("ran: ")
     except UserError as error:
         said.write_text(f"refused: {error}")
-    except BaseException as error:  # whatever it is, it is a finding
+    except BaseException as error:  # any exception is a finding
         said.write_text(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return 0
 

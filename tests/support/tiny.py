@@ -25,7 +25,7 @@ from unimed_jax.model.unimed import UniMed
 from unimed_jax.settings import check_model
 
 BOS, EOS, PAD = 1, 2, 0
-COORDINATE_START = 12  # of the 101 coordinate tokens
+COORDINATE_START = 12  # id of the first of the 101 coordinate tokens
 
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=4, width=12, depth=2, heads=2, mlp_width=20),

@@ -29,7 +29,7 @@ class Content:
     # Adam's state of each of them (fields count, mean, square); only for a target that wants it
     moments: Any = None
     metrics: Mapping[str, Any] | None = None  # the run's metrics.json, for the model card
-    notes: Sequence[str] = ()  # what the card must say of changed data and of a changed tokenizer
+    notes: Sequence[str] = ()  # sentences about changed data or a changed tokenizer, for the card
     # states of both, for the card (runs/inputs.py)
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

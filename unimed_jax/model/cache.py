@@ -38,8 +38,8 @@ class Cache(NamedTuple):
 class CacheSlot(NamedTuple):
     """Points at the part of a cache that one layer writes for the tokens at hand."""
 
-    keys: Array  # of all layers, [layers, B, kv_heads, C, head]
-    values: Array  # of all layers, the same shape
+    keys: Array  # keys of all layers, [layers, B, kv_heads, C, head]
+    values: Array  # values of all layers, in the same shape
     layer: Array | int  # the layer's number
     start: Array | int  # the place of the first token
 

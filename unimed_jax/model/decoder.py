@@ -176,7 +176,7 @@ class Carry(NamedTuple):
     """Holds what one layer hands to the next."""
 
     x: Array  # [B, S, D]
-    keys: Array | None  # of the cache, [layers, B, kv_heads, C, head]
+    keys: Array | None  # keys of the cache, [layers, B, kv_heads, C, head]
     values: Array | None
 
 
@@ -192,8 +192,8 @@ class LayerInputs(NamedTuple):
 class Forward(NamedTuple):
     """Holds what all layers of one forward pass share."""
 
-    query: Span  # of x
-    key: Span  # of what x attends to: x itself, or the cache
+    query: Span  # the tokens of x
+    key: Span  # what x attends to: x itself, or the cache
     start: Array | int  # place of x in the cache
     mask: Array | None  # [B, S, K]; None if windows make it differ between layers
     used: Array  # [B, S] bool: the tokens that experts are routed for

@@ -94,7 +94,7 @@ class Moe(nnx.Module):
             # No expert takes a token twice, so a buffer never needs more places than there are tokens.
             y = run_capacity(self.experts, tokens, routing, min(capacity, len(tokens)))  # [N, D]
             return y.reshape(x.shape)  # [B, S, D]
-        return run_grouped(self.experts, x, routing)  # also "capacity" without a capacity
+        return run_grouped(self.experts, x, routing)  # this also runs "capacity" without a capacity
 
     def logits(
         self,

@@ -120,7 +120,7 @@ def scan_plan(
         def body(carry, inputs: Stacks, unit=stretch.unit):
             from_experts, seen = [], []
             for i, has_experts in enumerate(unit):
-                number = sum(unit[:i])  # of a layer with experts among those of the unit
+                number = sum(unit[:i])  # its number among the unit's layers with experts
                 experts = _at(inputs.experts, number) if has_experts else None
                 mlp = None if has_experts else _at(inputs.mlps, i - number)
                 carry, output = run_layer(carry, _at(inputs.shared, i), experts, mlp)

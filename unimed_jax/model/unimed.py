@@ -31,7 +31,7 @@ class Output(NamedTuple):
 
     hidden: Array  # [B, S, D]
     routing: Array | None  # [B * M, T, E] of the connector
-    experts: Routing | None  # of the decoder's layers with experts
+    experts: Routing | None  # routing of the decoder's layers with experts
 
 
 class UniMed(nnx.Module):

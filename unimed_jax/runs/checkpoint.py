@@ -34,10 +34,10 @@ from unimed_jax.finite import refuse_not_finite
 Leaves = dict[str, Any]  # path -> array
 
 NOTE = "note.json"
-SETTLE_SECONDS = 2.0  # after a save that failed
+SETTLE_SECONDS = 2.0  # waiting time after a save that failed
 # endings of folders' names
 UNFINISHED, DELETED, DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"
-SAVE_SECONDS = 3600  # after which a save has failed
+SAVE_SECONDS = 3600  # time after which a save counts as failed
 
 
 def newest_note(folder: Path) -> tuple[int, dict]:
@@ -56,7 +56,7 @@ def _note_of(checkpoint: Path) -> dict:
     """Reads the note beside a checkpoint's arrays; raises ValueError if it is damaged."""
     try:
         content = parse_json(read_text(checkpoint / "note" / NOTE), NOTE, finite=False)
-    except UserError as error:  # an older checkpoint may serve
+    except UserError as error:  # the caller may take an older checkpoint
         raise ValueError(str(error)) from error
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise ValueError(f"{NOTE} is not as it was saved")
@@ -159,7 +159,7 @@ class Checkpoints:
         if self._saving is not None:
             self._steps.append(self._saving)
             self._saving = None
-        for step in self._steps[: -self._keep]:  # only now is the newer one there
+        for step in self._steps[: -self._keep]:  # they can go only now that the newer one is there
             if step != self._best:
                 self._steps.remove(step)
                 self._move(step, DELETED)
@@ -180,7 +180,7 @@ class Checkpoints:
         except Exception as error:
             saving, self._saving = self._saving, None
             self._check_folder()
-            full = full_disk(error, self.folder)  # asked before what makes space
+            full = full_disk(error, self.folder)  # asked before the removal, which frees space
             # Threads of the failed save, which nothing waits for, make its folder again.
             end = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < end:
@@ -257,7 +257,7 @@ class Checkpoints:
                 found = self._read(step, wanted, note["arrays"])
             except UserError:
                 raise
-            except Exception as error:  # whatever orbax and the parts of it raise
+            except Exception as error:  # orbax and its parts raise many kinds
                 reason = _first_cause(error)
             if _everywhere(not reason):
                 changed = _changed(found, note["arrays"])
@@ -373,7 +373,7 @@ def _fingerprint(x: Array) -> UInt32[Array, ""]:
         x = jax.lax.bitcast_convert_type(
             x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         )
-    place = jnp.zeros(x.shape, jnp.uint32)  # in row-major order; iotas are sharded as x is
+    place = jnp.zeros(x.shape, jnp.uint32)  # places in row-major order; iotas are sharded as x is
     for axis, size in enumerate(x.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     odd = np.uint32(0x9E3779B9)

@@ -118,7 +118,7 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
         if kind == "router" and path and not Path(path).exists():
             lacks.append(f"the router {path} (config.init 'router'; train it first)")
         if kind == "gguf" and path:
-            find_gguf(path)  # says itself what it lacks
+            find_gguf(path)  # that run says itself what it lacks
     if not config.text.tokenizer and (
         not trains or any(kind in ("hf", "gguf") for kind, _ in config.init)
     ):

@@ -56,7 +56,7 @@ class Run:
     model: UniMed
     step: int
     mesh: Mesh | None = None
-    notes: tuple[str, ...] = ()  # what its results must say of inputs that changed
+    notes: tuple[str, ...] = ()  # sentences about changed inputs, which its results repeat
 
     def inside(self) -> contextlib.AbstractContextManager:
         """Gives the context in which the model is to be called, so that it finds its mesh."""
@@ -177,7 +177,7 @@ def _leaves_of_run(
     becomes_experts = (
         moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth
     )
-    del other  # so that each leaf is freed when it has been taken
+    del other  # each leaf is then freed as soon as it has been taken
     taken = {}
 
     def take(found: Mapping[str, jax.Array]) -> None:
@@ -310,7 +310,7 @@ def _saved_leaves(
     while True:
         try:
             return _leaves_at(folder, config, tokenizer, mesh, which)
-        except Replaced:  # there is another best one
+        except Replaced:  # another checkpoint is the best one now
             continue
 
 

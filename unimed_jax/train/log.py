@@ -24,7 +24,7 @@ from unimed_jax.config import TASKS, VISUAL_TASKS, Config, config_hash, to_dict
 from unimed_jax.errors import UserError
 from unimed_jax.files import parse_json, written_whole
 
-DAMAGED = "log.damaged"  # in the run's folder
+DAMAGED = "log.damaged"  # file in the run's folder
 NAMED = 5  # damaged lines that a message names
 
 

@@ -115,7 +115,7 @@ def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
     trained = {path: leaf for path, leaf in leaves.items() if rules[path].train}
     checkpoints = Checkpoints(run.folder / "checkpoints", read_only=True)
     saved = {path: leaf for path, leaf in leaves.items() if path in checkpoints.saved_weights()}
-    # with shardings: moments are restored straight into their shards
+    # it has shardings, so moments are restored straight into their shards
     state = build(config, run.mesh).state
     _, rest, _ = checkpoints.restore(saved, (state.step, state.moments), only=run.step)
     checkpoints.close()

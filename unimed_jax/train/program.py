@@ -75,7 +75,7 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
     state = jax.eval_shape(lambda leaves: first_state(leaves, optimizer), trainable)
     batch = batch_shapes(config)
     if mesh is not None:
-        # Shardings are put on by hand: eval_shape loses them.
+        # Shardings are added by hand, because eval_shape loses them.
         state = _placed(state, sharding.state_shardings(state, mesh))
         frozen = _placed(frozen, sharding.parameter_shardings(frozen, mesh))
         batch = _placed(batch, {name: sharding.row_sharding(x.shape, mesh) for name, x in batch.items()})

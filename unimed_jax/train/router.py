@@ -39,14 +39,14 @@ from unimed_jax.runs import inputs
 from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
 from unimed_jax.runs.open import initial_model
 
-REPORT, ROUTER, PICTURE = "router.json", "router", "router.png"  # in the run's folder
+REPORT, ROUTER, PICTURE = "router.json", "router", "router.png"  # names in the run's folder
 
 
 class Labelled(NamedTuple):
     """Holds one example of each image that has a label, in the drawn order."""
 
     examples: list[Example]
-    datasets: list[Dataset]  # that of each example
+    datasets: list[Dataset]  # the data set of each example
     classes: Int[np.ndarray, "N"]
     left_out: int  # images without a label
 

@@ -85,7 +85,7 @@ class Start:
     state: TrainState
     frozen: dict[str, Any]  # path -> leaf that does not train
     sources: Mapping[str, str]  # path -> where the leaf came from
-    base: Mapping[str, dict]  # leaves that checkpoints do not hold: source and fingerprint of each
+    base: Mapping[str, dict]  # source and fingerprint of each leaf that checkpoints do not hold
     checkpoints: Checkpoints
     progress: Progress
     inputs: Inputs  # data and tokenizer

@@ -81,7 +81,7 @@ def _of_run(
 
     config = changed(settings_of(Path(folder)), overrides, CHANGEABLE)
     _refuse_nothing(config)
-    claim_results(place)  # before the model is opened, which takes minutes if it is large
+    claim_results(place)  # claimed before the model is opened, which can take minutes
     run = open_run(folder, which=which, changed=config.text.changed)
     with run.inside():
         evaluate_run(run, config, place)

@@ -13,7 +13,7 @@ from unimed_jax.effects import refuse_without_effect
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.settings import FIDELITY, from_config_dict
 
-# What may be said of a finished run's tokenizer.
+# The only override that concerns a finished run's tokenizer.
 ACCEPTING = ("--config.text.changed=",)
 CONFIG_HELP = "a file of configs/, with :argument if it takes one"
 

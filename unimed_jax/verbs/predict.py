@@ -123,7 +123,7 @@ def _picture(known: argparse.Namespace, folder: str) -> Path | None:
         return check_output_file(picture, "--out")
     except UserError as error:
         if known.run is not None and not Path(folder).is_dir():
-            return picture  # no run at all, which opening it says better
+            return picture  # this is not a run, which opening it reports better
         raise UserError(
             f"{str(error).partition(';')[0]}; name another file for the picture with --out."
         ) from error

@@ -72,7 +72,7 @@ NEUTRAL = {
     "rope.scaling.attn_factor": 1.0,
     "use_parallel_residual": False,
 }
-# The largest counts that are believed; a file may say anything.
+# The largest counts that are accepted, since a file may say anything.
 LARGEST = {"block_count": 10_000, "attention.head_count": 1 << 16, "attention.head_count_kv": 1 << 16}
 # Our linear -> its name within a block of the file.
 LINEARS = {
@@ -271,7 +271,7 @@ WORD_RULES: dict[str, tuple[str | None, bool]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", True)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3, False)),
 }
-LONGEST_TOKEN = 1000  # characters; every way to cut a token in two is looked at
+LONGEST_TOKEN = 1000  # characters; every way to cut a token in two is examined
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 # Hugging Face's name of a special token -> the word for it in tokenizer.ggml.<word>_token_id.
 SPECIAL_TOKENS = {

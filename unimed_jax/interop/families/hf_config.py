@@ -145,7 +145,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "stablelm": Family(
         _stablelm,
-        unsupported=("qk_layernorm",),  # here a separate norm for each head
+        unsupported=("qk_layernorm",),  # in this family it is a separate norm for each head
         eps="layer_norm_eps",
         partial_rotary=True,
     ),
@@ -361,7 +361,7 @@ def _fields_to_hf(d: DecoderConfig, positions: int) -> dict[str, Any]:
 
 def _activation_to_hf(d: DecoderConfig) -> str:
     if d.activation == "gelu_tanh":
-        return "gelu_pytorch_tanh" if d.gated_mlp else "gelu_new"  # as Gemma and Phi say
+        return "gelu_pytorch_tanh" if d.gated_mlp else "gelu_new"  # as Gemma and Phi name it
     return d.activation
 
 

@@ -25,7 +25,7 @@ from unimed_jax.interop.tensors.table import (
     published_shapes,
 )
 
-SETTINGS_BYTES = 1 << 20  # of an adapter_config.json, at most
+SETTINGS_BYTES = 1 << 20  # largest adapter_config.json that is read
 HIGHEST_RANK = 1 << 16
 PREFIX = "base_model.model.model.layers"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -54,7 +54,7 @@ HARMLESS = (
     "megatron_core",
     "qalora_group_size",
     "runtime_config",
-    "exclude_modules",  # which linears carry adapters is seen in the weights
+    "exclude_modules",  # the weights show which linears carry adapters
     "layers_pattern",
     "megatron_config",
     "ensure_weight_tying",

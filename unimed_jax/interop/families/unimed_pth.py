@@ -54,7 +54,7 @@ class Moments(NamedTuple):
 
     # Steps in which the leaf took part: int32, [] or [rows, 1] if each row has a count of its own.
     count: dict[str, Any]  # type: ignore[assignment]  # hides tuple.count
-    mean: dict[str, Any]  # of the gradients, float32
+    mean: dict[str, Any]  # mean of the gradients, float32
     square: dict[str, Any]  # mean of their squares, float32
 
 
@@ -77,7 +77,7 @@ def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) ->
     for name in table.by_name():
         other = duplicate_name(name)
         if other not in tensors.tensors or tensors.tensors[other] == tensors.tensors[name]:
-            continue  # the file lacks the copy, or both are one storage
+            continue  # the file lacks the copy, or both share one storage
         if not np.array_equal(tensors.read(other), tensors.read(name)):
             raise UserError(
                 f"{file.path}: {other} and {name} are one tensor to the model but differ; get it again."

@@ -39,9 +39,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
 }
 SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
-HEADER_BYTES = 32 << 20  # of a safetensors file's list of tensors, at most: some 300,000 of them
-INDEX_BYTES = 24 << 20  # of an index, at most
-SHARD_BYTES = 2 << 30  # of a written file, at most
+HEADER_BYTES = 32 << 20  # limit of a safetensors file's header: some 300,000 tensors
+INDEX_BYTES = 24 << 20  # largest index that is read
+SHARD_BYTES = 2 << 30  # largest file that is written
 
 
 def open_weights(path: str | Path) -> Tensors:

@@ -55,7 +55,7 @@ def _reader(gguf: Any, file: Path) -> Any:
 
     class Reader(gguf.GGUFReader):
         data: np.ndarray  # the file, [bytes]
-        elements = 0  # of the lists read so far
+        elements = 0  # number of elements in the lists read so far
 
         def _get(self, offset, dtype, count=1, override_order=None):
             if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
@@ -118,7 +118,7 @@ class GgufFile(Tensors):
 
         try:
             reader = _reader(gguf, file)
-        except Exception as error:  # malformed bytes make the package raise many kinds
+        except Exception as error:  # for malformed bytes the package raises many kinds of errors
             raise damaged(file, error) from error
         if reader.byte_order != "I":
             raise UserError(
@@ -172,7 +172,7 @@ class GgufFile(Tensors):
             raise UserError(f"{self.origin}: {key} is not text in UTF-8; get the file again.") from error
         if isinstance(value, float):
             value = float(str(np.float32(value)))
-        if not isinstance(value, kind):  # a list with one number per layer, say
+        if not isinstance(value, kind):  # for example a list with one number per layer
             raise UserError(
                 f"{self.origin}: {key} is {str(value)[:80]}; only one {kind.__name__} is supported "
                 "there."

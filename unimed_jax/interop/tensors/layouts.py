@@ -15,7 +15,7 @@ ALL = slice(None)
 class Layout(NamedTuple):
     """Converts between a block of one of our leaves and the tensor that a file publishes for it."""
 
-    published_shape: Callable[[Shape], Shape]  # of our block's shape
+    published_shape: Callable[[Shape], Shape]  # from our block's shape
     # A region of our block -> the region of the published tensor to read, and the part to keep after
     # `to_ours` (() keeps all): a layout that cannot be cut exactly reads more than it needs.
     to_read: Callable[[Region], tuple[Region, Region]]

@@ -79,15 +79,15 @@ class Arrays(Tensors):
 class Entry:
     """Says that a published tensor holds the same numbers as a block of one of our leaves."""
 
-    name: str  # of the published tensor
-    path: str  # of our leaf
+    name: str  # name of the published tensor
+    path: str  # path of our leaf
     # the block in our leaf; the dimensions that it does not name are whole
     index: tuple[int | slice, ...] = ()
     layout: str = "same"  # a key of LAYOUTS
     # The range of the tensor's columns that the block holds, if several leaves share the tensor (the
     # router's halves).
     columns: tuple[int, int] | None = None
-    heads: int = 0  # only of the layout "pairs"
+    heads: int = 0  # used only by the layout "pairs"
 
     def block(self, leaf: Shape) -> Region:
         """Gives the block as a region of a leaf of this shape."""

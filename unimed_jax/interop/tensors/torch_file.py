@@ -103,7 +103,7 @@ class TorchFile:
             raise damaged(path, error) from error
         except UserError:
             raise
-        except Exception as error:  # a malformed pickle makes the unpickler raise many kinds
+        except Exception as error:  # for a malformed pickle the unpickler raises many kinds of errors
             raise damaged(path, error) from error
 
     def _unpickled(self, archive: zipfile.ZipFile) -> Any:

@@ -367,7 +367,7 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.text_config.model_type in ("gemma", "gemma2") and not hasattr(
             embedding, "embed_scale"
         ):
-            # early transformers 5: the model scales whatever it is given
+            # in early transformers 5 the model scales whatever it is given
             tokens = tokens / x.shape[-1] ** 0.5
         return x.masked_scatter(places[..., None].expand_as(x), tokens)
 
