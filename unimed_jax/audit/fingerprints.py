@@ -1,4 +1,4 @@
-"""Computes fingerprints of the images of a prepared set, by which equal and nearly equal ones are found.
+"""Computes fingerprints of a prepared set's images, which find equal and nearly equal ones.
 
 They are kept in the cache by the set's checksum, a file for each part of the images, so that a
 killed audit goes on where it stopped and an unchanged set is not read again.
@@ -35,7 +35,10 @@ _RECORD = np.dtype(
 
 
 class Fingerprints(NamedTuple):
-    """Holds the fingerprints of a set's images, in the order of `keys`, and what could not be read."""
+    """Holds the fingerprints of a set's images and what could not be read.
+
+    They are in the order of `keys`.
+    """
 
     keys: Sequence[str]
     records: np.ndarray  # [images] of _RECORD
@@ -43,12 +46,15 @@ class Fingerprints(NamedTuple):
 
     @property
     def readable(self) -> np.ndarray:
-        """bool [images]."""
+        """Says which images could be read, bool [images]."""
         return self.records["pixels"] != np.zeros((), "V16")
 
 
 def fingerprints(folder: Path, keys: Sequence[str], cache: Path, processes: int = 2) -> Fingerprints:
-    """Computes or reads the fingerprints of images of the store in `folder`, with a progress bar."""
+    """Computes or reads the fingerprints of images of a store, with a progress bar.
+
+    folder: where the store is.
+    """
     store = Store(folder)
     which = hashlib.sha256(
         f"{store.checksum}/{VERSION}/{len(keys)}/{'/'.join(keys[:3])}".encode()
@@ -97,7 +103,10 @@ def _reason(store: Store, key: str) -> str:
 
 
 def _part(folder: str, keys: list[str]) -> np.ndarray:
-    """Computes the fingerprints of some images; a record of zeros stands for one that cannot be read."""
+    """Computes the fingerprints of some images.
+
+    A record of zeros means that the image cannot be read.
+    """
     store = Store(folder)
     records = np.zeros(len(keys), _RECORD)
     for number, key in enumerate(keys):
@@ -124,7 +133,7 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
 
 
 def _packed(bits: np.ndarray) -> np.ndarray:
-    """bool [16, 16] -> uint64 [4]."""
+    """Packs the bits of a hash, bool [16, 16], into uint64 [4]."""
     return np.packbits(bits.reshape(-1)).view(np.uint64)
 
 

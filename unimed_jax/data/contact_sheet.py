@@ -72,8 +72,9 @@ def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset,
 
 
 def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:
-    """Draws an image with its key above, its boxes in it and their names below, in the boxes'
-    colours.
+    """Draws an image with its key above it, its boxes in it and the names of the boxes below it.
+
+    Each name has the colour of its box.
     """
     scale = _SIDE / max(image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])  # a strip keeps a pixel

@@ -1,6 +1,7 @@
-"""Reads the first frame of a DICOM file; its size is checked by the headers before anything is unpacked.
+"""Reads the first frame of a DICOM file.
 
-`dicom_display.py` turns the stored values into the brightness that the file asks for.
+Its size is checked by the headers before anything is unpacked. `dicom_display.py` turns the stored
+values into the brightness that the file asks for.
 """
 
 import contextlib

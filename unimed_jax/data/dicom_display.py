@@ -1,5 +1,6 @@
-"""Turns a DICOM frame's stored values into 8 bits as the standard has a display do it (PS3.3,
-Greyscale pipeline).
+"""Turns the stored values of a DICOM frame into 8 bits, as the standard has a display do it.
+
+The standard's part is the greyscale pipeline of PS3.3.
 
 Stored values -> modality rescale or table (C.11.1) -> VOI table or window (C.11.2) -> inversion of
 MONOCHROME1. Rescale and window lie at the file's root, or in the functional groups of enhanced
@@ -20,8 +21,7 @@ _COLOURS = ("Red", "Green", "Blue")
 
 
 def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
-    """Maps stored grey values [H, W] to uint8 as the file's rescale and first VOI table or window
-    have it.
+    """Maps stored grey values [H, W] to uint8 by the file's rescale and first VOI table or window.
 
     A window or rescale without a meaning (a width of 0, a slope of 0 or beyond all numbers) counts
     as absent. Without a window, unscaled values of at most eight bits stay as they are, and others
@@ -99,8 +99,9 @@ def _turned(white: Values, inverted: bool) -> Values:
 
 
 def _places(data, group: str) -> list[Any]:
-    """Lists where an attribute of the first frame may lie: its functional group, the shared one,
-    the file.
+    """Lists where an attribute of the first frame may lie.
+
+    These are the frame's functional group, the group that all frames share, and the file itself.
     """
     places: list[Any] = []
     for sequence in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
@@ -194,10 +195,10 @@ def _window(values: np.ndarray, centre: float, width: float, function: str) -> n
 
 
 def _padding(data, dtype: np.dtype, bits: int) -> Values:
-    """Says which stored values are padding: those from PixelPaddingValue to PixelPaddingRangeLimit,
-    both included.
+    """Says which stored values are padding.
 
-    Where the file writes them unsigned beside signed pixels, or the reverse, their bits count.
+    They are those from PixelPaddingValue to PixelPaddingRangeLimit, both included. Where the file
+    writes them unsigned beside signed pixels, or the reverse, their bits count.
     """
     kind = {4: "Float", 8: "DoubleFloat"}.get(dtype.itemsize, "") if dtype.kind == "f" else ""
     value = _number(data, f"{kind}PixelPaddingValue")
@@ -223,8 +224,9 @@ def _padding(data, dtype: np.dtype, bits: int) -> Values:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A lookup table: values before its first input take the first entry, those behind its last the
-    last.
+    """Maps values to the entries of a lookup table.
+
+    Values before its first input take the first entry, and those after its last input the last one.
     """
 
     entries: np.ndarray  # float64 [n]
@@ -282,8 +284,9 @@ def _descriptor(values) -> tuple[int, int, int]:
 
 
 def _entries(data, count: int, little: bool) -> np.ndarray:
-    """Gives the entries of a table as float64 [n], of words, or of bytes where there is one byte
-    for each.
+    """Returns the entries of a table as float64 [n].
+
+    They are words, or bytes where the table has one byte for each entry.
     """
     if isinstance(data, bytes):
         return _words(data, count, little)
@@ -302,8 +305,9 @@ def _words(data: bytes, count: int, little: bool) -> np.ndarray:
 
 
 def _expand(words: list[int], at: int, segments: int, out: list[int], most: int, eight: bool) -> None:
-    """Appends to `out` what the segments of a palette (C.7.9.2) from word `at` on give, up to
-    `most` entries.
+    """Appends to `out` the entries that the segments of a palette give (C.7.9.2).
+
+    Reading begins at word `at`; at most `most` entries are given.
     """
     for _ in range(segments):
         if at + 1 >= len(words) or len(out) >= most:

@@ -26,10 +26,10 @@ def example_sheet(
     count: int = 12,
     seed: int = 0,
 ) -> int:
-    """Writes a PNG of `count` examples of a split, drawn by the seed, and returns how many there
-    are in it.
+    """Writes a PNG of `count` examples of a split and returns how many there are in it.
 
-    task: of this one only; empty: of every task, in turn. Raises UserError if there is no such example.
+    The seed draws the examples. task: of this one only; empty: of every task, in turn. Raises
+    UserError if there is no such example.
     """
     chosen = _chosen(dataset, split, task, count, seed)
     tiles = [_tile(dataset, example) for example in chosen]

@@ -1,8 +1,9 @@
-"""Keeps the token lengths of examples as a side index, so that packing and the check of records
-need no tokens.
+"""Keeps the token lengths of examples as a side index.
 
-Computed once for a data set's rows, tokenizer and prompt form, and kept in `<cache>/lengths`,
-memory-mapped.
+With it, packing and the check of records need no tokens.
+
+The lengths are computed once for a data set's rows, tokenizer and prompt form, and kept in
+`<cache>/lengths`, memory-mapped.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Holds the lengths of N examples under V instructions, in tokens, and what of them is not
-    trained on.
+    """Holds the lengths in tokens of N examples under V instructions.
+
+    It also holds what of the examples is not trained on.
     """
 
     table: np.ndarray  # int32 [N, 4 + V]

@@ -1,5 +1,6 @@
-"""Writes what a reader gives into a `Store`, once: completely or not at all, and only by one
-process at a time.
+"""Writes what a reader gives into a `Store`, completely or not at all.
+
+This is done once, and by one process at a time.
 """
 
 import contextlib
@@ -55,11 +56,10 @@ class Reader(Protocol):
     def read(
         self, folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
     ) -> Iterator[tuple[Example, Iterable[Source]]]:
-        """Yields each example of a split with the sources of its images, in the order of
-        `Example.images`.
+        """Yields each example of a split with the sources of its images.
 
-        A record that is left out is appended to `skipped` as "<name>: <why>"; nothing is printed or
-        written.
+        The sources are in the order of `Example.images`. A record that is left out is appended to
+        `skipped` as "<name>: <why>"; nothing is printed or written.
         """
         ...
 
@@ -138,8 +138,9 @@ def _report(store: Store, older: list[str]) -> None:
 
 
 def _compare_counts(store: Store, info: Info) -> None:
-    """Says where the examples read differ from `info.counts`, which holds for a reader without
-    options.
+    """Says where the numbers of examples that were read differ from `info.counts`.
+
+    Those counts hold for a reader without options.
     """
     read = {split: len(store.examples(split)) if split in store.splits else 0 for split in info.counts}
     wrong = [
@@ -318,7 +319,7 @@ def _one_line(text: str) -> str:
 
 
 def no_image(path: Path) -> str:
-    """Says why the file of an image cannot be read; empty if it can."""
+    """Says why the file of an image cannot be read, and returns an empty text if it can."""
     reason = files.no_file(path)
     return (
         f"no image {path}" if reason == "does not exist" else f"image {path} {reason}" if reason else ""
@@ -328,10 +329,11 @@ def no_image(path: Path) -> str:
 def _encoded(
     example: Example, sources: Iterable[Source], keys: Mapping[str, int]
 ) -> dict[str, tuple[bytes, bytes]] | str:
-    """Reads the images of an example that are not stored yet: key -> (bytes to store, bytes to hash).
+    """Reads the images of an example that are not stored yet.
 
-    A text instead says why the example is left out: the file of an image cannot be read, or is no
-    picture by its header. What lies behind the header is decoded when it is needed.
+    Returns key -> (bytes to store, bytes to hash). A text instead says why the example is left out:
+    the file of an image cannot be read, or its header is not that of a picture. What comes after
+    the header is decoded when it is needed.
     """
     found: dict[str, tuple[bytes, bytes]] = {}
     for key, source in zip(example.images, sources, strict=True):

@@ -41,12 +41,16 @@ _AGAIN = "delete that folder and run again: it is prepared again from the source
 
 
 class Store:
-    """Reads a prepared data set: `examples(split)` and `image(key)` from disk, `columns(split)`
-    from the index.
+    """Reads a prepared data set from its folder.
+
+    `examples(split)` and `image(key)` come from disk, `columns(split)` from the index.
     """
 
     def __init__(self, folder: str | Path):
-        """Opens what `prepare` wrote. Raises UserError if files are missing, cut or of another form."""
+        """Opens what `prepare` wrote.
+
+        Raises UserError if files are missing, cut or of another form.
+        """
         self.folder = Path(folder)
         manifest = _manifest(self.folder)
         try:
@@ -238,7 +242,7 @@ def info_of(fields: dict[str, Any]) -> Info:
 
 
 def crc_of(manifest: Mapping[str, Any]) -> int:
-    """Computes the CRC-32 of a manifest, its own entry `crc32` left out."""
+    """Computes the CRC-32 of a manifest without its own entry `crc32`."""
     content = {key: value for key, value in manifest.items() if key != "crc32"}
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -291,8 +295,9 @@ def _check_bounds(bounds: Mapping[str, tuple[int, int]], count: int) -> None:
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError if a file of a store is not there, is cut, or (index, skipped.txt) has
-    changed.
+    """Raises UserError if a file of a store is missing, is cut, or has changed.
+
+    Changes are looked for in the index and skipped.txt.
     """
     for name, facts in files.items():
         path = folder / name

@@ -67,8 +67,9 @@ ENDING = frozenset(
 
 
 def is_plain(spec: Any, patterns: frozenset[str]) -> bool:
-    """Says whether a tokenizer.json surely ends soon: known steps, few of them, patterns that are
-    listed.
+    """Says whether a tokenizer.json surely ends soon.
+
+    It then has few steps, all of them known, and only patterns that are listed.
 
     spec: the file's content. patterns: regular expressions that are known to end.
     """
@@ -110,10 +111,10 @@ def is_plain(spec: Any, patterns: frozenset[str]) -> bool:
 
 
 def repeats_within_repeats(pattern: str) -> bool:
-    """Says whether a regular expression repeats a group that can match a text in several ways, as
-    (a+)+ or (a|aa)*.
+    """Says whether a regular expression repeats a group that can match a text in several ways.
 
-    Finding that such a pattern does not match takes time exponential in the length of the text.
+    Examples are (a+)+ and (a|aa)*. Finding that such a pattern does not match takes time
+    exponential in the length of the text.
     """
     inside = [False]  # of each open group: whether it varies
     at = 0

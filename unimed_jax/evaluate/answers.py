@@ -1,5 +1,6 @@
-"""Answers of a model to the examples of all units, written as they come, so that a killed
-evaluation continues.
+"""Collects a model's answers to the examples of all units, and writes each batch as it comes.
+
+A killed evaluation continues from them.
 
 Batches are fixed by the examples: like lengths together, so that a batch of generation is not
 longer than it must be. A batch that was answered before a kill is read from the journal, any other
@@ -118,10 +119,11 @@ def _checksum(content: Mapping[str, Any]) -> int:
 def answer_units(
     units: Sequence[Unit], answerer: Callable[[Unit], Answer], seed: int, journal: Journal | None = None
 ) -> dict[str, Answered]:
-    """Answers every example of the units that the journal lacks. Returns id in predictions -> answer.
+    """Answers every example of the units that the journal lacks, and returns the answers by id.
 
-    With a journal, an example with images is asked twice, the second time about another example's images
-    (`permute_images`); without one, once, and nothing is written or shown.
+    The ids are those in predictions.jsonl. With a journal, an example with images is asked twice,
+    the second time about another example's images (`permute_images`). Without one it is asked once,
+    and nothing is written or shown.
     """
     answers = {} if journal is None else dict(journal.found)
     with _progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:

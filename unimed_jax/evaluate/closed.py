@@ -82,8 +82,9 @@ def _polarity(said: list[str]) -> str | None:
 
 
 def _denied(said: list[str], i: int, clause_starts: set[int]) -> bool:
-    """Says whether a negation of the same clause stands before word `i`, with nothing but small
-    words between.
+    """Says whether a negation in the same clause comes before word `i`.
+
+    Only small words may be between them.
     """
     while i not in clause_starts:
         i -= 1

@@ -17,7 +17,10 @@ from unimed_jax.model.unimed import UniMed
 
 @jax.jit
 def _weights(model: UniMed, pixels: jax.Array) -> jax.Array:
-    """Computes expert weights [N, visual tasks, T, E] of images [N, H, W, 3] under each task's token."""
+    """Computes the expert weights of images under the token of each task.
+
+    The images are [N, H, W, 3], the weights [N, visual tasks, T, E].
+    """
     tasks = jnp.arange(len(VISUAL_TASKS), dtype=jnp.int32)
     each = jnp.tile(tasks, len(pixels))
     repeated = pixels.repeat(len(tasks), axis=0)  # [N * tasks, H, W, 3]

@@ -98,7 +98,10 @@ class Predictor:
             yield text[len(said) :]
 
     def _kind(self, request: Request) -> tuple[int, float]:
-        """Returns what requests of a batch share: the most tokens of the answer, the temperature."""
+        """Returns what the requests of a batch must share.
+
+        That is the most tokens of the answer and the temperature.
+        """
         settings = self._config.evaluate
         temperature = settings.temperature if request.temperature is None else request.temperature
         return request.max_new_tokens or settings.max_new_tokens, temperature

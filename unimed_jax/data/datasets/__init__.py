@@ -1,7 +1,9 @@
-"""Opens data sets: one file each with `INFO` and `read`, found by name here or by a dotted name
-anywhere.
+"""Opens data sets by the name of the module that reads them.
 
-`read(folder, split, options, skipped)` yields (Example, sources of its images); see data/prepare.py.
+Each module has `INFO` and `read`. It is one file here, or lies anywhere and is named with dots.
+
+`read(folder, split, options, skipped)` yields (Example, sources of its images); see
+data/prepare.py.
 """
 
 import importlib
@@ -61,7 +63,10 @@ def missing(source: SourceConfig, data: DataConfig) -> bool:
 
 
 def reader_of(name: str) -> Reader:
-    """The module that `name` names. Raises UserError if there is none, or it lacks INFO or read."""
+    """Returns the module that `name` names.
+
+    Raises UserError if there is none, or if it lacks INFO or read.
+    """
     known = _names()
     if name not in known and "." not in name:
         raise UserError(
@@ -104,8 +109,10 @@ def _plain_value(value: Any) -> Any:
 
 
 def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str]:
-    """Gives each set its id: as given, else the last part of its name, with its path if two sets
-    have the same.
+    """Gives each data set its id.
+
+    The id is the one in the settings, else the last part of the set's name. The stem of its path is
+    added if two sets have the same name. Raises UserError if two ids are still equal.
     """
     default = {identity: s[0].id or s[0].name.rpartition(".")[2] for identity, s in sets.items()}
     out: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Labelled boxes in the form of COCO: where things are, and what boxes hold (tasks refer and identify).
+"""Reads labelled boxes in the form of COCO, for the tasks refer (where) and identify (what).
 
 A split's JSON, {"images", "annotations", "categories"}, is one of:
 annotations/instances_<split>*.json, instances_<split>*.json, <split>.json,

@@ -1,4 +1,4 @@
-"""Any lab's own data, one JSON object a line: all six tasks, 0 to n images, boxes in pixels.
+"""Reads any lab's own data, one JSON object a line: all six tasks, 0 to n images, boxes in pixels.
 
     {"id": "case7/1", "images": ["case7/a.png"], "task": "vqa",
      "question": "Is there a fracture?", "answer": "no",

@@ -33,10 +33,11 @@ INFO = Info(
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields one example a conversation: its last turn asks (task vqa, or qa without an image),
-    others are `history`.
+    """Yields one example for each conversation, whose last turn is the question.
 
-    A record whose image is no file that can be read is skipped. All other faults raise UserError.
+    The task is vqa, or qa without an image; the earlier turns are `history`.
+
+    A record is skipped if the file of its image cannot be read. All other faults raise UserError.
     """
     assert folder is not None  # INFO names files
     file = _file(folder, split)
@@ -122,8 +123,9 @@ def _is_message(message: Any) -> bool:
 
 
 def _modality(record: dict[str, Any], where: str) -> str:
-    """Returns `modality`, or the one that is true of LLaVA-Med's {"domain": {"mri": true,
-    "ct_scan": false, ...}}.
+    """Returns the modality of a record, from its `modality` or from LLaVA-Med's `domain`.
+
+    `domain` is {"mri": true, "ct_scan": false, ...}; the one that is true counts.
     """
     domain = record.get("domain")
     true = [name for name, holds in domain.items() if holds is True] if isinstance(domain, dict) else []

@@ -1,4 +1,4 @@
-"""MedPix 2.0: CT and MR images of teaching cases, with their captions (tasks caption and cls).
+"""Reads MedPix 2.0: CT and MR images of teaching cases with captions (tasks caption and cls).
 
     splitted_dataset/descriptions_{train,dev,test}.jsonl   one image a line
     images/<image>.png

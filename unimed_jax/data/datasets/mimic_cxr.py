@@ -1,4 +1,4 @@
-"""MIMIC-CXR-JPG with R2Gen's annotation: chest X-rays and their reports (task caption).
+"""Reads MIMIC-CXR-JPG with R2Gen's annotation: chest X-rays and their reports (task caption).
 
     annotation.json
     files/p10/p10000032/s50414267/<dicom_id>.jpg

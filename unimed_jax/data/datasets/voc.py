@@ -1,5 +1,4 @@
-"""Labelled boxes in the form of Pascal VOC: where things are, and what boxes hold (tasks refer and
-identify).
+"""Reads labelled boxes in the form of Pascal VOC, for the tasks refer (where) and identify (what).
 
 Annotations/<name>.xml       boxes, whose corners count from 1 and belong to the box
 ImageSets/Main/<split>.txt   names of a split, one a line: train, val, test

@@ -1,4 +1,7 @@
-"""Twins of data sets with boxes: bright rectangles on dark, so that a model can learn where they are."""
+"""Writes twins of data sets with boxes.
+
+They show bright rectangles on dark, so that a model can learn where they are.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple

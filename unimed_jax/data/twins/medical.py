@@ -1,5 +1,6 @@
-"""Twins of the sets of Uni-Med's recipe that hold pictures: SLAKE, Path-VQA, SA-Med2D, MedMNIST,
-reports, MedPix.
+"""Writes twins of the sets of Uni-Med's recipe that hold pictures.
+
+They are SLAKE, Path-VQA, SA-Med2D, MedMNIST, the sets of reports, and MedPix.
 """
 
 import base64
@@ -27,7 +28,10 @@ def _boxes(rng: np.random.Generator) -> list[dict[str, list[int]]]:
 
 # ---- SLAKE -----------------------------------------------------------------------------------------
 def slake(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the original layout: lists of image folders, questions in two languages in each folder."""
+    """Writes the original layout of SLAKE.
+
+    There are lists of image folders, and questions in two languages in each folder.
+    """
     for split, rows in _slake(folder, records, rng).items():
         names = list(dict.fromkeys(row["img_name"].removesuffix("/source.jpg") for row in rows))
         (folder / f"{'validate' if split == 'val' else split}.txt").write_text(
@@ -133,7 +137,10 @@ def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 # ---- MedMNIST --------------------------------------------------------------------------------------
 def medmnist(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a set in colour at 28 pixels and at 224, three in grey, and the one with several labels."""
+    """Writes four kinds of MedMNIST files.
+
+    One set is in colour at 28 pixels and at 224, three are in grey, and one has several labels.
+    """
     for size, ending in ((28, ""), (224, "_224")):
         _mnist(folder / f"dermamnist{ending}.npz", records, rng, size, 7, colour=True)
     for name, classes in (("organsmnist", 11), ("organcmnist", 11), ("pneumoniamnist", 2)):
@@ -199,8 +206,9 @@ def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 # ---- MedPix ----------------------------------------------------------------------------------------
 def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes RadFM's tables: captions with commas and line breaks, rows of other types, one row
-    without its image.
+    """Writes RadFM's tables with the quirks of the real ones.
+
+    Captions have commas and line breaks, some rows are of other types, and one lacks its image.
     """
     for split in ("train", "test"):
         lines = ["name,context,type"]

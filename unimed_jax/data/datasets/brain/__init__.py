@@ -1,5 +1,6 @@
-"""Makes the brain set: six tasks on slices of a real head, split by slabs, and questions about
-ICD-10-CM.
+"""Makes the brain set: six tasks on slices of a real head and on medical codes.
+
+The slices are split by slabs; the questions about codes come from ICD-10-CM.
 
 The head is the ICBM152 average (T1 and its grey and white matter maps) inside nilearn: one average
 brain, so that what is measured on it holds across slices and jitter, never across patients.
