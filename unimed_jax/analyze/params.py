@@ -115,7 +115,7 @@ def _chosen(model: ModelConfig) -> int:
 
 
 def _dense(model: ModelConfig) -> ModelConfig:
-    """Gives the settings of the dense model (`DENSE`)."""
+    """Returns the settings of the dense model, which `DENSE` describes."""
     connector, moe = model.connector, dataclasses.replace(model.moe, experts=0)
     if connector.is_moe:
         connector = dataclasses.replace(connector, experts=1, router="constant", task_tokens=0)

@@ -16,7 +16,7 @@ NONE = -1  # the code of an example that has no such value
 
 
 def hash_of(text: str) -> int:
-    """Computes 64 bits that follow from the text alone, the same on every machine."""
+    """Computes a hash of the text with 64 bits, which is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -52,7 +52,7 @@ class Strings(Sequence[str]):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Holds one text of each example, as a number into a list of texts.
+    """Holds one text of each example as its number in a list of texts.
 
     `codes` int32 [N] points into `texts`; it is NONE where the example has no such text.
     """

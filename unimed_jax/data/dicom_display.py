@@ -1,6 +1,6 @@
-"""Turns the stored values of a DICOM frame into 8 bits, as the standard has a display do it.
+"""Turns the stored values of a DICOM frame into 8 bits, as the standard asks of a display.
 
-The standard's part is the greyscale pipeline of PS3.3.
+Its greyscale pipeline (PS3.3) is:
 
 Stored values -> modality rescale or table (C.11.1) -> VOI table or window (C.11.2) -> inversion of
 MONOCHROME1. Rescale and window lie at the file's root, or in the functional groups of enhanced
@@ -89,7 +89,10 @@ def _after(first: Values, second: Values) -> Values:
 
 
 def _turned(white: Values, inverted: bool) -> Values:
-    """Rounds brightness 0..1 to uint8, from 1 to 0 if it is inverted."""
+    """Makes a function that gives uint8 of one that gives brightness 0..1.
+
+    inverted: brightness 1 becomes black.
+    """
     return lambda rows: eight_bits(1 - white(rows) if inverted else white(rows))
 
 
@@ -111,7 +114,7 @@ def _places(data, group: str) -> list[Any]:
 
 
 def _numbers(place, keyword: str) -> list[float | None]:
-    """Reads an attribute's values; one that is empty, or no finite number, is None."""
+    """Reads the values of an attribute, with None for each that is empty or not a finite number."""
     value = place.get(keyword)
     several = value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
     numbers = [None if one is None or one == "" else float(one) for one in several]
@@ -162,11 +165,9 @@ def _modality(stored: np.ndarray, data, lowest: float) -> tuple[Values | None, b
 
 
 def _view(data, lowest: float) -> Values | None:
-    """Finds the first VOI table or window (C.11.2): values of the modality -> 0..1.
+    """Finds the first VOI table or window (C.11.2), as a function to brightness 0..1.
 
-    None if there is none.
-
-    lowest: what a value of the modality can be.
+    Returns None if there is none. lowest: what a value of the modality can be.
     """
     for place in _places(data, "FrameVOILUTSequence"):
         if place.get("VOILUTSequence"):
@@ -240,7 +241,10 @@ class _Table:
         return self.entries[place.astype(np.int64)]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Gives the entries as brightness 0..1: white is by the table's depth."""
+        """Returns the table's entries for the values as brightness 0..1.
+
+        White is the greatest value that the table's depth allows.
+        """
         return np.clip(self.entry(values) / (2**self.depth - 1), 0, 1)
 
 
@@ -276,7 +280,10 @@ def _palette(data, colour: str, little: bool) -> _Table:
 
 
 def _descriptor(values) -> tuple[int, int, int]:
-    """Reads count, first input and depth of a table; the count 0 means 65536 (it has 16 bits)."""
+    """Reads count, first input and depth of a table.
+
+    The count 0 means 65536, because the count has 16 bits.
+    """
     count, first, depth = (int(value) for value in values)
     if not 1 <= depth <= 16:
         raise ValueError(f"a lookup table with entries of {depth} bits")

@@ -163,7 +163,7 @@ def _framed(
 ) -> tuple[int, int, int, int]:
     """Returns a square of `side` pixels around the centre of a box, moved into the image.
 
-    The box itself for side 0.
+    If `side` is 0, it returns the box itself.
     """
     if not side:
         return box

@@ -38,7 +38,7 @@ def read_image(path: str | Path | bytes) -> np.ndarray:
     16 bits are scaled by their depth (see `_deep`), while floats and signed integers span their own
     range. DICOM: see `dicom.read_dicom`.
 
-    Raises UserError for what is no regular file, cannot be read, or has more than
+    Raises UserError for what is not a regular file, cannot be read, or has more than
     `pixels.MOST_PIXELS` by its header.
     """
     if isinstance(path, bytes):
@@ -50,7 +50,7 @@ def read_image(path: str | Path | bytes) -> np.ndarray:
 def read_bytes(path: str | Path) -> bytes:
     """Reads a picture's file as it is.
 
-    Raises UserError if it is no regular file or has more than `MOST_FILE` bytes.
+    Raises UserError if it is not a regular file or has more than `MOST_FILE` bytes.
     """
     with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -105,7 +105,7 @@ def _decoded(file: BinaryIO, name: str) -> np.ndarray:
 
 
 def check_header(data: bytes, name: str) -> None:
-    """Raises UserError if bytes are not those of a picture, or of one that is too large.
+    """Raises UserError if bytes are not those of a picture, or if the picture is too large.
 
     Only the header is looked at, which costs little. `name` as in `_decoded`. Of DICOM, whose
     header is long, only the first bytes are looked at.
@@ -143,7 +143,10 @@ def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _explained(name: str, head: bytes) -> Iterator[None]:
-    """Raises UserError for whatever is raised inside; `head` is how the file begins."""
+    """Turns whatever is raised inside into a UserError about the image `name`.
+
+    head: the first bytes of the file; there are none if it is empty.
+    """
     try:
         yield
     except UserError:
@@ -267,7 +270,7 @@ _silence_decoders()
 
 
 def fit(image: np.ndarray, how: str, vision: VisionConfig) -> np.ndarray:
-    """Brings uint8 [H, W, 3] to the encoder's uint8 [size, size, 3], as `config.data.fit` says.
+    """Fits an image to the encoder's uint8 [size, size, 3] in the way that `config.data.fit` names.
 
     stretch: the aspect ratio is given up. crop: the shorter side is scaled to size and the middle
     kept (CLIP). pad: a square first, with the mean colour beside or above and below (LLaVA). Memory

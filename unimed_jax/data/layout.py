@@ -50,7 +50,7 @@ class Encoded:
 
     @property
     def answer(self) -> int:
-        """Counts the tokens that are targets."""
+        """Counts the tokens of the example that are targets."""
         return len(self.targets)
 
     @property
@@ -146,7 +146,7 @@ def _ids_of_runs(
     tokenise: Callable[[str], Sequence[int]],
     together: Callable[[Sequence[str], bool], Sequence[Sequence[int]]] | None,
 ) -> list[Sequence[int]]:
-    """Gives the ids of each run; those of an image are ()."""
+    """Returns the ids of each run, which are () for an image."""
     if together is None:
         return [tokenise(run.text) if run.text else () for run in runs]
     ids: list[Sequence[int]] = []

@@ -44,11 +44,11 @@ class Lengths:
         return self.table.item(row, _PREFIX)
 
     def suffix(self, row: int, variant: int) -> int:
-        """Counts the other tokens, under instruction `variant`."""
+        """Counts the tokens of each example after its prefix, under instruction `variant`."""
         return self.table.item(row, _SUFFIX + variant)
 
     def answer(self, row: int) -> int:
-        """Counts the answer tokens, which are among the suffix's."""
+        """Counts the answer tokens, which the suffix includes."""
         return self.table.item(row, _ANSWER)
 
     @property
@@ -133,9 +133,9 @@ def check(
     shape: RowShape,
     text: TextConfig,
 ) -> None:
-    """Raises UserError, naming up to five records, if some fit no row.
+    """Raises UserError, naming up to five records, if some of them fit no row.
 
-    `images` int [N]: images of each.
+    `images` int [N]: number of images of each.
     """
     table = lengths.table
     suffix = table[:, _SUFFIX:].max(axis=1)

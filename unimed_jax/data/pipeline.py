@@ -1,4 +1,4 @@
-"""Turns examples into batches, mixed by weight, packed, cut for processes.
+"""Turns examples into batches that are mixed by weight, packed, and cut for processes.
 
 A batch depends on (seed, step) alone.
 
@@ -133,7 +133,7 @@ class Pipeline:
         return Draw(place[0], task, tuple(rows), tuple(variants), size)
 
     def record(self, draw: Draw, i: int) -> str:
-        """Names question `i` of a draw: `<data set>/<id>`."""
+        """Returns the name of question `i` of a draw, `<data set>/<id>`."""
         source = self._sources[draw.source]
         return f"{source.dataset.id}/{source.examples[draw.rows[i]].id}"
 
@@ -421,7 +421,10 @@ def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
 
 
 class _PerBatchOrder:
-    """Draws in which each step has one source; a source goes on where its last step ended."""
+    """Orders draws so that each step has one source.
+
+    A source goes on where the last step that had it ended.
+    """
 
     def __init__(self, sources: Sequence, weights: Sequence[float], rows: int, seed: int):
         self._sources, self._rows = sources, rows
@@ -442,7 +445,7 @@ class _PerBatchOrder:
 
 
 def _order(sources: Sequence[_Source], config: Config) -> "grain.MapDataset | _PerBatchOrder":
-    """Makes the global order, draw -> (source, group)."""
+    """Makes the global order, which maps the number of a draw to (source, group)."""
     weights = [source.weight for source in config.data.sources]
     shuffled = []
     for s, source in enumerate(sources):

@@ -1,6 +1,6 @@
 """Bounds the size of pictures, and turns pixel values of any depth into 8 bits.
 
-It works on a block of rows at a time.
+This is done for a block of rows at a time.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,10 @@ def bounds(array: np.ndarray, values: Callable[[np.ndarray], np.ndarray]) -> tup
 
 
 def eight_bits(white: np.ndarray) -> np.ndarray:
-    """Rounds brightness 0..1 (clipped to that; NaN is black) to uint8 of the same shape."""
+    """Rounds brightness 0..1 to uint8 of the same shape.
+
+    Values are clipped to 0..1; NaN is black.
+    """
     return np.round(np.clip(np.nan_to_num(white, nan=0.0), 0, 1) * 255).astype(np.uint8)
 
 
@@ -82,7 +85,7 @@ def by_depth(array: np.ndarray, bits: int) -> np.ndarray:
 
 
 def ramp(array: np.ndarray) -> np.ndarray:
-    """Spreads the finite values of [H, W] over uint8, the least black and the greatest white."""
+    """Spreads the finite values of [H, W] over uint8, the least black, the greatest white."""
     found = bounds(array, lambda rows: rows.astype(np.float64))
     if found is None or found[0] == found[1]:
         return np.zeros(array.shape, np.uint8)

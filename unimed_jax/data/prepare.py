@@ -99,7 +99,7 @@ def prepared(
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
     """Lists name, size and time of change of every file that `info.files` names.
 
-    Images are not among them.
+    Images are not in the list.
     """
     if folder is None or info.self_contained:
         return []
@@ -122,7 +122,7 @@ def _locked(file) -> Iterator[None]:
 
 
 def _report(store: Store, older: list[str]) -> None:
-    """Says what was skipped and that an older form remains; only the leader does."""
+    """Says what was skipped, and that a store in an older form remains; only the leader says it."""
     if older:
         processes.say(
             f"{store.id}: prepared again, because its files or its reader changed; "
@@ -262,7 +262,7 @@ def _write(
 def check(example: Example, name: str) -> None:
     """Raises UserError for an example that no task can use, or whose texts are not texts."""
     where = f"record {name}/{example.id}"
-    named = ascii(where)[1:-1]  # an id that is no text cannot be printed
+    named = ascii(where)[1:-1]  # an id that is not text cannot be printed
     for field, text in _texts(example):
         if not isinstance(text, str):
             raise UserError(
@@ -285,7 +285,7 @@ def check(example: Example, name: str) -> None:
 
 
 def _texts(example: Example) -> Iterator[tuple[str, Any]]:
-    """Yields every text of an example with the words for it."""
+    """Yields every text of an example with the words that name it in errors."""
     yield from (
         ("id", example.id),
         ("task", example.task),
@@ -301,7 +301,7 @@ def _texts(example: Example) -> Iterator[tuple[str, Any]]:
 def unanswered(example: Example) -> str:
     """Says which answer of an example is empty or blank, so that nothing can be learnt from it.
 
-    Empty if none is.
+    Returns an empty text if none is.
     """
     if _blank(example.answer):
         return "its answer is empty"
@@ -309,7 +309,10 @@ def unanswered(example: Example) -> str:
 
 
 def _blank(text: str) -> bool:
-    """Says whether a text shows nothing: white space, control and format characters, fillers."""
+    """Says whether a text shows nothing.
+
+    Such a text holds only white space, control and format characters, and fillers.
+    """
     return all(unicodedata.category(c) in INVISIBLE or c in FILLERS for c in text)
 
 

@@ -87,7 +87,7 @@ def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
 def word(
     record: Mapping[str, Any], key: str, where: str, required: bool = False, numbers: bool = False
 ) -> str:
-    """Returns the text of a key without blanks at its ends, empty where it is absent or null.
+    """Returns the text of a key without blanks at its ends, or "" where it is absent or null.
 
     numbers: a number is taken as its text. Raises UserError for anything else, or if a required key
     is absent.
@@ -114,7 +114,7 @@ def check_keys(record: Mapping[str, Any], known: Sequence[str], where: str) -> N
 def chosen_options(options: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Completes a source's options by a reader's defaults.
 
-    Raises UserError for one that the reader lacks.
+    Raises UserError for an option that the reader lacks.
     """
     for key in options:
         if key not in defaults:
@@ -154,7 +154,7 @@ def inside(folder: Path, images: Path, name: str, where: str) -> Path:
 def size_of(path: Path) -> tuple[int, int] | None:
     """Reads (width, height) from the header of an image, upright as EXIF says.
 
-    None if it is not a picture file.
+    Returns None if the file is not a picture.
     """
     try:
         return upright_size(path)

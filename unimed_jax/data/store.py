@@ -101,7 +101,7 @@ class Store:
     def image(self, key: str) -> np.ndarray:
         """Decodes the image of a key, uint8 [H, W, 3].
 
-        Raises UserError if there is none, or its bytes are no image.
+        Raises UserError if there is none, or if its bytes are not an image.
         """
         data = self.encoded(key)
         try:
@@ -236,7 +236,7 @@ def unpack(data: bytes) -> Example:
 
 
 def info_of(fields: dict[str, Any]) -> Info:
-    """Makes an Info of what `dataclasses.asdict` made of it, as it comes out of JSON."""
+    """Makes an `Info` from the JSON of what `dataclasses.asdict` made of one."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Info(**plain)
 
@@ -248,9 +248,9 @@ def crc_of(manifest: Mapping[str, Any]) -> int:
 
 
 def facts_of(path: Path, records: int | None) -> dict[str, int]:
-    """Describes one file of a store: its size, and its number of records or else its CRC-32.
+    """Describes one file of a store by its size, and by its number of records or else its CRC-32.
 
-    Records need none: array_record keeps checksums of its own.
+    Files of records need no CRC-32: array_record keeps checksums of its own.
     """
     return {"bytes": path.stat().st_size} | (
         {"crc32": _crc_of(path)} if records is None else {"records": records}

@@ -363,7 +363,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names what `encode` does: equal for equal tokenizers."""
+        """Returns a text that names what `encode` does and is equal for equal tokenizers."""
         if self._rust is not None:
             facts = self._rust.to_str()
         else:  # a tokenizer in Python: its class and all its pieces
@@ -373,7 +373,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self.bos}/{self.eos}/{facts}".encode()).hexdigest()
 
     def check_fits(self, vocab: int) -> None:
-        """Raises UserError if a decoder of `vocab` rows has none for one of the ids."""
+        """Raises UserError if a decoder of `vocab` rows lacks a row for one of the ids."""
         if self.size > vocab:
             raise UserError(
                 f"config.model.decoder.vocab={vocab} is less than the {self.size} rows that the "

@@ -70,7 +70,7 @@ class Journal:
         return kept
 
     def _entry(self, line: bytes) -> dict[str, Any] | None:
-        """Reads one line; None for a damaged one and for one of another fingerprint."""
+        """Reads one line, and returns None for a damaged one and for one of another fingerprint."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -112,7 +112,7 @@ class Journal:
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
-    """Sums up what a line says, in the order in which it says it."""
+    """Computes the CRC-32 of what a line says, in the order in which it says it."""
     return zlib.crc32(json.dumps(content).encode())
 
 

@@ -69,7 +69,7 @@ def _spelled(text: str) -> str:
 
 
 def _polarity(said: list[str]) -> str | None:
-    """Returns the first yes or no, or None if there is none or both are offered."""
+    """Returns the first yes or no, or None if neither is said or both are offered."""
     places = [i for i, word in enumerate(said) if word in ("yes", "no")]
     if not places:
         return None
@@ -101,5 +101,5 @@ def _names_rival(said: list[str], wanted: list[str], clause_starts: set[int]) ->
 
 
 def _among_several(said: list[str], start: int, length: int) -> bool:
-    """Says whether "or" stands next to the words from `start`, or one word away from them."""
+    """Says whether "or" comes next to the words from `start`, or one word away from them."""
     return "or" in said[max(start - 2, 0) : start] + said[start + length : start + length + 2]

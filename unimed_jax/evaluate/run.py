@@ -77,9 +77,7 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
 def claim_results(folder: Path) -> Path:
     """Locks the folder of results against other processes, and removes what killed ones left.
 
-    On all processes.
-
-    Raises UserError if a run trains there.
+    It is called on all processes. Raises UserError if a run trains there.
     """
 
     def lock() -> None:
@@ -94,7 +92,7 @@ def claim_results(folder: Path) -> Path:
 def _changed_inputs(
     folder: Path, own: Config, config: Config, sets: Mapping[str, Source], training: Training
 ) -> list[str]:
-    """Says what the results of a run must say of data that changed since it was trained.
+    """Lists what the results of a run must say of data that changed since it was trained.
 
     own: the run's settings. Raises UserError where `config.data.changed` does not accept a change.
     """
@@ -117,7 +115,7 @@ def answer_and_score(
 ) -> list[Scored]:
     """Fits the baselines, answers what the journal lacks, and scores every unit.
 
-    On all processes together.
+    It is called on all processes together.
     """
     # Baselines come before the long wait for answers, since wrong records show there.
     blind = _shared(lambda: _blind_answers(units, training))
@@ -283,7 +281,7 @@ def _mine(units: Sequence[Unit]) -> list[Unit]:
 def _shared(work: Callable[[], Any]) -> Any:
     """Runs `work` on each process.
 
-    A UserError of one is raised on all, so that none waits for another.
+    A UserError of one process is raised on all, so that none waits for another.
     """
     result, said = None, ""
     try:
@@ -364,7 +362,7 @@ def _records(
 
 
 def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
-    """Returns the box of a record in pixels: its own, else (refer) its answer's."""
+    """Returns the box of a record in pixels: its own or, for task refer, that of its answer."""
     if example.box is not None:
         return [int(value) for value in example.box]
     if example.task != "refer" or size is None:
@@ -419,7 +417,7 @@ def _routing(
 ) -> dict | None:
     """Measures how the connector routes the images of the leading split.
 
-    None without images or experts.
+    Returns None if there are no images or no experts.
     """
     leading = leading_split([part.split for part in scored])
     shown = {

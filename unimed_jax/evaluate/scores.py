@@ -221,9 +221,9 @@ def _notes(task: str, blind: Mapping[str, Any], clusters: int) -> list[str]:
 
 
 def _published(task: str, records: Sequence[Record], text: TextConfig) -> Mapping[str, float | str]:
-    """Scores by the published rules; {} for qa, which Uni-Med's code does not evaluate.
+    """Scores by the published rules, and returns {} for qa, which Uni-Med's code does not evaluate.
 
-    Those of vqa are Med-MoE's, in per cent, if a chat form asks, else Uni-Med's.
+    The scores of vqa are Med-MoE's, in per cent, if a chat form asks, else Uni-Med's.
     """
     predictions = [record["prediction"] for record in records]
     if task == "refer":

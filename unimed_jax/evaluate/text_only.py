@@ -89,7 +89,7 @@ def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], 
 
 
 def _vectoriser(texts: Sequence[str]):
-    """Fits TF-IDF of words and pairs of words; None if the texts hold no word."""
+    """Fits TF-IDF of words and pairs of words, and returns None if the texts hold no word."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(map(tokens, texts)):

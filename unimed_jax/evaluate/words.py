@@ -46,7 +46,7 @@ _CLOSING = regex.compile(r"[\s\p{Terminal_Punctuation}]+$")
 _CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Bopomofo}ー]"
 _NUMBER = r"(?:\d+(?:\.\d+)+|(?<!\d,)\d+,\d+(?!,?\d)|\d+)"
 _COMPARED = r"(?:<(?!\w+>)|(?<!<\w+)>|[≤≥±])"  # not the brackets of a mark: "<unk>", a box's "<10>"
-_MINUS = rf"(?:(?<!{_LETTER}|[)\]%.'\"])-)?"  # a dash between words or numbers is no sign
+_MINUS = rf"(?:(?<!{_LETTER}|[)\]%.'\"])-)?"  # a dash between words or numbers is not a sign
 # "HER2-", "(-)", "-ve"
 _RESULT = rf"(?<={_LETTER}|[)])-(?!{_LETTER}|[(<])|(?<![^\s(])-(?=\s*(?:$|[,.;)/])|ve\b)"
 _TOKEN = regex.compile(

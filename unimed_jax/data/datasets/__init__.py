@@ -45,16 +45,16 @@ def distinct(datasets: Iterable[Dataset]) -> list[Dataset]:
 
 
 def path_of(source: SourceConfig, data: DataConfig) -> str:
-    """Returns where a source's files are: its path, from `data.root` on.
+    """Returns where a source's files are, which is its path, from `data.root` on.
 
-    Without one, `<data.root>/<name>`.
+    For a source without a path it is `<data.root>/<name>`.
     """
     given = source.path or (source.name if data.root else "")
     return str(Path(data.root, given)) if given else ""
 
 
 def missing(source: SourceConfig, data: DataConfig) -> bool:
-    """Says whether the files that the source's set is read from are not there."""
+    """Says whether files are missing that the source's set is read from."""
     known = source.name in _names() or "." in source.name
     if known and reader_of(source.name).INFO.self_contained:
         return False
@@ -94,7 +94,7 @@ def _names() -> list[str]:
 
 
 def _identity(source: SourceConfig, data: DataConfig) -> str:
-    """Names what sources of one set have in common."""
+    """Returns what sources of one and the same set have in common."""
     fields: list[Any] = [source.id, source.name, path_of(source, data)]
     fields += [_plain(m) for m in (source.options, source.splits, source.info)]
     return json.dumps(fields, sort_keys=True, default=str)

@@ -57,7 +57,7 @@ def read(
 
 
 def _file(folder: Path, split: str) -> Path | None:
-    """Returns the file that holds a split, None where the set has no such split."""
+    """Returns the file that holds a split, or None if the set has no such split."""
     if not folder.is_dir():
         if folder.suffix not in ENDINGS:
             raise UserError(f"{folder} is neither a folder nor a .json or .jsonl file; {FORM}, as path.")
@@ -112,7 +112,10 @@ def _example(record: dict[str, Any], where: str, name: str) -> Example:
 
 
 def _is_message(message: Any) -> bool:
-    """Says whether it is {"from": text, "value": text}; the value of an answer may be null."""
+    """Says whether a value is a message, {"from": text, "value": text}.
+
+    The value of an answer may be null.
+    """
     if (
         not isinstance(message, dict)
         or not isinstance(message.get("from"), str)

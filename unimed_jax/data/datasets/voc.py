@@ -108,5 +108,5 @@ def _number(parent: ElementTree.Element, path: str, file: Path) -> int:
 def _other_size(path: Path, size: tuple[int, int]) -> str:
     found = size_of(path)
     if found is None or found == size:
-        return ""  # what is no picture is said when it is decoded
+        return ""  # a file that is not a picture is reported when it is decoded
     return f"image {path} has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}"

@@ -90,7 +90,7 @@ def _slake(folder: Path, records: int, rng: np.random.Generator) -> dict[str, li
 
 # ---- Path-VQA --------------------------------------------------------------------------------------
 def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the original layout: a pickle a split, of questions with scored answers."""
+    """Writes the original layout of Path-VQA, a pickle of questions with scored answers a split."""
     (folder / "qas").mkdir()
     for split in ("train", "val", "test"):
         rows = []
@@ -112,7 +112,7 @@ def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a table a split with pictures in base64."""
+    """Writes Path-VQA as a table for each split, with pictures in base64."""
     for split in ("train", "val", "test"):
         lines = ["index\timage\tquestion\tanswer"]
         for i in range(count(split, records)):
@@ -189,7 +189,10 @@ def mimic_cxr(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes R2Gen's annotation of IU X-Ray: one to five views a study, removed words as XXXX."""
+    """Writes R2Gen's annotation of IU X-Ray, with one to five views a study.
+
+    Removed words are XXXX.
+    """
     content: dict[str, list[dict[str, Any]]] = {}
     for part, split in enumerate(("train", "val", "test")):
         content[split] = []

@@ -147,16 +147,16 @@ def _examined(rng: np.random.Generator, letters: str) -> dict[str, Any]:
 
 # ---- LLaVA-Med and Med-MoE -------------------------------------------------------------------------
 def llava(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a list of conversations a split.
+    """Writes a list of conversations for each split.
 
-    Some have several turns, one an image that no longer exists.
+    Some have several turns, and one has an image that no longer exists.
     """
     for split, rows in _conversations(folder, records, rng).items():
         write_json(folder / f"{split}.json", rows)
 
 
 def llava_lines(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the same conversations one a line."""
+    """Writes the conversations of `llava` as one JSON object on each line."""
     for split, rows in _conversations(folder, records, rng).items():
         write_lines(folder / f"{split}.jsonl", rows)
 
@@ -164,7 +164,7 @@ def llava_lines(folder: Path, records: int, rng: np.random.Generator) -> None:
 def llava_pairs(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes images with one caption each, as the files for alignment have them.
 
-    All of it for training.
+    All of it is for training.
     """
     rows: list[dict[str, Any]] = []
     for i in range(records):

@@ -223,10 +223,12 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def report_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float | str | int]:
-    """Computes the published scores of (prediction, reference) reports; a missing one says why.
+    """Computes the published scores of (prediction, reference) reports.
 
-    bleu1..4 on raw text, then meteor, rouge_1, rouge_2, rouge_l and f1 on normalised text; pairs with an
-    empty side are dropped first, as published, and `pairs_scored` counts the others.
+    A score that is missing is replaced by a sentence that says why.
+
+    bleu1..4 on raw text, then meteor, rouge_1, rouge_2, rouge_l and f1 on normalised text; pairs
+    with an empty side are dropped first, as published, and `pairs_scored` counts the others.
     """
     names = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_1", "rouge_2", "rouge_l", "f1")
     kept = [

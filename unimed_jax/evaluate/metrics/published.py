@@ -59,7 +59,7 @@ def clean_prediction(text: str) -> str:
 
 
 def published_f1(prediction: str, reference: str) -> float:
-    """Computes word F1, counting repetitions as right: "heart heart" for "heart" is 1."""
+    """Computes word F1 that counts repetitions as right: "heart heart" for "heart" is 1."""
     return published_overlap(prediction, reference)[0]
 
 
@@ -187,7 +187,7 @@ def medmoe_kind(answer_type: str) -> str:
 
 
 def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str]) -> dict[str, float]:
-    """Computes Med-MoE's published table, in per cent, of (prediction, reference) pairs."""
+    """Computes Med-MoE's published table, in per cent, from (prediction, reference) pairs."""
     names = {
         "open": ("exact_match", "f1", "precision", "recall", "bleu1", "bleu2", "bleu3"),
         "closed": ("contains", "f1", "precision", "recall"),

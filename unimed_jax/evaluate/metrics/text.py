@@ -1,4 +1,7 @@
-"""Scores text answers, corrected: exact match, word F1, recall, closed questions; BLEU's sums."""
+"""Scores text answers by the corrected rules, and sums up what BLEU needs.
+
+The metrics are exact match, word F1, recall, and the accuracy of closed questions.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -46,7 +49,7 @@ def token_recall(prediction: str, reference: str) -> float:
 
 
 def ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    """Counts each run of `order` words."""
+    """Counts each run of `order` words in a text."""
     return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
 
 
@@ -96,8 +99,8 @@ def exact_matches(records: Sequence[Record]) -> Measure:
 
     What counts as spelling is in evaluate/words.py.
 
-    A recipe for the next metric: one value per record, their mean as a `Measure`, the decorator
-    above.
+    This is a recipe for the next metric: one value per record, their mean as a `Measure`, and the
+    decorator above.
     """
     return per_record(records, exact_match)
 

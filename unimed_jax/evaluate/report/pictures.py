@@ -122,7 +122,7 @@ def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
 
 
 def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: str) -> None:
-    """Draws an image with the box of an answer or a question, and words below it.
+    """Draws an image with the box of an answer or a question, and words above it.
 
     The image is uint8 [H, W, 3], the box in hundredths of its sides.
     """

@@ -95,9 +95,10 @@ SLABS = _lay()
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """Holds the maps and what lies where.
+    """Holds the maps of the head and says which structure each voxel belongs to.
 
-    maps: name -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into STRUCTURES + 1.
+    maps: name -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into STRUCTURES +
+    1.
     """
 
     maps: Mapping[str, np.ndarray]
@@ -374,9 +375,9 @@ def render(
 def _box(
     pixels: np.ndarray, forward: np.ndarray, middle: np.ndarray, jitter: Jitter
 ) -> tuple[int, int, int, int] | None:
-    """Finds x1, y1, x2, y2 of mask pixels [n, 2] under the jitter.
+    """Finds the box x1, y1, x2, y2 of mask pixels [n, 2] under the jitter.
 
-    None where that is too small or cut off.
+    Returns None where the box is too small or cut off.
     """
     at = ((pixels - middle) @ forward.T + jitter.shift) / PIXEL + SIZE / 2  # [n, 2]
     half = 0.5 * jitter.scale / PIXEL  # a voxel reaches half a mm around its centre

@@ -77,7 +77,7 @@ SOURCES = (
 
 @functools.cache
 def pixels(file: str) -> np.ndarray:
-    """Reads a picture, uint8 [H, W, 3], as the installed package has it; nothing is downloaded."""
+    """Reads a picture from its installed package as uint8 [H, W, 3]; nothing is downloaded."""
     package, folder = ("pydicom", "data/test_files") if file.endswith(".dcm") else ("skimage", "data")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
