@@ -19,6 +19,8 @@ import jax
 import pytest
 from support.golden_folders import golden_folder
 
+# Their asserts show values, as those of test files do.
+pytest.register_assert_rewrite("support.med_moe_checks", "support.uni_med_checks")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,8 +38,8 @@ def pytest_addoption(parser):
 def pytest_cmdline_main(config):
     """Runs a whole lane in two processes if pytest-xdist is installed: half the time on two cores.
 
-    Not the slow tests, which start and kill processes of their own, and not what was asked for by
-    file. `-n 0` turns it off.
+    The slow tests too: what they start waits for most of its time. Not what was asked for by file.
+    `-n 0` turns it off.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:  # one of the two, which must not start two of its own
         return
@@ -45,7 +47,7 @@ def pytest_cmdline_main(config):
     options = config.option
     if (
         whole
-        and options.markexpr == "not slow"
+        and options.markexpr in ("not slow", "slow")
         and getattr(options, "numprocesses", 0) is None
         and not options.usepdb
     ):

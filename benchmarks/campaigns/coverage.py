@@ -58,7 +58,7 @@ def search(reader: str, arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["unimed_jax.interop.tensors", "gguf"]):
-        from unimed_jax.interop.tensors import torch_pickle
+        from unimed_jax import pickles
         from unimed_jax.interop.tensors.gguf import GgufFile
     import pickle
 
@@ -71,7 +71,7 @@ def search(reader: str, arguments: list[str]) -> None:
 
     # What TorchFile makes one sentence of; a crash, a hang or endless memory is a finding.
     refused = (
-        torch_pickle.Refused,
+        pickles.Refused,
         pickle.UnpicklingError,
         ValueError,
         LookupError,
@@ -81,7 +81,7 @@ def search(reader: str, arguments: list[str]) -> None:
 
     def read_pickle(data: bytes) -> None:
         with contextlib.suppress(*refused):
-            torch_pickle.read_pickle(data, "archive/", 1 << 20)
+            pickles.read_pickle(data, "archive/", 1 << 20)
 
     def read_gguf(data: bytes) -> None:
         path.write_bytes(data)

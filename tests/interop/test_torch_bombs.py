@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from support.weight_files import archive, assert_reads, refused, tensor_pickle
 
-from unimed_jax.interop.tensors import torch_file, torch_pickle
+from unimed_jax import pickles
+from unimed_jax.interop.tensors import torch_file
 from unimed_jax.interop.tensors.files import open_weights
 
 TENSOR = tensor_pickle(4, 0, (4,), (1,))  # {"a": tensor}
@@ -120,7 +121,7 @@ def test_a_far_place_in_the_memo_takes_no_more_than_a_near_one(tmp_path, put):
 
 def test_too_many_opcodes(tmp_path, monkeypatch):
     archive(tmp_path / "file.pth", TENSOR, NUMBERS)
-    monkeypatch.setattr(torch_pickle, "OPCODES", 10)
+    monkeypatch.setattr(pickles, "OPCODES", 10)
     refused(tmp_path / "file.pth", "more than 10 opcodes")
 
 

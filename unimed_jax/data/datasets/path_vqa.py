@@ -20,7 +20,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.records import chosen_options, inside, records, short, word
 from unimed_jax.errors import UserError
-from unimed_jax.interop.tensors.torch_pickle import Refused, read_pickle
+from unimed_jax.pickles import Refused, read_pickle
 
 PICKLES = {split: f"qas/{split}_vqa.pkl" for split in ("train", "val", "test")}
 TABLES = {split: f"PathVQA_{split.upper()}.tsv" for split in PICKLES}

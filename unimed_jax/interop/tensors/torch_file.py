@@ -1,7 +1,7 @@
 """Reads torch's zip files (`.bin`, `.pth`, `.pt`) without executing anything, and writes them
 without torch.
 
-Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), which `torch_pickle`
+Such a file holds a pickle of a tree (dicts, lists, scalars, tensors), which `unimed_jax.pickles`
 interprets, and the numbers of each tensor's storage as a record of their own.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.table import Region, Stored, Tensors
-from unimed_jax.interop.tensors.torch_pickle import (
+from unimed_jax.pickles import (
     BYTES,
     TORCH_DTYPES,
     Refused,

@@ -1,4 +1,4 @@
-"""Interprets the pickles that `torch.save` writes: plain data and tensors, and nothing else.
+"""Interprets pickles of plain data, and of tensors as `torch.save` writes them, and nothing else.
 
 A pickle is a program for a small machine. Python's own machine believes what a program claims (a
 memo of 2^31 places, a text of 2^60 bytes, a key whose hash takes years) and can call any function.
