@@ -146,7 +146,7 @@ BLOCK = 1 << 20  # candidate pairs that are compared at a time
 
 
 def near_pairs(a: np.ndarray, b: np.ndarray, mirrored: bool = False) -> np.ndarray:
-    """Finds the pairs (i, j) of nearly equal images of two groups of records; int64 [pairs, 2].
+    """Finds the pairs (i, j) of nearly equal images of two groups of records, int64 [pairs, 2].
 
     mirrored: those where b's mirror image is nearly a. Candidates are images that agree in SAMPLED
     random bits in one of TABLES tables, so that no time goes into comparing all with all.
@@ -188,7 +188,7 @@ def _blocks(counts: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Correlates thumbnails [n, 32, 32] pairwise -> [n]; two flat ones are alike."""
+    """Correlates thumbnails [n, 32, 32] pairwise to [n], where two flat ones are alike."""
     a, b = (x.reshape(len(x), SIDE * SIDE).astype(np.float32) for x in (a, b))
     a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
     scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))

@@ -11,7 +11,7 @@ WORDS = 5  # of a report at least, so that its repetition means something
 
 
 class Asked(NamedTuple):
-    """Holds what the audit needs of an example; texts in small letters, blanks collapsed."""
+    """Holds what the audit needs of an example, with texts in small letters and single blanks."""
 
     id: str
     task: str

@@ -73,7 +73,7 @@ def _read(file: BinaryIO, name: str) -> np.ndarray:
 def _inflated(file: BinaryIO, name: str) -> BinaryIO:
     """Unpacks a file of the deflated transfer syntax, if its content is not too large.
 
-    Gives others as they are.
+    It returns other files as they are.
     """
     from pydicom.filereader import read_dataset
     from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -193,7 +193,7 @@ def _syntax(data, implicit: bool, little: bool):
 def _native(file: BinaryIO, length: int, options: dict[str, Any], bits: int, name: str) -> bytes:
     """Reads the bytes of one uncompressed frame, `bits` long in all.
 
-    Corrects its colours in `options`.
+    It corrects the frame's colours in `options`.
     """
     start = file.tell()
     there = min(length, file.seek(0, io.SEEK_END) - start)

@@ -56,7 +56,7 @@ def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
 def coloured(stored: np.ndarray, data, little: bool) -> np.ndarray:
     """Maps indices [H, W] by the file's palette (C.7.6.3.1.5, C.7.9) to uint8 [H, W, 3].
 
-    White is by its depth.
+    The depth of the palette says which value is white.
     """
     tables = [_palette(data, colour, little) for colour in _COLOURS]
     return in_blocks(

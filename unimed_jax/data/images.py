@@ -36,7 +36,7 @@ def read_image(path: str | Path | bytes) -> np.ndarray:
     Grey is repeated over the three channels, and of several frames or pages the first is taken. The
     picture is turned upright by its EXIF orientation; what is transparent shows white. Integers of
     16 bits are scaled by their depth (see `_deep`), while floats and signed integers span their own
-    range. DICOM: see `dicom.read_dicom`.
+    range. For DICOM see `dicom.read_dicom`.
 
     Raises UserError for what is not a regular file, cannot be read, or has more than
     `pixels.MOST_PIXELS` by its header.
@@ -107,7 +107,7 @@ def _decoded(file: BinaryIO, name: str) -> np.ndarray:
 def check_header(data: bytes, name: str) -> None:
     """Raises UserError if bytes are not those of a picture, or if the picture is too large.
 
-    Only the header is looked at, which costs little. `name` as in `_decoded`. Of DICOM, whose
+    Only the header is looked at, which costs little. `name` is as in `_decoded`. Of DICOM, whose
     header is long, only the first bytes are looked at.
     """
     with _explained(name, data[:132]):

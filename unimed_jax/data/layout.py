@@ -124,7 +124,7 @@ def piece_ids(
 ) -> tuple[list[int], list[bool]]:
     """Turns pieces into ids, and says which of the ids are targets.
 
-    Each image becomes the ids `image`. together: tokenises as one text those pieces that no image
+    Each image becomes the ids in `image`. together: tokenises as one text those pieces that no image
     and no end of text parts, and gives each its ids (`Tokenizer.encode_together`); without it each
     is tokenised by itself.
     """

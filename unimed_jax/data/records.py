@@ -166,7 +166,7 @@ def left_out_names(given: str, folder: Path) -> frozenset[str]:
     """Reads which images a source leaves out because another set has them.
 
     Returns their names, without folder and ending. given: a folder, whose files' names count, or a
-    text file with a name a line; from `folder` on. Empty: none.
+    text file with a name a line; from `folder` on. If it is empty, none is left out.
     """
     if not given:
         return frozenset()

@@ -216,7 +216,7 @@ def patterns_in(spec: Any) -> list[str]:
 
 
 def growth(spec: Any) -> float:
-    """Returns the greatest factor by which the replacements of a tokenizer.json can lengthen a text."""
+    """Returns the greatest factor by which a tokenizer.json's replacements can lengthen a text."""
     times, left = 1.0, [spec.get("normalizer"), spec.get("decoder")]
     while left:
         step = left.pop()

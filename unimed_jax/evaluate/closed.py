@@ -37,7 +37,7 @@ _CLAUSE_END = regex.compile(r"[,.;:!?。、](?!\d)| - ")
 
 
 def closed_accuracy(prediction: str, reference: str) -> bool:
-    """Says whether an answer chooses the reference and nothing else; an empty one does not.
+    """Says whether an answer chooses the reference and nothing else, which an empty one does not.
 
     * Reference "yes" or "no": the first yes or no in the answer decides. "Yes, no fracture is seen"
       is yes, "no evidence of a mass, yes" is no. An answer that offers both ("yes or no", "yes/no")

@@ -163,7 +163,7 @@ def _has(source: Source, split: str) -> bool:
 
 
 def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example]]:
-    """Groups the source's examples by task; of more than `most` (0: all), evenly spaced ones."""
+    """Groups the source's examples by task, at most `most` (0: all) of them, evenly spaced."""
     examples = source.data.examples(split)
     count = min(len(examples), most) if most else len(examples)
     step = max(1.0, len(examples) / max(count, 1))

@@ -63,8 +63,8 @@ def logistic(train: Sequence[Example]) -> Answers | None:
 def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], str]) -> Answers | None:
     """Answers as the training question with the most similar TF-IDF vector (cosine).
 
-    `merge` makes one answer of those that one training text has. Equally similar: the first in the
-    alphabet. None if there is one training text only.
+    `merge` makes one answer of those that one training text has. Of equally similar
+    questions the first in the alphabet counts. Returns None if there is only one training text.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for example in train:

@@ -1,4 +1,4 @@
-"""Scores reports: corpus BLEU of our tokens; as published, BLEU of PTB tokens, METEOR, ROUGE.
+"""Scores reports by corpus BLEU of our tokens and by the published BLEU, METEOR and ROUGE.
 
 PTB tokenisation and METEOR are Java programs inside the package pycocoevalcap. They are started here
 rather than through its wrappers, which write into the installed package, depend on the machine's

@@ -78,7 +78,7 @@ def routing_line(routing: Mapping) -> str:
 
 
 def rows_of(metrics: Mapping[str, Any], split: str) -> Rows:
-    """Lists (set, task, scores) of one split; with several sets also the pooled ones."""
+    """Lists (set, task, scores) of one split, and the pooled scores if there are several sets."""
     rows = [
         (name, task, entry)
         for name, splits in metrics["sets"].items()

@@ -43,7 +43,7 @@ def read(
 ) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
     """Yields vqa and cls in all splits, caption in train only.
 
-    Options `seed`, `jitters`, `brain_seed`.
+    The options are `seed`, `jitters` and `brain_seed`.
     """
     rng = brain.generator("domains", options.get("seed", 0), split)
     slices = brain.asked(split, options.get("jitters", brain.JITTERS), options.get("brain_seed", 0))
