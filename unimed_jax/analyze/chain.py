@@ -94,7 +94,7 @@ def _stage_config(file: str) -> Config:
 
 
 def linked(configs: Sequence[Config], folder: Path) -> list[Stage]:
-    """Makes configs the stages of one chain in `folder`; their `init` leads to earlier stages.
+    """Makes configs the stages of one chain in `folder`, so that `init` leads to earlier stages.
 
     Raises UserError if two of them have the same name.
     """
@@ -118,7 +118,7 @@ def _moved(path: str, folders: Mapping[Path, Path]) -> str:
 
 
 def _result(stage: Stage) -> dict | None:
-    """Reads the scores that the stage ended with; None if it has not ended."""
+    """Reads the scores that the stage ended with, and returns None if it has not ended."""
     try:
         name = "router.json" if stage.config.job == "router" else "metrics.json"
         return read_json(stage.folder / name)
@@ -220,7 +220,7 @@ def write_table(folder: Path, stages: Sequence[Stage]) -> str:
 
 
 def _entry(result: Mapping, task: str) -> Mapping:
-    """Returns a task's scores over all sets on the leading split; {} if it was not scored."""
+    """Returns a task's scores over all sets on the leading split, or {} if it was not scored."""
     return result["pooled"].get(result["split"], {}).get(task, {})
 
 

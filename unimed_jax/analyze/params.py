@@ -115,7 +115,7 @@ def _chosen(model: ModelConfig) -> int:
 
 
 def _dense(model: ModelConfig) -> ModelConfig:
-    """Gives the settings of the dense model (`DENSE`)."""
+    """Returns the settings of the dense model, which `DENSE` describes."""
     connector, moe = model.connector, dataclasses.replace(model.moe, experts=0)
     if connector.is_moe:
         connector = dataclasses.replace(connector, experts=1, router="constant", task_tokens=0)
@@ -123,7 +123,10 @@ def _dense(model: ModelConfig) -> ModelConfig:
 
 
 def _tower(vision: VisionConfig) -> int:
-    """Counts the whole published vision encoder, with the blocks and the norm after the features."""
+    """Counts the whole published vision encoder.
+
+    It includes the blocks and the norm after the features.
+    """
     if vision.feature_layer != -1:
         vision = dataclasses.replace(vision, feature_layer=-1, output_norm=True)
     encoder = jax.eval_shape(lambda: VisionEncoder(vision, nnx.Rngs(0)))
@@ -155,7 +158,10 @@ def table(counted: dict, model: ModelConfig) -> str:
 
 
 def _notes(counted: dict, model: ModelConfig) -> dict[str, str]:
-    """Writes the table's remarks, by module: how many layers and experts there are, how many run."""
+    """Writes the table's remarks by module.
+
+    They say how many layers and experts there are, and how many of them run.
+    """
     connector, moe, vision = model.connector, model.moe, model.vision
     layers = len(moe.numbers(model.decoder.depth))
     notes = {"decoder/MLPs": f"{model.decoder.depth - layers} layers"}

@@ -131,8 +131,10 @@ def _leaks(
 def _between(
     prints: Mapping[str, Mapping[str, Fingerprints]], surveys: Mapping[str, Survey]
 ) -> tuple[dict[str, dict[str, int]], list[Pair]]:
-    """Looks for what two sets share: "<set>/<split>~<set>/<split>" -> kind -> images (or questions)
-    of the second.
+    """Looks for images and questions that two sets share.
+
+    Returns "<set>/<split>~<set>/<split>" -> kind -> number of images (or questions) of the second
+    that the first has too, and some of the pairs.
     """
     found: dict[str, dict[str, int]] = {}
     shown: list[Pair] = []
@@ -184,8 +186,9 @@ def _same_names(earlier: Any, later: Any) -> list[tuple[int, int]]:
 
 
 def _own_name(key: str) -> str:
-    """Returns the last part of a file's name if no other picture is likely to have it: letters and
-    four digits.
+    """Returns the last part of a file's name if it is unlikely to be that of another picture.
+
+    It then holds a letter and at least four digits. Any other name gives "".
     """
     last = Path(key).stem.rpartition("_")[2]
     return last if sum(c.isdigit() for c in last) >= 4 and any(c.isalpha() for c in last) else ""

@@ -1,4 +1,4 @@
-"""Computes fingerprints of the images of a prepared set, by which equal and nearly equal ones are found.
+"""Computes fingerprints of a prepared set's images, which find equal and nearly equal ones.
 
 They are kept in the cache by the set's checksum, a file for each part of the images, so that a
 killed audit goes on where it stopped and an unchanged set is not read again.
@@ -35,7 +35,10 @@ _RECORD = np.dtype(
 
 
 class Fingerprints(NamedTuple):
-    """Holds the fingerprints of a set's images, in the order of `keys`, and what could not be read."""
+    """Holds the fingerprints of a set's images and what could not be read.
+
+    They are in the order of `keys`.
+    """
 
     keys: Sequence[str]
     records: np.ndarray  # [images] of _RECORD
@@ -43,12 +46,15 @@ class Fingerprints(NamedTuple):
 
     @property
     def readable(self) -> np.ndarray:
-        """bool [images]."""
+        """Says which images could be read, bool [images]."""
         return self.records["pixels"] != np.zeros((), "V16")
 
 
 def fingerprints(folder: Path, keys: Sequence[str], cache: Path, processes: int = 2) -> Fingerprints:
-    """Computes or reads the fingerprints of images of the store in `folder`, with a progress bar."""
+    """Computes or reads the fingerprints of images of a store, with a progress bar.
+
+    folder: where the store is.
+    """
     store = Store(folder)
     which = hashlib.sha256(
         f"{store.checksum}/{VERSION}/{len(keys)}/{'/'.join(keys[:3])}".encode()
@@ -97,7 +103,10 @@ def _reason(store: Store, key: str) -> str:
 
 
 def _part(folder: str, keys: list[str]) -> np.ndarray:
-    """Computes the fingerprints of some images; a record of zeros stands for one that cannot be read."""
+    """Computes the fingerprints of some images.
+
+    A record of zeros means that the image cannot be read.
+    """
     store = Store(folder)
     records = np.zeros(len(keys), _RECORD)
     for number, key in enumerate(keys):
@@ -124,7 +133,7 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
 
 
 def _packed(bits: np.ndarray) -> np.ndarray:
-    """bool [16, 16] -> uint64 [4]."""
+    """Packs the bits of a hash, bool [16, 16], into uint64 [4]."""
     return np.packbits(bits.reshape(-1)).view(np.uint64)
 
 
@@ -137,7 +146,7 @@ BLOCK = 1 << 20  # candidate pairs that are compared at a time
 
 
 def near_pairs(a: np.ndarray, b: np.ndarray, mirrored: bool = False) -> np.ndarray:
-    """Finds the pairs (i, j) of nearly equal images of two groups of records; int64 [pairs, 2].
+    """Finds the pairs (i, j) of nearly equal images of two groups of records, int64 [pairs, 2].
 
     mirrored: those where b's mirror image is nearly a. Candidates are images that agree in SAMPLED
     random bits in one of TABLES tables, so that no time goes into comparing all with all.
@@ -179,7 +188,7 @@ def _blocks(counts: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Correlates thumbnails [n, 32, 32] pairwise -> [n]; two flat ones are alike."""
+    """Correlates thumbnails [n, 32, 32] pairwise to [n], where two flat ones are alike."""
     a, b = (x.reshape(len(x), SIDE * SIDE).astype(np.float32) for x in (a, b))
     a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
     scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))

@@ -11,7 +11,7 @@ WORDS = 5  # of a report at least, so that its repetition means something
 
 
 class Asked(NamedTuple):
-    """Holds what the audit needs of an example; texts in small letters, blanks collapsed."""
+    """Holds what the audit needs of an example, with texts in small letters and single blanks."""
 
     id: str
     task: str
@@ -23,8 +23,9 @@ class Asked(NamedTuple):
 
 
 class Leaks(NamedTuple):
-    """Counts the examples of one split that an earlier one gives away, with the first few of each
-    kind.
+    """Counts the examples of one split that an earlier one gives away.
+
+    It also holds the first few of each kind.
     """
 
     counts: dict[str, int]
@@ -33,8 +34,9 @@ class Leaks(NamedTuple):
 
 
 def _words(question: str) -> str:
-    """Leaves only letters, numbers and blanks, so that a missing question mark makes no other
-    question.
+    """Keeps only the letters, numbers and blanks of a question.
+
+    Questions that differ only by a question mark are then equal.
     """
     return " ".join(re.sub(r"[^\w\s]", "", question).split())
 

@@ -1,5 +1,6 @@
-"""Surveys one data set: what it holds by split and task, and what of it is empty, cut, outside or
-personal.
+"""Surveys one data set by split and task: what it holds, and what of it is at fault.
+
+Faults are what is empty, cut, outside the image or personal.
 """
 
 import re
@@ -98,8 +99,9 @@ def _personal(example: Example) -> list[str]:
 
 
 def _wrong_box(example: Example) -> bool:
-    """Says whether the box of an example is empty in hundredths of the image, as a model would have
-    to write it.
+    """Says whether the box of an example is empty in hundredths of the image.
+
+    A model has to write it in hundredths.
     """
     if example.task not in ("refer", "identify"):
         return False

@@ -1,5 +1,6 @@
-"""Holds what the pipeline and filters need of each example as arrays, in place of millions of
-Python objects.
+"""Holds what the pipeline and filters need of each example as arrays.
+
+The arrays take the place of millions of Python objects.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ NONE = -1  # the code of an example that has no such value
 
 
 def hash_of(text: str) -> int:
-    """Computes 64 bits that follow from the text alone, the same on every machine."""
+    """Computes a hash of the text with 64 bits, which is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -23,8 +24,9 @@ class Strings(Sequence[str]):
     """Holds texts as one array of bytes and their ends; either may be memory-mapped."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
-        """Takes blob uint8 [bytes] and ends int64 [n + 1]: text i is blob[ends[i]:ends[i + 1]],
-        UTF-8.
+        """Takes the bytes of all texts and where each text ends.
+
+        blob: uint8 [bytes], in UTF-8. ends: int64 [n + 1]. Text i is blob[ends[i]:ends[i + 1]].
         """
         self._blob, self._ends = blob, ends
 
@@ -50,8 +52,9 @@ class Strings(Sequence[str]):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Holds one text of each example by its number: `codes` int32 [N] into `texts`, NONE where it
-    has none.
+    """Holds one text of each example as its number in a list of texts.
+
+    `codes` int32 [N] points into `texts`; it is NONE where the example has no such text.
     """
 
     codes: np.ndarray
@@ -155,7 +158,7 @@ class Collector:
 
 
 def columns_of(dataset: Dataset, split: str) -> Columns:
-    """Returns the columns of a split: the data set's own, or made from its examples if it has none."""
+    """Returns the columns of a split, and makes them from its examples if the data set has none."""
     own = getattr(dataset, "columns", None)
     if own is not None:
         return own(split)

@@ -28,7 +28,7 @@ _COLOURS = (
 def contact_sheet(
     datasets: Sequence[Dataset], path: str | Path, split: str = "train", rows: int = 6, seed: int = 0
 ) -> Path | None:
-    """Writes a PNG of `rows` x 6 images of `split`; data sets, planes and maps take turns.
+    """Writes a PNG of `rows` x 6 images of a split, in which data sets, planes and maps take turns.
 
     Returns its path, or None if there is no image. Boxes are those of the examples that have one
     (refer, identify), labelled with the structure; the heading of each image is its key. At most
@@ -52,7 +52,7 @@ def contact_sheet(
 
 
 def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset, str, list[Example]]]]:
-    """Lists the images of a set with the examples about each, one queue for each plane and map."""
+    """Lists the images of a set with the examples about each, in a queue for each plane and map."""
     if split not in dataset.splits:
         return []
     examples = dataset.examples(split)
@@ -72,8 +72,9 @@ def _queues(dataset: Dataset, split: str, seed: int) -> list[list[tuple[Dataset,
 
 
 def _tile(image: np.ndarray, key: str, examples: list[Example]) -> Image.Image:
-    """Draws an image with its key above, its boxes in it and their names below, in the boxes'
-    colours.
+    """Draws an image with its key above it, its boxes in it and the names of the boxes below it.
+
+    Each name has the colour of its box.
     """
     scale = _SIDE / max(image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])  # a strip keeps a pixel

@@ -1,6 +1,7 @@
-"""Reads the first frame of a DICOM file; its size is checked by the headers before anything is unpacked.
+"""Reads the first frame of a DICOM file.
 
-`dicom_display.py` turns the stored values into the brightness that the file asks for.
+Its size is checked by the headers before anything is unpacked. `dicom_display.py` turns the stored
+values into the brightness that the file asks for.
 """
 
 import contextlib
@@ -30,12 +31,12 @@ _ADVICE = "give a whole file with an image in it"
 
 
 def read_dicom(file: BinaryIO, name: str) -> np.ndarray:
-    """Reads an open DICOM file, called `name` in sentences, as uint8 [H, W, 3].
+    """Reads the first frame of an open DICOM file as uint8 [H, W, 3].
 
-    Of several frames only the first is decoded. Modality rescale, then the first VOI table or
-    window, by the frame's functional groups, the shared ones or the file (PS3.3 C.7.6.16, C.11.1,
-    C.11.2); palettes and YBR become RGB. See `dicom_display`. Raises UserError for what cannot be
-    read, is too large, or needs a codec that is not there.
+    `name` is what errors call the file. Stored values pass the modality rescale, then the first VOI
+    table or window, by the frame's functional groups, the shared ones or the file (PS3.3 C.7.6.16,
+    C.11.1, C.11.2); palettes and YBR become RGB. See `dicom_display`. Raises UserError for what
+    cannot be read, is too large, or needs a codec that is not installed.
     """
     try:
         return _read(file, name)
@@ -72,7 +73,7 @@ def _read(file: BinaryIO, name: str) -> np.ndarray:
 def _inflated(file: BinaryIO, name: str) -> BinaryIO:
     """Unpacks a file of the deflated transfer syntax, if its content is not too large.
 
-    Gives others as they are.
+    It returns other files as they are.
     """
     from pydicom.filereader import read_dataset
     from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -103,7 +104,7 @@ def _inflated(file: BinaryIO, name: str) -> BinaryIO:
 
 
 def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]:
-    """Decodes the first frame of a file that stands before its pixels.
+    """Decodes the first frame of a file that is read up to where its pixels begin.
 
     Returns the stored values [H, W] or [H, W, 3], the photometric interpretation that they have,
     and the bits of one.
@@ -175,7 +176,10 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
 
 
 def _syntax(data, implicit: bool, little: bool):
-    """Gives the transfer syntax of a file; one that does not name it has that of its elements."""
+    """Returns the transfer syntax of a file.
+
+    A file that does not name it has that of its elements.
+    """
     from pydicom import uid
 
     named = data.file_meta.get("TransferSyntaxUID")
@@ -189,7 +193,7 @@ def _syntax(data, implicit: bool, little: bool):
 def _native(file: BinaryIO, length: int, options: dict[str, Any], bits: int, name: str) -> bytes:
     """Reads the bytes of one uncompressed frame, `bits` long in all.
 
-    Corrects its colours in `options`.
+    It corrects the frame's colours in `options`.
     """
     start = file.tell()
     there = min(length, file.seek(0, io.SEEK_END) - start)
@@ -227,9 +231,10 @@ def _encoded(file: BinaryIO, tables: tuple | None, syntax: str, name: str) -> by
 def _check_frame(
     frame: bytes, syntax: str, size: tuple[int, int], bytes_a_pixel: int, name: str
 ) -> int | None:
-    """Raises UserError if a compressed frame says another size than the file, or unpacks to more.
+    """Raises UserError if a compressed frame names another size than the file, or unpacks to more.
 
-    Returns the bits of a sample that its own header names, None for RLE, which has no such header.
+    Returns the bits of a sample that the frame's own header names, or None for RLE, which has no
+    such header.
     """
     rows, columns = size
     if syntax == _RLE:
@@ -268,7 +273,7 @@ def _unpacks_to_more(frame: bytes, most: int) -> bool:
 def _coded(frame: bytes) -> tuple[int, int, int] | None:
     """Reads rows, columns and bits of a sample from a JPEG, JPEG-LS or JPEG 2000 header.
 
-    None where none is found.
+    Returns None if there is none.
     """
     if frame.startswith(_J2K) and len(frame) >= 43:  # ISO/IEC 15444-1 A.5.1
         width, height, left, top = struct.unpack_from(">4L", frame, 8)
@@ -304,7 +309,10 @@ def _codecs(decoder, bits: int, samples: int, name: str) -> list[str]:
 def _by_first(
     decoder, codecs: list[str], source: bytes, options: dict[str, Any]
 ) -> tuple[np.ndarray, dict]:
-    """Decodes a frame by the first codec that can; raises what the last one raised if none can."""
+    """Decodes a frame by the first codec that can decode it.
+
+    If none can, what the last one raised is raised.
+    """
     for codec in codecs[:-1]:
         with contextlib.suppress(Exception):
             return decoder.as_array(source, index=0, raw=True, decoding_plugin=codec, **options)

@@ -1,5 +1,6 @@
-"""Turns a DICOM frame's stored values into 8 bits as the standard has a display do it (PS3.3,
-Greyscale pipeline).
+"""Turns the stored values of a DICOM frame into 8 bits, as the standard asks of a display.
+
+Its greyscale pipeline (PS3.3) is:
 
 Stored values -> modality rescale or table (C.11.1) -> VOI table or window (C.11.2) -> inversion of
 MONOCHROME1. Rescale and window lie at the file's root, or in the functional groups of enhanced
@@ -20,8 +21,7 @@ _COLOURS = ("Red", "Green", "Blue")
 
 
 def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
-    """Maps stored grey values [H, W] to uint8 as the file's rescale and first VOI table or window
-    have it.
+    """Maps stored grey values [H, W] to uint8 by the file's rescale and first VOI table or window.
 
     A window or rescale without a meaning (a width of 0, a slope of 0 or beyond all numbers) counts
     as absent. Without a window, unscaled values of at most eight bits stay as they are, and others
@@ -56,7 +56,7 @@ def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
 def coloured(stored: np.ndarray, data, little: bool) -> np.ndarray:
     """Maps indices [H, W] by the file's palette (C.7.6.3.1.5, C.7.9) to uint8 [H, W, 3].
 
-    White is by its depth.
+    The depth of the palette says which value is white.
     """
     tables = [_palette(data, colour, little) for colour in _COLOURS]
     return in_blocks(
@@ -89,7 +89,10 @@ def _after(first: Values, second: Values) -> Values:
 
 
 def _turned(white: Values, inverted: bool) -> Values:
-    """Rounds brightness 0..1 to uint8, from 1 to 0 if it is inverted."""
+    """Makes a function that gives uint8 of one that gives brightness 0..1.
+
+    inverted: brightness 1 becomes black.
+    """
     return lambda rows: eight_bits(1 - white(rows) if inverted else white(rows))
 
 
@@ -99,8 +102,9 @@ def _turned(white: Values, inverted: bool) -> Values:
 
 
 def _places(data, group: str) -> list[Any]:
-    """Lists where an attribute of the first frame may lie: its functional group, the shared one,
-    the file.
+    """Lists where an attribute of the first frame may lie.
+
+    These are the frame's functional group, the group that all frames share, and the file itself.
     """
     places: list[Any] = []
     for sequence in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
@@ -110,7 +114,7 @@ def _places(data, group: str) -> list[Any]:
 
 
 def _numbers(place, keyword: str) -> list[float | None]:
-    """Reads an attribute's values; one that is empty, or no finite number, is None."""
+    """Reads the values of an attribute, with None for each that is empty or not a finite number."""
     value = place.get(keyword)
     several = value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
     numbers = [None if one is None or one == "" else float(one) for one in several]
@@ -161,11 +165,9 @@ def _modality(stored: np.ndarray, data, lowest: float) -> tuple[Values | None, b
 
 
 def _view(data, lowest: float) -> Values | None:
-    """Finds the first VOI table or window (C.11.2): values of the modality -> 0..1.
+    """Finds the first VOI table or window (C.11.2), as a function to brightness 0..1.
 
-    None if there is none.
-
-    lowest: what a value of the modality can be.
+    Returns None if there is none. lowest: what a value of the modality can be.
     """
     for place in _places(data, "FrameVOILUTSequence"):
         if place.get("VOILUTSequence"):
@@ -194,10 +196,10 @@ def _window(values: np.ndarray, centre: float, width: float, function: str) -> n
 
 
 def _padding(data, dtype: np.dtype, bits: int) -> Values:
-    """Says which stored values are padding: those from PixelPaddingValue to PixelPaddingRangeLimit,
-    both included.
+    """Says which stored values are padding.
 
-    Where the file writes them unsigned beside signed pixels, or the reverse, their bits count.
+    They are those from PixelPaddingValue to PixelPaddingRangeLimit, both included. Where the file
+    writes them unsigned beside signed pixels, or the reverse, their bits count.
     """
     kind = {4: "Float", 8: "DoubleFloat"}.get(dtype.itemsize, "") if dtype.kind == "f" else ""
     value = _number(data, f"{kind}PixelPaddingValue")
@@ -223,8 +225,9 @@ def _padding(data, dtype: np.dtype, bits: int) -> Values:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A lookup table: values before its first input take the first entry, those behind its last the
-    last.
+    """Maps values to the entries of a lookup table.
+
+    Values before its first input take the first entry, and those after its last input the last one.
     """
 
     entries: np.ndarray  # float64 [n]
@@ -238,7 +241,10 @@ class _Table:
         return self.entries[place.astype(np.int64)]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Gives the entries as brightness 0..1: white is by the table's depth."""
+        """Returns the table's entries for the values as brightness 0..1.
+
+        White is the greatest value that the table's depth allows.
+        """
         return np.clip(self.entry(values) / (2**self.depth - 1), 0, 1)
 
 
@@ -274,7 +280,10 @@ def _palette(data, colour: str, little: bool) -> _Table:
 
 
 def _descriptor(values) -> tuple[int, int, int]:
-    """Reads count, first input and depth of a table; the count 0 means 65536 (it has 16 bits)."""
+    """Reads count, first input and depth of a table.
+
+    The count 0 means 65536, because the count has 16 bits.
+    """
     count, first, depth = (int(value) for value in values)
     if not 1 <= depth <= 16:
         raise ValueError(f"a lookup table with entries of {depth} bits")
@@ -282,8 +291,9 @@ def _descriptor(values) -> tuple[int, int, int]:
 
 
 def _entries(data, count: int, little: bool) -> np.ndarray:
-    """Gives the entries of a table as float64 [n], of words, or of bytes where there is one byte
-    for each.
+    """Returns the entries of a table as float64 [n].
+
+    They are words, or bytes where the table has one byte for each entry.
     """
     if isinstance(data, bytes):
         return _words(data, count, little)
@@ -302,8 +312,9 @@ def _words(data: bytes, count: int, little: bool) -> np.ndarray:
 
 
 def _expand(words: list[int], at: int, segments: int, out: list[int], most: int, eight: bool) -> None:
-    """Appends to `out` what the segments of a palette (C.7.9.2) from word `at` on give, up to
-    `most` entries.
+    """Appends to `out` the entries that the segments of a palette give (C.7.9.2).
+
+    Reading begins at word `at`; at most `most` entries are given.
     """
     for _ in range(segments):
         if at + 1 >= len(words) or len(out) >= most:

@@ -1,4 +1,4 @@
-"""Defines `Example`, one question with its answer, and `Dataset`, what holds them."""
+"""Defines `Example`, one question with its answer, and `Dataset`, which holds examples."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Example:
 
 
 class Dataset(Protocol):
-    """Describes an open data set, examples and images at random.
+    """Describes an open data set, whose examples and images can be read in any order.
 
     `Selection` is the one that is read from disk.
 
@@ -45,12 +45,12 @@ class Dataset(Protocol):
     splits: tuple[str, ...]  # those that have an example
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Returns the examples of a split in a fixed order, read as they are asked for.
+        """Returns the examples of a split in a fixed order, which are read when they are asked for.
 
-        Copy them into no list.
+        They should not be copied into a list.
         """
         ...
 
     def image(self, key: str) -> np.ndarray:
-        """Returns the pixels of an image, uint8 [H, W, 3]; H and W as stored."""
+        """Returns the pixels of an image in the size in which it is stored, uint8 [H, W, 3]."""
         ...

@@ -26,10 +26,10 @@ def example_sheet(
     count: int = 12,
     seed: int = 0,
 ) -> int:
-    """Writes a PNG of `count` examples of a split, drawn by the seed, and returns how many there
-    are in it.
+    """Writes a PNG of `count` examples of a split and returns how many there are in it.
 
-    task: of this one only; empty: of every task, in turn. Raises UserError if there is no such example.
+    The seed draws the examples. task: of this one only; empty: of every task, in turn. Raises
+    UserError if there is no such example.
     """
     chosen = _chosen(dataset, split, task, count, seed)
     tiles = [_tile(dataset, example) for example in chosen]
@@ -43,7 +43,10 @@ def example_sheet(
 
 
 def _chosen(dataset: Dataset, split: str, task: str, count: int, seed: int) -> list[Example]:
-    """Draws examples of the tasks in turn; looks at no more of a large set than it has to."""
+    """Draws examples of the tasks in turn.
+
+    It looks at no more of a large set than it has to.
+    """
     if split not in dataset.splits:
         raise UserError(
             f"data set {dataset.id} has no split {split!r}; choose from {', '.join(dataset.splits)}."
@@ -65,7 +68,7 @@ def _chosen(dataset: Dataset, split: str, task: str, count: int, seed: int) -> l
 
 
 def _tile(dataset: Dataset, example: Example) -> Image.Image:
-    """Draws one example: its images side by side, its box, then id, question and answer."""
+    """Draws one example: its images side by side with its box, then id, question and answer."""
     shown = _images(dataset, example)
     about = " ".join([example.task, *(f"{key}={value}" for key, value in sorted(example.meta.items()))])
     lines = [(example.id[-LETTERS:], GREY), *((line, GREY) for line in _wrapped(about)[:2])]
@@ -83,7 +86,7 @@ def _tile(dataset: Dataset, example: Example) -> Image.Image:
 
 
 def _images(dataset: Dataset, example: Example) -> Image.Image:
-    """Draws the images of an example side by side, as wide as a tile together."""
+    """Draws the images of an example side by side, which together are as wide as a tile."""
     if not example.images:
         return Image.new("RGB", (SIDE, 1))
     side = (SIDE - 6) // len(example.images)

@@ -1,4 +1,4 @@
-"""Prompt forms turn an example's question, images and answer into text.
+"""Turns an example's question, images and answer into text by prompt forms.
 
 A `Form` turns an example into `Piece`s, either for training (with its answer) or as a generation
 prompt (without); `layout` turns the pieces into ids. Uni-Med's tags are one form, Med-MoE's chat
@@ -24,8 +24,9 @@ IMAGE = "<image>"  # marks an image in the text of a conversation, as in LLaVA's
 
 
 class Piece(NamedTuple):
-    """A part of an example: text that is either all target or none of it, or (without text) one
-    image.
+    """Holds a part of an example: a text, or one image.
+
+    A text is either all target or none of it; a piece without text is an image.
     """
 
     text: str = ""
@@ -98,15 +99,19 @@ def shorten(words: str, text: TextConfig) -> str:
 
 
 def answer_text(example: Example, text: TextConfig) -> str:
-    """Returns the answer as it is trained on and scored against: a report passes the text processor."""
+    """Returns the answer as training and scores use it.
+
+    A report passes the text processor.
+    """
     return shorten(example.answer, text) if example.task == "caption" else example.answer
 
 
 def asked(example: Example, variant: int, text: TextConfig) -> str:
-    """Fills the task's instruction number `variant` (modulo their number) with the example's question.
+    """Fills an instruction of the task with the question of the example.
 
-    `text.max_words` cuts the question of an image example. Raises UserError if a visual task has no
-    image, or the text-only task `qa` has one.
+    It is number `variant`, modulo the number of instructions. `text.max_words` cuts the question of
+    an image example. Raises UserError if a visual task has no image, or the text-only task `qa` has
+    one.
     """
     task = example.task
     if task not in TAGS:
@@ -127,15 +132,17 @@ def asked(example: Example, variant: int, text: TextConfig) -> str:
 
 
 def text_of(pieces: Sequence[Piece], end: str = "") -> str:
-    """Joins the pieces to one text, with `<image>` for each image and `end` for the end-of-text
-    token.
+    """Joins the pieces to one text.
+
+    `<image>` takes the place of each image, and `end` that of the end-of-text token.
     """
     return "".join((IMAGE if p.image else p.text) + (end if p.ends else "") for p in pieces)
 
 
 def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
-    """Joins neighbouring texts that are alike (target or not) and not ended: each is one text for
-    the tokenizer.
+    """Joins neighbouring texts that the tokenizer can take as one text.
+
+    They are alike (all targets or none) and none but the last has an end.
 
     Pieces meet before a blank or after the end of text, where most tokenizers cut anyway; the ids
     of the runs are then those of the whole text. `layout.piece_ids` minds those that do not.
@@ -187,8 +194,9 @@ class Form(abc.ABC):
 
 
 class UniMed(Form):
-    """Puts a task tag and an instruction after the image, as Uni-Med does (the instructions are our
-    own words).
+    """Puts a task tag and an instruction after the image, as Uni-Med does.
+
+    The instructions are our own words.
 
     With an image: `[INST] <Img>` + visual tokens + `</Img> [tag] instruction [/INST]`; text alone:
     `[INST] [qa] question [/INST]`.
@@ -225,8 +233,9 @@ class UniMed(Form):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Says how turns become text: the system's words, then for each turn `role: message` and what
-    closes it.
+    """Says how turns become text.
+
+    First come the system's words, then for each turn `role: message` and what closes it.
     """
 
     system: str
@@ -258,10 +267,10 @@ _GREETED = Template(
 
 
 class Conversation(Form):
-    """Holds what Med-MoE's forms share: turns of questions and answers, with `<image>` for an image.
+    """Holds what Med-MoE's forms share: turns of questions and answers.
 
-    Every answer is a target. All images come before the first question; the task's first
-    instruction asks, untagged.
+    `<image>` takes the place of an image. Every answer is a target. All images come before the
+    first question; the task's first instruction asks, untagged.
     """
 
     published, turns = "Med-MoE", True
@@ -374,10 +383,10 @@ def form_of(text: TextConfig) -> Form:
 def turns_of(
     messages: Sequence[Mapping[str, str]], where: str = "conversation"
 ) -> list[tuple[str, str]]:
-    """Pairs LLaVA's messages ({"from": "human" or "gpt", "value": text}) into (question, answer) turns.
+    """Pairs LLaVA's messages into (question, answer) turns.
 
-    An answer before the first question is left out, as published. Raises UserError if they do not
-    alternate.
+    A message is {"from": "human" or "gpt", "value": text}. An answer before the first question is
+    left out, as published. Raises UserError if they do not alternate.
     """
     messages = messages[1:] if messages and messages[0]["from"] == "gpt" else messages
     speakers = [message["from"] for message in messages]
@@ -391,8 +400,9 @@ def turns_of(
 
 
 def image_first(question: str) -> str:
-    """Moves the `<image>` marks of a question to its beginning, a line each, as Med-MoE asks
-    wherever they stand.
+    """Moves the `<image>` marks of a question to its beginning, a line each, as Med-MoE does.
+
+    They may be anywhere in the question.
     """
     marks = question.count(IMAGE)
     return f"{IMAGE}\n" * marks + question.replace(IMAGE, "").strip() if marks else question
@@ -404,11 +414,10 @@ def image_first(question: str) -> str:
 
 
 def box_to_text(box: Sequence[float], width: int, height: int) -> str:
-    """Writes a box as `{<x1><y1><x2><y2>}` in whole hundredths 0..100 of the image's sides (rounded
-    down).
+    """Writes a box as `{<x1><y1><x2><y2>}` in whole hundredths of the image's sides.
 
-    `box`: x1, y1, x2, y2 in pixels of a `width` x `height` image. Raises UserError if it is empty
-    or leaves the image.
+    The hundredths are 0..100, rounded down. `box`: x1, y1, x2, y2 in pixels of a `width` x `height`
+    image. Raises UserError if it is empty or leaves the image.
     """
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -422,10 +431,7 @@ def box_to_text(box: Sequence[float], width: int, height: int) -> str:
 
 
 def text_to_box(text: str) -> tuple[int, int, int, int] | None:
-    """Reads the box in hundredths that `text` begins with, or None.
-
-    Blanks and `<unk>` are dropped (published).
-    """
+    """Reads the box in hundredths that `text` begins with, and returns None if there is none."""
     number = r"<(\d{1,3})>"
     match = re.match(r"\{" + number * 4 + r"\}", text.replace("<unk>", "").replace(" ", ""))
     if not match:
@@ -435,8 +441,9 @@ def text_to_box(text: str) -> tuple[int, int, int, int] | None:
 
 
 def valid_box(text: str) -> tuple[int, int, int, int] | None:
-    """Reads the box that `text` begins with if it has an area and lies within the image, else
-    returns None.
+    """Reads the box that `text` begins with.
+
+    Returns None if there is none, if it has no area, or if it does not lie within the image.
     """
     box = text_to_box(text)
     if box is None:

@@ -18,8 +18,9 @@ from unimed_jax.errors import UserError
 
 
 class Labelled(NamedTuple):
-    """Holds a thing in an image: its class, and its box x1, y1, x2, y2 in pixels, the ends outside
-    the box.
+    """Holds a thing in an image: its class and its box.
+
+    The box is x1, y1, x2, y2 in pixels, with the ends outside the box.
     """
 
     label: str
@@ -66,7 +67,7 @@ def check_options(options: Mapping[str, Any], name: str) -> None:
 
 
 def fault(box: Sequence[float], width: int, height: int) -> str:
-    """Says what is wrong with a box, empty if nothing is."""
+    """Says what is wrong with a box, and returns an empty text if nothing is."""
     x1, y1, x2, y2 = box
     if x1 >= x2 or y1 >= y2:
         return f"box {tuple(box)} is empty"
@@ -131,7 +132,7 @@ def _name(label: str, options: Mapping[str, Any]) -> str:
 
 
 def _one(some: Sequence[Labelled], rule: str, width: int, height: int) -> Labelled | None:
-    """Returns the thing of a class that the rule names, None if several could be meant."""
+    """Returns the thing of a class that the rule names, or None if several could be meant."""
     if rule == "unique" or len(some) == 1:
         return some[0] if rule == "unique" and len(some) == 1 else None
     _, measure, clear = RULES[rule]
@@ -144,8 +145,9 @@ def _one(some: Sequence[Labelled], rule: str, width: int, height: int) -> Labell
 def _in_turn(
     of_class: Mapping[str, Sequence[Labelled]], key: str, options: Mapping[str, Any]
 ) -> list[Labelled]:
-    """Chooses the things that identify asks about: a drawn one of each class, then another of each,
-    and so on.
+    """Chooses the things that the task identify asks about.
+
+    It takes one drawn thing of each class, then another of each, and so on.
     """
     seed = int.from_bytes(hashlib.sha256(f"{options['seed']}/{key}".encode()).digest()[:8])
     rng = np.random.default_rng(seed)
@@ -161,7 +163,7 @@ def _framed(
 ) -> tuple[int, int, int, int]:
     """Returns a square of `side` pixels around the centre of a box, moved into the image.
 
-    The box itself for side 0.
+    If `side` is 0, it returns the box itself.
     """
     if not side:
         return box

@@ -1,5 +1,6 @@
-"""Reads pictures (PNG, JPEG, TIFF, DICOM ...) as arrays, and brings them to the encoder's size as
-published.
+"""Reads pictures (PNG, JPEG, TIFF, DICOM ...) as arrays and fits them to the encoder's size.
+
+They are fitted as published.
 """
 
 import contextlib
@@ -35,9 +36,9 @@ def read_image(path: str | Path | bytes) -> np.ndarray:
     Grey is repeated over the three channels, and of several frames or pages the first is taken. The
     picture is turned upright by its EXIF orientation; what is transparent shows white. Integers of
     16 bits are scaled by their depth (see `_deep`), while floats and signed integers span their own
-    range. DICOM: see `dicom.read_dicom`.
+    range. For DICOM see `dicom.read_dicom`.
 
-    Raises UserError for what is no regular file, cannot be read, or has more than
+    Raises UserError for what is not a regular file, cannot be read, or has more than
     `pixels.MOST_PIXELS` by its header.
     """
     if isinstance(path, bytes):
@@ -49,7 +50,7 @@ def read_image(path: str | Path | bytes) -> np.ndarray:
 def read_bytes(path: str | Path) -> bytes:
     """Reads a picture's file as it is.
 
-    Raises UserError if it is no regular file or has more than `MOST_FILE` bytes.
+    Raises UserError if it is not a regular file or has more than `MOST_FILE` bytes.
     """
     with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -62,7 +63,10 @@ def read_bytes(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading; pipes, devices and folders are refused and never waited for."""
+    """Opens a regular file for reading.
+
+    Pipes, devices and folders are refused and never waited for.
+    """
     name = one_line(path)
     try:
         mode = os.stat(path).st_mode
@@ -101,10 +105,10 @@ def _decoded(file: BinaryIO, name: str) -> np.ndarray:
 
 
 def check_header(data: bytes, name: str) -> None:
-    """Raises UserError for bytes that are no picture, or too large a one, by their header alone,
-    which costs little.
+    """Raises UserError if bytes are not those of a picture, or if the picture is too large.
 
-    `name` as in `_decoded`. Of DICOM, whose header is long, only the first bytes are looked at.
+    Only the header is looked at, which costs little. `name` is as in `_decoded`. Of DICOM, whose
+    header is long, only the first bytes are looked at.
     """
     with _explained(name, data[:132]):
         if not _is_dicom(data[:132], name):
@@ -113,9 +117,9 @@ def check_header(data: bytes, name: str) -> None:
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
-    """Reads (width, height) from a picture's header, turned upright as by `read_image`; not of DICOM.
+    """Reads (width, height) from a picture's header, turned upright as by `read_image`.
 
-    Raises UserError if it is no regular file or no picture.
+    DICOM is not read. Raises UserError if it is not a regular file or not a picture.
     """
     name = one_line(path)
     with _opened(path) as file, _explained(name, b"picture"), _picture(file, name) as image:
@@ -130,7 +134,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
-    """Opens a picture of one of the formats that are read, and checks its size before it is decoded."""
+    """Opens a picture of one of the known formats, and checks its size before it is decoded."""
     with Image.open(file, formats=READABLE) as image:
         samples = 4 if image.mode in ("I", "F") else len(image.getbands())
         check_size(name, image.height, image.width, samples)
@@ -139,7 +143,10 @@ def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _explained(name: str, head: bytes) -> Iterator[None]:
-    """Raises UserError for whatever is raised inside; `head` is how the file begins."""
+    """Turns whatever is raised inside into a UserError about the image `name`.
+
+    head: the first bytes of the file; there are none if it is empty.
+    """
     try:
         yield
     except UserError:
@@ -153,8 +160,9 @@ def _explained(name: str, head: bytes) -> Iterator[None]:
 
 
 def _is_dicom(head: bytes, name: str) -> bool:
-    """Says whether a file is DICOM by its mark, its name, or, where both lack, the group of its
-    first element.
+    """Says whether a file is DICOM.
+
+    It is known by its mark or by its name or, where both lack, by the group of its first element.
     """
     if head[128:] == b"DICM" or name.lower().endswith((".dcm", ".dicom")):
         return True
@@ -162,8 +170,9 @@ def _is_dicom(head: bytes, name: str) -> bool:
 
 
 def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
-    """Raises UserError for a progressive JPEG that takes minutes, because it goes over the picture
-    too often.
+    """Raises UserError for a progressive JPEG that takes minutes to decode.
+
+    Such a file goes over the picture too often.
     """
     if not image.info.get("progressive"):
         return
@@ -239,8 +248,9 @@ def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
 
 
 def _silence_decoders() -> None:
-    """Keeps what Pillow and pydicom say about odd files off the screen: what matters is in our
-    sentence.
+    """Keeps messages of Pillow and pydicom about odd files off the screen.
+
+    What matters of them is in our own sentence.
     """
     for name in ("PIL", "pydicom"):
         logging.getLogger(name).addHandler(logging.NullHandler())
@@ -260,7 +270,7 @@ _silence_decoders()
 
 
 def fit(image: np.ndarray, how: str, vision: VisionConfig) -> np.ndarray:
-    """Brings uint8 [H, W, 3] to the encoder's uint8 [size, size, 3], as `config.data.fit` says.
+    """Fits an image to the encoder's uint8 [size, size, 3] in the way that `config.data.fit` names.
 
     stretch: the aspect ratio is given up. crop: the shorter side is scaled to size and the middle
     kept (CLIP). pad: a square first, with the mean colour beside or above and below (LLaVA). Memory
@@ -297,8 +307,9 @@ def pad_square(image: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
 
 
 def crop_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Scales the shorter side of uint8 [H, W, 3] to `size`, bicubic, and keeps the middle: uint8
-    [size, size, 3].
+    """Scales the shorter side of an image to `size` and keeps the middle.
+
+    The image is uint8 [H, W, 3], the result uint8 [size, size, 3]; scaling is bicubic.
     """
     height, width = image.shape[:2]
     short = min(height, width)

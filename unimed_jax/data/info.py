@@ -1,5 +1,6 @@
-"""Defines `Info`, the passport of a data set: what it holds, under which licence, and what to know
-about it.
+"""Defines `Info`, the passport of a data set.
+
+It says what the set holds, under which licence, and what to know about it.
 """
 
 import dataclasses

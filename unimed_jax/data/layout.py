@@ -1,5 +1,6 @@
-"""Lays prompt, images and answer out as ids, image slots, positions and segments, for training and
-generation.
+"""Lays prompt, images and answer out as ids, image slots, positions and segments.
+
+This is done for training and for generation.
 
 The token stream of one example is BOS, left ids, T visual positions, right ids, answer with its end
 of text. Questions of one image and task may share its tokens: the stream up to the image's last
@@ -49,7 +50,7 @@ class Encoded:
 
     @property
     def answer(self) -> int:
-        """Counts the targets."""
+        """Counts the tokens of the example that are targets."""
         return len(self.targets)
 
     @property
@@ -89,11 +90,10 @@ def encode_ids(
     record: str = "",
     double_bos: bool = False,
 ) -> Encoded:
-    """Turns ids of the text around the images (one image between two segments) and of the answer
-    into an Encoded.
+    """Turns ids of the text around the images and of the answer into an `Encoded`.
 
-    One segment is text alone. `answer` stands as it is given. `double_bos`: two BOS, as in
-    the published evaluation prompts.
+    There is one image between two segments; one segment is text alone. `answer` is used as it is
+    given. `double_bos`: two BOS, as in the published evaluation prompts.
     """
     head = [bos] * (2 if double_bos else 1)
     *before, last = segments
@@ -122,10 +122,11 @@ def piece_ids(
     image: Sequence[int],
     together: Callable[[Sequence[str], bool], Sequence[Sequence[int]]] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Turns pieces into ids, with those of `image` for each image, and says which of them are targets.
+    """Turns pieces into ids, and says which of the ids are targets.
 
-    together: tokenises as one text those pieces that no image and no end of text parts, and gives
-    each its ids (`Tokenizer.encode_together`); without it each is tokenised by itself.
+    Each image becomes the ids in `image`. together: tokenises as one text those pieces that no image
+    and no end of text parts, and gives each its ids (`Tokenizer.encode_together`); without it each
+    is tokenised by itself.
     """
     runs = runs_of(pieces)
     parts = _ids_of_runs(runs, tokenise, together)
@@ -145,7 +146,7 @@ def _ids_of_runs(
     tokenise: Callable[[str], Sequence[int]],
     together: Callable[[Sequence[str], bool], Sequence[Sequence[int]]] | None,
 ) -> list[Sequence[int]]:
-    """Gives the ids of each run; those of an image are ()."""
+    """Returns the ids of each run, which are () for an image."""
     if together is None:
         return [tokenise(run.text) if run.text else () for run in runs]
     ids: list[Sequence[int]] = []
@@ -212,7 +213,9 @@ class Encoder:
 
 
 def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, reduction: str) -> Batch:
-    """Turns rows of groups into arrays, of B rows, S tokens, M image slots and A answer tokens of a row.
+    """Turns rows of groups into the arrays of a training batch.
+
+    It has B rows; a row has S tokens, M image slots and A answer tokens.
 
     images uint8 [B, M, H, W, 3] (unused slots 0), image_tasks int32 [B, M] (index in VISUAL_TASKS,
     unused -1); tokens int32 [B, S] (`pad` at padding and visual positions), visual int32 [B, S]
@@ -232,11 +235,11 @@ def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, r
 
 
 def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:
-    """Makes the arrays of `training_batch` without targets: prompts, one a row and LEFT padded to
-    `shape.tokens`.
+    """Makes the arrays of `training_batch` without targets, for prompts.
 
-    Positions count the real tokens from 0 (published: cumsum(mask) - 1); padding has position 0.
-    Raises UserError for a prompt longer than the rows.
+    There is one prompt in a row, LEFT padded to `shape.tokens`. Positions count the real tokens
+    from 0 (published: cumsum(mask) - 1); padding has position 0. Raises UserError for a prompt
+    longer than the rows.
     """
     batch = _empty(len(prompts_), shape, pad)
     for b, group in enumerate(prompts_):

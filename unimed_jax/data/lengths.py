@@ -1,8 +1,9 @@
-"""Keeps the token lengths of examples as a side index, so that packing and the check of records
-need no tokens.
+"""Keeps the token lengths of examples as a side index.
 
-Computed once for a data set's rows, tokenizer and prompt form, and kept in `<cache>/lengths`,
-memory-mapped.
+With it, packing and the check of records need no tokens.
+
+The lengths are computed once for a data set's rows, tokenizer and prompt form, and kept in
+`<cache>/lengths`, memory-mapped.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Holds the lengths of N examples under V instructions, in tokens, and what of them is not
-    trained on.
+    """Holds the lengths in tokens of N examples under V instructions.
+
+    It also holds what of the examples is not trained on.
     """
 
     table: np.ndarray  # int32 [N, 4 + V]
@@ -42,11 +44,11 @@ class Lengths:
         return self.table.item(row, _PREFIX)
 
     def suffix(self, row: int, variant: int) -> int:
-        """Counts the other tokens, under instruction `variant`."""
+        """Counts the tokens of each example after its prefix, under instruction `variant`."""
         return self.table.item(row, _SUFFIX + variant)
 
     def answer(self, row: int) -> int:
-        """Counts the answer tokens, which are among the suffix's."""
+        """Counts the answer tokens, which the suffix includes."""
         return self.table.item(row, _ANSWER)
 
     @property
@@ -131,9 +133,9 @@ def check(
     shape: RowShape,
     text: TextConfig,
 ) -> None:
-    """Raises UserError, naming up to five records, if some fit no row.
+    """Raises UserError, naming up to five records, if some of them fit no row.
 
-    `images` int [N]: images of each.
+    `images` int [N]: number of images of each.
     """
     table = lengths.table
     suffix = table[:, _SUFFIX:].max(axis=1)

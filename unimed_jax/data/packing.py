@@ -19,10 +19,10 @@ ENDLESS = 1 << 60  # rows
 
 
 def first_fit(sizes: np.ndarray, capacity: np.ndarray, order: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Puts items, in `order`, each into the first row with space for it; a new row if there is none.
+    """Puts each item into the first row with space for it, or into a new row if there is none.
 
-    sizes int [N, 3], capacity int [3]; every item fits an empty row. Returns int [N]: the row of
-    each item.
+    sizes int [N, 3], capacity int [3]; items are taken in `order`, and every item fits an empty
+    row. Returns int [N]: the row of each item.
     """
     free = np.empty((3, len(sizes)), np.int64)  # by quota: comparing is the whole cost
     columns = sizes[:, :, None]  # [N, 3, 1]

@@ -1,4 +1,4 @@
-"""Turns examples into batches, mixed by weight, packed, cut for processes.
+"""Turns examples into batches that are mixed by weight, packed, and cut for processes.
 
 A batch depends on (seed, step) alone.
 
@@ -37,8 +37,9 @@ Question = tuple[int, int, int]  # source, row among its examples, instruction
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Holds one draw of the global order: some questions of one image and task, each under an
-    instruction.
+    """Holds one draw of the global order: some questions of one image and task.
+
+    Each question has its own instruction.
     """
 
     source: int  # index in config.data.sources
@@ -103,7 +104,7 @@ class Pipeline:
         ]
 
     def draws_of_row(self, row: int) -> list[int]:
-        """Numbers of the draws that share row `row`, counted over all steps."""
+        """Returns the numbers of the draws that share row `row`, counted over all steps."""
         return list(self._rows[row])
 
     def _draw(self, number: int) -> Draw:
@@ -132,16 +133,15 @@ class Pipeline:
         return Draw(place[0], task, tuple(rows), tuple(variants), size)
 
     def record(self, draw: Draw, i: int) -> str:
-        """Names question `i` of a draw: `<data set>/<id>`."""
+        """Returns the name of question `i` of a draw, `<data set>/<id>`."""
         source = self._sources[draw.source]
         return f"{source.dataset.id}/{source.examples[draw.rows[i]].id}"
 
     def batches(self, start_step: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
-        """Yields batches from `start_step` on, without end: arrays of `layout.training_batch`, B =
-        rows / shares.
+        """Yields batches from `start_step` on, without end.
 
-        Each holds share number `share` of the global batch's rows, cut into `shares` blocks of
-        neighbours.
+        A batch holds the arrays of `layout.training_batch`, with B = rows / shares. Each holds
+        share number `share` of the global batch's rows, cut into `shares` blocks of neighbours.
         """
         rows = self._config.data.rows
         if rows % shares:
@@ -168,8 +168,9 @@ class Pipeline:
         ]
 
     def stats(self, batch: Batch) -> dict[str, float]:
-        """Measures the shares of row tokens and image slots that hold nothing, and counts examples
-        and tokens used.
+        """Measures how much of a batch is unused, and counts its examples and tokens.
+
+        Unused are the shares of row tokens and of image slots that hold nothing.
         """
         used, slots, answered = batch["segments"] > 0, batch["image_tasks"] >= 0, batch["weights"] > 0
         # Between two answers of a row lies at least the end of the first and a prompt.
@@ -217,7 +218,10 @@ class Pipeline:
         return Group(tuple(question for question, _ in own), pixels)
 
     def _fitted(self, source: int, key: str) -> np.ndarray:
-        """Decodes and fits an image to uint8 [image_size, image_size, 3], or takes it from the cache."""
+        """Returns an image fitted to the encoder, decoded or from the cache.
+
+        It is uint8 [image_size, image_size, 3].
+        """
         dataset = self._sources[source].dataset
         cached = self._pixels.get((dataset.id, key))
         if cached is None:
@@ -266,8 +270,9 @@ class _Picked(Sequence[Example]):
 
 
 class _Source:
-    """Holds what the pipeline knows of one source: its examples by number, their columns, lengths
-    and groups.
+    """Holds what the pipeline knows of one source.
+
+    That is its examples by number, and their columns, lengths and groups.
     """
 
     def __init__(
@@ -344,8 +349,10 @@ class Groups:
 def group_examples(
     columns: Columns, weights: np.ndarray
 ) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
-    """Returns groups, and buckets (share of the source's draws, numbers; None: all) of groups that
-    weigh the same.
+    """Returns the groups of the examples, and buckets of groups that weigh the same.
+
+    A bucket is (share of the source's draws, numbers of its groups); None as numbers means all
+    groups.
     """
     count = len(columns)
     levels, level = np.unique(weights, return_inverse=True)
@@ -372,7 +379,10 @@ def group_examples(
 
 
 def _say_cut(sources: Sequence[_Source], config: Config) -> None:
-    """Says once how many training answers are cut, because a cut answer teaches the model not to end."""
+    """Says once how many training answers are cut.
+
+    A cut answer teaches the model not to end.
+    """
     cut, total = sum(s.lengths.cut for s in sources), sum(len(s.columns) for s in sources)
     if cut:
         processes.say(
@@ -383,7 +393,10 @@ def _say_cut(sources: Sequence[_Source], config: Config) -> None:
 
 
 def _say_dropped(sources: Sequence[_Source], config: Config) -> None:
-    """Says once how many earlier turns the prompt form leaves out, and names records that have some."""
+    """Says once how many earlier turns the prompt form leaves out.
+
+    It names some of the records that have such turns.
+    """
     for source in sources:
         (rows,) = np.nonzero(source.lengths.dropped)
         if not len(rows):
@@ -408,7 +421,10 @@ def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
 
 
 class _PerBatchOrder:
-    """Draws in which each step has one source; a source goes on where its last step ended."""
+    """Orders draws so that each step has one source.
+
+    A source goes on where the last step that had it ended.
+    """
 
     def __init__(self, sources: Sequence, weights: Sequence[float], rows: int, seed: int):
         self._sources, self._rows = sources, rows
@@ -429,7 +445,7 @@ class _PerBatchOrder:
 
 
 def _order(sources: Sequence[_Source], config: Config) -> "grain.MapDataset | _PerBatchOrder":
-    """Makes the global order, draw -> (source, group)."""
+    """Makes the global order, which maps the number of a draw to (source, group)."""
     weights = [source.weight for source in config.data.sources]
     shuffled = []
     for s, source in enumerate(sources):

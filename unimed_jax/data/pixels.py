@@ -1,5 +1,6 @@
-"""Bounds the size of pictures, and turns pixel values of any depth into 8 bits, a block of rows at
-a time.
+"""Bounds the size of pictures, and turns pixel values of any depth into 8 bits.
+
+This is done for a block of rows at a time.
 """
 
 from collections.abc import Callable
@@ -43,8 +44,9 @@ def one_line(text: object) -> str:
 
 
 def in_blocks(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
-    """Applies a function of single pixels, rows [h, W, ...] -> uint8 [h, W, ...], to an array [H,
-    W, ...].
+    """Applies a function of single pixels to an array, a block of rows at a time.
+
+    The function maps rows [h, W, ...] to uint8 [h, W, ...]; the array is [H, W, ...].
     """
     rows = max(1, _BLOCK // max(1, array.shape[1]))
     with np.errstate(invalid="ignore"):  # a float may be any kind of NaN
@@ -52,10 +54,7 @@ def in_blocks(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -
 
 
 def bounds(array: np.ndarray, values: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
-    """Finds the least and greatest finite value [H, W]; None if there is none.
-
-    values: rows of the array -> float of any shape (NaN where a pixel does not count).
-    """
+    """Finds the least and greatest finite value of [H, W], and returns None if there is none."""
     rows = max(1, _BLOCK // max(1, array.shape[1]))
     least, greatest = np.inf, -np.inf
     for top in range(0, len(array), rows):
@@ -68,13 +67,17 @@ def bounds(array: np.ndarray, values: Callable[[np.ndarray], np.ndarray]) -> tup
 
 
 def eight_bits(white: np.ndarray) -> np.ndarray:
-    """Rounds brightness 0..1 (clipped to that; NaN is black) to uint8 of the same shape."""
+    """Rounds brightness 0..1 to uint8 of the same shape.
+
+    Values are clipped to 0..1; NaN is black.
+    """
     return np.round(np.clip(np.nan_to_num(white, nan=0.0), 0, 1) * 255).astype(np.uint8)
 
 
 def by_depth(array: np.ndarray, bits: int) -> np.ndarray:
-    """Scales integers [H, W, ...] of `bits` bits to uint8: 2^bits - 1 is white, whatever the
-    brightest pixel is.
+    """Scales integers [H, W, ...] of `bits` bits to uint8, so that 2^bits - 1 is white.
+
+    The brightest pixel that occurs plays no part.
     """
     if bits == 8 and array.dtype == np.uint8:
         return array
@@ -82,7 +85,7 @@ def by_depth(array: np.ndarray, bits: int) -> np.ndarray:
 
 
 def ramp(array: np.ndarray) -> np.ndarray:
-    """Spreads the finite values of [H, W] over uint8, the least black and the greatest white."""
+    """Spreads the finite values of [H, W] over uint8, the least black, the greatest white."""
     found = bounds(array, lambda rows: rows.astype(np.float64))
     if found is None or found[0] == found[1]:
         return np.zeros(array.shape, np.uint8)
@@ -90,8 +93,9 @@ def ramp(array: np.ndarray) -> np.ndarray:
 
 
 def between(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Gives where values lie from low (0) to high (1), clipped to that, without an overflow on the
-    way.
+    """Says where values lie between low (0) and high (1), clipped to 0..1.
+
+    Nothing overflows on the way.
     """
     if not np.isfinite(high - low):
         values, low, high = values / 4, low / 4, high / 4

@@ -1,5 +1,6 @@
-"""Writes what a reader gives into a `Store`, once: completely or not at all, and only by one
-process at a time.
+"""Writes what a reader gives into a `Store`, completely or not at all.
+
+This is done once, and by one process at a time.
 """
 
 import contextlib
@@ -55,11 +56,10 @@ class Reader(Protocol):
     def read(
         self, folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
     ) -> Iterator[tuple[Example, Iterable[Source]]]:
-        """Yields each example of a split with the sources of its images, in the order of
-        `Example.images`.
+        """Yields each example of a split with the sources of its images.
 
-        A record that is left out is appended to `skipped` as "<name>: <why>"; nothing is printed or
-        written.
+        The sources are in the order of `Example.images`. A record that is left out is appended to
+        `skipped` as "<name>: <why>"; nothing is printed or written.
         """
         ...
 
@@ -99,7 +99,7 @@ def prepared(
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
     """Lists name, size and time of change of every file that `info.files` names.
 
-    Images are not among them.
+    Images are not in the list.
     """
     if folder is None or info.self_contained:
         return []
@@ -122,7 +122,7 @@ def _locked(file) -> Iterator[None]:
 
 
 def _report(store: Store, older: list[str]) -> None:
-    """Says what was skipped and that an older form remains; only the leader does."""
+    """Says what was skipped, and that a store in an older form remains; only the leader says it."""
     if older:
         processes.say(
             f"{store.id}: prepared again, because its files or its reader changed; "
@@ -138,8 +138,9 @@ def _report(store: Store, older: list[str]) -> None:
 
 
 def _compare_counts(store: Store, info: Info) -> None:
-    """Says where the examples read differ from `info.counts`, which holds for a reader without
-    options.
+    """Says where the numbers of examples that were read differ from `info.counts`.
+
+    Those counts hold for a reader without options.
     """
     read = {split: len(store.examples(split)) if split in store.splits else 0 for split in info.counts}
     wrong = [
@@ -261,7 +262,7 @@ def _write(
 def check(example: Example, name: str) -> None:
     """Raises UserError for an example that no task can use, or whose texts are not texts."""
     where = f"record {name}/{example.id}"
-    named = ascii(where)[1:-1]  # an id that is no text cannot be printed
+    named = ascii(where)[1:-1]  # an id that is not text cannot be printed
     for field, text in _texts(example):
         if not isinstance(text, str):
             raise UserError(
@@ -284,7 +285,7 @@ def check(example: Example, name: str) -> None:
 
 
 def _texts(example: Example) -> Iterator[tuple[str, Any]]:
-    """Yields every text of an example with the words for it."""
+    """Yields every text of an example with the words that name it in errors."""
     yield from (
         ("id", example.id),
         ("task", example.task),
@@ -300,7 +301,7 @@ def _texts(example: Example) -> Iterator[tuple[str, Any]]:
 def unanswered(example: Example) -> str:
     """Says which answer of an example is empty or blank, so that nothing can be learnt from it.
 
-    Empty if none is.
+    Returns an empty text if none is.
     """
     if _blank(example.answer):
         return "its answer is empty"
@@ -308,7 +309,10 @@ def unanswered(example: Example) -> str:
 
 
 def _blank(text: str) -> bool:
-    """Says whether a text shows nothing: white space, control and format characters, fillers."""
+    """Says whether a text shows nothing.
+
+    Such a text holds only white space, control and format characters, and fillers.
+    """
     return all(unicodedata.category(c) in INVISIBLE or c in FILLERS for c in text)
 
 
@@ -318,7 +322,7 @@ def _one_line(text: str) -> str:
 
 
 def no_image(path: Path) -> str:
-    """Says why the file of an image cannot be read; empty if it can."""
+    """Says why the file of an image cannot be read, and returns an empty text if it can."""
     reason = files.no_file(path)
     return (
         f"no image {path}" if reason == "does not exist" else f"image {path} {reason}" if reason else ""
@@ -328,10 +332,11 @@ def no_image(path: Path) -> str:
 def _encoded(
     example: Example, sources: Iterable[Source], keys: Mapping[str, int]
 ) -> dict[str, tuple[bytes, bytes]] | str:
-    """Reads the images of an example that are not stored yet: key -> (bytes to store, bytes to hash).
+    """Reads the images of an example that are not stored yet.
 
-    A text instead says why the example is left out: the file of an image cannot be read, or is no
-    picture by its header. What lies behind the header is decoded when it is needed.
+    Returns key -> (bytes to store, bytes to hash). A text instead says why the example is left out:
+    the file of an image cannot be read, or its header is not that of a picture. What comes after
+    the header is decoded when it is needed.
     """
     found: dict[str, tuple[bytes, bytes]] = {}
     for key, source in zip(example.images, sources, strict=True):

@@ -23,11 +23,11 @@ FORM = "give a list of records, or one record a line"
 
 
 def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a .json, .jsonl, .csv or .tsv file, each after the words that name it
-    in errors.
+    """Yields the records of a .json, .jsonl, .csv or .tsv file.
 
-    JSON is a list of objects or, whatever the file's ending, one object a line. form: how the file
-    should look, for errors. Raises UserError if the file cannot be read or is something else.
+    Before each record come the words that name it in errors. JSON is a list of objects or, whatever
+    the file's ending, one object a line. form: how the file should look, for errors. Raises
+    UserError if the file cannot be read or is something else.
     """
     text = read_text(file, "restore it", LARGEST)
     if text.startswith(POINTER):
@@ -87,7 +87,7 @@ def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
 def word(
     record: Mapping[str, Any], key: str, where: str, required: bool = False, numbers: bool = False
 ) -> str:
-    """Returns the text of a key without blanks at its ends, empty where it is absent or null.
+    """Returns the text of a key without blanks at its ends, or "" where it is absent or null.
 
     numbers: a number is taken as its text. Raises UserError for anything else, or if a required key
     is absent.
@@ -114,7 +114,7 @@ def check_keys(record: Mapping[str, Any], known: Sequence[str], where: str) -> N
 def chosen_options(options: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Completes a source's options by a reader's defaults.
 
-    Raises UserError for one that the reader lacks.
+    Raises UserError for an option that the reader lacks.
     """
     for key in options:
         if key not in defaults:
@@ -127,7 +127,7 @@ def chosen_options(options: Mapping[str, Any], defaults: Mapping[str, Any], name
 
 
 def one_of(options: Mapping[str, Any], key: str, choices: Sequence[Any], name: str) -> Any:
-    """Returns an option; raises UserError if it is not one of the choices."""
+    """Returns the value of an option, and raises UserError if it is not one of the choices."""
     if options[key] not in choices:
         raise UserError(
             f"config.data.sources: option {key}={options[key]!r} of {name} is none of "
@@ -144,10 +144,7 @@ def short(value: Any) -> str:
 
 # ---- images ----------------------------------------------------------------------------------------
 def inside(folder: Path, images: Path, name: str, where: str) -> Path:
-    """Returns the path `images`/`name`; raises UserError if it lies outside `folder`.
-
-    By the path alone: a link that lies in the folder is followed, wherever it leads.
-    """
+    """Returns the path `images`/`name`, and raises UserError if it lies outside `folder`."""
     path = Path(os.path.normpath(images / name))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise UserError(f"{where}: image {name!r} lies outside {folder}; give its path within {images}.")
@@ -157,7 +154,7 @@ def inside(folder: Path, images: Path, name: str, where: str) -> Path:
 def size_of(path: Path) -> tuple[int, int] | None:
     """Reads (width, height) from the header of an image, upright as EXIF says.
 
-    None if it is not a picture file.
+    Returns None if the file is not a picture.
     """
     try:
         return upright_size(path)
@@ -166,11 +163,10 @@ def size_of(path: Path) -> tuple[int, int] | None:
 
 
 def left_out_names(given: str, folder: Path) -> frozenset[str]:
-    """Reads which images a source leaves out because another set has them: names without folder and
-    ending.
+    """Reads which images a source leaves out because another set has them.
 
-    given: a folder, whose files' names count, or a text file with a name a line; from `folder` on.
-    Empty: none.
+    Returns their names, without folder and ending. given: a folder, whose files' names count, or a
+    text file with a name a line; from `folder` on. If it is empty, none is left out.
     """
     if not given:
         return frozenset()
@@ -183,8 +179,9 @@ def left_out_names(given: str, folder: Path) -> frozenset[str]:
 
 
 def labelled_boxes(file: Path) -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
-    """Yields (where, label, box x1 y1 x2 y2) of a file [{label: [x, y, width, height]}, ...], in
-    pixels.
+    """Yields the labelled boxes of a file as (where, label, box).
+
+    The file holds [{label: [x, y, width, height]}, ...]; a box is x1, y1, x2, y2 in pixels.
     """
     for where, record in records(file, "give a list of {label: [x, y, width, height]}"):
         for label, sides in record.items():

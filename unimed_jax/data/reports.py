@@ -19,7 +19,7 @@ FILE = "annotation.json"
 def studies(
     folder: Path, images: Path, split: str, largest: int, cluster: str
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields the studies of a split, task caption, in the order of the file.
+    """Yields the studies of a split as examples of task caption, in the order of the file.
 
     images: folder of the images. largest: number of images of a study that are shown, its first
     ones. cluster: key of a record that names what belongs together. Raises UserError for anything

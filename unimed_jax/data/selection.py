@@ -15,8 +15,9 @@ _RULE = re.compile(r"(\w+)\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\](?: by 
 
 
 class Selection:
-    """Shows one data set as the sources that name it see it: an example is in if any of them lets
-    it through.
+    """Shows one data set as the sources that name it see it.
+
+    An example is in it if any of the sources lets it through.
     """
 
     def __init__(self, store: Store, id: str, info: Info, sources: Sequence[SourceConfig]):
@@ -146,8 +147,9 @@ def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, n
 
 
 def _places(columns: Columns, by: str | None, where: str) -> np.ndarray:
-    """Hashes each example's cluster, meta value or id to float64 [N] in 0..1, which added examples
-    leave as it is.
+    """Hashes the cluster, meta value or id of each example to float64 [N] in 0..1.
+
+    The value of an example stays as it is when other examples are added.
     """
     own = columns.ids.astype(np.float64) / 2.0**64
     if by is None:

@@ -41,12 +41,16 @@ _AGAIN = "delete that folder and run again: it is prepared again from the source
 
 
 class Store:
-    """Reads a prepared data set: `examples(split)` and `image(key)` from disk, `columns(split)`
-    from the index.
+    """Reads a prepared data set from its folder.
+
+    `examples(split)` and `image(key)` come from disk, `columns(split)` from the index.
     """
 
     def __init__(self, folder: str | Path):
-        """Opens what `prepare` wrote. Raises UserError if files are missing, cut or of another form."""
+        """Opens what `prepare` wrote.
+
+        Raises UserError if files are missing, cut or of another form.
+        """
         self.folder = Path(folder)
         manifest = _manifest(self.folder)
         try:
@@ -97,7 +101,7 @@ class Store:
     def image(self, key: str) -> np.ndarray:
         """Decodes the image of a key, uint8 [H, W, 3].
 
-        Raises UserError if there is none, or its bytes are no image.
+        Raises UserError if there is none, or if its bytes are not an image.
         """
         data = self.encoded(key)
         try:
@@ -232,21 +236,21 @@ def unpack(data: bytes) -> Example:
 
 
 def info_of(fields: dict[str, Any]) -> Info:
-    """Makes an Info of what `dataclasses.asdict` made of it, as it comes out of JSON."""
+    """Makes an `Info` from the JSON of what `dataclasses.asdict` made of one."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Info(**plain)
 
 
 def crc_of(manifest: Mapping[str, Any]) -> int:
-    """Computes the CRC-32 of a manifest, its own entry `crc32` left out."""
+    """Computes the CRC-32 of a manifest without its own entry `crc32`."""
     content = {key: value for key, value in manifest.items() if key != "crc32"}
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def facts_of(path: Path, records: int | None) -> dict[str, int]:
-    """Describes one file of a store: its size, and its number of records or else its CRC-32.
+    """Describes one file of a store by its size, and by its number of records or else its CRC-32.
 
-    Records need none: array_record keeps checksums of its own.
+    Files of records need no CRC-32: array_record keeps checksums of its own.
     """
     return {"bytes": path.stat().st_size} | (
         {"crc32": _crc_of(path)} if records is None else {"records": records}
@@ -291,8 +295,9 @@ def _check_bounds(bounds: Mapping[str, tuple[int, int]], count: int) -> None:
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError if a file of a store is not there, is cut, or (index, skipped.txt) has
-    changed.
+    """Raises UserError if a file of a store is missing, is cut, or has changed.
+
+    Changes are looked for in the index and skipped.txt.
     """
     for name, facts in files.items():
         path = folder / name

@@ -1,5 +1,6 @@
-"""Text to token ids: any Hugging Face tokenizer folder, and a small byte-level BPE trained from a
-corpus.
+"""Turns text into token ids, with any tokenizer in a Hugging Face folder or with a small one.
+
+The small one is a byte-level BPE that is trained from a corpus.
 """
 
 import functools
@@ -99,9 +100,9 @@ def _parts(texts: Iterable[str], marker: re.Pattern[str]) -> Iterator[str]:
 
 
 def corpus(examples: Iterable[Example], text: TextConfig) -> Iterator[str]:
-    """The texts of examples as training shows them.
+    """Yields the texts of examples as training shows them.
 
-    Their instructions in turn, so that each of the pool occurs.
+    Instructions take turns, so that each of the pool occurs.
     """
     form = form_of(text)
     for i, example in enumerate(examples):
@@ -117,8 +118,9 @@ SETTINGS_BYTES = 16 << 20  # of each of them, at most
 
 
 def _from_folder(folder: Path) -> Any:
-    """Loads the folder's tokenizer with transformers, which is imported only here: it takes a
-    second or more.
+    """Loads the folder's tokenizer with transformers.
+
+    That package is imported only here, because it takes a second or more.
     """
     advice = "give a folder with a Hugging Face tokenizer"
     settings = {
@@ -163,8 +165,9 @@ def _check_program(file: Path, advice: str) -> None:
 
 
 def _check_whole(file: Path) -> None:
-    """Raises UserError for a model of SentencePiece that is cut short: a protocol buffer, field
-    after field.
+    """Raises UserError for a SentencePiece model that is cut short.
+
+    The file is a protocol buffer and is read field after field.
     """
     if file.stat().st_size > LARGEST:
         raise UserError(
@@ -209,7 +212,7 @@ def _tried(file: Path, changed: int) -> str | None:
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer as the rest of the code sees it.
+    """Wraps a Hugging Face tokenizer as the rest of the code needs it.
 
     `bos`, `eos`, `pad`: ids. Without a beginning of text `bos` is `eos`; without padding `pad` is
     the unknown token or, failing that, `eos`. `size`: the rows that an embedding needs, which is
@@ -277,20 +280,17 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added.
-
-        A control token spelt out in the text is plain characters here.
-        """
+        """Returns the ids of `text` and adds nothing to them."""
         if self._rust is not None:
             return self._rust.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     @functools.cached_property
     def together(self) -> Callable[[Sequence[str], bool], list[list[int]]] | None:
-        """`encode_together`, or None if ids of texts that meet before a blank are those of the
-        texts one by one.
+        """Returns `encode_together`, or None if encoding the texts one by one gives the same ids.
 
-        That is so if the tokenizer itself cuts before a blank, and puts nothing before a text.
+        None says that the ids are the same either way. That is so if the tokenizer itself cuts
+        before a blank, and puts nothing before a text.
         """
         if self._rust is None:
             return self.encode_together
@@ -309,10 +309,8 @@ class Tokenizer:
     def encode_together(self, texts: Sequence[str], begins: bool) -> list[list[int]]:
         """Encodes the texts as one and gives each its ids.
 
-        One that two of them share goes to the later one.
-
-        Of the later one it must hold more than the blanks before it. begins: whether a text begins
-        here, or goes on after an end of text.
+        An id that two texts share goes to the later one, if it holds more of that text than the
+        blanks before it. begins: whether a text begins here, or goes on after an end of text.
         """
         whole = "".join(texts)
         if self._rust is None:
@@ -339,8 +337,9 @@ class Tokenizer:
 
     @functools.cached_property
     def _going_on(self) -> tokenizers.Tokenizer:
-        """The tokenizer as it is after an end of text: a sign that stands before the first word
-        only is left out.
+        """Returns the tokenizer as it is after an end of text.
+
+        It leaves out a sign that it puts before the first word only.
         """
         assert self._rust is not None
         facts = self._rust.to_str()
@@ -353,7 +352,10 @@ class Tokenizer:
         return made
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control tokens are dropped, markers and coordinates kept."""
+        """Returns the text of `ids` without control tokens.
+
+        Markers and coordinates are kept.
+        """
         kept = [int(i) for i in ids if int(i) not in self.dropped]
         return self._tokenizer.decode(
             kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -361,7 +363,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names what `encode` does: equal for equal tokenizers."""
+        """Returns a text that names what `encode` does and is equal for equal tokenizers."""
         if self._rust is not None:
             facts = self._rust.to_str()
         else:  # a tokenizer in Python: its class and all its pieces
@@ -371,7 +373,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self.bos}/{self.eos}/{facts}".encode()).hexdigest()
 
     def check_fits(self, vocab: int) -> None:
-        """Raises UserError if a decoder of `vocab` rows has none for one of the ids."""
+        """Raises UserError if a decoder of `vocab` rows lacks a row for one of the ids."""
         if self.size > vocab:
             raise UserError(
                 f"config.model.decoder.vocab={vocab} is less than the {self.size} rows that the "

@@ -67,8 +67,9 @@ ENDING = frozenset(
 
 
 def is_plain(spec: Any, patterns: frozenset[str]) -> bool:
-    """Says whether a tokenizer.json surely ends soon: known steps, few of them, patterns that are
-    listed.
+    """Says whether a tokenizer.json surely ends soon.
+
+    It then has few steps, all of them known, and only patterns that are listed.
 
     spec: the file's content. patterns: regular expressions that are known to end.
     """
@@ -110,10 +111,10 @@ def is_plain(spec: Any, patterns: frozenset[str]) -> bool:
 
 
 def repeats_within_repeats(pattern: str) -> bool:
-    """Says whether a regular expression repeats a group that can match a text in several ways, as
-    (a+)+ or (a|aa)*.
+    """Says whether a regular expression repeats a group that can match a text in several ways.
 
-    Finding that such a pattern does not match takes time exponential in the length of the text.
+    Examples are (a+)+ and (a|aa)*. Finding that such a pattern does not match takes time
+    exponential in the length of the text.
     """
     inside = [False]  # of each open group: whether it varies
     at = 0
@@ -163,9 +164,9 @@ def _end_of_class(pattern: str, at: int) -> int:
 
 
 def _repeat(pattern: str, at: int) -> tuple[int, float, int]:
-    """Reads the repetition that begins at a place: (least, most, characters).
+    """Reads the repetition that begins at a place, as (least, most, characters).
 
-    (1, 1, 0) if there is none.
+    Returns (1, 1, 0) if there is none.
     """
     simple = {"*": (0, float("inf"), 1), "+": (1, float("inf"), 1), "?": (0, 1.0, 1)}
     if pattern[at : at + 1] in simple:
@@ -181,7 +182,7 @@ def _repeat(pattern: str, at: int) -> tuple[int, float, int]:
 def trouble(file: Path) -> str | None:
     """Says what is wrong with a tokenizer.json that was tried in a process of its own.
 
-    None if it works.
+    Returns None if it works.
     """
     command = [sys.executable, __file__, str(file)]
     try:
@@ -215,7 +216,7 @@ def patterns_in(spec: Any) -> list[str]:
 
 
 def growth(spec: Any) -> float:
-    """Says how many times as long the replacements of a tokenizer.json can make a text, at most."""
+    """Returns the greatest factor by which a tokenizer.json's replacements can lengthen a text."""
     times, left = 1.0, [spec.get("normalizer"), spec.get("decoder")]
     while left:
         step = left.pop()

@@ -1,5 +1,6 @@
-"""Answers of a model to the examples of all units, written as they come, so that a killed
-evaluation continues.
+"""Collects a model's answers to the examples of all units, and writes each batch as it comes.
+
+A killed evaluation continues from them.
 
 Batches are fixed by the examples: like lengths together, so that a batch of generation is not
 longer than it must be. A batch that was answered before a kill is read from the journal, any other
@@ -69,7 +70,7 @@ class Journal:
         return kept
 
     def _entry(self, line: bytes) -> dict[str, Any] | None:
-        """Reads one line; None for a damaged one and for one of another fingerprint."""
+        """Reads one line, and returns None for a damaged one and for one of another fingerprint."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -111,17 +112,18 @@ class Journal:
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
-    """Sums up what a line says, in the order in which it says it."""
+    """Computes the CRC-32 of what a line says, in the order in which it says it."""
     return zlib.crc32(json.dumps(content).encode())
 
 
 def answer_units(
     units: Sequence[Unit], answerer: Callable[[Unit], Answer], seed: int, journal: Journal | None = None
 ) -> dict[str, Answered]:
-    """Answers every example of the units that the journal lacks. Returns id in predictions -> answer.
+    """Answers every example of the units that the journal lacks, and returns the answers by id.
 
-    With a journal, an example with images is asked twice, the second time about another example's images
-    (`permute_images`); without one, once, and nothing is written or shown.
+    The ids are those in predictions.jsonl. With a journal, an example with images is asked twice,
+    the second time about another example's images (`permute_images`). Without one it is asked once,
+    and nothing is written or shown.
     """
     answers = {} if journal is None else dict(journal.found)
     with _progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:

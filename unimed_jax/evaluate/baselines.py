@@ -33,7 +33,7 @@ class Fitted:
 
 
 def fit(task: str, train: Sequence[Example]) -> Fitted:
-    """Fits the baselines of `task`; there are none without a training example of it.
+    """Fits the baselines of `task`, and returns none if no training example has that task.
 
     Raises UserError if a training box cannot be read (refer's answers, identify's questions).
     """
@@ -79,7 +79,7 @@ def _template(example: Example) -> str:
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """Returns the commonest answer; the first in the alphabet among equals."""
+    """Returns the commonest answer, or the first in the alphabet of equally common ones."""
     return min(Counter(answers).items(), key=lambda item: (-item[1], item[0]))[0]
 
 
@@ -105,7 +105,7 @@ def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
 
 
 def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
-    """Answers with the majority of the last key that was seen in training, else of all."""
+    """Answers with the majority of the last key seen in training, else of all examples."""
     tables: list[Mapping[Hashable, str]] = []
     for key in (lambda example: None, *keys):
         groups = defaultdict(list)
@@ -123,7 +123,7 @@ def _majority(train: Sequence[Example], *keys: Callable[[Example], Hashable]) ->
 
 
 def _median_box(train: Sequence[Example], *keys: Callable[[Example], Hashable]) -> Baseline:
-    """Answers with the median box of the last key that was seen in training, else of all."""
+    """Answers with the median box of the last key seen in training, else of all examples."""
     groups: dict[Hashable, list[tuple[int, ...]]] = defaultdict(list)
     for example in train:
         box = _box_of(example, example.answer)

@@ -37,7 +37,7 @@ _CLAUSE_END = regex.compile(r"[,.;:!?。、](?!\d)| - ")
 
 
 def closed_accuracy(prediction: str, reference: str) -> bool:
-    """Says whether an answer chooses the reference and nothing else; an empty one does not.
+    """Says whether an answer chooses the reference and nothing else, which an empty one does not.
 
     * Reference "yes" or "no": the first yes or no in the answer decides. "Yes, no fracture is seen"
       is yes, "no evidence of a mass, yes" is no. An answer that offers both ("yes or no", "yes/no")
@@ -69,7 +69,7 @@ def _spelled(text: str) -> str:
 
 
 def _polarity(said: list[str]) -> str | None:
-    """Returns the first yes or no, or None if there is none or both are offered."""
+    """Returns the first yes or no, or None if neither is said or both are offered."""
     places = [i for i, word in enumerate(said) if word in ("yes", "no")]
     if not places:
         return None
@@ -82,8 +82,9 @@ def _polarity(said: list[str]) -> str | None:
 
 
 def _denied(said: list[str], i: int, clause_starts: set[int]) -> bool:
-    """Says whether a negation of the same clause stands before word `i`, with nothing but small
-    words between.
+    """Says whether a negation in the same clause comes before word `i`.
+
+    Only small words may be between them.
     """
     while i not in clause_starts:
         i -= 1
@@ -100,5 +101,5 @@ def _names_rival(said: list[str], wanted: list[str], clause_starts: set[int]) ->
 
 
 def _among_several(said: list[str], start: int, length: int) -> bool:
-    """Says whether "or" stands next to the words from `start`, or one word away from them."""
+    """Says whether "or" comes next to the words from `start`, or one word away from them."""
     return "or" in said[max(start - 2, 0) : start] + said[start + length : start + length + 2]

@@ -13,12 +13,12 @@ from unimed_jax.files import new_folder
 
 
 def export_questions(config: Config, folder: str | Path, split: str | None = None) -> tuple[int, int]:
-    """Writes questions.jsonl and images/*.png; returns how many of each.
+    """Writes questions.jsonl and images/*.png, and returns how many there are of each.
 
     A line: {id, task, question, instruction, history, images, max_new_tokens}; `instruction` is the
-    question in the words of our evaluation, `images` are paths within the folder. True answers are
-    not among it. Raises UserError if the folder holds something already and for a split that is not
-    evaluated.
+    question in the words of our evaluation, `images` are paths within the folder. The true
+    answers are not written. Raises UserError if the folder already holds something, and for a split
+    that is not evaluated.
     """
     from PIL import Image
 

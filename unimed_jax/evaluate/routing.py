@@ -17,7 +17,10 @@ from unimed_jax.model.unimed import UniMed
 
 @jax.jit
 def _weights(model: UniMed, pixels: jax.Array) -> jax.Array:
-    """Computes expert weights [N, visual tasks, T, E] of images [N, H, W, 3] under each task's token."""
+    """Computes the expert weights of images under the token of each task.
+
+    The images are [N, H, W, 3], the weights [N, visual tasks, T, E].
+    """
     tasks = jnp.arange(len(VISUAL_TASKS), dtype=jnp.int32)
     each = jnp.tile(tasks, len(pixels))
     repeated = pixels.repeat(len(tasks), axis=0)  # [N * tasks, H, W, 3]
@@ -48,7 +51,9 @@ def routing_report(
     clusters: Sequence[str],
     batch: int = 64,
 ) -> dict | None:
-    """Measures what evaluate/report shows of the routing; None for a connector without experts.
+    """Measures what evaluate/report shows of the routing.
+
+    Returns None for a connector without experts.
 
     `read(key)` gives an image, uint8 [H, W, 3]; only `batch` of them are held at once, at the
     model's size. `tv_token_router` is measured too: the trained weights without the router's task
@@ -90,7 +95,7 @@ def routing_report(
 
 
 def without_task_half(model: UniMed) -> UniMed:
-    """Copies the model, without its leaves, so that its router reads only visual tokens."""
+    """Makes a copy of the model whose router reads only visual tokens; the arrays are shared."""
     copy = jax.tree.map(lambda leaf: leaf, model)
     router = copy.connector.router
     assert router is not None

@@ -1,5 +1,4 @@
-"""The evaluation of a run, or of predictions that another tool made: answers, scores, routing and
-the report.
+"""Evaluates a run, or predictions that another tool made: answers, scores, routing and the report.
 
 Processes share the work: they generate every batch together over the mesh, then each scores its
 part of the units, and process 0 collects the scores and writes.
@@ -43,13 +42,13 @@ LARGEST_PREDICTIONS = 8 << 30  # bytes of a file of answers
 
 @claims_end()
 def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[str, Any]:
-    """Answers and scores the units of `config.evaluate` and writes the report into `folder`, by
-    default the run's.
+    """Answers and scores the units of `config.evaluate` and writes the report into `folder`.
 
-    `config` is the run's own, except for `config.evaluate` and `config.text.max_prompt`. To be
-    called inside `run.inside()`, on all processes. Returns the content of metrics.json, {} on
-    processes other than 0 and if nothing is to be scored. A killed evaluation continues where it
-    stood. Raises UserError if another process trains the run or writes there.
+    `folder` is the run's by default. `config` is the run's own, except for `config.evaluate` and
+    `config.text.max_prompt`. This is to be called inside `run.inside()`, on all processes. Returns
+    the content of metrics.json, and {} on processes other than 0 and if nothing is to be scored. A
+    killed evaluation continues where it stopped. Raises UserError if another process trains the run
+    or writes there.
     """
     folder = claim_results(folder or run.folder)
     if not config.evaluate.entries and not config.evaluate.splits:
@@ -78,9 +77,7 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
 def claim_results(folder: Path) -> Path:
     """Locks the folder of results against other processes, and removes what killed ones left.
 
-    On all processes.
-
-    Raises UserError if a run trains there.
+    It is called on all processes. Raises UserError if a run trains there.
     """
 
     def lock() -> None:
@@ -95,7 +92,7 @@ def claim_results(folder: Path) -> Path:
 def _changed_inputs(
     folder: Path, own: Config, config: Config, sets: Mapping[str, Source], training: Training
 ) -> list[str]:
-    """Says what the results of a run must say of data that changed since it was trained.
+    """Lists what the results of a run must say of data that changed since it was trained.
 
     own: the run's settings. Raises UserError where `config.data.changed` does not accept a change.
     """
@@ -118,7 +115,7 @@ def answer_and_score(
 ) -> list[Scored]:
     """Fits the baselines, answers what the journal lacks, and scores every unit.
 
-    On all processes together.
+    It is called on all processes together.
     """
     # Baselines come before the long wait for answers, since wrong records show there.
     blind = _shared(lambda: _blind_answers(units, training))
@@ -129,13 +126,13 @@ def answer_and_score(
 def evaluate_predictions(
     config: Config, file: Path, folder: Path, run: Path | None = None
 ) -> dict[str, Any]:
-    """Scores the predictions of any tool, as JSON lines {"id": "<set>/<split>/<id within the set>",
-    "prediction": ...}.
+    """Scores the predictions of any tool, which are read from a file of JSON lines.
 
-    Missing answers count as empty ones; ids that are unknown or doubled (the first line counts) are
-    counted and the first five named, in the report too. run: the folder of a run whose data must be
-    as it was. Returns the content of metrics.json. Raises UserError for a file that cannot be read
-    and if no id is known.
+    A line is {"id": "<set>/<split>/<id within the set>", "prediction": ...}. Missing answers count
+    as empty ones; ids that are unknown or doubled (the first line counts) are counted and the first
+    five named, in the report too. run: the folder of a run whose data must be as it was. Returns
+    the content of metrics.json. Raises UserError for a file that cannot be read and if no id is
+    known.
     """
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
@@ -209,8 +206,9 @@ def quick_scores(
 
 
 def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Unit) -> Answer:
-    """Makes of the model a function from examples, images and a seed to answers, with the unit's
-    settings.
+    """Makes of the model a function that answers examples with the settings of the unit.
+
+    The function takes examples, their images and a seed.
     """
     settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
     config = dataclasses.replace(config, evaluate=settings)
@@ -234,7 +232,10 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
 
 
 def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
-    """Names all that answers depend on: settings (not devices), weights, data, tokenizer and code."""
+    """Returns a text that names all that answers depend on.
+
+    That is the settings (not devices), weights, data, tokenizer and code.
+    """
     settings = {key: value for key, value in to_dict(config).items() if key != "mesh"}
     checksums = {name: source.data.checksum for name, source in sets.items()}
     facts = [settings, run.step, checksums, run.tokenizer.fingerprint, code_version()]
@@ -243,7 +244,10 @@ def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
 
 
 def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
-    """Reads a file of predictions; returns id -> prediction, and the ids that occur more than once."""
+    """Reads a file of predictions.
+
+    Returns id -> prediction, and the ids that occur more than once.
+    """
     found: dict[str, str] = {}
     doubled: dict[str, None] = {}
     text = read_text(file, "give a file of JSON lines as --predictions", LARGEST_PREDICTIONS)
@@ -277,7 +281,7 @@ def _mine(units: Sequence[Unit]) -> list[Unit]:
 def _shared(work: Callable[[], Any]) -> Any:
     """Runs `work` on each process.
 
-    A UserError of one is raised on all, so that none waits for another.
+    A UserError of one process is raised on all, so that none waits for another.
     """
     result, said = None, ""
     try:
@@ -358,7 +362,7 @@ def _records(
 
 
 def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
-    """Returns the box of a record in pixels: its own, else (refer) its answer's."""
+    """Returns the box of a record in pixels: its own or, for task refer, that of its answer."""
     if example.box is not None:
         return [int(value) for value in example.box]
     if example.task != "refer" or size is None:
@@ -413,7 +417,7 @@ def _routing(
 ) -> dict | None:
     """Measures how the connector routes the images of the leading split.
 
-    None without images or experts.
+    Returns None if there are no images or no experts.
     """
     leading = leading_split([part.split for part in scored])
     shown = {

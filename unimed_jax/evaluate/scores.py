@@ -140,8 +140,10 @@ class _Table:
         peers: Mapping[str, Measures],
         templates: Mapping[str, np.ndarray],
     ) -> None:
-        """Adds all that is drawn: the model's metrics, and model and baselines on the primary one
-        by template.
+        """Adds all measures that are to be drawn.
+
+        These are the model's metrics and, on the primary metric, the scores of the baselines, and
+        those of model and baselines by template.
         """
         for name, measure in self.model.items():
             self._add(("model", name), measure)
@@ -176,7 +178,10 @@ class _Table:
         }
 
     def margin(self, kind: str, names: Sequence[str], *template: str) -> dict[str, Any] | None:
-        """Subtracts the best baseline from the model on the primary metric; None without one."""
+        """Subtracts the best baseline from the model on the primary metric.
+
+        Returns None if there is no baseline.
+        """
         ours = ("model", self.primary, *template)
 
         def rank(name: str) -> float:
@@ -216,9 +221,9 @@ def _notes(task: str, blind: Mapping[str, Any], clusters: int) -> list[str]:
 
 
 def _published(task: str, records: Sequence[Record], text: TextConfig) -> Mapping[str, float | str]:
-    """Scores by the published rules; {} for qa, which Uni-Med's code does not evaluate.
+    """Scores by the published rules, and returns {} for qa, which Uni-Med's code does not evaluate.
 
-    Those of vqa are Med-MoE's, in per cent, if a chat form asks, else Uni-Med's.
+    The scores of vqa are Med-MoE's, in per cent, if a chat form asks, else Uni-Med's.
     """
     predictions = [record["prediction"] for record in records]
     if task == "refer":
@@ -257,7 +262,10 @@ def _flat(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Holds what one unit gave: its place in metrics.json, its metrics, its records and their scores."""
+    """Holds the results of one unit.
+
+    They are its place in metrics.json, its metrics, its records and their scores.
+    """
 
     set: str
     split: str

@@ -13,7 +13,10 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """Holds a score that depends only on sums over items: a bootstrap is one matrix product."""
+    """Holds a score that depends only on sums over items.
+
+    A bootstrap of it is one matrix product.
+    """
 
     items: np.ndarray  # float64 [n, K]
     score: Callable[[np.ndarray], np.ndarray] = _ratio  # sums [..., K] -> [...]; NaN if no item counts

@@ -163,7 +163,7 @@ def _has(source: Source, split: str) -> bool:
 
 
 def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example]]:
-    """Groups the source's examples by task; of more than `most` (0: all), evenly spaced ones."""
+    """Groups the source's examples by task, at most `most` (0: all) of them, evenly spaced."""
     examples = source.data.examples(split)
     count = min(len(examples), most) if most else len(examples)
     step = max(1.0, len(examples) / max(count, 1))
@@ -176,7 +176,7 @@ def by_task(source: Source, split: str, most: int = 0) -> dict[str, list[Example
 
 
 def data_notes(units: Sequence[Unit]) -> list[str]:
-    """Says what is not scored: records that preparing left out, turns before the question."""
+    """Says what is not scored: records that preparing left out, and turns before the question."""
     notes = []
     for source in {unit.source.id: unit.source for unit in units}.values():
         skipped = getattr(source.data, "skipped", 0)
@@ -198,7 +198,7 @@ def data_notes(units: Sequence[Unit]) -> list[str]:
 
 
 class Training:
-    """Gives baselines their training examples: the scored set's own, or those of all sets.
+    """Gives baselines their training examples, which are the scored set's own or those of all sets.
 
     If the training sources do not open (a run was moved to a machine without them), `notes` says
     so, and baselines are fitted on the training splits of the scored sets.
@@ -265,7 +265,7 @@ def check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def select(examples: Sequence[Example], limit: int) -> list[Example]:
-    """Chooses at most `limit` examples (0: all): one of each cluster in turn, in a fixed order.
+    """Chooses at most `limit` examples (0: all), one of each cluster in turn.
 
     The order is random but the same for every seed, so that runs are scored on the same examples.
     """
@@ -282,7 +282,7 @@ def select(examples: Sequence[Example], limit: int) -> list[Example]:
 
 
 def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] | None:
-    """Gives each example the images of another one with as many; None if that cannot be.
+    """Gives each example the images of another one with as many, or returns None if that cannot be.
 
     The images are permuted, none keeps its place, and none stays within its cluster (slab, patient)
     unless one cluster holds more than half of the examples.

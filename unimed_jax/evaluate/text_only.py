@@ -63,8 +63,8 @@ def logistic(train: Sequence[Example]) -> Answers | None:
 def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], str]) -> Answers | None:
     """Answers as the training question with the most similar TF-IDF vector (cosine).
 
-    `merge` makes one answer of those that one training text has. Equally similar: the first in the
-    alphabet. None if there is one training text only.
+    `merge` makes one answer of those that one training text has. Of equally similar
+    questions the first in the alphabet counts. Returns None if there is only one training text.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for example in train:
@@ -89,7 +89,7 @@ def nearest_question(train: Sequence[Example], merge: Callable[[Sequence[str]], 
 
 
 def _vectoriser(texts: Sequence[str]):
-    """Fits TF-IDF of words and pairs of words; None if the texts hold no word."""
+    """Fits TF-IDF of words and pairs of words, and returns None if the texts hold no word."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(map(tokens, texts)):

@@ -46,7 +46,7 @@ _CLOSING = regex.compile(r"[\s\p{Terminal_Punctuation}]+$")
 _CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Bopomofo}ー]"
 _NUMBER = r"(?:\d+(?:\.\d+)+|(?<!\d,)\d+,\d+(?!,?\d)|\d+)"
 _COMPARED = r"(?:<(?!\w+>)|(?<!<\w+)>|[≤≥±])"  # not the brackets of a mark: "<unk>", a box's "<10>"
-_MINUS = rf"(?:(?<!{_LETTER}|[)\]%.'\"])-)?"  # a dash between words or numbers is no sign
+_MINUS = rf"(?:(?<!{_LETTER}|[)\]%.'\"])-)?"  # a dash between words or numbers is not a sign
 # "HER2-", "(-)", "-ve"
 _RESULT = rf"(?<={_LETTER}|[)])-(?!{_LETTER}|[(<])|(?<![^\s(])-(?=\s*(?:$|[,.;)/])|ve\b)"
 _TOKEN = regex.compile(
@@ -59,7 +59,10 @@ _TOKEN = regex.compile(
 
 
 def folded(text: str) -> str:
-    """Replaces spellings that mean the same by one of them; signs, comparisons and punctuation stay."""
+    """Replaces spellings that mean the same by one of them.
+
+    Signs, comparisons and punctuation stay.
+    """
     if not text.isascii():
         text = _POWER.sub(" ", _THIN_BLANK.sub(",", text.translate(_TYPOGRAPHY)))
         text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text).translate(_TYPOGRAPHY))
@@ -73,7 +76,10 @@ def folded(text: str) -> str:
 
 
 def canonical(text: str) -> str:
-    """Returns the `folded` text without punctuation at its end: "The Left Lung." is "the left lung"."""
+    """Returns the `folded` text without punctuation at its end.
+
+    "The Left Lung." becomes "the left lung".
+    """
     return _CLOSING.sub("", folded(text))
 
 

@@ -29,7 +29,9 @@ CUT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished char
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Describes one question to the model; what is None is taken from `config.evaluate`.
+    """Describes one question to the model.
+
+    What is None is taken from `config.evaluate`.
 
     images: paths, file contents as bytes, or pixels as uint8 [H, W, 3]; history: earlier (question,
     answer) turns; seed: of the draws if the temperature is not 0; id: names the request in
@@ -98,7 +100,10 @@ class Predictor:
             yield text[len(said) :]
 
     def _kind(self, request: Request) -> tuple[int, float]:
-        """Returns what requests of a batch share: the most tokens of the answer, the temperature."""
+        """Returns what the requests of a batch must share.
+
+        That is the most tokens of the answer and the temperature.
+        """
         settings = self._config.evaluate
         temperature = settings.temperature if request.temperature is None else request.temperature
         return request.max_new_tokens or settings.max_new_tokens, temperature
@@ -155,7 +160,7 @@ class Predictor:
 
 
 def as_example(request: Request) -> Example:
-    """Gives the example whose prompt asks what the request asks.
+    """Returns the example whose prompt asks what the request asks.
 
     Raises UserError for a text that is not Unicode and for earlier turns.
     """

@@ -1,7 +1,9 @@
-"""Opens data sets: one file each with `INFO` and `read`, found by name here or by a dotted name
-anywhere.
+"""Opens data sets by the name of the module that reads them.
 
-`read(folder, split, options, skipped)` yields (Example, sources of its images); see data/prepare.py.
+Each module has `INFO` and `read`. It is one file here, or lies anywhere and is named with dots.
+
+`read(folder, split, options, skipped)` yields (Example, sources of its images); see
+data/prepare.py.
 """
 
 import importlib
@@ -43,16 +45,16 @@ def distinct(datasets: Iterable[Dataset]) -> list[Dataset]:
 
 
 def path_of(source: SourceConfig, data: DataConfig) -> str:
-    """Returns where a source's files are: its path, from `data.root` on.
+    """Returns where a source's files are, which is its path, from `data.root` on.
 
-    Without one, `<data.root>/<name>`.
+    For a source without a path it is `<data.root>/<name>`.
     """
     given = source.path or (source.name if data.root else "")
     return str(Path(data.root, given)) if given else ""
 
 
 def missing(source: SourceConfig, data: DataConfig) -> bool:
-    """Says whether the files that the source's set is read from are not there."""
+    """Says whether files are missing that the source's set is read from."""
     known = source.name in _names() or "." in source.name
     if known and reader_of(source.name).INFO.self_contained:
         return False
@@ -61,7 +63,10 @@ def missing(source: SourceConfig, data: DataConfig) -> bool:
 
 
 def reader_of(name: str) -> Reader:
-    """The module that `name` names. Raises UserError if there is none, or it lacks INFO or read."""
+    """Returns the module that `name` names.
+
+    Raises UserError if there is none, or if it lacks INFO or read.
+    """
     known = _names()
     if name not in known and "." not in name:
         raise UserError(
@@ -89,7 +94,7 @@ def _names() -> list[str]:
 
 
 def _identity(source: SourceConfig, data: DataConfig) -> str:
-    """Names what sources of one set have in common."""
+    """Returns what sources of one and the same set have in common."""
     fields: list[Any] = [source.id, source.name, path_of(source, data)]
     fields += [_plain(m) for m in (source.options, source.splits, source.info)]
     return json.dumps(fields, sort_keys=True, default=str)
@@ -104,8 +109,10 @@ def _plain_value(value: Any) -> Any:
 
 
 def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str]:
-    """Gives each set its id: as given, else the last part of its name, with its path if two sets
-    have the same.
+    """Gives each data set its id.
+
+    The id is the one in the settings, else the last part of the set's name. The stem of its path is
+    added if two sets have the same name. Raises UserError if two ids are still equal.
     """
     default = {identity: s[0].id or s[0].name.rpartition(".")[2] for identity, s in sets.items()}
     out: dict[str, str] = {}

@@ -1,8 +1,10 @@
-"""Images in classes (task cls): one folder a class, or a table with a path and a label a line.
+"""Reads images in classes (task cls), from one folder for each class or from a table.
 
-<split>/<class>/<image>      or
-<split>.csv                  columns `path` (or `image`) and `label` (or `class`); there may be
-                             others, such as `cluster` (a patient)
+    <split>/<class>/<image>      or
+    <split>.csv                  columns `path` (or `image`) and `label` (or `class`)
+
+A table has a path and a label on each line; there may be other columns, such as `cluster` (a
+patient).
 """
 
 from collections.abc import Iterator, Mapping

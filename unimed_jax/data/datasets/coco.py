@@ -1,4 +1,4 @@
-"""Labelled boxes in the form of COCO: where things are, and what boxes hold (tasks refer and identify).
+"""Reads labelled boxes in the form of COCO, for the tasks refer (where) and identify (what).
 
 A split's JSON, {"images", "annotations", "categories"}, is one of:
 annotations/instances_<split>*.json, instances_<split>*.json, <split>.json,
@@ -41,7 +41,7 @@ def read(
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields the questions about each image of a split, by the options of data/grounding.py.
 
-    Crowds (iscrowd) are no single things and left out without a word; a box that is empty or leaves
+    Crowds (iscrowd) are not single things and are left out silently; a box that is empty or leaves
     its image, and an image that is missing, are skipped. Corners are rounded to whole pixels.
     """
     assert folder is not None  # INFO names files
@@ -137,7 +137,7 @@ def _side(image: Record, key: str, where: str) -> int:
 
 
 def _path(folder: Path, file: Path, split: str, name: str, where: str) -> Path:
-    """Returns where the image lies, or would have to."""
+    """Returns the path where the image lies or, if it is missing, where it should lie."""
     places = [
         file.parent,
         *(folder / part for part in (*SPELT[split], *(f"images/{s}" for s in SPELT[split]))),

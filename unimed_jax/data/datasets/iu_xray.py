@@ -1,4 +1,4 @@
-"""IU X-Ray with R2Gen's annotation: chest X-rays in 1 to 5 views and their reports (task caption).
+"""Reads IU X-Ray with R2Gen's annotation: chest X-rays in 1 to 5 views and reports (task caption).
 
     annotation.json
     images/CXR1_1_IM-0001/0.png

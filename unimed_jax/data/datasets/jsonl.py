@@ -1,4 +1,4 @@
-"""Any lab's own data, one JSON object a line: all six tasks, 0 to n images, boxes in pixels.
+"""Reads any lab's own data, one JSON object a line: all six tasks, 0 to n images, boxes in pixels.
 
     {"id": "case7/1", "images": ["case7/a.png"], "task": "vqa",
      "question": "Is there a fracture?", "answer": "no",
@@ -107,7 +107,7 @@ def read(
 def _examples(
     record: Record, folder: Path, where: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields what one record stands for."""
+    """Yields the examples that one record describes."""
     name = word(record, "id", where, required=True, numbers=True)
     keys = record.get("images", [])
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):

@@ -33,10 +33,11 @@ INFO = Info(
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields one example a conversation: its last turn asks (task vqa, or qa without an image),
-    others are `history`.
+    """Yields one example for each conversation, whose last turn is the question.
 
-    A record whose image is no file that can be read is skipped. All other faults raise UserError.
+    The task is vqa, or qa without an image; the earlier turns are `history`.
+
+    A record is skipped if the file of its image cannot be read. All other faults raise UserError.
     """
     assert folder is not None  # INFO names files
     file = _file(folder, split)
@@ -56,7 +57,7 @@ def read(
 
 
 def _file(folder: Path, split: str) -> Path | None:
-    """Returns the file that holds a split, None where the set has no such split."""
+    """Returns the file that holds a split, or None if the set has no such split."""
     if not folder.is_dir():
         if folder.suffix not in ENDINGS:
             raise UserError(f"{folder} is neither a folder nor a .json or .jsonl file; {FORM}, as path.")
@@ -111,7 +112,10 @@ def _example(record: dict[str, Any], where: str, name: str) -> Example:
 
 
 def _is_message(message: Any) -> bool:
-    """Says whether it is {"from": text, "value": text}; the value of an answer may be null."""
+    """Says whether a value is a message, {"from": text, "value": text}.
+
+    The value of an answer may be null.
+    """
     if (
         not isinstance(message, dict)
         or not isinstance(message.get("from"), str)
@@ -122,8 +126,9 @@ def _is_message(message: Any) -> bool:
 
 
 def _modality(record: dict[str, Any], where: str) -> str:
-    """Returns `modality`, or the one that is true of LLaVA-Med's {"domain": {"mri": true,
-    "ct_scan": false, ...}}.
+    """Returns the modality of a record, from its `modality` or from LLaVA-Med's `domain`.
+
+    `domain` is {"mri": true, "ct_scan": false, ...}; the one that is true counts.
     """
     domain = record.get("domain")
     true = [name for name, holds in domain.items() if holds is True] if isinstance(domain, dict) else []

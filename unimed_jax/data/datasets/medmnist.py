@@ -1,4 +1,4 @@
-"""MedMNIST+: pictures in classes (task cls), any of the two-dimensional sets in any size.
+"""Reads MedMNIST+: pictures in classes (task cls), any of its two-dimensional sets in any size.
 
     <name>.npz or <name>_<size>.npz     {train,val,test}_{images,labels}; option name="dermamnist"
 

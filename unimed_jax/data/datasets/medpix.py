@@ -1,4 +1,4 @@
-"""MedPix in RadFM's tables: radiological images with their captions (task caption).
+"""Reads MedPix in RadFM's tables: radiological images with their captions (task caption).
 
 MedPix_single_{train,test}.csv    columns name, context, type; rows of type caption are taken
 images/<name>                     or where the option `images` says

@@ -1,4 +1,4 @@
-"""MedPix 2.0: CT and MR images of teaching cases, with their captions (tasks caption and cls).
+"""Reads MedPix 2.0: CT and MR images of teaching cases with captions (tasks caption and cls).
 
     splitted_dataset/descriptions_{train,dev,test}.jsonl   one image a line
     images/<image>.png
@@ -52,7 +52,7 @@ OPTIONS = {
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields the caption of each image and the questions about it, as far as they have an answer.
+    """Yields the caption of each image and those questions about it that have an answer.
 
     A placeholder in place of a caption is skipped by name; a plane that is none of three only lacks
     its question.

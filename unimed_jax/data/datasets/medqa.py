@@ -1,9 +1,8 @@
-"""MedQA: questions of medical licensing examinations (task qa), text alone.
+"""Reads MedQA: questions of medical licensing examinations (task qa), without images.
 
-    questions/US/{train,dev,test}.jsonl                                    five options, or
-    questions/US/4_options/phrases_no_exclude_{train,dev,test}.jsonl       four, when `options` is 4
-    {train,dev,test}.jsonl                                                 the same files without
-    the folders
+    questions/US/{train,dev,test}.jsonl                                five options
+    questions/US/4_options/phrases_no_exclude_{train,dev,test}.jsonl   four, when `options` is 4
+    {train,dev,test}.jsonl                                             either, without the folders
 
 A line is {"question", "answer", "options": {"A": ...}, "answer_idx"}.
 """

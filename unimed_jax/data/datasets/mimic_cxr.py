@@ -1,4 +1,4 @@
-"""MIMIC-CXR-JPG with R2Gen's annotation: chest X-rays and their reports (task caption).
+"""Reads MIMIC-CXR-JPG with R2Gen's annotation: chest X-rays and their reports (task caption).
 
     annotation.json
     files/p10/p10000032/s50414267/<dicom_id>.jpg
@@ -29,7 +29,7 @@ OPTIONS = {"images": 1}  # of a study at most; Uni-Med shows one
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields the studies of a split; what belongs together is a patient."""
+    """Yields the studies of a split, of which those of one patient belong together."""
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, OPTIONS, "mimic_cxr")
     yield from studies(folder, folder / "files", split, chosen["images"], "subject_id")

@@ -1,12 +1,14 @@
-"""Path-VQA: questions about pictures of pathology (task vqa).
+"""Reads Path-VQA: questions about pictures of pathology (task vqa).
 
 The layout is chosen by what lies in the folder:
 
-    qas/{train,val,test}_vqa.pkl, images/<split>/<img_id>.jpg     the original; its pickles are
-    never executed PathVQA_{TRAIN,VAL,TEST}.tsv                                  columns index,
-    image (base64), question, answer
+    qas/{train,val,test}_vqa.pkl     the original; its pickles are never executed
+    images/<split>/<img_id>.jpg
+or
+    PathVQA_{TRAIN,VAL,TEST}.tsv     columns index, image (base64), question, answer
 
-Without a field for it, a question is closed if its answer is yes or no, which is exact for this set.
+There is no field that says so, so a question counts as closed if its answer is yes or no, which is
+exact for this set.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""PubMedQA: yes/no/maybe questions about abstracts (task qa), text alone.
+"""Reads PubMedQA: yes/no/maybe questions about abstracts (task qa), without images.
 
 ori_pqal.json            {pmid: {QUESTION, CONTEXTS, LONG_ANSWER, final_decision, ...}}, 1,000 of them
 test_ground_truth.json   {pmid: answer} of the official 500 test questions; the others are for training

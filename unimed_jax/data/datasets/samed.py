@@ -1,4 +1,4 @@
-"""SA-Med2D-20M as Uni-Med prepared it: organs and lesions in boxes (refer, identify).
+"""Reads SA-Med2D-20M as Uni-Med prepared it: organs and lesions in boxes (tasks refer, identify).
 
     images/<modality>/<id>.png
     regions/<modality>/<id>.json     [{"label": [x, y, width, height]}, ...] in pixels

@@ -1,5 +1,6 @@
-"""SLAKE: questions about radiological images in English and Chinese (vqa), and organs in boxes
-(refer, identify).
+"""Reads SLAKE: questions about radiological images (vqa), and organs in boxes (refer, identify).
+
+The questions are in English and Chinese.
 
 The layout is chosen by what lies in the folder:
 
@@ -59,7 +60,10 @@ OPTIONS = {
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
-    """Yields the questions of a split, and after those about an image the questions about its boxes."""
+    """Yields the questions of a split.
+
+    Those about an image are followed by the questions about its boxes.
+    """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, OPTIONS, "slake")
     one_of(chosen, "language", ("en", "zh", "all"), "slake")

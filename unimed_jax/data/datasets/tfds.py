@@ -1,4 +1,6 @@
-"""Any set that tensorflow-datasets has prepared as array_record files: classes, questions or captions.
+"""Reads sets that tensorflow-datasets has prepared as array_record files.
+
+They may hold classes, questions or captions.
 
 `path` is the folder of a version, with dataset_info.json and features.json: .../my_set/1.0.0.
 TensorFlow is not needed. By default the feature `label` gives the class (task cls); the options

@@ -1,5 +1,4 @@
-"""Labelled boxes in the form of Pascal VOC: where things are, and what boxes hold (tasks refer and
-identify).
+"""Reads labelled boxes in the form of Pascal VOC, for the tasks refer (where) and identify (what).
 
 Annotations/<name>.xml       boxes, whose corners count from 1 and belong to the box
 ImageSets/Main/<split>.txt   names of a split, one a line: train, val, test
@@ -109,5 +108,5 @@ def _number(parent: ElementTree.Element, path: str, file: Path) -> int:
 def _other_size(path: Path, size: tuple[int, int]) -> str:
     found = size_of(path)
     if found is None or found == size:
-        return ""  # what is no picture is said when it is decoded
+        return ""  # a file that is not a picture is reported when it is decoded
     return f"image {path} has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}"

@@ -1,10 +1,12 @@
-"""VQA-RAD: questions about radiological images (task vqa).
+"""Reads VQA-RAD: questions about radiological images (task vqa).
 
 The layout is chosen by what lies in the folder:
 
-    VQA_RAD Dataset Public.json, VQA_RAD Image Folder/   the original; its test questions have a
-    phrase_type test_* trainset.json, testset.json, images/                 in circulation since
-    MMQ; leaks test questions into train
+    VQA_RAD Dataset Public.json   the original; its test questions have a phrase_type test_*
+    VQA_RAD Image Folder/
+or
+    trainset.json, testset.json   in circulation since MMQ; leaks test questions into train
+    images/
 
 The official split is by question: almost every test question is about an image that train asks
 about too.

@@ -1,5 +1,6 @@
-"""Writes twins of data sets: synthetic data in the exact layout of a real one, for trying configs
-without access.
+"""Writes twins of data sets: synthetic data in the exact layout of a real set.
+
+With them, configs can be tried without access to the real data.
 
 `TWINS` names, for each reader, its layouts. A twin has the keys, file names and quirks of the real
 files (numbers as text, trailing blanks, placeholders, empty boxes), random words and random pixels;

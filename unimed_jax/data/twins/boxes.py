@@ -1,4 +1,7 @@
-"""Twins of data sets with boxes: bright rectangles on dark, so that a model can learn where they are."""
+"""Writes twins of data sets with boxes.
+
+They show bright rectangles on dark, so that a model can learn where they are.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +43,10 @@ def _scenes(folder: Path, split: str, records: int, rng: np.random.Generator) ->
 
 
 def voc(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes Pascal VOC: corners from 1, both inside; one box is empty, as such sets have them."""
+    """Writes Pascal VOC, whose corners count from 1 and both lie inside the box.
+
+    One box is empty, as some are in such sets.
+    """
     sets, annotations = folder / "ImageSets" / "Main", folder / "Annotations"
     for place in (sets, annotations):
         place.mkdir(parents=True)
@@ -74,7 +80,7 @@ def coco(folder: Path, records: int, rng: np.random.Generator) -> None:
 def coco_roboflow(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes COCO as Roboflow exports it: <split>/_annotations.coco.json among the images.
 
-    Val is `valid`.
+    The split val is called `valid`.
     """
     for split in ("train", "val", "test"):
         place = folder / ("valid" if split == "val" else split)
@@ -113,7 +119,7 @@ def _coco_of(scenes: list[Scene]) -> dict[str, Any]:
 
 
 def jsonl(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes our own form, all six tasks, with labelled boxes and a study of two images."""
+    """Writes our own form with all six tasks, labelled boxes and a study of two images."""
     lines: list[dict[str, Any]] = []
     for split in ("train", "val", "test"):
         scenes = _scenes(folder / "images", split, records, rng)

@@ -1,5 +1,6 @@
-"""Twins of the sets of Uni-Med's recipe that hold pictures: SLAKE, Path-VQA, SA-Med2D, MedMNIST,
-reports, MedPix.
+"""Writes twins of the sets of Uni-Med's recipe that hold pictures.
+
+They are SLAKE, Path-VQA, SA-Med2D, MedMNIST, the sets of reports, and MedPix.
 """
 
 import base64
@@ -27,7 +28,10 @@ def _boxes(rng: np.random.Generator) -> list[dict[str, list[int]]]:
 
 # ---- SLAKE -----------------------------------------------------------------------------------------
 def slake(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the original layout: lists of image folders, questions in two languages in each folder."""
+    """Writes the original layout of SLAKE.
+
+    There are lists of image folders, and questions in two languages in each folder.
+    """
     for split, rows in _slake(folder, records, rng).items():
         names = list(dict.fromkeys(row["img_name"].removesuffix("/source.jpg") for row in rows))
         (folder / f"{'validate' if split == 'val' else split}.txt").write_text(
@@ -86,7 +90,7 @@ def _slake(folder: Path, records: int, rng: np.random.Generator) -> dict[str, li
 
 # ---- Path-VQA --------------------------------------------------------------------------------------
 def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the original layout: a pickle a split, of questions with scored answers."""
+    """Writes the original layout of Path-VQA, a pickle of questions with scored answers a split."""
     (folder / "qas").mkdir()
     for split in ("train", "val", "test"):
         rows = []
@@ -108,7 +112,7 @@ def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a table a split with pictures in base64."""
+    """Writes Path-VQA as a table for each split, with pictures in base64."""
     for split in ("train", "val", "test"):
         lines = ["index\timage\tquestion\tanswer"]
         for i in range(count(split, records)):
@@ -133,7 +137,10 @@ def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 # ---- MedMNIST --------------------------------------------------------------------------------------
 def medmnist(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a set in colour at 28 pixels and at 224, three in grey, and the one with several labels."""
+    """Writes four kinds of MedMNIST files.
+
+    One set is in colour at 28 pixels and at 224, three are in grey, and one has several labels.
+    """
     for size, ending in ((28, ""), (224, "_224")):
         _mnist(folder / f"dermamnist{ending}.npz", records, rng, size, 7, colour=True)
     for name, classes in (("organsmnist", 11), ("organcmnist", 11), ("pneumoniamnist", 2)):
@@ -182,7 +189,10 @@ def mimic_cxr(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes R2Gen's annotation of IU X-Ray: one to five views a study, removed words as XXXX."""
+    """Writes R2Gen's annotation of IU X-Ray, with one to five views a study.
+
+    Removed words are XXXX.
+    """
     content: dict[str, list[dict[str, Any]]] = {}
     for part, split in enumerate(("train", "val", "test")):
         content[split] = []
@@ -199,8 +209,9 @@ def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 # ---- MedPix ----------------------------------------------------------------------------------------
 def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes RadFM's tables: captions with commas and line breaks, rows of other types, one row
-    without its image.
+    """Writes RadFM's tables with the quirks of the real ones.
+
+    Captions have commas and line breaks, some rows are of other types, and one lacks its image.
     """
     for split in ("train", "test"):
         lines = ["name,context,type"]

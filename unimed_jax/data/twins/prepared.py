@@ -1,4 +1,4 @@
-"""A twin of a set that tensorflow-datasets has prepared."""
+"""Writes a twin of a set that tensorflow-datasets has prepared."""
 
 import io
 import shutil
@@ -14,8 +14,9 @@ CLASSES = ("clear", "with fluid")
 
 
 def tfds(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes pictures with a class, a question, an answer and a patient, as that package does
-    without TensorFlow.
+    """Writes pictures with a class, a question, an answer and a patient.
+
+    The files are as that package writes them without TensorFlow.
     """
     import tensorflow_datasets
 

@@ -1,4 +1,4 @@
-"""Twins of data sets of questions, captions and classes."""
+"""Writes twins of data sets of questions, captions and classes."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from unimed_jax.data.twins.random import count, pick, picture, words, write_json
 
 # ---- VQA-RAD ---------------------------------------------------------------------------------------
 def vqa_rad(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the original layout: one list, the split in phrase_type, one qid a text, some answers
+    """Writes the original layout of VQA-RAD.
+
+    It is one list with the split in phrase_type and one qid for each text; some answers are
     numbers.
     """
     rows = [_rad_row(i, rng, ("freeform", "para")) for i in range(count("train", records))]
@@ -58,8 +60,9 @@ def _rad_row(number: int, rng: np.random.Generator, kinds: tuple[str, ...]) -> d
 
 # ---- MedPix 2.0 ------------------------------------------------------------------------------------
 def medpix2(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes descriptions by split: several images a case, placeholders, planes typed in many ways,
-    RGBA pictures.
+    """Writes the descriptions of MedPix 2.0 by split.
+
+    A case has several images; there are placeholders, planes typed in many ways, and RGBA pictures.
     """
     every = []
     for part, split in enumerate(("train", "val", "test")):
@@ -144,16 +147,16 @@ def _examined(rng: np.random.Generator, letters: str) -> dict[str, Any]:
 
 # ---- LLaVA-Med and Med-MoE -------------------------------------------------------------------------
 def llava(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a list of conversations a split.
+    """Writes a list of conversations for each split.
 
-    Some have several turns, one an image that no longer exists.
+    Some have several turns, and one has an image that no longer exists.
     """
     for split, rows in _conversations(folder, records, rng).items():
         write_json(folder / f"{split}.json", rows)
 
 
 def llava_lines(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the same conversations one a line."""
+    """Writes the conversations of `llava` as one JSON object on each line."""
     for split, rows in _conversations(folder, records, rng).items():
         write_lines(folder / f"{split}.jsonl", rows)
 
@@ -161,7 +164,7 @@ def llava_lines(folder: Path, records: int, rng: np.random.Generator) -> None:
 def llava_pairs(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes images with one caption each, as the files for alignment have them.
 
-    All of it for training.
+    All of it is for training.
     """
     rows: list[dict[str, Any]] = []
     for i in range(records):
@@ -218,8 +221,9 @@ def classes(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def classes_csv(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes a table a split, with the patient next to path and label, a label in quotation marks,
-    and CRLF.
+    """Writes a table for each split, with the patient next to path and label.
+
+    One label is in quotation marks, and lines end in CRLF.
     """
     for split in ("train", "val", "test"):
         lines = ["path,label,cluster"]

@@ -23,7 +23,7 @@ def words(rng: np.random.Generator, low: int = 3, high: int = 8) -> str:
 
 
 def pick(rng: np.random.Generator, some: Sequence[Any]) -> Any:
-    """Draws one of several values, as it stands (numpy's own choice would change its type)."""
+    """Draws one of several values and keeps its type, which numpy's own choice would change."""
     return some[int(rng.integers(len(some)))]
 
 

@@ -1,4 +1,4 @@
-"""Reads boxes in answers, measures their overlap with the true ones, and scores task `refer` (REC)."""
+"""Reads boxes in answers, measures their overlap with the true ones, and scores refer (REC)."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,10 @@ def in_pixels(percent: Sequence[int], size: tuple[int, int]) -> Box:
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Computes intersection over union of boxes x1, y1, x2, y2, ends excluded; 0 if `a` is empty."""
+    """Computes the intersection over union of two boxes, which is 0 if `a` is empty.
+
+    Boxes are x1, y1, x2, y2, with the ends excluded.
+    """
     return overlap(a, b, 0.0) if a[2] > a[0] and a[3] > a[1] else 0.0
 
 
@@ -47,24 +50,27 @@ def _found(record: Record) -> Box | None:
 
 
 def _overlaps(records: Sequence[Record]) -> np.ndarray:
-    """Computes the IoU of each predicted box with the true one, 0 without one: float64 [n]."""
+    """Computes the IoU of each predicted box with the true one, float64 [n].
+
+    It is 0 where no box was predicted.
+    """
     found = [(_found(record), record["box"]) for record in records]
     return np.array([iou(box, truth) if box and truth else 0.0 for box, truth in found])
 
 
 @metric("miou", primary_for=("refer",))
 def miou(records: Sequence[Record]) -> Measure:
-    """The mean intersection over union; an answer without a valid box counts 0."""
+    """Computes the mean intersection over union; an answer without a valid box counts 0."""
     return Measure.mean(_overlaps(records).tolist())
 
 
 @metric("accuracy_iou50", tasks=("refer",))
 def accuracy_iou50(records: Sequence[Record]) -> Measure:
-    """The share of boxes with an IoU above 0.5."""
+    """Computes the share of boxes with an IoU above 0.5."""
     return Measure.mean((_overlaps(records) > 0.5).tolist())
 
 
 @metric("parsed", tasks=("refer",))
 def parsed(records: Sequence[Record]) -> Measure:
-    """The share of answers that begin with a valid box: one with an area, within the image."""
+    """Computes the share of answers that begin with a valid box: with an area, within the image."""
     return Measure.mean([_found(record) is not None for record in records])

@@ -1,4 +1,4 @@
-"""Scores reports: corpus BLEU of our tokens; as published, BLEU of PTB tokens, METEOR, ROUGE.
+"""Scores reports by corpus BLEU of our tokens and by the published BLEU, METEOR and ROUGE.
 
 PTB tokenisation and METEOR are Java programs inside the package pycocoevalcap. They are started here
 rather than through its wrappers, which write into the installed package, depend on the machine's
@@ -43,20 +43,21 @@ def _corpus_bleu(records: Sequence[Record], order: int) -> Measure:
 
 @metric("bleu4_regex_tokens", primary_for=("caption",), normaliser=WORDS)
 def bleu4_regex_tokens(records: Sequence[Record]) -> Measure:
-    """Corpus BLEU-4 of `tokens`, one reference each; empty answers count."""
+    """Computes corpus BLEU-4 of `tokens`, with one reference each; empty answers count."""
     return _corpus_bleu(records, 4)
 
 
 @metric("bleu1_regex_tokens", tasks=("caption",), normaliser=WORDS)
 def bleu1_regex_tokens(records: Sequence[Record]) -> Measure:
-    """Corpus BLEU-1 of `tokens`."""
+    """Computes corpus BLEU-1 of `tokens`."""
     return _corpus_bleu(records, 1)
 
 
 @functools.cache
 def find_java() -> str | None:
-    """Returns the path of a Java that runs, or None (macOS has a `java` that only asks to install
-    one).
+    """Returns the path of a Java that runs, or None if there is none.
+
+    It is tried, because macOS has a `java` that only asks to install one.
     """
     path = shutil.which("java")
     if (
@@ -130,10 +131,11 @@ def corpus_bleu(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def meteor(pairs: Sequence[tuple[str, str]]) -> float:
-    """Computes corpus METEOR 1.5 of (prediction, reference) texts: PTB tokens, pycocoevalcap's METEOR.
+    """Computes corpus METEOR 1.5 of (prediction, reference) texts with pycocoevalcap's METEOR.
 
-    Published scores give it normalised texts, which pass the tokeniser all the same: it splits
-    "isn't" in two. Raises RuntimeError if Java fails; ask `why_no_java_metrics` first.
+    The texts are cut into PTB tokens first. Published scores give it normalised texts, which pass
+    the tokeniser all the same: it splits "isn't" in two. Raises RuntimeError if Java fails; ask
+    `why_no_java_metrics` first.
     """
     tokenised = ptb_tokenise([text for pair in pairs for text in pair])
     folder, java = _package_folder(), find_java()
@@ -221,10 +223,12 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def report_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float | str | int]:
-    """Computes the published scores of (prediction, reference) reports; a missing one says why.
+    """Computes the published scores of (prediction, reference) reports.
 
-    bleu1..4 on raw text, then meteor, rouge_1, rouge_2, rouge_l and f1 on normalised text; pairs with an
-    empty side are dropped first, as published, and `pairs_scored` counts the others.
+    A score that is missing is replaced by a sentence that says why.
+
+    bleu1..4 on raw text, then meteor, rouge_1, rouge_2, rouge_l and f1 on normalised text; pairs
+    with an empty side are dropped first, as published, and `pairs_scored` counts the others.
     """
     names = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_1", "rouge_2", "rouge_l", "f1")
     kept = [

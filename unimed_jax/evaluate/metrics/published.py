@@ -59,12 +59,15 @@ def clean_prediction(text: str) -> str:
 
 
 def published_f1(prediction: str, reference: str) -> float:
-    """Computes word F1, counting repetitions as right: "heart heart" for "heart" is 1."""
+    """Computes word F1 that counts repetitions as right: "heart heart" for "heart" is 1."""
     return published_overlap(prediction, reference)[0]
 
 
 def published_overlap(prediction: str, reference: str) -> tuple[float, float, float]:
-    """Computes (F1, precision, recall) of normalised words; Med-MoE scores open questions by recall."""
+    """Computes (F1, precision, recall) of normalised words.
+
+    Med-MoE scores open questions by recall.
+    """
     candidate, target = (Counter(normalise_answer(text).split()) for text in (prediction, reference))
     hit = sum(n for word, n in candidate.items() if word in target)
     false = sum(n for word, n in candidate.items() if word not in target)
@@ -87,7 +90,10 @@ def published_bleu(prediction: str, reference: str) -> list[float]:
 
 
 def published_contains(prediction: str, reference: str) -> bool:
-    """Says whether the reference is a substring of the prediction, both normalised (closed accuracy)."""
+    """Says whether the prediction contains the reference, both normalised.
+
+    This is the rule of closed accuracy.
+    """
     return normalise_answer(reference) in normalise_answer(prediction)
 
 
@@ -104,7 +110,10 @@ def published_iou(a: Sequence[float], b: Sequence[float]) -> float:
 def answer_report(
     pairs: Sequence[tuple[str, str]], accuracy: Callable[[str, str], bool] | None = None
 ) -> dict[str, float]:
-    """Averages bleu1..bleu4, f1 and, given its rule, accuracy over (prediction, reference) pairs."""
+    """Averages bleu1..bleu4, f1 and, given its rule, accuracy over pairs.
+
+    A pair is (prediction, reference).
+    """
     bleus = np.mean([published_bleu(*pair) for pair in pairs], axis=0)
     report = {f"bleu{i + 1}": float(value) for i, value in enumerate(bleus)}
     report["f1"] = float(np.mean([published_f1(*pair) for pair in pairs]))
@@ -178,7 +187,7 @@ def medmoe_kind(answer_type: str) -> str:
 
 
 def medmoe_report(pairs: Sequence[tuple[str, str]], answer_types: Sequence[str]) -> dict[str, float]:
-    """Computes Med-MoE's published table, in per cent, of (prediction, reference) pairs."""
+    """Computes Med-MoE's published table, in per cent, from (prediction, reference) pairs."""
     names = {
         "open": ("exact_match", "f1", "precision", "recall", "bleu1", "bleu2", "bleu3"),
         "closed": ("contains", "f1", "precision", "recall"),

@@ -45,7 +45,7 @@ class Metric:
     score: Scorer
 
     def __call__(self, records: Sequence[Record]) -> Measure:
-        """Scores records.
+        """Scores the records of a task.
 
         Raises UserError if the metric returns another number of items than it was given.
         """

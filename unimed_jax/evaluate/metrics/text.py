@@ -1,4 +1,7 @@
-"""Scores text answers, corrected: exact match, word F1, recall, closed questions; BLEU's sums."""
+"""Scores text answers by the corrected rules, and sums up what BLEU needs.
+
+The metrics are exact match, word F1, recall, and the accuracy of closed questions.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,13 +40,16 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def token_recall(prediction: str, reference: str) -> float:
-    """Computes the share of the reference's tokens that were said, each as often as it stands there."""
+    """Computes the share of the reference's tokens that were said.
+
+    A token that occurs several times in the reference has to be said as often.
+    """
     candidate, target = Counter(tokens(prediction)), Counter(tokens(reference))
     return (candidate & target).total() / target.total() if target else 0.0
 
 
 def ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    """Counts each run of `order` words."""
+    """Counts each run of `order` words in a text."""
     return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
 
 
@@ -89,16 +95,19 @@ _TEXT_TASKS = ("vqa", "identify", "cls", "qa")
 
 @metric("exact_match", primary_for=_TEXT_TASKS, normaliser=EXACT)
 def exact_matches(records: Sequence[Record]) -> Measure:
-    """The share of answers that equal the reference except for spelling (evaluate/words.py).
+    """Computes the share of answers that equal the reference except for spelling.
 
-    A recipe for the next metric: one value per record, their mean as a `Measure`, the decorator above.
+    What counts as spelling is in evaluate/words.py.
+
+    This is a recipe for the next metric: one value per record, their mean as a `Measure`, and the
+    decorator above.
     """
     return per_record(records, exact_match)
 
 
 @metric("token_f1", tasks=(*_TEXT_TASKS, "caption"), normaliser=WORDS)
 def token_f1s(records: Sequence[Record]) -> Measure:
-    """The mean F1 of word multisets."""
+    """Computes the mean F1 of word multisets."""
     return per_record(records, token_f1)
 
 
@@ -108,31 +117,31 @@ def _closed(records: Sequence[Record]) -> np.ndarray:
 
 @metric("open_exact_match", tasks=("vqa",), normaliser=EXACT)
 def open_exact_match(records: Sequence[Record]) -> Measure:
-    """Exact match of open questions; closed ones do not count."""
+    """Computes the exact match of open questions; closed ones do not count."""
     return exact_matches(records).where(~_closed(records))
 
 
 @metric("open_token_f1", tasks=("vqa",), normaliser=WORDS)
 def open_token_f1(records: Sequence[Record]) -> Measure:
-    """Word F1 of open questions."""
+    """Computes the word F1 of open questions."""
     return token_f1s(records).where(~_closed(records))
 
 
 @metric("open_recall", tasks=("vqa",), normaliser=WORDS)
 def open_recall(records: Sequence[Record]) -> Measure:
-    """The share of the reference's words that was said, over open questions."""
+    """Computes the share of the reference's words that was said, over open questions."""
     return per_record(records, token_recall).where(~_closed(records))
 
 
 @metric("closed_exact_match", tasks=("vqa",), normaliser=EXACT)
 def closed_exact_match(records: Sequence[Record]) -> Measure:
-    """Exact match of closed questions."""
+    """Computes the exact match of closed questions."""
     return exact_matches(records).where(_closed(records))
 
 
 @metric("closed_accuracy", tasks=("vqa",), normaliser=f"{WORDS}-one-choice")
 def closed_accuracies(records: Sequence[Record]) -> Measure:
-    """The share of closed questions whose answer chooses the reference and nothing else.
+    """Computes the share of closed questions whose answer chooses the reference and nothing else.
 
     Of yes and no the first one in the answer decides: "Yes, no fracture is seen" is yes, "No
     evidence of a mass, yes" is no, "yes or no" is neither. Any other reference must stand in the

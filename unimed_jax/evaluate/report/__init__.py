@@ -1,4 +1,4 @@
-"""The files of an evaluation: metrics.json, predictions.jsonl, report.md and pictures.
+"""Writes the files of an evaluation: metrics.json, predictions.jsonl, report.md and pictures.
 
 Routing, if the connector has a router, comes as {"tv_trained": {value, ci95}, "tv_step0": {value,
 ci95}, "tv_token_router": 0.0, "mean_weights": [task][expert], "maps": [tasks, T, E] weights per

@@ -1,4 +1,4 @@
-"""The tables and the text of report.md."""
+"""Writes the tables and the text of report.md."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,12 +25,12 @@ def verdict(margin: Mapping | None) -> str:
 
 
 def number(value, sign: str = "") -> str:
-    """Writes three decimals, or what stands in place of a number."""
+    """Writes a number with three decimals, None as "-", and any other value as it is."""
     return f"{value:{sign}.3f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def with_interval(entry: Mapping | None, sign: str = "") -> str:
-    """Writes "0.512 [0.401, 0.623]"; a dash without an entry."""
+    """Writes a value with its interval like "0.512 [0.401, 0.623]", or a dash without an entry."""
     if entry is None:
         return "-"
     ends = (
@@ -48,8 +48,9 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def score_line(name: str, task: str, entry: Mapping[str, Any]) -> str:
-    """Makes a line for the terminal: "brain vqa       exact_match  0.912  +0.401 over
-    majority_per_question".
+    """Makes the line for the terminal that gives a task's score and margin.
+
+    An example: "brain vqa       exact_match  0.912  +0.401 over majority_per_question".
     """
     value, margin = entry["corrected"][entry["primary"]]["value"], entry["margin"]
     over = f"{number(margin['value'], '+')} over {margin['baseline']}" if margin else "no blind baseline"
@@ -57,7 +58,10 @@ def score_line(name: str, task: str, entry: Mapping[str, Any]) -> str:
 
 
 def routing_line(routing: Mapping) -> str:
-    """Says how far the tasks route apart: trained, at step 0, and without the router's task half."""
+    """Says how far apart the tasks route.
+
+    It gives the measure as trained, at step 0, and without the router's task half.
+    """
     parts = [
         f"{name} {with_interval(routing[key])}"
         for key, name in (("tv_trained", "trained"), ("tv_step0", "at step 0"))
@@ -74,7 +78,7 @@ def routing_line(routing: Mapping) -> str:
 
 
 def rows_of(metrics: Mapping[str, Any], split: str) -> Rows:
-    """Lists (set, task, scores) of one split; with several sets also the pooled ones."""
+    """Lists (set, task, scores) of one split, and the pooled scores if there are several sets."""
     rows = [
         (name, task, entry)
         for name, splits in metrics["sets"].items()
@@ -154,7 +158,10 @@ _TEMPLATES_HEAD = ("template", "n", "value [95 %]", "best blind", "margin [95 %]
 def markdown(
     again: str, config: Config, metrics: Mapping[str, Any], pictures: Sequence[str], note: str
 ) -> str:
-    """Writes the text of report.md; `again`: the argument of `evaluate` that makes the same scores."""
+    """Writes the text of report.md.
+
+    again: the argument of `evaluate` that makes the same scores.
+    """
     leading = metrics["split"]
     rows = rows_of(metrics, leading)
     parts = [

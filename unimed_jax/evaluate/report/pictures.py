@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: predictions with boxes, and routing maps."""
+"""Draws the pictures of an evaluation: predictions with boxes, and routing maps."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,9 @@ _SIDE, _GAP, _LINE, _HEAD = 2.6, 0.35, 0.155, 0.75  # inches
 def draw_predictions(
     path: Path, records: Sequence[Mapping], image: Callable[[str, str], np.ndarray]
 ) -> None:
-    """Draws the picture sheet: a row per set and task, evenly spaced examples (not chosen by
-    success).
+    """Draws the picture sheet, which has a row for each set and task.
+
+    The examples are evenly spaced, so success plays no part in their choice.
     """
     from matplotlib.figure import Figure
 
@@ -121,8 +122,9 @@ def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
 
 
 def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: str) -> None:
-    """Draws an image (uint8 [H, W, 3]) with the box in hundredths of an answer or a question, and
-    words.
+    """Draws an image with the box of an answer or a question, and words above it.
+
+    The image is uint8 [H, W, 3], the box in hundredths of its sides.
     """
     from matplotlib.figure import Figure
 
@@ -141,7 +143,10 @@ def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: st
 
 
 def _caption(record: Mapping) -> str:
-    """Wraps question, true and given answer to a panel; right and wrong are words, not colours alone."""
+    """Wraps question, true answer and given answer to the width of a panel.
+
+    Right and wrong are written as words, not shown by colours alone.
+    """
     task, prediction = record["task"], record["prediction"].strip()
     if task == "refer":
         box = predicted_box(prediction, record["image_size"])
@@ -178,8 +183,9 @@ def token_grid(config: Config) -> tuple[int, int]:
 
 
 def draw_routing(path: Path, routing: Mapping, grid: tuple[int, int]) -> None:
-    """Draws heat maps of the mean routing weight per visual token: a row per task, a column per
-    expert.
+    """Draws heat maps of the mean routing weight of each visual token.
+
+    There is a row for each task and a column for each expert.
     """
     from matplotlib.figure import Figure
 

@@ -1,5 +1,6 @@
-"""Makes the brain set: six tasks on slices of a real head, split by slabs, and questions about
-ICD-10-CM.
+"""Makes the brain set: six tasks on slices of a real head and on medical codes.
+
+The slices are split by slabs; the questions about codes come from ICD-10-CM.
 
 The head is the ICBM152 average (T1 and its grey and white matter maps) inside nilearn: one average
 brain, so that what is measured on it holds across slices and jitter, never across patients.
@@ -85,7 +86,7 @@ def read(
 ) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
     """Yields examples about slices by image key, then those about codes by category.
 
-    Options `jitters`, `seed`.
+    The options are `jitters` and `seed`.
     """
     jitters, seed = options.get("jitters", JITTERS), options.get("seed", 0)
     for piece, examples in sorted(asked(split, jitters, seed), key=lambda pair: pair[0].key):
@@ -97,13 +98,13 @@ def read(
 
 
 def asked(split: str, jitters: int = JITTERS, seed: int = 0) -> list[tuple[Slice, list[Example]]]:
-    """Returns the slices of a split with their examples, as drawn."""
+    """Returns the slices of a split with their examples, in the order in which they were drawn."""
     slices = list(draw_slices(split, jitters, seed))
     found = brain_questions.ask(slices, split, generator(seed, _SEEDS[split], "questions"))
     return list(zip(slices, found, strict=True))
 
 
 def generator(*words: object) -> np.random.Generator:
-    """Makes random numbers that follow from the words alone."""
+    """Makes a generator of random numbers that depends on the given words alone."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, np.uint32))

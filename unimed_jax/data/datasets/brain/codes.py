@@ -1,4 +1,4 @@
-"""Makes text-only questions from ICD-10-CM: which block or chapter a code or a medical term belongs to.
+"""Makes text-only questions from ICD-10-CM about the block or chapter of a code or a medical term.
 
 Codes are spelt character by character ("G 3 0 . 1"), so that any tokenizer shows the model their
 characters. A three-character category, with all its codes and terms, belongs to exactly one split.
@@ -28,7 +28,10 @@ def spell(code: str) -> str:
 
 
 def split_of(category: str, seed: int) -> str:
-    """Gives the split of a three-character category, by a hash, so that it depends on nothing else."""
+    """Gives the split of a three-character category by a hash of the category and the seed.
+
+    It depends on nothing else.
+    """
     share = int.from_bytes(hashlib.sha256(f"{seed}/{category}".encode()).digest()[:4]) % 100
     return "test" if share < _SPLIT["test"] else "val" if share < sum(_SPLIT.values()) else "train"
 

@@ -61,8 +61,9 @@ _LEVELS = {
 
 
 class Candidate(NamedTuple):
-    """Holds a question that could be asked of slice number `at`, balanced among the answers of its
-    `group`.
+    """Holds a question that could be asked of the slice with number `at`.
+
+    Questions of one `group` are balanced among their answers.
     """
 
     group: Hashable
@@ -140,7 +141,7 @@ def take_turns(kinds: Sequence[Hashable], total: int, rng: np.random.Generator) 
 
 
 def balanced(candidates: list[Candidate], total: int, rng: np.random.Generator) -> list[Candidate]:
-    """Draws about `total` candidates in which, within each group, every answer occurs equally often.
+    """Draws about `total` candidates so that all answers of a group occur equally often.
 
     Groups take turns; each turn adds one candidate of every answer. A group with a single answer
     gives none.
@@ -229,10 +230,10 @@ def _article(plane: str) -> str:
 
 
 def report(piece: Slice) -> str:
-    """Reports one image: what it is, then place and size of up to four structures (a pair counts as
-    one).
+    """Writes a report of one image: what it shows, then place and size of up to four structures.
 
-    Places are thirds of the image; sizes are those of the box in mm as shown, to the nearest 5 mm.
+    A pair of structures counts as one. Places are thirds of the image; sizes are those of the box
+    in mm as shown, to the nearest 5 mm.
     """
     found: list[tuple[int, str]] = []
     merged = set()

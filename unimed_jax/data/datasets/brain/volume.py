@@ -45,8 +45,9 @@ _AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-    """Holds neighbouring slices of one plane, first to last mm inclusive (sagittal: of |x|), all in
-    one split.
+    """Holds neighbouring slices of one plane that all belong to one split.
+
+    `first` to `last` are mm, both inclusive; in the sagittal plane they are mm of |x|.
     """
 
     plane: str
@@ -94,9 +95,10 @@ SLABS = _lay()
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """Holds the maps and what lies where.
+    """Holds the maps of the head and says which structure each voxel belongs to.
 
-    maps: name -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into STRUCTURES + 1.
+    maps: name -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into STRUCTURES +
+    1.
     """
 
     maps: Mapping[str, np.ndarray]
@@ -105,8 +107,9 @@ class Volume:
 
 @functools.cache
 def load_volume() -> Volume:
-    """Reads the three ICBM152 maps inside nilearn (symmetric 2009a; nothing is downloaded) and
-    labels them.
+    """Reads the three ICBM152 maps that are installed with nilearn, and labels their structures.
+
+    The maps are symmetric 2009a; nothing is downloaded.
     """
     spec = importlib.util.find_spec("nilearn")
     if spec is None or spec.origin is None:
@@ -158,10 +161,10 @@ def _read_map(path: Path) -> np.ndarray:
 
 
 def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """Labels the structures by seed shapes (MNI mm) met with the most probable tissue, checked
-    against an atlas.
+    """Labels the structures where seed shapes meet the tissue that is most probable there.
 
-    Maps [X, Y, Z] whose first voxel lies at `origin` -> labels, uint8 [X, Y, Z].
+    The shapes are in MNI mm and were checked against an atlas. Maps [X, Y, Z] whose first voxel
+    lies at `origin` -> labels, uint8 [X, Y, Z].
     """
     x, y, z = np.ogrid[tuple(slice(o, o + n) for o, n in zip(origin, t1.shape, strict=True))]
     fluid = 255 - grey - white
@@ -253,8 +256,9 @@ class Jitter:
         )
 
     def matrix(self) -> np.ndarray:
-        """Gives [2, 2] float: (row, column) mm of the slice -> mm of the image, both from their
-        centres.
+        """Returns the matrix that turns places in the slice into places in the image.
+
+        It is float [2, 2] and maps (row, column) in mm to mm, both counted from their centres.
         """
         angle = np.deg2rad(self.rotation)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -263,7 +267,10 @@ class Jitter:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Holds one image and what is known of it; names carry a side in axial and coronal slices only."""
+    """Holds one image and what is known of it.
+
+    Names of structures carry a side in axial and coronal slices only.
+    """
 
     key: str
     slab: Slab
@@ -281,7 +288,10 @@ class Slice:
 
 
 def show(array: np.ndarray, plane: str, position: int) -> np.ndarray:
-    """Cuts the slice at `position` mm out of [X, Y, Z] as it is shown, [rows, columns], 1 mm each."""
+    """Cuts the slice at `position` mm out of an array and turns it as it is shown.
+
+    array: [X, Y, Z]. Returns [rows, columns] of 1 mm each.
+    """
     index = position - _ORIGIN[_AXIS[plane]]
     if plane == "axial":
         return array[::-1, ::-1, index].T  # [Y, X]
@@ -291,8 +301,9 @@ def show(array: np.ndarray, plane: str, position: int) -> np.ndarray:
 
 
 def _middle(plane: str) -> np.ndarray:
-    """Gives (row, column) of the brain's middle in `show`'s slices, whose axes all run downwards in
-    world mm.
+    """Returns the (row, column) of the brain's middle in the slices of `show`.
+
+    The axes of those slices all run downwards in world mm.
     """
     index = [n - 1 - (c - o) for n, c, o in zip(_SHAPE, _CENTRE, _ORIGIN, strict=True)]
     rows, columns = {"axial": (1, 0), "coronal": (2, 0), "sagittal": (2, 1)}[plane]
@@ -307,10 +318,7 @@ def _plane_map(plane: str, position: int, name: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _plane_masks(plane: str, position: int) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Gives each structure's pixels, int [n, 2] (row, column), specks left out.
-
-    And the names that are absent.
-    """
+    """Returns the pixels of each structure, without specks, as int [n, 2] (row, column)."""
     labels = show(load_volume().labels, plane, position)
     masks, absent = {}, []
     for name in STRUCTURES:
@@ -367,9 +375,9 @@ def render(
 def _box(
     pixels: np.ndarray, forward: np.ndarray, middle: np.ndarray, jitter: Jitter
 ) -> tuple[int, int, int, int] | None:
-    """Finds x1, y1, x2, y2 of mask pixels [n, 2] under the jitter.
+    """Finds the box x1, y1, x2, y2 of mask pixels [n, 2] under the jitter.
 
-    None where that is too small or cut off.
+    Returns None where the box is too small or cut off.
     """
     at = ((pixels - middle) @ forward.T + jitter.shift) / PIXEL + SIZE / 2  # [n, 2]
     half = 0.5 * jitter.scale / PIXEL  # a voxel reaches half a mm around its centre

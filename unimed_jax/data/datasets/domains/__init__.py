@@ -1,4 +1,4 @@
-"""Makes the domains set: questions about images of four domains, for Med-MoE's stages at a tiny size.
+"""Makes the domains set: questions about images of four domains, for tiny runs of Med-MoE's stages.
 
 Two domains are slices of the brain set, with its questions; two are views of the pictures in
 images.py. All have as many images in a split. `meta["modality"]` names the domain: what a router is
@@ -43,7 +43,7 @@ def read(
 ) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
     """Yields vqa and cls in all splits, caption in train only.
 
-    Options `seed`, `jitters`, `brain_seed`.
+    The options are `seed`, `jitters` and `brain_seed`.
     """
     rng = brain.generator("domains", options.get("seed", 0), split)
     slices = brain.asked(split, options.get("jitters", brain.JITTERS), options.get("brain_seed", 0))
@@ -112,8 +112,9 @@ def _capital(words: str) -> str:
 
 
 def _of_brain(examples: Sequence[Example], each: int, rng: np.random.Generator) -> list[Example]:
-    """Takes vqa, cls and caption of `each` T1 slices and as many tissue maps, slabs in turn, and
-    asks their domain.
+    """Takes examples about `each` T1 slices and as many tissue maps, and asks their domain.
+
+    The examples are of the tasks vqa, cls and caption, and the slabs take turns.
     """
     clusters = {key: e.cluster for e in examples for key in e.images}
     modality = {key: T1 if e.meta["map"] == "t1" else TISSUE for e in examples for key in e.images}

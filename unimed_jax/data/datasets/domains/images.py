@@ -1,7 +1,7 @@
-"""Cuts images of other kinds than the brain set's, those inside pydicom and scikit-image, to many views.
+"""Cuts the pictures that are installed with pydicom and scikit-image into many views.
 
-There are few of them, so each belongs to one split with all its views: what is measured holds for
-these images.
+They are of other kinds than the brain set's images. There are few of them, so each belongs to one
+split with all its views: what is measured holds for these images.
 """
 
 import functools
@@ -77,7 +77,7 @@ SOURCES = (
 
 @functools.cache
 def pixels(file: str) -> np.ndarray:
-    """Reads a picture, uint8 [H, W, 3], as the installed package has it; nothing is downloaded."""
+    """Reads a picture from its installed package as uint8 [H, W, 3]; nothing is downloaded."""
     package, folder = ("pydicom", "data/test_files") if file.endswith(".dcm") else ("skimage", "data")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -89,9 +89,10 @@ def pixels(file: str) -> np.ndarray:
 
 
 def view(source: Source, rng: np.random.Generator) -> np.ndarray:
-    """Cuts a square of 60 to 100 % of the shorter side, anywhere, and scales it to uint8 [64, 64, 3].
+    """Cuts a square from anywhere in a picture and scales it to uint8 [64, 64, 3].
 
-    Mirrored by chance but for writing; gamma, gain and grey noise are drawn too.
+    The side of the square is 60 to 100 % of the picture's shorter side. Views are mirrored by
+    chance, except those with writing; gamma, gain and grey noise are drawn too.
     """
     whole = pixels(source.file)
     height, width = whole.shape[:2]
