@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from unimed_jax import files
+from unimed_jax import parsing
 from unimed_jax.config import default_config
 from unimed_jax.data.datasets import llava
 from unimed_jax.data.datasets.llava import INFO
@@ -37,7 +37,7 @@ from unimed_jax.settings import from_config_dict
 def test_read_json(tmp_path, data, value):
     file = tmp_path / "a.json"
     file.write_bytes(data)
-    found = files.read_json(file)
+    found = parsing.read_json(file)
     assert found == value if value is not None else len(found) == 1
 
 
@@ -65,7 +65,7 @@ def test_read_json_refuses(tmp_path, data, sentence):
     file = tmp_path / "a.json"
     file.write_bytes(data)
     with pytest.raises(UserError, match=sentence) as error:
-        files.read_json(file)
+        parsing.read_json(file)
     assert str(file) in str(error.value)
     str(error.value).encode()  # can be printed
 
@@ -88,15 +88,15 @@ def test_read_text_refuses_what_is_no_file(tmp_path):
         ("large", "has 100 bytes, more than the 99 that are read"),
     ):
         with pytest.raises(UserError, match=sentence):
-            files.read_text(tmp_path / name, "mend", largest=99)
+            parsing.read_text(tmp_path / name, "mend", largest=99)
     with pytest.raises(UserError, match="is a pipe or a device"):
-        files.read_text("/dev/zero")
+        parsing.read_text("/dev/zero")
 
 
 def test_json_lines_name_the_line():
-    assert list(files.json_lines('{"a": 1}\r\n\n[2]', "x")) == [(1, {"a": 1}), (3, [2])]
+    assert list(parsing.json_lines('{"a": 1}\r\n\n[2]', "x")) == [(1, {"a": 1}), (3, [2])]
     with pytest.raises(UserError, match=r"x, line 2, is not JSON"):
-        list(files.json_lines('1\n{"a"\n', "x"))
+        list(parsing.json_lines('1\n{"a"\n', "x"))
 
 
 def test_half_a_surrogate_pair_is_refused_in_settings_and_requests():
@@ -111,7 +111,7 @@ def test_half_a_surrogate_pair_is_refused_in_settings_and_requests():
 
 
 def test_not_finite_numbers_where_they_are_meant():
-    assert files.parse_json(json.dumps([float("inf")]), "x", finite=False) == [float("inf")]
+    assert parsing.parse_json(json.dumps([float("inf")]), "x", finite=False) == [float("inf")]
 
 
 # Everything in the library that reads somebody's JSON: the file's name, and who reads it in a folder.

@@ -18,8 +18,8 @@ from typing import Any
 import ml_collections
 
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.files import no_file
 from unimed_jax.interruption import Stopped
+from unimed_jax.parsing import no_file
 from unimed_jax.settings import check_values
 
 LONGEST = 300  # characters of what a config file raises that are shown

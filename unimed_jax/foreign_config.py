@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json
+from unimed_jax.parsing import read_json
 
 CONFIG_BYTES = 1 << 20  # largest config.json that is read
 # The largest numbers that are accepted, a hundred times those of the largest models.

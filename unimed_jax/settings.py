@@ -17,7 +17,7 @@ from unimed_jax.config import Config, ModelConfig, to_dict
 from unimed_jax.consistency import check, check_parts
 from unimed_jax.effects import refuse_without_effect
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.files import is_text
+from unimed_jax.parsing import is_text
 
 # --------------------------------------------------------------------------------------------------
 # Fidelity

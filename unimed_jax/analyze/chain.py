@@ -16,8 +16,8 @@ from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
 from unimed_jax.evaluate.run import evaluate_run
-from unimed_jax.files import read_json
 from unimed_jax.interruption import claim
+from unimed_jax.parsing import read_json
 from unimed_jax.paths import check_run_folder
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config

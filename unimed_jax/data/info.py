@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.files import read_json
+from unimed_jax.parsing import read_json
 
 NO_LICENCE = "licence not stated"
 FILE = "info.json"  # in the folder of a generic source: licence, citation, note, cluster_word

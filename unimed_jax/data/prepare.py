@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tqdm import tqdm
 
-from unimed_jax import files, processes
+from unimed_jax import files, parsing, processes
 from unimed_jax.config import TASKS, VISUAL_TASKS
 from unimed_jax.data.columns import Collector, Column, Strings, hash_of
 from unimed_jax.data.example import Example
@@ -269,7 +269,7 @@ def check(example: Example, name: str) -> None:
                 f"{ascii(where)[1:-1]}: its {field} is {ascii(text)[:80]}, which is no text; mend "
                 "the record."
             )
-        if not files.is_text(text):
+        if not parsing.is_text(text):
             raise UserError(
                 f"{named}: its {field} holds half of a surrogate pair, which is no character "
                 f"({ascii(text)[1:-1][:80]}); mend the record."
@@ -323,7 +323,7 @@ def _one_line(text: str) -> str:
 
 def no_image(path: Path) -> str:
     """Says why the file of an image cannot be read, and returns an empty text if it can."""
-    reason = files.no_file(path)
+    reason = parsing.no_file(path)
     return (
         f"no image {path}" if reason == "does not exist" else f"image {path} {reason}" if reason else ""
     )

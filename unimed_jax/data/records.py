@@ -13,7 +13,7 @@ from typing import Any
 
 from unimed_jax.data.images import upright_size
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.files import json_lines, parse_json, read_text
+from unimed_jax.parsing import json_lines, parse_json, read_text
 
 Record = dict[str, Any]
 

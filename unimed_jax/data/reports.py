@@ -11,7 +11,7 @@ from typing import Any
 from unimed_jax.data.example import Example
 from unimed_jax.data.records import LARGEST, Record, inside, short, word
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json, read_text
+from unimed_jax.parsing import parse_json, read_text
 
 FILE = "annotation.json"
 

@@ -28,7 +28,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.images import read_image
 from unimed_jax.data.info import Info
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.files import read_json
+from unimed_jax.parsing import read_json
 
 SCHEMA = 2  # of the files; raise it when they change
 RECORDS = 1  # of the records within; raise it when what is packed changes: checksums then differ

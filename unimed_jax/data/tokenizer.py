@@ -21,8 +21,8 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.forms import TAGS, form_of, runs_of
 from unimed_jax.data.tokenizer_probe import ENDING, SMALL, is_plain, trouble
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json
 from unimed_jax.foreign_config import read_sizes
+from unimed_jax.parsing import read_json
 
 # Their ids are 0..3. They alone are "special": dropped from decoded text, and never read out of a text.
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -27,10 +27,10 @@ from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
-from unimed_jax.files import json_lines, read_text
 from unimed_jax.interruption import claim, claims_end
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
+from unimed_jax.parsing import json_lines, read_text
 from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.provenance import code_version, plain, protocol_id
 from unimed_jax.runs import inputs

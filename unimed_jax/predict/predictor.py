@@ -17,11 +17,11 @@ from unimed_jax.data import images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.files import is_text
 from unimed_jax.memory import check_answering
 from unimed_jax.model.generate import Sampling, generate, stream
 from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
+from unimed_jax.parsing import is_text
 
 BUCKET = 32  # prompt lengths are rounded up to multiples, so that few shapes are compiled
 CUT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to

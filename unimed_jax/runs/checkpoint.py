@@ -28,8 +28,9 @@ from jaxtyping import Array, UInt32
 
 from unimed_jax import processes
 from unimed_jax.errors import UserError
-from unimed_jax.files import full_disk, parse_json, read_text
+from unimed_jax.files import full_disk
 from unimed_jax.finite import refuse_not_finite
+from unimed_jax.parsing import parse_json, read_text
 
 Leaves = dict[str, Any]  # path -> array
 

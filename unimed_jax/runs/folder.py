@@ -24,11 +24,11 @@ from unimed_jax.data.datasets import distinct, missing
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json
 from unimed_jax.interop.families.gguf import write_tokenizer
 from unimed_jax.interop.families.unimed_hf import is_exported
 from unimed_jax.interop.sources import SOURCES
 from unimed_jax.interop.tensors.gguf import find_gguf, is_gguf
+from unimed_jax.parsing import read_json
 from unimed_jax.settings import from_config_dict
 
 # What an evaluation writes, the last one last: it stands for the others.

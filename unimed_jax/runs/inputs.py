@@ -18,7 +18,8 @@ from unimed_jax.config import Config
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json, write_json
+from unimed_jax.files import write_json
+from unimed_jax.parsing import read_json
 from unimed_jax.runs.checkpoint import newest_note
 
 FILE, CHECKPOINTS = "inputs.json", "checkpoints"

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config, config_hash, to_dict
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json, written_whole
+from unimed_jax.files import written_whole
+from unimed_jax.parsing import parse_json
 
 DAMAGED = "log.damaged"  # file in the run's folder
 NAMED = 5  # damaged lines that a message names

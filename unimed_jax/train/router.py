@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from unimed_jax import files, processes
+from unimed_jax import files, parsing, processes
 from unimed_jax.config import Config, config_hash
 from unimed_jax.data.datasets import distinct, open_sources
 from unimed_jax.data.example import Dataset, Example
@@ -66,7 +66,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     with processes.leader_first("inputs"):
         write_config(folder, config)
         if (folder / REPORT).is_file():
-            return files.read_json(folder / REPORT, "remove it and train again")
+            return parsing.read_json(folder / REPORT, "remove it and train again")
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)
         now = inputs.state_of_tokenizer(tokenizer_folder(folder, config), tokenizer)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from unimed_jax.config import Config
 from unimed_jax.errors import UserError
-from unimed_jax.files import no_file
+from unimed_jax.parsing import no_file
 from unimed_jax.paths import check_run_folder
 from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, changed, parser, read_config

@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.files import read_json
+from unimed_jax.parsing import read_json
 from unimed_jax.paths import check_output
 from unimed_jax.processes import start
 from unimed_jax.verbs.options import ACCEPTING, changed, parser

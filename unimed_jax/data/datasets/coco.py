@@ -18,7 +18,7 @@ from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import LARGEST, Record, chosen_options, inside, short, word
 from unimed_jax.errors import UserError
-from unimed_jax.files import parse_json, read_text
+from unimed_jax.parsing import parse_json, read_text
 
 FORMS = (
     "annotations/instances_{}*.json",

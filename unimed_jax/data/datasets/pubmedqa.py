@@ -12,7 +12,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.records import chosen_options, one_of, word
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json
+from unimed_jax.parsing import read_json
 
 INFO = Info(
     name="pubmedqa",

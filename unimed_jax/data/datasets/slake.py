@@ -34,7 +34,7 @@ from unimed_jax.data.records import (
     word,
 )
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_text
+from unimed_jax.parsing import read_text
 
 LISTS = {"train": ("train.txt",), "val": ("validate.txt", "validation.txt"), "test": ("test.txt",)}
 TABLES = {

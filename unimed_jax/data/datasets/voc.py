@@ -18,7 +18,7 @@ from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import chosen_options, inside, short, size_of
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_text
+from unimed_jax.parsing import read_text
 
 INFO = Info(
     name="voc",

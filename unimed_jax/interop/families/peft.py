@@ -11,7 +11,7 @@ from typing import Any
 
 from unimed_jax.config import ModelConfig
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_folder, read_json
+from unimed_jax.files import new_folder
 from unimed_jax.interop.families import hf
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
@@ -24,6 +24,7 @@ from unimed_jax.interop.tensors.table import (
     first_of,
     published_shapes,
 )
+from unimed_jax.parsing import read_json
 
 SETTINGS_BYTES = 1 << 20  # largest adapter_config.json that is read
 HIGHEST_RANK = 1 << 16

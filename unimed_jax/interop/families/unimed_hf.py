@@ -27,7 +27,7 @@ from unimed_jax.data.forms import INSTRUCTIONS, TAGS, form_of
 from unimed_jax.data.layout import VISUAL
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.files import new_folder, read_json
+from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf import copy_tokenizer, hf_decoder_table, widest_dtype
 from unimed_jax.interop.families.hf_config import POSITIONS, decoder_to_hf
 from unimed_jax.interop.families.towers import hf_tower_table
@@ -36,6 +36,7 @@ from unimed_jax.interop.model_card import model_card, passports_of
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
 from unimed_jax.interop.tensors.table import Stored, Table, each_published, published_shapes
+from unimed_jax.parsing import read_json
 from unimed_jax.settings import from_config_dict
 
 MODEL_TYPE = "unimed"

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from unimed_jax.errors import UserError
-from unimed_jax.files import read_json
 from unimed_jax.interop.tensors.table import Region, Stored, Tensors, first_of
 from unimed_jax.interop.tensors.torch_file import TorchFile, damaged
+from unimed_jax.parsing import read_json
 
 # Names of the weights in a folder; the first one found is read.
 FOLDER_NAMES = (

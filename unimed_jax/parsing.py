@@ -1,0 +1,177 @@
+"""Reads text and JSON that somebody else wrote, so that whatever is wrong with it is one sentence."""
+
+import collections
+import io
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.errors import UserError
+
+LARGEST = 256 << 20  # bytes of a file of settings, scores or an index; files of data may be larger
+DEEPEST = 100  # lists and objects inside each other; code after the parser recurses, too
+_LONE = re.compile(r"[\ud800-\udfff]")  # half of a surrogate pair, which no encoding can write
+_SPELT = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells such a half
+
+
+def read_text(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> str:
+    """Reads a text file as UTF-8; a byte order mark at its start is dropped.
+
+    advice: ends the sentence of an error. Raises UserError if there is no such file, if it cannot
+    be read, has more than `largest` bytes, or is not UTF-8 (then with the line).
+    """
+    path = Path(path)
+    reason = no_file(path)
+    if reason:
+        raise UserError(f"{path} {reason}; {advice}.")
+    try:
+        size = path.stat().st_size
+        if size > largest:
+            raise UserError(f"{path} has {size} bytes, more than the {largest} that are read; {advice}.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}.") from error
+    return _decoded(data, str(path), advice)
+
+
+def no_file(path: str | Path) -> str:
+    """Says why a path cannot be read as a file, in words that end a sentence; empty if it can."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except ValueError:  # a NUL, or half of a surrogate pair
+        return "cannot be read (no file can have this name)"
+    if stat.S_ISDIR(mode):
+        return "is a folder, where a file belongs"
+    if not stat.S_ISREG(mode):
+        return "is a pipe or a device, where a file belongs"
+    return "" if os.access(path, os.R_OK) else "cannot be read (no permission)"
+
+
+def read_json(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> Any:
+    """Reads a JSON file with `read_text` and `parse_json`; raises UserError as they do."""
+    return parse_json(read_text(path, advice, largest), str(path), advice)
+
+
+def parse_json(
+    text: str | bytes,
+    where: str,
+    advice: str = "mend it or get it again",
+    finite: bool = True,
+    characters: bool = True,
+) -> Any:
+    """Makes of JSON its objects, lists, texts, numbers, booleans and None.
+
+    where: the file, or the file and line, which starts the sentence of an error. finite: whether
+    NaN and infinite numbers are refused. characters: whether halves of surrogate pairs are; else
+    the caller checks the texts, by `is_text`. Raises UserError if the text is not JSON or not
+    UTF-8, is nested more than `DEEPEST` deep, or gives a key of an object twice.
+    """
+    text = _decoded(text, where, advice) if isinstance(text, bytes) else text
+    constant, number = (_refused_number, _finite_number) if finite else (None, None)
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=number)
+        _check_depth(value)
+    except RecursionError:
+        raise UserError(
+            f"{where} is nested too deep (more than {DEEPEST} lists and objects); {advice}."
+        ) from None
+    except (ValueError, MemoryError) as error:
+        raise UserError(
+            f"{where} is not JSON ({error or 'no memory is left for it'}); {advice}."
+        ) from error
+    if characters and _SPELT.search(text):
+        _check_characters(value, where, advice)
+    return value
+
+
+def json_lines(
+    text: str, where: str, advice: str = "mend the line", characters: bool = True
+) -> Iterator[tuple[int, Any]]:
+    """Yields each line's number, from 1, with what `parse_json` makes of it.
+
+    Blank lines are passed over.
+    """
+    for number, line in enumerate(io.StringIO(text), start=1):
+        if line.strip():
+            yield number, parse_json(line, f"{where}, line {number},", advice, characters=characters)
+
+
+def is_text(text: str) -> bool:
+    """Says whether a text can be encoded, which half of a surrogate pair would prevent."""
+    return not _LONE.search(text)
+
+
+def _decoded(data: bytes, where: str, advice: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{where}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file "
+            f"as UTF-8, or {advice}."
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        again, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"an object has the key {again!r} twice")
+    return made
+
+
+def _refused_number(word: str) -> float:
+    raise ValueError(f"{word} is not a number of JSON")
+
+
+def _finite_number(word: str) -> float:
+    number = float(word)
+    if math.isinf(number):
+        raise ValueError(f"the number {word[:20]} is too large")
+    return number
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RecursionError if lists and objects lie more than `DEEPEST` deep.
+
+    It walks level by level, which is fast.
+    """
+    level, depth = [value], 0
+    while level := [v for v in level if type(v) is dict or type(v) is list]:
+        depth += 1
+        if depth > DEEPEST:
+            raise RecursionError
+        level = [inner for v in level for inner in (v.values() if type(v) is dict else v)]
+
+
+def _check_characters(value: Any, where: str, advice: str) -> None:
+    """Raises UserError for the first text that is not valid Unicode, and names its place.
+
+    The place is given as keys and as numbers from 0.
+    """
+    still: list[tuple[str, Any]] = [("", value)]
+    while still:
+        place, found = still.pop()
+        inner = (
+            found.items()
+            if isinstance(found, dict)
+            else enumerate(found)
+            if isinstance(found, list)
+            else ()
+        )
+        still += reversed([(f"{place}[{key!r}]", part) for key, part in inner])
+        texts = [found] if isinstance(found, str) else list(found) if isinstance(found, dict) else []
+        if not all(map(is_text, texts)):
+            raise UserError(
+                f"{where}: {ascii(place)[1:-1] or 'the text'} holds half of a surrogate pair, which "
+                f"is no character; {advice}."
+            )
