@@ -173,8 +173,13 @@ def test_twenty_kills_leave_no_more_on_the_disk_than_the_last_one_wrote(tmp_path
     code += "work = lambda: faults.one_folder(place)\n"
     code += "for number in range(20): print(faults.run('kill', 6 + number % 5, work))"
     code = code.replace("\nfor", "\nplace = pathlib.Path(sys.argv[1])\nfor")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert done.stdout.split().count("-9") == 20 and len(hidden(tmp_path)) <= 1
     faults.one_folder(tmp_path)

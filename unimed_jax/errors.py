@@ -3,7 +3,7 @@
 import difflib
 import re
 
-LONGEST = 1200  # characters of a sentence that are kept: whatever a file says may be quoted in it
+LONGEST = 2000  # characters of a sentence that are kept: whatever a file says may be quoted in it
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
