@@ -11,6 +11,7 @@ from unimed_jax.audit import fingerprints as prints
 from unimed_jax.audit.check import audit
 from unimed_jax.audit.questions import Asked, text_leaks
 from unimed_jax.config import Config, DataConfig, SourceConfig
+from unimed_jax.data.datasets import open_sources
 
 CONFIG = """
 from unimed_jax.config import default_config
@@ -154,7 +155,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     )
     content, _, _ = audit(Config(data=data), processes=1)
     found = content["sets"]["jsonl"]["unreadable"]
-    assert found["n"] == 1 and "y.png" in found["y.png"]
+    assert found["n"] == 1 and "y.png" in found["first"]["y.png"]
     assert "jsonl: 1 images cannot be read" in content["look"]
 
 
@@ -181,6 +182,22 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
         0,
     ]
     np.testing.assert_array_equal(np.concatenate([np.load(file) for file in files]), whole)
+
+
+def test_fingerprints_belong_to_the_very_images(tmp_path):
+    """Two choices of as many images that begin alike: what was kept of one is not taken for the other."""
+    pictures = {f"{i}.png": scene(i) for i in range(5)}
+    write(tmp_path / "a", [line(name, "train", name) for name in pictures], pictures)
+    source = SourceConfig("jsonl", path="a")
+    (data,) = open_sources(DataConfig((source,), root=str(tmp_path), cache=str(tmp_path / "cache")))
+    names = list(pictures)
+    found = [
+        prints.fingerprints(data.folder, keys, tmp_path / "cache", processes=1)
+        .records[3]["pixels"]
+        .tobytes()
+        for keys in (names[:4], [*names[:3], names[4]])
+    ]
+    assert found == [prints.fingerprint(scene(i))["pixels"].tobytes() for i in (3, 4)]
 
 
 def test_near_pairs_are_those_of_comparing_all(monkeypatch):

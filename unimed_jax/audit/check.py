@@ -78,7 +78,10 @@ def _set(
         "left_out": getattr(dataset, "skipped", 0),
         "expected": dict(dataset.info.counts),
         "splits": surveyed.facts,
-        "unreadable": dict(itertools.islice(unreadable.items(), SHOWN)) | {"n": len(unreadable)},
+        "unreadable": {
+            "n": len(unreadable),
+            "first": dict(itertools.islice(unreadable.items(), SHOWN)),
+        },
         "boxes_too_small": {"n": len(surveyed.boxes), "first": surveyed.boxes[:SHOWN]},
         "personal": {
             what: {"n": len(some), "first": some[:SHOWN]} for what, some in surveyed.personal.items()

@@ -56,9 +56,8 @@ def fingerprints(folder: Path, keys: Sequence[str], cache: Path, processes: int 
     folder: where the store is.
     """
     store = Store(folder)
-    which = hashlib.sha256(
-        f"{store.checksum}/{VERSION}/{len(keys)}/{'/'.join(keys[:3])}".encode()
-    ).hexdigest()[:12]
+    named = "\0".join([store.checksum, str(VERSION), *keys])
+    which = hashlib.sha256(named.encode()).hexdigest()[:12]
     place = cache / "audit" / f"{store.id}-{which}"
     parts = [(start, place / f"{start:09d}.npy") for start in range(0, len(keys), PART)]
     waiting = [(start, file) for start, file in parts if not file.is_file()]
