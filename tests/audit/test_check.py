@@ -185,7 +185,7 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_fingerprints_belong_to_the_very_images(tmp_path):
-    """Two choices of as many images that begin alike: what was kept of one is not taken for the other."""
+    """Of two choices of as many images that begin alike, one is not taken for the other."""
     pictures = {f"{i}.png": scene(i) for i in range(5)}
     write(tmp_path / "a", [line(name, "train", name) for name in pictures], pictures)
     source = SourceConfig("jsonl", path="a")

@@ -1,9 +1,11 @@
 """Every reader on a twin of its data set in each layout, on its quirks, and on deliberate damage."""
 
+import io
 import json
 import os
 import pickle
 import re
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -14,7 +16,7 @@ from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.datasets import jsonl, medmnist, open_sources
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.store import pack
-from unimed_jax.data.twins import TWINS, write_twin
+from unimed_jax.data.twins import TWINS, prepared, write_twin
 from unimed_jax.errors import UserError
 
 # options of a reader or layout
@@ -136,8 +138,10 @@ def test_pubmedqa_follows_the_official_test_list(tmp_path):
     plain = opened(tmp_path / "set", "pubmedqa")
     assert {e.cluster for e in plain.examples("test")} == set(test) and len(plain.examples("train")) == 8
     assert [e.answer for e in plain.examples("test")] == list(test.values())
-    told = opened(tmp_path / "set", "pubmedqa", id="told", options={"context": "conclusion", "words": 4})
-    for short, long in zip(plain.examples("test"), told.examples("test"), strict=True):
+    after = opened(
+        tmp_path / "set", "pubmedqa", id="after", options={"context": "conclusion", "words": 4}
+    )
+    for short, long in zip(plain.examples("test"), after.examples("test"), strict=True):
         assert long.question.endswith(f" {short.question}") and len(long.question.split()) == 4 + len(
             short.question.split()
         )
@@ -200,6 +204,38 @@ def test_a_set_of_tensorflow_datasets_reads_by_its_features(tmp_path):
     (tmp_path / "set/features.json").write_text("{}")
     with pytest.raises(UserError, match="is not a set that tensorflow-datasets has prepared"):
         opened(tmp_path / "set", "tfds", id="broken")
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 28, 28, 3), (10**12, 0, 28, 3), (10**12, 28, 28, 3), (9, 2000, 28, 3)]
+)
+def test_sizes_that_medmnist_cannot_have_are_refused_at_once(tmp_path, shape):
+    write_twin("medmnist", tmp_path / "set", records=3)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"shape": shape, "fortran_order": False, "descr": "|u1"}
+    )
+    with zipfile.ZipFile(tmp_path / "set/dermamnist.npz", "a") as archive, pytest.warns(UserWarning):
+        archive.writestr("train_images.npy", header.getvalue())
+    with pytest.raises(UserError, match="train_images is an array"):
+        opened(tmp_path / "set", "medmnist", options={"name": "dermamnist", "size": 28})
+
+
+def test_a_class_without_a_name_is_counted(tmp_path, monkeypatch):
+    """A test part whose labels are not given has class -1, which is not the last class."""
+    monkeypatch.setattr(prepared, "pick", lambda rng, some: -1 if rng.integers(2) else some[0])
+    write_twin("tfds", tmp_path / "set", records=9)
+    data = opened(tmp_path / "set", "tfds")
+    assert {e.answer for _, e in everything(data)} == {"clear"}
+    assert data.skipped and "its class -1 has no name" in left_out(data)[0]
+
+
+def test_a_damaged_set_of_tensorflow_datasets_is_one_sentence(tmp_path):
+    write_twin("tfds", tmp_path / "set", records=9)
+    (file,) = (tmp_path / "set").glob("*-train.array_record*")
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match="set, train, record .* cannot be read"):
+        opened(tmp_path / "set", "tfds")
 
 
 def test_a_pickle_is_never_executed(tmp_path):
@@ -295,6 +331,24 @@ def change_line(path, change, line=0):
 
 RAD, MEDPIX = "VQA_RAD Dataset Public.json", "splitted_dataset/descriptions_train.jsonl"
 DAMAGE = {
+    "two images of one id": (
+        "coco",
+        "annotations/instances_train2017.json",
+        lambda p: change_json(p, lambda c: c["images"].append(c["images"][0])),
+        "the id 5 stands twice among 'images'",
+    ),
+    "a list for a category": (
+        "coco",
+        "annotations/instances_train2017.json",
+        lambda p: change_json(p, lambda c: c["annotations"][1].update(category_id=[1])),
+        "annotation 2: its category_id",
+    ),
+    "a name that leaves the folder": (
+        "voc",
+        "ImageSets/Main/train.txt",
+        lambda p: p.write_text("../../../x"),
+        "lies outside",
+    ),
     "a list that is cut short": (
         "vqa_rad",
         RAD,
@@ -468,6 +522,12 @@ def test_damage_is_one_sentence_with_file_and_record(tmp_path, damage):
 
 
 SKIPPED = {
+    "an image of another size than COCO says": (
+        "coco",
+        "val/val_00001.jpg",
+        lambda p: Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(p),
+        "has 9 x 9 pixels, its annotation says 64 x 48",
+    ),
     "a missing image": (
         "voc",
         "JPEGImages/val_00001.jpg",
@@ -531,7 +591,11 @@ def test_options_are_checked(tmp_path):
     for options, match in (
         ({"refr": []}, r"voc has no option 'refr'; did you mean 'refer'"),
         ({"refer": ["biggest"]}, "option refer='biggest' of voc is none of 'unique'"),
-        ({"frame": -1}, "option frame=-1 of voc"),
+        ({"frame": -1}, "option frame=-1 of voc is less than 0"),
+        ({"frame": "80"}, "option frame='80' of voc is not of the same type as its default 0"),
+        ({"refer": "unique"}, "option refer='unique' of voc is not of the same type"),
+        ({"names": ["a"]}, "option names=.'a'. of voc is not of the same type"),
+        ({"per_image": True}, "option per_image=True of voc is not of the same type"),
     ):
         with pytest.raises(UserError, match=match):
             opened(tmp_path / "set", "voc", options=options)

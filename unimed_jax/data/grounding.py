@@ -6,15 +6,14 @@ it by a square of one size around the thing's centre, so that the picture must b
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import box_to_text
-from unimed_jax.data.records import one_of
-from unimed_jax.errors import UserError
+from unimed_jax.data.records import at_least, one_of
 
 
 class Labelled(NamedTuple):
@@ -59,11 +58,7 @@ def check_options(options: Mapping[str, Any], name: str) -> None:
     for rule in options["refer"]:
         one_of({"refer": rule}, "refer", ("unique", *RULES), name)
     for key in ("frame", "per_image", "seed"):
-        if type(options[key]) is not int or options[key] < 0:
-            raise UserError(
-                f"config.data.sources: option {key}={options[key]!r} of {name} is not a number from "
-                "0 on."
-            )
+        at_least(options, key, 0, name)
 
 
 def fault(box: Sequence[float], width: int, height: int) -> str:
@@ -74,6 +69,23 @@ def fault(box: Sequence[float], width: int, height: int) -> str:
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
         return f"box {tuple(box)} leaves its image of {width} x {height} pixels"
     return ""
+
+
+def usable(
+    found: Iterable[tuple[str, Labelled]], size: tuple[int, int], skipped: list[str]
+) -> list[Labelled]:
+    """Returns the things whose box has an area and lies in the image of `size` (width, height).
+
+    found: each thing after the words that name it. The others are appended to `skipped`.
+    """
+    things = []
+    for where, thing in found:
+        reason = fault(thing.box, *size)
+        if reason:
+            skipped.append(f"{where}: {reason}")
+        else:
+            things.append(thing)
+    return things
 
 
 def questions(

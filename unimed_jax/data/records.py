@@ -114,14 +114,19 @@ def check_keys(record: Mapping[str, Any], known: Sequence[str], where: str) -> N
 def chosen_options(options: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Completes a source's options by a reader's defaults.
 
-    Raises UserError for an option that the reader lacks.
+    Raises UserError for an option that the reader lacks, and for a value of another type.
     """
-    for key in options:
+    for key, value in options.items():
         if key not in defaults:
             choices = ", ".join(defaults) or "none"
             raise UserError(
                 f"config.data.sources: {name} has no option {key!r}{nearest(key, defaults)} It has: "
                 f"{choices}."
+            )
+        if type(value) is not type(defaults[key]):
+            raise UserError(
+                f"config.data.sources: option {key}={short(value)} of {name} is not of the same type as "
+                f"its default {defaults[key]!r}."
             )
     return {**defaults, **options}
 
@@ -132,6 +137,15 @@ def one_of(options: Mapping[str, Any], key: str, choices: Sequence[Any], name: s
         raise UserError(
             f"config.data.sources: option {key}={options[key]!r} of {name} is none of "
             f"{', '.join(map(repr, choices))}."
+        )
+    return options[key]
+
+
+def at_least(options: Mapping[str, Any], key: str, least: int, name: str) -> int:
+    """Returns the number that an option holds, and raises UserError if it is less than `least`."""
+    if options[key] < least:
+        raise UserError(
+            f"config.data.sources: option {key}={options[key]!r} of {name} is less than {least}."
         )
     return options[key]
 
@@ -160,6 +174,14 @@ def size_of(path: Path) -> tuple[int, int] | None:
         return upright_size(path)
     except UserError:
         return None
+
+
+def other_size(path: Path, size: tuple[int, int]) -> str:
+    """Says that an image has another size than its annotation gives it, or "" if it has the same."""
+    found = size_of(path)
+    if found is None or found == size:
+        return ""  # a file that is not a picture is reported when it is decoded
+    return f"image {path} has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}"
 
 
 def left_out_names(given: str, folder: Path) -> frozenset[str]:

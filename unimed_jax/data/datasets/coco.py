@@ -16,7 +16,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
-from unimed_jax.data.records import LARGEST, Record, chosen_options, inside, short, word
+from unimed_jax.data.records import LARGEST, Record, chosen_options, inside, other_size, short, word
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import parse_json, read_text
 
@@ -42,7 +42,8 @@ def read(
     """Yields the questions about each image of a split, by the options of data/grounding.py.
 
     Crowds (iscrowd) are not single things and are left out silently; a box that is empty or leaves
-    its image, and an image that is missing, are skipped. Corners are rounded to whole pixels.
+    its image is skipped, and so is an image that is missing or of another size than the file says.
+    Corners are rounded to whole pixels.
     """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, grounding.OPTIONS, "coco")
@@ -56,8 +57,8 @@ def read(
             f"{file} is not COCO's object of images, annotations and categories; give such a file."
         )
     labels = {
-        _id(c, file): word(c, "name", f"{file}, categories", True)
-        for c in _list(content, "categories", file)
+        _id(category, file): word(category, "name", f"{file}, categories", required=True)
+        for category in _list(content, "categories", file)
     }
     of_image = _annotations(content, labels, file)
     for image in _list(content, "images", file):
@@ -65,17 +66,13 @@ def read(
         name = word(image, "file_name", where, required=True)
         size = _side(image, "width", where), _side(image, "height", where)
         path = _path(folder, file, split, name, where)
-        reason = no_image(path)
+        own = of_image.pop(_id(image, file), [])
+        reason = no_image(path) or other_size(path, size)
         if reason:
             skipped.append(f"{name}: {reason}")
             continue
-        things = []
-        for number, thing in of_image.pop(_id(image, file), []):
-            reason = grounding.fault(thing.box, *size)
-            if reason:
-                skipped.append(f"{name}: annotation {number}: {reason}")
-            else:
-                things.append(thing)
+        found = ((f"{name}: annotation {number}", thing) for number, thing in own)
+        things = grounding.usable(found, size, skipped)
         for example in grounding.questions(name, things, size, chosen, cluster=name, meta={}):
             yield example, (path,)
     for image_id, lost in of_image.items():
@@ -106,14 +103,13 @@ def _annotations(
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
             raise UserError(f"{where}: 'bbox' is {short(box)}; give [x, y, width, height].")
-        if entry.get("category_id") not in labels or type(entry.get("image_id")) is not int:
+        label, image = entry.get("category_id"), entry.get("image_id")
+        if type(label) is not int or label not in labels or type(image) is not int:
             raise UserError(f"{where}: its category_id or image_id is none of the file's; mend it.")
         if not entry.get("iscrowd"):
             x, y, width, height = box
             corners = round(x), round(y), round(x + width), round(y + height)
-            of_image[entry["image_id"]].append(
-                (entry.get("id"), Labelled(labels[entry["category_id"]], corners))
-            )
+            of_image[image].append((entry.get("id"), Labelled(labels[label], corners)))
     return of_image
 
 
@@ -121,6 +117,11 @@ def _list(content: Record, key: str, file: Path) -> list[Record]:
     found = content.get(key)
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise UserError(f"{file}: {key!r} is not a list of objects; give COCO's annotations.")
+    if key != "annotations":  # boxes find their image and category by these
+        ids = [_id(entry, file) for entry in found]
+        if len(set(ids)) < len(ids):
+            twice = next(number for number in ids if ids.count(number) > 1)
+            raise UserError(f"{file}: the id {twice} stands twice among {key!r}; give each its own.")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import chosen_options
+from unimed_jax.data.records import at_least, chosen_options
 from unimed_jax.data.reports import FILE, studies
 
 INFO = Info(
@@ -34,4 +34,4 @@ def read(
     """Yields the studies of a split, each with all of its views."""
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, OPTIONS, "iu_xray")
-    yield from studies(folder, folder / "images", split, chosen["images"], "id")
+    yield from studies(folder, folder / "images", split, at_least(chosen, "images", 1, "iu_xray"), "id")

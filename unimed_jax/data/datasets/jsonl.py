@@ -167,14 +167,14 @@ def _questions(
     if isinstance(size, str):
         skipped.append(f"{name}: {size}")
         return
-    things = []
-    for entry in found:
-        thing = Labelled(word(entry, "label", where, required=True), _box(entry["box"], where))
-        reason = grounding.fault(thing.box, *size)
-        if reason:
-            skipped.append(f"{name}: {reason}")
-        else:
-            things.append(thing)
+    things = grounding.usable(
+        (
+            (name, Labelled(word(entry, "label", where, required=True), _box(entry["box"], where)))
+            for entry in found
+        ),
+        size,
+        skipped,
+    )
     for example in grounding.questions(keys[0], things, size, options, cluster="", meta={}):
         yield dataclasses.replace(example, id=name + example.id.removeprefix(keys[0]))
 

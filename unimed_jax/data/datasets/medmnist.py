@@ -61,6 +61,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 SIZES = (28, 64, 128, 224)
 LARGEST = 1024  # pixels of a side, far beyond every published one
+ROWS = 10_000_000  # pictures of a split at most, as far beyond
 
 INFO = Info(
     name="medmnist",
@@ -119,7 +120,8 @@ def _rows(archive: zipfile.ZipFile, name: str, file: Path) -> Iterator[np.ndarra
         )
         shape, fortran, dtype = read_header(stream)
         whole = dtype.kind in "ui" and dtype.itemsize <= 8 and not fortran
-        if not whole or not 1 <= len(shape) <= 4 or max(shape[1:], default=1) > LARGEST:
+        bounded = 1 <= len(shape) <= 4 and min(shape) >= 1 and shape[0] <= ROWS
+        if not whole or not bounded or max(shape[1:], default=1) > LARGEST:
             raise UserError(
                 f"{file}: {name} is an array {shape} of {dtype}, not of pictures or labels; get it "
                 "again."

@@ -12,7 +12,7 @@ from typing import Any
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import chosen_options
+from unimed_jax.data.records import at_least, chosen_options
 from unimed_jax.data.reports import FILE, studies
 
 INFO = Info(
@@ -32,4 +32,6 @@ def read(
     """Yields the studies of a split, of which those of one patient belong together."""
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, OPTIONS, "mimic_cxr")
-    yield from studies(folder, folder / "files", split, chosen["images"], "subject_id")
+    yield from studies(
+        folder, folder / "files", split, at_least(chosen, "images", 1, "mimic_cxr"), "subject_id"
+    )

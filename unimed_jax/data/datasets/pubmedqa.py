@@ -10,7 +10,7 @@ from typing import Any
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import chosen_options, one_of, word
+from unimed_jax.data.records import at_least, chosen_options, one_of, word
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import read_json
 
@@ -38,6 +38,7 @@ def read(
     """Yields the questions in the order of the file."""
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, OPTIONS, "pubmedqa")
+    at_least(chosen, "words", 0, "pubmedqa")
     one_of(chosen, "context", ("none", "contexts", "conclusion"), "pubmedqa")
     file, test_file = (folder / name for name in INFO.files)
     articles, test = (

@@ -54,13 +54,8 @@ def read(
         if reason or size is None:
             skipped.append(f"{key}: {reason}")
             continue
-        things = []
-        for where, label, box in labelled_boxes(file):
-            reason = grounding.fault(box, *size)
-            if reason:
-                skipped.append(f"{where}: {reason}")
-            else:
-                things.append(Labelled(label, box))
+        found = ((where, Labelled(label, box)) for where, label, box in labelled_boxes(file))
+        things = grounding.usable(found, size, skipped)
         case = "--".join(file.stem.split("--")[1:3]) or file.stem
         for example in grounding.questions(
             key, things, size, chosen, cluster=case, meta={"modality": modality}

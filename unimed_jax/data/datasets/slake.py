@@ -129,11 +129,6 @@ def _boxes(path: Path, key: str, options: Mapping[str, Any], skipped: list[str])
     if size is None:
         skipped.append(f"{key}: image {path} is no picture")
         return
-    things = []
-    for where, label, box in labelled_boxes(file):
-        reason = grounding.fault(box, *size)
-        if reason:
-            skipped.append(f"{where}: {reason}")
-        else:
-            things.append(Labelled(label, box))
+    found = ((where, Labelled(label, box)) for where, label, box in labelled_boxes(file))
+    things = grounding.usable(found, size, skipped)
     yield from grounding.questions(key, things, size, options, cluster=key, meta={})

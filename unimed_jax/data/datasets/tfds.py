@@ -50,26 +50,34 @@ def read(
 
     decoders = {names["image"]: tensorflow_datasets.decode.SkipDecoding()} if "image" in names else None
     labels = getattr(builder.info.features[names["answer"]], "names", None)
-    for number, record in enumerate(builder.as_data_source(found, decoders=decoders)):
-        known = {"answer": labels}
-        texts = {role: _text(record[name], known.get(role)) for role, name in names.items()
-                 if role != "image"}  # fmt: skip
+    for number, record in _records(builder, found, decoders, folder):
         key = f"{split}/{number}"
+        if labels is not None and not 0 <= int(record[names["answer"]]) < len(labels):
+            skipped.append(f"{key}: its class {record[names['answer']]} has no name")  # -1: not given
+            continue
+        texts = {role: _text(record[name], folder) for role, name in names.items() if role != "image"}
+        if labels is not None:
+            texts["answer"] = labels[int(record[names["answer"]])]
         keys, image = ((key,), (record[names["image"]],)) if "image" in names else ((), ())
-        meta = {"template": task}
+        question, cluster = texts.get("question", ""), texts.get("cluster", key)
         yield (
-            Example(
-                key,
-                task,
-                texts.get("question", ""),
-                texts["answer"],
-                keys,
-                None,
-                texts.get("cluster", key),
-                meta,
-            ),
+            Example(key, task, question, texts["answer"], keys, None, cluster, {"template": task}),
             image,
         )
+
+
+def _records(builder: Any, split: str, decoders: Any, folder: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the records of a split with their numbers."""
+    number = -1
+    try:
+        source = builder.as_data_source(split, decoders=decoders)
+        for number in range(len(source)):
+            yield number, source[number]
+    except (OSError, ValueError, RuntimeError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}, {split}, record {number}, cannot be read ({reason}); prepare the set again."
+        ) from error
 
 
 def _builder(folder: Path) -> Any:
@@ -99,14 +107,12 @@ def _check_features(builder: Any, names: Mapping[str, str], folder: Path) -> Non
         raise UserError(f"{folder}: the option answer is empty; name a feature ({', '.join(features)}).")
 
 
-def _text(value: Any, labels: list[str] | None) -> str:
-    """Turns a feature into text: a class by its name, bytes as UTF-8, a number as it is written."""
-    if labels is not None:
-        return labels[int(value)]
+def _text(value: Any, folder: Path) -> str:
+    """Turns a feature into text: bytes as UTF-8, a number as it is written."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace").strip()
     if getattr(value, "ndim", 0):
         raise UserError(
-            f"a feature holds {short(value)}, which is no text and no class; choose another."
+            f"{folder}: a feature holds {short(value)}, which is no text and no class; choose another."
         )
     return str(value)

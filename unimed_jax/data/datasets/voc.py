@@ -16,7 +16,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
-from unimed_jax.data.records import chosen_options, inside, short, size_of
+from unimed_jax.data.records import chosen_options, inside, other_size, short
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import read_text
 
@@ -45,10 +45,10 @@ def read(
     chosen = chosen_options(options, grounding.OPTIONS, "voc")
     grounding.check_options(chosen, "voc")
     for name in _names(folder, split):
-        file = folder / "Annotations" / f"{name}.xml"
+        file = inside(folder, folder / "Annotations", f"{name}.xml", f"{folder}, {split}")
         things, size, picture = _annotation(file, skipped, name)
         path = inside(folder, folder / "JPEGImages", picture, str(file))
-        reason = no_image(path) or _other_size(path, size)
+        reason = no_image(path) or other_size(path, size)
         if reason:
             skipped.append(f"{name}: {reason}")
             continue
@@ -103,10 +103,3 @@ def _number(parent: ElementTree.Element, path: str, file: Path) -> int:
         return int(float(text or ""))
     except (ValueError, OverflowError):
         raise UserError(f"{file}: {path} is {short(text)}, which is no number; mend it.") from None
-
-
-def _other_size(path: Path, size: tuple[int, int]) -> str:
-    found = size_of(path)
-    if found is None or found == size:
-        return ""  # a file that is not a picture is reported when it is decoded
-    return f"image {path} has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}"
