@@ -101,7 +101,7 @@ def test_the_connectors_experts_are_activated_as_they_are_routed(settings, share
 
 
 def test_modules_add_up_and_trainable_follows_the_rules(capsys):
-    """All parts that a model may have at once: adapters, residual experts, tied head, layers behind
+    """All parts that a model may have at once: adapters, residual experts, tied head, layers after
     the features.
     """
     config = tiny_config()

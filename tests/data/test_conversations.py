@@ -68,7 +68,7 @@ def test_prompt_ends_where_the_answer_begins():
 
 
 def test_caption_follows_its_image():
-    """Of `plain` the first target is predicted by the last visual token, also behind another
+    """Of `plain` the first target is predicted by the last visual token, also after another
     question.
     """
     encoded = encoder("plain").training(Example("r", "caption", "", "two lungs", images=("i",)), 0)

@@ -226,12 +226,12 @@ def noise(count=400):
     )
 
 
-@pytest.mark.parametrize("room", [0, 1 << 20, 3 << 20])
-def test_a_full_disk_while_a_set_is_built_is_one_sentence(small_disk, room):
+@pytest.mark.parametrize("free_bytes", [0, 1 << 20, 3 << 20])
+def test_a_full_disk_while_a_set_is_built_is_one_sentence(small_disk, free_bytes):
     """array_record's error carries neither a number nor the system's words."""
     made, cache = noise(), small_disk / "cache"
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    (small_disk / "ballast").write_bytes(bytes(free - room))
+    (small_disk / "ballast").write_bytes(bytes(free - free_bytes))
     with pytest.raises(
         UserError, match="No space left on device.*(free some space|config.data.cache)"
     ) as error:

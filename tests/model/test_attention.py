@@ -34,7 +34,7 @@ NVIDIA = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_
 
 
 def span_of_rows() -> Span:
-    """Two rows: questions behind a shared prefix, then examples of one segment.
+    """Two rows: questions after a shared prefix, then examples of one segment.
 
     A last block that is all padding.
     """

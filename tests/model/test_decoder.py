@@ -262,7 +262,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_against_a_plain_loop(name):
-    """Two segments packed behind a shared prefix: the loop's own reading of the attention rule."""
+    """Two segments packed after a shared prefix: the loop's own reading of the attention rule."""
     config = tiny.config(decoder=FIELDS[name], lora={"rank": 0})
     decoder = tiny.model(config, seed=2).decoder
     segments = np.array([1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 0, 0], np.int32)

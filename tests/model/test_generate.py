@@ -84,7 +84,7 @@ def test_rows_do_not_see_each_other(model, prompts, expected):
 
 
 def test_end_of_text(model, prompts, expected):
-    """A row is padded behind its first end of text; the others go on."""
+    """A row is padded after its first end of text; the others go on."""
     eos = int(expected[0, 2])
     tokens = greedy(model, batch_of(prompts), eos=eos, pad=7)
     ends = [row.index(eos) + 1 if eos in row else NEW for row in expected.tolist()]

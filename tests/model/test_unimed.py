@@ -47,7 +47,7 @@ def answers_of(batch, answers, row, segment):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_packed_third_equals_alone(seed):
-    """Behind a shared image with three questions and behind text alone, an example's logits are
+    """After a shared image with three questions and after text alone, an example's logits are
     those it has alone.
     """
     rng = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ def test_packed_third_equals_alone(seed):
 
 
 def test_shared_image_equals_own_image():
-    """Three questions behind one image have the logits that each has with the image to itself."""
+    """Three questions after one image have the logits that each has with the image to itself."""
     rng = np.random.default_rng(2)
     model = tiny.model()
     shared = tiny.group(rng, "vqa", questions=3)
@@ -93,7 +93,7 @@ def decode_step(model, x, here, cache, place):
 
 @pytest.mark.parametrize("questions", [1, 2])
 def test_cache_equals_one_pass(questions):
-    """An example (or two questions behind one image) token by token through the cache, as in one
+    """An example (or two questions after one image) token by token through the cache, as in one
     packed pass.
     """
     rng = np.random.default_rng(3)

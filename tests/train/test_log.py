@@ -81,7 +81,7 @@ def test_a_flipped_bit_costs_its_line_alone(log, first, seed, capsys):
         b'{"step": 3} {"step": 3}\n',
     ],
 )
-def test_a_damaged_line_is_kept_aside_and_named_and_those_behind_it_stay(log, damage, capsys):
+def test_a_damaged_line_is_kept_aside_and_named_and_those_after_it_stay(log, damage, capsys):
     log.write_bytes(b"".join([*LINES[:3], damage, *LINES[3:]]) + damage[:3].replace(b"\n", b""))
     continue_lines(log, 5)
     assert log.read_bytes() == b"".join(LINES[:6])

@@ -318,7 +318,7 @@ def test_narrow_coordinates_are_one_hot():
 
 @pytest.mark.parametrize("sd", [1e-3, 0.5, 30.0])
 def test_soft_coordinates_have_finite_gradients(sd):
-    """Also behind labels that are no coordinate, far from all of them."""
+    """Also after labels that are no coordinate, far from all of them."""
 
     def total(logits):
         return cross_entropy(logits, TARGETS, LossConfig(coordinate_sd=sd), START)[0].sum()
