@@ -225,6 +225,13 @@ def test_a_leak_counts_once_however_often_it_was_trained_on():
     assert leaks.copier == {"n": 1, "value": 1.0, "templates": {"closed": {"n": 1, "value": 1.0}}}
 
 
+def test_a_similar_question_with_another_answer_gives_nothing_away():
+    train = [Asked("t", "vqa", ("x",), "is the left lung clear?", "yes", "", "closed")]
+    test = [Asked("e", "vqa", ("x",), "is the right lung clear?", "no", "", "closed")]
+    leaks = text_leaks(train, test)
+    assert leaks.counts == {"repeating": 0} and leaks.copier["value"] == 0
+
+
 def test_the_known_leaks_of_real_sets(real_data, cache):
     pictures = {"images": "../vqa_rad/VQA_RAD Image Folder"}
     sources = (

@@ -163,6 +163,21 @@ def test_medmnist_streams_any_set_and_names_several_labels(tmp_path):
         opened(tmp_path / "set", "medmnist", options={"name": "dermanist"})
 
 
+def test_medqa_shows_its_options_if_asked_to(tmp_path):
+    write_twin("medqa", tmp_path / "set", records=6)
+    plain = opened(tmp_path / "set", "medqa").examples("test")
+    shown = opened(tmp_path / "set", "medqa", id="shown", options={"shown": True}).examples("test")
+    for short, long in zip(plain, shown, strict=True):
+        assert long.question.startswith(f"{short.question} (A) ") and " (E) " in long.question
+        assert short.answer == long.answer and f") {short.answer}" in long.question
+
+
+def test_slices_of_a_case_belong_together(tmp_path):
+    write_twin("samed", tmp_path / "set", records=9)
+    clusters = {e.cluster for e in opened(tmp_path / "set", "samed").examples("train")}
+    assert clusters == {f"AbdomenCT1K--Case_{i:03d}" for i in range(3)}
+
+
 def test_reports_keep_their_views_and_patients(tmp_path):
     write_twin("iu_xray", tmp_path / "iu", records=10)
     views = [len(e.images) for e in opened(tmp_path / "iu", "iu_xray").examples("train")]

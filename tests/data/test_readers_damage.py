@@ -28,6 +28,12 @@ def change_line(path, change, line=0):
 
 RAD, MEDPIX = "VQA_RAD Dataset Public.json", "splitted_dataset/descriptions_train.jsonl"
 DAMAGE = {
+    "an answer that is another option": (
+        "medqa",
+        "questions/US/dev.jsonl",
+        lambda p: change_line(p, lambda c: c.update(answer="none of these")),
+        "line 1: answer 'none of these' is not option",
+    ),
     "two images of one id": (
         "coco",
         "annotations/instances_train2017.json",
