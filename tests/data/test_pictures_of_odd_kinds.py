@@ -15,9 +15,6 @@ from unimed_jax.data import images
 from unimed_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore:::PIL"),
-]
 STEPS = np.array([[0, 40, 80, 120, 160, 200]] * 4, np.uint8)
 SIGNED = np.array([[-100, -60, -20, 20, 60, 100]] * 4)
 SPREAD = [0, 51, 102, 153, 204, 255]
