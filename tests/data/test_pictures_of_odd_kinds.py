@@ -89,9 +89,7 @@ def test_alpha_that_is_multiplied_into_the_grey_shows_paper():
 
 def test_kinds_of_tiff_that_are_not_read_are_named_as_tiff():
     for bits, form in ((16, 3), (64, 3), (24, 1), (64, 1)):
-        with pytest.raises(
-            UserError, match="a TIFF that is damaged or of a kind that is not read"
-        ):
+        with pytest.raises(UserError, match="a TIFF that is damaged or of a kind that is not read"):
             images.read_image(tiff(bytes(24 * bits // 8), bits, form))
 
 
