@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError, _imaging
+from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, _imaging
 
 from unimed_jax.config import ImageConfig, VisionConfig
 from unimed_jax.data.pixels import (
@@ -167,7 +167,7 @@ def _upright_size(file: BinaryIO, name: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+def _picture(file: BinaryIO, name: str) -> Iterator[ImageFile.ImageFile]:
     """Opens a picture of one of the known formats, and checks its size before it is decoded."""
     with Image.open(file, formats=READABLE) as image:
         _check_size(image, name)
@@ -255,7 +255,7 @@ def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
         )
 
 
-def _pixels(image: Image.Image, view: ImageConfig) -> np.ndarray:
+def _pixels(image: ImageFile.ImageFile, view: ImageConfig) -> np.ndarray:
     """Gives an opened picture of any mode as uint8 [H, W, 3]."""
     paper = view.background if not isinstance(view.background, str) else _colour(view.background)
     kind, tags = image.format, getattr(image, "tag_v2", {})
@@ -282,7 +282,7 @@ def _pixels(image: Image.Image, view: ImageConfig) -> np.ndarray:
     return out
 
 
-def _grey_bits(image: Image.Image) -> int:
+def _grey_bits(image: ImageFile.ImageFile) -> int:
     """Returns the bits of a pixel of a grey PNG of at most 8 bits that is not decoded; else 8.
 
     Raises ValueError for colours of 16 bits with a transparent one, which 8 bits cannot name.
@@ -295,7 +295,7 @@ def _grey_bits(image: Image.Image) -> int:
     return int(raw[2:]) if raw in ("L;2", "L;4") else 8
 
 
-def _name_planes(image: Image.Image, tags) -> None:
+def _name_planes(image: ImageFile.ImageFile, tags) -> None:
     """Says of a TIFF whose channels lie one after the other that each has 16 bits.
 
     Pillow reads such planes as bytes if they are not compressed.
@@ -304,7 +304,7 @@ def _name_planes(image: Image.Image, tags) -> None:
         end = ";16L" if tags.prefix == b"II" else ";16B"
         image.tile = [
             tile._replace(args=(tile.args[0] + end, *tile.args[1:]))
-            if tile.codec_name == "raw" and len(tile.args[0]) == 1
+            if tile.codec_name == "raw" and isinstance(tile.args, tuple) and len(tile.args[0]) == 1
             else tile
             for tile in image.tile
         ]
