@@ -3,7 +3,7 @@
 import struct
 from pathlib import Path
 
-from unimed_jax.data.records import POINTER
+from unimed_jax.parsing import stand_in
 
 _END = b"PK\5\6"  # begins the record at the end of a zip
 _TAIL = 1 << 16  # bytes from the end within which that record begins
@@ -21,10 +21,9 @@ def packed(*places: Path) -> str:
         names = sorted(inner)
         disks = [path for path in names if path.suffix[:2] == ".z" and path.suffix[2:].isdigit()]
         zips = [path for path in names if path.suffix == ".zip" and path.is_file()]
-        if pointer := next((path for path in (*disks, *zips) if _is_pointer(path)), None):
-            return (
-                f"{pointer} is a pointer of Git-LFS, not the data itself; fetch it with `git lfs pull`."
-            )
+        for path in (*disks, *zips):
+            if found := _stand_in(path):
+                return f"{path} {found}."
         if disks or zips:
             return _advice(disks, zips[0] if zips else disks[0].with_suffix(".zip"))
     return ""
@@ -53,9 +52,10 @@ def _advice(disks: list[Path], last: Path) -> str:
     return f"{last} is still packed; unpack it with `unzip {last.name}` and give its folder."
 
 
-def _is_pointer(path: Path) -> bool:
+def _stand_in(path: Path) -> str:
+    """Says whether a pointer or a web page lies in place of an archive."""
     with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER.encode()
+        return stand_in(file.read(1000))
 
 
 def _disks_before(path: Path) -> int:

@@ -30,7 +30,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import no_image
-from unimed_jax.data.records import chosen_options, labelled_boxes, size_of
+from unimed_jax.data.records import chosen_options, inside, labelled_boxes, size_of
 from unimed_jax.errors import UserError
 
 INFO = Info(
@@ -101,7 +101,7 @@ def scenes(folder: Path, options: Mapping[str, Any], skipped: list[str]) -> Iter
         )
     for file in files:
         key = f"{file.parent.name}/{file.stem}"
-        path = folder / "images" / f"{key}.png"
+        path = inside(folder, folder / "images", f"{key}.png", str(file))
         size = _size(key, path, skipped)
         if size:
             found = ((where, Labelled(label, box)) for where, label, box in labelled_boxes(file))
@@ -112,13 +112,14 @@ def _of_masks(root: Path, options: Mapping[str, Any], skipped: list[str]) -> Ite
     """Yields the images of the full release, each class in as many boxes as it has connected parts."""
     for key, labels in release.chosen(root, options, skipped):
         stem = key.partition("/")[2]
-        path = root / "images" / f"{stem}.png"
+        path = inside(root, root / "images", f"{stem}.png", str(root))
         size = _size(key, path, skipped)
         if not size:
             continue
         things: list[Labelled] = []
         for mask, label in labels:
-            boxes, fault = _boxes(root / "masks" / f"{stem}--{mask}.png", size, options["least_area"])
+            place = inside(root, root / "masks", f"{stem}--{mask}.png", str(root))
+            boxes, fault = _boxes(place, size, options["least_area"])
             things += (Labelled(label, box) for box in boxes)
             if fault:
                 skipped.append(f"{key}: mask {mask} {fault}")
