@@ -12,6 +12,12 @@ from unimed_jax.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Options = dict[str, str]  # letter -> text
+UNFOLDED: dict[Any, str] = {
+    "Question": "question",
+    "Options": "options",
+    "Correct Option": "answer_idx",
+    "Correct Answer": "answer",
+}
 FORMS = ("auto", "letter", "index", "text")  # of an answer
 
 
@@ -23,9 +29,7 @@ def unfolded(record: Record) -> Record:
     data = record.get("data")
     if not isinstance(data, dict):
         return record
-    names = {"Question": "question", "Options": "options"}
-    names |= {"Correct Option": "answer_idx", "Correct Answer": "answer"}
-    return {**record, **{names.get(key, key): value for key, value in data.items()}}
+    return {**record, **{UNFOLDED.get(key, key): value for key, value in data.items()}}
 
 
 def options_of(value: Any, where: str, key: str = "options") -> Options:
@@ -93,7 +97,7 @@ def right_letter(
         return "", f"its answer is {short(answer)}, not one option"
     text = str(int(answer)) if type(answer) is float and answer.is_integer() else str(answer).strip()
     letters = list(options)
-    found = {}
+    found: dict[str, str] = {}  # form -> letter
     if form in ("auto", "text") and isinstance(answer, str):
         same = [letter for letter in letters if _plain(options[letter]) == _plain(text)]
         found |= {"text": same[0]} if same else {}

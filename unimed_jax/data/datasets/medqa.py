@@ -54,6 +54,7 @@ INFO = Info(
     )
     + PARQUET,
     counts={"train": 10178, "val": 1272, "test": 1273},
+    other_counts={"Hugging Face, four options": {"train": 10178, "val": 0, "test": 1273}},
 )
 OPTIONS = {
     "options": 0,  # of each question: 4 or 5; 0: five where the folder has both, with the same questions

@@ -34,7 +34,13 @@ INFO = Info(
     citation="Jin et al., PubMedQA, EMNLP 2019",
     cluster_word="article",
     files=(ORIGINAL, "test_ground_truth.json", *PARQUET),
-    counts={"train": 500, "test": 500},
+    counts={
+        "train": 500,
+        "test": 500,
+        "test answer=yes": 276,
+        "test answer=no": 169,
+        "test answer=maybe": 55,
+    },
 )
 OPTIONS = {
     # what stands before the question. none: nothing (Uni-Med); contexts: the abstract without

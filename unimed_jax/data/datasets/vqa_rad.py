@@ -45,6 +45,20 @@ INFO = Info(
     cluster_word="image",
     by_design={"image": "the official split is by question"},
     files=(ORIGINAL, *SPLITS.values(), *PARQUET),
+    counts={
+        "train": 1797,
+        "test": 451,
+        "train phrase=freeform": 1206,
+        "train phrase=para": 591,
+        "test phrase=freeform": 308,
+        "test phrase=para": 143,
+        "test answer_type=CLOSED": 272,
+    },
+    other_counts={
+        "MMQ": {"train": 3064, "test": 451, "train phrase=frame": 1267},
+        "a random re-split": {"train": 1798, "test": 450},
+        "Hugging Face": {"train": 1793, "test": 451, "test answer_type=CLOSED": 251},
+    },
 )
 OPTIONS = {
     "images": "",  # folder of the images, from the set's folder on; empty: that of the layout
@@ -78,7 +92,7 @@ def read(
         if Path(name).stem in without:
             skipped.append(f"{example.id}: image {name} is left out by the option `without`")
         else:
-            yield example, (inside(images, images, name, where),)
+            yield example, (inside(folder, images, name, where),)
 
 
 def _records(folder: Path, split: str, original: bool) -> Iterator[tuple[str, Record]]:
