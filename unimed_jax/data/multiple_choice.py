@@ -50,7 +50,9 @@ def options_of(value: Any, where: str, key: str = "options") -> Options:
         for letter, text in found.items()
     ):
         raise UserError(f"{where}: {key!r} is {short(value)}; give a text for each letter.")
-    given = {letter.strip(): "" if text is None else str(text).strip() for letter, text in found.items()}
+    given = {
+        str(letter).strip(): "" if text is None else str(text).strip() for letter, text in found.items()
+    }
     return {letter: text for letter, text in given.items() if text}
 
 

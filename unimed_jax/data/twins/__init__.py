@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, hub, medical, prepared, questions
+from unimed_jax.data.twins import boxes, hub, medical, prepared, questions, samed
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -45,7 +45,7 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
         "tsv": medical.path_vqa_tsv,
         "parquet": hub.path_vqa,
     },
-    "samed": {"regions": medical.samed},
+    "samed": {"regions": samed.regions, "release": samed.release},
     "medmnist": {"original": medical.medmnist},
     "mimic_cxr": {"r2gen": medical.mimic_cxr},
     "iu_xray": {"r2gen": medical.iu_xray},

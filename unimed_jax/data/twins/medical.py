@@ -1,6 +1,6 @@
 """Writes twins of the sets of Uni-Med's recipe that hold pictures.
 
-They are SLAKE, Path-VQA, SA-Med2D, MedMNIST, the sets of reports, and MedPix.
+They are SLAKE, Path-VQA, MedMNIST, the sets of reports, and MedPix.
 """
 
 import base64
@@ -136,16 +136,6 @@ def path_vqa_rows(
                 for row in rows
             ]
     return found
-
-
-# ---- SA-Med2D --------------------------------------------------------------------------------------
-def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes Uni-Med's regions: several slices a case."""
-    for i in range(records):
-        modality = pick(rng, ("ct", "mr"))
-        name = f"{modality}_00--AbdomenCT1K--Case_{i // 3:05d}--x_{i:04d}"
-        picture(folder / "images" / modality / f"{name}.png", rng, SIZE, grey=True)
-        write_json(folder / "regions" / modality / f"{name}.json", _boxes(rng))
 
 
 # ---- MedMNIST --------------------------------------------------------------------------------------
