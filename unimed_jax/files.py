@@ -23,6 +23,7 @@ from unimed_jax.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # seconds after which a temporary file counts as left over where files cannot be locked
 ABANDONED = 24 * 3600.0
+WORTH_KEEPING = 60.0  # seconds of work that are not done again after a mistake in the data is mended
 _PROBE = 64 << 10  # bytes that a disk must take to count as not full
 _LONGEST = 200  # bytes of a name that its temporary name repeats; file systems allow 255 in all
 
@@ -77,15 +78,15 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumed_folder(path: str | Path, work: str | Path, worth: str) -> Iterator[Path]:
+def resumed_folder(path: str | Path, work: str | Path) -> Iterator[Path]:
     """Gives the folder `work`, with what an earlier try left there; it becomes `path` on success.
 
-    It stays for the next try if the process is killed or stopped and, as long as it has a file that
-    matches the pattern `worth`, after a UserError. It is removed on any other error, and on a full
-    disk. The caller holds a lock, so that one process at a time works there. Raises UserError if it
-    cannot be written.
+    It stays for the next try if the process is killed or stopped, or if a UserError ends a block
+    that took longer than `WORTH_KEEPING`. It is removed on any other error, and on a full disk. The
+    caller holds a lock, so that one process at a time works there. Raises UserError if it cannot be
+    written.
     """
-    path, work = Path(path), Path(work)
+    path, work, started = Path(path), Path(work), time.monotonic()
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,7 +99,7 @@ def resumed_folder(path: str | Path, work: str | Path, worth: str) -> Iterator[P
             _flush_folder(path.parent)
     except Exception as error:
         mendable = isinstance(error, UserError) and not full_disk(error, path.parent)
-        if not (mendable and any(work.glob(worth))):
+        if not mendable or time.monotonic() - started < WORTH_KEEPING:
             _remove(work)
         raise
 

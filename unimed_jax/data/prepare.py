@@ -111,7 +111,7 @@ def prepared(
                 older = [path.name for path in cache.glob(f"{info.name}-{which}-*")]
                 work = cache / f".{info.name}-{which}{UNFINISHED}"
                 _remove_forgotten(cache, work)
-                with files.resumed_folder(target, work, f"{FACTS}/*") as place:
+                with files.resumed_folder(target, work) as place:
                     _write(reader, info, folder, options, place, how)
                 _report(Store(target), older)
                 if not options:
