@@ -94,6 +94,30 @@ source = {
         one_of("licence", "citation", "note", "cluster_word"), text(65536, r"[^\x00\ud800-\udfff]*")
     ),
     "options": dict_of(filled, json_value),
+    "image": dataclasses.is_dataclass,
+}
+image = {
+    "frame": optional(lambda v: any_count(v) or v in ("first", "middle", "last")),
+    "window": optional(
+        lambda v: (
+            v
+            in (
+                "abdomen",
+                "bone",
+                "brain",
+                "liver",
+                "lung",
+                "mediastinum",
+                "spine",
+                "stroke",
+                "subdural",
+            )
+            or len(v) == 2
+            and number(-1e6, 1e6, zero=True)(v[0])
+            and number(1e-6, 1e6)(v[1])
+        )
+    ),
+    "background": lambda v: v in ("white", "black") or tuple_of(whole(0, 255), 3, 3, distinct=False)(v),
 }
 group_of_settings = dataclasses.is_dataclass
 MEANINGFUL: dict[str, dict[str, Check]] = {
@@ -214,6 +238,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
     },
     "data.sources[0]": source,
     "evaluate.sources[0]": source,
+    **dict.fromkeys(("data.sources[0].image", "evaluate.sources[0].image"), image),
     "loss": {
         "reduction": optional(one_of("token", "example")),
         "coordinate_sd": number(0.01, 100, zero=True),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import ml_collections
 
 from unimed_jax.bounds import (
+    INT32,
     Above,
     AtLeast,
     AtMost,
@@ -64,6 +65,12 @@ Task = Literal[VisualTask, "qa"]
 VISUAL_TASKS: tuple[str, ...] = get_args(VisualTask)
 TASKS: tuple[str, ...] = get_args(Task)
 
+Level = Annotated[int, Between(0, 255)]  # of red, green or blue
+# usual windows of CT (data/dicom_display.py)
+Window = Literal[
+    "abdomen", "bone", "brain", "liver", "lung", "mediastinum", "spine", "stroke", "subdural"
+]
+
 Module = Annotated[
     str, Filled(), Characters(200), Matches(r"[\w-]+(\.[\w-]+)*", "a name, or names joined by dots")
 ]
@@ -102,6 +109,24 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """Says how the pictures of a source are read where their files leave a choice."""
+
+    # Of a TIFF with pages, an animated GIF, WebP or PNG, or a DICOM film: its number, from 0, or first,
+    # middle, last. None: the first; preparing the set says how many pictures have several.
+    frame: Annotated[int, AtLeast(0), AtMost(INT32)] | Literal["first", "middle", "last"] | None = None
+    # Of grey DICOM. A name: a usual one of CT, only for pictures in Hounsfield units; or (centre, width)
+    # in the file's own units. None: that of the file
+    window: (
+        Window
+        | tuple[Annotated[float, Between(-1e6, 1e6)], Annotated[float, AtLeast(1e-6), AtMost(1e6)]]
+        | None
+    ) = None
+    # The colour behind transparent pixels; (red, green, blue) from 0 to 255 for others
+    background: Literal["white", "black"] | tuple[Level, Level, Level] = "white"
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """Describes one data set of the mixture, and what is taken from it."""
 
@@ -122,6 +147,7 @@ class SourceConfig:
     # Licence, citation, note and word for a cluster, for a generic source without info.json.
     info: Mapping[Literal["licence", "citation", "note", "cluster_word"], Paragraph] = FrozenDict()
     options: Mapping[Name, Any] = FrozenDict()  # given to the set's reader; JSON values
+    image: ImageConfig = ImageConfig()  # how its pictures are read where their files leave a choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +198,12 @@ class DataConfig:
     def cache_folder(self) -> Path:
         """Returns the folder of prepared data sets."""
         return Path(self.cache).expanduser() if self.cache else Path.home() / ".cache" / "unimed_jax"
+
+    @property
+    def common_image(self) -> ImageConfig | None:
+        """Returns how pictures of all sources are read, or None if sources differ in it."""
+        found = {source.image for source in self.sources}
+        return found.pop() if len(found) == 1 else None if found else ImageConfig()
 
 
 # ---------------------------------------------------------------------------------------------

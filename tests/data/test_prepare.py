@@ -22,6 +22,7 @@ from unimed_jax.data import image_shards
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
 from unimed_jax.data.image_shards import encoded, processes
+from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info
 from unimed_jax.data.prepare import How, prepared
 from unimed_jax.data.store import RECORDS, Store, pack
@@ -201,7 +202,7 @@ def test_strict_stops_at_the_first_record(tmp_path, small_chunks, monkeypatch):
         monkeypatch.setattr(files, "WORTH_KEEPING", seconds)
         with pytest.raises(UserError, match=FIRST):
             prepared(Made, INFO, tmp_path / "raw", options, cache, How(strict=True))
-        assert len(list(cache.glob(".made-*.unfinished/images-*"))) == (seconds == 0)
+        assert len(list(cache.glob(".made-*.unfinished"))) == (seconds == 0)
     store = prepared(Made, INFO, tmp_path / "raw", options, cache)
     assert store.skipped > 5
     with pytest.raises(UserError, match=FIRST):  # it is there already
@@ -248,19 +249,20 @@ def test_images_are_encoded_again_only_if_asked(tmp_path):
         original = (tmp_path / name).read_bytes()
         kind = kind_of(original)
         for settings in (ReencodeConfig(), ReencodeConfig(size=40), ReencodeConfig(size=41)):
-            outcome, data = encoded("k", tmp_path / name, settings)
+            outcome, data = encoded("k", tmp_path / name, PLAIN, settings)
             assert data == original and outcome.sizes is None
             assert outcome.digest == hashlib.sha256(original).hexdigest()
-        outcome, data = encoded("k", tmp_path / name, ReencodeConfig(size=20))
+        outcome, data = encoded("k", tmp_path / name, PLAIN, ReencodeConfig(size=20))
         assert kind_of(data) == kind and outcome.sizes == (40, 30, 20, 15)
         for wanted in ("png", "jpeg", "webp"):
-            outcome, data = encoded("k", original, ReencodeConfig(format=wanted))
+            outcome, data = encoded("k", original, PLAIN, ReencodeConfig(format=wanted))
             assert kind_of(data) == wanted and outcome.sizes is None
     good, poor = (
-        encoded("k", tmp_path / "a.png", ReencodeConfig(format="jpeg", quality=q)) for q in (95, 20)
+        encoded("k", tmp_path / "a.png", PLAIN, ReencodeConfig(format="jpeg", quality=q))
+        for q in (95, 20)
     )
     assert len(good[1]) > 2 * len(poor[1]) and good[0].digest != poor[0].digest
-    outcome, _ = encoded("k", original[:200], ReencodeConfig(size=20))
+    outcome, _ = encoded("k", original[:200], PLAIN, ReencodeConfig(size=20))
     assert outcome.reason.startswith("image") and not outcome.digest
 
 

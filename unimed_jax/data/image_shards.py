@@ -7,7 +7,6 @@ says what it was made of. A later try reuses every shard whose facts still hold.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -27,8 +26,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from unimed_jax import files, parsing
-from unimed_jax.config import ReencodeConfig
-from unimed_jax.data.images import check_header, read_bytes, read_image
+from unimed_jax.config import ImageConfig, ReencodeConfig
+from unimed_jax.data.images import PLAIN, check_header, read_bytes, read_image
 from unimed_jax.data.store import AT_RANDOM, RECORDS
 from unimed_jax.errors import UserError
 
@@ -49,6 +48,7 @@ class Outcome(NamedTuple):
     digest: str  # sha256 of what was stored, in hexadecimal; empty if it was left out
     reason: str = ""  # why it was left out
     sizes: tuple[int, int, int, int] | None = None  # width and height, before and after, if they changed
+    frames: int = 1  # from which one was to be chosen
 
 
 class ImageShards:
@@ -57,9 +57,11 @@ class ImageShards:
     Of several sources of one key the first counts.
     """
 
-    def __init__(self, place: Path, reencode: ReencodeConfig, pool: Executor, workers: int):
+    def __init__(
+        self, place: Path, image: ImageConfig, reencode: ReencodeConfig, pool: Executor, workers: int
+    ):
         """Writes into the folder `place`, through a pool of `workers` processes."""
-        self._place, self._reencode, self._pool = place, reencode, pool
+        self._place, self._settings, self._pool = place, (image, reencode), pool
         self._most = max(1, AHEAD * workers)  # chunks that are under way
         self._chunk_of: dict[str, int] = {}
         self._open: list[tuple[str, Source]] = []  # the chunk that is being collected
@@ -95,10 +97,10 @@ class ImageShards:
         while len(self._waiting) >= self._most:
             self._take()
         images, number = self._open, self._submitted
-        identity = _identity(images, self._reencode)
+        identity = _identity(images, *self._settings)
         known = _facts(self._place, number, identity)
         if known is None:
-            work = (str(self._place), number, images, identity, self._reencode)
+            work = (str(self._place), number, images, identity, *self._settings)
             try:
                 self._waiting.append(self._pool.submit(store_chunk, *work))
             except BrokenProcessPool as error:
@@ -119,10 +121,9 @@ class ImageShards:
         """Says why one of these images was left out; empty if all are stored."""
         return next((r for key in keys if (r := self._fresh.get(key, Outcome("")).reason)), "")
 
-    def use(self, key: str) -> bytes | None:
-        """Returns the SHA-256 of an image when it is used for the first time, and None later."""
-        outcome = self._fresh.pop(key, None)
-        return bytes.fromhex(outcome.digest) if outcome else None
+    def use(self, key: str) -> Outcome | None:
+        """Returns the outcome of an image when it is used for the first time, and None later."""
+        return self._fresh.pop(key, None)
 
     def sizes(self, key: str) -> tuple[int, int, int, int] | None:
         """Returns width and height of an image before and after, if it is stored in another size."""
@@ -149,6 +150,7 @@ def store_chunk(
     number: int,
     images: Sequence[tuple[str, Source]],
     identity: str,
+    image: ImageConfig,
     reencode: ReencodeConfig,
 ) -> dict[str, Outcome]:
     """Writes the shard of a chunk and its facts; returns the outcome of each key.
@@ -159,7 +161,7 @@ def store_chunk(
     with files.written_whole(file) as unfinished:
         writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # read at random
         for key, source in images:
-            outcomes[key], data = encoded(key, source, reencode)
+            outcomes[key], data = encoded(key, source, image, reencode)
             if data is not None:
                 writer.write(data)
         writer.close()
@@ -171,11 +173,14 @@ def store_chunk(
     return outcomes
 
 
-def encoded(key: str, source: Source, reencode: ReencodeConfig) -> tuple[Outcome, bytes | None]:
+def encoded(
+    key: str, source: Source, image: ImageConfig, reencode: ReencodeConfig
+) -> tuple[Outcome, bytes | None]:
     """Reads an image, and returns its outcome with the bytes to store.
 
-    It is left out if its file cannot be read, or if its header is not that of a picture. What comes
-    after the header is decoded when it is needed, unless the image is encoded again here.
+    It is left out if its file cannot be read, if its header is not that of a picture, or if the
+    picture lacks what the settings `image` ask for. What comes after the header is decoded when it
+    is needed, unless the image is encoded again here.
     """
     try:
         if isinstance(source, np.ndarray):
@@ -190,10 +195,13 @@ def encoded(key: str, source: Source, reencode: ReencodeConfig) -> tuple[Outcome
             return Outcome("", reason), None
         data = source if isinstance(source, bytes) else read_bytes(source)
         name = f"{key!r}" if isinstance(source, bytes) else str(source)
-        check_header(data, name)
-        if reencode.asked and (again := _again(read_image(data), data, reencode)):
-            return again
-        return Outcome(hashlib.sha256(data).hexdigest()), data
+        frames = check_header(data, name, image)
+        if reencode.asked:
+            # Settings would be asked of what is stored, if it were read by them again.
+            kept = data if image == PLAIN else None
+            if again := _again(read_image(data, image), kept, reencode):
+                return again[0]._replace(frames=frames), again[1]
+        return Outcome(hashlib.sha256(data).hexdigest(), frames=frames), data
     except UserError as error:
         return Outcome("", str(error).rstrip(".")), None
 
@@ -203,20 +211,22 @@ def _three(pixels: np.ndarray) -> np.ndarray:
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
-def _again(pixels: np.ndarray, data: bytes, reencode: ReencodeConfig) -> tuple[Outcome, bytes] | None:
+def _again(
+    pixels: np.ndarray, data: bytes | None, reencode: ReencodeConfig
+) -> tuple[Outcome, bytes] | None:
     """Encodes an image uint8 [H, W, 3] again, if the settings ask for it.
 
-    data: how it was found. Returns None if it is to be kept so.
+    data: how it was found, None if it cannot be kept so. Returns None if it is to be kept.
     """
     height, width = pixels.shape[:2]
     scale = min(1.0, reencode.size / max(height, width)) if reencode.size else 1.0
-    if scale == 1 and not reencode.format:
+    if scale == 1 and not reencode.format and data is not None:
         return None
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = Image.fromarray(pixels)
     if size != (width, height):
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-    kind = reencode.format or ("jpeg" if data[:3] == b"\xff\xd8\xff" else "png")
+    kind = reencode.format or ("jpeg" if (data or b"")[:3] == b"\xff\xd8\xff" else "png")
     kept = np.asarray(picture)
     grey = (kept[..., :1] == kept).all()
     buffer = io.BytesIO()
@@ -242,9 +252,9 @@ def _name(number: int) -> str:
     return f"images-{number:05d}.array_record"
 
 
-def _identity(images: Sequence[tuple[str, Source]], reencode: ReencodeConfig) -> str:
+def _identity(images: Sequence[tuple[str, Source]], image: ImageConfig, reencode: ReencodeConfig) -> str:
     """Computes what a chunk is known by: keys, state of the files or content, and settings."""
-    digest = hashlib.sha256(f"{RECORDS} {dataclasses.astuple(reencode)}".encode())
+    digest = hashlib.sha256(f"{RECORDS} {image} {reencode}".encode())
     for key, source in images:
         digest.update(f"\0{key}\0".encode())
         if isinstance(source, np.ndarray):
@@ -270,8 +280,8 @@ def _facts(place: Path, number: int, identity: str) -> dict[str, Outcome] | None
         if content["identity"] != identity or content["bytes"] != shard.stat().st_size:
             return None
         found = {
-            key: Outcome(digest, reason, tuple(sizes) if sizes else None)
-            for key, (digest, reason, sizes) in content["outcomes"].items()
+            key: Outcome(digest, reason, tuple(sizes) if sizes else None, frames)
+            for key, (digest, reason, sizes, frames) in content["outcomes"].items()
         }
         count = ArrayRecordReader(str(shard), AT_RANDOM).num_records()
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):

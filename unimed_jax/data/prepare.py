@@ -22,13 +22,14 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from unimed_jax import files, processes
-from unimed_jax.config import ReencodeConfig
+from unimed_jax.config import ImageConfig, ReencodeConfig
 from unimed_jax.data import image_shards
 from unimed_jax.data.columns import Collector, Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.image_shards import FACTS, ImageShards, Source
 from unimed_jax.data.image_shards import no_image as no_image
-from unimed_jax.data.info import Info
+from unimed_jax.data.images import PLAIN
+from unimed_jax.data.info import Info, nearest_counts
 from unimed_jax.data.requirements import check, unanswered
 from unimed_jax.data.store import (
     MANIFEST,
@@ -69,6 +70,7 @@ class Reader(Protocol):
 class How(NamedTuple):
     """Says how a set is prepared: what becomes of its images and its faults, and who works."""
 
+    image: ImageConfig = PLAIN  # how its images are read; part of what the set is
     reencode: ReencodeConfig = ReencodeConfig()  # part of what the set is
     strict: bool = False  # whether a record that is left out is an error
     workers: int = 0  # processes of `pool`; 0: all is done in this process
@@ -88,12 +90,11 @@ def prepared(
 ) -> Store:
     """Opens the store of a set, which is prepared in `cache` first if it is not there yet.
 
-    The folder's name follows from the set (name, place, options, encoding of images) and its version
-    (reader, form, the state of the raw files), so a changed set is prepared again next to the old
-    one. Of two commands the second waits for the first.
+    The folder's name follows from the set (name, place, options, settings of its images) and its
+    version (reader, form, the state of the raw files), so a changed set is prepared again next to
+    the old one. Of two commands the second waits for the first.
     """
-    again = [dataclasses.astuple(how.reencode)] if how.reencode.asked else []
-    which = _digest(info.name, str(folder and folder.resolve()), dict(options), *again)
+    which = _digest(info.name, str(folder and folder.resolve()), dict(options), *_given(how))
     version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
     target = cache / f"{info.name}-{which}-{version}"
     if not target.exists():
@@ -142,6 +143,12 @@ def _refused(name: str, line: str) -> UserError:
     )
 
 
+def _given(how: How) -> list[dict[str, Any]]:
+    """Lists settings of images as JSON values; the default ones are those of a set without any."""
+    image = [] if how.image == PLAIN else [dataclasses.asdict(how.image)]
+    return image + ([dataclasses.asdict(how.reencode)] if how.reencode.asked else [])
+
+
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
     """Lists name, size and time of change of every file that `info.files` names.
 
@@ -174,6 +181,11 @@ def _report(store: Store, older: list[str]) -> None:
             f"{store.id}: prepared again, because its files or its reader changed; "
             f"{', '.join(older)} in {store.folder.parent} can be deleted."
         )
+    if store.films and store.image_settings.frame is None:
+        processes.say(
+            f"{store.id}: {store.films} images have several frames or pages, of which the first is "
+            "read; another is chosen by the source's image={'frame': ...}."
+        )
     if store.skipped:
         lines = (store.folder / SKIPPED).read_text(encoding="utf-8").splitlines()
         used = sum(len(store.examples(split)) for split in store.splits)
@@ -184,15 +196,21 @@ def _report(store: Store, older: list[str]) -> None:
 
 
 def _compare_counts(store: Store, info: Info) -> None:
-    """Says where the numbers of examples that were read differ from `info.counts`.
+    """Says where the numbers of examples of a split differ from the published ones.
 
-    Those counts hold for a reader without options.
+    Those hold for a reader without options. `data check` compares the others too.
     """
-    read = {split: len(store.examples(split)) if split in store.splits else 0 for split in info.counts}
+
+    def count(what: str) -> int | None:
+        if " " in what:
+            return None
+        return len(store.examples(what)) if what in store.splits else 0
+
+    _, compared = nearest_counts(info, count)
     wrong = [
-        f"{split} {read[split]}, not {count}"
-        for split, count in info.counts.items()
-        if read[split] != count
+        f"{split} {read}, not {published}"
+        for split, (read, published) in compared.items()
+        if read != published
     ]
     if wrong:
         processes.say(
@@ -292,12 +310,13 @@ def _write(
     how: How,
 ) -> None:
     pool = how.pool or image_shards.here()
-    images = ImageShards(place, how.reencode, pool, how.workers)
+    images = ImageShards(place, how.image, how.reencode, pool, how.workers)
     examples, columns = _Shards(place, "examples"), Collector()
-    digest = hashlib.sha256(f"{RECORDS}\0{info.version}".encode())
+    version = "\0".join([f"{RECORDS}", info.version, *map(str, _given(how))])
+    digest = hashlib.sha256(version.encode())
     skipped: list[str] = []
     splits: dict[str, tuple[int, int]] = {}
-    count = 0
+    count = films = 0
     with tqdm(desc=f"preparing {info.name}", unit=" examples", leave=False, disable=None) as bar:
         for split, example, left_out, error in _read(reader, info, folder, options, images):
             if error is not None:
@@ -310,8 +329,9 @@ def _write(
                     raise _refused(info.name, skipped[-1])
                 continue
             for key in example.images:
-                if (content := images.use(key)) is not None:
-                    digest.update(f"\0{key}\0".encode() + content)
+                if first := images.use(key):
+                    films += first.frames > 1
+                    digest.update(f"\0{key}\0".encode() + bytes.fromhex(first.digest))
             example = _scaled(example, images)
             packed = pack(example)
             digest.update(f"\0{split}\0".encode() + packed)
@@ -341,6 +361,9 @@ def _write(
         "checksum": digest.hexdigest(),
         "splits": splits,
         "skipped": len(skipped),
+        # what is encoded again has been read by these settings
+        "image": dataclasses.asdict(PLAIN if how.reencode.asked else how.image),
+        "films": 0 if how.reencode.asked and how.image.frame is not None else films,
         "meta_keys": made.meta_keys,
         "files": {
             str(path.relative_to(place)): facts_of(path, records.get(path.name))

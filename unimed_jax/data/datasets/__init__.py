@@ -11,13 +11,16 @@ import json
 import pkgutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.example import Dataset
+from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info, described
 from unimed_jax.data.prepare import How, Reader, prepared
+from unimed_jax.data.records import check_links
 from unimed_jax.data.selection import Selection
 from unimed_jax.data.store import MANIFEST, Store
 from unimed_jax.errors import UserError, nearest
@@ -38,7 +41,7 @@ def open_sources(data: DataConfig, workers: int = 0, pool: Executor | None = Non
         sets.setdefault(_identity(source, data), []).append(source)
     ids = _ids(sets, data)
     check_places(data)  # of all, before the first takes hours
-    how = How(data.reencode, data.strict, workers, pool)
+    how = How(PLAIN, data.reencode, data.strict, workers, pool)
     opened = {identity: _open(ids[identity], sources, data, how) for identity, sources in sets.items()}
     return [opened[_identity(source, data)] for source in data.sources]
 
@@ -106,7 +109,7 @@ def _names() -> list[str]:
 def _identity(source: SourceConfig, data: DataConfig) -> str:
     """Returns what sources of one and the same set have in common."""
     fields: list[Any] = [source.id, source.name, path_of(source, data)]
-    fields += [_plain(m) for m in (source.options, source.splits, source.info)]
+    fields += [_plain(m) for m in (source.options, source.splits, source.info, asdict(source.image))]
     return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -134,7 +137,7 @@ def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str
         if found in out.values():
             raise UserError(
                 f"config.data.sources: two data sets have the id {found!r}; give each source with "
-                "other files, options or splits an id of its own."
+                "other files, options, splits or image settings an id of its own."
             )
         out[identity] = found
     return out
@@ -143,7 +146,10 @@ def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str
 def _open(id: str, sources: list[SourceConfig], data: DataConfig, how: How) -> Selection:
     source = sources[0]
     reader, folder = reader_of(source.name), _folder(source, data)
+    if folder is not None:
+        check_links(folder, reader.INFO.files)
     info = described(reader.INFO, folder, source.info)
+    how = how._replace(image=source.image)
     store = prepared(reader, reader.INFO, folder, _plain(source.options), data.cache_folder, how)
     key = store.folder, (store.folder / MANIFEST).stat().st_mtime_ns
     return Selection(_opened.setdefault(key, store), id, info, sources)

@@ -18,7 +18,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import chosen_options, labelled_boxes, size_of
+from unimed_jax.data.records import chosen_options, inside, labelled_boxes, size_of
 from unimed_jax.errors import UserError
 
 INFO = Info(
@@ -48,7 +48,7 @@ def read(
     for file in files:
         modality = file.parent.name
         key = f"{modality}/{file.stem}"
-        path = folder / "images" / f"{key}.png"
+        path = inside(folder, folder / "images", f"{key}.png", str(file))
         size = size_of(path)
         reason = no_image(path) or ("" if size else f"image {path} is no picture")
         if reason or size is None:

@@ -48,6 +48,11 @@ INFO = Info(
     citation="Liu et al., SLAKE, ISBI 2021",
     cluster_word="image",
     files=tuple(name for names in (*LISTS.values(), *TABLES.values()) for name in names),
+    counts={"train vqa": 4919, "val vqa": 1053, "test vqa": 1061, "test answer_type=CLOSED": 416},
+    other_counts={
+        "English and Chinese": {"train vqa": 9835, "val vqa": 2099, "test vqa": 2094},
+        "Chinese": {"train vqa": 4916, "val vqa": 1046, "test vqa": 1033},
+    },
 )
 OPTIONS = {
     "language": "en",  # of the questions: en, zh or all; Uni-Med takes en
@@ -79,8 +84,9 @@ def read(
             continue
         for where, record in questions:
             yield _question(record, split, key, where), (path,)
-        if chosen["boxes"] and path.with_name("detection.json").exists():
-            for example in _boxes(path, key, chosen, skipped):
+        boxes = inside(folder, folder / "imgs", f"{name}/detection.json", f"{folder}, {split}")
+        if chosen["boxes"] and boxes.exists():
+            for example in _boxes(boxes, path, key, chosen, skipped):
                 yield example, (path,)
 
 
@@ -124,8 +130,10 @@ def _question(record: Record, split: str, key: str, where: str) -> Example:
     return Example(name, "vqa", question, answer, (key,), None, key, meta)
 
 
-def _boxes(path: Path, key: str, options: Mapping[str, Any], skipped: list[str]) -> Iterator[Example]:
-    file, size = path.with_name("detection.json"), size_of(path)
+def _boxes(
+    file: Path, path: Path, key: str, options: Mapping[str, Any], skipped: list[str]
+) -> Iterator[Example]:
+    size = size_of(path)
     if size is None:
         skipped.append(f"{key}: image {path} is no picture")
         return
