@@ -38,6 +38,7 @@ from unimed_jax.bounds import (
     Part,
     Place,
     Rate,
+    Share,
     Size,
     Text,
     Weight,
@@ -45,6 +46,7 @@ from unimed_jax.bounds import (
     WeightOrZero,
     Whole,
     ZeroOr,
+    Zoom,
 )
 from unimed_jax.config_model import (  # noqa: F401  (all settings are imported from here)
     AttentionLinear,
@@ -109,6 +111,26 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Varies the pictures of a source in training, and their boxes with them (data/augment.py).
+
+    Everything is off by default, and nothing is ever varied in evaluation.
+    """
+
+    # One of the eight turns by right angles and mirror images. Questions whose words name a side (left,
+    # upper ...) are never turned.
+    turns: bool = False
+    # Degrees, to either side. At most 15 where a question has a box: it becomes the upright box around
+    # the rotated one, which fits small angles and things that are about round.
+    rotate: Annotated[float, AtLeast(0), AtMost(180)] = 0.0
+    # Smallest and largest factor of the picture's size; less where a box would leave it
+    scale: tuple[Zoom, Zoom] = (1.0, 1.0)
+    shift: Share = 0.0  # part of each side by which it moves at most; less where a box would leave it
+    contrast: Share = 0.0  # its factor lies within 1 - contrast .. 1 + contrast
+    brightness: Share = 0.0  # at most so much of white is added or taken away
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageConfig:
     """Says how the pictures of a source are read where their files leave a choice."""
 
@@ -143,6 +165,7 @@ class SourceConfig:
     # Relative draw weight of examples by the same keys: {"template": {"where": 2.0}}; unnamed values
     # weigh 1.
     weights: Mapping[Name, Mapping[Text, WeightOrZero]] = FrozenDict()
+    augment: AugmentConfig = AugmentConfig()  # how its pictures vary in training
     splits: Mapping[Part, Name] = FrozenDict()  # made splits: {"val": "train[90%:] by cluster"}
     # Licence, citation, note and word for a cluster, for a generic source without info.json.
     info: Mapping[Literal["licence", "citation", "note", "cluster_word"], Paragraph] = FrozenDict()

@@ -17,7 +17,7 @@ from support.reading import everything, left_out, opened
 
 from unimed_jax import files
 from unimed_jax import main as cli
-from unimed_jax.config import DataConfig, ReencodeConfig, SourceConfig
+from unimed_jax.config import DataConfig, ImageConfig, ReencodeConfig, SourceConfig
 from unimed_jax.data import image_shards
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
@@ -237,7 +237,7 @@ def test_errors_come_in_the_order_of_the_records(tmp_path):
 
 # ---- encoded again ---------------------------------------------------------------------------------
 def kind_of(data):
-    return {b"\x89PN": "png", b"\xff\xd8\xff": "jpeg", b"RIF": "webp"}[data[:3]]
+    return {b"\x89PN": "png", b"\xff\xd8\xff": "jpeg", b"RIF": "webp", b"II*": "tiff"}[data[:3]]
 
 
 def test_images_are_encoded_again_only_if_asked(tmp_path):
@@ -264,6 +264,27 @@ def test_images_are_encoded_again_only_if_asked(tmp_path):
     assert len(good[1]) > 2 * len(poor[1]) and good[0].digest != poor[0].digest
     outcome, _ = encoded("k", original[:200], PLAIN, ReencodeConfig(size=20))
     assert outcome.reason.startswith("image") and not outcome.digest
+
+
+def test_a_chosen_frame_is_what_is_encoded_again(tmp_path):
+    """The settings of reading are used once: what is stored has one frame, whatever its size was."""
+
+    class Pages:
+        INFO = Info("made", ("vqa",), splits=("train",))
+
+        @staticmethod
+        def read(folder, split, options, skipped):
+            yield Example("a", "vqa", "q", "a", ("k",)), (tmp_path / "pages.tif",)
+
+    pages = [Image.new("RGB", (9, 6), (shade, 0, 0)) for shade in (10, 20, 30)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    last = How(ImageConfig(frame="last"))
+    for size in (0, 5, 100):
+        how = last._replace(reencode=ReencodeConfig(size=size))
+        store = prepared(Pages, Pages.INFO, None, {}, tmp_path / "cache", how)
+        assert store.image("k").max() == 30 and max(store.image("k").shape) == (5 if size == 5 else 9)
+        assert kind_of(store.encoded("k")) == ("png" if size else "tiff")
+        assert store.films == (not size)
 
 
 def test_smaller_images_are_another_set_with_fitting_boxes(tmp_path):
