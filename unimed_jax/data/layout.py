@@ -204,9 +204,12 @@ class Encoder:
     def _checked(self, encoded: Encoded) -> Encoded:
         length = encoded.tokens - encoded.answer
         if length > self._text.max_prompt:
+            images = int((encoded.prefix == VISUAL).sum()) // self._tokens_per_image
+            seen = f" ({images * self._tokens_per_image} of {images} images)" if images > 1 else ""
             raise UserError(
-                f"record {encoded.record}: its prompt has {length} tokens, more than "
-                f"config.text.max_prompt={self._text.max_prompt}; shorten the question or raise the "
+                f"record {encoded.record}: its prompt has {length} tokens{seen}, more than "
+                f"config.text.max_prompt={self._text.max_prompt}; "
+                f"{'ask about fewer images, ' if images > 1 else ''}shorten the question or raise the "
                 "limit."
             )
         return encoded
@@ -302,14 +305,14 @@ def _place(
         here = slice(at.token, at.token + length)
         seen = prefix == VISUAL
         count = int(seen.sum())
-        slots = slice(at.slot, at.slot + count // tokens_per_image)
+        slots = range(at.slot, at.slot + count // tokens_per_image)
         batch["tokens"][b, here] = np.where(seen, batch["tokens"][b, here], prefix)
         batch["visual"][b, here][seen] = at.slot * tokens_per_image + np.arange(count)
         batch["segments"][b, here] = batch["prefixes"][b, here] = shared
         batch["positions"][b, here] = np.arange(length)
-        batch["image_tasks"][b, slots] = VISUAL_TASKS.index(task)
-        for i, image in enumerate(group.images):
-            batch["images"][b, at.slot + i] = image
+        for slot, image in zip(slots, group.images, strict=True):
+            batch["image_tasks"][b, slot] = VISUAL_TASKS.index(task)
+            batch["images"][b, slot] = image
         at.token, at.slot = here.stop, slots.stop
     end = at.token
     for i, question in enumerate(group.questions):
