@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from support.picture_files import png, tiff
 
 from unimed_jax.config import VisionConfig
 from unimed_jax.data import images
@@ -127,34 +128,6 @@ def test_float_and_signed_pictures_span_their_range(values):
     ]
 
 
-def tiff(
-    data: bytes, bits: int, form: int = 1, photometric: int = 1, order: str = "<", samples: int = 1
-) -> bytes:
-    """A TIFF [4, 6] of kinds that Pillow does not write; form: 1 unsigned, 2 signed, 3 float."""
-    tags = [
-        (256, 6),
-        (257, 4),
-        (258, bits),
-        (259, 1),
-        (262, photometric),
-        (273, 8),
-        (277, samples),
-        (278, 4),
-    ]
-    tags += [(279, len(data)), (339, form)]
-    mark = b"II*\0" if order == "<" else b"MM\0*"
-    start = 8 + len(data) + len(data) % 2
-    entries = b"".join(struct.pack(f"{order}HHLL", tag, 4, 1, value) for tag, value in tags)
-    return (
-        mark
-        + struct.pack(f"{order}L", start)
-        + data.ljust(start - 8, b"\0")
-        + struct.pack(f"{order}H", len(tags))
-        + entries
-        + bytes(4)
-    )
-
-
 @pytest.mark.parametrize("order", "<>")
 def test_tiff_of_any_sign_and_order(order):
     sixteen = np.array([[-1000, -600, -200, 200, 600, 1000]] * 4)
@@ -191,20 +164,6 @@ def test_colours_of_other_modes_become_rgb():
     assert np.abs(images.read_image(saved(changed, "TIFF")).astype(int) - 119).max() <= 1
     sixteen = saved(Image.new("RGB", (2, 2), (10, 20, 30)))
     assert images.read_image(sixteen)[0].tolist() == [[10, 20, 30]] * 2
-
-
-def png(kind: int, depth: int, data: bytes, width: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of one row of any kind: its pixels as they lie in the file, and chunks before them."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">L", len(body)) + name + body + struct.pack(">L", zlib.crc32(name + body))
-
-    head = struct.pack(">LLBBBBB", width, 1, depth, kind, 0, 0, 0)
-    body = b"".join(
-        chunk(*c)
-        for c in ((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(b"\0" + data)), (b"IEND", b""))
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def test_deep_colours_are_white_by_their_depth():

@@ -10,6 +10,7 @@ import pytest
 
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
+from unimed_jax.data.twins.hub import write_shards
 
 NAMES = {"RBC": "red blood cell", "WBC": "white blood cell", "Platelets": "platelet"}
 
@@ -45,6 +46,41 @@ def test_vqa_rad_in_the_layout_of_mmq(real_data, cache):
         return Counter((e.images, e.question, e.answer) for e in some.examples("test"))
 
     assert asked(data) == asked(official)
+
+
+def test_vqa_rad_as_the_hub_has_it(real_data, cache, tmp_path):
+    """A table made of the original, without its 3 doubled rows and the one that test has, too."""
+    original = opened(real_data, cache, "vqa_rad", "vqa_rad")
+    pictures = {
+        key: (real_data / "vqa_rad/VQA_RAD Image Folder" / key).read_bytes()
+        for split in original.splits
+        for e in original.examples(split)
+        for key in e.images
+    }
+    seen = {(e.images, e.question, e.answer) for e in original.examples("test")}
+    rows = {"test": list(original.examples("test")), "train": []}
+    for e in original.examples("train"):
+        if (e.images, e.question, e.answer) not in seen:
+            seen.add((e.images, e.question, e.answer))
+            rows["train"].append(e)
+    for split, examples in rows.items():
+        cells = [
+            {
+                "image": {"bytes": pictures[e.images[0]], "path": None},
+                "question": e.question,
+                "answer": e.answer,
+            }
+            for e in examples
+        ]
+        write_shards(tmp_path / "hub", split, cells, ["image"])
+    data = opened(tmp_path, tmp_path / "cache", "vqa_rad", "hub")
+    assert [len(data.examples(split)) for split in ("train", "test")] == [1793, 451]
+    for split, examples in rows.items():
+        assert [(e.question, e.answer) for e in data.examples(split)] == [
+            (e.question, e.answer) for e in examples
+        ]
+    assert tasks(data, "test")["vqa", "closed"] == 251  # of 272: by yes and no alone
+    assert len({e.images for split in data.splits for e in data.examples(split)}) == 314
 
 
 def test_medpix2(real_data, cache):

@@ -157,6 +157,9 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
         frame = _encoded(file, tables, syntax, name)
         bits = _check_frame(frame, syntax, (rows, columns), samples * allocated // 8, name) or bits
         codecs = _codecs(decoder, bits, samples, name)
+        if samples == 3:
+            # what the header says of planes holds for native pixels; other decoders than these say it
+            options["planar_configuration"] = 0
         source = b"".join(encaps.itemize_frame(frame))
         source = b"\xfe\xff\0\xe0\0\0\0\0" + source  # an empty table of offsets
     # The bits that are used are the lowest, unless an old file says otherwise (PS3.5 8.1.1).

@@ -138,8 +138,9 @@ def _modality(stored: np.ndarray, data, lowest: float) -> tuple[Values | None, b
     windows have none either.
     """
     little = bool(data.original_encoding[1])
-    if data.get("ModalityLUTSequence"):
-        table = _table(data.ModalityLUTSequence[0], little, lowest)
+    item = _first_table(data, "ModalityLUTSequence")
+    if item is not None:
+        table = _table(item, little, lowest)
         return lambda rows: table.entry(_as_float(rows)), True, 0.0
     slope, intercept = 1.0, 0.0
     for place in _places(data, "PixelValueTransformationSequence"):
@@ -170,9 +171,10 @@ def _view(data, lowest: float) -> Values | None:
     Returns None if there is none. lowest: what a value of the modality can be.
     """
     for place in _places(data, "FrameVOILUTSequence"):
-        if place.get("VOILUTSequence"):
-            return _table(place.VOILUTSequence[0], bool(data.original_encoding[1]), lowest)
-        function = str(place.get("VOILUTFunction") or "LINEAR").strip().upper()
+        item = _first_table(place, "VOILUTSequence")
+        if item is not None:
+            return _table(item, bool(data.original_encoding[1]), lowest)
+        function = str(place.get("VOILUTFunction")).strip().upper()
         for centre, width in zip(
             _numbers(place, "WindowCenter"), _numbers(place, "WindowWidth"), strict=False
         ):
@@ -184,15 +186,15 @@ def _view(data, lowest: float) -> Values | None:
 def _window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
     """Maps values to 0..1 by a window (C.11.2.1.2, C.11.2.1.3).
 
-    A linear one below width 1 counts as exact.
+    A function that the standard does not know is linear, and a linear one below width 1 is exact.
     """
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
-    if function == "LINEAR" and width == 1:
+    if function == "LINEAR_EXACT" or width < 1:
+        return np.clip((values - centre) / width + 0.5, 0, 1)
+    if width == 1:
         return (values > centre - 0.5).astype(np.float64)
-    if function == "LINEAR" and width > 1:
-        return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
-    return np.clip((values - centre) / width + 0.5, 0, 1)
+    return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
 
 
 def _padding(data, dtype: np.dtype, bits: int) -> Values:
@@ -248,25 +250,26 @@ class _Table:
         return np.clip(self.entry(values) / (2**self.depth - 1), 0, 1)
 
 
-def _table(item, little: bool, lowest: float) -> _Table:
-    """Reads a modality or VOI table.
+def _first_table(place, sequence: str):
+    """Returns the first item of a sequence of tables, or None if it says nothing of a table."""
+    for item in (place.get(sequence) or [])[:1]:
+        if item.get("LUTDescriptor") is not None or item.get("LUTData") is not None:
+            return item
+    return None
 
-    Its first input is signed if its inputs can be (C.11.1.1.1, C.11.2.1.1).
-    """
-    count, first, depth = _descriptor(item.LUTDescriptor)
-    if first >= 1 << 15 and lowest < 0:
-        first -= 1 << 16
-    return _Table(_entries(item.LUTData, count, little), first, depth)
+
+def _table(item, little: bool, lowest: float) -> _Table:
+    """Reads a modality or VOI table, whose inputs are negative only if `lowest` is."""
+    count, first, depth = _descriptor(item.get("LUTDescriptor"), lowest < 0)
+    return _Table(_entries(item.get("LUTData"), count, little), first, depth)
 
 
 def _palette(data, colour: str, little: bool) -> _Table:
-    count, first, depth = _descriptor(data[f"{colour}PaletteColorLookupTableDescriptor"].value)
-    if first >= 1 << 15 and data.PixelRepresentation == 1:
-        first -= 1 << 16
-    plain = data.get(f"{colour}PaletteColorLookupTableData")
-    if plain is not None:
+    table = f"{colour}PaletteColorLookupTable"
+    count, first, depth = _descriptor(data.get(f"{table}Descriptor"), data.PixelRepresentation == 1)
+    plain, segments = data.get(f"{table}Data"), data.get(f"Segmented{table}Data")
+    if plain is not None or segments is None:
         return _Table(_entries(plain, count, little), first, depth)
-    segments = data[f"Segmented{colour}PaletteColorLookupTableData"].value
     words = (
         _words(segments, len(segments) if depth <= 8 else len(segments) // 2, little)
         .astype(int)
@@ -279,12 +282,18 @@ def _palette(data, colour: str, little: bool) -> _Table:
     return _Table(np.array(entries[:count], np.float64), first, depth)
 
 
-def _descriptor(values) -> tuple[int, int, int]:
+def _descriptor(values, signed: bool) -> tuple[int, int, int]:
     """Reads count, first input and depth of a table.
 
-    The count 0 means 65536, because the count has 16 bits.
+    The count 0 means 65536, because the count has 16 bits. The first input is signed if the inputs
+    are (C.11.1.1.1, C.11.2.1.1), whatever the type that it is written in.
     """
+    if values is None or not hasattr(values, "__len__") or len(values) != 3:
+        raise ValueError("a lookup table without a descriptor of three numbers")
     count, first, depth = (int(value) for value in values)
+    first &= 0xFFFF
+    if signed and first >= 1 << 15:
+        first -= 1 << 16
     if not 1 <= depth <= 16:
         raise ValueError(f"a lookup table with entries of {depth} bits")
     return count & 0xFFFF or 1 << 16, first, depth
@@ -304,8 +313,14 @@ def _entries(data, count: int, little: bool) -> np.ndarray:
 
 
 def _words(data: bytes, count: int, little: bool) -> np.ndarray:
-    kind = ("<u2" if little else ">u2") if len(data) >= 2 * count else "u1"
-    entries = np.frombuffer(data, kind, min(count, len(data)))
+    """Reads `count` words, or bytes if there are too few for words: two in a word, the low one first."""
+    order = "<u2" if little else ">u2"
+    if len(data) >= 2 * count:
+        entries = np.frombuffer(data, order, count)
+    else:
+        if not little and len(data) % 2 == 0:
+            data = np.frombuffer(data, order).astype("<u2").tobytes()
+        entries = np.frombuffer(data, "u1")[:count]
     if not len(entries):
         raise ValueError("a lookup table without entries")
     return entries.astype(np.float64)

@@ -153,6 +153,8 @@ def _explained(name: str, head: bytes) -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         what = "it is of none of the formats that are read" if head else "it is empty"
+        if head[:2] in (b"II", b"MM"):
+            what = "it is a TIFF that is damaged or of a kind that is not read"
         raise UserError(f"image {name} cannot be read ({what}); {_ADVICE}.") from None
     except Exception as error:  # decoders raise whatever they come across in a damaged file
         reason = one_line(error) or type(error).__name__
@@ -189,11 +191,17 @@ def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
 def _pixels(image: Image.Image) -> np.ndarray:
     """Gives an opened picture of any mode as uint8 [H, W, 3]."""
     kind, tags = image.format, getattr(image, "tag_v2", {})
+    if kind == "TIFF":
+        _name_planes(image, tags)
+    bits = _grey_bits(image)
     image.load()
+    clear = image.info.get("transparency")
+    if bits < 8 and isinstance(clear, int):  # Pillow has spread the pixels over 8 bits, but not this
+        image.info["transparency"] = clear % 2**bits * (255 // (2**bits - 1))
     # an orientation that cannot be read leaves the picture as it is stored
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I") or image.mode == "F" or tags.get(339) == (2,):
         return grey(_deep(image, kind, tags))
     out = np.empty((image.height, image.width, 3), np.uint8)
     step = max(1, _BLOCK // image.width)  # rows at a time: each step of `_rgb` makes a copy
@@ -201,6 +209,34 @@ def _pixels(image: Image.Image) -> np.ndarray:
         rows = image.crop((0, top, image.width, min(top + step, image.height)))
         out[top : top + step] = np.asarray(_rgb(rows))
     return out
+
+
+def _grey_bits(image: Image.Image) -> int:
+    """Returns the bits of a pixel of a grey PNG of at most 8 bits that is not decoded; else 8.
+
+    Raises ValueError for colours of 16 bits with a transparent one, which 8 bits cannot name.
+    """
+    if image.format != "PNG" or not image.tile:
+        return 8
+    raw = str(image.tile[0][3])
+    if raw.startswith("RGB;16") and "transparency" in image.info:
+        raise ValueError("one of its colours of 16 bits a channel is transparent; it needs alpha")
+    return int(raw[2:]) if raw in ("L;2", "L;4") else 8
+
+
+def _name_planes(image: Image.Image, tags) -> None:
+    """Says of a TIFF whose channels lie one after the other that each has 16 bits.
+
+    Pillow reads such planes as bytes if they are not compressed.
+    """
+    if tags.get(284) == 2 and set(tags.get(258, ())) == {16}:
+        end = ";16L" if tags.prefix == b"II" else ";16B"
+        image.tile = [
+            tile._replace(args=(tile.args[0] + end, *tile.args[1:]))
+            if tile.codec_name == "raw" and len(tile.args[0]) == 1
+            else tile
+            for tile in image.tile
+        ]
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -211,6 +247,8 @@ def _rgb(image: Image.Image) -> Image.Image:
         return changed
     if not image.has_transparency_data:
         return image.convert("RGB")
+    if image.mode == "La":  # alpha is multiplied into the grey
+        image = image.convert("LA")
     clear = image.convert("RGBA")
     paper = Image.new("RGB", clear.size, _PAPER)
     paper.paste(clear, mask=clear)
@@ -232,6 +270,8 @@ def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
     Signed, 32-bit and float values span their range.
     """
     array = np.asarray(image)
+    if image.mode == "L":  # Pillow knows no other mode for signed bytes
+        array = array.view(np.int8)
     bits = tags.get(258, (16,))[0] if kind == "TIFF" else 16
     signed = kind == "TIFF" and tags.get(339, (1,))[0] != 1
     if image.mode == "F" or signed or bits > 16:
@@ -241,7 +281,7 @@ def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
         plane = ramp(array)
     else:
         plane = by_depth(array, 12 if kind in ("PNG", "TIFF") and array.max() < 1 << 12 else 16)
-    if kind == "TIFF" and tags.get(262) == 0 and image.mode.startswith("I;16"):
+    if kind == "TIFF" and tags.get(262) == 0:
         plane = 255 - plane  # white is zero, which Pillow minds in pictures of 8 bits alone
     clear = image.info.get("transparency")
     return np.where(array == clear, np.uint8(255), plane) if isinstance(clear, int) else plane

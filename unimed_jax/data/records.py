@@ -4,6 +4,7 @@ Every function that raises names the file and the record, so that whoever holds 
 """
 
 import csv
+import hashlib
 import io
 import os
 import re
@@ -12,30 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.data.images import upright_size
+from unimed_jax.data.tables import check_content, parquet_rows
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.parsing import json_lines, parse_json, read_text
 
 Record = dict[str, Any]
 
 LARGEST = 8 << 30  # bytes of a file of records; the largest public ones have one
-POINTER = "version https://git-lfs.github.com/spec/"  # how a file begins that Git-LFS has not fetched
 FORM = "give a list of records, or one record a line"
 
 
 def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a .json, .jsonl, .csv or .tsv file.
+    """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file.
 
     Before each record come the words that name it in errors. JSON is a list of objects or, whatever
     the file's ending, one object a line. form: how the file should look, for errors. Raises
     UserError if the file cannot be read or is something else.
     """
+    if file.suffix == ".parquet":
+        yield from parquet_rows(file)
+        return
     text = read_text(file, "restore it", LARGEST)
-    if text.startswith(POINTER):
-        raise UserError(
-            f"{file} is a pointer of Git-LFS, not the data itself; fetch it with `git lfs pull`."
-        )
-    if re.match(r"\s*<(!doctype|html|\?xml)", text[:200], re.IGNORECASE):
-        raise UserError(f"{file} is a web page, not the data itself; download the file again.")
+    check_content(text[:200], file)
     if file.suffix in (".csv", ".tsv"):
         yield from _rows(text, file)
         return
@@ -63,7 +62,7 @@ def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
             io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True
         )
         names = next(rows, [])
-        if len(set(names)) < len(names) or not all(names):
+        if len(set(names)) < len(names) or not all(names[1:]) or names == [""]:  # "": pandas' index
             raise UserError(
                 f"{file}: its first line does not name each column once ({short(names)}); mend it."
             )
@@ -163,6 +162,24 @@ def inside(folder: Path, images: Path, name: str, where: str) -> Path:
     if not path.is_relative_to(os.path.normpath(folder)):
         raise UserError(f"{where}: image {name!r} lies outside {folder}; give its path within {images}.")
     return path
+
+
+def picture_of(cell: Any, folder: Path, where: str) -> tuple[str, Path | bytes] | str:
+    """Returns the key and the source of the picture in a table's cell, or why there is none.
+
+    A cell is {"bytes", "path"}, of which either may be null, as the Hugging Face hub has it, or just
+    bytes or a path from `folder` on. Bytes are known by a hash of them: their path is no name, since
+    many pictures of a set may share it. Raises UserError for another type.
+    """
+    if isinstance(cell, dict) and cell.keys() <= {"bytes", "path"}:
+        cell = cell["path"] if cell.get("bytes") is None else cell["bytes"]
+    if cell is None or cell in ("", b""):
+        return "it has no image"
+    if isinstance(cell, bytes):
+        return hashlib.sha256(cell).hexdigest()[:16], cell
+    if not isinstance(cell, str):
+        raise UserError(f"{where}: its image is {short(cell)}; give bytes or a path.")
+    return cell, inside(folder, folder, cell, where)
 
 
 def size_of(path: Path) -> tuple[int, int] | None:

@@ -70,6 +70,23 @@ INFO = Info(
     citation="Yang et al., MedMNIST v2, Scientific Data 2023",
     cluster_word="image",
     files=("*mnist*.npz",),
+    other_counts={
+        name: dict(zip(("train", "val", "test"), numbers, strict=True))
+        for name, numbers in {
+            "pathmnist": (89996, 10004, 7180),
+            "chestmnist": (78468, 11219, 22433),
+            "dermamnist": (7007, 1003, 2005),
+            "octmnist": (97477, 10832, 1000),
+            "pneumoniamnist": (4708, 524, 624),
+            "retinamnist": (1080, 120, 400),
+            "breastmnist": (546, 78, 156),
+            "bloodmnist": (11959, 1712, 3421),
+            "tissuemnist": (165466, 23640, 47280),
+            "organamnist": (34561, 6491, 17778),
+            "organcmnist": (12975, 2392, 8216),
+            "organsmnist": (13932, 2452, 8827),
+        }.items()
+    },
 )
 OPTIONS = {
     "name": "",  # of the set: CLASSES

@@ -30,6 +30,7 @@ INFO = Info(
     cluster_word="question",
     files=tuple(form.format(name) for name in SPELT.values() for form in (*FIVE, *FOUR)),
     counts={"train": 10178, "val": 1272, "test": 1273},
+    other_counts={"Hugging Face, four options": {"train": 10178, "val": 0, "test": 1273}},
 )
 OPTIONS = {
     "options": 5,  # of each question in the file: 4 or 5; both files have the same questions

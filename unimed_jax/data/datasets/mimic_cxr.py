@@ -22,6 +22,7 @@ INFO = Info(
     citation="Johnson et al., MIMIC-CXR-JPG, 2019; split and reports of R2Gen, Chen et al., EMNLP 2020",
     cluster_word="patient",
     files=(FILE,),
+    counts={"train": 270790, "val": 2130, "test": 3858},
 )
 OPTIONS = {"images": 1}  # of a study at most; Uni-Med shows one
 

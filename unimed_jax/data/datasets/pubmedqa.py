@@ -22,7 +22,13 @@ INFO = Info(
     citation="Jin et al., PubMedQA, EMNLP 2019",
     cluster_word="article",
     files=("ori_pqal.json", "test_ground_truth.json"),
-    counts={"train": 500, "test": 500},
+    counts={
+        "train": 500,
+        "test": 500,
+        "test answer=yes": 276,
+        "test answer=no": 169,
+        "test answer=maybe": 55,
+    },
 )
 OPTIONS = {
     # what stands before the question. none: nothing (Uni-Med); contexts: the abstract without

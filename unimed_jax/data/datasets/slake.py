@@ -48,6 +48,11 @@ INFO = Info(
     citation="Liu et al., SLAKE, ISBI 2021",
     cluster_word="image",
     files=tuple(name for names in (*LISTS.values(), *TABLES.values()) for name in names),
+    counts={"train vqa": 4919, "val vqa": 1053, "test vqa": 1061, "test answer_type=CLOSED": 416},
+    other_counts={
+        "English and Chinese": {"train vqa": 9835, "val vqa": 2099, "test vqa": 2094},
+        "Chinese": {"train vqa": 4916, "val vqa": 1046, "test vqa": 1033},
+    },
 )
 OPTIONS = {
     "language": "en",  # of the questions: en, zh or all; Uni-Med takes en

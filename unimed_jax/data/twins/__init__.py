@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, medical, prepared, questions
+from unimed_jax.data.twins import boxes, hub, medical, prepared, questions
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -21,7 +21,11 @@ Writer = Callable[[Path, int, np.random.Generator], None]
 
 # reader -> layout -> writer; the first layout is the one that is written by default
 TWINS: Mapping[str, Mapping[str, Writer]] = {
-    "vqa_rad": {"original": questions.vqa_rad, "mmq": questions.vqa_rad_mmq},
+    "vqa_rad": {
+        "original": questions.vqa_rad,
+        "mmq": questions.vqa_rad_mmq,
+        "parquet": hub.vqa_rad,
+    },
     "medpix2": {"original": questions.medpix2},
     "pubmedqa": {"original": questions.pubmedqa},
     "medqa": {"five": questions.medqa, "four": questions.medqa_four},
