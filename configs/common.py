@@ -303,7 +303,7 @@ def real(config):
 
 def real_questions(config):
     """Sets what stages 2 and 3 learn from on real patients, and for how long."""
-    config.data.sources = real_sets(("cls",), questions=4, weight=2.0)
+    config.data.sources = real_sets(("cls",), questions=4)
     config.optimizer.lr = 1e-3
-    config.optimizer.warmup_steps = 24
-    config.train.steps = 1000
+    config.optimizer.warmup_steps = 15
+    config.train.steps = 500

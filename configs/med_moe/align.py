@@ -49,6 +49,7 @@ def get_config(size=""):
         config.data.row_answers = 256
         config.optimizer.lr = 1e-3
         config.optimizer.warmup_steps = 10
-        config.train.steps = 300
+        config.train.steps = 150
         config.train.rules = (dict(match="*", train=True),)
+        config.evaluate.limit = 100  # it answers no question yet
     return config

@@ -82,8 +82,9 @@ def test_torch_answers_about_several_images_as_we_do(name, exported, torch, toke
     said = answers(model, config, tokenizer, examples, pixels)
     shown = [Image.fromarray(view) for view in pixels[0]]
     assert theirs.model.answer(theirs.tokenizer, shown, "vqa", "Which side?") == said[0]
-    in_order, turned = (theirs.logits(examples[:1], [own], [[1]]) for own in (pixels[0], pixels[0][::-1]))
-    assert np.abs(turned[0] - in_order[0]).max() > 10 * TOLERANCE
+    one, there = examples[:1], pixels[0]
+    in_order, turned = (theirs.logits(one, [own], [[1]])[0] for own in (there, there[::-1]))
+    assert np.abs(turned - in_order).max() > 10 * TOLERANCE
 
 
 def test_answers_end_within_these_tests(exported, asked, torch):

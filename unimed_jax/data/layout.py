@@ -305,14 +305,16 @@ def _place(
         here = slice(at.token, at.token + length)
         seen = prefix == VISUAL
         count = int(seen.sum())
-        slots = range(at.slot, at.slot + count // tokens_per_image)
+        slots = slice(at.slot, at.slot + count // tokens_per_image)
         batch["tokens"][b, here] = np.where(seen, batch["tokens"][b, here], prefix)
         batch["visual"][b, here][seen] = at.slot * tokens_per_image + np.arange(count)
         batch["segments"][b, here] = batch["prefixes"][b, here] = shared
         batch["positions"][b, here] = np.arange(length)
-        for slot, image in zip(slots, group.images, strict=True):
-            batch["image_tasks"][b, slot] = VISUAL_TASKS.index(task)
-            batch["images"][b, slot] = image
+        batch["image_tasks"][b, slots] = VISUAL_TASKS.index(task)
+        # those of the next group would take the place of images that the prompt does not mark
+        assert len(group.images) <= slots.stop - slots.start, "images without a mark in the prompt"
+        for i, image in enumerate(group.images):
+            batch["images"][b, at.slot + i] = image
         at.token, at.slot = here.stop, slots.stop
     end = at.token
     for i, question in enumerate(group.questions):
