@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from unimed_jax.bounds import shown
-from unimed_jax.config import Config
+from unimed_jax.config import AugmentConfig, Config
 from unimed_jax.errors import UserError
 
 
@@ -149,6 +149,16 @@ def without_effect(
                     (
                         f"config.{name}={shown(value)} has no effect, because {need.without}; "
                         f"change that, or leave it at {shown(default)}."
+                    ),
+                )
+    if needs is not REFUSED:
+        for i, source in enumerate(config.evaluate.sources):
+            if source.augment != AugmentConfig():
+                yield (
+                    "evaluate.sources",
+                    (
+                        f"config.evaluate.sources[{i}].augment has no effect, because nothing is varied "
+                        "in evaluation; leave it out."
                     ),
                 )
     if config.evaluate.entries:

@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from unimed_jax import files, parsing, processes
-from unimed_jax.config import TASKS, VISUAL_TASKS
+from unimed_jax.config import TASKS, VISUAL_TASKS, ImageConfig
 from unimed_jax.data.columns import Collector, Column, Strings, hash_of
 from unimed_jax.data.example import Example
-from unimed_jax.data.images import check_header, read_bytes
+from unimed_jax.data.images import PLAIN, check_header, read_bytes
 from unimed_jax.data.info import Info, nearest_counts
 from unimed_jax.data.store import (
     MANIFEST,
@@ -65,15 +65,20 @@ class Reader(Protocol):
 
 
 def prepared(
-    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], cache: Path
+    reader: Reader,
+    info: Info,
+    folder: Path | None,
+    options: Mapping[str, Any],
+    cache: Path,
+    image: ImageConfig = PLAIN,
 ) -> Store:
     """Opens the store of a set, which is prepared in `cache` first if it is not there yet.
 
-    The folder's name follows from the set (name, place, options) and its version (reader, form, the
-    state of the raw files), so a changed set is prepared again next to the old one. Of two
-    processes the second waits for the first.
+    The folder's name follows from the set (name, place, options, image settings) and its version
+    (reader, form, the state of the raw files), so a changed set is prepared again next to the old
+    one. Of two processes the second waits for the first.
     """
-    which = _digest(info.name, str(folder and folder.resolve()), dict(options))
+    which = _digest(info.name, str(folder and folder.resolve()), dict(options), *_given(image))
     version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
     target = cache / f"{info.name}-{which}-{version}"
     if not target.exists():
@@ -89,11 +94,16 @@ def prepared(
             if not target.exists():  # another process may have prepared it while this one waited
                 files.remove_leftovers(cache)
                 older = [path.name for path in cache.glob(f"{info.name}-{which}-*")]
-                _write(reader, info, folder, options, target)
+                _write(reader, info, folder, options, target, image)
                 _report(Store(target), older)
                 if not options:
                     _compare_counts(Store(target), info)
     return Store(target)
+
+
+def _given(image: ImageConfig) -> list[dict[str, Any]]:
+    """Lists image settings as JSON values; the default ones are those of a set without any."""
+    return [] if image == PLAIN else [dataclasses.asdict(image)]
 
 
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
@@ -127,6 +137,11 @@ def _report(store: Store, older: list[str]) -> None:
         processes.say(
             f"{store.id}: prepared again, because its files or its reader changed; "
             f"{', '.join(older)} in {store.folder.parent} can be deleted."
+        )
+    if store.films and store.image_settings.frame is None:
+        processes.say(
+            f"{store.id}: {store.films} images have several frames or pages, of which the first is "
+            "read; another is chosen by the source's image={'frame': ...}."
         )
     if store.skipped:
         lines = (store.folder / SKIPPED).read_text(encoding="utf-8").splitlines()
@@ -188,26 +203,33 @@ class _Shards:
 
 
 def _write(
-    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], target: Path
+    reader: Reader,
+    info: Info,
+    folder: Path | None,
+    options: Mapping[str, Any],
+    target: Path,
+    image: ImageConfig,
 ) -> None:
     with files.new_folder(target) as place:
         examples, images, columns = _Shards(place, "examples"), _Shards(place, "images"), Collector()
-        digest = hashlib.sha256(f"{RECORDS}\0{info.version}".encode())
+        version = "\0".join([f"{RECORDS}", info.version, *map(str, _given(image))])
+        digest = hashlib.sha256(version.encode())
         keys: dict[str, int] = {}
         skipped: list[str] = []
         splits: dict[str, tuple[int, int]] = {}
-        count = 0
+        count = films = 0
         with tqdm(desc=f"preparing {info.name}", unit=" examples", leave=False, disable=None) as bar:
             for split in info.splits:
                 start = count
                 left_out: list[str] = []
                 for example, sources in reader.read(folder, split, options, left_out):
                     check(example, info.name)
-                    found = unanswered(example) or _encoded(example, sources, keys)
+                    found = unanswered(example) or _encoded(example, sources, keys, image)
                     if isinstance(found, str):
                         left_out.append(f"{example.id}: {found}")
                         continue
-                    for key, (data, content) in found.items():
+                    for key, (data, content, frames) in found.items():
+                        films += frames > 1
                         keys[key] = len(keys)
                         images.write(data)
                         digest.update(f"\0{key}\0".encode() + hashlib.sha256(content).digest())
@@ -254,6 +276,8 @@ def _write(
             "checksum": digest.hexdigest(),
             "splits": splits,
             "skipped": len(skipped),
+            "image": dataclasses.asdict(image),
+            "films": films,
             "meta_keys": made.meta_keys,
             "files": {
                 str(path.relative_to(place)): facts_of(path, records.get(path.name))
@@ -336,15 +360,16 @@ def no_image(path: Path) -> str:
 
 
 def _encoded(
-    example: Example, sources: Iterable[Source], keys: Mapping[str, int]
-) -> dict[str, tuple[bytes, bytes]] | str:
+    example: Example, sources: Iterable[Source], keys: Mapping[str, int], image: ImageConfig
+) -> dict[str, tuple[bytes, bytes, int]] | str:
     """Reads the images of an example that are not stored yet.
 
-    Returns key -> (bytes to store, bytes to hash). A text instead says why the example is left out:
-    the file of an image cannot be read, or its header is not that of a picture. What comes after
-    the header is decoded when it is needed.
+    Returns key -> (bytes to store, bytes to hash, number of frames). A text instead says why the
+    example is left out: the file of an image cannot be read, its header is not that of a picture,
+    or the picture lacks what the settings `image` ask for. What comes after the header is decoded
+    when it is needed.
     """
-    found: dict[str, tuple[bytes, bytes]] = {}
+    found: dict[str, tuple[bytes, bytes, int]] = {}
     for key, source in zip(example.images, sources, strict=True):
         if key in keys or key in found:
             continue
@@ -352,16 +377,17 @@ def _encoded(
             buffer = io.BytesIO()
             Image.fromarray(source).save(buffer, "PNG")
             # Compression differs between versions of zlib, pixels do not.
-            found[key] = buffer.getvalue(), str(source.shape).encode() + source.tobytes()
+            found[key] = buffer.getvalue(), str(source.shape).encode() + source.tobytes(), 1
             continue
         if not isinstance(source, bytes) and (reason := no_image(Path(source))):
             return reason
         try:
             data = source if isinstance(source, bytes) else read_bytes(source)
-            check_header(data, f"{key!r}" if isinstance(source, bytes) else str(source))
+            name = f"{key!r}" if isinstance(source, bytes) else str(source)
+            frames = check_header(data, name, image)
         except UserError as error:
             return str(error).rstrip(".")
-        found[key] = data, data
+        found[key] = data, data, frames
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import UserError
-from unimed_jax.parsing import no_file
+from unimed_jax.parsing import no_file, refuse_stand_in
 
 PARQUET = ("*.parquet", "*/*.parquet", "*/*/*.parquet")  # where tables lie, for Info.files
 SPELT = {
@@ -19,7 +19,6 @@ SPELT = {
     "val": ("validation", "validate", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-POINTER = "version https://git-lfs.github.com/spec/"  # how a file begins that Git-LFS has not fetched
 ROWS = 16  # that are decoded at once; a row may hold a picture of many MB
 _SHARD = re.compile(r"(?P<name>.*?)-?(?P<number>\d{4,5})(-of-(?P<count>\d{4,5}))?")
 
@@ -43,8 +42,7 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     reason = no_file(file)
     if reason:
         raise UserError(f"{file} {reason}; get it again.")
-    with file.open("rb") as stream:
-        check_content(stream.read(200).decode("utf-8", "replace"), file)
+    refuse_stand_in(file)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:
@@ -61,16 +59,6 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from error
     if doubled:
         raise UserError(f"{file} has several columns {doubled[0]!r}; rename them.")
-
-
-def check_content(head: str, file: Path) -> None:
-    """Raises UserError for a file whose beginning shows that its content was never downloaded."""
-    if head.startswith(POINTER):
-        raise UserError(
-            f"{file} is a pointer of Git-LFS, not the data itself; fetch it with `git lfs pull`."
-        )
-    if re.match(r"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        raise UserError(f"{file} is a web page, not the data itself; download the file again.")
 
 
 # ---- which files -----------------------------------------------------------------------------------

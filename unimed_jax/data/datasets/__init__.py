@@ -10,6 +10,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.example import Dataset
 from unimed_jax.data.info import Info, described
 from unimed_jax.data.prepare import Reader, prepared
+from unimed_jax.data.records import check_links
 from unimed_jax.data.selection import Selection
 from unimed_jax.data.store import MANIFEST, Store
 from unimed_jax.errors import UserError, nearest
@@ -96,7 +98,7 @@ def _names() -> list[str]:
 def _identity(source: SourceConfig, data: DataConfig) -> str:
     """Returns what sources of one and the same set have in common."""
     fields: list[Any] = [source.id, source.name, path_of(source, data)]
-    fields += [_plain(m) for m in (source.options, source.splits, source.info)]
+    fields += [_plain(m) for m in (source.options, source.splits, source.info, asdict(source.image))]
     return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -124,7 +126,7 @@ def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str
         if found in out.values():
             raise UserError(
                 f"config.data.sources: two data sets have the id {found!r}; give each source with "
-                "other files, options or splits an id of its own."
+                "other files, options, splits or image settings an id of its own."
             )
         out[identity] = found
     return out
@@ -142,7 +144,10 @@ def _open(id: str, sources: list[SourceConfig], data: DataConfig) -> Dataset:
                 f"give the folder that holds {', '.join(reader.INFO.files)}."
             )
         folder = Path(path)
+        check_links(folder, reader.INFO.files)
     info = described(reader.INFO, folder, source.info)
-    store = prepared(reader, reader.INFO, folder, _plain(source.options), data.cache_folder)
+    store = prepared(
+        reader, reader.INFO, folder, _plain(source.options), data.cache_folder, source.image
+    )
     key = store.folder, (store.folder / MANIFEST).stat().st_mtime_ns
     return Selection(_opened.setdefault(key, store), id, info, sources)

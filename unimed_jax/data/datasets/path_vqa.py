@@ -22,6 +22,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.records import chosen_options, inside, records, short, word
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import refuse_stand_in
 from unimed_jax.pickles import Refused, read_pickle
 
 PICKLES = {split: f"qas/{split}_vqa.pkl" for split in ("train", "val", "test")}
@@ -59,6 +60,7 @@ def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: l
 def _from_pickle(folder: Path, split: str) -> Found:
     file = folder / PICKLES[split]
     try:
+        refuse_stand_in(file)
         data = file.read_bytes()
         content = read_pickle(data, "", len(data))
     except OSError as error:

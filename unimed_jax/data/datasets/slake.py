@@ -84,8 +84,9 @@ def read(
             continue
         for where, record in questions:
             yield _question(record, split, key, where), (path,)
-        if chosen["boxes"] and path.with_name("detection.json").exists():
-            for example in _boxes(path, key, chosen, skipped):
+        boxes = inside(folder, folder / "imgs", f"{name}/detection.json", f"{folder}, {split}")
+        if chosen["boxes"] and boxes.exists():
+            for example in _boxes(boxes, path, key, chosen, skipped):
                 yield example, (path,)
 
 
@@ -129,8 +130,10 @@ def _question(record: Record, split: str, key: str, where: str) -> Example:
     return Example(name, "vqa", question, answer, (key,), None, key, meta)
 
 
-def _boxes(path: Path, key: str, options: Mapping[str, Any], skipped: list[str]) -> Iterator[Example]:
-    file, size = path.with_name("detection.json"), size_of(path)
+def _boxes(
+    file: Path, path: Path, key: str, options: Mapping[str, Any], skipped: list[str]
+) -> Iterator[Example]:
+    size = size_of(path)
     if size is None:
         skipped.append(f"{key}: image {path} is no picture")
         return

@@ -94,7 +94,7 @@ def read(
         if Path(name).stem in without:
             skipped.append(f"{example.id}: image {name} is left out by the option `without`")
         else:
-            yield example, (inside(images, images, name, where),)
+            yield example, (inside(folder, images, name, where),)
 
 
 def _records(folder: Path, split: str, original: bool) -> Iterator[tuple[str, Record]]:

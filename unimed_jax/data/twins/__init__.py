@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, hub, medical, prepared, questions
+from unimed_jax.data.twins import boxes, hub, medical, prepared, questions, samed
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -31,7 +31,7 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     "medqa": {"five": questions.medqa, "four": questions.medqa_four},
     "slake": {"original": medical.slake, "flat": medical.slake_flat},
     "path_vqa": {"original": medical.path_vqa, "tsv": medical.path_vqa_tsv},
-    "samed": {"regions": medical.samed},
+    "samed": {"regions": samed.regions, "release": samed.release},
     "medmnist": {"original": medical.medmnist},
     "mimic_cxr": {"r2gen": medical.mimic_cxr},
     "iu_xray": {"r2gen": medical.iu_xray},

@@ -1,6 +1,6 @@
 """Writes twins of the sets of Uni-Med's recipe that hold pictures.
 
-They are SLAKE, Path-VQA, SA-Med2D, MedMNIST, the sets of reports, and MedPix.
+They are SLAKE, Path-VQA, MedMNIST, the sets of reports, and MedPix.
 """
 
 import base64
@@ -123,16 +123,6 @@ def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
             )
         (folder / f"PathVQA_{split.upper()}.tsv").write_text("\n".join(lines) + "\n")
     (folder / "picture.jpg").unlink()
-
-
-# ---- SA-Med2D --------------------------------------------------------------------------------------
-def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes Uni-Med's regions: several slices a case."""
-    for i in range(records):
-        modality = pick(rng, ("ct", "mr"))
-        name = f"{modality}_00--AbdomenCT1K--Case_{i // 3:05d}--x_{i:04d}"
-        picture(folder / "images" / modality / f"{name}.png", rng, SIZE, grey=True)
-        write_json(folder / "regions" / modality / f"{name}.json", _boxes(rng))
 
 
 # ---- MedMNIST --------------------------------------------------------------------------------------
