@@ -56,9 +56,7 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["as published", pytest.param("gemma 2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["as published", pytest.param("gemma 2", marks=pytest.mark.slow)])
 def test_torch_answers_about_several_images_as_we_do(name, exported, torch, tokenizer_folder):
     """One left-padded batch of no image, one, two and five: tokens, logits, prompts, and their order."""
     config, model, folder = exported(name)
