@@ -59,7 +59,7 @@ INFO = Info(
     other_counts={
         "MMQ": {"train": 3064, "test": 451, "train phrase=frame": 1267},
         "a random re-split": {"train": 1798, "test": 450},
-        "Hugging Face": {"train": 1793, "test": 451},
+        "Hugging Face": {"train": 1793, "test": 451, "test answer_type=CLOSED": 251},
     },
 )
 OPTIONS = {
