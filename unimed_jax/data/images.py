@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, _imaging
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError, _imaging
 
 from unimed_jax.config import VisionConfig
 from unimed_jax.data.pixels import MOST_PIXELS, SCANS, by_depth, check_size, grey, one_line, ramp
@@ -133,7 +133,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+def _picture(file: BinaryIO, name: str) -> Iterator[ImageFile.ImageFile]:
     """Opens a picture of one of the known formats, and checks its size before it is decoded."""
     with Image.open(file, formats=READABLE) as image:
         samples = 4 if image.mode in ("I", "F") else len(image.getbands())
@@ -188,7 +188,7 @@ def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
         )
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _pixels(image: ImageFile.ImageFile) -> np.ndarray:
     """Gives an opened picture of any mode as uint8 [H, W, 3]."""
     kind, tags = image.format, getattr(image, "tag_v2", {})
     if kind == "TIFF":
@@ -211,7 +211,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return out
 
 
-def _grey_bits(image: Image.Image) -> int:
+def _grey_bits(image: ImageFile.ImageFile) -> int:
     """Returns the bits of a pixel of a grey PNG of at most 8 bits that is not decoded; else 8.
 
     Raises ValueError for colours of 16 bits with a transparent one, which 8 bits cannot name.
@@ -224,7 +224,7 @@ def _grey_bits(image: Image.Image) -> int:
     return int(raw[2:]) if raw in ("L;2", "L;4") else 8
 
 
-def _name_planes(image: Image.Image, tags) -> None:
+def _name_planes(image: ImageFile.ImageFile, tags) -> None:
     """Says of a TIFF whose channels lie one after the other that each has 16 bits.
 
     Pillow reads such planes as bytes if they are not compressed.
