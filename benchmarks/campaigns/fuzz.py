@@ -12,6 +12,7 @@ process goes on after it. A case can be run again by the seed and number that it
 
 import argparse
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -231,6 +232,9 @@ def run(arguments: list[str]) -> None:
     )
     cases = findings = 0
     for reader in given.reader or known:
+        if reader in ("gguf", "sentencepiece") and importlib.util.find_spec(reader) is None:
+            print(f"{reader}: skipped, because the package {reader} is not installed", flush=True)
+            continue
         total = campaign(reader, given.seed, given.start, given.cases)
         row = (
             reader,

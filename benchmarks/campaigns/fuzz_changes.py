@@ -1,6 +1,5 @@
 """Changes good files into bad ones, by a random generator: bytes, and the trees of JSON files."""
 
-import copy
 import json
 from typing import Any
 
@@ -60,7 +59,7 @@ def changed_bytes(rng: np.random.Generator, data: bytes) -> bytes:
 
 def changed_tree(rng: np.random.Generator, tree: Any, values: list = VALUES) -> Any:
     """Changes a few values or keys of a JSON tree, wherever they are."""
-    tree = copy.deepcopy(tree)
+    tree = _copy(tree)
     for _ in range(rng.integers(1, 4)):
         places = list(_places(tree))
         if len(places) > 20_000:  # copies of copies
@@ -70,12 +69,12 @@ def changed_tree(rng: np.random.Generator, tree: Any, values: list = VALUES) -> 
         parent, key = places[rng.integers(len(places))]
         kind = rng.integers(8)
         if kind < 4:
-            parent[key] = copy.deepcopy(values[rng.integers(len(values))])
+            parent[key] = _copy(values[rng.integers(len(values))])
         elif kind == 4:
             del parent[key]
         elif kind == 5:
             other, there = places[rng.integers(len(places))]
-            parent[key] = copy.deepcopy(other[there])
+            parent[key] = _copy(other[there])
         elif kind == 6 and isinstance(parent, dict):
             parent[f"{key}{rng.integers(9)}"] = parent.pop(key)
         elif isinstance(parent[key], (int, float)):
@@ -84,6 +83,14 @@ def changed_tree(rng: np.random.Generator, tree: Any, values: list = VALUES) -> 
             for _ in range(int(rng.integers(1, 130))):
                 parent[key] = [parent[key]] if rng.random() < 0.5 else {"a": parent[key]}
     return tree
+
+
+def _copy(tree: Any) -> Any:
+    """Copies a JSON tree so that no two places share a value, as they may after copy.deepcopy.
+
+    A change to one of 3000 shared values would change them all, and make hundreds of megabytes of it.
+    """
+    return json.loads(json.dumps(tree))
 
 
 def _places(tree: Any):

@@ -39,10 +39,8 @@ quick = hypothesis.settings(
 
 @pytest.mark.parametrize("reader", fuzz_weights.READERS)
 def test_only_sentences(reader):
-    if reader == "gguf":
-        pytest.importorskip(
-            "gguf", reason="the format's own package, of the extra `gguf`: pip install -e '.[gguf]'"
-        )
+    if reader in ("gguf", "sentencepiece"):
+        pytest.importorskip(reader, reason=f"the format's own package: pip install -e '.[{reader}]'")
     said = set()
     for name, read in itertools.islice(fuzz_weights.cases(reader, SEED), FEWER.get(reader, CASES)):
         start = time.process_time()

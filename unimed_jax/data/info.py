@@ -4,7 +4,7 @@ It says what the set holds, under which licence, and what to know about it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,11 @@ class Info:
     cluster_word: str = "example"  # what `Example.cluster` names: patient, slab, case
     # patterns of files that the raw folder must hold; () if nothing is read from disk
     files: tuple[str, ...] = ()
-    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # split -> examples expected
+    # Published numbers, by what is counted: examples of a split ("test"), or of these the images, the
+    # clusters, those of a task, or those with a value of meta ("test answer_type=CLOSED").
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # The same of other layouts, revisions and options that are in circulation, by their name.
+    other_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     # Leaks between splits that the set is published with, by kind (audit/check.py), and why: no
     # fault of the files.
     by_design: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -44,6 +48,27 @@ class Info:
     def self_contained(self) -> bool:
         """Says whether the set is made from installed packages and needs no folder."""
         return not self.files
+
+
+def nearest_counts(
+    info: Info, count: Callable[[str], int | None]
+) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Compares a set with the published numbers that it is nearest to.
+
+    count: says how many there are of what `Info.counts` names; None: that cannot be counted here.
+    Returns the name of those numbers ("" for `Info.counts`), and what is counted -> (number here,
+    number published).
+    """
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, numbers in {"": info.counts, **info.other_counts}.items():
+        here = {what: (count(what), published) for what, published in numbers.items()}
+        found[name] = {what: (n, published) for what, (n, published) in here.items() if n is not None}
+
+    def distance(name: str) -> float:
+        return sum(abs(n - published) / max(published, 1) for n, published in found[name].values())
+
+    name = min((name for name in found if found[name]), key=distance, default="")
+    return name, found[name]
 
 
 def described(info: Info, folder: Path | None, given: Mapping[Any, str]) -> Info:

@@ -24,6 +24,9 @@ INFO = Info(
     note="About a quarter of the test reports occur word for word in the training part.",
     cluster_word="study",
     files=(FILE,),
+    by_design={"report": "reports of healthy chests are worded alike"},
+    counts={"train": 2069, "val": 296, "test": 590},
+    other_counts={"another annotation": {"train": 3062, "val": 382, "test": 382}},
 )
 OPTIONS = {"images": 5}  # of a study at most
 

@@ -7,6 +7,7 @@ several labels a picture: its answer names them in the order of the classes, or 
 """
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.records import chosen_options, one_of
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import refuse_stand_in, zip_fault
 
 _ORGANS = (
     "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver",
@@ -70,6 +72,23 @@ INFO = Info(
     citation="Yang et al., MedMNIST v2, Scientific Data 2023",
     cluster_word="image",
     files=("*mnist*.npz",),
+    other_counts={
+        name: dict(zip(("train", "val", "test"), numbers, strict=True))
+        for name, numbers in {
+            "pathmnist": (89996, 10004, 7180),
+            "chestmnist": (78468, 11219, 22433),
+            "dermamnist": (7007, 1003, 2005),
+            "octmnist": (97477, 10832, 1000),
+            "pneumoniamnist": (4708, 524, 624),
+            "retinamnist": (1080, 120, 400),
+            "breastmnist": (546, 78, 156),
+            "bloodmnist": (11959, 1712, 3421),
+            "tissuemnist": (165466, 23640, 47280),
+            "organamnist": (34561, 6491, 17778),
+            "organcmnist": (12975, 2392, 8216),
+            "organsmnist": (13932, 2452, 8827),
+        }.items()
+    },
 )
 OPTIONS = {
     "name": "",  # of the set: CLASSES
@@ -105,8 +124,9 @@ def read(
                     Example(key, "cls", str(chosen["question"]), answer, (key,), None, key, facts),
                     (pixels,),
                 )
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{file} cannot be read ({error}); get it again.") from error
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError) as error:
+        refuse_stand_in(file)
+        raise UserError(f"{file} cannot be read ({zip_fault(file) or error}); get it again.") from error
 
 
 def _rows(archive: zipfile.ZipFile, name: str, file: Path) -> Iterator[np.ndarray]:

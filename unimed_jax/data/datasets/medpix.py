@@ -44,4 +44,4 @@ def read(
             example = Example(
                 f"{split}/{number}", "caption", "", caption, (name,), None, name, {"template": "caption"}
             )
-            yield example, (inside(images, images, name, where),)
+            yield example, (inside(folder, images, name, where),)

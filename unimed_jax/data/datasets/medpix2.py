@@ -42,6 +42,14 @@ INFO = Info(
     citation="Siragusa et al., MedPix 2.0, 2024",
     cluster_word="case",
     files=tuple(FILES.values()),
+    counts={
+        "train images": 1653,
+        "val images": 197,
+        "test images": 200,
+        "train clusters": 535,
+        "val clusters": 67,
+        "test clusters": 69,
+    },
 )
 OPTIONS = {
     "caption": "plain",  # plain: as written; facts: after its modality, plane and region
