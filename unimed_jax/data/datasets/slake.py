@@ -25,9 +25,9 @@ from typing import Any
 from unimed_jax.data import grounding
 from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
 from unimed_jax.data.pairs import guessed, pairs
-from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import (
     Record,
     chosen_options,

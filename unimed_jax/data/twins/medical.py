@@ -1,6 +1,6 @@
 """Writes twins of the sets of Uni-Med's recipe that hold pictures.
 
-They are SLAKE, Path-VQA, MedMNIST, the sets of reports, and MedPix.
+They are SLAKE, Path-VQA, MedMNIST and MedPix.
 """
 
 import base64
@@ -168,46 +168,6 @@ def _mnist(
         labels = rng.integers(0, 2, (n, classes)) if several else rng.integers(0, classes, (n, 1))
         arrays[f"{split}_labels"] = labels.astype(np.uint8)
     np.savez(file, **arrays)
-
-
-# ---- reports ---------------------------------------------------------------------------------------
-def mimic_cxr(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes R2Gen's annotation of MIMIC-CXR: patients and studies in folders."""
-    content: dict[str, list[dict[str, Any]]] = {}
-    for part, split in enumerate(("train", "val", "test")):
-        content[split] = []
-        for i in range(count(split, records)):
-            patient, study = 10_000_000 + 1000 * part + i // 2, 50_000_000 + 1000 * part + i
-            name = f"{rng.integers(1 << 32):08x}-{i:04d}"
-            image = f"p10/p{patient}/s{study}/{name}.jpg"
-            picture(folder / "files" / image, rng, SIZE, grey=True)
-            content[split].append(
-                {"id": name, "study_id": study, "subject_id": patient, "image_path": [image]}
-            )
-            content[split][-1] |= {
-                "report": f"{words(rng, 10, 20)}.\n {words(rng, 4, 9)}.",
-                "split": split,
-            }
-    write_json(folder / "annotation.json", content)
-
-
-def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes R2Gen's annotation of IU X-Ray, with one to five views a study.
-
-    Removed words are XXXX.
-    """
-    content: dict[str, list[dict[str, Any]]] = {}
-    for part, split in enumerate(("train", "val", "test")):
-        content[split] = []
-        for i in range(count(split, records)):
-            name = f"CXR{1000 * part + i}_IM-{i:04d}"
-            images = [f"{name}/{view}.png" for view in range(1 + i % 5)]
-            for image in images:
-                picture(folder / "images" / image, rng, SIZE, grey=True)
-            content[split].append(
-                {"id": name, "report": f"{words(rng, 6, 15)} XXXX.", "image_path": images}
-            )
-    write_json(folder / "annotation.json", content)
 
 
 # ---- MedPix ----------------------------------------------------------------------------------------
