@@ -33,27 +33,27 @@ def get_config():
     # Radiographs are dark and blood smears bright. By one mean for both, what all patches of a picture
     # share drowns what differs between them, and no place is learned.
     vision.normalise = "picture"
-    vision.mean, vision.std = default_config().model.vision.mean, default_config().model.vision.std
+    vision.mean, vision.std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     config.model.decoder.vocab = 2048
     config.text.vocab = 2048
 
     data = config.data
     data.sources = (
-        BCCD | dict(tasks=("refer",), weight=5.0, questions=2, augment=TURNED),
-        BCCD | dict(tasks=("identify",), weight=4.0, questions=2, augment=TURNED),
-        MEDPIX | dict(tasks=("cls",), weight=5.0, questions=3),
-        MEDPIX | dict(tasks=("caption",), weight=3.0),
+        BCCD | dict(tasks=("refer",), weight=8.0, questions=2, augment=TURNED),
+        BCCD | dict(tasks=("identify",), weight=5.0, questions=2, augment=TURNED),
+        MEDPIX | dict(tasks=("cls",), weight=6.0, questions=3),
+        MEDPIX | dict(tasks=("caption",), weight=2.5),
         dict(
             name="vqa_rad",
             tasks=("vqa",),
-            weight=3.0,
+            weight=2.0,
             questions=4,
             splits=VAL,
             augment=dict(rotate=8.0, scale=(0.85, 1.2), shift=0.1, contrast=0.2, brightness=0.1),
         ),
         dict(
             name="pubmedqa",
-            weight=1.0,
+            weight=0.7,
             splits=VAL,
             options=dict(context="conclusion", words=32),
         ),
@@ -75,8 +75,8 @@ def get_config():
         dict(match="connector/task_tokens", train=True, lr_scale=10.0),
         dict(match="*", train=True),
     )
-    train.steps = 4000
-    train.save_every = 500
+    train.steps = 3200
+    train.save_every = 400
     config.evaluate.batch = 64
     config.evaluate.max_new_tokens = 112
     return config
