@@ -236,6 +236,13 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "threads": whole(0, 1024),
         "image_cache_mib": whole(0, 2**20),
         "changed": one_of("refuse", "accept"),
+        "strict": flag,
+        "reencode": group_of_settings,
+    },
+    "data.reencode": {
+        "size": whole(0, 8192),
+        "format": one_of("", "png", "jpeg", "webp"),
+        "quality": whole(1, 100),
     },
     "data.sources[0]": source,
     "evaluate.sources[0]": source,

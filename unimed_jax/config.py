@@ -174,6 +174,22 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReencodeConfig:
+    """Says which images are encoded again when a set is prepared; by default all stay as found."""
+
+    # pixels of the longer side at most; larger images are made smaller (bicubic). 0: no limit
+    size: Annotated[int, AtLeast(0), AtMost(8192)] = 0
+    # of every image; empty: images that are made smaller stay JPEG or become PNG, others are untouched
+    format: Literal["", "png", "jpeg", "webp"] = ""
+    quality: Annotated[int, Between(1, 100)] = 90  # of JPEG and WebP
+
+    @property
+    def asked(self) -> bool:
+        """Says whether any image is to be encoded again."""
+        return bool(self.size or self.format)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Lists the data sets of the mixture, and says how batches are made of them."""
 
@@ -191,6 +207,10 @@ class DataConfig:
     window: Length = 512  # draws that are packed together
     threads: Annotated[int, Between(0, 1024)] = 2  # that read and decode ahead; 0: none
     cache: Place = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
+    reencode: ReencodeConfig = ReencodeConfig()
+    strict: bool = (
+        False  # whether a record that cannot be used is an error, instead of left out and counted
+    )
     # decoded images kept in memory, in MiB; 0: none
     image_cache_mib: Annotated[int, AtLeast(0), AtMost(2**20)] = 256
     # If a data set is another one than the run was trained with. refuse: an error; accept: every

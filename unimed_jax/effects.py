@@ -40,6 +40,12 @@ REFUSED = (
         lambda c: c.text.form == "unimed",
         "only the form 'unimed' reads it",
     ),
+    Need(
+        "data.reencode",
+        "quality",
+        lambda c: c.data.reencode.asked and c.data.reencode.format != "png",
+        "no image is encoded again as JPEG or WebP (config.data.reencode)",
+    ),
     Need("train", "best_mode", lambda c: c.train.best, "config.train.best is empty"),
     Need("mesh", "data fsdp tensor expert", lambda c: not c.mesh.auto, "config.mesh.auto is True"),
     Need(

@@ -19,8 +19,31 @@ from unimed_jax.data.twins import TWINS, prepared, write_twin
 from unimed_jax.errors import UserError
 
 # options of a reader or layout
-NEEDED = {"medmnist": {"name": "dermamnist"}, "medqa/four": {"options": 4}}
-TASKS = {"array_record": {"cls"}, "pairs": {"vqa"}}  # of layouts that do not have all of their reader's
+NEEDED = {
+    "medmnist": {"name": "dermamnist"},
+    "medqa/four": {"options": 4},
+    "medqa/mainland": {"region": "Mainland", "options": 4},
+    "medqa/taiwan": {"region": "Taiwan"},
+    "choices/tsv": {"split": "split"},
+}
+# of layouts that do not have all of their reader's
+TASKS = {
+    "array_record": {"cls"},
+    "pairs": {"vqa"},
+    "slake/parquet": {"vqa"},
+    "radfm": {"caption"},
+    "medmcqa": {"qa"},
+    **dict.fromkeys(("pmc_vqa", "omnimedvqa", "mmmu", "choices/tsv"), {"vqa"}),
+}
+SPLITS = {
+    "llava/pairs": {"train"},
+    "medqa/parquet": {"train", "test"},
+    "choices/pmc_vqa": {"train", "test"},
+    "choices/medxpertqa": {"val", "test"},
+    "choices/omnimedvqa": {"train"},
+    "choices/mmmu": {"val"},
+    "choices/medmcqa": {"train", "val"},
+}
 LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
 
 
@@ -33,10 +56,12 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     one, two, other = (
         opened(tmp_path / place, name, options=options) for place in ("one", "two", "other")
     )
-    assert set(one.splits) == (set(one.info.splits) if layout != "pairs" else {"train"})
+    assert set(one.splits) == SPLITS.get(f"{name}/{layout}", set(one.info.splits))
     assert one.checksum == two.checksum != other.checksum
     found = everything(one)
-    assert {example.task for _, example in found} == TASKS.get(layout, set(one.info.tasks))
+    assert {example.task for _, example in found} == TASKS.get(
+        layout, TASKS.get(f"{name}/{layout}", set(one.info.tasks))
+    )
     assert all(example.answer for _, example in found)
     assert len({example.id for _, example in found}) == len(found)
     for _, example in found:

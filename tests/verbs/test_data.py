@@ -61,7 +61,7 @@ def test_the_schema_is_printed(capsys):
         (["show", "yours", "--config={tmp}/mine.py", "--out={tmp}/x.png"], "has no data set 'yours'"),
         (
             ["shwo"],
-            "'shwo' is not one of show, check, twin, subset, schema, export; did you mean 'show'",
+            "is not one of show, prepare, check, twin, subset, schema, export; did you mean 'show'",
         ),
     ],
 )

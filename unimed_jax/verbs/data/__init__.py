@@ -2,6 +2,8 @@
 
 data show NAME (--path=DIR or --config=FILE) --out=FILE.png
     draws examples with images, questions, answers and boxes
+data prepare --config=FILE [--workers=N] [--strict] [--image-size=N ...]
+    reads the raw files once and keeps them in a form that opens at once
 data check --config=FILE --out=DIR
     counts examples, finds faults, and finds leaks between splits and between sets
 data twin NAME --out=DIR [--layout=...] [--n=24]
@@ -19,7 +21,8 @@ import importlib
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.verbs.options import parser
 
-COMMANDS = ("show", "check", "twin", "subset", "schema", "export")  # each a file of this folder
+# each a file of this folder
+COMMANDS = ("show", "prepare", "check", "twin", "subset", "schema", "export")
 
 
 def run(arguments: list[str]) -> int | None:

@@ -28,8 +28,8 @@ from unimed_jax.data.datasets.samed import release
 from unimed_jax.data.datasets.samed.names import cluster_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import chosen_options, inside, labelled_boxes, size_of
 from unimed_jax.errors import UserError
 
