@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, hub, medical, prepared, questions, reports, samed, series
+from unimed_jax.data.twins import (
+    boxes,
+    choices,
+    hub,
+    medical,
+    prepared,
+    questions,
+    reports,
+    samed,
+    series,
+)
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -51,6 +61,14 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     "iu_xray": {"r2gen": reports.iu_xray},
     "medpix": {"radfm": medical.medpix},
     "llava": {"json": questions.llava, "jsonl": questions.llava_lines, "pairs": questions.llava_pairs},
+    "choices": {
+        "pmc_vqa": choices.pmc_vqa,
+        "medxpertqa": choices.medxpertqa,
+        "omnimedvqa": choices.omnimedvqa,
+        "mmmu": choices.mmmu,
+        "medmcqa": choices.medmcqa,
+        "tsv": choices.tsv,
+    },
     "voc": {"original": boxes.voc},
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},

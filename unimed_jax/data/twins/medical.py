@@ -174,7 +174,8 @@ def _mnist(
 def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes RadFM's tables with the quirks of the real ones.
 
-    Captions have commas and line breaks, some rows are of other types, and one lacks its image.
+    Captions have commas and line breaks, some rows are of other types, and one lacks its image. A case
+    names several images with commas, and some questions are about no image.
     """
     for split in ("train", "test"):
         lines = ["name,context,type"]
@@ -187,3 +188,17 @@ def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
             if not (split == "train" and i == 1):
                 picture(folder / "images" / name, rng, SIZE)
         (folder / f"MedPix_single_{split}.csv").write_text("\n".join(lines) + "\n")
+    for split in ("train", "test"):
+        cases, asked = ["name,context,type,history"], ["name,question,answer,explanation"]
+        for i in range(count(split, records)):
+            names = [f"{split}_case{i}_{view}.jpg" for view in range(1 + i % 3)]
+            for name in names:
+                picture(folder / "images" / name, rng, SIZE)
+            kind = ("findings", "diagnosis", "txFollowup", "Keywords")[i % 4]
+            history = pick(rng, ("", f"A patient of {rng.integers(1, 90)} years, {words(rng)}."))
+            cases.append(f'"{",".join(names)}","• {words(rng)}\n• {words(rng)}",{kind},"{history}"')
+            answer = pick(rng, (words(rng), "3"))
+            asked.append(f'{names[0] if i % 2 else ""},"Why, {words(rng)}?",{answer},{words(rng)}')
+        for table, lines in (("multi", cases), ("questions", asked)):
+            file = folder / f"MedPix_{table}_{split}.csv"
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
