@@ -61,7 +61,12 @@ def meaning(hint: typing.Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in parts)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join([*(meaning(part) for part in parts if part is not type(None)), "None"])
+        return " or ".join(
+            [
+                *(meaning(part) for part in parts if part is not type(None)),
+                *(["None"] if type(None) in parts else []),
+            ]
+        )
     if origin is tuple and parts[-1] is not Ellipsis:
         return f"({', '.join(map(meaning, parts))})"
     if origin is tuple:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.data.images import upright_size
-from unimed_jax.data.tables import check_content, parquet_rows
+from unimed_jax.data.tables import parquet_rows
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.parsing import json_lines, parse_json, read_text
 
@@ -24,7 +24,7 @@ FORM = "give a list of records, or one record a line"
 
 
 def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file.
+    """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file, the texts also as .gz.
 
     Before each record come the words that name it in errors. JSON is a list of objects or, whatever
     the file's ending, one object a line. form: how the file should look, for errors. Raises
@@ -34,9 +34,11 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
         yield from parquet_rows(file)
         return
     text = read_text(file, "restore it", LARGEST)
-    check_content(text[:200], file)
-    if file.suffix in (".csv", ".tsv"):
-        yield from _rows(text, file)
+    if re.match(r"\s*<(!doctype|\?xml)", text[:200], re.IGNORECASE):
+        raise UserError(f"{file} is a web page, not the data itself; download the file again.")
+    kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    if kind in (".csv", ".tsv"):
+        yield from _rows(text, file, "\t" if kind == ".tsv" else ",")
         return
     if re.match(r"\s*\{", text):
         numbered = json_lines(text, str(file), form, characters=False)
@@ -54,13 +56,11 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
         yield where, record
 
 
-def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
+def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, Record]]:
     """Yields the rows of a table whose first line names its columns."""
     limit = csv.field_size_limit(len(text) + 1)  # the default cuts long reports and pictures in base64
     try:
-        rows = csv.reader(
-            io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True
-        )
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = next(rows, [])
         if len(set(names)) < len(names) or not all(names[1:]) or names == [""]:  # "": pandas' index
             raise UserError(
@@ -157,11 +157,49 @@ def short(value: Any) -> str:
 
 # ---- images ----------------------------------------------------------------------------------------
 def inside(folder: Path, images: Path, name: str, where: str) -> Path:
-    """Returns the path `images`/`name`, and raises UserError if it lies outside `folder`."""
+    """Returns the path `images`/`name`, and raises UserError if it leads out of `folder`.
+
+    It may do so by its words (absolute, or ..) or by a link on its way. Images in a folder outside
+    `folder`, which only a setting can name, may not leave that. where: starts the sentence.
+    """
+    folder, images = Path(os.path.normpath(folder)), Path(os.path.normpath(images))
+    root = folder if images.is_relative_to(folder) else images
     path = Path(os.path.normpath(images / name))
-    if not path.is_relative_to(os.path.normpath(folder)):
-        raise UserError(f"{where}: image {name!r} lies outside {folder}; give its path within {images}.")
+    if not path.is_relative_to(root):
+        raise UserError(
+            f"{where}: image {short(name)} lies outside {root}; give its path within {images}."
+        )
+    try:
+        real, homes = os.path.realpath(path), _homes(root)
+    except (OSError, ValueError):  # a name that no file can have is reported when it is opened
+        return path
+    if not any(Path(real).is_relative_to(home) for home in homes):
+        raise UserError(
+            f"{where}: {path} is a link to {real}, which lies outside {root}; put a copy in the link's "
+            "place."
+        )
     return path
+
+
+def _homes(root: Path) -> list[str]:
+    """Lists the real folders in which the links of a data set may end.
+
+    That is its own, and `blobs` for one in the cache of Hugging Face, whose files are all links.
+    """
+    real = os.path.realpath(root)
+    cached = re.match(r"(.*/(?:datasets|models)--[^/]+)/snapshots/[^/]+(/|$)", real)
+    return [real, f"{cached[1]}/blobs"] if cached else [real]
+
+
+def check_links(folder: Path, patterns: Sequence[str]) -> None:
+    """Raises UserError if a file of a data set is a link that leads out of its folder.
+
+    patterns: of the files, as in `Info.files`.
+    """
+    if folder.is_dir():
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                inside(folder, folder, str(path.relative_to(folder)), f"{folder}")
 
 
 def picture_of(cell: Any, folder: Path, where: str) -> tuple[str, Path | bytes] | str:

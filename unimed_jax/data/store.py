@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from unimed_jax.config import ImageConfig
 from unimed_jax.data.columns import Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.images import read_image
@@ -58,6 +59,8 @@ class Store:
             self.id = self.name = self.info.name
             self.checksum: str = manifest["checksum"]
             self.skipped: int = manifest["skipped"]
+            self.image_settings = image_settings_of(manifest.get("image", {}))
+            self.films: int = manifest.get("films", 0)  # images of several frames
             self._bounds: dict[str, tuple[int, int]] = {
                 split: (a, b) for split, (a, b) in manifest["splits"].items()
             }
@@ -99,13 +102,13 @@ class Store:
         )
 
     def image(self, key: str) -> np.ndarray:
-        """Decodes the image of a key, uint8 [H, W, 3].
+        """Decodes the image of a key by the set's image settings, uint8 [H, W, 3].
 
         Raises UserError if there is none, or if its bytes are not an image.
         """
         data = self.encoded(key)
         try:
-            return read_image(data)
+            return read_image(data, self.image_settings)
         except UserError as error:
             raise UserError(f"data set {self.id}, image {key!r}: {error}") from error
 
@@ -239,6 +242,12 @@ def info_of(fields: dict[str, Any]) -> Info:
     """Makes an `Info` from the JSON of what `dataclasses.asdict` made of one."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Info(**plain)
+
+
+def image_settings_of(fields: Mapping[str, Any]) -> ImageConfig:
+    """Makes an `ImageConfig` from the JSON of what `dataclasses.asdict` made of one."""
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return ImageConfig(**plain)
 
 
 def crc_of(manifest: Mapping[str, Any]) -> int:

@@ -74,4 +74,4 @@ def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
                 path for path in place.rglob("*") if path.is_file() and path.name[0] != "."
             ):
                 name = str(path.relative_to(folder))
-                yield name, path, place.name, name
+                yield name, inside(folder, folder, name, str(place)), place.name, name

@@ -7,6 +7,7 @@ several labels a picture: its answer names them in the order of the classes, or 
 """
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.records import chosen_options, one_of
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import refuse_stand_in, zip_fault
 
 _ORGANS = (
     "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver",
@@ -122,8 +124,9 @@ def read(
                     Example(key, "cls", str(chosen["question"]), answer, (key,), None, key, facts),
                     (pixels,),
                 )
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{file} cannot be read ({error}); get it again.") from error
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError) as error:
+        refuse_stand_in(file)
+        raise UserError(f"{file} cannot be read ({zip_fault(file) or error}); get it again.") from error
 
 
 def _rows(archive: zipfile.ZipFile, name: str, file: Path) -> Iterator[np.ndarray]:
