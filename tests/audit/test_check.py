@@ -195,7 +195,7 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole = np.concatenate([np.load(file) for file in files])
     files[1].unlink()  # as if it had been killed
     files[4].unlink()
-    audit(Config(data=data), processes=1)
+    audit(Config(data=data), processes=2)  # the two of them, each in a process of its own
     assert [file.stat().st_mtime_ns == old for file, old in zip(files, before, strict=True)] == [
         1,
         0,

@@ -38,7 +38,7 @@ class Pair(NamedTuple):
 class Split(NamedTuple):
     """Holds what leaks of one split are looked for with."""
 
-    set: str
+    owner: str  # id of its set
     name: str
     asked: list[Asked]
     prints: Fingerprints
@@ -73,7 +73,7 @@ def audit(config: Config, processes: int = 2) -> tuple[dict[str, Any], list[Pair
     found: dict[str, Any] = {}
     shown: list[Pair] = []
     for name, data in sets.items():
-        own = [split for split in splits if split.set == name]
+        own = [split for split in splits if split.owner == name]
         leaks, pairs = _within(own, hasher, wordings[name])
         shown += pairs
         raw = of_files(data.info, Path(folders[name]) if folders[name] else None)
@@ -229,17 +229,17 @@ def _between(
     found: dict[str, dict[str, int]] = {}
     shown: list[Pair] = []
     for earlier, later in itertools.combinations(splits, 2):
-        if earlier.set == later.set:
+        if earlier.owner == later.owner:
             continue
         images, same = _images(earlier, later, hasher)
         images["name"] = _same_names(earlier, later)
         counts = {kind: len(pairs) for kind, pairs in images.items()}
         if same or earlier.texts & later.texts:
-            given = wordings[later.set](later.name) if same else {}
+            given = wordings[later.owner](later.name) if same else {}
             counts |= text_leaks(earlier.asked, later.asked, same, given, one_set=False).counts
             counts.pop("question_text", None)
         if counts := {kind: count for kind, count in counts.items() if count}:
-            found[f"{earlier.set}/{earlier.name}~{later.set}/{later.name}"] = counts
+            found[f"{earlier.owner}/{earlier.name}~{later.owner}/{later.name}"] = counts
         shown += [pair for pairs in images.values() for pair in pairs[:SHOWN]]
     return found, shown
 
@@ -270,7 +270,7 @@ def _images(
     one, other = earlier.prints.keys, later.prints.keys
     pairs = {
         kind: [
-            Pair(kind, f"{earlier.set}/{one[i]}", f"{later.set}/{other[j]}", likeness)
+            Pair(kind, f"{earlier.owner}/{one[i]}", f"{later.owner}/{other[j]}", likeness)
             for i, j, likeness in found
         ]
         for kind, found in out.items()
@@ -283,7 +283,7 @@ def _same_names(earlier: Split, later: Split) -> list[Pair]:
     """Finds images of two sets whose file names end in the same name, such as synpic12345."""
     first = {own: key for key in earlier.prints.keys if (own := _own_name(key))}
     return [
-        Pair("name", f"{earlier.set}/{first[own]}", f"{later.set}/{key}", 0.0)
+        Pair("name", f"{earlier.owner}/{first[own]}", f"{later.owner}/{key}", 0.0)
         for key in later.prints.keys
         if (own := _own_name(key)) in first
     ]

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.files import written_whole
 
 VERSION = 2  # raise it when a fingerprint changes
-PART = 2_000  # images of a file
+PART = 500  # images of a file
 SIDE = 32  # pixels of the thumbnail that the shape is computed from
 WAVES = 16  # of it across and down
 SHAPE = WAVES * WAVES  # numbers of a shape
@@ -70,19 +70,14 @@ def fingerprints(
     waiting = [(start, file) for start, file in parts if not file.is_file()]
     if waiting:
         place.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
         bar = tqdm(
             desc=f"looking at images of {id}", total=len(keys), unit=" images", leave=False, disable=None
         )
         bar.update(len(keys) - sum(len(keys[start : start + PART]) for start, _ in waiting))
-        with bar, concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-            tasks = {
-                pool.submit(_part, str(folder), list(keys[start : start + PART])): file
-                for start, file in waiting
-            }
-            for done in concurrent.futures.as_completed(tasks):
-                file = tasks.pop(done)
-                records, notes = done.result()
+        with bar:
+            tasks = [(str(folder), list(keys[start : start + PART])) for start, _ in waiting]
+            for number, (records, notes) in _parts(tasks, processes):
+                file = waiting[number][1]
                 # The notes come first: a part counts as done when its records are there.
                 with written_whole(file.with_suffix(".json")) as unfinished:
                     unfinished.write_text(json.dumps(notes), encoding="utf-8")
@@ -95,6 +90,20 @@ def fingerprints(
         out[start : start + PART] = np.load(file, allow_pickle=False)
         found |= json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     return Fingerprints(keys, out, found)
+
+
+def _parts(
+    tasks: Sequence[tuple[str, list[str]]], processes: int
+) -> Iterator[tuple[int, tuple[np.ndarray, dict[str, dict[str, Any]]]]]:
+    """Yields (number, `_part`) of each task as it is done, in processes if there are several."""
+    if processes == 1 or len(tasks) == 1:
+        yield from ((number, _part(*task)) for number, task in enumerate(tasks))
+        return
+    context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context) as pool:
+        running = {pool.submit(_part, *task): number for number, task in enumerate(tasks)}
+        for done in concurrent.futures.as_completed(running):
+            yield running.pop(done), done.result()
 
 
 def _part(folder: str, keys: list[str]) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:

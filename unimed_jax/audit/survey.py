@@ -156,7 +156,7 @@ def wrong_boxes(dataset: Dataset, sizes: Mapping[str, tuple[int, int]]) -> list[
     sizes: image key -> (height, width). Boxes in pixels are compared with the image, and those in a
     text (hundredths of the image, as a model writes them) must not be empty after rounding.
     """
-    found = []
+    found: list[str] = []
     if not set(dataset.info.tasks) & set(GROUNDED):
         return found
     for split in dataset.splits:
