@@ -25,7 +25,7 @@ from unimed_jax.data.pairs import kind_of, pairs
 from unimed_jax.data.records import chosen_options, inside, picture_of, records, short, word
 from unimed_jax.data.tables import PARQUET, parquet_files
 from unimed_jax.errors import UserError
-from unimed_jax.parsing import refuse_stand_in
+from unimed_jax.parsing import no_file, refuse_stand_in
 from unimed_jax.pickles import Refused, read_pickle
 
 PICKLES = {split: f"qas/{split}_vqa.pkl" for split in ("train", "val", "test")}
@@ -64,6 +64,8 @@ def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: l
 
 def _from_pickle(folder: Path, split: str) -> Found:
     file = folder / PICKLES[split]
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; get it again.")
     try:
         refuse_stand_in(file)
         data = file.read_bytes()
@@ -75,6 +77,8 @@ def _from_pickle(folder: Path, split: str) -> Found:
             f"{file} holds code or objects besides plain data ({error}); get it again from where "
             "you trust it."
         ) from error
+    except Exception as error:  # a damaged pickle fails at any of its steps
+        raise UserError(f"{file} is not a whole pickle ({error}); get it again.") from error
     if not isinstance(content, list):
         raise UserError(f"{file} is not a list of questions; get it again.")
     for number, record in enumerate(content):
