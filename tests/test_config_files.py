@@ -6,6 +6,7 @@ docs/settings.md.
 import importlib.util
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -355,3 +356,25 @@ def test_a_stop_inside_a_file_is_a_stop(tmp_path):
     path.write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_config_file(str(path))
+
+
+def test_settings_with_keys_that_are_no_text_are_one_sentence(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({1: 2, 'a': 3})\n"
+    )
+    with pytest.raises(UserError) as error:
+        load_config_file(str(path))
+    assert str(error.value).startswith(f"--config={path}: ") and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("body", ["sys.stderr.close()", "sys.stdout.close()", "sys.stderr = None"])
+def test_a_config_that_closes_the_outputs_still_gets_its_sentence(body, tmp_path):
+    (tmp_path / "mine.py").write_text(f"import sys\n{body}\nraise ValueError('what is wrong')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "unimed_jax.main", "params", f"--config={tmp_path / 'mine.py'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+    assert "what is wrong" in done.stderr or body == "sys.stderr.close()"

@@ -45,7 +45,7 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
         raise
     except BaseException as error:  # a config file may raise anything, even SystemExit
         where = f"--config={_place(error, file, folders)}"
-        raise UserError(f"{where}: {_words(error)}; mend the file.") from error
+        raise UserError(f"{where}: {_words(error)}") from error
     settings = _settings(returned, file)
     if "stages" in settings:
         _check_chain(settings, file)
@@ -169,7 +169,7 @@ def _words(error: BaseException) -> str:
     except Exception:  # the config file may define the error's class
         words = ""
     if isinstance(error, SystemExit):
-        return f"it ends the program (exit status {words or '0'}) and does not return settings"
+        return f"it ends the program (exit status {words or '0'}); let it return settings."
     if " " not in words:  # such as the key of a KeyError, or nothing
         words = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."

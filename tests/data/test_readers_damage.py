@@ -324,7 +324,7 @@ JUNK = {
 def test_a_binary_file_that_is_anything_else_is_one_sentence(name, tmp_path):
     write_twin(name, tmp_path / "twin", 3)
     folder = tmp_path / "twin"
-    options = {"name": "dermamnist"} if name == "medmnist" else {}
+    options = {"name": "dermamnist", "size": 28} if name == "medmnist" else {}
     (file,) = folder.rglob(BINARY[name].rpartition("/")[2])
     whole = file.read_bytes()
     damages = JUNK | {"half": whole[: len(whole) // 2], "reversed": whole[::-1]}
