@@ -89,9 +89,10 @@ def _say(sentence: str, status: int) -> int:
     """Prints a sentence on stderr, on one line whatever it quotes, and returns the status."""
     line = " ".join(sentence.splitlines())
     shown = line.translate({code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]})
-    # a config file may have closed or replaced it
-    usable = sys.stderr is not None and not sys.stderr.closed
-    print(f"unimed_jax: {shown}", file=sys.stderr if usable else sys.__stderr__)
+    for stream in (sys.stderr, sys.__stderr__):
+        if stream is not None and not stream.closed:  # as a config file may have done with the first
+            print(f"unimed_jax: {shown}", file=stream)
+            break
     return status
 
 
