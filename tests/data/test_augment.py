@@ -148,6 +148,14 @@ def test_turns_are_the_eight_of_a_square():
     assert found == expected and len(found) == 8
 
 
+def test_beyond_the_edge_is_the_colour_of_the_edge():
+    picture = np.full((20, 30, 3), 200, np.uint8)
+    picture[[0, -1]] = picture[:, [0, -1]] = (10, 60, 30)
+    by = augment.map_of(augment.Variation(scale=0.5, shift=0.5, places=(0.0, 1.0)), (30, 20), ())
+    shown = augment.seen(augment.Working(picture, (30, 20)), by)
+    assert (shown[:4, 12:] == (10, 60, 30)).all() and (shown[17:, :5] == 200).all()
+
+
 def test_rotated_boxes_hold_what_they_held():
     data, given = Planted(), AugmentConfig(rotate=90.0)
     for draw, example in itertools.product(range(8), data.found[::3]):
