@@ -167,11 +167,11 @@ def without_effect(
         unread = [("evaluate", "nothing is varied in evaluation")]
         if config.job == "router":
             unread.append(("data", "the router is fitted on pictures as they are"))
-        for group, reason in unread:
-            for i, source in enumerate(getattr(config, group).sources):
+        for part, reason in unread:
+            for i, source in enumerate(getattr(config, part).sources):
                 if source.augment != AugmentConfig():
-                    sentence = f"config.{group}.sources[{i}].augment has no effect, because {reason}; "
-                    yield f"{group}.sources", sentence + "leave it out."
+                    sentence = f"config.{part}.sources[{i}].augment has no effect, because {reason}; "
+                    yield f"{part}.sources", sentence + "leave it out."
     if config.evaluate.entries:
         for i, entry in enumerate(config.evaluate.entries):
             if entry.every > config.train.steps and needs is not REFUSED:
