@@ -1,6 +1,7 @@
 """SA-Med2D-20M: boxes from masks, the full release beside boxes, seeded subsets, and damage."""
 
 import json
+import os
 import re
 import shutil
 import tracemalloc
@@ -233,6 +234,10 @@ SKIPPED = {
     "a mask of another name": (
         lambda p: _small(p / ROOT / f"masks/{FIRST}.png"),
         f"{FIRST}: no mask's name",
+    ),
+    "a name of no characters": (
+        lambda p: _small(p / ROOT / os.fsdecode(b"images/ct_00--A--\xff--x_1.png")),
+        r"images/ct_00--A--.udcff--x_1.png: its name is no text",
     ),
     "another file": (
         lambda p: (p / ROOT / "masks/notes.txt").write_text("x"),
