@@ -108,11 +108,16 @@ def test_the_full_release_gives_the_same_examples_as_its_boxes(tmp_path, twin):
 
 
 def test_a_subset_depends_on_names_options_and_seed_alone(tmp_path, twin, monkeypatch):
-    whole = chosen(twin)
+    for name in "bac":
+        _small(twin / ROOT / f"images/{name}.png")
+    lost, again = [], []
+    whole = {scene.key: scene.things for scene in scenes(twin, OPTIONS, lost)}
     one = chosen(twin, per_class=2, seed=3)
     listing = release._stems
     monkeypatch.setattr(release, "_stems", lambda *a: iter(sorted(listing(*a), key=lambda n: n[::-1])))
     assert chosen(twin, per_class=2, seed=3) == one != chosen(twin, per_class=2, seed=4)
+    list(scenes(twin, OPTIONS, again))
+    assert lost == again  # whatever the order in which the disk lists the files
     monkeypatch.undo()
     of_class = {}
     for key, things in one.items():
