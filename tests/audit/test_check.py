@@ -1,9 +1,12 @@
 """The audit finds planted leaks and faults, each once and nothing else."""
 
+import concurrent.futures.process
+import contextlib
 import difflib
 import json
 import sys
 import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from unimed_jax.config import Config, DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info, nearest_counts
+from unimed_jax.errors import UserError
 
 CONFIG = """
 from unimed_jax.config import default_config
@@ -204,6 +208,41 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
         0,
     ]
     np.testing.assert_array_equal(np.concatenate([np.load(file) for file in files]), whole)
+
+
+def test_a_damaged_part_is_computed_again(tmp_path):
+    pictures = {f"{i}.png": scene(i) for i in range(3)}
+    write(tmp_path / "a", [line(name, "train", name) for name in pictures], pictures)
+    data = DataConfig((SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "c"))
+    (opened,) = open_sources(data)
+
+    def computed():
+        return prints.fingerprints(opened.folder, "a", [*pictures], tmp_path / "c", processes=1)
+
+    right = computed()
+    (file,) = (tmp_path / "c/audit").glob("*/*.npy")
+    whole, notes = file.read_bytes(), file.with_suffix(".json").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-9] ^= 1  # in a record, where its form says nothing
+    for damage in (b"", whole[:200], bytes(flipped), b"x" * len(whole), whole[::-1]):
+        file.write_bytes(damage)
+        np.testing.assert_array_equal(computed().records, right.records)
+        assert file.read_bytes() == whole
+    for damage in (b"", b"{}", b"[]", notes[:-1], b"[" * 100_000, b'{"notes": 3, "checksum": []}'):
+        file.with_suffix(".json").write_bytes(damage)
+        assert computed().notes == right.notes and file.with_suffix(".json").read_bytes() == notes
+
+
+def test_a_process_that_is_ended_from_outside_is_one_sentence(monkeypatch):
+    @contextlib.contextmanager
+    def broken(workers):
+        lost = concurrent.futures.Future()
+        lost.set_exception(concurrent.futures.process.BrokenProcessPool("terminated abruptly"))
+        yield SimpleNamespace(submit=lambda *_: lost)
+
+    monkeypatch.setattr(prints, "pool_of", broken)
+    with pytest.raises(UserError, match="looks at images was ended from outside.*fewer --processes"):
+        list(prints._parts([("", []), ("", [])], 2))
 
 
 def test_fingerprints_belong_to_the_very_images(tmp_path):
