@@ -14,7 +14,7 @@ from PIL import Image
 
 from unimed_jax import main as cli
 from unimed_jax.audit import fingerprints as prints
-from unimed_jax.audit.check import audit
+from unimed_jax.audit.check import _with_headers, audit
 from unimed_jax.audit.questions import SIMILAR, Asked, _most_similar, text_leaks
 from unimed_jax.config import Config, DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
@@ -422,3 +422,14 @@ def test_boxes_outside_their_image_and_empty_ones_are_named(tmp_path, monkeypatc
     assert "r2: box (40, 20, 40, 40) is empty in hundredths" in found["wrong_boxes"]["first"][1]
     assert "r3: no box in its text" in found["wrong_boxes"]["first"][2]
     assert found["left_out"]["reasons"] == {"object ...: box ... is empty": 1}
+
+
+def test_images_of_one_patient_by_their_headers_belong_together():
+    """A name in the records counts within its set only, an identifier in DICOM headers in all."""
+    notes = {"x": {"patient": "aa", "study": "s"}, "y": {"patient": "aa", "study": "t"}}
+    one, other = (
+        _with_headers(Asked(id, "vqa", (image,), "what?", id, "", "", (("case", "7"),)), notes)
+        for id, image in (("t", "x"), ("e", "y"))
+    )
+    assert text_leaks([one], [other]).pairs.keys() == {"patient", "case"}
+    assert text_leaks([one], [other], {}, one_set=False).pairs == {"patient": [("t", "e")]}

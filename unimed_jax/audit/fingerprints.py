@@ -71,7 +71,7 @@ def fingerprints(
     folder: where the store is. id: what the progress bar calls the set.
     """
     store = Store(folder)
-    named = "\0".join([store.checksum, str(VERSION), *keys])
+    named = "\0".join([store.checksum, str(VERSION), str(PART), *keys])
     which = hashlib.sha256(named.encode()).hexdigest()[:12]
     place = cache / "audit" / f"{store.id}-{which}"
     parts = [(start, place / f"{start:09d}.npy") for start in range(0, len(keys), PART)]
