@@ -1,13 +1,14 @@
-"""Measures what Med-MoE's third stage and its parts are worth, at a tiny size.
+"""Measures what Med-MoE's third stage and its parts are worth, at a small size.
 
     python benchmarks/med_moe_chain.py [--out=runs/med_moe_ablation] [--seeds=0,1,2]
-    [--start=runs/brain_tiny] [--smoke]
+    [--start=runs/brain_tiny] [--size=real --root=DIR] [--variants=moe,dense] [--smoke]
 
-For each seed the stages of configs/med_moe/all.py:tiny, then variants of the last one, all from the
-same stage 2: dense, for as many steps and for as many FLOPs as the experts take; without the meta
-expert; with a router that learns next to the experts; top-2. Finished runs are skipped, so the same
-command continues. Writes ablation.json, ablation.md and ablation.png into the folder: paired
-differences with 95 % intervals, and whether what was published appears here.
+For each seed the stages of configs/med_moe/all.py:tiny (or :real, on the data sets in DIR), then
+variants of the last one, all from the same stage 2: dense, for as many steps and for as many FLOPs as
+the experts take; without the meta expert; with a router that learns next to the experts; top-2.
+Finished runs are skipped, so the same command continues. Writes ablation.json, ablation.md and
+ablation.png into the folder: paired differences with 95 % intervals, and whether what was published
+appears here; and, where the images name their modality, how many tokens of each go to each expert.
 """
 
 import argparse
@@ -88,16 +89,26 @@ def variants(moe: Config) -> dict[str, Config]:
     return {name: dataclasses.replace(config, name=str(folder / name)) for name, config in found.items()}
 
 
-def stages_of(seed: int, out: Path, start: str, smoke: bool) -> list[Stage]:
-    """Lists all runs of one seed, each after those that it starts from."""
+def stages_of(seed: int, known: argparse.Namespace) -> list[Stage]:
+    """Lists all runs of one seed, each after those that it starts from; `known` are the options."""
     configs = {}
-    for file in load_config_file(f"{CHAIN}:tiny").stages:
-        config = from_config_dict(load_config_file(file))
-        init = tuple((kind, start if path == "runs/brain_tiny" else path) for kind, path in config.init)
+    for file in load_config_file(f"{CHAIN}:{known.size}").stages:
+        settings = load_config_file(file)
+        if known.root:
+            settings.data.root = known.root
+        config = from_config_dict(settings)
+        init = tuple(
+            (kind, known.start if path == "runs/brain_tiny" else path) for kind, path in config.init
+        )
         config = dataclasses.replace(config, seed=seed, init=init)
-        configs[Path(config.name).name] = shortened(config) if smoke else config
+        configs[Path(config.name).name] = shortened(config) if known.smoke else config
+    found = variants(configs["moe"])
+    wanted = known.variants.split(",") if known.variants else list(found)
+    if unknown := [name for name in wanted if name not in found]:
+        raise UserError(f"--variants names {unknown[0]!r}; choose from {', '.join(found)}.")
     return linked(
-        [*(configs[name] for name in BEFORE), *variants(configs["moe"]).values()], out / f"seed{seed}"
+        [*(configs[name] for name in BEFORE), *(found[name] for name in wanted)],
+        known.out / f"seed{seed}",
     )
 
 
@@ -151,6 +162,8 @@ def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int 
     draws = dict(zip(keys, resample(flat, clusters, resamples, seed=0), strict=True))
     pairs = []
     for pair, left, right, published in PAIRS:
+        if not {left, right} <= set(records):
+            continue
         scores = {}
         for score, known in zip(SCORES, published, strict=True):
             ci95 = interval(100 * (draws[left, score] - draws[right, score]))
@@ -263,15 +276,18 @@ def main() -> None:
     options.add_argument(
         "--start", default="runs/brain_tiny", help="a finished run of configs/brain_tiny.py"
     )
+    options.add_argument("--size", choices=("tiny", "real"), default="tiny")
+    options.add_argument("--root", default="", help="folder of the data sets, for --size=real")
+    options.add_argument("--variants", default="", help="of stage 3, joined by commas; all by default")
     options.add_argument("--smoke", action="store_true", help="a few steps and answers of each run")
     known = options.parse_args()
     seeds = [int(seed) for seed in known.seeds.split(",")]
-    if not (Path(known.start) / "config.json").is_file():
+    if known.size == "tiny" and not (Path(known.start) / "config.json").is_file():
         raise UserError(f"--start={known.start} is no finished run; train configs/brain_tiny.py first.")
     records: dict[str, list[list[dict]]] = {}
     costs = {}
     for seed in seeds:
-        for stage in stages_of(seed, known.out, known.start, known.smoke):
+        for stage in stages_of(seed, known):
             done = finished(stage)
             print(f"seed {seed}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
             if not done:

@@ -89,6 +89,7 @@ source = {
     "questions": size,
     "only": dict_of(filled, tuple_of(place, least=1)),
     "weights": dict_of(filled, dict_of(place, number(0, 1e6))),
+    "augment": dataclasses.is_dataclass,
     "splits": dict_of(folder, filled),
     "info": dict_of(
         one_of("licence", "citation", "note", "cluster_word"), text(65536, r"[^\x00\ud800-\udfff]*")
@@ -118,6 +119,12 @@ image = {
         )
     ),
     "background": lambda v: v in ("white", "black") or tuple_of(whole(0, 255), 3, 3, distinct=False)(v),
+}
+augment = {
+    "turns": flag,
+    "rotate": number(0, 180),
+    "scale": lambda v: tuple_of(number(0.1, 10), 2, 2, distinct=False)(v) and v[0] <= v[1],
+    **dict.fromkeys(("shift", "contrast", "brightness"), number(0, 1)),
 }
 group_of_settings = dataclasses.is_dataclass
 MEANINGFUL: dict[str, dict[str, Check]] = {
@@ -228,9 +235,18 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "threads": whole(0, 1024),
         "image_cache_mib": whole(0, 2**20),
         "changed": one_of("refuse", "accept"),
+        "strict": flag,
+        "reencode": group_of_settings,
+    },
+    "data.reencode": {
+        "size": whole(0, 8192),
+        "format": one_of("", "png", "jpeg", "webp"),
+        "quality": whole(1, 100),
     },
     "data.sources[0]": source,
     "evaluate.sources[0]": source,
+    "data.sources[0].augment": augment,
+    "evaluate.sources[0].augment": augment,
     **dict.fromkeys(("data.sources[0].image", "evaluate.sources[0].image"), image),
     "loss": {
         "reduction": optional(one_of("token", "example")),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from unimed_jax.bounds import shown
-from unimed_jax.config import Config
+from unimed_jax.config import AugmentConfig, Config
 from unimed_jax.errors import UserError
 
 
@@ -39,6 +39,12 @@ REFUSED = (
         "chat_template double_bos training_blank",
         lambda c: c.text.form == "unimed",
         "only the form 'unimed' reads it",
+    ),
+    Need(
+        "data.reencode",
+        "quality",
+        lambda c: c.data.reencode.asked and c.data.reencode.format != "png",
+        "no image is encoded again as JPEG or WebP (config.data.reencode)",
     ),
     Need("train", "best_mode", lambda c: c.train.best, "config.train.best is empty"),
     Need("mesh", "data fsdp tensor expert", lambda c: not c.mesh.auto, "config.mesh.auto is True"),
@@ -149,6 +155,16 @@ def without_effect(
                     (
                         f"config.{name}={shown(value)} has no effect, because {need.without}; "
                         f"change that, or leave it at {shown(default)}."
+                    ),
+                )
+    if needs is not REFUSED:
+        for i, source in enumerate(config.evaluate.sources):
+            if source.augment != AugmentConfig():
+                yield (
+                    "evaluate.sources",
+                    (
+                        f"config.evaluate.sources[{i}].augment has no effect, because nothing is varied "
+                        "in evaluation; leave it out."
                     ),
                 )
     if config.evaluate.entries:

@@ -66,6 +66,7 @@ CONTEXT = {
     "model.moe.min_capacity": {"model": {"moe": {"experts": 4, "capacity_factor": 2.0}}},
     "model.lora.*": {"model": {"lora": {"rank": 4}}},
     "mesh.*": {"mesh": {"auto": False}},
+    "data.reencode.quality": {"data": {"reencode": {"format": "jpeg"}}},
     "evaluate.top_p": {"evaluate": {"temperature": 1.0}},
     "model.connector.top_k": {"model": {"connector": {"router": "sparse"}}},
     "model.decoder.local_rope_theta": {"model": {"decoder": {"windows": (8,)}}},

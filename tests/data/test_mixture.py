@@ -8,7 +8,7 @@ import pytest
 
 from unimed_jax import main as cli
 from unimed_jax.config_file import load_config_file
-from unimed_jax.data.pipeline import source_order
+from unimed_jax.data.order import source_order
 from unimed_jax.data.twins import write_twin
 from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict

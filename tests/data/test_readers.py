@@ -19,8 +19,15 @@ from unimed_jax.data.twins import TWINS, prepared, write_twin
 from unimed_jax.errors import UserError
 
 # options of a reader or layout
-NEEDED = {"medmnist": {"name": "dermamnist"}, "medqa/four": {"options": 4}}
-TASKS = {"array_record": {"cls"}, "pairs": {"vqa"}}  # of layouts that do not have all of their reader's
+NEEDED = {
+    "medmnist": {"name": "dermamnist"},
+    "medqa/four": {"options": 4},
+    "medqa/mainland": {"region": "Mainland", "options": 4},
+    "medqa/taiwan": {"region": "Taiwan"},
+}
+# of layouts that do not have all of their reader's
+TASKS = {"array_record": {"cls"}, "pairs": {"vqa"}, "slake/parquet": {"vqa"}}
+SPLITS = {"llava/pairs": {"train"}, "medqa/parquet": {"train", "test"}}
 LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
 
 
@@ -33,10 +40,12 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     one, two, other = (
         opened(tmp_path / place, name, options=options) for place in ("one", "two", "other")
     )
-    assert set(one.splits) == (set(one.info.splits) if layout != "pairs" else {"train"})
+    assert set(one.splits) == SPLITS.get(f"{name}/{layout}", set(one.info.splits))
     assert one.checksum == two.checksum != other.checksum
     found = everything(one)
-    assert {example.task for _, example in found} == TASKS.get(layout, set(one.info.tasks))
+    assert {example.task for _, example in found} == TASKS.get(
+        layout, TASKS.get(f"{name}/{layout}", set(one.info.tasks))
+    )
     assert all(example.answer for _, example in found)
     assert len({example.id for _, example in found}) == len(found)
     for _, example in found:
@@ -175,7 +184,8 @@ def test_medqa_shows_its_options_if_asked_to(tmp_path):
 def test_slices_of_a_case_belong_together(tmp_path):
     write_twin("samed", tmp_path / "set", records=9)
     clusters = {e.cluster for e in opened(tmp_path / "set", "samed").examples("train")}
-    assert clusters == {f"AbdomenCT1K--Case_{i:05d}" for i in range(3)}
+    sets = ("AbdomenCT1K", "CHAOS_Task_4", "AbdomenCT1K")
+    assert clusters == {f"{name}--Case_{i:05d}" for i, name in enumerate(sets)}
 
 
 def test_reports_keep_their_views_and_patients(tmp_path):

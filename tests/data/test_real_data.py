@@ -3,14 +3,17 @@
 Skipped where the data is not there.
 """
 
+import io
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
-from unimed_jax.data.twins.hub import write_shards
+from unimed_jax.data.twins.hub import write_shards, write_table
 
 NAMES = {"RBC": "red blood cell", "WBC": "white blood cell", "Platelets": "platelet"}
 
@@ -118,6 +121,55 @@ def test_pubmedqa(real_data, cache):
         "no": 338,
         "maybe": 110,
     }
+
+
+def test_pubmedqa_as_the_hub_has_it(real_data, cache, tmp_path):
+    """A table made of the original gives its examples, in its order."""
+    original = opened(real_data, cache, "pubmedqa", "pubmedqa", context="contexts")
+    (tmp_path / "hub").mkdir()
+    ids = real_data / "pubmedqa/test_ground_truth.json"
+    rows = [
+        {
+            "pubid": int(pmid),
+            "question": found["QUESTION"],
+            "context": {"contexts": found["CONTEXTS"], "labels": found["LABELS"]},
+            "long_answer": found["LONG_ANSWER"],
+            "final_decision": found["final_decision"],
+        }
+        for pmid, found in json.loads((real_data / "pubmedqa/ori_pqal.json").read_text()).items()
+    ]
+    write_table(tmp_path / "hub/pqa_labeled/train-00000-of-00001.parquet", rows)
+    data = opened(tmp_path, tmp_path / "c", "pubmedqa", "hub", context="contexts", test_ids=str(ids))
+    assert data.checksum == original.checksum and len(data.examples("test")) == 500
+
+
+def test_slake_as_the_hub_has_it(real_data, cache, tmp_path):
+    """A table made of the English questions, with a picture of one colour for each image."""
+    if not (real_data / "slake").is_dir():
+        pytest.skip(f"needs {real_data / 'slake'}, which does not exist (docs/real_data.md)")
+    closed = {}
+    for split, name in (("train", "train"), ("validation", "validate"), ("test", "test")):
+        found = json.loads((real_data / f"slake/{name}.json").read_text())
+        found = [row for row in found if row["q_lang"] == "en"]
+        rows = []
+        for row in found:
+            picture = io.BytesIO()
+            Image.new("RGB", (1, 1), (row["img_id"] // 256, row["img_id"] % 256, 0)).save(picture, "PNG")
+            rows.append(
+                {
+                    "image": {"bytes": picture.getvalue(), "path": None},
+                    "question": row["question"],
+                    "answer": row["answer"],
+                }
+            )
+        write_shards(tmp_path / "hub", split, rows, ["image"])
+        closed[split] = sum(row["answer_type"].strip() == "CLOSED" for row in found)
+    data = opened(tmp_path, tmp_path / "cache", "slake", "hub")
+    # train 1622 has no answer
+    assert [len(data.examples(s)) for s in data.splits] == [4918, 1053, 1061] and data.skipped == 1
+    assert closed["test"] == 416 and tasks(data, "test")["vqa", "closed"] == 355
+    images = [{e.images for e in data.examples(split)} for split in data.splits]
+    assert [len(some) for some in images] == [450, 96, 96] and not images[0] & images[2]
 
 
 def test_bccd(real_data, cache):

@@ -59,7 +59,10 @@ def test_the_schema_is_printed(capsys):
         (["show", "brian", "--out={tmp}/x.png"], "'brian' is not a data set; did you mean 'brain'"),
         (["show", "voc", "--out={tmp}/x.png", "--path={tmp}/none"], "none does not exist"),
         (["show", "yours", "--config={tmp}/mine.py", "--out={tmp}/x.png"], "has no data set 'yours'"),
-        (["shwo"], "'shwo' is not one of show, check, twin, schema, export; did you mean 'show'"),
+        (
+            ["shwo"],
+            "is not one of show, prepare, check, twin, subset, schema, export; did you mean 'show'",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, capsys, words, match):

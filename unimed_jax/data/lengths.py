@@ -19,7 +19,7 @@ from unimed_jax import files
 from unimed_jax.config import TextConfig
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import form_of
-from unimed_jax.data.layout import Encoder, RowShape
+from unimed_jax.data.layout import Encoded, Encoder, RowShape
 from unimed_jax.errors import UserError
 
 VERSION = 2  # of the arrays and of how examples become tokens; raise it when either changes
@@ -50,6 +50,11 @@ class Lengths:
     def answer(self, row: int) -> int:
         """Counts the answer tokens, which the suffix includes."""
         return self.table.item(row, _ANSWER)
+
+    def holds(self, row: int, variant: int, encoded: Encoded) -> bool:
+        """Says whether an example that is written in another way fits the lengths measured for it."""
+        room = self.suffix(row, variant), self.answer(row)
+        return len(encoded.suffix) <= room[0] and encoded.answer <= room[1]
 
     @property
     def cut(self) -> int:

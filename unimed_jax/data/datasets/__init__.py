@@ -10,14 +10,16 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.example import Dataset
+from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info, described
-from unimed_jax.data.prepare import Reader, prepared
+from unimed_jax.data.prepare import How, Reader, prepared
 from unimed_jax.data.records import check_links
 from unimed_jax.data.selection import Selection
 from unimed_jax.data.store import MANIFEST, Store
@@ -26,19 +28,28 @@ from unimed_jax.errors import UserError, nearest
 _opened: dict[tuple[Path, int], Store] = {}  # by folder and time of its manifest: opened once a process
 
 
-def open_sources(data: DataConfig) -> list[Dataset]:
+def open_sources(data: DataConfig, workers: int = 0, pool: Executor | None = None) -> list[Dataset]:
     """Opens one data set per source, in their order.
 
     Sources that differ in tasks or filters only share one.
 
-    A set is prepared first if it has not been. Raises UserError for anything wrong with a source.
+    A set is prepared first if it has not been, by the `workers` processes of `pool` if there are any
+    (data/image_shards.py). Raises UserError for anything wrong with a source.
     """
     sets: dict[str, list[SourceConfig]] = {}
     for source in data.sources:
         sets.setdefault(_identity(source, data), []).append(source)
     ids = _ids(sets, data)
-    opened = {identity: _open(ids[identity], sources, data) for identity, sources in sets.items()}
+    check_places(data)  # of all, before the first takes hours
+    how = How(PLAIN, data.reencode, data.strict, workers, pool)
+    opened = {identity: _open(ids[identity], sources, data, how) for identity, sources in sets.items()}
     return [opened[_identity(source, data)] for source in data.sources]
+
+
+def check_places(data: DataConfig) -> None:
+    """Raises UserError for a source whose files are missing."""
+    for source in data.sources:
+        _folder(source, data)
 
 
 def distinct(datasets: Iterable[Dataset]) -> list[Dataset]:
@@ -132,22 +143,30 @@ def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str
     return out
 
 
-def _open(id: str, sources: list[SourceConfig], data: DataConfig) -> Dataset:
+def _open(id: str, sources: list[SourceConfig], data: DataConfig, how: How) -> Selection:
     source = sources[0]
-    reader = reader_of(source.name)
-    folder = None
-    if not reader.INFO.self_contained:
-        path = path_of(source, data)
-        if not path or not Path(path).exists():
-            raise UserError(
-                f"config.data.sources: {path or 'the path of ' + repr(source.name)} does not exist; "
-                f"give the folder that holds {', '.join(reader.INFO.files)}."
-            )
-        folder = Path(path)
+    reader, folder = reader_of(source.name), _folder(source, data)
+    if folder is not None:
         check_links(folder, reader.INFO.files)
     info = described(reader.INFO, folder, source.info)
-    store = prepared(
-        reader, reader.INFO, folder, _plain(source.options), data.cache_folder, source.image
-    )
+    how = how._replace(image=source.image)
+    store = prepared(reader, reader.INFO, folder, _plain(source.options), data.cache_folder, how)
     key = store.folder, (store.folder / MANIFEST).stat().st_mtime_ns
     return Selection(_opened.setdefault(key, store), id, info, sources)
+
+
+def _folder(source: SourceConfig, data: DataConfig) -> Path | None:
+    """Returns where the files of a source are, or None if it needs none.
+
+    Raises UserError if they are missing.
+    """
+    info = reader_of(source.name).INFO
+    if info.self_contained:
+        return None
+    path = path_of(source, data)
+    if not path or not Path(path).exists():
+        raise UserError(
+            f"config.data.sources: {path or 'the path of ' + repr(source.name)} does not exist; "
+            f"give the folder that holds {', '.join(info.files)}."
+        )
+    return Path(path)

@@ -19,8 +19,8 @@ from unimed_jax.data import grounding
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import (
     Record,
     check_keys,

@@ -14,8 +14,8 @@ from typing import Any
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import IMAGE, turns_of
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import inside, records, short, word
 from unimed_jax.errors import UserError
 

@@ -14,8 +14,8 @@ from typing import Any
 from unimed_jax.data import grounding
 from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import chosen_options, inside, other_size, short
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import read_text

@@ -1,11 +1,12 @@
 """Writes twins of the sets of Uni-Med's recipe that hold pictures.
 
-They are SLAKE, Path-VQA, SA-Med2D, MedMNIST, the sets of reports, and MedPix.
+They are SLAKE, Path-VQA, MedMNIST, the sets of reports, and MedPix.
 """
 
 import base64
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -112,27 +113,29 @@ def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes Path-VQA as a table for each split, with pictures in base64."""
-    for split in ("train", "val", "test"):
+    """Writes the questions of `path_vqa` as a table for each split, with pictures in base64."""
+    for split, rows in path_vqa_rows(folder, records, rng).items():
         lines = ["index\timage\tquestion\tanswer"]
-        for i in range(count(split, records)):
-            picture(folder / "picture.jpg", rng, SIZE)
-            image = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
-            lines.append(
-                f"{i}\t{image}\twhat is {words(rng)}?\t{pick(rng, ('yes', 'no', words(rng, 1, 4)))}"
-            )
+        for i, (image, question, answer) in enumerate(rows):
+            lines.append(f"{i}\t{base64.b64encode(image).decode()}\t{question}\t{answer}")
         (folder / f"PathVQA_{split.upper()}.tsv").write_text("\n".join(lines) + "\n")
-    (folder / "picture.jpg").unlink()
 
 
-# ---- SA-Med2D --------------------------------------------------------------------------------------
-def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes Uni-Med's regions: several slices a case."""
-    for i in range(records):
-        modality = pick(rng, ("ct", "mr"))
-        name = f"{modality}_00--AbdomenCT1K--Case_{i // 3:05d}--x_{i:04d}"
-        picture(folder / "images" / modality / f"{name}.png", rng, SIZE, grey=True)
-        write_json(folder / "regions" / modality / f"{name}.json", _boxes(rng))
+def path_vqa_rows(
+    folder: Path, records: int, rng: np.random.Generator
+) -> dict[str, list[tuple[bytes, str, str]]]:
+    """Returns picture, question and answer of each question of `path_vqa`, by split."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path_vqa(Path(place), records, rng)
+        found = {}
+        for split in ("train", "val", "test"):
+            rows = pickle.loads((Path(place) / f"qas/{split}_vqa.pkl").read_bytes())  # written just now
+            images = Path(place) / "images" / split
+            found[split] = [
+                ((images / f"{row['img_id']}.jpg").read_bytes(), row["sent"], next(iter(row["label"])))
+                for row in rows
+            ]
+    return found
 
 
 # ---- MedMNIST --------------------------------------------------------------------------------------
