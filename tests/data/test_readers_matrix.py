@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 from support.reading import everything, left_out, opened
 from test_readers import LAYOUTS, NEEDED

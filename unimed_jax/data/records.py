@@ -4,6 +4,7 @@ Every function that raises names the file and the record, so that whoever holds 
 """
 
 import csv
+import functools
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 from unimed_jax.data.images import upright_size
 from unimed_jax.data.tables import parquet_rows
-from unimed_jax.errors import UserError, nearest
+from unimed_jax.errors import UserError, misspelt, nearest
 from unimed_jax.parsing import json_lines, parse_json, read_text
 
 Record = dict[str, Any]
@@ -92,7 +93,7 @@ def word(
     numbers: a number is taken as its text. Raises UserError for anything else, or if a required key
     is absent.
     """
-    value = record.get(key)
+    value = record[key] if required and key in record else optional(record, key, where)
     if value is None and not required:
         return ""
     if not (isinstance(value, str) or (numbers and type(value) in (int, float))):
@@ -100,6 +101,21 @@ def word(
             raise UserError(f"{where}: {key!r} is {short(value)}; give a text, or leave it out.")
         raise UserError(f"{where}: {key!r} is missing{nearest(key, record) or '.'}")
     return str(value).strip()
+
+
+def optional(record: Mapping[str, Any], key: str, where: str) -> Any:
+    """Returns the value of a key that a record may lack, then None.
+
+    Raises UserError if it is absent, but another key looks like a misspelling of it.
+    """
+    if key not in record and (other := _misspelt(key, tuple(record))):
+        raise UserError(f"{where}: key {other!r} is unknown; did you mean {key!r}?")
+    return record.get(key)
+
+
+@functools.lru_cache(1024)
+def _misspelt(key: str, keys: tuple[str, ...]) -> str:
+    return misspelt(key, keys)
 
 
 def check_keys(record: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -70,8 +70,12 @@ def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
             yield name, path, label, word(record, "cluster", where) or name
     elif here.is_dir():
         for place in sorted(path for path in here.iterdir() if path.is_dir()):
-            for path in sorted(
-                path for path in place.rglob("*") if path.is_file() and path.name[0] != "."
-            ):
+            for path in sorted(path for path in place.rglob("*") if path.name[0] != "."):
                 name = str(path.relative_to(folder))
+                if path.is_dir():
+                    if path.is_symlink():
+                        raise UserError(
+                            f"{path} is a link to a folder within a class; put the folder there."
+                        )
+                    continue
                 yield name, inside(folder, folder, name, str(place)), place.name, name

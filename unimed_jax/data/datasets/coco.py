@@ -6,7 +6,7 @@ annotations/instances_<split>*.json, instances_<split>*.json, <split>.json,
 JSON, or in <split>, images/<split>, images, or the folder itself.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import LARGEST, Record, chosen_options, inside, other_size, short, word
+from unimed_jax.data.records import (
+    LARGEST,
+    Record,
+    chosen_options,
+    inside,
+    optional,
+    other_size,
+    short,
+    word,
+)
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import parse_json, read_text
 
@@ -106,7 +115,7 @@ def _annotations(
         label, image = entry.get("category_id"), entry.get("image_id")
         if type(label) is not int or label not in labels or type(image) is not int:
             raise UserError(f"{where}: its category_id or image_id is none of the file's; mend it.")
-        if not entry.get("iscrowd"):
+        if not optional(entry, "iscrowd", where):
             x, y, width, height = box
             corners = round(x), round(y), round(x + width), round(y + height)
             of_image[image].append((entry.get("id"), Labelled(labels[label], corners)))
@@ -117,11 +126,10 @@ def _list(content: Record, key: str, file: Path) -> list[Record]:
     found = content.get(key)
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise UserError(f"{file}: {key!r} is not a list of objects; give COCO's annotations.")
-    if key != "annotations":  # boxes find their image and category by these
-        ids = [_id(entry, file) for entry in found]
-        if len(set(ids)) < len(ids):
-            twice = next(number for number in ids if ids.count(number) > 1)
-            raise UserError(f"{file}: the id {twice} stands twice among {key!r}; give each its own.")
+    ids = [_id(entry, file) for entry in found if key != "annotations" or entry.get("id") is not None]
+    if len(set(ids)) < len(ids):
+        twice, _ = Counter(ids).most_common(1)[0]
+        raise UserError(f"{file}: the id {twice} stands twice among {key!r}; give each its own.")
     return found
 
 
