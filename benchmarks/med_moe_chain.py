@@ -24,6 +24,7 @@ from harness import table
 from unimed_jax import files
 from unimed_jax.analyze import params
 from unimed_jax.analyze.chain import Stage, finished, linked, train_and_evaluate
+from unimed_jax.analyze.experts import load_table, write_load
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
@@ -89,27 +90,29 @@ def variants(moe: Config) -> dict[str, Config]:
     return {name: dataclasses.replace(config, name=str(folder / name)) for name, config in found.items()}
 
 
-def stages_of(seed: int, known: argparse.Namespace) -> list[Stage]:
-    """Lists all runs of one seed, each after those that it starts from; `known` are the options."""
+def stages_of(
+    seed: int,
+    out: Path,
+    start: str,
+    smoke: bool,
+    size: str = "tiny",
+    root: str = "",
+    wanted: Sequence[str] = (),
+) -> list[Stage]:
+    """Lists all runs of one seed, each after those that it starts from; `wanted` (): all variants."""
     configs = {}
-    for file in load_config_file(f"{CHAIN}:{known.size}").stages:
+    for file in load_config_file(f"{CHAIN}:{size}").stages:
         settings = load_config_file(file)
-        if known.root:
-            settings.data.root = known.root
+        settings.data.root = root
         config = from_config_dict(settings)
-        init = tuple(
-            (kind, known.start if path == "runs/brain_tiny" else path) for kind, path in config.init
-        )
+        init = tuple((kind, start if path == "runs/brain_tiny" else path) for kind, path in config.init)
         config = dataclasses.replace(config, seed=seed, init=init)
-        configs[Path(config.name).name] = shortened(config) if known.smoke else config
+        configs[Path(config.name).name] = shortened(config) if smoke else config
     found = variants(configs["moe"])
-    wanted = known.variants.split(",") if known.variants else list(found)
     if unknown := [name for name in wanted if name not in found]:
         raise UserError(f"--variants names {unknown[0]!r}; choose from {', '.join(found)}.")
-    return linked(
-        [*(configs[name] for name in BEFORE), *(found[name] for name in wanted)],
-        known.out / f"seed{seed}",
-    )
+    some = [found[name] for name in wanted or found]
+    return linked([*(configs[name] for name in BEFORE), *some], out / f"seed{seed}")
 
 
 def shortened(config: Config) -> Config:
@@ -219,7 +222,7 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
             cells.append(f"{s['value']:+.1f} [{ends}] ({spread}){known}: {s['verdict']}")
         pairs.append([entry["pair"], *cells])
     return (
-        f"# Med-MoE's third stage, tiny: {len(seeds)} seeds\n\n"
+        f"# Med-MoE's third stage: {len(seeds)} seeds\n\n"
         f"{table(('variant', 'steps', 'activated in the decoder', *SCORES), rows)}\n\n"
         "Per cent on the held-out set, mean over seeds (lowest .. highest).\n\n"
         f"{table(('difference in points', *SCORES), pairs)}\n\n"
@@ -284,20 +287,29 @@ def main() -> None:
     seeds = [int(seed) for seed in known.seeds.split(",")]
     if known.size == "tiny" and not (Path(known.start) / "config.json").is_file():
         raise UserError(f"--start={known.start} is no finished run; train configs/brain_tiny.py first.")
+    wanted = known.variants.split(",") if known.variants else ()
     records: dict[str, list[list[dict]]] = {}
+    loads: list[dict] = []
     costs = {}
     for seed in seeds:
-        for stage in stages_of(seed, known):
+        stages = stages_of(seed, known.out, known.start, known.smoke, known.size, known.root, wanted)
+        for stage in stages:
             done = finished(stage)
             print(f"seed {seed}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
             if not done:
                 train_and_evaluate(stage.config, stage.folder)
+            if stage.name == "moe":
+                loads.append(write_load(stage.folder, stages[BEFORE.index("router")].folder))
             if stage.name not in BEFORE:
                 records.setdefault(stage.name, []).append(test_records(stage))
                 costs[stage.name] = (stage.config.train.steps, activated(stage.config))
     result = compared(records)
-    text = report(result, costs, seeds)
+    text = report(result, costs, seeds) + "".join(
+        f"\n## Tokens by expert, seed {seed}\n\n{load_table(load)}\n"
+        for seed, load in zip(seeds, loads, strict=True)
+    )
     kept = {"seeds": seeds, "smoke": known.smoke, "steps and activated": costs, **result}
+    kept["experts"] = loads
     with files.written_together(known.out, ("ablation.png", "ablation.md", "ablation.json")) as place:
         draw(result, place / "ablation.png")
         files.write_text(place / "ablation.md", text)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from support.reading import everything, opened
+from support.reading import everything, left_out, opened
 
 from unimed_jax.data.store import pack
 from unimed_jax.data.twins import write_twin
@@ -105,3 +105,38 @@ def test_medqa(tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             opened(tmp_path / "True/parquet", "medqa", options=options)
+
+
+def test_every_table_of_medpix(tmp_path):
+    """Cases name several images with commas; a question may be about none."""
+    write_twin("medpix", tmp_path / "set", records=12)
+    data = opened(tmp_path / "set", "medpix", id="plain")
+    assert {e.meta["template"] for _, e in everything(data)} == {"caption"}
+    tables = ["single", "multi", "questions"]
+    data = opened(tmp_path / "set", "medpix", id="all", options={"tables": tables})
+    some = list(data.examples("train"))
+    cases = [e for e in some if "/multi/" in e.id]
+    assert [len(e.images) for e in cases] == [1 + i % 3 for i in range(12) if i % 4 != 3]
+    assert {e.question for e in cases if e.meta["template"] == "findings"} == {"What are the findings?"}
+    asked = [e for e in some if "/questions/" in e.id]
+    assert [e.task for e in asked] == ["qa", "vqa"] * 6
+    unknown = [line for line in left_out(data) if "type 'Keywords' is unknown" in line]
+    assert len(unknown) == 3 + 1 and data.skipped == len(unknown) + 1  # and a caption without image
+    options = {"tables": tables[:2], "types": ["plane", "modality", "diagnosis"], "history": True}
+    data = opened(tmp_path / "set", "medpix", id="some", options=options)
+    kinds = {(e.task, e.meta["template"]) for _, e in everything(data)}
+    assert kinds == {("cls", "modality"), ("vqa", "diagnosis")}
+    told = [e.question for _, e in everything(data) if e.question.startswith("A patient of")]
+    assert told and all(question.endswith("What is the diagnosis?") for question in told)
+    for options, match in (
+        (
+            {"tables": ["multiple"]},
+            "option tables of medpix names 'multiple'; choose from single, multi",
+        ),
+        ({"types": ["captions"]}, "option types of medpix names 'captions'"),
+    ):
+        with pytest.raises(UserError, match=match):
+            opened(tmp_path / "set", "medpix", id="bad", options=options)
+    (tmp_path / "set/MedPix_multi_test.csv").unlink()
+    with pytest.raises(UserError, match="MedPix_multi_test.csv does not exist"):
+        opened(tmp_path / "set", "medpix", id="lost", options={"tables": ["multi"]})

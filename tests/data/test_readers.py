@@ -24,10 +24,26 @@ NEEDED = {
     "medqa/four": {"options": 4},
     "medqa/mainland": {"region": "Mainland", "options": 4},
     "medqa/taiwan": {"region": "Taiwan"},
+    "choices/tsv": {"split": "split"},
 }
 # of layouts that do not have all of their reader's
-TASKS = {"array_record": {"cls"}, "pairs": {"vqa"}, "slake/parquet": {"vqa"}}
-SPLITS = {"llava/pairs": {"train"}, "medqa/parquet": {"train", "test"}}
+TASKS = {
+    "array_record": {"cls"},
+    "pairs": {"vqa"},
+    "slake/parquet": {"vqa"},
+    "radfm": {"caption"},
+    "medmcqa": {"qa"},
+    **dict.fromkeys(("pmc_vqa", "omnimedvqa", "mmmu", "choices/tsv"), {"vqa"}),
+}
+SPLITS = {
+    "llava/pairs": {"train"},
+    "medqa/parquet": {"train", "test"},
+    "choices/pmc_vqa": {"train", "test"},
+    "choices/medxpertqa": {"val", "test"},
+    "choices/omnimedvqa": {"train"},
+    "choices/mmmu": {"val"},
+    "choices/medmcqa": {"train", "val"},
+}
 LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import ml_collections
 
 from unimed_jax import files, processes
+from unimed_jax.analyze.experts import LOAD, load_table, write_load
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
@@ -152,10 +153,20 @@ def run_chain(settings: ml_collections.ConfigDict, overrides: Sequence[str], fol
         )
         if not done:
             train_and_evaluate(stage.config, stage.folder)
+        _write_load(stage, stages[:i])
         if processes.leads():
             table = write_table(folder, stages[: i + 1])
     if table:
         processes.say(f"{table}\nwrote {folder / 'stages.md'}")
+
+
+def _write_load(stage: Stage, earlier: Sequence[Stage]) -> None:
+    """Writes which experts a stage's tokens go to, if a stage before it fitted its router."""
+    router = next((s for s in reversed(earlier) if s.config.job == "router"), None)
+    if router is None or not stage.config.model.moe.experts or (stage.folder / LOAD).is_file():
+        return
+    load = write_load(stage.folder, router.folder)
+    processes.say(f"{load_table(load)}\nwrote {stage.folder / LOAD}")
 
 
 def train_and_evaluate(config: Config, folder: Path) -> None:

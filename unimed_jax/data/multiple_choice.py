@@ -12,7 +12,7 @@ from unimed_jax.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Options = dict[str, str]  # letter -> text
-UNFOLDED: dict[Any, str] = {
+UNFOLDED = {
     "Question": "question",
     "Options": "options",
     "Correct Option": "answer_idx",
@@ -29,7 +29,7 @@ def unfolded(record: Record) -> Record:
     data = record.get("data")
     if not isinstance(data, dict):
         return record
-    return {**record, **{UNFOLDED.get(key, key): value for key, value in data.items()}}
+    return {**record, **{UNFOLDED.get(str(key), str(key)): value for key, value in data.items()}}
 
 
 def options_of(value: Any, where: str, key: str = "options") -> Options:

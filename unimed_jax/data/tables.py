@@ -82,11 +82,12 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def split_of(file: Path, folder: Path) -> str | None:
-    """Tells a file's split by its name, or else by the folders above it up to `folder`.
+    """Tells a file's split by its name, or else by the folders above it within `folder`.
 
     train, val or test; None if no name says it or several do.
     """
-    for name in (file.stem, *(part.name for part in file.parents if part.is_relative_to(folder))):
+    above = [part.name for part in file.parents if part != folder and part.is_relative_to(folder)]
+    for name in (file.stem, *above):
         parts = re.split(r"[^a-z]+", name.lower())
         named = {split for split, words in SPELT.items() if set(words) & set(parts)}
         if named:
