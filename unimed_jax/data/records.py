@@ -236,22 +236,19 @@ def picture_of(cell: Any, folder: Path, where: str) -> tuple[str, Path | bytes] 
     return cell, inside(folder, folder, cell, where)
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Reads (width, height) from the header of an image, upright as EXIF says.
-
-    Returns None if the file is not a picture.
-    """
+def size_of(path: Path) -> tuple[int, int] | str:
+    """Reads (width, height) from the header of an image, upright as EXIF says, or why it cannot."""
     try:
         return upright_size(path)
-    except UserError:
-        return None
+    except UserError as error:
+        return str(error).rstrip(".")
 
 
 def other_size(path: Path, size: tuple[int, int]) -> str:
     """Says that an image has another size than its annotation gives it, or "" if it has the same."""
     found = size_of(path)
-    if found is None or found == size:
-        return ""  # a file that is not a picture is reported when it is decoded
+    if isinstance(found, str) or found == size:
+        return ""  # a file that is not a picture is reported when it is stored
     return f"image {path} has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}"
 
 

@@ -69,8 +69,10 @@ def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
             path = inside(folder, folder, name, where)
             yield name, path, label, word(record, "cluster", where) or name
     elif here.is_dir():
-        for place in sorted(path for path in here.iterdir() if path.is_dir()):
-            for path in sorted(path for path in place.rglob("*") if path.name[0] != "."):
+        for place in sorted(path for path in here.iterdir() if path.is_dir() and path.name[0] != "."):
+            for path in sorted(place.rglob("*")):
+                if any(part[0] == "." for part in path.relative_to(place).parts):
+                    continue  # what programs keep beside data: .DS_Store, .ipynb_checkpoints
                 name = str(path.relative_to(folder))
                 if path.is_dir():
                     if path.is_symlink():

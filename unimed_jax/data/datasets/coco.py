@@ -50,9 +50,9 @@ def read(
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields the questions about each image of a split, by the options of data/grounding.py.
 
-    Crowds (iscrowd) are not single things and are left out silently; a box that is empty or leaves
-    its image is skipped, and so is an image that is missing or of another size than the file says.
-    Corners are rounded to whole pixels.
+    A crowd (iscrowd, whose mask is run-length coded) is no single thing and is skipped; so are a
+    box that is empty or leaves its image, and an image that is missing or of another size than the
+    file says. Corners are rounded to whole pixels.
     """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, grounding.OPTIONS, "coco")
@@ -69,7 +69,7 @@ def read(
         _id(category, file): word(category, "name", f"{file}, categories", required=True)
         for category in _list(content, "categories", file)
     }
-    of_image = _annotations(content, labels, file)
+    of_image = _annotations(content, labels, file, skipped)
     for image in _list(content, "images", file):
         where = f"{file}, image {short(image.get('id'))}"
         name = word(image, "file_name", where, required=True)
@@ -103,7 +103,7 @@ def _file(folder: Path, split: str) -> Path | None:
 
 
 def _annotations(
-    content: Record, labels: Mapping[int, str], file: Path
+    content: Record, labels: Mapping[int, str], file: Path, skipped: list[str]
 ) -> dict[int, list[tuple[Any, Labelled]]]:
     """Reads the boxes by the id of their image, each with its own id."""
     of_image = defaultdict(list)
@@ -115,10 +115,14 @@ def _annotations(
         label, image = entry.get("category_id"), entry.get("image_id")
         if type(label) is not int or label not in labels or type(image) is not int:
             raise UserError(f"{where}: its category_id or image_id is none of the file's; mend it.")
-        if not optional(entry, "iscrowd", where):
-            x, y, width, height = box
-            corners = round(x), round(y), round(x + width), round(y + height)
-            of_image[image].append((entry.get("id"), Labelled(labels[label], corners)))
+        if optional(entry, "iscrowd", where) not in (0, 1, None):
+            raise UserError(f"{where}: 'iscrowd' is {short(entry['iscrowd'])}; give 0 or 1.")
+        if entry.get("iscrowd"):
+            skipped.append(f"annotation {entry.get('id')}: it is a crowd (iscrowd), not one thing")
+            continue
+        x, y, width, height = box
+        corners = round(x), round(y), round(x + width), round(y + height)
+        of_image[image].append((entry.get("id"), Labelled(labels[label], corners)))
     return of_image
 
 
