@@ -106,6 +106,12 @@ TEXTUAL = {
         "ABCD",
         {},
     ),
+    "json, a list, letters before the texts of answers": (
+        "train.json",
+        dict(options=TEXTS),
+        [f"({c.lower()}) {text}" for c, text in zip("ABCD", TEXTS, strict=True)],
+        {},
+    ),
     "parquet, columns, indices": ("train.parquet", columns("op{}"), [0, 1, 2, 3], {}),
     "parquet, columns, numbers with a point": (
         "train.parquet",
@@ -123,7 +129,7 @@ TEXTUAL = {
 
 
 def test_one_question_in_every_form_is_one_example(tmp_path):
-    """Files, options and answers of fifteen kinds give the same bytes."""
+    """Files, options and answers of sixteen kinds give the same bytes."""
     found = {}
     for number, (form, (name, options, answers, more)) in enumerate(TEXTUAL.items()):
         rows = [row(i, **options, answer=answers[right]) for i, right in enumerate(RIGHT)]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support.reading import everything, left_out, opened
 
-from unimed_jax.data.datasets import jsonl, medmnist
+from unimed_jax.data.datasets import jsonl, medmnist, reader_of
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.store import pack
 from unimed_jax.data.twins import TWINS, prepared, write_twin
@@ -59,6 +59,15 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     assert set(one.splits) == SPLITS.get(f"{name}/{layout}", set(one.info.splits))
     assert one.checksum == two.checksum != other.checksum
     found = everything(one)
+    reader, lines = reader_of(name), []
+    raw = [
+        (split, example)
+        for split in one.info.splits
+        for example, _ in reader.read(tmp_path / "one", split, options, lines)
+    ]
+    kept = {example.id for _, example in found}
+    assert [(s, pack(e)) for s, e in raw if e.id in kept] == [(s, pack(e)) for s, e in found]
+    assert len(raw) + len(lines) == len(found) + one.skipped
     assert {example.task for _, example in found} == TASKS.get(
         layout, TASKS.get(f"{name}/{layout}", set(one.info.tasks))
     )

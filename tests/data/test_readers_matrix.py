@@ -7,7 +7,6 @@ as soon as it has a twin. Only some of them run by default; marked `slow`, all o
 
 import csv
 import io
-import itertools
 import json
 import pickle
 import re
@@ -30,6 +29,8 @@ PAGE = b"\n<!-- saved -->\n<html><head><title>403</title></head></html>"
 PICTURES = (".png", ".jpg", ".jpeg", ".dcm")
 LISTS = (".json", ".jsonl", ".csv", ".tsv")  # of records
 TEXTS = (*LISTS, ".xml", ".txt")
+FOREIGN = ("dataset_info.json", "features.json")  # read by another library, which takes no BOM
+SOUGHT = [("classes", "folders"), ("samed", "release")]  # whose pictures are those that are there
 TEMPLATES = ("Type", "Plane", "Location Category")  # each asks one question more where it is given
 BY_KEYS = ("label", "domain", "meta", "options")  # whose keys are data, not names of fields
 
@@ -80,7 +81,7 @@ def linked(away: bool, steps: int = 0) -> Callable[[Path], Any]:
     def apply(file: Path) -> None:
         place = [file, *file.parents][steps]
         root = next(parent for parent in file.parents if parent.name == "damaged")
-        if not away and (root / "SAMed2Dv1").is_dir():
+        if not away and root / "SAMed2Dv1" in place.parents:
             root /= "SAMed2Dv1"  # which the reader takes for the set's folder
         target = (root.parent if away else root) / ".kept/out/of/the/way" / place.name
         target.parent.mkdir(parents=True)
@@ -95,7 +96,8 @@ def as_folder(file: Path) -> None:
     file.mkdir()
 
 
-def of_picture(file: str) -> Iterator[Damage]:
+def of_picture(file: str, sought: bool) -> Iterator[Damage]:
+    """Yields damage of a picture; `sought`: no record names it, so that nobody can miss it."""
     for name, apply, words in (
         ("cut in its middle", cut(0.5), ""),
         ("cut in its header", cut(0.02), ""),
@@ -106,7 +108,8 @@ def of_picture(file: str) -> Iterator[Damage]:
         ("a folder", as_folder, "folder"),
         ("a link out", linked(away=True), "is a link to"),
     ):
-        yield Damage(f"{file} is {name}", file, apply, "noticed", words)
+        right = "any" if sought and name in ("missing", "a folder") else "noticed"
+        yield Damage(f"{file} is {name}", file, apply, right, words if right == "noticed" else "")
     if "/" in file:
         deepest = file.count("/")
         yield Damage(f"{file} in a link out", file, linked(True, deepest), "noticed", "is a link to")
@@ -131,12 +134,15 @@ def of_table(file: str) -> Iterator[Damage]:
         disks = fill(b"PK\7\x08" + b"\0" * 99)
         yield Damage(f"{file} is one of several", file, disks, "noticed", "zip -s 0")
     if suffix in TEXTS:
-        for name, old, new in (("BOM", rb"\A", b"\xef\xbb\xbf"), ("CRLF", rb"\r?\n", b"\r\n")):
+        for name, old, new in (
+            ("BOM", rb"\A(\xef\xbb\xbf)?", b"\xef\xbb\xbf"),
+            ("CRLF", rb"\r?\n", b"\r\n"),
+        ):
             yield Damage(
                 f"{file} with {name}",
                 file,
                 lambda path, old=old, new=new: path.write_bytes(re.sub(old, new, path.read_bytes())),
-                "same",
+                "any" if file in FOREIGN else "same",
             )
     if suffix in (".json", ".jsonl"):
         yield Damage(f"{file} has a comma too many", file, grown(b",}"), "noticed")
@@ -243,7 +249,11 @@ def of_records(folder: Path, file: str, pictures: list[str]) -> Iterator[Damage]
                         continue
                     yield Damage(f"{where} is {odd!r}", file, given(path, key, odd), "any")
             if isinstance(value, str) and value and any(names(value, picture) for picture in pictures):
-                for out in ("../../../x.png", "/etc/hostname", "a/../../../../x", "../damaged-not/x"):
+                for out in (
+                    ()
+                    if key == "id"
+                    else ("../../../x.png", "/etc/hostname", "a/../../../../x", "../damaged-not/x")
+                ):
                     yield Damage(f"{where} leads out to {out}", file, given(path, key, out), "either")
     boxless = not isinstance(content, list) or len(content[0]) > 1  # [{label: box}] else
     yield from of_boxes(content, file)
@@ -321,7 +331,7 @@ def damages(folder: Path, name: str, layout: str, whole: Found) -> list[Damage]:
     kinds = {}
     for file in tables:
         kinds.setdefault(re.sub(r"\d+|train|val(id(ate|ation)?)?|dev|test(?!_)", "", file.lower()), file)
-    found = list(itertools.chain(*map(of_picture, used[:1])))
+    found = [damage for file in used[:1] for damage in of_picture(file, (name, layout) in SOUGHT)]
     for file in kinds.values():
         if not is_read(folder, file, name, layout, whole):
             continue

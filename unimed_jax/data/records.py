@@ -24,12 +24,13 @@ LARGEST = 8 << 30  # bytes of a file of records; the largest public ones have on
 FORM = "give a list of records, or one record a line"
 
 
-def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
+def records(file: Path, form: str = FORM, spellings: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
     """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file, the texts also as .gz.
 
     Before each record come the words that name it in errors. JSON is a list of objects or, whatever
-    the file's ending, one object a line. form: how the file should look, for errors. Raises
-    UserError if the file cannot be read or is something else.
+    the file's ending, one object a line. form: how the file should look, for errors. spellings: of
+    one key, that occur side by side. Raises UserError if the file cannot be read or is something
+    else, or if a key of a record looks like a misspelling of one that others have.
     """
     if file.suffix == ".parquet":
         yield from parquet_rows(file)
@@ -51,9 +52,15 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
         if not isinstance(found, list):
             raise UserError(f"{file} is not a list of records; {form}.")
         named = ((f"{file}, record {number}", record) for number, record in enumerate(found))
+    seen: dict[str, None] = {}
     for where, record in named:
         if not isinstance(record, dict):
             raise UserError(f"{where} is no object, so this is not a list of records; {form}.")
+        for key in [key for key in record if key not in seen]:
+            other = misspelt(key, [known for known in seen if known not in record])
+            if other and key not in spellings:
+                raise UserError(f"{where}: key {key!r} is unknown; did you mean {other!r}?")
+            seen[key] = None
         yield where, record
 
 

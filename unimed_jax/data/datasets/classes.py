@@ -54,7 +54,7 @@ def read(
 
 def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
     """Yields (name, path, class, cluster) of each image of a split."""
-    tables = [path for ending in TABLES if (path := folder / f"{split}{ending}").is_file()]
+    tables = [path for ending in TABLES if (path := folder / f"{split}{ending}").exists()]
     here = folder / split
     if len(tables) + here.is_dir() > 1:
         raise UserError(

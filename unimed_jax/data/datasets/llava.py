@@ -20,6 +20,7 @@ from unimed_jax.data.records import inside, optional, records, short, word
 from unimed_jax.errors import UserError
 
 ENDINGS = (".json", ".jsonl")
+SPELLINGS = ("conversations", "conversatons")  # the second is LLaVA-Med's own
 FORM = "give a list of records in LLaVA's form, or one record a line"
 
 INFO = Info(
@@ -46,7 +47,7 @@ def read(
     images = file.parent / "images"
     if not images.is_dir():
         images = file.parent
-    for number, (where, record) in enumerate(records(file, FORM)):
+    for number, (where, record) in enumerate(records(file, FORM, SPELLINGS)):
         example = _example(record, where, f"{split}/{number}")
         paths = tuple(inside(file.parent, images, name, where) for name in example.images)
         lost = next(filter(None, map(no_image, paths)), "")
@@ -79,8 +80,7 @@ def _example(record: dict[str, Any], where: str, name: str) -> Example:
 
     `where` is for errors.
     """
-    # the second is LLaVA-Med's own spelling
-    messages = record.get("conversations", record.get("conversatons"))
+    messages = next((record[key] for key in SPELLINGS if key in record), None)
     image = optional(record, "image", where) or []
     images = [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(entry, str) for entry in images):

@@ -70,11 +70,15 @@ def _from_pickle(folder: Path, split: str) -> Found:
         content = read_pickle(data, "", len(data))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); get it again.") from error
+    except UserError:
+        raise
     except Refused as error:
         raise UserError(
             f"{file} holds code or objects besides plain data ({error}); get it again from where "
             "you trust it."
         ) from error
+    except Exception as error:  # whatever a malformed one leads to
+        raise UserError(f"{file} is no whole pickle ({short(str(error))}); get it again.") from error
     if not isinstance(content, list):
         raise UserError(f"{file} is not a list of questions; get it again.")
     for number, record in enumerate(content):

@@ -160,6 +160,17 @@ class VisionLayers(nn.Module):
         return x
 
 
+def by_themselves(pixels, std):
+    """Normalises pixels [N, 3, height, width] by each picture's own mean and standard deviation.
+
+    std: of each channel, by which 1 / 255 of white was divided before.
+    """
+    pixels = pixels * pixels.new_tensor(std).mul(255)[:, None, None]
+    pixels = pixels - pixels.mean((-2, -1), keepdim=True)
+    # Less than half a grey level is no more than rounding.
+    return pixels / pixels.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=0.5)
+
+
 class VisionModel(nn.Module):
     """Turns normalised pixels [N, 3, size, size] into patch features [N, patches, width]."""
 
@@ -334,7 +345,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def image_tokens(self, pixel_values, task):
         """Turns normalised pixels [N, 3, size, size] into visual tokens [N, T, width].
 
-        task: the name of each image's task, or one for all.
+        task: the name of each image's task, or one for all. If the model normalises each picture by
+        itself, it does so here.
         """
         names = [task] * len(pixel_values) if isinstance(task, str) else list(task or ())
         if len(names) != len(pixel_values):
@@ -347,6 +359,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{name!r} is not a task with an image; choose from {self.config.visual_tasks}."
                 )
         ids = torch.tensor([self.config.visual_tasks.index(name) for name in names], device=self.device)
+        if self.config.unimed["model"]["vision"].get("normalise") == "picture":
+            pixel_values = by_themselves(
+                pixel_values.float(), self.config.unimed["model"]["vision"]["std"]
+            )
         features = self.vision_model(pixel_values.to(self.device, self.dtype))
         return self.connector(features, ids)
 
