@@ -37,7 +37,8 @@ def misspelt(word: str, words: Iterable[str]) -> str:
     """Returns the first of some words that differs from a word as a misspelling does, or "".
 
     One letter is missing, added, wrong or swapped with the next one; or only capitals and signs
-    between the letters differ. Words of up to three letters are never taken for another.
+    between the letters differ. Words of up to three letters are never taken for another, and neither
+    are those that differ in a digit.
     """
     wanted = _letters(word)
     for other in words:

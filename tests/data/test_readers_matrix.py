@@ -31,6 +31,7 @@ LISTS = (".json", ".jsonl", ".csv", ".tsv")  # of records
 TEXTS = (*LISTS, ".xml", ".txt")
 FOREIGN = ("dataset_info.json", "features.json")  # read by another library, which takes no BOM
 SOUGHT = [("classes", "folders"), ("samed", "release")]  # whose pictures are those that are there
+OUT = ("../../../x.png", "/etc/hostname", "a/../../../../x", "../damaged-not/x")
 TEMPLATES = ("Type", "Plane", "Location Category")  # each asks one question more where it is given
 BY_KEYS = ("label", "domain", "meta", "options")  # whose keys are data, not names of fields
 
@@ -108,7 +109,7 @@ def of_picture(file: str, sought: bool) -> Iterator[Damage]:
         ("a folder", as_folder, "folder"),
         ("a link out", linked(away=True), "is a link to"),
     ):
-        right = "any" if sought and name in ("missing", "a folder") else "noticed"
+        right = "unseen" if sought and name in ("missing", "a folder") else "noticed"
         yield Damage(f"{file} is {name}", file, apply, right, words if right == "noticed" else "")
     if "/" in file:
         deepest = file.count("/")
@@ -240,7 +241,7 @@ def of_records(folder: Path, file: str, pictures: list[str]) -> Iterator[Damage]
     for shape, (path, node) in last.items():
         for key, value in node.items():
             where = f"{file}{shape}: {key}"
-            if not key.isdigit():
+            if len(key) > 3 and not key.isdigit():
                 yield Damage(f"{where} is misspelt", file, renamed(path, key), "either")
             if not table and not isinstance(value, dict | list):
                 yield Damage(f"{where} is a list", file, given(path, key, [value]), "either")
@@ -368,6 +369,8 @@ def fault(damage: Damage, whole: Found, found: Found, place: Path) -> str:
     changed = any(whole.examples.get(key) != packed for key, packed in found.examples.items())
     if found.sentence and ("\n" in found.sentence or found.sentence[-1] not in ".?"):
         return f"no sentence: {found.sentence}"
+    if damage.right == "unseen":
+        return ""
     if damage.right == "same":
         same = found.examples == whole.examples and found.lines == whole.lines
         return "" if same else f"not the same: {said or 'other examples'}"

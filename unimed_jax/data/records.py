@@ -99,7 +99,7 @@ def word(
     numbers: a number is taken as its text. Raises UserError for anything else, or if a required key
     is absent.
     """
-    value = record[key] if required and key in record else optional(record, key, where)
+    value = record.get(key) if required else optional(record, key, where)
     if value is None and not required:
         return ""
     if not (isinstance(value, str) or (numbers and type(value) in (int, float))):

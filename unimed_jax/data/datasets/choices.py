@@ -226,6 +226,10 @@ def _options(record: Record, chosen: Mapping[str, Any], where: str) -> Options:
                 )
             if count > 1 and not names:
                 names = [bare[f"{prefix}{mark}"] for mark in marks[:count]]
+                rest = {name: None for name in record if name not in names}
+                optional(rest, f"{prefix}{marks[count]}", where)
+    for name in () if names else LISTED:
+        optional(record, name, where)
     cells = dict(zip(LETTERS, (record[name] for name in names), strict=False))
     return without_letters(options_of(cells, where, ", ".join(names))) if names else {}
 
