@@ -47,11 +47,8 @@ def misspelt(word: str, words: Iterable[str]) -> str:
             a, b = a[1:], b[1:]
         while a and b and a[-1] == b[-1]:
             a, b = a[:-1], b[:-1]
-        if (
-            len(wanted) > 3
-            and other != word
-            and (max(len(a), len(b)) < 2 or a == b[::-1] and len(a) == 2)
-        ):
+        one = max(len(a), len(b)) < 2 or (len(a) == 2 and a == b[::-1])
+        if one and len(wanted) > 3 and other != word and not re.search(r"\d", a + b):
             return other
     return ""
 

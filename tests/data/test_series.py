@@ -1,6 +1,7 @@
 """Folders of DICOM series: order of slices, what is shown, patient data, the table, and damage."""
 
 import csv
+import os
 import re
 import shutil
 from pathlib import Path
@@ -114,6 +115,7 @@ def test_slices_are_chosen_by_their_order_in_space(made):
         assert middle[name].images == (keys[count // 2],)
         assert second[name].images == tuple(keys[::2])
         assert len(three[name].images) == 3 and three[name].images[1] == keys[count // 2]
+        assert second[name].meta["modality"] == dcmread(stack[0]).Modality
         assert second[name].meta["template"] == f"{-(-count // 2)} slices"
         for key, path in zip(keys[::2], stack[::2], strict=True):
             np.testing.assert_array_equal(images.read_image(sources[key]), images.read_image(path))
@@ -213,7 +215,17 @@ def rewritten(path, **fields):
     data.save_as(path, enforce_file_format=True)
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 SKIPPED = {
+    "a pipe": (lambda p: pipe(one(p)), "IM0000.dcm: it is a pipe or a device"),
+    "a folder that is a link": (
+        lambda p: (p / "more").symlink_to(p / "P002"),
+        "more: it is a link; put a copy in its place",
+    ),
     "no bytes": (lambda p: one(p).write_bytes(b""), "IM0000.dcm: it is empty"),
     "other bytes": (lambda p: one(p).write_bytes(b"x" * 500), "IM0000.dcm: it is no DICOM file"),
     "a link": (

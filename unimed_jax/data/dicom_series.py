@@ -16,6 +16,7 @@ from unimed_jax.data.dicom import inflated
 from unimed_jax.data.images import read_bytes
 from unimed_jax.data.pixels import one_line
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import no_file
 
 # What is read of a header. Names, dates of birth and the like are not.
 _TAGS = (
@@ -23,6 +24,7 @@ _TAGS = (
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "SOPInstanceUID",
+    "Modality",
     "SeriesNumber",
     "InstanceNumber",
     "ImagePositionPatient",
@@ -41,6 +43,7 @@ _KEPT = (
     "PerFrameFunctionalGroupsSequence",
 )
 _OWN = "2.25.1"  # stands for every UID that a file must have and that could be looked up
+LINK = "it is a link; put a copy in its place"
 _SAME = 1e-3  # by how much the directions of the slices of one stack may differ
 
 
@@ -60,6 +63,7 @@ class Series(NamedTuple):
     uid: str
     study: str
     patient: str
+    modality: str  # CT, MR ...
     number: float
     slices: list[Slice]
 
@@ -76,6 +80,8 @@ def find_series(folder: Path, others: Sequence[str], skipped: list[str]) -> dict
     seen: dict[str, Path] = {}
     for place, folders, names in os.walk(folder):
         folders.sort()
+        links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]
+        skipped += [f"{path.relative_to(folder)}: {LINK}" for path in links]
         for name in sorted(names):
             path = Path(place, name)
             table = path.parent == folder and name in others
@@ -92,7 +98,9 @@ def find_series(folder: Path, others: Sequence[str], skipped: list[str]) -> dict
 def _add(path: Path, found: dict[str, Series], seen: dict[str, Path]) -> str:
     """Adds a file to its series, or returns why it cannot be used."""
     if path.is_symlink():
-        return "it is a link; put a copy in its place"
+        return LINK
+    if reason := no_file(path):
+        return f"it {reason}"
     try:
         header = _header(path)
     except UserError as error:
@@ -103,8 +111,9 @@ def _add(path: Path, found: dict[str, Series], seen: dict[str, Path]) -> str:
     if not uid or not instance:
         return f"it has no {'SOPInstanceUID' if uid else 'SeriesInstanceUID'}"
     study, patient = _text(header, "StudyInstanceUID"), _text(header, "PatientID")
-    number = _numbers(header, "SeriesNumber")
-    series = found.setdefault(uid, Series(uid, study, patient, number[0] if number else math.inf, []))
+    modality, numbers = _text(header, "Modality"), _numbers(header, "SeriesNumber")
+    number = numbers[0] if numbers else math.inf
+    series = found.setdefault(uid, Series(uid, study, patient, modality, number, []))
     if (series.study, series.patient) != (study, patient):
         return f"its series {uid} has files of another patient or study"
     if instance in seen:

@@ -113,9 +113,11 @@ def _example(
         patient = hashlib.sha256(patient.encode()).hexdigest()[:16]
     task = word(row, "task", where)
     template = word(row, "template", where) or f"{len(taken)} slice{'s' * (len(taken) > 1)}"
+    modalities = list(dict.fromkeys(series.modality for series in some if series.modality))
+    facts = {"template": template} | ({"modality": ", ".join(modalities)} if modalities else {})
     question, answer = word(row, "question", where), word(row, "answer", where, numbers=True)
     keys = tuple(taken)
-    yield Example(name, task, question, answer, keys, None, patient, {"template": template}), sources
+    yield Example(name, task, question, answer, keys, None, patient, facts), sources
 
 
 def _numbers(count: int, how: str, number: int) -> list[int]:

@@ -48,7 +48,7 @@ def _write(folder: Path, records: int, rng: np.random.Generator, name: Any) -> l
             study = f"1.2.826.0.1.{patient + 1}"
             for e in range(1 + i % 2):
                 uid = f"{study}.{e + 1}"
-                slices = int(rng.integers(3, 7))
+                slices, modality = int(rng.integers(3, 7)), pick(rng, ("CT", "MR"))
                 for n in range(slices):
                     fields = {
                         **PATIENT,
@@ -58,7 +58,7 @@ def _write(folder: Path, records: int, rng: np.random.Generator, name: Any) -> l
                         "SOPInstanceUID": f"{uid}.{n + 1}",
                         "SeriesNumber": 9 - e,
                         "InstanceNumber": n + 1,
-                        "Modality": pick(rng, ("CT", "MR")),
+                        "Modality": modality,
                     }
                     if i % 3:  # the last file lies lowest
                         fields["ImagePositionPatient"] = [-10, -10, 5.0 * (slices - n)]
