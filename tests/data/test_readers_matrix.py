@@ -30,7 +30,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".dcm")
 LISTS = (".json", ".jsonl", ".csv", ".tsv")  # of records
 TEXTS = (*LISTS, ".xml", ".txt")
 FOREIGN = ("dataset_info.json", "features.json")  # read by another library, which takes no BOM
-SOUGHT = [("classes", "folders"), ("samed", "release")]  # whose pictures are those that are there
+SOUGHT = [
+    ("classes", "folders"),
+    ("samed", "release"),
+    ("series", "flat"),
+    ("series", "nested"),
+]  # whose pictures are those that are there
 OUT = ("../../../x.png", "/etc/hostname", "a/../../../../x", "../damaged-not/x")
 TEMPLATES = ("Type", "Plane", "Location Category")  # each asks one question more where it is given
 BY_KEYS = ("label", "domain", "meta", "options")  # whose keys are data, not names of fields
@@ -111,11 +116,12 @@ def of_picture(file: str, sought: bool) -> Iterator[Damage]:
     ):
         right = "unseen" if sought and name in ("missing", "a folder") else "noticed"
         yield Damage(f"{file} is {name}", file, apply, right, words if right == "noticed" else "")
+    inside = "unseen" if sought else "same"
     if "/" in file:
         deepest = file.count("/")
         yield Damage(f"{file} in a link out", file, linked(True, deepest), "noticed", "is a link to")
-        yield Damage(f"{file} in a link inside", file, linked(False, deepest), "same")
-    yield Damage(f"{file} is a link inside", file, linked(away=False), "same")
+        yield Damage(f"{file} in a link inside", file, linked(False, deepest), inside)
+    yield Damage(f"{file} is a link inside", file, linked(away=False), inside)
 
 
 def of_table(file: str) -> Iterator[Damage]:
