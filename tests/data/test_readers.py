@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from support.reading import everything, left_out, opened
+from support.reading import check_against_raw, everything, left_out, opened
 
 from unimed_jax.data.datasets import jsonl, medmnist
 from unimed_jax.data.forms import text_to_box
@@ -42,6 +42,7 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     )
     assert set(one.splits) == SPLITS.get(f"{name}/{layout}", set(one.info.splits))
     assert one.checksum == two.checksum != other.checksum
+    check_against_raw(one, name, tmp_path / "one", options)
     found = everything(one)
     assert {example.task for _, example in found} == TASKS.get(
         layout, TASKS.get(f"{name}/{layout}", set(one.info.tasks))
