@@ -156,6 +156,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "qkv_bias": one_of("qv", "qkv", "none"),
         "feature_layer": whole(-1024, -1),
         "position_init": one_of("normal", "sincos"),
+        "normalise": one_of("fixed", "picture"),
         "mean": tuple_of(number(0, 1), 3, 3, distinct=False),
         "std": tuple_of(number(1e-3, 100), 3, 3, distinct=False),
     },

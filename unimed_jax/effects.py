@@ -94,6 +94,12 @@ REFUSED = (
 )
 SAID = (
     Need(
+        "model.vision",
+        "mean std",
+        lambda c: c.model.vision.normalise == "fixed" or c.data.fit == "pad",
+        "config.model.vision.normalise is 'picture'",
+    ),
+    Need(
         "model.connector",
         "experts hidden router router_input router_hidden top_k task_token_width activation form",
         lambda c: c.model.connector.is_moe,

@@ -33,6 +33,10 @@ class PassingError(UserError):
 
 
 def nearest(word: str, choices) -> str:
-    """Ends a sentence with `; did you mean 'X'?` if a choice is similar, else with a full stop."""
-    match = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else "."
+    """Ends a sentence with `; did you mean 'X'?` if a choice is similar, else with a full stop.
+
+    Capitals play no part.
+    """
+    folded = {str(choice).casefold(): str(choice) for choice in choices}
+    match = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=0.5)
+    return f"; did you mean {folded[match[0]]!r}?" if match else "."

@@ -1,12 +1,14 @@
 """Reads text and JSON that somebody else wrote, so that whatever is wrong with it is one sentence."""
 
 import collections
+import gzip
 import io
 import json
 import math
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ _SPELT = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells such a half
 def read_text(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> str:
     """Reads a text file as UTF-8; a byte order mark at its start is dropped.
 
+    A file whose name ends with .gz is unpacked.
+
     advice: ends the sentence of an error. Raises UserError if there is no such file, if it cannot
     be read, has more than `largest` bytes, or is not UTF-8 (then with the line).
     """
@@ -44,7 +48,23 @@ def read_text(path: str | Path, advice: str = "mend it or get it again", largest
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}.") from error
     if found := stand_in(data[:1000]):
         raise UserError(f"{path} {found}.")
+    if path.suffix == ".gz":
+        data = _unpacked(path, data, advice, largest)
     return _decoded(data, str(path), advice)
+
+
+def _unpacked(path: Path, data: bytes, advice: str, largest: int) -> bytes:
+    """Unpacks a file of gzip, whose content may be as long as that of any other."""
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            content = file.read(largest + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} cannot be unpacked ({error or 'it is cut short'}); {advice}."
+        ) from error
+    if len(content) > largest:
+        raise UserError(f"{path} unpacks to more than the {largest} bytes that are read; {advice}.")
+    return content
 
 
 def stand_in(head: bytes) -> str:

@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from support.reading import everything, opened
+from support.reading import everything, left_out, opened
 
 from unimed_jax.data.store import pack
+from unimed_jax.data.tables import parquet_rows
 from unimed_jax.data.twins import write_twin
+from unimed_jax.data.twins.hub import write_table
 from unimed_jax.errors import UserError
 
 
@@ -105,3 +107,128 @@ def test_medqa(tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             opened(tmp_path / "True/parquet", "medqa", options=options)
+
+
+def test_every_table_of_medpix(tmp_path):
+    """Cases name several images with commas; a question may be about none."""
+    write_twin("medpix", tmp_path / "set", records=12)
+    data = opened(tmp_path / "set", "medpix", id="plain")
+    assert {e.meta["template"] for _, e in everything(data)} == {"caption"}
+    tables = ["single", "multi", "questions"]
+    data = opened(tmp_path / "set", "medpix", id="all", options={"tables": tables})
+    some = list(data.examples("train"))
+    cases = [e for e in some if "/multi/" in e.id]
+    assert [len(e.images) for e in cases] == [1 + i % 3 for i in range(12) if i % 4 != 3]
+    assert {e.question for e in cases if e.meta["template"] == "findings"} == {"What are the findings?"}
+    asked = [e for e in some if "/questions/" in e.id]
+    assert [e.task for e in asked] == ["qa", "vqa"] * 6
+    unknown = [line for line in left_out(data) if "type 'Keywords' is unknown" in line]
+    assert len(unknown) == 3 + 1 and data.skipped == len(unknown) + 1  # and a caption without image
+    options = {"tables": tables[:2], "types": ["plane", "modality", "diagnosis"], "history": True}
+    data = opened(tmp_path / "set", "medpix", id="some", options=options)
+    kinds = {(e.task, e.meta["template"]) for _, e in everything(data)}
+    assert kinds == {("cls", "modality"), ("vqa", "diagnosis")}
+    told = [e.question for _, e in everything(data) if e.question.startswith("A patient of")]
+    assert told and all(question.endswith("What is the diagnosis?") for question in told)
+    for options, match in (
+        (
+            {"tables": ["multiple"]},
+            "option tables of medpix names 'multiple'; choose from single, multi",
+        ),
+        ({"types": ["captions"]}, "option types of medpix names 'captions'"),
+    ):
+        with pytest.raises(UserError, match=match):
+            opened(tmp_path / "set", "medpix", id="bad", options=options)
+    (tmp_path / "set/MedPix_multi_test.csv").unlink()
+    with pytest.raises(UserError, match="MedPix_multi_test.csv does not exist"):
+        opened(tmp_path / "set", "medpix", id="lost", options={"tables": ["multi"]})
+
+
+def change_table(file, change):
+    """Changes the rows of a table, a list of objects."""
+    rows = [record for _, record in parquet_rows(file)]
+    change(rows)
+    write_table(file, rows, ["image"] if "image" in rows[0] else [])
+
+
+PQA, TEST = "pqa_labeled/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"
+DAMAGE = {
+    "pubmedqa/parquet, another column": (
+        PQA,
+        lambda rows: [row.update(PubID=row.pop("pubid")) for row in rows],
+        "row 0: 'pubid' is missing; did you mean 'PubID'",
+    ),
+    "pubmedqa/parquet, a context that is null": (
+        PQA,
+        lambda rows: rows[3].update(context=None),
+        "row 3: 'context' is None",
+    ),
+    "pubmedqa/parquet, contexts that are a text": (
+        PQA,
+        lambda rows: [row.update(context={"contexts": "x"}) for row in rows],
+        "row 0: its contexts are no list of texts",
+    ),
+    "pubmedqa/parquet, an article twice": (
+        PQA,
+        lambda rows: rows.append(rows[0]),
+        "stands twice",
+    ),
+    "pubmedqa/parquet, a lost test question": (PQA, lambda rows: rows.pop(1), "and 0 more, which"),
+    "pubmedqa/options, an unknown letter": (
+        TEST,
+        lambda rows: rows[2]["data"].update({"Correct Option": "D"}),
+        "row 2: 'Correct Option' is 'D'",
+    ),
+    "pubmedqa/options, an answer that is null": (
+        TEST,
+        lambda rows: rows[2]["data"].update({"Correct Option": None}),
+        "row 2: 'answer_idx' is None",
+    ),
+    "pubmedqa/options, no ids": (TEST, lambda rows: [row.pop("id") for row in rows], "'id' is missing"),
+    "medqa/parquet, an answer of another letter": (
+        TEST,
+        lambda rows: rows[1].update(answer_idx="E"),
+        "row 1: answer .* is not option 'E'",
+    ),
+    "medqa/parquet, options that are a number": (
+        TEST,
+        lambda rows: [row.update(options=3) for row in rows],
+        "row 0: 'options' is 3; give a text for each letter",
+    ),
+    "path_vqa/parquet, no questions": (
+        TEST,
+        lambda rows: [row.pop("question") for row in rows],
+        "row 0: 'question' is missing",
+    ),
+    "slake/parquet, an answer that is a list": (
+        TEST,
+        lambda rows: [row.update(answer=[row["answer"]]) for row in rows],
+        r"row 0: 'answer' is \[",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_sentence_with_file_and_row(tmp_path, damage):
+    file, change, match = DAMAGE[damage]
+    name, _, layout = damage.partition(",")[0].partition("/")
+    write_twin(name, tmp_path / "set", records=9, layout=layout)
+    change_table(tmp_path / "set" / file, change)
+    options = {"context": "contexts"} if name == "pubmedqa" else {}
+    with pytest.raises(UserError, match=match) as caught:
+        opened(tmp_path / "set", name, options=options)
+    assert "\n" not in str(caught.value)
+
+
+def test_answers_may_be_numbers_or_empty(tmp_path):
+    """A column of numbers is read as text; a row without an answer is counted."""
+    write_twin("slake", tmp_path / "set", records=9, layout="parquet")
+
+    def numbers(rows):
+        for number, row in enumerate(rows):
+            row["answer"] = number if number else None
+
+    change_table(tmp_path / "set" / TEST, numbers)
+    data = opened(tmp_path / "set", "slake")
+    assert [e.answer for e in data.examples("test")] == ["1", "2", "3", "4", "5"]
+    assert left_out(data) == ["test: test/row0: its answer is empty"]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support.reading import check_against_raw, everything, left_out, opened
 
-from unimed_jax.data.datasets import jsonl, medmnist
+from unimed_jax.data.datasets import jsonl, medmnist, reader_of
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.store import pack
 from unimed_jax.data.twins import TWINS, prepared, write_twin
@@ -24,10 +24,26 @@ NEEDED = {
     "medqa/four": {"options": 4},
     "medqa/mainland": {"region": "Mainland", "options": 4},
     "medqa/taiwan": {"region": "Taiwan"},
+    "choices/tsv": {"split": "split"},
 }
 # of layouts that do not have all of their reader's
-TASKS = {"array_record": {"cls"}, "pairs": {"vqa"}, "slake/parquet": {"vqa"}}
-SPLITS = {"llava/pairs": {"train"}, "medqa/parquet": {"train", "test"}}
+TASKS = {
+    "array_record": {"cls"},
+    "pairs": {"vqa"},
+    "slake/parquet": {"vqa"},
+    "radfm": {"caption"},
+    "medmcqa": {"qa"},
+    **dict.fromkeys(("pmc_vqa", "omnimedvqa", "mmmu", "choices/tsv"), {"vqa"}),
+}
+SPLITS = {
+    "llava/pairs": {"train"},
+    "medqa/parquet": {"train", "test"},
+    "choices/pmc_vqa": {"train", "test"},
+    "choices/medxpertqa": {"val", "test"},
+    "choices/omnimedvqa": {"train"},
+    "choices/mmmu": {"val"},
+    "choices/medmcqa": {"train", "val"},
+}
 LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
 
 
@@ -44,6 +60,15 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     assert one.checksum == two.checksum != other.checksum
     check_against_raw(one, name, tmp_path / "one", options)
     found = everything(one)
+    reader, lines = reader_of(name), []
+    raw = [
+        (split, example)
+        for split in one.info.splits
+        for example, _ in reader.read(tmp_path / "one", split, options, lines)
+    ]
+    kept = {example.id for _, example in found}
+    assert [(s, pack(e)) for s, e in raw if e.id in kept] == [(s, pack(e)) for s, e in found]
+    assert len(raw) + len(lines) == len(found) + one.skipped
     assert {example.task for _, example in found} == TASKS.get(
         layout, TASKS.get(f"{name}/{layout}", set(one.info.tasks))
     )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tracemalloc
 import zipfile
 
@@ -25,10 +26,16 @@ FIRST = "ct_00--AbdomenCT1K--Case_00000--x_0000"
 SECOND = "ct_00--AbdomenCT1K--Case_00000--x_0001"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("release") / "set"
+    write_twin("samed", place, records=18, layout="release")
+    return place
+
+
 @pytest.fixture
-def twin(tmp_path):
-    write_twin("samed", tmp_path / "set", records=18, layout="release")
-    return tmp_path / "set"
+def twin(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "set")
 
 
 def packed_examples(data):

@@ -154,6 +154,14 @@ DAMAGE = {
         lambda p: shutil.copytree(p / "data", p / "more"),
         "holds several sets of tables for train",
     ),
+    "a part that the hub has converted": (
+        lambda p: (
+            (p / "partial-train").mkdir(),
+            (p / TRAIN.format(0)).rename(p / "partial-train/0000.parquet"),
+            (p / TRAIN.format(1)).unlink(),
+        ),
+        "partial-train is only the part of train that the hub has converted",
+    ),
     "other numbers of shards": (
         lambda p: shutil.copy(p / TRAIN.format(0), p / "data/train-00000-of-00003.parquet"),
         "holds several sets of tables for train",

@@ -12,7 +12,7 @@ from unimed_jax.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Options = dict[str, str]  # letter -> text
-UNFOLDED: dict[Any, str] = {
+UNFOLDED = {
     "Question": "question",
     "Options": "options",
     "Correct Option": "answer_idx",
@@ -29,7 +29,7 @@ def unfolded(record: Record) -> Record:
     data = record.get("data")
     if not isinstance(data, dict):
         return record
-    return {**record, **{UNFOLDED.get(key, key): value for key, value in data.items()}}
+    return {**record, **{UNFOLDED.get(str(key), str(key)): value for key, value in data.items()}}
 
 
 def options_of(value: Any, where: str, key: str = "options") -> Options:
@@ -73,12 +73,18 @@ def with_options(question: str, options: Mapping[str, str]) -> str:
     return question + "".join(f" ({letter}) {text}" for letter, text in options.items())
 
 
+def _begins(text: str, letter: str, option: str) -> bool:
+    """Says whether a text is an option with its letter before it, as in "(B) lung"."""
+    return _plain(_bare(text, letter)) == _plain(option)
+
+
+def _bare(text: str, letter: str) -> str:
+    return re.sub(rf"^\(?{re.escape(letter)}\s*[:.)]\s*", "", text, flags=re.IGNORECASE)
+
+
 def without_letters(options: Options) -> Options:
     """Drops the letters with which the texts themselves begin ("A: lung"), if all of them do."""
-    bare = {
-        letter: re.sub(rf"^\(?{re.escape(letter)}\s*[:.)]\s*", "", text, flags=re.IGNORECASE)
-        for letter, text in options.items()
-    }
+    bare = {letter: _bare(text, letter) for letter, text in options.items()}
     return bare if all(bare[letter] != options[letter] for letter in options) else options
 
 
@@ -102,6 +108,7 @@ def right_letter(
     found: dict[str, str] = {}  # form -> letter
     if form in ("auto", "text") and isinstance(answer, str):
         same = [letter for letter in letters if _plain(options[letter]) == _plain(text)]
+        same = same or [letter for letter in letters if _begins(text, letter, options[letter])]
         found |= {"text": same[0]} if same else {}
     if form in ("auto", "letter") and isinstance(answer, str):
         letter = re.sub(r"^\(?(?:option[ _])?([a-z])[).:]?$", r"\1", text.lower())

@@ -152,13 +152,21 @@ def _given(how: How) -> list[dict[str, Any]]:
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
     """Lists name, size and time of change of every file that `info.files` names.
 
-    Images are not in the list.
+    Images are not in the list. Raises UserError for a link to nothing.
     """
     if folder is None or info.self_contained:
         return []
     inside = (path for pattern in info.files for path in folder.glob(pattern))
     found = [folder] if folder.is_file() else sorted(set(inside))
-    return [[path.name, (facts := path.stat()).st_size, facts.st_mtime_ns] for path in found]
+    facts = []
+    for path in found:
+        try:
+            facts.append((path, path.stat()))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); restore it, or remove it."
+            ) from error
+    return [[path.name, fact.st_size, fact.st_mtime_ns] for path, fact in facts]
 
 
 def _digest(*words: Any) -> str:

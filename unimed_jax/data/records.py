@@ -24,7 +24,7 @@ FORM = "give a list of records, or one record a line"
 
 
 def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file.
+    """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file, the texts also as .gz.
 
     Before each record come the words that name it in errors. JSON is a list of objects or, whatever
     the file's ending, one object a line. form: how the file should look, for errors. Raises
@@ -36,8 +36,9 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
     text = read_text(file, "restore it", LARGEST)
     if re.match(r"\s*<(!doctype|\?xml)", text[:200], re.IGNORECASE):
         raise UserError(f"{file} is a web page, not the data itself; download the file again.")
-    if file.suffix in (".csv", ".tsv"):
-        yield from _rows(text, file)
+    kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    if kind in (".csv", ".tsv"):
+        yield from _rows(text, file, "\t" if kind == ".tsv" else ",")
         return
     if re.match(r"\s*\{", text):
         numbered = json_lines(text, str(file), form, characters=False)
@@ -55,13 +56,11 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
         yield where, record
 
 
-def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
+def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, Record]]:
     """Yields the rows of a table whose first line names its columns."""
     limit = csv.field_size_limit(len(text) + 1)  # the default cuts long reports and pictures in base64
     try:
-        rows = csv.reader(
-            io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True
-        )
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = next(rows, [])
         if len(set(names)) < len(names) or not all(names[1:]) or names == [""]:  # "": pandas' index
             raise UserError(

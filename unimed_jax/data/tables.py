@@ -65,7 +65,8 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def parquet_files(folder: Path, split: str) -> list[Path]:
     """Lists the tables of a split in the order of their shards; empty if there are none.
 
-    Raises UserError if a shard is missing, or if two sets of tables could be meant.
+    Raises UserError if a shard is missing, if two sets of tables could be meant, or if the hub has
+    converted only a part of a set.
     """
     found = {file for pattern in PARQUET for file in folder.glob(pattern)}
     sets = defaultdict(list)
@@ -73,20 +74,27 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
         if split_of(file, folder) == split:
             sets[shard_set(file)].append(file)
     if len(sets) > 1:
-        one, two = (min(files) for files in list(sets.values())[:2])
+        one, two = (min(some) for some in list(sets.values())[:2])
         raise UserError(
             f"{folder} holds several sets of tables for {split} (with {min(one, two)} and "
             f"{max(one, two)}); give the folder of one of them as path."
         )
-    return [file for files in sets.values() for file in in_order(files)]
+    files = [file for some in sets.values() for file in in_order(some)]
+    if files and files[0].parent.name.startswith("partial-"):
+        raise UserError(
+            f"{files[0].parent} is only the part of {split} that the hub has converted; get the set's "
+            "own files."
+        )
+    return files
 
 
 def split_of(file: Path, folder: Path) -> str | None:
-    """Tells a file's split by its name, or else by the folders above it up to `folder`.
+    """Tells a file's split by its name, or else by the folders above it within `folder`.
 
     train, val or test; None if no name says it or several do.
     """
-    for name in (file.stem, *(part.name for part in file.parents if part.is_relative_to(folder))):
+    above = [part.name for part in file.parents if part != folder and part.is_relative_to(folder)]
+    for name in (file.stem, *above):
         parts = re.split(r"[^a-z]+", name.lower())
         named = {split for split, words in SPELT.items() if set(words) & set(parts)}
         if named:

@@ -89,7 +89,7 @@ def reader_of(name: str) -> Reader:
     module = f"{__name__}.{name}" if name in known else name
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # whatever somebody's module raises, or no name of a module
         raise UserError(
             f"config.data.sources: module {name!r} does not import ({error}); check its name and "
             "PYTHONPATH."

@@ -28,6 +28,8 @@ from unimed_jax.errors import UserError
 
 ORIGINAL, PICTURES = "VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"
 SPLITS = {"train": "trainset.json", "test": "testset.json"}
+# By its paper; a head may be CT or MR, which no field says.
+MODALITIES = {"chest": "X-Ray", "abd": "CT"}
 
 INFO = Info(
     name="vqa_rad",
@@ -114,7 +116,8 @@ def _example(record: Record, name: str, where: str, image: str) -> Example:
     about = {
         "template": kind.lower(),
         "answer_type": kind,
-        "organ": word(record, "image_organ", where).lower(),
+        "organ": (organ := word(record, "image_organ", where).lower()),
+        "modality": MODALITIES.get(organ, ""),
         "phrase": word(record, "phrase_type", where).removeprefix("test_"),
     }
     facts = {key: value for key, value in about.items() if value}

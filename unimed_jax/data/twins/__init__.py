@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, hub, medical, prepared, questions, samed
+from unimed_jax.data.twins import boxes, choices, hub, medical, prepared, questions, reports, samed
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -47,10 +47,18 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     },
     "samed": {"regions": samed.regions, "release": samed.release},
     "medmnist": {"original": medical.medmnist},
-    "mimic_cxr": {"r2gen": medical.mimic_cxr},
-    "iu_xray": {"r2gen": medical.iu_xray},
+    "mimic_cxr": {"r2gen": reports.mimic_cxr, "official": reports.mimic_cxr_official},
+    "iu_xray": {"r2gen": reports.iu_xray},
     "medpix": {"radfm": medical.medpix},
     "llava": {"json": questions.llava, "jsonl": questions.llava_lines, "pairs": questions.llava_pairs},
+    "choices": {
+        "pmc_vqa": choices.pmc_vqa,
+        "medxpertqa": choices.medxpertqa,
+        "omnimedvqa": choices.omnimedvqa,
+        "mmmu": choices.mmmu,
+        "medmcqa": choices.medmcqa,
+        "tsv": choices.tsv,
+    },
     "voc": {"original": boxes.voc},
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},

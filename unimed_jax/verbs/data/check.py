@@ -11,6 +11,8 @@ from unimed_jax.errors import UserError
 from unimed_jax.paths import check_output
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
 
+MOST = 256  # processes
+
 
 def run(arguments: list[str]) -> int:
     """Audits every set of config.data and config.evaluate."""
@@ -21,8 +23,8 @@ def run(arguments: list[str]) -> int:
         "--processes", type=int, default=os.cpu_count() or 1, help="that look at images"
     )
     known, overrides = options.parse_known_args(arguments)
-    if known.processes < 1:
-        raise UserError(f"--processes={known.processes} looks at nothing; give 1 or more.")
+    if not 1 <= known.processes <= MOST:
+        raise UserError(f"--processes={known.processes} is not from 1 to {MOST}; give another number.")
     config = read_config(known.config, overrides)
     check_output(known.out, "--out")
 
