@@ -8,13 +8,34 @@ from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources, reader_of
 from unimed_jax.data.images import read_image
 from unimed_jax.data.store import RECORDS, pack
+from unimed_jax.data.twins import TWINS
 from unimed_jax.errors import UserError
+
+# options of a reader or layout
+NEEDED = {
+    "medmnist": {"name": "dermamnist"},
+    "medqa/four": {"options": 4},
+    "medqa/mainland": {"region": "Mainland", "options": 4},
+    "medqa/taiwan": {"region": "Taiwan"},
+    "choices/tsv": {"split": "split"},
+}
 
 
 def opened(place, name, cache=None, **fields):
     source = SourceConfig(name, path=str(place), **fields)
     (found,) = open_sources(DataConfig((source,), cache=str(cache or place.parent / "cache")))
     return found
+
+
+def options_of(name, layout):
+    """The options without which a reader does not read the twin of a layout."""
+    return NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
+
+
+def layouts_of_twins():
+    return [
+        (name, layout, options_of(name, layout)) for name, layouts in TWINS.items() for layout in layouts
+    ]
 
 
 def everything(data):
