@@ -164,15 +164,14 @@ def without_effect(
                     ),
                 )
     if needs is not REFUSED:
-        for i, source in enumerate(config.evaluate.sources):
-            if source.augment != AugmentConfig():
-                yield (
-                    "evaluate.sources",
-                    (
-                        f"config.evaluate.sources[{i}].augment has no effect, because nothing is varied "
-                        "in evaluation; leave it out."
-                    ),
-                )
+        unread = [("evaluate", "nothing is varied in evaluation")]
+        if config.job == "router":
+            unread.append(("data", "the router is fitted on pictures as they are"))
+        for part, reason in unread:
+            for i, source in enumerate(getattr(config, part).sources):
+                if source.augment != AugmentConfig():
+                    sentence = f"config.{part}.sources[{i}].augment has no effect, because {reason}; "
+                    yield f"{part}.sources", sentence + "leave it out."
     if config.evaluate.entries:
         for i, entry in enumerate(config.evaluate.entries):
             if entry.every > config.train.steps and needs is not REFUSED:

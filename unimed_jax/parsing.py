@@ -81,8 +81,11 @@ def stand_in(head: bytes) -> str:
 def refuse_stand_in(file: str | Path) -> None:
     """Raises UserError if a pointer of Git-LFS or a web page stands in place of a file of data.
 
-    A file that cannot be read is left to whoever reads it.
+    A file that cannot be read is left to whoever reads it, and so is a pipe, which could be waited
+    for without end.
     """
+    if no_file(file):
+        return
     try:
         with open(file, "rb") as stream:
             found = stand_in(stream.read(1000))
@@ -94,6 +97,8 @@ def refuse_stand_in(file: str | Path) -> None:
 
 def zip_fault(file: str | Path) -> str:
     """Says what is wrong with the form of a zip archive, .npz included; empty if nothing seems to be."""
+    if no_file(file):
+        return ""
     try:
         with open(file, "rb") as stream:
             first = stream.read(4)

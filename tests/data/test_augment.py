@@ -11,6 +11,7 @@ from unimed_jax.data import augment
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import box_to_text, text_to_box
 from unimed_jax.data.pipeline import Pipeline
+from unimed_jax.effects import without_effect
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
 
@@ -129,6 +130,32 @@ def test_boxes_follow_the_pixels(kind):
     assert len(different) > 24  # each picture in several ways
 
 
+def test_turns_are_the_eight_of_a_square():
+    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    sideways = np.rot90(picture)
+    expected = {
+        shown.tobytes()
+        for upright in (picture, sideways)
+        for half in (upright, upright[::-1, ::-1])
+        for shown in (half, half[:, ::-1])
+    }
+    found = set()
+    for quarter, mirrored in itertools.product(range(4), (False, True)):
+        by = augment.map_of(augment.Variation(quarter, mirrored), (12, 8), ())
+        shown = augment.seen(augment.Working(picture, (12, 8)), by)
+        assert shown.shape == ((12, 8, 3) if quarter % 2 else (8, 12, 3))
+        found.add(shown.tobytes())
+    assert found == expected and len(found) == 8
+
+
+def test_beyond_the_edge_is_the_colour_of_the_edge():
+    picture = np.full((20, 30, 3), 200, np.uint8)
+    picture[[0, -1]] = picture[:, [0, -1]] = (10, 60, 30)
+    by = augment.map_of(augment.Variation(scale=0.5, shift=0.5, places=(0.0, 1.0)), (30, 20), ())
+    shown = augment.seen(augment.Working(picture, (30, 20)), by)
+    assert (shown[:4, 12:] == (10, 60, 30)).all() and (shown[17:, :5] == 200).all()
+
+
 def test_rotated_boxes_hold_what_they_held():
     data, given = Planted(), AugmentConfig(rotate=90.0)
     for draw, example in itertools.product(range(8), data.found[::3]):
@@ -231,3 +258,17 @@ def test_what_a_person_can_set_wrong():
     with pytest.raises(UserError, match=r"sources\[0\].augment: published training varies no"):
         settings({"shift": 0.1}, fidelity="paper")
     assert settings({}, fidelity="paper").data.sources[0].augment == AugmentConfig()
+
+
+def test_where_it_changes_nothing_this_is_said():
+    varied = [{"name": "brain", "augment": {"shift": 0.1}}]
+
+    def said(**changes):
+        found = without_effect(from_config_dict(changes), {})
+        return [sentence for _, sentence in found if "augment" in sentence]
+
+    assert not said(data={"sources": varied})
+    (one,) = said(evaluate={"sources": varied})
+    assert one.startswith("config.evaluate.sources[0].augment has no effect, because nothing is varied")
+    (one,) = said(data={"sources": varied}, job="router", router_fit={"key": "plane"})
+    assert one.startswith("config.data.sources[0].augment has no effect, because the router")

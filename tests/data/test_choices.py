@@ -207,6 +207,17 @@ def test_pictures_in_every_form_are_the_same(tmp_path):
     assert len({tuple(some) for form, some in found.items() if form.startswith("paths")}) == 1
 
 
+def test_a_picture_may_be_named_by_the_row_that_holds_it(tmp_path):
+    """Before that row or after it; a number of no row is a path, which does not exist."""
+    b64 = base64.b64encode(png(3)).decode()
+    cells = enumerate(["2", "2", b64, "2", "9"])
+    rows = [{"index": i} | row(i, **ASKED) | {"image": cell} for i, cell in cells]
+    write(tmp_path / "set", "test.tsv", rows)
+    data = opened(tmp_path / "set", "choices")
+    assert {data.image(e.images[0])[0, 0, 0] for e in data.examples("test")} == {90}
+    assert len(data.examples("test")) == 4 and left_out(data)[0].endswith("/9")
+
+
 def test_splits_are_said_by_names_folders_or_a_column(tmp_path):
     rows = [row(i, **columns("{C}"), answer="B", part=part, patient=7)
             for i, part in enumerate(("train", "dev", "Testing", "validation"))]  # fmt: skip

@@ -128,8 +128,8 @@ def test_every_table_of_medpix(tmp_path):
     data = opened(tmp_path / "set", "medpix", id="some", options=options)
     kinds = {(e.task, e.meta["template"]) for _, e in everything(data)}
     assert kinds == {("cls", "modality"), ("vqa", "diagnosis")}
-    told = [e.question for _, e in everything(data) if e.question.startswith("A patient of")]
-    assert told and all(question.endswith("What is the diagnosis?") for question in told)
+    before = [e.question for _, e in everything(data) if e.question.startswith("A patient of")]
+    assert before and all(question.endswith("What is the diagnosis?") for question in before)
     for options, match in (
         (
             {"tables": ["multiple"]},

@@ -198,6 +198,11 @@ DAMAGE = {
         lambda p: p.write_text(p.read_text() + "abc,50000000,10009999,train\n"),
         "study 50000000 is of patient 10000000 too",
     ),
+    "an image twice": (
+        SPLIT,
+        lambda p: p.write_text(p.read_text() + p.read_text().splitlines()[1]),
+        "of study 50000000 stands twice",
+    ),
     "an image out of the folder": (
         SPLIT,
         lambda p: change(p, (r"\n[-0-9a-f]+(?=,50000001,)", "\n" + "../" * 9 + "x")),

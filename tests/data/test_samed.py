@@ -1,6 +1,7 @@
 """SA-Med2D-20M: boxes from masks, the full release beside boxes, seeded subsets, and damage."""
 
 import json
+import os
 import re
 import shutil
 import tracemalloc
@@ -107,11 +108,16 @@ def test_the_full_release_gives_the_same_examples_as_its_boxes(tmp_path, twin):
 
 
 def test_a_subset_depends_on_names_options_and_seed_alone(tmp_path, twin, monkeypatch):
-    whole = chosen(twin)
+    for name in "bac":
+        _small(twin / ROOT / f"images/{name}.png")
+    lost, again = [], []
+    whole = {scene.key: scene.things for scene in scenes(twin, OPTIONS, lost)}
     one = chosen(twin, per_class=2, seed=3)
     listing = release._stems
     monkeypatch.setattr(release, "_stems", lambda *a: iter(sorted(listing(*a), key=lambda n: n[::-1])))
     assert chosen(twin, per_class=2, seed=3) == one != chosen(twin, per_class=2, seed=4)
+    list(scenes(twin, OPTIONS, again))
+    assert lost == again  # whatever the order in which the disk lists the files
     monkeypatch.undo()
     of_class = {}
     for key, things in one.items():
@@ -233,6 +239,10 @@ SKIPPED = {
     "a mask of another name": (
         lambda p: _small(p / ROOT / f"masks/{FIRST}.png"),
         f"{FIRST}: no mask's name",
+    ),
+    "a name of no characters": (
+        lambda p: _small(p / ROOT / os.fsdecode(b"images/ct_00--A--\xff--x_1.png")),
+        r"images/ct_00--A--.udcff--x_1.png: its name is no text",
     ),
     "another file": (
         lambda p: (p / ROOT / "masks/notes.txt").write_text("x"),

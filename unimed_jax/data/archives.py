@@ -19,7 +19,11 @@ def packed(*places: Path) -> str:
     for place in places:
         inner = place.iterdir() if place.is_dir() else place.parent.glob(f"{place.stem}.z*")
         names = sorted(inner)
-        disks = [path for path in names if path.suffix[:2] == ".z" and path.suffix[2:].isdigit()]
+        disks = [
+            path
+            for path in names
+            if path.suffix[:2] == ".z" and path.suffix[2:].isdigit() and path.is_file()
+        ]
         zips = [path for path in names if path.suffix == ".zip" and path.is_file()]
         for path in (*disks, *zips):
             if found := _stand_in(path):

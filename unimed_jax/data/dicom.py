@@ -56,7 +56,7 @@ def read_header(file: BinaryIO, name: str, view: ImageConfig) -> tuple[int, tupl
     from pydicom import dcmread
 
     with _explained(name):
-        data = dcmread(_inflated(file, name), stop_before_pixels=True, force=True)
+        data = dcmread(inflated(file, name), stop_before_pixels=True, force=True)
         frames = _frames(data)
         chosen_frame(view, frames, name)
         _window_of(data, view, str(data.get("PhotometricInterpretation")), name)
@@ -81,7 +81,7 @@ def _explained(name: str) -> Iterator[None]:
 def _read(file: BinaryIO, name: str, view: ImageConfig) -> np.ndarray:
     from pydicom import dcmread
 
-    file = _inflated(file, name)
+    file = inflated(file, name)
     data = dcmread(file, stop_before_pixels=True, force=True)
     little = bool(data.original_encoding[1])
     number = chosen_frame(view, _frames(data), name)
@@ -134,7 +134,7 @@ def _window_of(data, view: ImageConfig, shown: str, name: str) -> tuple[float, f
 # --------------------------------------------------------------------------------------------------
 
 
-def _inflated(file: BinaryIO, name: str) -> BinaryIO:
+def inflated(file: BinaryIO, name: str) -> BinaryIO:
     """Unpacks a file of the deflated transfer syntax, if its content is not too large.
 
     It returns other files as they are.

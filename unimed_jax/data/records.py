@@ -82,6 +82,22 @@ def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, Record]]
         csv.field_size_limit(limit)
 
 
+def repeated_images(file: Path) -> dict[str, str]:
+    """Finds the pictures of a table that other rows name by the `index` of the row that holds them.
+
+    VLMEvalKit's tables hold a picture in base64 once, and that index in its place in other rows.
+    Returns index -> picture.
+    """
+    named = {
+        cell for _, record in records(file) if (cell := str(record.get("image") or "").strip()).isdigit()
+    }
+    return {
+        index: record["image"]
+        for _, record in (records(file) if named else ())
+        if (index := str(record.get("index")).strip()) in named and not record["image"].isdigit()
+    }
+
+
 # ---- fields ----------------------------------------------------------------------------------------
 def word(
     record: Mapping[str, Any], key: str, where: str, required: bool = False, numbers: bool = False

@@ -44,6 +44,7 @@ from unimed_jax.data.records import (
     one_of,
     picture_of,
     records,
+    repeated_images,
     short,
     word,
 )
@@ -102,6 +103,7 @@ def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: l
     root = folder if folder.is_dir() else folder.parent
     number = -1
     for file in _files(folder, split, chosen):
+        repeated = repeated_images(file) if file.suffix == ".tsv" else {}
         for where, folded in records(file, "give a list of questions, or one a line"):
             record = unfolded(folded)
             if chosen["split"] and _split(record, chosen["split"], where) != split:
@@ -114,7 +116,9 @@ def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: l
             if isinstance(example, str):
                 skipped.append(f"{name}: {example}")
                 continue
-            found = [_image(cell, root, file, chosen, where) for cell in _cells(record, chosen, where)]
+            cells = _cells(record, chosen, where)
+            cells = [repeated.get(cell, cell) if isinstance(cell, str) else cell for cell in cells]
+            found = [_image(cell, root, file, chosen, where) for cell in cells]
             lost = next((picture for picture in found if isinstance(picture, str)), "")
             if lost:
                 skipped.append(f"{name}: {lost}")

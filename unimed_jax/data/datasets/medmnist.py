@@ -7,7 +7,6 @@ several labels a picture: its answer names them in the order of the classes, or 
 """
 
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.records import chosen_options, one_of
 from unimed_jax.errors import UserError
-from unimed_jax.parsing import refuse_stand_in, zip_fault
+from unimed_jax.parsing import no_file, refuse_stand_in, zip_fault
 
 _ORGANS = (
     "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver",
@@ -109,6 +108,8 @@ def read(
     file = next((folder / found for found in names if (folder / found).exists()), folder / names[-1])
     if not file.exists():
         raise UserError(f"{file} does not exist; download it, or choose another size.")
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; get it again.")
     try:
         with zipfile.ZipFile(file) as archive:
             labels = np.stack(list(_rows(archive, f"{split}_labels", file)))
@@ -124,7 +125,9 @@ def read(
                     Example(key, "cls", str(chosen["question"]), answer, (key,), None, key, facts),
                     (pixels,),
                 )
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive fails at any of its steps
         refuse_stand_in(file)
         raise UserError(f"{file} cannot be read ({zip_fault(file) or error}); get it again.") from error
 

@@ -5,7 +5,8 @@ The layout is chosen by what lies in the folder:
     qas/{train,val,test}_vqa.pkl     the original; its pickles are never executed
     images/<split>/<img_id>.jpg
 or
-    PathVQA_{TRAIN,VAL,TEST}.tsv     columns index, image (base64), question, answer
+    PathVQA_{TRAIN,VAL,TEST}.tsv     columns index, image (base64, or the index of the row that has
+                                     it), question, answer
 or
     data/<split>-00000-of-00007.parquet     of the Hugging Face hub: image, question, answer
 
@@ -22,10 +23,18 @@ from typing import Any
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.pairs import kind_of, pairs
-from unimed_jax.data.records import chosen_options, inside, picture_of, records, short, word
+from unimed_jax.data.records import (
+    chosen_options,
+    inside,
+    picture_of,
+    records,
+    repeated_images,
+    short,
+    word,
+)
 from unimed_jax.data.tables import PARQUET, parquet_files
 from unimed_jax.errors import UserError
-from unimed_jax.parsing import refuse_stand_in
+from unimed_jax.parsing import no_file, refuse_stand_in
 from unimed_jax.pickles import Refused, read_pickle
 
 PICKLES = {split: f"qas/{split}_vqa.pkl" for split in ("train", "val", "test")}
@@ -64,6 +73,8 @@ def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: l
 
 def _from_pickle(folder: Path, split: str) -> Found:
     file = folder / PICKLES[split]
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; get it again.")
     try:
         refuse_stand_in(file)
         data = file.read_bytes()
@@ -75,6 +86,8 @@ def _from_pickle(folder: Path, split: str) -> Found:
             f"{file} holds code or objects besides plain data ({error}); get it again from where "
             "you trust it."
         ) from error
+    except Exception as error:  # a damaged pickle fails at any of its steps
+        raise UserError(f"{file} is not a whole pickle ({error}); get it again.") from error
     if not isinstance(content, list):
         raise UserError(f"{file} is not a list of questions; get it again.")
     for number, record in enumerate(content):
@@ -102,9 +115,12 @@ def _from_pickle(folder: Path, split: str) -> Found:
 
 
 def _from_table(folder: Path, split: str, skipped: list[str]) -> Found:
-    for number, (where, record) in enumerate(records(folder / TABLES[split])):
+    file = folder / TABLES[split]
+    repeated = repeated_images(file)
+    for number, (where, record) in enumerate(records(file)):
+        cell = word(record, "image", where)
         try:
-            image = base64.b64decode(word(record, "image", where), validate=True)
+            image = base64.b64decode(repeated.get(cell, cell), validate=True)
         except binascii.Error as error:
             raise UserError(f"{where}: 'image' is not base64 ({error}); get the file again.") from error
         found = picture_of(image, folder, where)

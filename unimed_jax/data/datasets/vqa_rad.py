@@ -97,6 +97,18 @@ def read(
             yield example, (inside(folder, images, name, where),)
 
 
+def rewordings(folder: Path, split: str) -> Iterator[tuple[str, str]]:
+    """Yields other wordings of questions (id, text), which the original file has besides each.
+
+    The layout of MMQ trains on them. `data check` looks for them in other sets.
+    """
+    for where, record in _records(folder, split, True) if (folder / ORIGINAL).exists() else ():
+        for key in ("question_frame", "question_rephrase"):
+            text = word(record, key, where)
+            if text and text != "NULL":
+                yield f"{split}/{word(record, 'qid', where, required=True, numbers=True)}", text
+
+
 def _records(folder: Path, split: str, original: bool) -> Iterator[tuple[str, Record]]:
     if original:
         for where, record in records(folder / ORIGINAL):

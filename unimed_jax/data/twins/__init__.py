@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, choices, hub, medical, prepared, questions, reports, samed
+from unimed_jax.data.twins import (
+    boxes,
+    choices,
+    hub,
+    medical,
+    prepared,
+    questions,
+    reports,
+    samed,
+    series,
+)
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -63,6 +73,7 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},
     "tfds": {"array_record": prepared.tfds},
+    "series": {"nested": series.nested, "flat": series.flat},
     "jsonl": {"folder": boxes.jsonl},
 }
 

@@ -113,11 +113,16 @@ def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes the questions of `path_vqa` as a table for each split, with pictures in base64."""
+    """Writes the questions of `path_vqa` as a table for each split, with pictures in base64.
+
+    A picture stands in one of its rows; the others have the index of that row.
+    """
     for split, rows in path_vqa_rows(folder, records, rng).items():
         lines = ["index\timage\tquestion\tanswer"]
+        last = {image: i for i, (image, _, _) in enumerate(rows)}
         for i, (image, question, answer) in enumerate(rows):
-            lines.append(f"{i}\t{base64.b64encode(image).decode()}\t{question}\t{answer}")
+            cell = base64.b64encode(image).decode() if last[image] == i else last[image]
+            lines.append(f"{i}\t{cell}\t{question}\t{answer}")
         (folder / f"PathVQA_{split.upper()}.tsv").write_text("\n".join(lines) + "\n")
 
 

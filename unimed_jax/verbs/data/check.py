@@ -27,6 +27,8 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"--processes={known.processes} is not from 1 to {MOST}; give another number.")
     config = read_config(known.config, overrides)
     check_output(known.out, "--out")
+    if os.path.lexists(known.out) and not os.path.isdir(known.out):
+        raise UserError(f"--out={known.out} is a file, where a folder belongs; choose another.")
 
     from unimed_jax.audit.check import audit
     from unimed_jax.audit.report import write_audit

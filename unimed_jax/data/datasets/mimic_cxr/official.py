@@ -82,7 +82,12 @@ def _studies(folder: Path, split: str) -> dict[str, Study]:
         study = found.setdefault(name, Study(patient, []))
         if study.patient != patient:
             raise UserError(f"{where}: study {name} is of patient {study.patient} too; mend the table.")
-        study.dicoms.append(word(row, "dicom_id", where, required=True))
+        dicom = word(row, "dicom_id", where, required=True)
+        if dicom in study.dicoms:
+            raise UserError(
+                f"{where}: image {short(dicom)} of study {name} stands twice; mend the table."
+            )
+        study.dicoms.append(dicom)
     return found
 
 

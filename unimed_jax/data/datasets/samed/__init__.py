@@ -87,7 +87,7 @@ def scenes(folder: Path, options: Mapping[str, Any], skipped: list[str]) -> Iter
     What cannot be used is appended to `skipped` by name. Raises UserError if no layout is found, and
     for options that mean nothing.
     """
-    root = release.place(folder)
+    root = None if (folder / "regions").is_dir() else release.place(folder)
     if root:
         yield from _of_masks(root, options, skipped)
         return

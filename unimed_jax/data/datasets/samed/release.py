@@ -17,7 +17,7 @@ import numpy as np
 from unimed_jax.data.datasets.samed.names import Name, parse, parse_mask, rank
 from unimed_jax.data.records import at_least, short
 from unimed_jax.errors import UserError, nearest
-from unimed_jax.parsing import read_json
+from unimed_jax.parsing import is_text, read_json
 
 CLASSES = "SAMed2D_v1_class_mapping_id.json"
 ROOTS = ("", "SAMed2Dv1/", "raw/SAMed2Dv1/")  # where images and masks lie, from the given folder on
@@ -243,7 +243,9 @@ def _stems(folder: Path, skipped: list[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             stem, ending = os.path.splitext(entry.name)
-            if ending.lower() == ".png":
+            if not is_text(stem):
+                skipped.append(f"{folder.name}/{ascii(entry.name)[1:-1]}: its name is no text")
+            elif ending.lower() == ".png":
                 yield stem
             elif not entry.name.startswith("."):
                 skipped.append(f"{folder.name}/{entry.name}: no PNG")
