@@ -22,6 +22,7 @@ def test_one_model_for_six_tasks_on_twins(tmp_path):
         *(f"--workdir={tmp_path / 'run'}", f"--config.data.root={tmp_path / 'data'}"),
         *(f"--config.data.cache={tmp_path}", "--config.train.steps=4", "--config.evaluate.limit=6"),
         *("--config.evaluate.max_new_tokens=8", "--config.data.threads=0"),
+        "--config.evaluate.splits=('test',)",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
