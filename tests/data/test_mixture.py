@@ -120,7 +120,7 @@ def test_order_and_resume_do_not_depend_on_threads_and_hosts(made, mode):
     whole = take(made(mode, threads=0), 6)
     assert len({batch["tokens"].tobytes() for batch in whole}) == 6
     assert made(mode, threads=0).record_ids(3) == made(mode, threads=8).record_ids(3)
-    for threads, shares in itertools.product((0, 1, 2, 8), (1, 2, 4)):
+    for threads, shares in ((0, 2), (1, 1), (1, 4), (2, 2), (8, 1), (8, 4)):
         pipe, start = (
             made(mode, threads=threads),
             3 * (shares > 1),

@@ -27,7 +27,6 @@ from unimed_jax.data import image_shards
 from unimed_jax.data.columns import Collector, Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.image_shards import FACTS, ImageShards, Source
-from unimed_jax.data.image_shards import no_image as no_image
 from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info, nearest_counts
 from unimed_jax.data.requirements import check, unanswered
