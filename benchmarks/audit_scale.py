@@ -25,7 +25,9 @@ from unimed_jax.audit.check import audit
 from unimed_jax.config import Config, DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
 
-SIDE = 192  # pixels
+SIDE = 128  # pixels
+Y, X = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
+BODY = (1 / (1 + np.exp(20 * (np.hypot(X, Y) / 0.8 - 1)))).astype(np.float32)  # dark around it
 PLANTED = 500  # of each kind
 KINDS = ("image", "near", "near", "near", "mirror")
 
@@ -33,19 +35,16 @@ KINDS = ("image", "near", "near", "near", "mirror")
 def scene(number: int) -> np.ndarray:
     """Draws a scan of its own: a bright oval, the same for all, with soft structures in it."""
     rng = np.random.default_rng(number)
-    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
-    a, b = 0.8 + rng.normal(0, 0.03, 2)
-    body = 1 / (1 + np.exp(20 * (np.hypot(x / a, y / b) - 1)))
     coarse = Image.fromarray(rng.integers(0, 256, (10, 10), dtype=np.uint8))
     inside = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
-    return np.clip(body * (90 + 0.5 * inside) + rng.normal(0, 2, (SIDE, SIDE)), 0, 255).astype(np.uint8)
+    return (BODY * (90 + 0.5 * inside)).astype(np.uint8)
 
 
 def changed(image: np.ndarray, change: int) -> np.ndarray:
     if change == 1:
         return image  # re-encoded with another quality below
     if change == 2:
-        return np.asarray(Image.fromarray(image).resize((120, 130), Image.Resampling.BILINEAR))
+        return np.asarray(Image.fromarray(image).resize((90, 100), Image.Resampling.BILINEAR))
     if change == 3:
         return np.clip(image * 0.7 + 25, 0, 255).astype(np.uint8)
     return image[:, ::-1] if change == 4 else image
@@ -66,7 +65,8 @@ def write(task: tuple[Path, int, int, int]) -> list[str]:
         if 0 <= planted < PLANTED * len(KINDS):
             change = planted // PLANTED
             quality = 60 if change == 1 else 90
-            pixels = changed(scene(planted * 3), change)
+            apart = images // 2 // (PLANTED * len(KINDS))  # over all of train
+            pixels = changed(scene(planted * apart), change)
         else:
             pixels = scene(number)
         buffer = io.BytesIO()
@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--processes", type=int, default=2)
     known = parser.parse_args()
+    if known.images < 2 * PLANTED * len(KINDS):
+        parser.error(f"--images={known.images} has no place for the planted ones; give 5000 or more")
     folder = Path(known.folder)
     seconds: dict[str, list[float]] = {}
 

@@ -1,9 +1,12 @@
 """The audit finds planted leaks and faults, each once and nothing else."""
 
+import concurrent.futures.process
+import contextlib
 import difflib
 import json
 import sys
 import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +14,13 @@ from PIL import Image
 
 from unimed_jax import main as cli
 from unimed_jax.audit import fingerprints as prints
-from unimed_jax.audit.check import audit
+from unimed_jax.audit.check import _with_headers, audit
 from unimed_jax.audit.questions import SIMILAR, Asked, _most_similar, text_leaks
 from unimed_jax.config import Config, DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info, nearest_counts
+from unimed_jax.errors import UserError
 
 CONFIG = """
 from unimed_jax.config import default_config
@@ -206,6 +210,41 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.concatenate([np.load(file) for file in files]), whole)
 
 
+def test_a_damaged_part_is_computed_again(tmp_path):
+    pictures = {f"{i}.png": scene(i) for i in range(3)}
+    write(tmp_path / "a", [line(name, "train", name) for name in pictures], pictures)
+    data = DataConfig((SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "c"))
+    (opened,) = open_sources(data)
+
+    def computed():
+        return prints.fingerprints(opened.folder, "a", [*pictures], tmp_path / "c", processes=1)
+
+    right = computed()
+    (file,) = (tmp_path / "c/audit").glob("*/*.npy")
+    whole, notes = file.read_bytes(), file.with_suffix(".json").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-9] ^= 1  # in a record, where its form says nothing
+    for damage in (b"", whole[:200], bytes(flipped), b"x" * len(whole), whole[::-1]):
+        file.write_bytes(damage)
+        np.testing.assert_array_equal(computed().records, right.records)
+        assert file.read_bytes() == whole
+    for damage in (b"", b"{}", b"[]", notes[:-1], b"[" * 100_000, b'{"notes": 3, "checksum": []}'):
+        file.with_suffix(".json").write_bytes(damage)
+        assert computed().notes == right.notes and file.with_suffix(".json").read_bytes() == notes
+
+
+def test_a_process_that_is_ended_from_outside_is_one_sentence(monkeypatch):
+    @contextlib.contextmanager
+    def broken(workers):
+        lost = concurrent.futures.Future()
+        lost.set_exception(concurrent.futures.process.BrokenProcessPool("terminated abruptly"))
+        yield SimpleNamespace(submit=lambda *_: lost)
+
+    monkeypatch.setattr(prints, "pool_of", broken)
+    with pytest.raises(UserError, match="looks at images was ended from outside.*fewer --processes"):
+        list(prints._parts([("", []), ("", [])], 2))
+
+
 def test_fingerprints_belong_to_the_very_images(tmp_path):
     """Of two choices of as many images that begin alike, one is not taken for the other."""
     pictures = {f"{i}.png": scene(i) for i in range(5)}
@@ -383,3 +422,14 @@ def test_boxes_outside_their_image_and_empty_ones_are_named(tmp_path, monkeypatc
     assert "r2: box (40, 20, 40, 40) is empty in hundredths" in found["wrong_boxes"]["first"][1]
     assert "r3: no box in its text" in found["wrong_boxes"]["first"][2]
     assert found["left_out"]["reasons"] == {"object ...: box ... is empty": 1}
+
+
+def test_images_of_one_patient_by_their_headers_belong_together():
+    """A name in the records counts within its set only, an identifier in DICOM headers in all."""
+    notes = {"x": {"patient": "aa", "study": "s"}, "y": {"patient": "aa", "study": "t"}}
+    one, other = (
+        _with_headers(Asked(id, "vqa", (image,), "what?", id, "", "", (("case", "7"),)), notes)
+        for id, image in (("t", "x"), ("e", "y"))
+    )
+    assert text_leaks([one], [other]).pairs.keys() == {"patient", "case"}
+    assert text_leaks([one], [other], {}, one_set=False).pairs == {"patient": [("t", "e")]}

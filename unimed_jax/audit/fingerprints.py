@@ -1,15 +1,17 @@
 """Computes fingerprints of a prepared set's images: pixels, shape of the picture, size and headers.
 
-They are kept in the cache by the set's checksum, a file for each part of the images, so that a
-killed audit goes on where it stopped and an unchanged set is not read again.
+They are kept in the cache by the set's checksum, two files for each part of the images, so that a
+killed audit goes on where it stopped and an unchanged set is not read again. A damaged part is
+computed again.
 """
 
 import concurrent.futures
 import functools
 import hashlib
+import io
 import json
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from unimed_jax.audit.private import of_headers
+from unimed_jax.data.image_shards import processes as pool_of
 from unimed_jax.data.store import Store
 from unimed_jax.errors import UserError
 from unimed_jax.files import written_whole
+from unimed_jax.parsing import no_file, parse_json
 
-VERSION = 2  # raise it when a fingerprint changes
+VERSION = 3  # raise it when a fingerprint changes
 PART = 500  # images of a file
 SIDE = 32  # pixels of the thumbnail that the shape is computed from
 WAVES = 16  # of it across and down
@@ -35,6 +39,10 @@ RECORD = np.dtype(
         ("shape", "f2", (SHAPE,)),  # see `shape_of`
     ]
 )
+
+
+# records [images] of RECORD, and notes by key
+Part = tuple[np.ndarray, dict[str, dict[str, Any]]]
 
 
 class Fingerprints(NamedTuple):
@@ -63,11 +71,12 @@ def fingerprints(
     folder: where the store is. id: what the progress bar calls the set.
     """
     store = Store(folder)
-    named = "\0".join([store.checksum, str(VERSION), *keys])
+    named = "\0".join([store.checksum, str(VERSION), str(PART), *keys])
     which = hashlib.sha256(named.encode()).hexdigest()[:12]
     place = cache / "audit" / f"{store.id}-{which}"
     parts = [(start, place / f"{start:09d}.npy") for start in range(0, len(keys), PART)]
-    waiting = [(start, file) for start, file in parts if not file.is_file()]
+    found = {start: _kept(file, len(keys[start : start + PART])) for start, file in parts}
+    waiting = [(start, file) for start, file in parts if found[start] is None]
     if waiting:
         place.mkdir(parents=True, exist_ok=True)
         bar = tqdm(
@@ -76,37 +85,64 @@ def fingerprints(
         bar.update(len(keys) - sum(len(keys[start : start + PART]) for start, _ in waiting))
         with bar:
             tasks = [(str(folder), list(keys[start : start + PART])) for start, _ in waiting]
-            for number, (records, notes) in _parts(tasks, processes):
-                file = waiting[number][1]
-                # The notes come first: a part counts as done when its records are there.
-                with written_whole(file.with_suffix(".json")) as unfinished:
-                    unfinished.write_text(json.dumps(notes), encoding="utf-8")
-                with written_whole(file) as unfinished, unfinished.open("wb") as stream:
-                    np.save(stream, records)
-                bar.update(len(records))
-    out = np.empty(len(keys), RECORD)
-    found: dict[str, dict[str, Any]] = {}
-    for start, file in parts:
-        out[start : start + PART] = np.load(file, allow_pickle=False)
-        found |= json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-    return Fingerprints(keys, out, found)
+            for number, part in _parts(tasks, processes):
+                start, file = waiting[number]
+                _keep(file, part)
+                found[start] = part
+                bar.update(len(part[0]))
+    done = [part for part in found.values() if part is not None]
+    records = np.concatenate([np.empty(0, RECORD), *(part[0] for part in done)])
+    return Fingerprints(keys, records, {key: note for _, notes in done for key, note in notes.items()})
 
 
-def _parts(
-    tasks: Sequence[tuple[str, list[str]]], processes: int
-) -> Iterator[tuple[int, tuple[np.ndarray, dict[str, dict[str, Any]]]]]:
-    """Yields (number, `_part`) of each task as it is done, in processes if there are several."""
+def _keep(file: Path, part: Part) -> None:
+    """Writes a part's records, and beside them its notes with the checksum of the records."""
+    records, notes = part
+    stream = io.BytesIO()
+    np.save(stream, records)
+    content = {"checksum": hashlib.sha256(stream.getvalue()).hexdigest(), "notes": notes}
+    with written_whole(file.with_suffix(".json")) as unfinished:
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+    with written_whole(file) as unfinished:
+        unfinished.write_bytes(stream.getvalue())
+
+
+def _kept(file: Path, count: int) -> Part | None:
+    """Reads a part of `count` images that was kept; None if it was not, or not whole."""
+    if no_file(file) or no_file(file.with_suffix(".json")):
+        return None
+    try:
+        content = parse_json(file.with_suffix(".json").read_bytes(), str(file))
+        stored, notes = file.read_bytes(), content["notes"]
+        if hashlib.sha256(stored).hexdigest() != content["checksum"]:
+            return None
+        records = np.load(io.BytesIO(stored), allow_pickle=False)
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return (records, notes) if records.dtype == RECORD and records.shape == (count,) else None
+
+
+def _parts(tasks: Sequence[tuple[str, list[str]]], processes: int) -> Iterator[tuple[int, Part]]:
+    """Yields (number, `_part`) of each task as it is done, in processes if there are several.
+
+    Raises UserError if one of the processes is ended from outside.
+    """
     if processes == 1 or len(tasks) == 1:
         yield from ((number, _part(*task)) for number, task in enumerate(tasks))
         return
-    context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context) as pool:
-        running = {pool.submit(_part, *task): number for number, task in enumerate(tasks)}
-        for done in concurrent.futures.as_completed(running):
-            yield running.pop(done), done.result()
+    try:
+        with pool_of(min(processes, len(tasks))) as pool:
+            running = {pool.submit(_part, *task): number for number, task in enumerate(tasks)}
+            for done in concurrent.futures.as_completed(running):
+                yield running.pop(done), done.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that looks at images was ended from outside, as the system does when memory is "
+            "short; give the same command again with fewer --processes, and it goes on."
+        ) from error
 
 
-def _part(folder: str, keys: list[str]) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+def _part(folder: str, keys: list[str]) -> Part:
     """Computes the fingerprints of some images, and notes of those that need one.
 
     A record of zeros means that the image cannot be read.
