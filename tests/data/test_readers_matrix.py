@@ -30,12 +30,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".dcm")
 LISTS = (".json", ".jsonl", ".csv", ".tsv")  # of records
 TEXTS = (*LISTS, ".xml", ".txt")
 FOREIGN = ("dataset_info.json", "features.json")  # read by another library, which takes no BOM
-SOUGHT = [
-    ("classes", "folders"),
-    ("samed", "release"),
-    ("series", "flat"),
-    ("series", "nested"),
-]  # whose pictures are those that are there
+# Layouts whose pictures are those that are there, named by no record.
+SOUGHT = [("classes", "folders"), ("samed", "release"), ("series", "flat"), ("series", "nested")]
 OUT = ("../../../x.png", "/etc/hostname", "a/../../../../x", "../damaged-not/x")
 TEMPLATES = ("Type", "Plane", "Location Category")  # each asks one question more where it is given
 BY_KEYS = ("label", "domain", "meta", "options")  # whose keys are data, not names of fields
@@ -431,3 +427,22 @@ def test_some_damage_of_every_layout_is_noticed(twin, tmp_path):
     start, step = LAYOUTS.index((twin[0], twin[1])), 31
     wrong = tried(twin, lambda found: found[start % step % len(found) :: step], tmp_path)
     assert not wrong, f"{len(wrong)}: " + "\n".join(wrong)
+
+
+def test_the_folder_of_a_set_may_be_a_link(tmp_path):
+    write_twin("llava", tmp_path / "real", records=4)
+    (tmp_path / "set").symlink_to(tmp_path / "real")
+    found = [read(tmp_path / place, "llava", "json") for place in ("real", "set")]
+    assert found[0].examples and found[0].examples == found[1].examples
+
+
+def test_a_crowd_is_counted_and_an_annotation_has_an_id_of_its_own(tmp_path):
+    write_twin("coco", tmp_path / "set", records=4)
+    whole = read(tmp_path / "set", "coco", "instances")
+    assert [line.split(": ")[1:] for line in whole.lines if line.startswith("train")] == [
+        ["annotation 1", "it is a crowd (iscrowd), not one thing"]
+    ]
+    file = tmp_path / "set/annotations/instances_train2017.json"
+    changed(lambda found: found["annotations"].append(found["annotations"][-1]))(file)
+    sentence = read(tmp_path / "set", "coco", "instances").sentence
+    assert re.search("the id [0-9]+ stands twice among 'annotations'", sentence)
