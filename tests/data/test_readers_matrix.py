@@ -110,26 +110,31 @@ def of_picture(file: str, sought: bool) -> Iterator[Damage]:
         ("a folder", as_folder, "folder"),
         ("a link out", linked(away=True), "is a link to"),
     ):
-        right = "unseen" if sought and name in ("missing", "a folder") else "noticed"
+        right = (
+            "unseen" if sought and name in ("missing", "a folder", "cut in its middle") else "noticed"
+        )
+        words = "link" if sought and "link" in words else "" if sought else words
         yield Damage(f"{file} is {name}", file, apply, right, words if right == "noticed" else "")
     inside = "unseen" if sought else "same"
     if "/" in file:
         deepest = file.count("/")
-        yield Damage(f"{file} in a link out", file, linked(True, deepest), "noticed", "is a link to")
+        words = "link" if sought else "is a link to"
+        yield Damage(f"{file} in a link out", file, linked(True, deepest), "noticed", words)
         yield Damage(f"{file} in a link inside", file, linked(False, deepest), inside)
     yield Damage(f"{file} is a link inside", file, linked(away=False), inside)
 
 
-def of_table(file: str) -> Iterator[Damage]:
-    for name, apply, words in (
+def of_table(file: str, name: str) -> Iterator[Damage]:
+    for what, apply, words in (
         ("a pointer", fill(POINTER), "pointer of Git-LFS"),
         ("a page", fill(PAGE), "web page"),
         ("noise", fill(bytes(range(256)) * 3), ""),
         ("a folder", as_folder, ""),
         ("a link out", linked(away=True), "is a link to"),
     ):
-        yield Damage(f"{file} is {name}", file, apply, "noticed", words)
-    yield Damage(f"{file} is a link inside", file, linked(away=False), "same")
+        yield Damage(f"{file} is {what}", file, apply, "noticed", words)
+    inside = "unseen" if name == "series" else "same"  # which looks at every file that it finds
+    yield Damage(f"{file} is a link inside", file, linked(away=False), inside)
     suffix = Path(file).suffix
     if suffix not in (".csv", ".tsv", ".txt"):  # a table may end after any line
         yield Damage(f"{file} is cut", file, cut(0.6), "noticed")
@@ -334,7 +339,7 @@ def damages(folder: Path, name: str, layout: str, whole: Found) -> list[Damage]:
     for file in kinds.values():
         if not is_read(folder, file, name, layout, whole):
             continue
-        found += of_table(file)
+        found += of_table(file, name)
         if name != "tfds" and Path(file).suffix in (*LISTS, ".pkl"):
             found += of_records(folder, file, pictures) if "mapping" not in file else []
         elif file.endswith(".xml"):
