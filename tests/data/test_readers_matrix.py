@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.reading import everything, left_out, opened
-from test_readers import LAYOUTS, NEEDED
+from support.reading import everything, left_out, opened, options_of
+from test_readers import LAYOUTS
 
 from unimed_jax.data.datasets import reader_of
 from unimed_jax.data.store import pack
@@ -57,7 +57,7 @@ class Damage(NamedTuple):
 
 def read(place: Path, name: str, layout: str) -> Found:
     """Reads all examples and decodes all of their images."""
-    options = NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
+    options = options_of(name, layout)
     try:
         data = opened(place, name, options=options)
         examples = {example.id: example for _, example in everything(data)}
