@@ -39,7 +39,7 @@ def get_config(size=""):
         # how a head was taken.
         config.data.sources = common.real_sets(("cls",))
         router.classes = ("CT", "MR", "X-Ray")
-        router.labels = (30, 100, 300, 1000, 1700)
+        router.labels = (30, 100, 300, 1000, 1600)
         router.epochs = 100
         router.lr = 1e-2
     return config

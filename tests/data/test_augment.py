@@ -183,6 +183,27 @@ def test_questions_in_a_batch_have_the_boxes_of_its_pictures():
     assert len(checked) > 15
 
 
+def test_several_pictures_of_a_draw_vary_alike():
+    """The box is of the first; the second, of another size, is turned and shifted in the same way."""
+    data = Planted()
+    data.found = [
+        Example("r", "refer", "thing", box_to_text(data.boxes["im0"], 160, 120), ("im0", "im1"),
+                data.boxes["im0"])
+    ]  # fmt: skip
+    plain = take(pipeline(None, data, row_tokens=200), 1)[0]["images"][0]
+    shown = set()
+    for batch in take(pipeline({"turns": True}, data, row_tokens=200), 6):
+        for row in range(4):
+            text = "".join(chr(t - 3) for t in batch["tokens"][row] if t > 3)
+            box = np.array(text_to_box(text[text.index("{") :])) / 100
+            first, second = batch["images"][row]
+            assert (np.abs(red(first) - box) < 0.06).all()
+            ours, theirs = (np.linalg.norm(red(x)[:2] + red(x)[2:] - 1) for x in (second, plain[1]))
+            assert abs(ours - theirs) < 0.1  # as far from the middle as before
+            shown.add((first.tobytes(), second.tobytes()))
+    assert 4 < len(shown) <= 8  # never one picture turned in another way than its neighbour
+
+
 def test_a_draw_with_several_boxes_keeps_them_all():
     size = (100, 80)
     boxes = [(0, 0, 9, 9), (90, 70, 100, 80), (40, 0, 60, 11)]

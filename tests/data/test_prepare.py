@@ -19,6 +19,7 @@ from unimed_jax import files
 from unimed_jax import main as cli
 from unimed_jax.config import DataConfig, ImageConfig, ReencodeConfig, SourceConfig
 from unimed_jax.data import image_shards
+from unimed_jax.data import store as store_module
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
 from unimed_jax.data.image_shards import encoded, processes
@@ -106,9 +107,10 @@ def content(store):
     )
 
 
-def test_any_number_of_processes_prepares_the_same_store(tmp_path, small_chunks):
+def test_any_number_of_processes_prepares_the_same_store(tmp_path, small_chunks, monkeypatch):
     options = {"count": 150}
     write_pictures(tmp_path / "raw", 150)
+    monkeypatch.setattr(store_module, "OPEN", 3)  # of more than ten shards
     found = {}
     for workers in (0, 2):
         with processes(workers) as pool:

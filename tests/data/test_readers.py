@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from support.reading import everything, left_out, opened
+from support.reading import check_against_raw, everything, left_out, opened, options_of
 
 from unimed_jax.data.datasets import jsonl, medmnist, reader_of
 from unimed_jax.data.forms import text_to_box
@@ -18,14 +18,6 @@ from unimed_jax.data.store import pack
 from unimed_jax.data.twins import TWINS, prepared, write_twin
 from unimed_jax.errors import UserError
 
-# options of a reader or layout
-NEEDED = {
-    "medmnist": {"name": "dermamnist"},
-    "medqa/four": {"options": 4},
-    "medqa/mainland": {"region": "Mainland", "options": 4},
-    "medqa/taiwan": {"region": "Taiwan"},
-    "choices/tsv": {"split": "split"},
-}
 # of layouts that do not have all of their reader's
 TASKS = {
     "array_record": {"cls"},
@@ -52,12 +44,13 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     for place in ("one", "two"):
         write_twin(name, tmp_path / place, records=9, layout=layout)
     write_twin(name, tmp_path / "other", records=9, layout=layout, seed=1)
-    options = NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
+    options = options_of(name, layout)
     one, two, other = (
         opened(tmp_path / place, name, options=options) for place in ("one", "two", "other")
     )
     assert set(one.splits) == SPLITS.get(f"{name}/{layout}", set(one.info.splits))
     assert one.checksum == two.checksum != other.checksum
+    check_against_raw(one, name, tmp_path / "one", options)
     found = everything(one)
     reader, lines = reader_of(name), []
     raw = [

@@ -252,10 +252,9 @@ def _images(
     Returns by kind a pair for each image of the later one, the most alike first, and which image of
     the earlier one it (nearly) is.
     """
+    readable = earlier.prints.readable.tolist()
     first = {
-        value.tobytes(): i
-        for i, value in enumerate(earlier.prints.records["pixels"])
-        if earlier.prints.readable[i]
+        value.tobytes(): i for i, value in enumerate(earlier.prints.records["pixels"]) if readable[i]
     }
     pixels = [value.tobytes() for value in later.prints.records["pixels"]]
     equal = [(first[value], j, 1.0) for j, value in enumerate(pixels) if value in first]

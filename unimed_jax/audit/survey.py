@@ -13,7 +13,7 @@ from unimed_jax.audit.questions import GROUPS, Asked, kept, plain
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.grounding import fault
-from unimed_jax.data.info import nearest_counts
+from unimed_jax.data.info import Info, nearest_counts
 from unimed_jax.data.store import SKIPPED
 
 CUT = 50  # words, after which Uni-Med's text processor cuts a question or a report
@@ -40,6 +40,7 @@ def survey(dataset: Dataset) -> Survey:
     images: dict[str, list[str]] = {}
     personal: list[tuple[str, list[str]]] = []
     values: dict[str, Counter[str]] = {}  # split -> "key=value" -> examples
+    compared = _keys(dataset.info)
     for split in dataset.splits:
         counts: dict[str, Counter[str]] = {key: Counter() for key in ("task", *FACTS)}
         values[split] = Counter()
@@ -55,9 +56,8 @@ def survey(dataset: Dataset) -> Survey:
             for key in FACTS:
                 if key in example.meta:
                     counts[key][example.meta[key]] += 1
-            values[split].update(f"{key}={value}" for key, value in example.meta.items())
-            if len(example.answer) < 20:
-                values[split][f"answer={example.answer}"] += 1
+            facts_of = {**example.meta, "answer": example.answer}
+            values[split].update(f"{key}={facts_of[key]}" for key in compared if key in facts_of)
             words = len(example.answer.split())
             lengths[example.task][words] += 1
             if words > CUT or len(example.question.split()) > CUT:
@@ -100,6 +100,12 @@ def _lengths(counter: Counter[int]) -> dict[str, int]:
     """Says of numbers of words the median and the largest, and how many are at most one word."""
     ordered = sorted(counter.elements())
     return {"median": ordered[len(ordered) // 2], "most": ordered[-1], "one": counter[1] + counter[0]}
+
+
+def _keys(info: Info) -> set[str]:
+    """Names the keys of meta, or "answer", by whose values the published numbers count."""
+    every = [what for numbers in (info.counts, *info.other_counts.values()) for what in numbers]
+    return {what.split(" ")[1].partition("=")[0] for what in every if "=" in what}
 
 
 def _published(

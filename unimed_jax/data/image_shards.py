@@ -333,6 +333,22 @@ def here() -> Executor:
     return _Here()
 
 
+class Later(Executor):
+    """Keeps the arguments of what is submitted, which another machine is to run."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple] = []
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        self._kept.append(args)
+        return _finished({})
+
+    def take(self) -> list[tuple]:
+        """Returns what was kept since the last call."""
+        kept, self._kept = self._kept, []
+        return kept
+
+
 def _finished(result) -> Future:
     future: Future = Future()
     future.set_result(result)

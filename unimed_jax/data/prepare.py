@@ -27,7 +27,6 @@ from unimed_jax.data import image_shards
 from unimed_jax.data.columns import Collector, Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.image_shards import FACTS, ImageShards, Source
-from unimed_jax.data.image_shards import no_image as no_image
 from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info, nearest_counts
 from unimed_jax.data.requirements import check, unanswered
@@ -94,13 +93,11 @@ def prepared(
     version (reader, form, the state of the raw files), so a changed set is prepared again next to
     the old one. Of two commands the second waits for the first.
     """
-    which = _digest(info.name, str(folder and folder.resolve()), dict(options), *_given(how))
-    version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
-    target = cache / f"{info.name}-{which}-{version}"
+    target, work = _places(info, folder, options, cache, how)
     if not target.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            lock = (cache / f".{info.name}-{which}.lock").open("w")
+            lock = _lock_of(work).open("w")
         except OSError as error:
             raise UserError(
                 f"data set {info.name} cannot be kept in {cache} ({error.strerror or error}); set "
@@ -109,8 +106,8 @@ def prepared(
         with lock, _locked(lock):
             if not target.exists():  # another process may have prepared it while this one waited
                 files.remove_leftovers(cache)
-                older = [path.name for path in cache.glob(f"{info.name}-{which}-*")]
-                work = cache / f".{info.name}-{which}{UNFINISHED}"
+                set_ = work.name.removesuffix(UNFINISHED).removeprefix(".")
+                older = [path.name for path in cache.glob(f"{set_}-*")]
                 _remove_forgotten(cache, work)
                 with files.resumed_folder(target, work) as place:
                     _write(reader, info, folder, options, place, how)
@@ -123,15 +120,54 @@ def prepared(
     return store
 
 
+def unstored(
+    reader: Reader,
+    info: Info,
+    folder: Path | None,
+    options: Mapping[str, Any],
+    cache: Path,
+    how: How = ALONE,
+) -> Iterator[tuple[Any, ...]]:
+    """Yields the arguments of `image_shards.store_chunk` for each chunk of a set that is to be stored.
+
+    When all are, `prepared` finds them.
+    """
+    target, work = _places(info, folder, options, cache, how)
+    if target.exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    later = image_shards.Later()
+    images = ImageShards(work, how.image, how.reencode, later, workers=0)
+    for found in _ahead(reader, info, folder, options, images):
+        if found.error is not None:
+            raise found.error
+        yield from later.take()
+    images.submit()
+    yield from later.take()
+
+
+def _places(
+    info: Info, folder: Path | None, options: Mapping[str, Any], cache: Path, how: How
+) -> tuple[Path, Path]:
+    """Returns the folder of a prepared set, and the one in which it is prepared."""
+    which = _digest(info.name, str(folder and folder.resolve()), dict(options), *_given(how))
+    version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
+    name = f"{info.name}-{which}"
+    return cache / f"{name}-{version}", cache / f".{name}{UNFINISHED}"
+
+
+def _lock_of(work: Path) -> Path:
+    return work.with_name(work.name.removesuffix(UNFINISHED) + ".lock")
+
+
 def _remove_forgotten(cache: Path, work: Path) -> None:
     """Removes what killed commands left of other sets a week ago or earlier."""
     for path in cache.glob(f".*{UNFINISHED}"):
         with contextlib.suppress(OSError):  # gone already, or of another user
-            lock = path.with_name(path.name.removesuffix(UNFINISHED) + ".lock")
             last = max(inside.stat().st_mtime for inside in (path, path / FACTS) if inside.exists())
             if path == work or time.time() - last < KEPT:
                 continue
-            with lock.open("w") as file:
+            with _lock_of(path).open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: it is being prepared
                 files.remove_folder(path)
 

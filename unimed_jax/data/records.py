@@ -4,6 +4,7 @@ Every function that raises names the file and the record, so that whoever holds 
 """
 
 import csv
+import functools
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 from unimed_jax.data.images import upright_size
 from unimed_jax.data.tables import parquet_rows
-from unimed_jax.errors import UserError, nearest
+from unimed_jax.errors import UserError, misspelt, nearest
 from unimed_jax.parsing import json_lines, parse_json, read_text
 
 Record = dict[str, Any]
@@ -23,12 +24,13 @@ LARGEST = 8 << 30  # bytes of a file of records; the largest public ones have on
 FORM = "give a list of records, or one record a line"
 
 
-def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
+def records(file: Path, form: str = FORM, spellings: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
     """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file, the texts also as .gz.
 
     Before each record come the words that name it in errors. JSON is a list of objects or, whatever
-    the file's ending, one object a line. form: how the file should look, for errors. Raises
-    UserError if the file cannot be read or is something else.
+    the file's ending, one object a line. form: how the file should look, for errors. spellings: of
+    one key, that occur side by side. Raises UserError if the file cannot be read or is something
+    else, or if a key of a record looks like a misspelling of one that others have.
     """
     if file.suffix == ".parquet":
         yield from parquet_rows(file)
@@ -50,9 +52,15 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
         if not isinstance(found, list):
             raise UserError(f"{file} is not a list of records; {form}.")
         named = ((f"{file}, record {number}", record) for number, record in enumerate(found))
+    seen: dict[str, None] = {}
     for where, record in named:
         if not isinstance(record, dict):
             raise UserError(f"{where} is no object, so this is not a list of records; {form}.")
+        for key in [key for key in record if key not in seen]:
+            other = misspelt(key, [known for known in seen if known not in record])
+            if other and key not in spellings:
+                raise UserError(f"{where}: key {key!r} is unknown; did you mean {other!r}?")
+            seen[key] = None
         yield where, record
 
 
@@ -107,7 +115,7 @@ def word(
     numbers: a number is taken as its text. Raises UserError for anything else, or if a required key
     is absent.
     """
-    value = record.get(key)
+    value = record.get(key) if required else optional(record, key, where)
     if value is None and not required:
         return ""
     if not (isinstance(value, str) or (numbers and type(value) in (int, float))):
@@ -115,6 +123,21 @@ def word(
             raise UserError(f"{where}: {key!r} is {short(value)}; give a text, or leave it out.")
         raise UserError(f"{where}: {key!r} is missing{nearest(key, record) or '.'}")
     return str(value).strip()
+
+
+def optional(record: Mapping[str, Any], key: str, where: str) -> Any:
+    """Returns the value of a key that a record may lack, then None.
+
+    Raises UserError if it is absent, but another key looks like a misspelling of it.
+    """
+    if key not in record and (other := _misspelt(key, tuple(record))):
+        raise UserError(f"{where}: key {other!r} is unknown; did you mean {key!r}?")
+    return record.get(key)
+
+
+@functools.lru_cache(1024)
+def _misspelt(key: str, keys: tuple[str, ...]) -> str:
+    return misspelt(key, keys)
 
 
 def check_keys(record: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -236,22 +259,19 @@ def picture_of(cell: Any, folder: Path, where: str) -> tuple[str, Path | bytes] 
     return cell, inside(folder, folder, cell, where)
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Reads (width, height) from the header of an image, upright as EXIF says.
-
-    Returns None if the file is not a picture.
-    """
+def size_of(path: Path) -> tuple[int, int] | str:
+    """Reads (width, height) from the header of an image, upright as EXIF says, or why it cannot."""
     try:
         return upright_size(path)
-    except UserError:
-        return None
+    except UserError as error:
+        return str(error).rstrip(".")
 
 
 def other_size(path: Path, size: tuple[int, int]) -> str:
     """Says that an image has another size than its annotation gives it, or "" if it has the same."""
     found = size_of(path)
-    if found is None or found == size:
-        return ""  # a file that is not a picture is reported when it is decoded
+    if isinstance(found, str) or found == size:
+        return ""  # a file that is not a picture is reported when it is stored
     return f"image {path} has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}"
 
 

@@ -37,6 +37,7 @@ MANIFEST = "manifest.json"
 SKIPPED = "skipped.txt"
 CHUNK = 256  # examples read at once while iterating
 AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
+OPEN = 128  # files of a kind that are open at once; a large set has more than a process may open
 MAPPED = 1 << 16  # bytes from which an array is mapped instead of read
 _AGAIN = "delete that folder and run again: it is prepared again from the source"
 
@@ -167,7 +168,7 @@ class Store:
 class _Shards:
     """Reads the records of some array_record files, counted through.
 
-    Files are opened when first read.
+    Files are opened when first read, and at most `OPEN` stay open.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], kind: str):
@@ -194,6 +195,8 @@ class _Shards:
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
             if shard not in self._readers:
+                if len(self._readers) >= OPEN:  # whoever reads from it just now keeps it alive
+                    del self._readers[next(iter(self._readers))]
                 self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), AT_RANDOM)
             return self._readers[shard]
 

@@ -36,14 +36,36 @@ def open_sources(data: DataConfig, workers: int = 0, pool: Executor | None = Non
     A set is prepared first if it has not been, by the `workers` processes of `pool` if there are any
     (data/image_shards.py). Raises UserError for anything wrong with a source.
     """
-    sets: dict[str, list[SourceConfig]] = {}
-    for source in data.sources:
-        sets.setdefault(_identity(source, data), []).append(source)
+    sets = _sets(data)
     ids = _ids(sets, data)
     check_places(data)  # of all, before the first takes hours
     how = How(PLAIN, data.reencode, data.strict, workers, pool)
     opened = {identity: _open(ids[identity], sources, data, how) for identity, sources in sets.items()}
     return [opened[_identity(source, data)] for source in data.sources]
+
+
+def to_prepare(
+    data: DataConfig,
+) -> list[tuple[str, Path | None, dict[str, Any], Path, How]]:
+    """Lists the sets of the sources: reader, folder, options, cache, and how it is prepared."""
+    return [
+        (
+            source.name,
+            _folder(source, data),
+            _plain(source.options),
+            data.cache_folder,
+            How(source.image, data.reencode, data.strict),
+        )
+        for source, *_ in _sets(data).values()
+    ]
+
+
+def _sets(data: DataConfig) -> dict[str, list[SourceConfig]]:
+    """Groups the sources that read one and the same set, by what they have in common."""
+    sets: dict[str, list[SourceConfig]] = {}
+    for source in data.sources:
+        sets.setdefault(_identity(source, data), []).append(source)
+    return sets
 
 
 def check_places(data: DataConfig) -> None:

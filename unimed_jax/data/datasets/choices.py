@@ -42,6 +42,7 @@ from unimed_jax.data.records import (
     chosen_options,
     inside,
     one_of,
+    optional,
     picture_of,
     records,
     repeated_images,
@@ -201,7 +202,10 @@ def _column(record: Record, given: str, known: Sequence[str], where: str) -> str
         _check(record, given, where)
         return given
     bare = {_bare(name): name for name in reversed(list(record))}
-    return next((bare[name] for name in known if name in bare), "")
+    found = next((bare[name] for name in known if name in bare), "")
+    for name in () if found else known:
+        optional(record, name, where)
+    return found
 
 
 def _options(record: Record, chosen: Mapping[str, Any], where: str) -> Options:
@@ -219,8 +223,17 @@ def _options(record: Record, chosen: Mapping[str, Any], where: str) -> Options:
         for marks in (LETTERS.lower(), [str(number) for number in range(1, 1 + len(LETTERS))]):
             there = [f"{prefix}{mark}" in bare for mark in marks]
             count = there.index(False) if False in there else len(there)
+            if any(there[count:]) and sum(there) > 1:
+                raise UserError(
+                    f"{where}: option {prefix}{marks[count]} is missing, and later ones are there "
+                    f"({short(list(record))}); name the columns by the option `choices`."
+                )
             if count > 1 and not names:
                 names = [bare[f"{prefix}{mark}"] for mark in marks[:count]]
+                rest = {name: None for name in record if name not in names}
+                optional(rest, f"{prefix}{marks[count]}", where)
+    for name in () if names else LISTED:
+        optional(record, name, where)
     cells = dict(zip(LETTERS, (record[name] for name in names), strict=False))
     return without_letters(options_of(cells, where, ", ".join(names))) if names else {}
 

@@ -191,4 +191,4 @@ def _size(paths: Sequence[Path], where: str) -> tuple[int, int] | str:
     """Returns the size of the only image, or why its boxes cannot be used."""
     if len(paths) != 1:
         raise UserError(f"{where}: its boxes are about {len(paths)} images; give exactly one.")
-    return no_image(paths[0]) or size_of(paths[0]) or f"image {paths[0]} is no picture"
+    return no_image(paths[0]) or size_of(paths[0])

@@ -81,6 +81,8 @@ def _from_pickle(folder: Path, split: str) -> Found:
         content = read_pickle(data, "", len(data))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); get it again.") from error
+    except UserError:
+        raise
     except Refused as error:
         raise UserError(
             f"{file} holds code or objects besides plain data ({error}); get it again from where "

@@ -166,8 +166,8 @@ def _boxes(
     file: Path, path: Path, key: str, options: Mapping[str, Any], skipped: list[str]
 ) -> Iterator[Example]:
     size = size_of(path)
-    if size is None:
-        skipped.append(f"{key}: image {path} is no picture")
+    if isinstance(size, str):
+        skipped.append(f"{key}: {size}")
         return
     found = ((where, Labelled(label, box)) for where, label, box in labelled_boxes(file))
     things = grounding.usable(found, size, skipped)

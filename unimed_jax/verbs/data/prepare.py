@@ -5,6 +5,7 @@ settings of the data. A command that was stopped or killed goes on with the shar
 """
 
 import os
+import shlex
 
 from unimed_jax.errors import UserError
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
@@ -23,6 +24,12 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--config", required=True, help=CONFIG_HELP)
     options.add_argument(
         "--workers", type=int, default=_cores(), help="processes (default: the cores; 0: this one)"
+    )
+    options.add_argument(
+        "--beam",
+        metavar="ARGUMENTS",
+        help="store the images by an Apache Beam pipeline with these arguments, such as "
+        "'--runner=FlinkRunner --flink_master=HOST:8081' ('' is Beam's local runner)",
     )
     options.add_argument("--strict", action="store_true", help="short for --config.data.strict=True")
     for argument, setting in SHORT.items():
@@ -45,6 +52,10 @@ def run(arguments: list[str]) -> None:
     groups = [config.data, *([config.held_out] if config.evaluate.sources else [])]
     for data in groups:
         check_places(data)  # of all, before the first takes hours
+    if known.beam is not None:
+        from unimed_jax.data.beam import store_images
+
+        store_images(groups, shlex.split(known.beam))
     with processes(known.workers) as pool:
         found = [each for data in groups for each in open_sources(data, known.workers, pool)]
     for dataset in distinct(found):

@@ -94,11 +94,14 @@ def _studies(folder: Path, split: str) -> dict[str, Study]:
 def _views(folder: Path, wanted: set[str]) -> dict[str, str]:
     """Reads the view position of each image."""
     rows = records(_table(folder, "metadata"))
-    return {
-        dicom: word(row, "ViewPosition", where, required=True)
-        for where, row in rows
-        if (dicom := word(row, "dicom_id", where, required=True)) in wanted
-    }
+    found: dict[str, str] = {}
+    for where, row in rows:
+        dicom = word(row, "dicom_id", where, required=True)
+        if dicom in found:
+            raise UserError(f"{where}: image {short(dicom)} stands twice; get the table again.")
+        if dicom in wanted:
+            found[dicom] = word(row, "ViewPosition", where, required=True)
+    return found
 
 
 def _labels(folder: Path, wanted: Mapping[str, Study]) -> dict[str, dict[str, str]]:

@@ -143,9 +143,8 @@ def _boxes(path: Path, size: tuple[int, int], least: int) -> tuple[list[masks.Bo
 
 
 def _size(key: str, path: Path, skipped: list[str]) -> tuple[int, int] | None:
-    size = size_of(path)
-    reason = no_image(path) or ("" if size else f"image {path} is no picture")
-    if reason:
-        skipped.append(f"{key}: {reason}")
+    size = no_image(path) or size_of(path)
+    if isinstance(size, str):
+        skipped.append(f"{key}: {size}")
         return None
     return size
