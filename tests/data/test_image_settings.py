@@ -16,7 +16,7 @@ from support.reading import everything, left_out, opened
 from unimed_jax.config import Config, DataConfig, ImageConfig, SourceConfig, Window
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.dicom_display import WINDOWS
-from unimed_jax.data.images import check_header, read_image
+from unimed_jax.data.images import check_header, read_image, upright_size
 from unimed_jax.data.store import Store
 from unimed_jax.errors import UserError
 from unimed_jax.predict import predictor
@@ -147,6 +147,12 @@ def test_a_window_maps_hounsfield_units_as_the_standard_says(name):
     turned = ct(**CT, PhotometricInterpretation="MONOCHROME1")
     found = read_image(turned, ImageConfig(window=name))[0, :, 0].astype(int)
     assert np.abs(found + right - 255).max() <= 1
+
+
+def test_a_dicom_file_has_a_size_by_its_header(tmp_path):
+    """So that boxes in pixels fit it, too."""
+    (tmp_path / "scan").write_bytes(dicom_film("table"))
+    assert upright_size(tmp_path / "scan") == (8, 6)
 
 
 def test_the_brain_window_by_hand():

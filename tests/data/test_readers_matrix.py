@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.reading import everything, left_out, opened
-from test_readers import LAYOUTS, NEEDED
+from support.reading import everything, left_out, opened, options_of
+from test_readers import LAYOUTS
 
 from unimed_jax.data.datasets import reader_of
 from unimed_jax.data.store import pack
@@ -30,12 +30,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".dcm")
 LISTS = (".json", ".jsonl", ".csv", ".tsv")  # of records
 TEXTS = (*LISTS, ".xml", ".txt")
 FOREIGN = ("dataset_info.json", "features.json")  # read by another library, which takes no BOM
-SOUGHT = [
-    ("classes", "folders"),
-    ("samed", "release"),
-    ("series", "flat"),
-    ("series", "nested"),
-]  # whose pictures are those that are there
+# Layouts whose pictures are those that are there, named by no record.
+SOUGHT = [("classes", "folders"), ("samed", "release"), ("series", "flat"), ("series", "nested")]
 OUT = ("../../../x.png", "/etc/hostname", "a/../../../../x", "../damaged-not/x")
 TEMPLATES = ("Type", "Plane", "Location Category")  # each asks one question more where it is given
 BY_KEYS = ("label", "domain", "meta", "options")  # whose keys are data, not names of fields
@@ -61,7 +57,7 @@ class Damage(NamedTuple):
 
 def read(place: Path, name: str, layout: str) -> Found:
     """Reads all examples and decodes all of their images."""
-    options = NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
+    options = options_of(name, layout)
     try:
         data = opened(place, name, options=options)
         examples = {example.id: example for _, example in everything(data)}
@@ -114,26 +110,31 @@ def of_picture(file: str, sought: bool) -> Iterator[Damage]:
         ("a folder", as_folder, "folder"),
         ("a link out", linked(away=True), "is a link to"),
     ):
-        right = "unseen" if sought and name in ("missing", "a folder") else "noticed"
+        right = (
+            "unseen" if sought and name in ("missing", "a folder", "cut in its middle") else "noticed"
+        )
+        words = "link" if sought and "link" in words else "" if sought else words
         yield Damage(f"{file} is {name}", file, apply, right, words if right == "noticed" else "")
     inside = "unseen" if sought else "same"
     if "/" in file:
         deepest = file.count("/")
-        yield Damage(f"{file} in a link out", file, linked(True, deepest), "noticed", "is a link to")
+        words = "link" if sought else "is a link to"
+        yield Damage(f"{file} in a link out", file, linked(True, deepest), "noticed", words)
         yield Damage(f"{file} in a link inside", file, linked(False, deepest), inside)
     yield Damage(f"{file} is a link inside", file, linked(away=False), inside)
 
 
-def of_table(file: str) -> Iterator[Damage]:
-    for name, apply, words in (
+def of_table(file: str, name: str) -> Iterator[Damage]:
+    for what, apply, words in (
         ("a pointer", fill(POINTER), "pointer of Git-LFS"),
         ("a page", fill(PAGE), "web page"),
         ("noise", fill(bytes(range(256)) * 3), ""),
         ("a folder", as_folder, ""),
         ("a link out", linked(away=True), "is a link to"),
     ):
-        yield Damage(f"{file} is {name}", file, apply, "noticed", words)
-    yield Damage(f"{file} is a link inside", file, linked(away=False), "same")
+        yield Damage(f"{file} is {what}", file, apply, "noticed", words)
+    inside = "unseen" if name == "series" else "same"  # which looks at every file that it finds
+    yield Damage(f"{file} is a link inside", file, linked(away=False), inside)
     suffix = Path(file).suffix
     if suffix not in (".csv", ".tsv", ".txt"):  # a table may end after any line
         yield Damage(f"{file} is cut", file, cut(0.6), "noticed")
@@ -338,7 +339,7 @@ def damages(folder: Path, name: str, layout: str, whole: Found) -> list[Damage]:
     for file in kinds.values():
         if not is_read(folder, file, name, layout, whole):
             continue
-        found += of_table(file)
+        found += of_table(file, name)
         if name != "tfds" and Path(file).suffix in (*LISTS, ".pkl"):
             found += of_records(folder, file, pictures) if "mapping" not in file else []
         elif file.endswith(".xml"):
@@ -431,3 +432,22 @@ def test_some_damage_of_every_layout_is_noticed(twin, tmp_path):
     start, step = LAYOUTS.index((twin[0], twin[1])), 31
     wrong = tried(twin, lambda found: found[start % step % len(found) :: step], tmp_path)
     assert not wrong, f"{len(wrong)}: " + "\n".join(wrong)
+
+
+def test_the_folder_of_a_set_may_be_a_link(tmp_path):
+    write_twin("llava", tmp_path / "real", records=4)
+    (tmp_path / "set").symlink_to(tmp_path / "real")
+    found = [read(tmp_path / place, "llava", "json") for place in ("real", "set")]
+    assert found[0].examples and found[0].examples == found[1].examples
+
+
+def test_a_crowd_is_counted_and_an_annotation_has_an_id_of_its_own(tmp_path):
+    write_twin("coco", tmp_path / "set", records=4)
+    whole = read(tmp_path / "set", "coco", "instances")
+    assert [line.split(": ")[1:] for line in whole.lines if line.startswith("train")] == [
+        ["annotation 1", "it is a crowd (iscrowd), not one thing"]
+    ]
+    file = tmp_path / "set/annotations/instances_train2017.json"
+    changed(lambda found: found["annotations"].append(found["annotations"][-1]))(file)
+    sentence = read(tmp_path / "set", "coco", "instances").sentence
+    assert re.search("the id [0-9]+ stands twice among 'annotations'", sentence)

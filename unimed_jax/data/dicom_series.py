@@ -16,7 +16,7 @@ from unimed_jax.data.dicom import inflated
 from unimed_jax.data.images import read_bytes
 from unimed_jax.data.pixels import one_line
 from unimed_jax.errors import UserError
-from unimed_jax.parsing import no_file
+from unimed_jax.parsing import no_file, stand_in
 
 # What is read of a header. Names, dates of birth and the like are not.
 _TAGS = (
@@ -227,7 +227,8 @@ def _header(path: Path) -> Any:
                 raise UserError("it is empty.")
             # Files without a preamble begin with group 2 or 8 in either byte order.
             if head[128:] != b"DICM" and head[:2] not in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08"):
-                raise UserError("it is no DICOM file.")
+                found = stand_in(head)
+                raise UserError(f"it {found}." if found else "it is no DICOM file.")
             return dcmread(
                 inflated(file, name), stop_before_pixels=True, force=True, specific_tags=list(_TAGS)
             )
