@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from campaigns.settings import Field, Tried, fields, settings_with, trials
+from campaigns.fuzz_settings import Field, Tried, fields, settings_with, trials
 
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict

@@ -33,6 +33,7 @@ MODALITIES = {"chest": "X-Ray", "abd": "CT"}
 
 INFO = Info(
     name="vqa_rad",
+    version="2",
     tasks=("vqa",),
     splits=("train", "test"),
     licence="CC0 1.0",
