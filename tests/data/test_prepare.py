@@ -136,7 +136,7 @@ def test_any_number_of_processes_prepares_the_same_store(tmp_path, small_chunks,
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import test_prepare as t
 from unimed_jax.data import image_shards, prepare
 image_shards.FIRST, image_shards.LAST = 4, 16
@@ -156,7 +156,9 @@ def test_a_killed_command_goes_on_without_doing_finished_shards_again(
     raw, cache, options = tmp_path / "raw", tmp_path / "cache", {"count": 150}
     write_pictures(raw, 150)
     expected = content(prepared(Made, INFO, raw, options, tmp_path / "whole"))
-    code = KILLED.format(tests=str(Path(__file__).parent), raw=str(raw), cache=str(cache), at=6)
+    here = Path(__file__).parent
+    tests = [str(here), str(here.parent)]  # this file, and `support`
+    code = KILLED.format(tests=tests, raw=str(raw), cache=str(cache), at=6)
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
     (work,) = cache.glob(".made-*.unfinished")
