@@ -208,9 +208,8 @@ class DataConfig:
     threads: Annotated[int, Between(0, 1024)] = 2  # that read and decode ahead; 0: none
     cache: Place = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
     reencode: ReencodeConfig = ReencodeConfig()
-    strict: bool = (
-        False  # whether a record that cannot be used is an error, instead of left out and counted
-    )
+    # whether a record that cannot be used is an error; if not, it is left out and counted
+    strict: bool = False
     # decoded images kept in memory, in MiB; 0: none
     image_cache_mib: Annotated[int, AtLeast(0), AtMost(2**20)] = 256
     # If a data set is another one than the run was trained with. refuse: an error; accept: every
