@@ -116,7 +116,11 @@ def page() -> str:
         out += [f"## {kind.__name__}", "", f"{named}: {described(kind)}", ""]
         out += ["| setting | type | default | meaning |", "|---|---|---|---|"]
         for field in dataclasses.fields(kind):
-            what = words[field.name] or described(type(field.default))
+            what = words[field.name]
+            if not what and dataclasses.is_dataclass(field.default):
+                what = described(type(field.default))
+            if not what:
+                raise SystemExit(f"{kind.__name__}.{field.name} has no comment that says what it means")
             cells = (f"`{field.name}`", meaning(hints[field.name]), default(field), what)
             out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         out.append("")
