@@ -33,8 +33,9 @@ INFO = Info(
     cluster_word="patient",
     files=(FILE, *official.FILES),
     counts={"train": 270790, "val": 2130, "test": 3858},
-    # By the sections of the official parser, which differs from ours in a few reports.
-    other_counts={"official files, findings": {"train": 152173, "val": 1196, "test": 2347}},
+    # By another parser of sections, which differs from ours in a few reports; no source was at hand to
+    # check these numbers, so a difference of a few per cent proves nothing.
+    other_counts={"official files, findings (unverified)": {"train": 152173, "val": 1196, "test": 2347}},
 )
 # Of the official files; R2Gen's annotation has chosen already.
 OFFICIAL: dict[str, Any] = {
