@@ -231,7 +231,7 @@ def lit(pixels: np.ndarray, drawn: Variation) -> np.ndarray:
 
 
 class Longest(Sequence[Example]):
-    """Shows examples with every box in its longest written form, so that room can be kept for it."""
+    """Shows examples with every box in its longest written form, for which a row must have tokens."""
 
     def __init__(self, examples: Sequence[Example], tokenizer):
         self._examples = examples
