@@ -59,7 +59,7 @@ def meaning(hint: typing.Any) -> str:
     if origin is typing.Annotated:
         return ", ".join([meaning(parts[0]), *(str(bound) for bound in parts[1:])])
     if origin is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in parts)
+        return ", ".join(f"`{choice}`" if choice != "" else "`''`" for choice in parts)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(
             [

@@ -126,7 +126,8 @@ def _takes(kind: typing.Any, value: typing.Any) -> bool:
 def _choice(choices: tuple, value: typing.Any, where: str) -> typing.Any:
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
-    raise UserError(f"{where}: {shown(value)} is unknown; choose from {', '.join(map(str, choices))}.")
+    known = ", ".join(str(choice) or "''" for choice in choices)
+    raise UserError(f"{where}: {shown(value)} is unknown; choose from {known}.")
 
 
 def _group(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:

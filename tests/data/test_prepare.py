@@ -352,7 +352,7 @@ def test_the_command_prepares_every_set_of_a_config(tmp_path, capsys):
         "--workers=-1": "--workers=-1 cannot be; give 0 to 1024",
         "--image-size=x": "config.data.reencode.size",
         "--image-quality=50": "config.data.reencode.quality=50 has no effect",
-        "--image-format=gif": "config.data.reencode.format: 'gif' is unknown; choose from , png",
+        "--image-format=gif": "config.data.reencode.format: 'gif' is unknown; choose from '', png",
     }.items():
         assert cli.main([*words, wrong]) == 2
         assert sentence in capsys.readouterr().err
