@@ -1,13 +1,14 @@
-"""Measures what Med-MoE's third stage and its parts are worth, at a tiny size.
+"""Measures what Med-MoE's third stage and its parts are worth, at a small size.
 
     python benchmarks/med_moe_chain.py [--out=runs/med_moe_ablation] [--seeds=0,1,2]
-    [--start=runs/brain_tiny] [--smoke]
+    [--start=runs/brain_tiny] [--size=real --root=DIR] [--variants=moe,dense] [--smoke]
 
-For each seed the stages of configs/med_moe/all.py:tiny, then variants of the last one, all from the
-same stage 2: dense, for as many steps and for as many FLOPs as the experts take; without the meta
-expert; with a router that learns next to the experts; top-2. Finished runs are skipped, so the same
-command continues. Writes ablation.json, ablation.md and ablation.png into the folder: paired
-differences with 95 % intervals, and whether what was published appears here.
+For each seed the stages of configs/med_moe/all.py:tiny (or :real, on the data sets in DIR), then
+variants of the last one, all from the same stage 2: dense, for as many steps and for as many FLOPs as
+the experts take; without the meta expert; with a router that learns next to the experts; top-2.
+Finished runs are skipped, so the same command continues. Writes ablation.json, ablation.md and
+ablation.png into the folder: paired differences with 95 % intervals, and whether what was published
+appears here; and, where the images name their modality, how many tokens of each go to each expert.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from harness import table
 from unimed_jax import files
 from unimed_jax.analyze import params
 from unimed_jax.analyze.chain import Stage, finished, linked, train_and_evaluate
+from unimed_jax.analyze.experts import load_table, write_load
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
@@ -88,17 +90,29 @@ def variants(moe: Config) -> dict[str, Config]:
     return {name: dataclasses.replace(config, name=str(folder / name)) for name, config in found.items()}
 
 
-def stages_of(seed: int, out: Path, start: str, smoke: bool) -> list[Stage]:
-    """Lists all runs of one seed, each after those that it starts from."""
+def stages_of(
+    seed: int,
+    out: Path,
+    start: str,
+    smoke: bool,
+    size: str = "tiny",
+    root: str = "",
+    wanted: Sequence[str] = (),
+) -> list[Stage]:
+    """Lists all runs of one seed, each after those that it starts from; `wanted` (): all variants."""
     configs = {}
-    for file in load_config_file(f"{CHAIN}:tiny").stages:
-        config = from_config_dict(load_config_file(file))
+    for file in load_config_file(f"{CHAIN}:{size}").stages:
+        settings = load_config_file(file)
+        settings.data.root = root
+        config = from_config_dict(settings)
         init = tuple((kind, start if path == "runs/brain_tiny" else path) for kind, path in config.init)
         config = dataclasses.replace(config, seed=seed, init=init)
         configs[Path(config.name).name] = shortened(config) if smoke else config
-    return linked(
-        [*(configs[name] for name in BEFORE), *variants(configs["moe"]).values()], out / f"seed{seed}"
-    )
+    found = variants(configs["moe"])
+    if unknown := [name for name in wanted if name not in found]:
+        raise UserError(f"--variants names {unknown[0]!r}; choose from {', '.join(found)}.")
+    some = [found[name] for name in wanted or found]
+    return linked([*(configs[name] for name in BEFORE), *some], out / f"seed{seed}")
 
 
 def shortened(config: Config) -> Config:
@@ -151,6 +165,8 @@ def compared(records: Mapping[str, Sequence[Sequence[Mapping]]], resamples: int 
     draws = dict(zip(keys, resample(flat, clusters, resamples, seed=0), strict=True))
     pairs = []
     for pair, left, right, published in PAIRS:
+        if not {left, right} <= set(records):
+            continue
         scores = {}
         for score, known in zip(SCORES, published, strict=True):
             ci95 = interval(100 * (draws[left, score] - draws[right, score]))
@@ -206,7 +222,7 @@ def report(result: Mapping, costs: Mapping[str, tuple[int, int]], seeds: Sequenc
             cells.append(f"{s['value']:+.1f} [{ends}] ({spread}){known}: {s['verdict']}")
         pairs.append([entry["pair"], *cells])
     return (
-        f"# Med-MoE's third stage, tiny: {len(seeds)} seeds\n\n"
+        f"# Med-MoE's third stage: {len(seeds)} seeds\n\n"
         f"{table(('variant', 'steps', 'activated in the decoder', *SCORES), rows)}\n\n"
         "Per cent on the held-out set, mean over seeds (lowest .. highest).\n\n"
         f"{table(('difference in points', *SCORES), pairs)}\n\n"
@@ -263,25 +279,37 @@ def main() -> None:
     options.add_argument(
         "--start", default="runs/brain_tiny", help="a finished run of configs/brain_tiny.py"
     )
+    options.add_argument("--size", choices=("tiny", "real"), default="tiny")
+    options.add_argument("--root", default="", help="folder of the data sets, for --size=real")
+    options.add_argument("--variants", default="", help="of stage 3, joined by commas; all by default")
     options.add_argument("--smoke", action="store_true", help="a few steps and answers of each run")
     known = options.parse_args()
     seeds = [int(seed) for seed in known.seeds.split(",")]
-    if not (Path(known.start) / "config.json").is_file():
+    if known.size == "tiny" and not (Path(known.start) / "config.json").is_file():
         raise UserError(f"--start={known.start} is no finished run; train configs/brain_tiny.py first.")
+    wanted = known.variants.split(",") if known.variants else ()
     records: dict[str, list[list[dict]]] = {}
+    loads: list[dict] = []
     costs = {}
     for seed in seeds:
-        for stage in stages_of(seed, known.out, known.start, known.smoke):
+        stages = stages_of(seed, known.out, known.start, known.smoke, known.size, known.root, wanted)
+        for stage in stages:
             done = finished(stage)
             print(f"seed {seed}, {stage.name}: {'finished' if done else stage.folder}", flush=True)
             if not done:
                 train_and_evaluate(stage.config, stage.folder)
+            if stage.name == "moe":
+                loads.append(write_load(stage.folder, stages[BEFORE.index("router")].folder))
             if stage.name not in BEFORE:
                 records.setdefault(stage.name, []).append(test_records(stage))
                 costs[stage.name] = (stage.config.train.steps, activated(stage.config))
     result = compared(records)
-    text = report(result, costs, seeds)
+    text = report(result, costs, seeds) + "".join(
+        f"\n## Tokens by expert, seed {seed}\n\n{load_table(load)}\n"
+        for seed, load in zip(seeds, loads, strict=True)
+    )
     kept = {"seeds": seeds, "smoke": known.smoke, "steps and activated": costs, **result}
+    kept["experts"] = loads
     with files.written_together(known.out, ("ablation.png", "ablation.md", "ablation.json")) as place:
         draw(result, place / "ablation.png")
         files.write_text(place / "ablation.md", text)

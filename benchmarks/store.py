@@ -22,7 +22,7 @@ from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data import datasets
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.pipeline import group_examples
+from unimed_jax.data.order import group_examples
 
 INFO = Info("synthetic", ("vqa", "qa"), splits=("train",))
 PIXEL = np.zeros((1, 1, 3), np.uint8)

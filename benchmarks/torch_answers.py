@@ -73,7 +73,7 @@ class Ours:
         shape = layout.RowShape(
             # one shape for all batches
             tokens=self.config.text.max_prompt + self.config.evaluate.max_new_tokens,
-            images=1,
+            images=max(map(len, pixels), default=0) or 1,
             answers=self.config.evaluate.max_new_tokens,
             tokens_per_image=self.config.model.tokens_per_image,
             image_size=size,
@@ -93,8 +93,7 @@ class Torch:
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
 
     def _questions(self, examples: Sequence[Example], pixels: Pixels):
-        shown = (own[0] if own else None for own in pixels)
-        return [(image, e.task, e.question) for e, image in zip(examples, shown, strict=True)]
+        return [(list(own), e.task, e.question) for e, own in zip(examples, pixels, strict=True)]
 
     def tokens(self, examples: Sequence[Example], pixels: Pixels) -> list[list[int]]:
         rows = self.model.generate(

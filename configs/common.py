@@ -91,7 +91,7 @@ def tiny_optimizer(config):
 
 
 # ---- Med-MoE (arXiv 2404.10237) ----------------------------------------------------------------
-SIZES = ("stablelm", "phi2", "tiny")
+SIZES = ("stablelm", "phi2", "tiny", "real")
 
 
 # Stage 3 and the router learn from these, mixed by their numbers of questions (docs/real_data.md).
@@ -120,8 +120,9 @@ MED_MOE_CLASSES = (
 def med_moe(size):
     """Makes what the four stages share: align -> instruct -> router -> moe.
 
-    Sizes are :stablelm and :phi2 (published), and :tiny, on CPU from the vision encoder and decoder
-    of a finished run of configs/brain_tiny.py. A stage starts from the run that its `init` names.
+    Sizes are :stablelm and :phi2 (published); :tiny, on CPU from the vision encoder and decoder of a
+    finished run of configs/brain_tiny.py; and :real, on CPU from random weights, on real patients. A
+    stage starts from the run that its `init` names.
     """
     if size not in SIZES:
         known = ", ".join(f":{name}" for name in SIZES)
@@ -129,7 +130,7 @@ def med_moe(size):
             f"Med-MoE's configs come in sizes, not {size!r}; add one of {known} after the file's name."
         )
     config = default_config()
-    {"stablelm": stablelm, "phi2": phi2, "tiny": tiny}[size](config)
+    {"stablelm": stablelm, "phi2": phi2, "tiny": tiny, "real": real}[size](config)
 
     # The projector: a two-layer MLP on each visual token.
     config.model.connector.kind = "mlp2x_gelu"
@@ -262,3 +263,47 @@ def tiny_questions(config):
     config.optimizer.lr = 1e-3
     config.optimizer.warmup_steps = 12
     config.train.steps = 400
+
+
+# VQA-RAD's own split is by question, so its test asks about images of train: here an image is in one
+# part. MedPix 2.0 is split by case, and what VQA-RAD has of it is left out.
+def real_sets(medpix, **rad):
+    """Lists VQA-RAD, and MedPix 2.0 for the tasks `medpix`; `rad` is set for VQA-RAD."""
+    alone = {"without": "../vqa_rad/VQA_RAD Image Folder"}
+    return (
+        dict(name="vqa_rad", splits={"test": "train[80%:] by cluster"}, **rad),
+        dict(name="medpix2", tasks=medpix, questions=3, options=alone),
+    )
+
+
+def real(config):
+    """Sets a small model for VQA-RAD and MedPix 2.0, and what it is scored on."""
+    tiny_vision(config)
+    tiny_decoder(config)
+    config.model.vision.image_size = 96
+    config.model.vision.patch_size = 12
+    config.model.connector.aggregation = "block"
+    config.model.connector.rate = 4
+    config.model.decoder.vocab = config.text.vocab = 3072
+    config.text.coordinate_tokens = False
+    config.text.max_answer = 128
+    config.text.max_prompt = 192
+
+    # A row for one image with some of its questions.
+    data = config.data
+    data.rows = 16
+    data.row_tokens = 160
+    data.row_images = 1
+    data.row_answers = 64
+    config.evaluate.sources = real_sets(("cls",))
+    config.evaluate.splits = ("test",)
+    config.evaluate.batch = 128
+    config.evaluate.max_new_tokens = 16
+
+
+def real_questions(config):
+    """Sets what stages 2 and 3 learn from on real patients, and for how long."""
+    config.data.sources = real_sets(("cls",), questions=4)
+    config.optimizer.lr = 1e-3
+    config.optimizer.warmup_steps = 15
+    config.train.steps = 500

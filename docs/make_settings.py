@@ -59,9 +59,14 @@ def meaning(hint: typing.Any) -> str:
     if origin is typing.Annotated:
         return ", ".join([meaning(parts[0]), *(str(bound) for bound in parts[1:])])
     if origin is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in parts)
+        return ", ".join(f"`{choice}`" if choice != "" else "`''`" for choice in parts)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join([*(meaning(part) for part in parts if part is not type(None)), "None"])
+        return " or ".join(
+            [
+                *(meaning(part) for part in parts if part is not type(None)),
+                *(["None"] if type(None) in parts else []),
+            ]
+        )
     if origin is tuple and parts[-1] is not Ellipsis:
         return f"({', '.join(map(meaning, parts))})"
     if origin is tuple:
@@ -111,7 +116,11 @@ def page() -> str:
         out += [f"## {kind.__name__}", "", f"{named}: {described(kind)}", ""]
         out += ["| setting | type | default | meaning |", "|---|---|---|---|"]
         for field in dataclasses.fields(kind):
-            what = words[field.name] or described(type(field.default))
+            what = words[field.name]
+            if not what and dataclasses.is_dataclass(field.default):
+                what = described(type(field.default))
+            if not what:
+                raise SystemExit(f"{kind.__name__}.{field.name} has no comment that says what it means")
             cells = (f"`{field.name}`", meaning(hints[field.name]), default(field), what)
             out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         out.append("")

@@ -4,6 +4,7 @@ docs/settings.md.
 """
 
 import importlib.util
+import io
 import json
 import pickle
 import sys
@@ -13,6 +14,7 @@ from types import ModuleType
 import ml_collections
 import pytest
 
+from unimed_jax import main as cli
 from unimed_jax.config import to_dict
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
@@ -49,7 +51,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize(
-    "name", ["brain_tiny.py", "brain_smollm2.py", "cmoe.py", "cmoe_gemma.py", *STAGES]
+    "name", ["brain_tiny.py", "brain_smollm2.py", "real_small.py", "cmoe.py", "cmoe_gemma.py", *STAGES]
 )
 def test_configs_of_the_repository(name, tmp_path, monkeypatch):
     """From any folder, and without a trace of the modules that they share."""
@@ -355,3 +357,27 @@ def test_a_stop_inside_a_file_is_a_stop(tmp_path):
     path.write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_config_file(str(path))
+
+
+def test_settings_with_keys_that_are_no_text_are_one_sentence(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import ml_collections\ndef get_config():\n"
+        "    return ml_collections.ConfigDict({1: 2, 'a': 3})\n"
+    )
+    with pytest.raises(UserError) as error:
+        load_config_file(str(path))
+    assert str(error.value).startswith(f"--config={path}: ") and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("gone", ["closed", "none"])
+def test_a_config_that_loses_the_outputs_still_ends_in_status_2(gone, tmp_path, monkeypatch, capfd):
+    (tmp_path / "mine.py").write_text("raise ValueError('what is wrong')\n")
+    for name in ("stdout", "stderr"):
+        stream = None if gone == "none" else io.StringIO()
+        if stream is not None:
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, f"__{name}__", stream)
+    assert cli.main(["params", f"--config={tmp_path / 'mine.py'}"]) == 2
+    assert capfd.readouterr() == ("", "")

@@ -403,6 +403,8 @@ def test_tokenizers_that_are_refused(tmp_path):
     refused("tokenizer.ggml.tokens is not a list of any number of str", tokens=[1, 2])
     refused("holds a token of 1000000 characters", tokens=["a", "b" * 1_000_000])
     refused("its merges do not fit its tokens", merges=["a c"])
+    refused("eos_token_id is 4, and the file has 4 tokens", eos_token_id=4)
+    refused("bos_token_id is 99, and the file has 4 tokens", bos_token_id=99)
     refused("tokenizer.ggml.token_type is not a list of 4 int", token_type=[1, 1])
     refused("tokenizer.ggml.scores is not a list of 4 float", model="llama", scores=[0.5])
     write(tmp_path / "it.gguf", tokenizer=said)

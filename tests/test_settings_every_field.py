@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from campaigns.settings import Field, Tried, fields, settings_with, trials
+from campaigns.fuzz_settings import Field, Tried, fields, settings_with, trials
 
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
@@ -89,11 +89,42 @@ source = {
     "questions": size,
     "only": dict_of(filled, tuple_of(place, least=1)),
     "weights": dict_of(filled, dict_of(place, number(0, 1e6))),
+    "augment": dataclasses.is_dataclass,
     "splits": dict_of(folder, filled),
     "info": dict_of(
         one_of("licence", "citation", "note", "cluster_word"), text(65536, r"[^\x00\ud800-\udfff]*")
     ),
     "options": dict_of(filled, json_value),
+    "image": dataclasses.is_dataclass,
+}
+image = {
+    "frame": optional(lambda v: any_count(v) or v in ("first", "middle", "last")),
+    "window": optional(
+        lambda v: (
+            v
+            in (
+                "abdomen",
+                "bone",
+                "brain",
+                "liver",
+                "lung",
+                "mediastinum",
+                "spine",
+                "stroke",
+                "subdural",
+            )
+            or len(v) == 2
+            and number(-1e6, 1e6, zero=True)(v[0])
+            and number(1e-6, 1e6)(v[1])
+        )
+    ),
+    "background": lambda v: v in ("white", "black") or tuple_of(whole(0, 255), 3, 3, distinct=False)(v),
+}
+augment = {
+    "turns": flag,
+    "rotate": number(0, 180),
+    "scale": lambda v: tuple_of(number(0.1, 10), 2, 2, distinct=False)(v) and v[0] <= v[1],
+    **dict.fromkeys(("shift", "contrast", "brightness"), number(0, 1)),
 }
 group_of_settings = dataclasses.is_dataclass
 MEANINGFUL: dict[str, dict[str, Check]] = {
@@ -125,6 +156,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "qkv_bias": one_of("qv", "qkv", "none"),
         "feature_layer": whole(-1024, -1),
         "position_init": one_of("normal", "sincos"),
+        "normalise": one_of("fixed", "picture"),
         "mean": tuple_of(number(0, 1), 3, 3, distinct=False),
         "std": tuple_of(number(1e-3, 100), 3, 3, distinct=False),
     },
@@ -204,9 +236,19 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "threads": whole(0, 1024),
         "image_cache_mib": whole(0, 2**20),
         "changed": one_of("refuse", "accept"),
+        "strict": flag,
+        "reencode": group_of_settings,
+    },
+    "data.reencode": {
+        "size": whole(0, 8192),
+        "format": one_of("", "png", "jpeg", "webp"),
+        "quality": whole(1, 100),
     },
     "data.sources[0]": source,
     "evaluate.sources[0]": source,
+    "data.sources[0].augment": augment,
+    "evaluate.sources[0].augment": augment,
+    **dict.fromkeys(("data.sources[0].image", "evaluate.sources[0].image"), image),
     "loss": {
         "reduction": optional(one_of("token", "example")),
         "coordinate_sd": number(0.01, 100, zero=True),
@@ -225,7 +267,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "accumulation": lambda v: type(v) is int and v in (1, 2, 4, 8, 16),  # divisors of the 16 rows
         "rules": tuple_of(group_of_settings, least=1),
         "moments": one_of("zeros", "init"),
-        "gradients": one_of("sum"),
+        "gradients": one_of("sum", "pcgrad", "gradvac", "equal-norm"),
         "best": one_of(""),  # nothing is measured by default
         "best_mode": one_of("max", "min"),
         "patience": any_count,

@@ -245,6 +245,7 @@ Factor = Annotated[float, Above(0), AtLeast(1e-6), AtMost(1e6)]
 Weight = Annotated[float, Above(0), AtLeast(1e-6), AtMost(1e6)]
 WeightOrZero = Annotated[float, AtLeast(0), AtMost(1e6)]
 Share = Annotated[float, Between(0, 1)]
+Zoom = Annotated[float, AtLeast(0.1), AtMost(10)]
 # Not 1, nor what float32 rounds to 1: both are divided by 1 - value.
 Decay = Annotated[float, AtLeast(0), Below(1), AtMost(0.999999)]
 Dropout = Annotated[float, AtLeast(0), Below(1), AtMost(0.99)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import ml_collections
 
 from unimed_jax.bounds import (
+    INT32,
     Above,
     AtLeast,
     AtMost,
@@ -37,6 +38,7 @@ from unimed_jax.bounds import (
     Part,
     Place,
     Rate,
+    Share,
     Size,
     Text,
     Weight,
@@ -44,6 +46,7 @@ from unimed_jax.bounds import (
     WeightOrZero,
     Whole,
     ZeroOr,
+    Zoom,
 )
 from unimed_jax.config_model import (  # noqa: F401  (all settings are imported from here)
     AttentionLinear,
@@ -63,6 +66,12 @@ Changed = Literal["refuse", "accept"]
 Task = Literal[VisualTask, "qa"]
 VISUAL_TASKS: tuple[str, ...] = get_args(VisualTask)
 TASKS: tuple[str, ...] = get_args(Task)
+
+Level = Annotated[int, Between(0, 255)]  # of red, green or blue
+# usual windows of CT (data/dicom_display.py)
+Window = Literal[
+    "abdomen", "bone", "brain", "liver", "lung", "mediastinum", "spine", "stroke", "subdural"
+]
 
 Module = Annotated[
     str, Filled(), Characters(200), Matches(r"[\w-]+(\.[\w-]+)*", "a name, or names joined by dots")
@@ -102,6 +111,44 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Varies the pictures of a source in training, and their boxes with them (data/augment.py).
+
+    Everything is off by default, and nothing is ever varied in evaluation.
+    """
+
+    # One of the eight turns by right angles and mirror images. Questions whose words name a side (left,
+    # upper ...) are never turned.
+    turns: bool = False
+    # Degrees, to either side. At most 15 where a question has a box: it becomes the upright box around
+    # the rotated one, which fits small angles and things that are about round.
+    rotate: Annotated[float, AtLeast(0), AtMost(180)] = 0.0
+    # Smallest and largest factor of the picture's size; less where a box would leave it
+    scale: tuple[Zoom, Zoom] = (1.0, 1.0)
+    shift: Share = 0.0  # part of each side by which it moves at most; less where a box would leave it
+    contrast: Share = 0.0  # its factor lies within 1 - contrast .. 1 + contrast
+    brightness: Share = 0.0  # at most so much of white is added or taken away
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """Says how the pictures of a source are read where their files leave a choice."""
+
+    # Of a TIFF with pages, an animated GIF, WebP or PNG, or a DICOM film: its number, from 0, or first,
+    # middle, last. None: the first; preparing the set says how many pictures have several.
+    frame: Annotated[int, AtLeast(0), AtMost(INT32)] | Literal["first", "middle", "last"] | None = None
+    # Of grey DICOM. A name: a usual one of CT, only for pictures in Hounsfield units; or (centre, width)
+    # in the file's own units. None: that of the file
+    window: (
+        Window
+        | tuple[Annotated[float, Between(-1e6, 1e6)], Annotated[float, AtLeast(1e-6), AtMost(1e6)]]
+        | None
+    ) = None
+    # The colour behind transparent pixels; (red, green, blue) from 0 to 255 for others
+    background: Literal["white", "black"] | tuple[Level, Level, Level] = "white"
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """Describes one data set of the mixture, and what is taken from it."""
 
@@ -118,10 +165,28 @@ class SourceConfig:
     # Relative draw weight of examples by the same keys: {"template": {"where": 2.0}}; unnamed values
     # weigh 1.
     weights: Mapping[Name, Mapping[Text, WeightOrZero]] = FrozenDict()
+    augment: AugmentConfig = AugmentConfig()  # how its pictures vary in training
     splits: Mapping[Part, Name] = FrozenDict()  # made splits: {"val": "train[90%:] by cluster"}
     # Licence, citation, note and word for a cluster, for a generic source without info.json.
     info: Mapping[Literal["licence", "citation", "note", "cluster_word"], Paragraph] = FrozenDict()
     options: Mapping[Name, Any] = FrozenDict()  # given to the set's reader; JSON values
+    image: ImageConfig = ImageConfig()  # how its pictures are read where their files leave a choice
+
+
+@dataclasses.dataclass(frozen=True)
+class ReencodeConfig:
+    """Says which images are encoded again when a set is prepared; by default all stay as found."""
+
+    # pixels of the longer side at most; larger images are made smaller (bicubic). 0: no limit
+    size: Annotated[int, AtLeast(0), AtMost(8192)] = 0
+    # of every image; empty: images that are made smaller stay JPEG or become PNG, others are untouched
+    format: Literal["", "png", "jpeg", "webp"] = ""
+    quality: Annotated[int, Between(1, 100)] = 90  # of JPEG and WebP
+
+    @property
+    def asked(self) -> bool:
+        """Says whether any image is to be encoded again."""
+        return bool(self.size or self.format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +207,9 @@ class DataConfig:
     window: Length = 512  # draws that are packed together
     threads: Annotated[int, Between(0, 1024)] = 2  # that read and decode ahead; 0: none
     cache: Place = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
+    reencode: ReencodeConfig = ReencodeConfig()
+    # whether a record that cannot be used is an error; if not, it is left out and counted
+    strict: bool = False
     # decoded images kept in memory, in MiB; 0: none
     image_cache_mib: Annotated[int, AtLeast(0), AtMost(2**20)] = 256
     # If a data set is another one than the run was trained with. refuse: an error; accept: every
@@ -152,6 +220,12 @@ class DataConfig:
     def cache_folder(self) -> Path:
         """Returns the folder of prepared data sets."""
         return Path(self.cache).expanduser() if self.cache else Path.home() / ".cache" / "unimed_jax"
+
+    @property
+    def common_image(self) -> ImageConfig | None:
+        """Returns how pictures of all sources are read, or None if sources differ in it."""
+        found = {source.image for source in self.sources}
+        return found.pop() if len(found) == 1 else None if found else ImageConfig()
 
 
 # ---------------------------------------------------------------------------------------------

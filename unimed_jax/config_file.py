@@ -44,7 +44,8 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
     except (UserError, Stopped, KeyboardInterrupt):
         raise
     except BaseException as error:  # a config file may raise anything, even SystemExit
-        raise UserError(f"--config={_place(error, file, folders)}: {_words(error)}") from error
+        where = f"--config={_place(error, file, folders)}"
+        raise UserError(f"{where}: {_words(error)}") from error
     settings = _settings(returned, file)
     if "stages" in settings:
         _check_chain(settings, file)
@@ -113,11 +114,14 @@ def _settings(returned: Any, file: str) -> ml_collections.ConfigDict:
         )
     try:
         returned.to_dict()  # fails for a value that the file has promised and not given
+        sorted(returned)  # fails for keys that are no text
         if not returned.get("name"):
             with returned.unlocked(), returned.ignore_type():
                 returned.name = Path(file).stem
     except Exception as error:  # ml_collections raises many kinds
-        raise UserError(f"--config={file}: {_words(error)}") from error
+        raise UserError(
+            f"--config={file}: {_words(error)}; mend the settings that it returns."
+        ) from error
     return returned
 
 
@@ -178,10 +182,10 @@ def _place(error: BaseException, file: str, folders: list[Path]) -> str:
     """
     if isinstance(error, SyntaxError):
         named = error.filename if error.filename and Path(error.filename).suffix == ".py" else file
-        return f"{named}, line {error.lineno or '?'}"
+        return f"{named}, line {error.lineno}" if error.lineno else named
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f.filename == file or Path(f.filename).resolve().parent in folders]
-    return f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else f"{file}, line ?"
+    return f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else file
 
 
 def _line_of(sentence: str, file: str, folders: list[Path]) -> str:

@@ -56,6 +56,9 @@ class VisionConfig:
     output_norm: bool = True
     output_norm_eps: Epsilon = 1e-5  # epsilon of that LayerNorm
     position_init: Literal["normal", "sincos"] = "normal"  # sincos: 2-D sines, for training from scratch
+    # What is subtracted from red, green and blue, and what they are divided by. fixed: `mean` and `std`;
+    # picture: the picture's own mean and standard deviation, for mixtures of dark and bright pictures.
+    normalise: Literal["fixed", "picture"] = "fixed"
     # Subtracted from red, green, blue (0..1)
     mean: tuple[Share, Share, Share] = (0.48145466, 0.4578275, 0.40821073)
     # Then they are divided by these

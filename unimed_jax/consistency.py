@@ -2,7 +2,7 @@
 
 import math
 
-from unimed_jax.config import VISUAL_TASKS, Config, DecoderConfig, ModelConfig
+from unimed_jax.config import VISUAL_TASKS, AugmentConfig, Config, DecoderConfig, ModelConfig
 from unimed_jax.errors import UserError
 
 
@@ -11,6 +11,7 @@ def check(config: Config) -> None:
     check_parts(config.model)
     _check_experts_of_tasks(config)
     _check_data(config)
+    _check_augment(config)
     _check_init(config)
     _check_rules(config)
     _check_best(config)
@@ -50,6 +51,20 @@ def _check_data(config: Config) -> None:
             f"config.loss.{name}={getattr(loss, name)} is for box coordinate tokens, which "
             "config.text.coordinate_tokens=False leaves out; set it to its default, or have the tokens."
         )
+
+
+def _check_augment(config: Config) -> None:
+    for group in ("data", "evaluate"):
+        for i, source in enumerate(getattr(config, group).sources):
+            where = f"config.{group}.sources[{i}].augment"
+            low, high = source.augment.scale
+            if low > high:
+                raise UserError(f"{where}.scale={low, high}: give the smaller factor first.")
+            if config.fidelity == "paper" and source.augment != AugmentConfig():
+                raise UserError(
+                    f"{where}: published training varies no pictures; leave it out, or set "
+                    "config.fidelity='default'."
+                )
 
 
 def _check_init(config: Config) -> None:

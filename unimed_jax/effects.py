@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from unimed_jax.bounds import shown
-from unimed_jax.config import Config
+from unimed_jax.config import AugmentConfig, Config
 from unimed_jax.errors import UserError
 
 
@@ -39,6 +39,12 @@ REFUSED = (
         "chat_template double_bos training_blank",
         lambda c: c.text.form == "unimed",
         "only the form 'unimed' reads it",
+    ),
+    Need(
+        "data.reencode",
+        "quality",
+        lambda c: c.data.reencode.asked and c.data.reencode.format != "png",
+        "no image is encoded again as JPEG or WebP (config.data.reencode)",
     ),
     Need("train", "best_mode", lambda c: c.train.best, "config.train.best is empty"),
     Need("mesh", "data fsdp tensor expert", lambda c: not c.mesh.auto, "config.mesh.auto is True"),
@@ -87,6 +93,12 @@ REFUSED = (
     ),
 )
 SAID = (
+    Need(
+        "model.vision",
+        "mean std",
+        lambda c: c.model.vision.normalise == "fixed" or c.data.fit == "pad",
+        "config.model.vision.normalise is 'picture'",
+    ),
     Need(
         "model.connector",
         "experts hidden router router_input router_hidden top_k task_token_width activation form",
@@ -151,6 +163,15 @@ def without_effect(
                         f"change that, or leave it at {shown(default)}."
                     ),
                 )
+    if needs is not REFUSED:
+        unread = [("evaluate", "nothing is varied in evaluation")]
+        if config.job == "router":
+            unread.append(("data", "the router is fitted on pictures as they are"))
+        for part, reason in unread:
+            for i, source in enumerate(getattr(config, part).sources):
+                if source.augment != AugmentConfig():
+                    sentence = f"config.{part}.sources[{i}].augment has no effect, because {reason}; "
+                    yield f"{part}.sources", sentence + "leave it out."
     if config.evaluate.entries:
         for i, entry in enumerate(config.evaluate.entries):
             if entry.every > config.train.steps and needs is not REFUSED:

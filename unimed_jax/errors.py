@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 
 LONGEST = 2000  # characters of a sentence that are kept: whatever a file says may be quoted in it
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -32,7 +33,35 @@ class PassingError(UserError):
     status = 1
 
 
+def misspelt(word: str, words: Iterable[str]) -> str:
+    """Returns the first of some words that differs from a word as a misspelling does, or "".
+
+    One letter is missing, added, wrong or swapped with the next one; or only capitals and signs
+    between the letters differ. Words of up to three letters are never taken for another, and neither
+    are those that differ in a digit.
+    """
+    wanted = _letters(word)
+    for other in words:
+        a, b = wanted, _letters(other)
+        while a and b and a[0] == b[0]:
+            a, b = a[1:], b[1:]
+        while a and b and a[-1] == b[-1]:
+            a, b = a[:-1], b[:-1]
+        one = max(len(a), len(b)) < 2 or (len(a) == 2 and a == b[::-1])
+        if one and len(wanted) > 3 and other != word and not re.search(r"\d", a + b):
+            return other
+    return ""
+
+
+def _letters(word: str) -> str:
+    return "".join(c for c in word.casefold() if c.isalnum())
+
+
 def nearest(word: str, choices) -> str:
-    """Ends a sentence with `; did you mean 'X'?` if a choice is similar, else with a full stop."""
-    match = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else "."
+    """Ends a sentence with `; did you mean 'X'?` if a choice is similar, else with a full stop.
+
+    Capitals play no part.
+    """
+    folded = {str(choice).casefold(): str(choice) for choice in choices}
+    match = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=0.5)
+    return f"; did you mean {folded[match[0]]!r}?" if match else "."

@@ -23,6 +23,7 @@ from unimed_jax.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # seconds after which a temporary file counts as left over where files cannot be locked
 ABANDONED = 24 * 3600.0
+WORTH_KEEPING = 60.0  # seconds of work that are not done again after a mistake in the data is mended
 _PROBE = 64 << 10  # bytes that a disk must take to count as not full
 _LONGEST = 200  # bytes of a name that its temporary name repeats; file systems allow 255 in all
 
@@ -74,6 +75,33 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         _flush_all(temporary)
         temporary.replace(path)
         _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def resumed_folder(path: str | Path, work: str | Path) -> Iterator[Path]:
+    """Gives the folder `work`, with what an earlier try left there; it becomes `path` on success.
+
+    It stays for the next try if the process is killed or stopped, or if a UserError ends a block
+    that took longer than `WORTH_KEEPING`. It is removed on any other error, and on a full disk. The
+    caller holds a lock, so that one process at a time works there. Raises UserError if it cannot be
+    written.
+    """
+    path, work, started = Path(path), Path(work), time.monotonic()
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        with _explained(path):
+            yield work
+            _flush_all(work)
+            work.replace(path)
+            _flush_folder(path.parent)
+    except Exception as error:
+        mendable = isinstance(error, UserError) and not full_disk(error, path.parent)
+        if not mendable or time.monotonic() - started < WORTH_KEEPING:
+            _remove(work)
+        raise
 
 
 # ---- files that belong together --------------------------------------------------------------------
@@ -138,23 +166,30 @@ def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
-        try:
+        with _explained(path):
             yield temporary
-        except UserError:
-            raise
-        except Exception as error:
-            full = full_disk(error, path.parent)  # asked before the removal, which frees space
-            if full:
-                raise UserError(
-                    f"{path} could not be written ({full}) and nothing of it was kept; free some "
-                    "space and give the same command again."
-                ) from error
-            if isinstance(error, OSError):
-                raise _unwritable(path, error) from error
-            raise
     finally:
         _remove(temporary)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns an error of the disk inside the block into a UserError about `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = full_disk(error, path.parent)  # asked before a removal, which would free space
+        if full:
+            raise UserError(
+                f"{path} could not be written ({full}) and nothing of it was kept; free some "
+                "space and give the same command again."
+            ) from error
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from error
+        raise
 
 
 def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
@@ -183,6 +218,11 @@ def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
             return temporary, lock
         os.close(lock)
     raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def remove_folder(path: str | Path) -> None:
+    """Removes a folder with all that is in it, if it is there."""
+    _remove(Path(path))
 
 
 def remove_leftovers(folder: str | Path, name: str = "") -> None:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _answer(argv)
         finally:
-            if sys.stdout is not None:
+            if sys.stdout is not None and not sys.stdout.closed:
                 sys.stdout.flush()  # here, since Python would only print the error
     except BrokenPipeError as error:
         if closed := _closed_outputs():
@@ -80,6 +80,8 @@ def _answer(argv: list[str]) -> int:
         return _say(str(error), error.status)
     except Stopped as stop:
         return _say(str(stop), stop.status)
+    except KeyboardInterrupt:  # raised by code, since a signal is a `Stopped`
+        return _say("stopped; the same command goes on.", 128 + signal.SIGINT)
     return 0
 
 
@@ -87,7 +89,10 @@ def _say(sentence: str, status: int) -> int:
     """Prints a sentence on stderr, on one line whatever it quotes, and returns the status."""
     line = " ".join(sentence.splitlines())
     shown = line.translate({code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]})
-    print(f"unimed_jax: {shown}", file=sys.stderr)
+    for stream in (sys.stderr, sys.__stderr__):
+        if stream is not None and not stream.closed:  # as a config file may have done with the first
+            print(f"unimed_jax: {shown}", file=stream)
+            break
     return status
 
 

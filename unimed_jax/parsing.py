@@ -1,12 +1,14 @@
 """Reads text and JSON that somebody else wrote, so that whatever is wrong with it is one sentence."""
 
 import collections
+import gzip
 import io
 import json
 import math
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,19 @@ from unimed_jax.errors import UserError
 LARGEST = 256 << 20  # bytes of a file of settings, scores or an index; files of data may be larger
 DEEPEST = 100  # lists and objects inside each other; code after the parser recurses, too
 _LONE = re.compile(r"[\ud800-\udfff]")  # half of a surrogate pair, which no encoding can write
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that was not fetched
+_PAGE = re.compile(
+    rb"(\xef\xbb\xbf)?(\s|<\?xml[^>]*>|<!--((?!-->).)*-->)*<(!doctype\s+html|html|head|body|error)\b",
+    re.I | re.S,
+)
+_ZIP_END = (1 << 16) + 22  # bytes from the end of a zip archive in which its last record lies
 _SPELT = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells such a half
 
 
 def read_text(path: str | Path, advice: str = "mend it or get it again", largest: int = LARGEST) -> str:
     """Reads a text file as UTF-8; a byte order mark at its start is dropped.
+
+    A file whose name ends with .gz is unpacked.
 
     advice: ends the sentence of an error. Raises UserError if there is no such file, if it cannot
     be read, has more than `largest` bytes, or is not UTF-8 (then with the line).
@@ -36,7 +46,76 @@ def read_text(path: str | Path, advice: str = "mend it or get it again", largest
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}.") from error
+    if found := stand_in(data[:1000]):
+        raise UserError(f"{path} {found}.")
+    if path.suffix == ".gz":
+        data = _unpacked(path, data, advice, largest)
     return _decoded(data, str(path), advice)
+
+
+def _unpacked(path: Path, data: bytes, advice: str, largest: int) -> bytes:
+    """Unpacks a file of gzip, whose content may be as long as that of any other."""
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            content = file.read(largest + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} cannot be unpacked ({error or 'it is cut short'}); {advice}."
+        ) from error
+    if len(content) > largest:
+        raise UserError(f"{path} unpacks to more than the {largest} bytes that are read; {advice}.")
+    return content
+
+
+def stand_in(head: bytes) -> str:
+    """Says what stands in a file in place of data, by its first bytes; empty if nothing does.
+
+    That is a pointer of Git-LFS or a web page, as downloads leave them. The words follow the name of
+    the file, and say what to do.
+    """
+    if head.lstrip(b"\xef\xbb\xbf").startswith(_POINTER):
+        return "is a pointer of Git-LFS, not the data itself; fetch it with `git lfs pull`"
+    return "is a web page, not the data itself; download the file again" if _PAGE.match(head) else ""
+
+
+def refuse_stand_in(file: str | Path) -> None:
+    """Raises UserError if a pointer of Git-LFS or a web page stands in place of a file of data.
+
+    A file that cannot be read is left to whoever reads it, and so is a pipe, which could be waited
+    for without end.
+    """
+    if no_file(file):
+        return
+    try:
+        with open(file, "rb") as stream:
+            found = stand_in(stream.read(1000))
+    except OSError:
+        return
+    if found:
+        raise UserError(f"{file} {found}.")
+
+
+def zip_fault(file: str | Path) -> str:
+    """Says what is wrong with the form of a zip archive, .npz included; empty if nothing seems to be."""
+    if no_file(file):
+        return ""
+    try:
+        with open(file, "rb") as stream:
+            first = stream.read(4)
+            stream.seek(max(0, os.path.getsize(file) - _ZIP_END))
+            tail = stream.read()
+    except OSError:
+        return ""
+    end = tail.rfind(b"PK\5\6")
+    disk = int.from_bytes(tail[end + 4 : end + 6], "little") if end >= 0 else 0
+    if first == b"PK\7\x08" or disk:
+        return (
+            "it is one part of an archive over several files; join them by "
+            "`zip -s 0 FILE.zip --out WHOLE.zip`"
+        )
+    if not first.startswith(b"PK"):
+        return "it is no zip archive"
+    return "it is cut short" if end < 0 else ""
 
 
 def no_file(path: str | Path) -> str:

@@ -73,6 +73,11 @@ def from_config_dict(settings, effects: bool = True) -> Config:
     return config
 
 
+def checked(kind: type, key: str, value: typing.Any, where: str) -> typing.Any:
+    """Checks a value by itself, as that of field `key` of a group of settings; raises UserError."""
+    return _build(typing.get_type_hints(kind, include_extras=True)[key], value, where)
+
+
 def check_values(settings: dict) -> None:
     """Checks every key and value by itself, without what holds across fields; raises UserError."""
     _build(Config, settings, "config")
@@ -91,8 +96,10 @@ def _build(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
                 raise UserError(where + refusal)
         return built
     if origin in (typing.Union, types.UnionType):
-        given = next(part for part in parts if part is not type(None))
-        return None if value is None and type(None) in parts else _build(given, value, where)
+        if value is None and type(None) in parts:
+            return None
+        given = [part for part in parts if part is not type(None)]
+        return _build(next((part for part in given if _takes(part, value)), given[-1]), value, where)
     if origin is typing.Literal:
         return _choice(parts, value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -104,10 +111,23 @@ def _build(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
     return _json(value, where) if kind is typing.Any else _scalar(kind, value, where)
 
 
+def _takes(kind: typing.Any, value: typing.Any) -> bool:
+    """Says whether a value is of the sort that one type of several is for: word, list or number."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _takes(parts[0], value)
+    if origin is typing.Literal:
+        return isinstance(value, str)
+    if origin is tuple:
+        return isinstance(value, (tuple, list))
+    return type(value) is kind
+
+
 def _choice(choices: tuple, value: typing.Any, where: str) -> typing.Any:
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
-    raise UserError(f"{where}: {shown(value)} is unknown; choose from {', '.join(map(str, choices))}.")
+    known = ", ".join(str(choice) or "''" for choice in choices)
+    raise UserError(f"{where}: {shown(value)} is unknown; choose from {known}.")
 
 
 def _group(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:

@@ -64,7 +64,7 @@ def search(reader: str, arguments: list[str]) -> None:
         from unimed_jax.interop.tensors.gguf import GgufFile
     import pickle
 
-    from campaigns import fuzz_weights
+    from campaigns import fuzz_pickles, fuzz_weights
 
     from unimed_jax.errors import UserError
 
@@ -92,7 +92,7 @@ def search(reader: str, arguments: list[str]) -> None:
             for key in file.fields:
                 file.value(key, object)
 
-    good = {"pickle": fuzz_weights.good_pickle, "gguf": fuzz_weights.gguf_bytes}[reader]()
+    good = {"pickle": fuzz_pickles.good_pickle, "gguf": fuzz_weights.gguf_bytes}[reader]()
     (folder / "good").write_bytes(good)
     atheris.Setup([sys.argv[0], *arguments], {"pickle": read_pickle, "gguf": read_gguf}[reader])
     atheris.Fuzz()

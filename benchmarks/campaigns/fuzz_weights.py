@@ -1,26 +1,25 @@
-"""Makes hostile weights, settings and tokenizers for the readers of models.
+"""Makes hostile weights and settings for the readers of models; `fuzz_tokenizers` makes tokenizers.
 
 Each reader has an endless series of cases; a case depends only on a seed and a number.
 """
 
-import collections
 import functools
-import io
 import itertools
 import json
 import shutil
 import struct
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from campaigns.fuzz_changes import VALUES, changed_bytes, changed_json, changed_tree
+from campaigns import fuzz_pickles, fuzz_tokenizers
+from campaigns.fuzz_changes import VALUES, changed_bytes, changed_json
+from campaigns.fuzz_pickles import read_all
 from safetensors.numpy import save
 
-from unimed_jax.config import DecoderConfig, LoraConfig, ModelConfig, TextConfig, to_dict
-from unimed_jax.data.tokenizer import Tokenizer, train_tokenizer
+from unimed_jax.config import DecoderConfig, LoraConfig, ModelConfig, to_dict
+from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families.gguf import decoder_from_gguf, write_tokenizer
 from unimed_jax.interop.families.hf_config import FAMILIES, decoder_from_hf, read_hf_config
@@ -28,11 +27,9 @@ from unimed_jax.interop.families.med_moe import model_from_med_moe, read_med_moe
 from unimed_jax.interop.families.peft import load_peft, peft_table
 from unimed_jax.interop.families.towers import tower_from_hf
 from unimed_jax.interop.families.unimed_hf import exported_config, exported_table
-from unimed_jax.interop.tensors.files import open_weights
 from unimed_jax.interop.tensors.gguf import GgufFile
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import to_published
-from unimed_jax.interop.tensors.torch_file import TorchFile, write_torch
 from unimed_jax.runs.folder import read_config
 from unimed_jax.settings import from_config_dict
 
@@ -60,154 +57,9 @@ def _one(reader: str, seed: int, number: int) -> None:
     READERS[reader](np.random.default_rng([seed, number]), number, folder)
 
 
-def read_all(path: Path) -> None:
-    """Reads all tensors of a file or folder."""
-    tensors = open_weights(path)
-    for name in tensors.stored:
-        tensors.read(name)
-
-
 # --------------------------------------------------------------------------------------------------
 # Files of tensors
 # --------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _torch_bytes() -> bytes:
-    values = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float16)}
-    moments = {"step": np.array(3, np.float32), "exp_avg": np.ones((3, 4), np.float32)}
-    tree = {
-        "model": collections.OrderedDict(values),
-        "optimizer": {
-            "state": {0: moments},
-            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}],
-        },
-        "config": {"model": {"lora_r": 8, "name": "é"}, "run": {"flags": [True, None]}},
-        "epoch": 3,
-    }
-    path = place() / "good.pth"
-    write_torch(path, tree)
-    return path.read_bytes()
-
-
-def _archive(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as archive:
-        for name, data in records.items():
-            archive.writestr(name, data)
-    return out.getvalue()
-
-
-def good_pickle() -> bytes:
-    """Gives the pickle of an ordinary checkpoint."""
-    with zipfile.ZipFile(io.BytesIO(_torch_bytes())) as archive:
-        return archive.read("archive/data.pkl")
-
-
-def _program(rng: np.random.Generator) -> bytes:
-    """Makes a pickle of random opcodes, most of them with sensible arguments."""
-    word = b"X\x01\x00\x00\x00a"
-    storage = (
-        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x0ctQ"
-    )
-    tensor = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x03K\x04\x86K\x04K\x01\x86\x89}tR"
-    )
-    parts = [
-        *(
-            b"(",
-            b"0",
-            b"1",
-            b"2",
-            b")",
-            b"]",
-            b"}",
-            b"t",
-            b"l",
-            b"d",
-            b"a",
-            b"e",
-            b"s",
-            b"u",
-            b"N",
-            b"\x88",
-            b"b",
-        ),
-        *(
-            b"\x85",
-            b"\x86",
-            b"\x87",
-            b"R",
-            b"\x81",
-            b"Q",
-            b"\x94",
-            b"\x93",
-            b".",
-            word,
-            word,
-            tensor,
-            tensor,
-            storage,
-        ),
-        *(
-            b"q\x00",
-            b"h\x00",
-            b"r" + struct.pack("<I", int(rng.integers(1 << 32))),
-            b"j\x00\x00\x00\x00",
-        ),
-        *(
-            b"K\x03",
-            b"J" + rng.bytes(4),
-            b"\x8a\x08" + rng.bytes(8),
-            b"G" + rng.bytes(8),
-            b"I5\n",
-            b"Vab\n",
-            b"g0\n",
-        ),
-        *(
-            b"X" + struct.pack("<I", int(rng.integers(1 << 32))),
-            b"\x8b" + rng.bytes(4),
-            b"\x95" + rng.bytes(8),
-        ),
-        *(
-            b"ccollections\nOrderedDict\n",
-            b"ctorch\nSize\n",
-            b"cos\nsystem\n",
-            b"\x8e" + rng.bytes(8),
-            b"\x8f",
-        ),
-    ]
-    chosen = [parts[i] for i in rng.integers(0, len(parts), rng.integers(1, 60))]
-    return (
-        b"\x80\x02" + b"".join(chosen) + (b"}" + word + tensor + b"s." if rng.random() < 0.7 else b".")
-    )
-
-
-def _pth(rng: np.random.Generator, number: int, folder: Path) -> None:
-    path = folder / "file.pth"
-    with zipfile.ZipFile(io.BytesIO(_torch_bytes())) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    kind = number % 4
-    if kind == 0:
-        path.write_bytes(changed_bytes(rng, _torch_bytes()))
-    elif kind == 1:
-        records["archive/data.pkl"] = changed_bytes(rng, records["archive/data.pkl"])
-        path.write_bytes(_archive(records, int(rng.choice([0, 0, 8, 12, 14]))))
-    elif kind == 2:
-        records["archive/data.pkl"] = _program(rng)
-        path.write_bytes(_archive(records))
-    else:
-        name = list(records)[rng.integers(len(records))]
-        if rng.random() < 0.5:
-            records[name] = bytes(int(rng.choice([0, 1, 100, 3 << 20]))) + records[name] * int(
-                rng.integers(0, 3)
-            )
-        else:
-            records[f"{name}{rng.integers(3)}"] = records.pop(name)
-        path.write_bytes(_archive(records, int(rng.choice([0, 8]))))
-    file = TorchFile(path)
-    file.to_write(file.tree)
-    read_all(path)
 
 
 @functools.cache
@@ -459,136 +311,8 @@ def _peft(rng: np.random.Generator, number: int, folder: Path) -> None:
     load_peft(folder, config, Destination(leaves))
 
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizers
-# --------------------------------------------------------------------------------------------------
-
-WORDS = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a", "▁ab", "the", "▁lung"]
-
-
-@functools.cache
-def _tokenizers() -> list[dict]:
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-    train_tokenizer(["the left lung is clear", "a b c"] * 9, TextConfig(vocab=400), place() / "trained")
-    trained = json.loads((place() / "trained/tokenizer.json").read_text())
-    steps = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.NFC()]
-    )
-    llama = tokenizers.Tokenizer(
-        models.BPE({w: i for i, w in enumerate(WORDS)}, [("a", "b")], unk_token="<unk>")
-    )
-    llama.normalizer, llama.decoder = (
-        steps,
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()]),
-    )
-    unigram = tokenizers.Tokenizer(
-        models.Unigram([(w, -float(i)) for i, w in enumerate(WORDS)], unk_id=0)
-    )
-    unigram.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}| ?\p{L}+"), "isolated"),
-            pre_tokenizers.Metaspace(),
-        ]
-    )
-    words = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    for made in (llama, unigram, words):
-        made.add_special_tokens(["</s>"])
-    return [trained, *(json.loads(made.to_str()) for made in (llama, unigram, words))]
-
-
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-TOKENIZER_VALUES = [
-    *VALUES, {"type": "Prepend", "prepend": "x" * 1000}, 4294967295, 1 << 32,
-    {"type": "Replace", "pattern": {"String": ""}, "content": "aa"}, {"type": "Digits",
-    "individual_digits": True},
-    {"type": "Split", "pattern": {"Regex": "\\w*\\w*\\w*\\w*(?!.|$)"}, "behavior": "Isolated",
-    "invert": False},
-    {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "aaaaaaaaaa"},
-    {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"},
-    "content": "aa"}] * 50},
-    {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 3000},
-]  # fmt: skip
-
-
-def _tokenizer(rng: np.random.Generator, number: int, folder: Path) -> None:
-    spec = _tokenizers()[number % len(_tokenizers())]
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **SPECIAL,
-    }
-    other = number % 5 == 0
-    text = changed_json(rng, settings, TOKENIZER_VALUES)
-    (folder / "tokenizer_config.json").write_bytes(text if other else json.dumps(settings).encode())
-    spec = {**spec, "model": spec["model"]}
-    parts = [
-        part
-        for part in ("normalizer", "pre_tokenizer", "decoder", "model", "added_tokens")
-        if spec.get(part)
-    ]
-    part = parts[rng.integers(len(parts))]  # otherwise nearly all changes would fall into the vocabulary
-    if not other:
-        spec[part] = changed_tree(rng, spec[part], TOKENIZER_VALUES)
-    text = json.dumps(spec).encode()
-    (folder / "tokenizer.json").write_bytes(changed_bytes(rng, text) if number % 11 == 0 else text)
-    _use(folder)
-
-
-def _use(folder: Path) -> None:
-    """Reads a tokenizer's folder and encodes and decodes a text."""
-    tokenizer = Tokenizer.load(folder)
-    tokenizer.decode(tokenizer.encode("the left lung a12 \n <s> é"))
-    assert tokenizer.fingerprint and tokenizer.size >= 0
-    if tokenizer.together:
-        tokenizer.together(["a: ", " ab"], False)
-
-
-def _piece(word: str, score: float, kind: int) -> bytes:
-    """Makes a piece as SentencePiece's protocol buffer holds it: 1 text, 2 score, 3 kind."""
-    text = word.encode()
-    inner = (
-        b"\x0a"
-        + bytes([len(text)])
-        + text
-        + b"\x15"
-        + struct.pack("<f", score)
-        + b"\x18"
-        + bytes([kind])
-    )
-    return b"\x0a" + bytes([len(inner)]) + inner
-
-
-def sentencepiece_model() -> bytes:
-    """Makes a model of SentencePiece, of the kind BPE, by hand."""
-    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
-    pieces = b"".join(_piece(word, -float(i), kinds.get(word, 1)) for i, word in enumerate(WORDS))
-    trainer = b"\x18\x02" + b"\x20" + bytes([len(WORDS)])  # model_type BPE, vocab_size
-    normalizer = b"\x0a\x08identity" + b"\x18\x01" + b"\x20\x00"
-    return (
-        pieces
-        + b"\x12"
-        + bytes([len(trainer)])
-        + trainer
-        + b"\x1a"
-        + bytes([len(normalizer)])
-        + normalizer
-    )
-
-
-def _sentencepiece(rng: np.random.Generator, number: int, folder: Path) -> None:
-    name = ("LlamaTokenizer", "T5Tokenizer", "GemmaTokenizer", "PreTrainedTokenizerFast")[number % 4]
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": name, "legacy": bool(number % 3), **SPECIAL})
-    )
-    (folder / "tokenizer.model").write_bytes(changed_bytes(rng, sentencepiece_model()))
-    _use(folder)
-
-
 READERS: dict[str, Make] = {
-    "pth": _pth,
+    **fuzz_pickles.READERS,
     "safetensors": _safetensors,
     "index": _index,
     "gguf": _gguf,
@@ -598,6 +322,5 @@ READERS: dict[str, Make] = {
     "exported": _exported,
     "run": _run,
     "peft": _peft,
-    "tokenizer": _tokenizer,
-    "sentencepiece": _sentencepiece,
+    **fuzz_tokenizers.READERS,
 }

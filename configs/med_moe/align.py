@@ -35,4 +35,21 @@ def get_config(size=""):
         config.optimizer.lr = 2e-3
         config.optimizer.warmup_steps = 6
         config.train.steps = 200
+
+    if size == "real":
+        # No encoder or decoder of this size knows patients: all of it learns from the captions, cut
+        # to so many words, and its vocabulary too.
+        config.init = (("seed", ""),)
+        config.data.sources = common.real_sets(("caption",))[1:]
+        config.data.fit = "pad"
+        config.text.max_words = 50
+        config.data.rows = 8
+        config.data.row_tokens = 320
+        config.data.row_images = 4
+        config.data.row_answers = 256
+        config.optimizer.lr = 1e-3
+        config.optimizer.warmup_steps = 10
+        config.train.steps = 150
+        config.train.rules = (dict(match="*", train=True),)
+        config.evaluate.limit = 100  # it answers no question yet
     return config

@@ -1,4 +1,5 @@
-"""Med-MoE from an aligned projector to its experts, all stages in turn: with :stablelm, :phi2 or :tiny.
+"""Med-MoE from an aligned projector to its experts, all stages in turn: with :stablelm, :phi2, :tiny or
+:real.
 
 A stage that is finished is skipped, so the same command continues a chain. Each stage lives in a
 folder of its own (runs/med_moe_tiny/align ...); stages.md beside them compares their scores on one

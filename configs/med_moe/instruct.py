@@ -26,4 +26,7 @@ def get_config(size=""):
 
     if size == "tiny":
         common.tiny_questions(config)
+    if size == "real":  # the vision encoder has much to learn yet
+        common.real_questions(config)
+        config.train.rules = (dict(match="*", train=True),)
     return config

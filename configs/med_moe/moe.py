@@ -40,4 +40,8 @@ def get_config(size=""):
 
     if size == "tiny":
         common.tiny_questions(config)
+    if size == "real":  # an expert for CT, MR and X-ray each
+        common.real_questions(config)
+        config.model.moe.experts = 3
+        config.train.steps = 250
     return config

@@ -33,4 +33,13 @@ def get_config(size=""):
         router.labels = (10, 30, 100, 300, 1000)
         router.epochs = 100
         router.lr = 1e-2  # features of a sixteenth of the width separate less
+
+    if size == "real":
+        # MedPix 2.0 names CT and MR; VQA-RAD shows chests by X-ray and abdomens by CT, and does not say
+        # how a head was taken.
+        config.data.sources = common.real_sets(("cls",))
+        router.classes = ("CT", "MR", "X-Ray")
+        router.labels = (30, 100, 300, 1000, 1600)
+        router.epochs = 100
+        router.lr = 1e-2
     return config

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from unimed_jax import main as cli
@@ -64,4 +65,16 @@ def test_every_stage_reads_its_sets_and_is_scored(tmp_path, monkeypatch, request
     assert set(metrics["sets"]) == {"vqa_rad", "slake", "path_vqa", "pneumoniamnist", "organcmnist"}
     report = json.loads((tmp_path / "runs/med_moe_stablelm/router/router.json").read_text())
     assert report["classes"] == ["MRI", "CT", "pathology", "X-Ray"]
-    assert report["images"]["without label"] > 0  # VQA-RAD names no modality
+    assert report["images"]["without label"] > 0  # VQA-RAD names no modality for a head
+    for result in report["splits"].values():
+        by_set = sum(map(np.array, result["sets"].values()))
+        np.testing.assert_array_equal(by_set, result["confusion"])
+    load = json.loads((tmp_path / "runs/med_moe_stablelm/moe/experts.json").read_text())
+    assert load["layers"] == [0] and load["classes"] == report["classes"]
+    for split, of_class in load["splits"].items():
+        images = [found["images"] for found in of_class.values()]
+        np.testing.assert_array_equal(images, np.sum(report["splits"][split]["confusion"], axis=1))
+        for found in of_class.values():
+            for kind in ("visual", "text"):
+                sums = np.sum(found[kind], axis=1)
+                np.testing.assert_allclose(sums, float(found["images"] > 0), atol=1e-6)

@@ -11,6 +11,7 @@ import pytest
 from support.fake_brain import tiny_config
 
 from unimed_jax import main as cli
+from unimed_jax.analyze.chain import read_stages
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.config_file import load_config_file
 from unimed_jax.data import datasets
@@ -164,6 +165,18 @@ def test_a_mistake_is_said_before_anything_begins(name, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_where_data_lies_and_the_seed_go_to_every_stage(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr("unimed_jax.analyze.chain.run_chain", lambda *given: found.append(given))
+    words = ["--config.data.root=/data", "--config.seed=7", "--config.data.cache=/cache"]
+    assert cli.main([write_chain(tmp_path), f"--workdir={tmp_path}/runs", *words]) == 0
+    stages = read_stages(*found[0])
+    assert [stage.name for stage in stages] == ["first", "second"]
+    for stage in stages:
+        data = stage.config.data
+        assert (data.root, data.cache, stage.config.seed) == ("/data", "/cache", 7)
+
+
 @pytest.mark.slow
 def test_other_settings_than_a_stage_was_trained_with_are_refused(copied, tmp_path, capsys):
     _, folder = copied
@@ -192,7 +205,7 @@ def test_stages_scored_on_different_data_have_no_table(copied, capsys):
 
 
 def test_chains_of_the_repository_read():
-    for size in ("stablelm", "phi2", "tiny"):
+    for size in ("stablelm", "phi2", "tiny", "real"):
         settings = load_config_file(f"configs/med_moe/all.py:{size}")
         assert settings.name == f"med_moe_{size}"
         assert [Path(stage).stem for stage in settings.stages] == ["align", "instruct", "router", "moe"]

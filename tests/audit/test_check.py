@@ -1,6 +1,12 @@
-"""The audit finds planted leaks and faults, each once and nothing else; on real files the known ones."""
+"""The audit finds planted leaks and faults, each once and nothing else."""
 
+import concurrent.futures.process
+import contextlib
+import difflib
 import json
+import sys
+import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +14,13 @@ from PIL import Image
 
 from unimed_jax import main as cli
 from unimed_jax.audit import fingerprints as prints
-from unimed_jax.audit.check import audit
-from unimed_jax.audit.questions import Asked, text_leaks
+from unimed_jax.audit.check import _with_headers, audit
+from unimed_jax.audit.questions import SIMILAR, Asked, _most_similar, text_leaks
 from unimed_jax.config import Config, DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
+from unimed_jax.data.example import Example
+from unimed_jax.data.info import Info, nearest_counts
+from unimed_jax.errors import UserError
 
 CONFIG = """
 from unimed_jax.config import default_config
@@ -74,14 +83,21 @@ def planted(tmp_path):
         for i, name in enumerate(train)
     ]
     lines += [
-        line("t20", "train", "train3.png", "Is there a fracture of the left rib?", "no"),
+        line(
+            "t20",
+            "train",
+            "train3.png",
+            "Is there a fracture of the left rib?",
+            "no",
+            meta={"patient": "x"},
+        ),
         line("t21", "train", "train4.png", "", report, "caption", cluster="p1"),
         line("e0", "test", "same.png"),
         line("e1", "test", "near.png"),
         line("e2", "test", "mirror.png"),
         line("e3", "test", "train3.png", "is there a fracture of the left rib", "no"),
         line("e4", "test", "new.png", "", report, "caption", cluster="p1"),
-        line("e5", "test", "other.png", "Who is it?", "call 555-123-4567"),
+        line("e5", "test", "other.png", "Who is it?", "call 555-123-4567", meta={"patient": "x"}),
     ]
     write(tmp_path / "a", lines, train | test)
     write(tmp_path / "b", [line("b0", "train", "x.png"), line("b1", "test", "y.png")],
@@ -108,9 +124,19 @@ def test_every_planted_leak_is_found_once(planted, capsys):
         "question_answer": 1,
         "similar_question": 1,
         "report": 1,
+        "rewording": 0,
         "cluster": 2,  # p1, and train3.png: without a name of its own an image is its cluster
+        "patient": 1,
+        "case": 0,
+        "study": 0,
+        "question_text": 1,
         "repeating": 1,
+        "reworded": 0,
     }
+    between = dict.fromkeys(content["leaks"], 0) | {"near": 1}
+    assert {kind: counts["between"] for kind, counts in content["leaks"].items()} == between
+    sums = {kind: counts["train_test"] for kind, counts in content["leaks"].items()}
+    assert sums == leaks | {"name": 0, "question_text": 2}  # one of them is b's
     assert content["between"] == {"a/test~b/test": {"near": 1}}
     assert content["sets"]["a"]["personal"]["a telephone number"] == {"n": 1, "first": ["test: e5"]}
     copier = content["sets"]["a"]["copier"]["train_test"]
@@ -173,7 +199,7 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole = np.concatenate([np.load(file) for file in files])
     files[1].unlink()  # as if it had been killed
     files[4].unlink()
-    audit(Config(data=data), processes=1)
+    audit(Config(data=data), processes=2)  # the two of them, each in a process of its own
     assert [file.stat().st_mtime_ns == old for file, old in zip(files, before, strict=True)] == [
         1,
         0,
@@ -184,6 +210,41 @@ def test_a_killed_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.concatenate([np.load(file) for file in files]), whole)
 
 
+def test_a_damaged_part_is_computed_again(tmp_path):
+    pictures = {f"{i}.png": scene(i) for i in range(3)}
+    write(tmp_path / "a", [line(name, "train", name) for name in pictures], pictures)
+    data = DataConfig((SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "c"))
+    (opened,) = open_sources(data)
+
+    def computed():
+        return prints.fingerprints(opened.folder, "a", [*pictures], tmp_path / "c", processes=1)
+
+    right = computed()
+    (file,) = (tmp_path / "c/audit").glob("*/*.npy")
+    whole, notes = file.read_bytes(), file.with_suffix(".json").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-9] ^= 1  # in a record, where its form says nothing
+    for damage in (b"", whole[:200], bytes(flipped), b"x" * len(whole), whole[::-1]):
+        file.write_bytes(damage)
+        np.testing.assert_array_equal(computed().records, right.records)
+        assert file.read_bytes() == whole
+    for damage in (b"", b"{}", b"[]", notes[:-1], b"[" * 100_000, b'{"notes": 3, "checksum": []}'):
+        file.with_suffix(".json").write_bytes(damage)
+        assert computed().notes == right.notes and file.with_suffix(".json").read_bytes() == notes
+
+
+def test_a_process_that_is_ended_from_outside_is_one_sentence(monkeypatch):
+    @contextlib.contextmanager
+    def broken(workers):
+        lost = concurrent.futures.Future()
+        lost.set_exception(concurrent.futures.process.BrokenProcessPool("terminated abruptly"))
+        yield SimpleNamespace(submit=lambda *_: lost)
+
+    monkeypatch.setattr(prints, "pool_of", broken)
+    with pytest.raises(UserError, match="looks at images was ended from outside.*fewer --processes"):
+        list(prints._parts([("", []), ("", [])], 2))
+
+
 def test_fingerprints_belong_to_the_very_images(tmp_path):
     """Of two choices of as many images that begin alike, one is not taken for the other."""
     pictures = {f"{i}.png": scene(i) for i in range(5)}
@@ -192,7 +253,7 @@ def test_fingerprints_belong_to_the_very_images(tmp_path):
     (data,) = open_sources(DataConfig((source,), root=str(tmp_path), cache=str(tmp_path / "cache")))
     names = list(pictures)
     found = [
-        prints.fingerprints(data.folder, keys, tmp_path / "cache", processes=1)
+        prints.fingerprints(data.folder, data.id, keys, tmp_path / "cache", processes=1)
         .records[3]["pixels"]
         .tobytes()
         for keys in (names[:4], [*names[:3], names[4]])
@@ -200,28 +261,17 @@ def test_fingerprints_belong_to_the_very_images(tmp_path):
     assert found == [prints.fingerprint(scene(i))["pixels"].tobytes() for i in (3, 4)]
 
 
-def test_near_pairs_are_those_of_comparing_all(monkeypatch):
-    """Against every pair compared, with blocks of candidates much smaller than their number."""
-    rng = np.random.default_rng(0)
-    scenes = [scene(i) for i in range(40)]
-    a = np.array([prints.fingerprint(image) for image in scenes])
-    b = np.array([prints.fingerprint(nearly(scenes[i])) for i in rng.permutation(40)[:15]])
-    monkeypatch.setattr(prints, "BLOCK", 7)
-    found = {tuple(pair) for pair in prints.near_pairs(a, b).tolist()}
-    bits = np.bitwise_count(a["bits"][:, None] ^ b["bits"][None]).sum(axis=2)  # [40, 15]
-    flat = [x["thumbnail"].reshape(len(x), -1).astype(float) for x in (a, b)]
-    likeness = np.corrcoef(*flat)[:40, 40:]
-    expected = {
-        tuple(pair)
-        for pair in np.argwhere((bits <= prints.DISTANCE) & (likeness >= prints.LIKENESS)).tolist()
-    }
-    assert found == expected and len(found) == 15
-
-
 def test_a_leak_counts_once_however_often_it_was_trained_on():
     train = [Asked(f"t{i}", "vqa", ("x",), "is it clear?", "yes", "", "closed") for i in range(3)]
     leaks = text_leaks(train, [Asked("e", "vqa", ("x",), "is it clear", "yes", "", "closed")])
-    assert leaks.counts == {"question": 1, "question_answer": 1, "similar_question": 1, "repeating": 3}
+    assert leaks.counts == {
+        "question": 1,
+        "question_answer": 1,
+        "question_text": 1,
+        "similar_question": 1,
+        "repeating": 3,
+        "reworded": 0,
+    }
     assert leaks.copier == {"n": 1, "value": 1.0, "templates": {"closed": {"n": 1, "value": 1.0}}}
 
 
@@ -229,31 +279,157 @@ def test_a_similar_question_with_another_answer_gives_nothing_away():
     train = [Asked("t", "vqa", ("x",), "is the left lung clear?", "yes", "", "closed")]
     test = [Asked("e", "vqa", ("x",), "is the right lung clear?", "no", "", "closed")]
     leaks = text_leaks(train, test)
-    assert leaks.counts == {"repeating": 0} and leaks.copier["value"] == 0
+    assert leaks.counts == {"repeating": 0, "reworded": 0} and leaks.copier["value"] == 0
 
 
-def test_the_known_leaks_of_real_sets(real_data, cache):
-    pictures = {"images": "../vqa_rad/VQA_RAD Image Folder"}
-    sources = (
-        SourceConfig("vqa_rad"),
-        SourceConfig("vqa_rad", id="mmq", path="vqa_rad_mmq", options=pictures),
-        SourceConfig("vqa_rad", id="resplit", path="vqa_rad_resplit", options=pictures),
-        SourceConfig("medpix2"),
-    )
-    content, _, _ = audit(Config(data=DataConfig(sources, root=str(real_data), cache=cache)))
-    official, mmq = (content["sets"][name] for name in ("vqa_rad", "mmq"))
-    assert official["leaks"]["similar_question"]["train_test"] == 3
-    assert (
-        mmq["leaks"]["similar_question"]["train_test"] == 93
-        and mmq["leaks"]["repeating"]["train_test"] == 24
-    )
-    scores = [found["copier"]["train_test"]["templates"] for found in (official, mmq)]
-    rounded = [{name: round(part["value"], 3) for name, part in score.items()} for score in scores]
-    assert rounded == [{"closed": 0.404, "open": 0.011}, {"closed": 0.695, "open": 0.458}]
-    assert content["between"]["vqa_rad/test~resplit/train"]["question"] == 377
-    names = {
-        split: content["between"][f"mmq/train~medpix2/{split}"]["name"]
-        for split in ("train", "val", "test")
+def test_the_image_and_not_its_name_makes_a_question_the_same(tmp_path):
+    """Two sets: one picture under two names is the same image, two pictures under one name are not."""
+    pictures = {"0.png": scene(0), "1.png": scene(1)}
+    renamed = {"1.png": pictures["0.png"], "0.png": scene(2)}
+    for name, split, own in (("a", "train", pictures), ("b", "test", renamed)):
+        write(tmp_path / name, [line(f"{name}{key}", split, key) for key in own], own)
+    content = audited(tmp_path, "a", "b")
+    (between,) = content["between"].values()
+    assert between == {
+        "image": 1,
+        "question": 1,
+        "question_answer": 1,
+        "similar_question": 1,
+        "repeating": 1,
     }
-    assert names == {"train": 17, "val": 1, "test": 1}
-    assert content["between"]["vqa_rad/test~medpix2/train"]["name"] == 9
+    assert content["leaks"]["question"]["between"] == 1
+
+
+def audited(root, *names, **settings):
+    """Audits sets in our own form, each a folder of `root`, and returns the content of check.json."""
+    sources = tuple(SourceConfig("jsonl", id=name, path=name) for name in names)
+    data = DataConfig(sources, root=str(root), cache=str(root / "cache"), **settings)
+    return audit(Config(data=data), processes=1)[0]
+
+
+def test_other_wordings_that_the_files_give_are_found():
+    train = [
+        Asked("t0", "vqa", ("x",), "is there a lesion?", "yes", "", ""),
+        Asked("t1", "vqa", ("y",), "is there a lesion?", "yes", "", ""),
+    ]
+    test = [
+        Asked("e0", "vqa", ("x",), "do you see any abnormal mass?", "yes", "", ""),
+        Asked("e1", "vqa", ("x",), "which organ?", "liver", "", ""),
+    ]
+    leaks = text_leaks(train, test, None, {"e0": ["Is there  a lesion"], "e1": ["Nothing."]})
+    assert leaks.counts == {"rewording": 1, "repeating": 0, "reworded": 1}
+    assert leaks.pairs["rewording"] == [("t0", "e0")]
+
+
+def test_the_most_similar_question_is_that_of_comparing_all():
+    """Against the plain rule: the first of the highest ratio, and the first near one that agrees."""
+    rng = np.random.default_rng(0)
+    words = ["is", "the", "left", "right", "lung", "clear", "there", "a", "mass", "in"]
+    made = [
+        Asked(
+            str(i), "vqa", ("x",), " ".join(rng.choice(words, 6)), str(rng.choice(["yes", "no"])), "", ""
+        )
+        for i in range(120)
+    ]
+    for asked in made[:30]:
+        others = made[30:]
+        ratios = [difflib.SequenceMatcher(None, asked.question, o.question).ratio() for o in others]
+        near = [
+            o for o, r in zip(others, ratios, strict=True) if r > SIMILAR and o.answer == asked.answer
+        ]
+        expected = others[ratios.index(max(ratios))], near[0] if near else None
+        assert _most_similar(asked, others) == expected
+
+
+def test_counts_are_compared_with_the_published_ones_that_are_nearest(tmp_path):
+    info = Info(
+        "x",
+        ("vqa",),
+        counts={"train": 10, "test": 5},
+        other_counts={
+            "half": {"train": 5, "test": 2, "test vqa": 2, "train images": 1, "train hue=red": 4}
+        },
+    )
+    count = {"train": 5, "test": 3, "test vqa": 3, "train images": 1, "train hue=red": None}.get
+    name, numbers = nearest_counts(info, count)
+    assert name == "half"
+    assert numbers == {"train": (5, 5), "test": (3, 2), "test vqa": (3, 2), "train images": (1, 1)}
+    assert nearest_counts(Info("y", ("vqa",)), count) == ("", {})
+
+
+def test_records_that_no_row_holds_are_said_before_training(tmp_path):
+    lines = [
+        line("short", "train", "0.png", answer="yes"),
+        line("long", "train", "0.png", answer="no " * 90),
+    ]
+    write(tmp_path / "a", lines, {"0.png": scene(0)})
+    content = audited(tmp_path, "a", row_answers=40, row_tokens=512)
+    found = content["answer_tokens"]["a"]
+    assert found["n"] == 2 and found["answer"]["most"] > 90
+    (setting,) = found["over"]
+    assert setting == "config.data.row_answers"
+    assert found["over"][setting]["n"] == 1 and found["over"][setting]["first"][0].startswith("long (")
+    assert any(
+        "1 of 2 training records need more than config.data.row_answers=40" in s for s in content["look"]
+    )
+    assert content["sets"]["a"]["splits"]["train"]["over_50_words"] == {"n": 1, "vqa": 1}
+
+
+def test_blind_scores_stand_beside_those_of_a_copier(tmp_path):
+    """Train mostly says yes; test asks the very questions of train, whose answers are no."""
+    train = [
+        line(f"t{i}", "train", f"{i}.png", f"Is part {i} well?", "yes" if i < 3 else "no")
+        for i in range(5)
+    ]
+    test = [line(f"e{i}", "test", f"{i}.png", f"Is part {i} well?", "no") for i in (3, 4)]
+    write(tmp_path / "a", train + test, {f"{i}.png": scene(i) for i in range(5)})
+    found = audited(tmp_path, "a")["sets"]["a"]
+    scores = found["blind"]["test"]["vqa"]
+    assert scores["n"] == 2 and scores["majority_per_template"]["exact_match"] == 0
+    assert (
+        scores["majority_per_question"]["exact_match"] == scores["majority_per_question"]["bleu1"] == 1
+    )
+    assert found["copier"]["train_test"]["value"] == 1
+
+
+def test_boxes_outside_their_image_and_empty_ones_are_named(tmp_path, monkeypatch):
+    """A reader of one's own may give any box; those here leave them out themselves."""
+    module = types.ModuleType("lab_boxes")
+    module.INFO = Info("lab_boxes", ("refer",), splits=("train",))
+
+    def read(folder, split, options, skipped):
+        skipped.append("r9: object 3: box (1, 1, 1, 1) is empty")
+        whole, narrow = "{<0><0><100><100>}", "{<40><20><40><40>}"
+        boxes = (
+            ((0, 0, 10, 20), whole),
+            ((0, 0, 11, 20), whole),
+            ((4, 4, 5, 8), narrow),
+            (None, "here"),
+        )
+        for number, (box, answer) in enumerate(boxes):
+            example = Example(f"r{number}", "refer", "cell", answer, ("x",), box)
+            yield example, (np.zeros((20, 10, 3), np.uint8),)
+
+    module.read = read
+    monkeypatch.setitem(sys.modules, "lab_boxes.reader", module)
+    data = DataConfig((SourceConfig("lab_boxes.reader"),), cache=str(tmp_path))
+    content, _, _ = audit(Config(data=data), processes=1)
+    found = content["sets"]["reader"]
+    assert found["wrong_boxes"]["n"] == 3
+    assert (
+        "r1: box (0, 0, 11, 20) leaves its image of 10 x 20 pixels" in found["wrong_boxes"]["first"][0]
+    )
+    assert "r2: box (40, 20, 40, 40) is empty in hundredths" in found["wrong_boxes"]["first"][1]
+    assert "r3: no box in its text" in found["wrong_boxes"]["first"][2]
+    assert found["left_out"]["reasons"] == {"object ...: box ... is empty": 1}
+
+
+def test_images_of_one_patient_by_their_headers_belong_together():
+    """A name in the records counts within its set only, an identifier in DICOM headers in all."""
+    notes = {"x": {"patient": "aa", "study": "s"}, "y": {"patient": "aa", "study": "t"}}
+    one, other = (
+        _with_headers(Asked(id, "vqa", (image,), "what?", id, "", "", (("case", "7"),)), notes)
+        for id, image in (("t", "x"), ("e", "y"))
+    )
+    assert text_leaks([one], [other]).pairs.keys() == {"patient", "case"}
+    assert text_leaks([one], [other], {}, one_set=False).pairs == {"patient": [("t", "e")]}

@@ -83,7 +83,7 @@ def test_refusals():
         encoder().training(Example("r", "vqa", "what is <image>?", "a", images=("i",)), 0)
     with pytest.raises(UserError, match="record r: '<image>' stands in its text"):
         encoder().training(Example("r", "qa", "what?", "<image>"), 0)
-    with pytest.raises(UserError, match="one image with one caption"):
+    with pytest.raises(UserError, match="takes images with one caption"):
         encoder("plain").training(LUNG, 0)
     with pytest.raises(UserError, match="config.text.form='simple' only asks"):
         encoder("simple").training(LUNG, 0)

@@ -371,7 +371,7 @@ def test_a_file_that_is_no_picture_is_left_out_before_the_first_step(tmp_path, c
     odd = {
         "text.png": (b"not an image", "none of the formats that are read"),
         "empty.jpg": (b"", "it is empty"),
-        "page.jpg": (b"<html>404 not found</html>", "none of the formats that are read"),
+        "page.jpg": (b"<html>404 not found</html>", "is a web page, not the data itself"),
         "ps.png": (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
             "none of the formats that are read",

@@ -10,7 +10,8 @@ import pytest
 from unimed_jax.config import TASKS
 from unimed_jax.data import packing
 from unimed_jax.data.example import Example
-from unimed_jax.data.pipeline import Pipeline, source_order
+from unimed_jax.data.order import source_order
+from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.settings import from_config_dict
 

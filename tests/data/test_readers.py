@@ -10,17 +10,32 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from support.reading import everything, left_out, opened
+from support.reading import check_against_raw, everything, left_out, opened, options_of
 
-from unimed_jax.data.datasets import jsonl, medmnist
+from unimed_jax.data.datasets import jsonl, medmnist, reader_of
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.store import pack
 from unimed_jax.data.twins import TWINS, prepared, write_twin
 from unimed_jax.errors import UserError
 
-# options of a reader or layout
-NEEDED = {"medmnist": {"name": "dermamnist"}, "medqa/four": {"options": 4}}
-TASKS = {"array_record": {"cls"}, "pairs": {"vqa"}}  # of layouts that do not have all of their reader's
+# of layouts that do not have all of their reader's
+TASKS = {
+    "array_record": {"cls"},
+    "pairs": {"vqa"},
+    "slake/parquet": {"vqa"},
+    "radfm": {"caption"},
+    "medmcqa": {"qa"},
+    **dict.fromkeys(("pmc_vqa", "omnimedvqa", "mmmu", "choices/tsv"), {"vqa"}),
+}
+SPLITS = {
+    "llava/pairs": {"train"},
+    "medqa/parquet": {"train", "test"},
+    "choices/pmc_vqa": {"train", "test"},
+    "choices/medxpertqa": {"val", "test"},
+    "choices/omnimedvqa": {"train"},
+    "choices/mmmu": {"val"},
+    "choices/medmcqa": {"train", "val"},
+}
 LAYOUTS = [(name, layout) for name, layouts in TWINS.items() for layout in layouts]
 
 
@@ -29,14 +44,26 @@ def test_a_twin_reads_in_every_layout(tmp_path, name, layout):
     for place in ("one", "two"):
         write_twin(name, tmp_path / place, records=9, layout=layout)
     write_twin(name, tmp_path / "other", records=9, layout=layout, seed=1)
-    options = NEEDED.get(name, NEEDED.get(f"{name}/{layout}", {}))
+    options = options_of(name, layout)
     one, two, other = (
         opened(tmp_path / place, name, options=options) for place in ("one", "two", "other")
     )
-    assert set(one.splits) == (set(one.info.splits) if layout != "pairs" else {"train"})
+    assert set(one.splits) == SPLITS.get(f"{name}/{layout}", set(one.info.splits))
     assert one.checksum == two.checksum != other.checksum
+    check_against_raw(one, name, tmp_path / "one", options)
     found = everything(one)
-    assert {example.task for _, example in found} == TASKS.get(layout, set(one.info.tasks))
+    reader, lines = reader_of(name), []
+    raw = [
+        (split, example)
+        for split in one.info.splits
+        for example, _ in reader.read(tmp_path / "one", split, options, lines)
+    ]
+    kept = {example.id for _, example in found}
+    assert [(s, pack(e)) for s, e in raw if e.id in kept] == [(s, pack(e)) for s, e in found]
+    assert len(raw) + len(lines) == len(found) + one.skipped
+    assert {example.task for _, example in found} == TASKS.get(
+        layout, TASKS.get(f"{name}/{layout}", set(one.info.tasks))
+    )
     assert all(example.answer for _, example in found)
     assert len({example.id for _, example in found}) == len(found)
     for _, example in found:
@@ -175,7 +202,8 @@ def test_medqa_shows_its_options_if_asked_to(tmp_path):
 def test_slices_of_a_case_belong_together(tmp_path):
     write_twin("samed", tmp_path / "set", records=9)
     clusters = {e.cluster for e in opened(tmp_path / "set", "samed").examples("train")}
-    assert clusters == {f"AbdomenCT1K--Case_{i:05d}" for i in range(3)}
+    sets = ("AbdomenCT1K", "CHAOS_Task_4", "AbdomenCT1K")
+    assert clusters == {f"{name}--Case_{i:05d}" for i, name in enumerate(sets)}
 
 
 def test_reports_keep_their_views_and_patients(tmp_path):

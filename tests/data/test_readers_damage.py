@@ -1,6 +1,7 @@
 """Every reader on deliberate damage: one sentence with file and record, or a counted line."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -306,3 +307,33 @@ def test_options_are_checked(tmp_path):
         write_twin("vqarad", tmp_path / "x")
     with pytest.raises(UserError, match="voc has no layout 'x'"):
         write_twin("voc", tmp_path / "x", layout="x")
+
+
+BINARY = {"path_vqa": "qas/test_vqa.pkl", "medmnist": "dermamnist.npz"}
+JUNK = {
+    "empty": b"",
+    "text": b"[]",
+    "nested": b"(" * 100_000,
+    "magic": b"PK\3\4" + bytes(40),
+    "numbers": b"\x93NUMPY\1\0\xff\xff",
+    "opcodes": b"\x80\4]\x94(}\x94(K\1K\2us",
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_binary_file_that_is_anything_else_is_one_sentence(name, tmp_path):
+    write_twin(name, tmp_path / "twin", 3)
+    folder = tmp_path / "twin"
+    options = {"name": "dermamnist", "size": 28} if name == "medmnist" else {}
+    (file,) = folder.rglob(BINARY[name].rpartition("/")[2])
+    whole = file.read_bytes()
+    damages = JUNK | {"half": whole[: len(whole) // 2], "reversed": whole[::-1]}
+    for what, content in damages.items():
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{file.name}.*get it again") as caught:
+            opened(folder, name, tmp_path / "cache", options=options)
+        assert str(caught.value).isprintable(), what
+    file.unlink()
+    os.mkfifo(file)  # opening it would wait for ever
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        opened(folder, name, tmp_path / "cache", options=options)

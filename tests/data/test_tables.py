@@ -60,9 +60,14 @@ def test_every_form_of_the_folder_gives_the_same_rows(folder, tmp_path):
             os.symlink(file, tmp_path / name / at)
         return tmp_path / name
 
+    cache = "datasets--a--b"  # as the hub's own tool keeps it
+    blobs = tmp_path / cache / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate((*tables, test)):
+        shutil.copy(file, blobs / str(number))
     forms = {
         "hub": folder,
-        "cache": place("cache", {TRAIN.format(0): tables[0], TRAIN.format(1): tables[1]}),
+        "cache": place(f"{cache}/snapshots/1", {TRAIN.format(n): blobs / f"{n}" for n in (0, 1)}),
         "converted": place(
             "converted",
             {"default/train/0000.parquet": tables[0], "default/train/0001.parquet": tables[1]},
@@ -75,7 +80,7 @@ def test_every_form_of_the_folder_gives_the_same_rows(folder, tmp_path):
         assert found == expected[: len(found)] and len(found) in (len(expected), whole.metadata.num_rows)
         assert bool(parquet_files(form, "val")) == (name == "flat")
     assert len(parquet_files(forms["converted"], "train")) == 2
-    os.symlink(test, forms["cache"] / "data/test-00000-of-00001.parquet")
+    os.symlink(blobs / "2", forms["cache"] / "data/test-00000-of-00001.parquet")
     assert opened(forms["cache"], "vqa_rad").checksum == opened(folder, "vqa_rad").checksum
 
 
@@ -148,6 +153,14 @@ DAMAGE = {
     "two sets of tables": (
         lambda p: shutil.copytree(p / "data", p / "more"),
         "holds several sets of tables for train",
+    ),
+    "a part that the hub has converted": (
+        lambda p: (
+            (p / "partial-train").mkdir(),
+            (p / TRAIN.format(0)).rename(p / "partial-train/0000.parquet"),
+            (p / TRAIN.format(1)).unlink(),
+        ),
+        "partial-train is only the part of train that the hub has converted",
     ),
     "other numbers of shards": (
         lambda p: shutil.copy(p / TRAIN.format(0), p / "data/train-00000-of-00003.parquet"),

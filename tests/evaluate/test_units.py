@@ -60,10 +60,19 @@ def test_examples_with_several_images_get_as_many_of_another():
     images = tasks.permute_images(examples, 3)
     assert [len(keys) for keys in images] == counts
     assert all(keys != e.images for keys, e in zip(images, examples, strict=True))
-    assert (
-        tasks.permute_images([*examples, Example("alone", "vqa", "", "", ("a", "b", "c", "d"))], 3)
-        is None
-    )
+
+
+def test_a_lone_study_borrows_images_of_other_patients():
+    def study(patient, *keys):
+        return Example(f"{patient}{keys}", "vqa", "", "", keys, None, patient)
+
+    pairs = [study(f"p{i}", f"{i}a", f"{i}b") for i in range(6)]
+    alone = study("p0", "0a", "0c", "0d")
+    found = tasks.permute_images([*pairs, alone], 0)
+    assert found is not None and found[:-1] == tasks.permute_images(pairs, 0)
+    assert len(set(found[-1])) == 3 and not any(key.startswith("0") for key in found[-1])
+    assert tasks.permute_images([*pairs, study("p9", *map(str, range(13)))], 0) is None
+    assert tasks.permute_images([alone], 0) is None
 
 
 def test_limit_spreads_over_clusters_whatever_the_seed():

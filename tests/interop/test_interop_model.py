@@ -56,6 +56,35 @@ def test_torch_answers_as_we_do(name, exported, asked, torch, tokenizer_folder):
         )
 
 
+@pytest.mark.parametrize("name", ["as published", pytest.param("gemma 2", marks=pytest.mark.slow)])
+def test_torch_answers_about_several_images_as_we_do(name, exported, torch, tokenizer_folder):
+    """One left-padded batch of no image, one, two and five: tokens, logits, prompts, and their order."""
+    config, model, folder = exported(name)
+    tokenizer, rng = Tokenizer.load(tokenizer_folder), np.random.default_rng(1)
+    ours, theirs = torch_answers.Ours(model, config, tokenizer), torch_answers.Torch(folder)
+    pixels = [
+        [rng.integers(0, 256, (20 + i, 30, 3)).astype(np.uint8) for i in range(count)]
+        for count in (5, 0, 2, 1)
+    ]
+    examples = [
+        Example(f"{len(own)}", task, "Which side?", "", tuple(map(str, range(len(own)))))
+        for task, own in zip(("vqa", "qa", "caption", "cls"), pixels, strict=True)
+    ]
+    for record in torch_answers.compare(ours, theirs, examples, pixels):
+        assert record["same"] and record["logits"] < TOLERANCE < record["largest"], record
+    encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
+    for example, own in zip(examples, pixels, strict=True):
+        ids = theirs.model.prompt_ids(theirs.tokenizer, len(own), example.task, example.question)
+        encoded = encoder.prompt(example)
+        assert ids == [*encoded.prefix.tolist(), *encoded.suffix.tolist()]
+    said = answers(model, config, tokenizer, examples, pixels)
+    shown = [Image.fromarray(view) for view in pixels[0]]
+    assert theirs.model.answer(theirs.tokenizer, shown, "vqa", "Which side?") == said[0]
+    one, there = examples[:1], pixels[0]
+    in_order, turned = (theirs.logits(one, [own], [[1]])[0] for own in (there, there[::-1]))
+    assert np.abs(turned - in_order).max() > 10 * TOLERANCE
+
+
 def test_answers_end_within_these_tests(exported, asked, torch):
     """Some rows above end before the others, so that what follows their end is covered."""
     names = ("as published", "phi")

@@ -115,6 +115,21 @@ def test_feature_layer_counts_from_the_end():
     np.testing.assert_array_equal(encode(same, pictures()), encode(shallow, pictures()))
 
 
+def test_pixels_of_each_picture_by_itself():
+    """Dark and bright pictures become alike, channel by channel; what is the same all over is 0."""
+    config = dataclasses.replace(tiny.CONFIG.vision, normalise="picture")
+    pixels = np.random.default_rng(3).integers(0, 120, (2, 3, 6, 4, 3)).astype(np.uint8)
+    found = np.asarray(normalise(jnp.asarray(pixels), config, "float32"))
+    np.testing.assert_allclose(found.mean((2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(found.std((2, 3)), 1, atol=1e-5)
+    brighter = np.asarray(normalise(jnp.asarray(2 * pixels + 9), config, "float32"))
+    np.testing.assert_allclose(brighter, found, atol=1e-5)
+    flat = jnp.full((1, 4, 4, 3), 200, jnp.uint8)
+    assert not np.asarray(normalise(flat, config, "float32")).any()
+    as_given = jnp.asarray(found)
+    np.testing.assert_array_equal(normalise(as_given, config, "float32"), found)
+
+
 def test_pixels():
     """uint8 becomes (x / 255 - mean) / std; floats are taken as they are."""
     config = tiny.CONFIG.vision

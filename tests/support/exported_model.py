@@ -51,7 +51,7 @@ VARIANTS = {
         "decoder": {"attention_bias": ("q", "k", "v"), "kv_heads": 4, "head_dim": 4},
     },
     "maxpool, soft on a narrow task token": {
-        "vision": {"activation": "silu"},
+        "vision": {"activation": "silu", "normalise": "picture"},
         "connector": {
             "aggregation": "maxpool",
             "router_input": "task",

@@ -10,7 +10,7 @@ from support import golden_uni_med as golden_files
 
 from unimed_jax.config import OptimizerConfig
 from unimed_jax.data import forms, images
-from unimed_jax.data.pipeline import source_order
+from unimed_jax.data.order import source_order
 from unimed_jax.evaluate.metrics import published
 from unimed_jax.evaluate.metrics import text as text_scores
 from unimed_jax.model.vision import normalise, resize_positions

@@ -85,6 +85,15 @@ def test_a_finished_run_opens_and_trains_no_further(straight):
         np.testing.assert_array_equal(parameters(again.model)[path], leaf, err_msg=path)
 
 
+def test_a_checkpoint_that_holds_all_leaves_needs_no_earlier_run(straight):
+    settings = tiny_config()
+    settings.init = (("run", "a run that was removed"),)
+    config = from_config_dict(settings)
+    assert initial_leaves(config, straight.tokenizer, None, wanted=[]) == ({}, {})
+    with pytest.raises(UserError, match="a run that was removed"):
+        initial_leaves(config, straight.tokenizer, None, wanted=["decoder/*"])
+
+
 def test_the_loss_falls_and_everything_is_logged(straight):
     log = lines(straight.folder)
     assert log[-1]["train/loss"] < log[0]["train/loss"] - 0.4

@@ -55,11 +55,21 @@ def test_the_schema_is_printed(capsys):
     "words, match",
     [
         (["twin", "vocs", "--out={tmp}/x"], "there is no twin of 'vocs'; did you mean 'voc'"),
-        (["twin", "voc", "--out={tmp}/x", "--n=0"], "--n is at least 1"),
+        (["twin", "voc", "--out={tmp}/x", "--n=0"], "--n=0 is not a number of records from 1 to"),
+        (["twin", "voc", "--out={tmp}/x", f"--n={10**20}"], "is not a number of records from 1 to"),
+        (["twin", "voc", "--out={tmp}/x", "--seed=-1"], "--seed=-1 is below 0"),
+        (["show", "voc", "--path={tmp}/d", "--out={tmp}/x.png", f"--n={10**20}"], "from 1 to 400"),
+        (["show", "voc", "--path={tmp}/d", "--out={tmp}/x.txt"], "let it end in .png"),
+        (["show", "..", "--path={tmp}/d", "--out={tmp}/x.png"], "module '..' does not import"),
+        (["show", "a..b", "--path={tmp}/d", "--out={tmp}/x.png"], "module 'a..b' does not import"),
+        (["check", "--config=x.py", "--out={tmp}/x", "--processes=1000000"], "from 1 to 256"),
         (["show", "brian", "--out={tmp}/x.png"], "'brian' is not a data set; did you mean 'brain'"),
         (["show", "voc", "--out={tmp}/x.png", "--path={tmp}/none"], "none does not exist"),
         (["show", "yours", "--config={tmp}/mine.py", "--out={tmp}/x.png"], "has no data set 'yours'"),
-        (["shwo"], "'shwo' is not one of show, check, twin, schema, export; did you mean 'show'"),
+        (
+            ["shwo"],
+            "is not one of show, prepare, check, twin, subset, schema, export; did you mean 'show'",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, capsys, words, match):
@@ -69,3 +79,15 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, words, match):
     assert cli.main(["data", *(word.format(tmp=tmp_path) for word in words)]) == 2
     error = capsys.readouterr().err
     assert match in error and error.count("\n") == 1
+
+
+def test_a_link_to_nothing_among_the_files_of_a_set_is_named(tmp_path, capsys):
+    assert cli.main(["data", "twin", "jsonl", f"--out={tmp_path / 'set'}", "--n=3"]) == 0
+    for target in ("nowhere", "more.jsonl"):  # nothing, and itself
+        link = tmp_path / "set" / "more.jsonl"
+        link.symlink_to(target)
+        words = ["show", "jsonl", f"--path={tmp_path / 'set'}", f"--out={tmp_path}/x.png"]
+        assert cli.main(["data", *words]) == 2
+        error = capsys.readouterr().err
+        assert "more.jsonl cannot be read" in error and error.count("\n") == 1
+        link.unlink()

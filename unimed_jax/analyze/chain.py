@@ -5,12 +5,13 @@ config is named in another one's `init`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
 
 from unimed_jax import files, processes
+from unimed_jax.analyze.experts import LOAD, load_table, write_load
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
@@ -25,6 +26,7 @@ from unimed_jax.settings import from_config_dict
 from unimed_jax.train import router
 from unimed_jax.train.loop import train
 
+Read = Callable[[ml_collections.ConfigDict], Config]
 # Heading of the table, task, where metrics.json has the score.
 SCORES = (
     ("open: recall, %, published", "vqa", ("published", "open_recall")),
@@ -43,24 +45,19 @@ class Stage:
 
 
 def read_stages(
-    settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path
+    settings: ml_collections.ConfigDict, folder: Path, read: Read = from_config_dict
 ) -> list[Stage]:
     """Reads the stages in their order, in the folder of the chain.
 
-    Raises UserError for overrides, for what a stage lacks, and if a stage's folder holds other
-    settings, so that no chain begins that could not end.
+    `read` makes a stage's config of what its file holds. Raises UserError for what a stage lacks, and
+    if a stage's folder holds other settings, so that no chain begins that could not end.
     """
-    if overrides:
-        raise UserError(
-            f"argument {overrides[0]!r} cannot change a chain, whose stages have their own "
-            f"settings; write them into the stages' files ({', '.join(map(str, settings.stages))})."
-        )
     unknown = sorted(set(settings.keys()) - {"name", "stages"})
     if unknown or not settings.stages:
         raise UserError(
             f"a config with stages has a name and at least one stage, and no {unknown or 'empty list'}."
         )
-    stages = linked(list(map(_stage_config, settings.stages)), folder)
+    stages = linked([_stage_config(file, read) for file in settings.stages], folder)
     for i, stage in enumerate(stages):
         made = [earlier.folder for earlier in stages[:i]]
         given = tuple(
@@ -83,14 +80,14 @@ def read_stages(
     return stages
 
 
-def _stage_config(file: str) -> Config:
+def _stage_config(file: str, read: Read) -> Config:
     """Reads one stage's config file; raises UserError for a chain."""
     settings = load_config_file(file)
     if "stages" in settings:
         raise UserError(
             f"stage {file} is a chain itself; name its stages ({', '.join(settings.stages)}) instead."
         )
-    return from_config_dict(settings)
+    return read(settings)
 
 
 def linked(configs: Sequence[Config], folder: Path) -> list[Stage]:
@@ -142,9 +139,9 @@ def finished(stage: Stage) -> bool:
     return trained(stage) and _result(stage) is not None
 
 
-def run_chain(settings: ml_collections.ConfigDict, overrides: Sequence[str], folder: Path) -> None:
+def run_chain(settings: ml_collections.ConfigDict, folder: Path, read: Read = from_config_dict) -> None:
     """Trains and scores all unfinished stages; the same command continues a chain."""
-    stages, table = read_stages(settings, overrides, folder), ""
+    stages, table = read_stages(settings, folder, read), ""
     for i, stage in enumerate(stages):
         done = finished(stage)
         processes.say(
@@ -152,10 +149,20 @@ def run_chain(settings: ml_collections.ConfigDict, overrides: Sequence[str], fol
         )
         if not done:
             train_and_evaluate(stage.config, stage.folder)
+        _write_load(stage, stages[:i])
         if processes.leads():
             table = write_table(folder, stages[: i + 1])
     if table:
         processes.say(f"{table}\nwrote {folder / 'stages.md'}")
+
+
+def _write_load(stage: Stage, earlier: Sequence[Stage]) -> None:
+    """Writes which experts a stage's tokens go to, if a stage before it fitted its router."""
+    router = next((s for s in reversed(earlier) if s.config.job == "router"), None)
+    if router is None or not stage.config.model.moe.experts or (stage.folder / LOAD).is_file():
+        return
+    load = write_load(stage.folder, router.folder)
+    processes.say(f"{load_table(load)}\nwrote {stage.folder / LOAD}")
 
 
 def train_and_evaluate(config: Config, folder: Path) -> None:

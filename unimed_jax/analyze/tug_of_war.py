@@ -107,7 +107,7 @@ class Gradients:
 
 @jax.jit
 def _products(gradients: jax.Array) -> jax.Array:
-    """Computes the inner products [K, K] of gradients [K, *shape], in float32 at the highest precision."""
+    """Computes the inner products [K, K] of gradients [K, *shape], in float32 throughout."""
     rest = tuple(range(1, gradients.ndim))
     return jax.lax.dot_general(gradients, gradients, ((rest, rest), ((), ())), precision="highest")
 
@@ -158,8 +158,8 @@ def units_for(config: Config, split: str) -> list[Unit]:
     if len(units) < 2:
         names = ", ".join(unit.name for unit in units)
         raise UserError(
-            f"only {names or 'nothing'} has held-out examples in split {split!r}; gradients are compared "
-            "between two or more tasks or data sets, so choose another --split or run."
+            f"only {names or 'nothing'} has held-out examples in split {split!r}; gradients are compared"
+            " between two or more tasks or data sets, so choose another --split or run."
         )
     return units
 
@@ -274,7 +274,7 @@ def content(gram: Mapping[Part, np.ndarray], units: Sequence[Unit], seed: int) -
         kind: {
             "names": names,
             "groups": {
-                group: measured(sum(gram[part] for part in parts), joined, RESAMPLES, seed)
+                group: measured(np.sum([gram[part] for part in parts], axis=0), joined, RESAMPLES, seed)
                 for group, parts in groups.items()
             },
         }

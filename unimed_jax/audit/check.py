@@ -1,36 +1,55 @@
 """Audits the data of a config: counts, faults, and leaks between splits and between sets."""
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from unimed_jax.audit.fingerprints import DISTANCE, LIKENESS, Fingerprints, fingerprints, near_pairs
-from unimed_jax.audit.questions import SIMILAR, text_leaks
-from unimed_jax.audit.survey import SHOWN, Survey, survey
-from unimed_jax.config import Config
-from unimed_jax.data.datasets import distinct, open_sources
+from unimed_jax.audit.blind import blind_scores
+from unimed_jax.audit.findings import SERIOUS, to_look_at
+from unimed_jax.audit.fingerprints import RECORD, Fingerprints, fingerprints
+from unimed_jax.audit.near import LIKENESS, Hashed, Hasher
+from unimed_jax.audit.private import of_files, of_images
+from unimed_jax.audit.questions import DICOM, GROUPS, SIMILAR, Asked, given_by_text, text_leaks
+from unimed_jax.audit.survey import SHOWN, Survey, left_out, survey, wrong_boxes
+from unimed_jax.audit.tokens import answer_tokens
+from unimed_jax.config import Config, SourceConfig
+from unimed_jax.data.datasets import distinct, open_sources, path_of, reader_of
 from unimed_jax.data.example import Dataset
 
-SCHEMA = 1
+SCHEMA = 2
 ORDER = ("train", "val", "test")  # an earlier split gives away a later one
-# Leaks that must be looked at; the others are shown only.
-SERIOUS = (
-    "image",
-    "near",
-    "mirror",
-    "question",
-    "question_answer",
-    "similar_question",
-    "report",
-    "cluster",
-)
-KINDS = (*SERIOUS, "repeating")
+# All kinds of leaks; those that are not serious are shown only.
+KINDS = (*SERIOUS, "question_text", "repeating", "reworded")
 
-# kind, image in the earlier split, image in the later one; both "<set>/<key>"
-Pair = tuple[str, str, str]
+
+class Pair(NamedTuple):
+    """Names two images to be shown: each "<set>/<key>", that of the earlier split first."""
+
+    kind: str
+    one: str
+    other: str
+    likeness: float
+
+
+class Split(NamedTuple):
+    """Holds what leaks of one split are looked for with."""
+
+    owner: str  # id of its set
+    name: str
+    asked: list[Asked]
+    prints: Fingerprints
+    hashed: Hashed
+    mirrored: Hashed
+    texts: set[str]  # that other sets may repeat
+
+    @property
+    def rank(self) -> int:
+        """Numbers the split in ORDER; splits of other names come last."""
+        return ORDER.index(self.name) if self.name in ORDER else len(ORDER)
 
 
 def audit(config: Config, processes: int = 2) -> tuple[dict[str, Any], list[Pair], dict[str, Dataset]]:
@@ -38,154 +57,235 @@ def audit(config: Config, processes: int = 2) -> tuple[dict[str, Any], list[Pair
 
     Returns the content of check.json, the pairs of images to show, and the sets by id.
     """
-    sources = (*open_sources(config.data), *open_sources(config.held_out))
-    sets = {dataset.id: dataset for dataset in distinct(sources)}
+    trained = open_sources(config.data)
+    opened = [*trained, *open_sources(config.held_out)]
+    sources = (*config.data.sources, *config.held_out.sources)
+    sets = {data.id: data for data in distinct(opened)}
+    source_of = {data.id: source for data, source in reversed(list(zip(opened, sources, strict=True)))}
+    surveys: dict[str, Survey] = {}
+    prints: dict[str, dict[str, Fingerprints]] = {}
+    for name, data in sets.items():
+        surveys[name] = survey(data)
+        prints[name] = _fingerprints(data, surveys[name], config.data.cache_folder, processes)
+    splits, hasher = _splits(surveys, prints)
+    folders = {name: path_of(source_of[name], config.data) for name in sets}
+    wordings = {name: _rewordings(source_of[name], folders[name]) for name in sets}
     found: dict[str, Any] = {}
-    surveys, prints = {}, {}
     shown: list[Pair] = []
-    for name, dataset in sets.items():
-        surveys[name] = survey(dataset)
-        prints[name] = _fingerprints(dataset, surveys[name], config.data.cache_folder, processes)
-        leaks, pairs = _leaks(name, surveys[name], prints[name])
+    for name, data in sets.items():
+        own = [split for split in splits if split.owner == name]
+        leaks, pairs = _within(own, hasher, wordings[name])
         shown += pairs
-        found[name] = _set(dataset, surveys[name], prints[name], leaks)
-    between, pairs = _between(prints, surveys)
-    content = {
+        raw = of_files(data.info, Path(folders[name]) if folders[name] else None)
+        found[name] = _set(data, surveys[name], prints[name], raw) | leaks
+    between, pairs = _between(splits, hasher, wordings)
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "name": config.name,
-        "thresholds": {
-            "distance": DISTANCE,
-            "of_bits": 256,
-            "likeness": LIKENESS,
-            "similar_question": SIMILAR,
-        },
+        "thresholds": {"likeness": LIKENESS, "similar_question": SIMILAR},
+        "leaks": _summed(found, between),
         "sets": found,
         "between": between,
+        "answer_tokens": answer_tokens(config, trained, SHOWN),
     }
-    content["look"] = _to_look_at(content)
+    content["look"] = to_look_at(content)
     return content, shown + pairs, sets
-
-
-def _set(
-    dataset: Dataset, surveyed: Survey, prints: Mapping[str, Fingerprints], leaks: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Gathers what check.json says about one set."""
-    unreadable = {key: reason for split in prints.values() for key, reason in split.unreadable.items()}
-    return {
-        "checksum": dataset.checksum,
-        "licence": dataset.info.licence,
-        "cluster": dataset.info.cluster_word,
-        "left_out": getattr(dataset, "skipped", 0),
-        "expected": dict(dataset.info.counts),
-        "splits": surveyed.facts,
-        "unreadable": {
-            "n": len(unreadable),
-            "first": dict(itertools.islice(unreadable.items(), SHOWN)),
-        },
-        "boxes_too_small": {"n": len(surveyed.boxes), "first": surveyed.boxes[:SHOWN]},
-        "personal": {
-            what: {"n": len(some), "first": some[:SHOWN]} for what, some in surveyed.personal.items()
-        },
-        "by_design": dict(dataset.info.by_design),
-        **leaks,
-    }
 
 
 def _fingerprints(
     dataset: Dataset, surveyed: Survey, cache: Path, processes: int
 ) -> dict[str, Fingerprints]:
-    """Computes the fingerprints of each split's images."""
+    """Computes the fingerprints of each split's images; of a set that is not stored, none."""
     folder = getattr(dataset, "folder", None)
-    if folder is None:
-        return {}
     return {
-        split: fingerprints(folder, keys, cache, processes) for split, keys in surveyed.images.items()
+        split: fingerprints(folder, dataset.id, keys if folder else [], cache, processes)
+        for split, keys in surveyed.images.items()
+        if folder is not None
     }
 
 
-def _leaks(
-    name: str, surveyed: Survey, prints: Mapping[str, Fingerprints]
+def _splits(
+    surveys: Mapping[str, Survey], prints: Mapping[str, Mapping[str, Fingerprints]]
+) -> tuple[list[Split], Hasher]:
+    """Hashes the images of all splits together, so that any two can be compared."""
+    hasher = Hasher([part.records["shape"] for of_set in prints.values() for part in of_set.values()])
+    out = []
+    for name, surveyed in surveys.items():
+        for split, asked in surveyed.asked.items():
+            part = prints[name].get(split) or Fingerprints([], np.empty(0, RECORD), {})
+            asked = [_with_headers(one, part.notes) for one in asked] if part.notes else asked
+            shapes = part.records["shape"]
+            hashed = hasher.hashed(shapes), hasher.hashed(shapes, mirrored=True)
+            out.append(Split(name, split, asked, part, *hashed, given_by_text(asked)))
+    return sorted(out, key=lambda split: split.rank), hasher
+
+
+def _with_headers(asked: Asked, notes: Mapping[str, Mapping[str, Any]]) -> Asked:
+    """Adds the patients and studies that the DICOM headers of an example's images name."""
+    found = {
+        (kind, f"{DICOM}{notes[key][kind]}"): None
+        for key in asked.images
+        if key in notes
+        for kind in GROUPS
+        if kind in notes[key]
+    }
+    return asked._replace(groups=(*asked.groups, *found)) if found else asked
+
+
+def _set(
+    dataset: Dataset,
+    surveyed: Survey,
+    prints: Mapping[str, Fingerprints],
+    raw: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """Gathers what check.json says about one set, but for its leaks."""
+    unreadable = {key: why for part in prints.values() for key, why in part.unreadable.items()}
+    notes = {key: note for part in prints.values() for key, note in part.notes.items()}
+    sizes: dict[str, tuple[int, int]] = {}
+    for part in prints.values():
+        sizes |= dict(zip(part.keys, map(tuple, part.records["size"].tolist()), strict=True))
+    boxes = wrong_boxes(dataset, {key: size for key, size in sizes.items() if size != (0, 0)})
+    personal: dict[str, list[str]] = {}
+    # What the examples hold is in the files too.
+    more = {what: files for what, files in raw.items() if what not in surveyed.personal}
+    for some in (surveyed.personal, of_images(notes), more):
+        for what, places in some.items():
+            personal.setdefault(what, []).extend(places)
+    for split, part in prints.items():
+        pixels = part.records["pixels"][part.readable]
+        if repeated := len(pixels) - len(np.unique(pixels)):
+            surveyed.facts[split]["repeated"]["images"] = repeated
+    return {
+        "checksum": dataset.checksum,
+        "licence": dataset.info.licence,
+        "note": dataset.info.note,
+        "cluster": dataset.info.cluster_word,
+        "left_out": left_out(dataset),
+        "published": surveyed.published,
+        "splits": surveyed.facts,
+        "unreadable": {
+            "n": len(unreadable),
+            "first": dict(itertools.islice(unreadable.items(), SHOWN)),
+        },
+        "wrong_boxes": {"n": len(boxes), "first": boxes[:SHOWN]},
+        "personal": {what: {"n": len(some), "first": some[:SHOWN]} for what, some in personal.items()},
+        "by_design": dict(dataset.info.by_design),
+        "blind": blind_scores(dataset),
+    }
+
+
+# ---- leaks -----------------------------------------------------------------------------------------
+
+
+def _rewordings(source: SourceConfig, folder: str) -> Callable[[str], dict[str, list[str]]]:
+    """Returns a function: split -> id -> other wordings of its question, if the set's files have any."""
+    read = getattr(reader_of(source.name), "rewordings", None)
+
+    def of(split: str) -> dict[str, list[str]]:
+        out: dict[str, list[str]] = {}
+        for name, text in read(Path(folder), split) if read is not None else ():
+            out.setdefault(name, []).append(text)
+        return out
+
+    return of
+
+
+def _within(
+    splits: Sequence[Split], hasher: Hasher, wordings: Callable[[str], dict[str, list[str]]]
 ) -> tuple[dict[str, Any], list[Pair]]:
     """Looks for leaks between the splits of a set: (leaks and copier by kind, pairs of images)."""
     leaks: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
     examples: dict[str, dict[str, list]] = {}
     copier: dict[str, Any] = {}
     shown: list[Pair] = []
-    splits = [split for split in ORDER if split in surveyed.asked] + sorted(
-        set(surveyed.asked) - set(ORDER)
-    )
     for earlier, later in itertools.combinations(splits, 2):
-        between = f"{earlier}_{later}"
-        texts = text_leaks(surveyed.asked[earlier], surveyed.asked[later])
-        found = {**dict.fromkeys(KINDS, 0), **texts.counts}
+        between = f"{earlier.name}_{later.name}"
+        images, same = _images(earlier, later, hasher)
+        # An image that cannot be read is still itself, and so is one that is like another.
+        same |= {key: key for key in set(earlier.prints.keys) & set(later.prints.keys)}
+        texts = text_leaks(
+            earlier.asked, later.asked, same if later.prints.keys else None, wordings(later.name)
+        )
         examples[between] = texts.pairs
         if texts.copier:
             copier[between] = texts.copier
-        if earlier in prints and later in prints:
-            for kind, pairs in _image_pairs(prints[earlier], prints[later]).items():
-                found[kind] = len({j for _, j in pairs})
-                a, b = prints[earlier].keys, prints[later].keys
-                shown += [(kind, f"{name}/{a[i]}", f"{name}/{b[j]}") for i, j in pairs[:SHOWN]]
-        for kind, count in found.items():
-            leaks[kind][between] = count
+        counts = {**texts.counts, **{kind: len(pairs) for kind, pairs in images.items()}}
+        for kind in KINDS:
+            leaks[kind][between] = counts.get(kind, 0)
+        shown += [pair for pairs in images.values() for pair in pairs[:SHOWN]]
     return {"leaks": leaks, "leak_examples": examples, "copier": copier}, shown
 
 
 def _between(
-    prints: Mapping[str, Mapping[str, Fingerprints]], surveys: Mapping[str, Survey]
+    splits: Sequence[Split],
+    hasher: Hasher,
+    wordings: Mapping[str, Callable[[str], dict[str, list[str]]]],
 ) -> tuple[dict[str, dict[str, int]], list[Pair]]:
     """Looks for images and questions that two sets share.
 
     Returns "<set>/<split>~<set>/<split>" -> kind -> number of images (or questions) of the second
-    that the first has too, and some of the pairs.
+    that the first has too, and some of the pairs. The second is the one that is held out.
     """
     found: dict[str, dict[str, int]] = {}
     shown: list[Pair] = []
-    for (one, splits), (other, others) in itertools.combinations(prints.items(), 2):
-        for (a, first), (b, second) in itertools.product(splits.items(), others.items()):
-            kinds = _image_pairs(first, second)
-            kinds["name"] = _same_names(first.keys, second.keys)
-            counts = {kind: len({j for _, j in pairs}) for kind, pairs in kinds.items() if pairs}
-            texts = text_leaks(surveys[one].asked[a], surveys[other].asked[b])  # images by their keys
-            counts |= {
-                kind: n for kind, n in texts.counts.items() if n and kind in ("question", "repeating")
-            }
-            if counts:
-                found[f"{one}/{a}~{other}/{b}"] = counts
-            for kind, pairs in kinds.items():
-                shown += [
-                    (kind, f"{one}/{first.keys[i]}", f"{other}/{second.keys[j]}")
-                    for i, j in pairs[:SHOWN]
-                ]
+    for earlier, later in itertools.combinations(splits, 2):
+        if earlier.owner == later.owner:
+            continue
+        images, same = _images(earlier, later, hasher)
+        images["name"] = _same_names(earlier, later)
+        counts = {kind: len(pairs) for kind, pairs in images.items()}
+        if same or earlier.texts & later.texts:
+            given = wordings[later.owner](later.name) if same else {}
+            counts |= text_leaks(earlier.asked, later.asked, same, given, one_set=False).counts
+            counts.pop("question_text", None)
+        if counts := {kind: count for kind, count in counts.items() if count}:
+            found[f"{earlier.owner}/{earlier.name}~{later.owner}/{later.name}"] = counts
+        shown += [pair for pairs in images.values() for pair in pairs[:SHOWN]]
     return found, shown
 
 
-def _image_pairs(earlier: Fingerprints, later: Fingerprints) -> dict[str, list[tuple[int, int]]]:
-    """Finds equal, nearly equal and mirrored images of two splits, as pairs of their numbers."""
+def _images(
+    earlier: Split, later: Split, hasher: Hasher
+) -> tuple[dict[str, list[Pair]], dict[str, str]]:
+    """Finds equal, nearly equal and mirrored images of two splits.
+
+    Returns by kind a pair for each image of the later one, the most alike first, and which image of
+    the earlier one it (nearly) is.
+    """
+    readable = earlier.prints.readable.tolist()
     first = {
-        value.tobytes(): i for i, value in enumerate(earlier.records["pixels"]) if earlier.readable[i]
+        value.tobytes(): i for i, value in enumerate(earlier.prints.records["pixels"]) if readable[i]
     }
-    equal = [
-        (first[value.tobytes()], j)
-        for j, value in enumerate(later.records["pixels"])
-        if value.tobytes() in first
-    ]
-    same = {j for _, j in equal}
-    places = [np.nonzero(some.readable)[0] for some in (earlier, later)]
-    one, other = earlier.records[places[0]], later.records[places[1]]
+    pixels = [value.tobytes() for value in later.prints.records["pixels"]]
+    equal = [(first[value], j, 1.0) for j, value in enumerate(pixels) if value in first]
     out = {"image": equal}
-    for kind in ("near", "mirror"):
-        pairs = near_pairs(one, other, mirrored=kind == "mirror")
-        numbers = [(int(places[0][i]), int(places[1][j])) for i, j in pairs]
-        out[kind] = [(i, j) for i, j in numbers if j not in same]
-        same |= {j for _, j in out[kind]}
-    return out
+    done = {j for _, j, _ in equal}
+    for kind, hashed in (("near", later.hashed), ("mirror", later.mirrored)):
+        matches = hasher.matches(earlier.hashed, hashed)
+        numbers = [int(j) for j in np.nonzero(matches.other >= 0)[0] if int(j) not in done]
+        triples = [(int(matches.other[j]), j, float(matches.likeness[j])) for j in numbers]
+        out[kind] = sorted(triples, key=lambda triple: -triple[2])
+        done |= set(numbers)
+    one, other = earlier.prints.keys, later.prints.keys
+    pairs = {
+        kind: [
+            Pair(kind, f"{earlier.owner}/{one[i]}", f"{later.owner}/{other[j]}", likeness)
+            for i, j, likeness in found
+        ]
+        for kind, found in out.items()
+    }
+    same = {other[j]: one[i] for kind in ("near", "image") for i, j, _ in out[kind]}
+    return pairs, same
 
 
-def _same_names(earlier: Any, later: Any) -> list[tuple[int, int]]:
+def _same_names(earlier: Split, later: Split) -> list[Pair]:
     """Finds images of two sets whose file names end in the same name, such as synpic12345."""
-    first = {stem: i for i, key in enumerate(earlier) if (stem := _own_name(key))}
-    return [(first[stem], j) for j, key in enumerate(later) if (stem := _own_name(key)) in first]
+    first = {own: key for key in earlier.prints.keys if (own := _own_name(key))}
+    return [
+        Pair("name", f"{earlier.owner}/{first[own]}", f"{later.owner}/{key}", 0.0)
+        for key in later.prints.keys
+        if (own := _own_name(key)) in first
+    ]
 
 
 def _own_name(key: str) -> str:
@@ -197,42 +297,18 @@ def _own_name(key: str) -> str:
     return last if sum(c.isdigit() for c in last) >= 4 and any(c.isalpha() for c in last) else ""
 
 
-def _to_look_at(content: Mapping[str, Any]) -> list[str]:
-    """Says in sentences what somebody must look at before training."""
-    out = []
-    for name, found in content["sets"].items():
-        for kind, counts in found["leaks"].items():
-            for between, count in counts.items():
-                if (
-                    count
-                    and kind in SERIOUS
-                    and kind not in found["by_design"]
-                    and not (kind == "cluster" and _is_image(found))
-                ):
-                    earlier, _, later = between.partition("_")
-                    out.append(f"{name}: {count} of {later} are given away by {earlier} ({kind})")
-        for split, count in found["expected"].items():
-            has = found["splits"].get(split, {}).get("examples", 0)
-            if has != count:
-                out.append(f"{name}: {split} has {has} examples, not {count} as published")
-        for words, key in (
-            ("images cannot be read", "unreadable"),
-            ("boxes are empty in hundredths", "boxes_too_small"),
-        ):
-            if found[key]["n"]:
-                out.append(f"{name}: {found[key]['n']} {words}")
-        out += [f"{name}: {some['n']} examples hold {what}" for what, some in found["personal"].items()]
-        if found["left_out"]:
-            out.append(f"{name}: {found['left_out']} records were left out (skipped.txt)")
-    for between, counts in content["between"].items():
-        if "test" in between or "val" in between:
-            shared = ", ".join(
-                f"{kind} {count}" for kind, count in counts.items() if kind != "repeating"
-            )
-            out.append(f"{between.replace('~', ' and ')} share images or questions ({shared})")
-    return out
-
-
-def _is_image(found: Mapping[str, Any]) -> bool:
-    """Says whether a set's clusters are its images, so that a shared one is said already."""
-    return found["cluster"] in ("image", "example")
+def _summed(
+    found: Mapping[str, Mapping[str, Any]], between: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Adds the leaks of all sets: kind -> {train_test, train_val, val_test, ..., between}."""
+    out: dict[str, Counter[str]] = {
+        kind: Counter({name: 0 for name in ("train_test", "train_val", "val_test", "between")})
+        for kind in (*KINDS, "name")
+    }
+    for one in found.values():
+        for kind, counts in one["leaks"].items():
+            out[kind].update(counts)
+    for counts in between.values():
+        for kind, count in counts.items():
+            out[kind]["between"] += count
+    return {kind: dict(counts) for kind, counts in out.items()}

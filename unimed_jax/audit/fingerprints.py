@@ -1,194 +1,202 @@
-"""Computes fingerprints of a prepared set's images, which find equal and nearly equal ones.
+"""Computes fingerprints of a prepared set's images: pixels, shape of the picture, size and headers.
 
-They are kept in the cache by the set's checksum, a file for each part of the images, so that a
-killed audit goes on where it stopped and an unchanged set is not read again.
+They are kept in the cache by the set's checksum, two files for each part of the images, so that a
+killed audit goes on where it stopped and an unchanged set is not read again. A damaged part is
+computed again.
 """
 
 import concurrent.futures
+import functools
 import hashlib
-import multiprocessing
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from unimed_jax.audit.private import of_headers
+from unimed_jax.data.image_shards import processes as pool_of
 from unimed_jax.data.store import Store
 from unimed_jax.errors import UserError
 from unimed_jax.files import written_whole
+from unimed_jax.parsing import no_file, parse_json
 
-VERSION = 1  # raise it when a fingerprint changes
-PART = 2_000  # images of a file
-SIDE = 32  # pixels of a thumbnail
-BITS = 16  # a row and a column of the gradient's signs: 256 bits in all
+VERSION = 3  # raise it when a fingerprint changes
+PART = 500  # images of a file
+SIDE = 32  # pixels of the thumbnail that the shape is computed from
+WAVES = 16  # of it across and down
+SHAPE = WAVES * WAVES  # numbers of a shape
 
-_RECORD = np.dtype(
+RECORD = np.dtype(
     [
-        ("pixels", "V16"),  # first half of the sha256 of shape and pixels; zero: unreadable
-        ("bits", "u8", (4,)),  # whether it gets brighter to the right, in 16 x 16 cells
-        ("mirrored", "u8", (4,)),  # the same of its mirror image
-        ("thumbnail", "u1", (SIDE, SIDE)),
+        ("pixels", "V16"),  # first half of the sha256 of size and pixels; zero: unreadable
+        ("size", "i4", (2,)),  # height and width in pixels
+        ("shape", "f2", (SHAPE,)),  # see `shape_of`
     ]
 )
 
 
-class Fingerprints(NamedTuple):
-    """Holds the fingerprints of a set's images and what could not be read.
+# records [images] of RECORD, and notes by key
+Part = tuple[np.ndarray, dict[str, dict[str, Any]]]
 
-    They are in the order of `keys`.
-    """
+
+class Fingerprints(NamedTuple):
+    """Holds the fingerprints of images, in the order of `keys`, and what their headers say."""
 
     keys: Sequence[str]
-    records: np.ndarray  # [images] of _RECORD
-    unreadable: dict[str, str]  # key -> reason
+    records: np.ndarray  # [images] of RECORD
+    notes: Mapping[str, Mapping[str, Any]]  # key -> what `_note` says, of images with a note only
 
     @property
     def readable(self) -> np.ndarray:
         """Says which images could be read, bool [images]."""
         return self.records["pixels"] != np.zeros((), "V16")
 
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Gives the reason for each image that cannot be read."""
+        return {key: note["unreadable"] for key, note in self.notes.items() if "unreadable" in note}
 
-def fingerprints(folder: Path, keys: Sequence[str], cache: Path, processes: int = 2) -> Fingerprints:
+
+def fingerprints(
+    folder: Path, id: str, keys: Sequence[str], cache: Path, processes: int = 2
+) -> Fingerprints:
     """Computes or reads the fingerprints of images of a store, with a progress bar.
 
-    folder: where the store is.
+    folder: where the store is. id: what the progress bar calls the set.
     """
     store = Store(folder)
-    named = "\0".join([store.checksum, str(VERSION), *keys])
+    named = "\0".join([store.checksum, str(VERSION), str(PART), *keys])
     which = hashlib.sha256(named.encode()).hexdigest()[:12]
     place = cache / "audit" / f"{store.id}-{which}"
     parts = [(start, place / f"{start:09d}.npy") for start in range(0, len(keys), PART)]
-    waiting = [(start, file) for start, file in parts if not file.is_file()]
+    found = {start: _kept(file, len(keys[start : start + PART])) for start, file in parts}
+    waiting = [(start, file) for start, file in parts if found[start] is None]
     if waiting:
         place.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
         bar = tqdm(
-            desc=f"looking at images of {store.id}",
-            total=len(keys),
-            unit=" images",
-            leave=False,
-            disable=None,
+            desc=f"looking at images of {id}", total=len(keys), unit=" images", leave=False, disable=None
         )
         bar.update(len(keys) - sum(len(keys[start : start + PART]) for start, _ in waiting))
-        with bar, concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-            tasks = {
-                pool.submit(_part, str(folder), list(keys[start : start + PART])): (start, file)
-                for start, file in waiting
-            }
-            for done in concurrent.futures.as_completed(tasks):
-                _, file = tasks[done]
-                records = done.result()
-                with written_whole(file) as unfinished, unfinished.open("wb") as stream:
-                    np.save(stream, records)
-                bar.update(len(records))
-    records = (
-        np.concatenate([np.load(file, allow_pickle=False) for _, file in parts])
-        if parts
-        else np.empty(0, _RECORD)
-    )
-    lost = np.nonzero(records["pixels"] == np.zeros((), "V16"))[0].tolist()
-    return Fingerprints(keys, records, {keys[i]: _reason(store, keys[i]) for i in lost})
+        with bar:
+            tasks = [(str(folder), list(keys[start : start + PART])) for start, _ in waiting]
+            for number, part in _parts(tasks, processes):
+                start, file = waiting[number]
+                _keep(file, part)
+                found[start] = part
+                bar.update(len(part[0]))
+    done = [part for part in found.values() if part is not None]
+    records = np.concatenate([np.empty(0, RECORD), *(part[0] for part in done)])
+    return Fingerprints(keys, records, {key: note for _, notes in done for key, note in notes.items()})
 
 
-def _reason(store: Store, key: str) -> str:
-    """Says why an image cannot be read."""
+def _keep(file: Path, part: Part) -> None:
+    """Writes a part's records, and beside them its notes with the checksum of the records."""
+    records, notes = part
+    stream = io.BytesIO()
+    np.save(stream, records)
+    content = {"checksum": hashlib.sha256(stream.getvalue()).hexdigest(), "notes": notes}
+    with written_whole(file.with_suffix(".json")) as unfinished:
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+    with written_whole(file) as unfinished:
+        unfinished.write_bytes(stream.getvalue())
+
+
+def _kept(file: Path, count: int) -> Part | None:
+    """Reads a part of `count` images that was kept; None if it was not, or not whole."""
+    if no_file(file) or no_file(file.with_suffix(".json")):
+        return None
     try:
-        store.image(key)
-    except UserError as error:
-        return str(error)
-    return ""
+        content = parse_json(file.with_suffix(".json").read_bytes(), str(file))
+        stored, notes = file.read_bytes(), content["notes"]
+        if hashlib.sha256(stored).hexdigest() != content["checksum"]:
+            return None
+        records = np.load(io.BytesIO(stored), allow_pickle=False)
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return (records, notes) if records.dtype == RECORD and records.shape == (count,) else None
 
 
-def _part(folder: str, keys: list[str]) -> np.ndarray:
-    """Computes the fingerprints of some images.
+def _parts(tasks: Sequence[tuple[str, list[str]]], processes: int) -> Iterator[tuple[int, Part]]:
+    """Yields (number, `_part`) of each task as it is done, in processes if there are several.
+
+    Raises UserError if one of the processes is ended from outside.
+    """
+    if processes == 1 or len(tasks) == 1:
+        yield from ((number, _part(*task)) for number, task in enumerate(tasks))
+        return
+    try:
+        with pool_of(min(processes, len(tasks))) as pool:
+            running = {pool.submit(_part, *task): number for number, task in enumerate(tasks)}
+            for done in concurrent.futures.as_completed(running):
+                yield running.pop(done), done.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that looks at images was ended from outside, as the system does when memory is "
+            "short; give the same command again with fewer --processes, and it goes on."
+        ) from error
+
+
+def _part(folder: str, keys: list[str]) -> Part:
+    """Computes the fingerprints of some images, and notes of those that need one.
 
     A record of zeros means that the image cannot be read.
     """
     store = Store(folder)
-    records = np.zeros(len(keys), _RECORD)
+    records = np.zeros(len(keys), RECORD)
+    notes: dict[str, dict[str, Any]] = {}
     for number, key in enumerate(keys):
+        note: dict[str, Any] = {}
         try:
             records[number] = fingerprint(store.image(key))
-        except UserError:
-            continue
-    return records
+            note = of_headers(store.encoded(key))
+        except UserError as error:
+            note["unreadable"] = str(error)
+        if note:
+            notes[key] = note
+    return records, notes
 
 
 def fingerprint(image: np.ndarray) -> np.ndarray:
     """Computes the fingerprint of an image uint8 [H, W, 3], a single record."""
     digest = hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()[:16]
-    grey = Image.fromarray(image).convert("L")
-    cells = np.asarray(grey.resize((BITS + 1, BITS), Image.Resampling.BOX), np.int16)
-    thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
-    record = np.zeros((), _RECORD)
+    record = np.zeros((), RECORD)
     record["pixels"] = np.void(digest)
-    record["bits"] = _packed(cells[:, 1:] > cells[:, :-1])
-    turned = cells[:, ::-1]
-    record["mirrored"] = _packed(turned[:, 1:] > turned[:, :-1])
-    record["thumbnail"] = thumbnail
+    record["size"] = image.shape[:2]
+    record["shape"] = shape_of(image)
     return record
 
 
-def _packed(bits: np.ndarray) -> np.ndarray:
-    """Packs the bits of a hash, bool [16, 16], into uint64 [4]."""
-    return np.packbits(bits.reshape(-1)).view(np.uint64)
+def shape_of(image: np.ndarray) -> np.ndarray:
+    """Describes what an image uint8 [H, W, 3] shows by its slow waves: float32 [SHAPE] of length 1.
 
-
-# ---- pairs -----------------------------------------------------------------------------------------
-DISTANCE = 20  # of 256 bits, at most, between images that are nearly equal
-LIKENESS = 0.98  # correlation of their thumbnails, at least
-# hash tables, and bits of each: a pair at DISTANCE is found with probability 0.999
-TABLES, SAMPLED = 32, 20
-BLOCK = 1 << 20  # candidate pairs that are compared at a time
-
-
-def near_pairs(a: np.ndarray, b: np.ndarray, mirrored: bool = False) -> np.ndarray:
-    """Finds the pairs (i, j) of nearly equal images of two groups of records, int64 [pairs, 2].
-
-    mirrored: those where b's mirror image is nearly a. Candidates are images that agree in SAMPLED
-    random bits in one of TABLES tables, so that no time goes into comparing all with all.
+    They are the cosine transform of a thumbnail, without the mean and with more weight on faster
+    waves, because what all pictures of a kind have in common is slow. Another size, brightness,
+    contrast or compression changes little; the mirror image changes the sign of every other column
+    (MIRROR). An image of one colour has length 0.
     """
-    bits_a, bits_b = a["bits"], b["mirrored" if mirrored else "bits"]
-    if not len(a) or not len(b):
-        return np.empty((0, 2), np.int64)
-    flat = b["thumbnail"][:, :, ::-1] if mirrored else b["thumbnail"]
-    found: set[tuple[int, int]] = set()
-    rng = np.random.default_rng(0)
-    ones_a, ones_b = (np.unpackbits(bits.view(np.uint8), axis=1) for bits in (bits_a, bits_b))
-    for _ in range(TABLES):
-        sampled = rng.permutation(256)[:SAMPLED]
-        weights = 1 << np.arange(SAMPLED, dtype=np.int64)
-        hash_a, hash_b = (ones[:, sampled].astype(np.int64) @ weights for ones in (ones_a, ones_b))
-        order = np.argsort(hash_b, kind="stable")
-        low, high = (np.searchsorted(hash_b[order], hash_a, side) for side in ("left", "right"))
-        for start, stop in _blocks(high - low):
-            counts = high[start:stop] - low[start:stop]
-            i = np.repeat(np.arange(start, stop), counts)
-            offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            j = order[np.repeat(low[start:stop], counts) + offset]
-            close = np.bitwise_count(bits_a[i] ^ bits_b[j]).sum(axis=1) <= DISTANCE
-            i, j = i[close], j[close]
-            alike = _likeness(a["thumbnail"][i], flat[j]) >= LIKENESS
-            found.update(zip(i[alike].tolist(), j[alike].tolist(), strict=True))
-    return np.array(sorted(found), np.int64).reshape(-1, 2)
+    grey = Image.fromarray(image).convert("L")
+    thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+    waves, weight = _waves()
+    shape = (waves @ thumbnail @ waves.T * weight).reshape(SHAPE)
+    length = np.linalg.norm(shape)
+    return shape / length if length > 1e-3 else np.zeros(SHAPE, np.float32)
 
 
-def _blocks(counts: np.ndarray) -> list[tuple[int, int]]:
-    """Cuts rows into blocks of at most BLOCK candidates each (a single row may have more)."""
-    ends, start, blocks = np.cumsum(counts), 0, []
-    while start < len(counts):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK, side="right")))
-        blocks.append((start, stop))
-        start = stop
-    return blocks
+@functools.cache
+def _waves() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of the cosine transform [WAVES, SIDE] and the weights [WAVES, WAVES]."""
+    k, n = np.arange(WAVES)[:, None], np.arange(SIDE)[None]
+    waves = np.cos(np.pi * (2 * n + 1) * k / (2 * SIDE)) * np.sqrt(2 / SIDE)
+    waves[0] /= np.sqrt(2)
+    weight = np.sqrt(np.hypot(k, k.T))
+    return waves.astype(np.float32), weight.astype(np.float32)
 
 
-def _likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Correlates thumbnails [n, 32, 32] pairwise to [n], where two flat ones are alike."""
-    a, b = (x.reshape(len(x), SIDE * SIDE).astype(np.float32) for x in (a, b))
-    a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
-    scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    return np.where(scale > 0, (a * b).sum(axis=1) / np.maximum(scale, 1e-6), 1.0)
+# A mirrored image's shape is its shape times this, float32 [SHAPE].
+MIRROR = np.tile(np.where(np.arange(WAVES) % 2, -1.0, 1.0), WAVES).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Reads the first frame of a DICOM file.
+"""Reads one frame of a DICOM file, the first if no other is wanted.
 
 Its size is checked by the headers before anything is unpacked. `dicom_display.py` turns the stored
 values into the brightness that the file asks for.
@@ -8,17 +8,21 @@ import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from unimed_jax.config import ImageConfig
 from unimed_jax.data import dicom_display
-from unimed_jax.data.pixels import MOST_BYTES, SCANS, check_size, grey, one_line
+from unimed_jax.data.pixels import MOST_BYTES, SCANS, check_size, chosen_frame, grey, one_line
 from unimed_jax.errors import UserError
 
 EXTRA = "pip install 'unimed_jax[dicom]'"
 _VALUES = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
 _JP2, _J2K = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"  # the first bytes of boxes, and of JPEG 2000 itself
+_GREY = ("MONOCHROME1", "MONOCHROME2")
+_GROUPS = "PerFrameFunctionalGroupsSequence"
 _OPEN = 0xFFFFFFFF  # length of a value that is cut in fragments
 _RLE = "1.2.840.10008.1.2.5"
 _GREY_16 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")  # JPEG 2000
@@ -30,16 +34,43 @@ _RUN = 64  # bytes that one byte of RLE unpacks to, at most
 _ADVICE = "give a whole file with an image in it"
 
 
-def read_dicom(file: BinaryIO, name: str) -> np.ndarray:
-    """Reads the first frame of an open DICOM file as uint8 [H, W, 3].
+def read_dicom(file: BinaryIO, name: str, view: ImageConfig) -> np.ndarray:
+    """Reads the frame of an open DICOM file that `view` names as uint8 [H, W, 3].
 
-    `name` is what errors call the file. Stored values pass the modality rescale, then the first VOI
-    table or window, by the frame's functional groups, the shared ones or the file (PS3.3 C.7.6.16,
-    C.11.1, C.11.2); palettes and YBR become RGB. See `dicom_display`. Raises UserError for what
-    cannot be read, is too large, or needs a codec that is not installed.
+    `name` is what errors call the file. Stored values pass the modality rescale, then the window of
+    `view` or else the first VOI table or window, by the frame's functional groups, the shared ones
+    or the file (PS3.3 C.7.6.16, C.11.1, C.11.2); palettes and YBR become RGB. See `dicom_display`.
+    Raises UserError for what cannot be read, is too large, has no such frame, is not in the units
+    of a named window, or needs a codec that is not installed.
     """
+    with _explained(name):
+        return _read(file, name, view)
+
+
+def read_header(file: BinaryIO, name: str, view: ImageConfig) -> tuple[int, tuple[int, int]]:
+    """Reads the number of frames, and their (width, height), from a DICOM file's header.
+
+    Raises UserError if the header cannot be read, or shows that `read_dicom` must fail on what
+    `view` wants.
+    """
+    from pydicom import dcmread
+
+    with _explained(name):
+        data = dcmread(inflated(file, name), stop_before_pixels=True, force=True)
+        frames = _frames(data)
+        chosen_frame(view, frames, name)
+        _window_of(data, view, str(data.get("PhotometricInterpretation")), name)
+        width, height = int(data.get("Columns") or 0), int(data.get("Rows") or 0)
+        samples, allocated = data.get("SamplesPerPixel") or 1, data.get("BitsAllocated") or 8
+        check_size(name, height, width, samples * -(-allocated // 8))
+        return frames, (width, height)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns whatever is raised inside into a UserError about the image `name`."""
     try:
-        return _read(file, name)
+        yield
     except UserError:
         raise
     except Exception as error:  # pydicom raises what its many decoders and fields raise
@@ -47,15 +78,19 @@ def read_dicom(file: BinaryIO, name: str) -> np.ndarray:
         raise UserError(f"image {name} cannot be read as DICOM ({reason}); {_ADVICE}.") from error
 
 
-def _read(file: BinaryIO, name: str) -> np.ndarray:
+def _read(file: BinaryIO, name: str, view: ImageConfig) -> np.ndarray:
     from pydicom import dcmread
 
-    file = _inflated(file, name)
+    file = inflated(file, name)
     data = dcmread(file, stop_before_pixels=True, force=True)
     little = bool(data.original_encoding[1])
-    stored, shown, bits = _first_frame(file, data, name)
-    if shown in ("MONOCHROME1", "MONOCHROME2"):
-        return grey(dicom_display.brightness(stored, data, inverted=shown == "MONOCHROME1"))
+    number = chosen_frame(view, _frames(data), name)
+    stored, shown, bits = _frame(file, data, name, number)
+    window = _window_of(data, view, shown, name)
+    if groups := data.get(_GROUPS):  # that of the frame is all that is looked at from here on
+        setattr(data, _GROUPS, groups[number : number + 1])
+    if shown in _GREY:
+        return grey(dicom_display.brightness(stored, data, shown == "MONOCHROME1", window))
     if shown == "PALETTE COLOR":
         return dicom_display.coloured(stored, data, little)
     if shown in ("RGB", "YBR_FULL", "YBR_FULL_422"):
@@ -65,12 +100,41 @@ def _read(file: BinaryIO, name: str) -> np.ndarray:
     )
 
 
+def _frames(data) -> int:
+    """Returns the number of frames that a file says it has, and 1 if it says nothing sensible."""
+    with contextlib.suppress(Exception):
+        return max(1, int(data.get("NumberOfFrames") or 1))
+    return 1
+
+
+def _window_of(data, view: ImageConfig, shown: str, name: str) -> tuple[float, float] | None:
+    """Returns centre and width of the window that `view` asks for, or None if it asks for none.
+
+    shown: the photometric interpretation. Raises UserError for a file that the window does not fit.
+    """
+    if view.window is None:
+        return None
+    if shown not in _GREY:
+        raise UserError(
+            f"image {name} has the colours {one_line(shown)}, which no window fits; leave out the "
+            "source's image.window, or this image."
+        )
+    if not isinstance(view.window, str):
+        return view.window
+    if not dicom_display.hounsfield(data):
+        raise UserError(
+            f"image {name} is not CT with a rescale to Hounsfield units, which the window "
+            f"{view.window!r} is in; give the source's image.window as (centre, width), or leave it out."
+        )
+    return dicom_display.WINDOWS[view.window]
+
+
 # --------------------------------------------------------------------------------------------------
 # From the file to the stored values of a frame
 # --------------------------------------------------------------------------------------------------
 
 
-def _inflated(file: BinaryIO, name: str) -> BinaryIO:
+def inflated(file: BinaryIO, name: str) -> BinaryIO:
     """Unpacks a file of the deflated transfer syntax, if its content is not too large.
 
     It returns other files as they are.
@@ -103,8 +167,8 @@ def _inflated(file: BinaryIO, name: str) -> BinaryIO:
     return whole
 
 
-def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]:
-    """Decodes the first frame of a file that is read up to where its pixels begin.
+def _frame(file: BinaryIO, data, name: str, number: int) -> tuple[np.ndarray, str, int]:
+    """Decodes a frame, by its number, of a file that is read up to where its pixels begin.
 
     Returns the stored values [H, W] or [H, W, 3], the photometric interpretation that they have,
     and the bits of one.
@@ -124,6 +188,7 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
     length = struct.unpack_from(f"{order}L", head, len(head) - 4)[0]
 
     # the first frame lies at the start, however many are said to follow
+    frames = _frames(data)
     data.pop("NumberOfFrames", None)
     options: dict[str, Any] = as_pixel_options(data) | {
         "number_of_frames": 1,
@@ -152,9 +217,11 @@ def _first_frame(file: BinaryIO, data, name: str) -> tuple[np.ndarray, str, int]
         )
     if decoder.is_native:
         codecs = [""]
-        source = _native(file, length, options, rows * columns * samples * allocated, name)
+        source = _native(
+            file, length, options, rows * columns * samples * allocated, number, frames, name
+        )
     else:
-        frame = _encoded(file, tables, syntax, name)
+        frame = _encoded(file, tables, syntax, number, frames, name)
         bits = _check_frame(frame, syntax, (rows, columns), samples * allocated // 8, name) or bits
         codecs = _codecs(decoder, bits, samples, name)
         if samples == 3:
@@ -193,38 +260,56 @@ def _syntax(data, implicit: bool, little: bool):
     return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
 
 
-def _native(file: BinaryIO, length: int, options: dict[str, Any], bits: int, name: str) -> bytes:
-    """Reads the bytes of one uncompressed frame, `bits` long in all.
+def _native(
+    file: BinaryIO,
+    length: int,
+    options: dict[str, Any],
+    bits: int,
+    number: int,
+    frames: int,
+    name: str,
+) -> bytes:
+    """Reads the bytes of an uncompressed frame, `bits` long in all, by its number of `frames`.
 
     It corrects the frame's colours in `options`.
     """
     start = file.tell()
     there = min(length, file.seek(0, io.SEEK_END) - start)
-    need = -(-bits // 8)
     if options.get("photometric_interpretation") == "YBR_FULL_422":
         # too much for colours at half the resolution: they are at the full one
-        if there in (need, need + need % 2):
+        sizes = [-(-bits * count // 8) for count in (1, frames)]  # a file may make up its frames
+        if there in (size + odd * (size % 2) for size in sizes for odd in (0, 1)):
             options["photometric_interpretation"] = "YBR_FULL"
         else:
-            need = need // 3 * 2
+            bits = bits // 3 * 2
+    first = number * bits  # frames follow each other without a gap, even those of single bits
+    need = -(-(first + bits) // 8)
     if there < need:
         raise UserError(f"image {name} is cut: its pixels have {there} of {need} bytes; {_ADVICE}.")
-    file.seek(start)
-    return file.read(need + need % 2)
+    file.seek(start + first // 8)
+    data = file.read(need - first // 8 + need % 2)
+    if not first % 8:
+        return data
+    packed = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    return np.packbits(packed[first % 8 :][:bits], bitorder="little").tobytes() + b"\0"
 
 
-def _encoded(file: BinaryIO, tables: tuple | None, syntax: str, name: str) -> bytes:
-    """Reads the compressed bytes of the first frame, of one fragment or several."""
+def _encoded(
+    file: BinaryIO, tables: tuple | None, syntax: str, number: int, frames: int, name: str
+) -> bytes:
+    """Reads the compressed bytes of a frame, of one fragment or several, by its number of `frames`."""
     from pydicom import encaps
 
-    start, frames = file.tell(), _MANY
+    start = file.tell()
     if syntax == _RLE:  # a frame is one fragment (PS3.5 A.4.2), and has no mark at its end
         encaps.parse_basic_offsets(file)
         frames = encaps.parse_fragments(file)[0]
         file.seek(start)
-    frame = encaps.get_frame(file, 0, number_of_frames=frames, extended_offsets=tables)
+    elif number == 0:  # it ends at its own end, whatever number of frames a file makes up
+        frames = _MANY
+    frame = encaps.get_frame(file, number, number_of_frames=frames, extended_offsets=tables)
     if not frame:
-        raise UserError(f"image {name} cannot be read as DICOM (its first frame is empty); {_ADVICE}.")
+        raise UserError(f"image {name} cannot be read as DICOM (frame {number} is empty); {_ADVICE}.")
     # boxes that DICOM has no use for (PS3.5 A.4.4), and that pydicom may follow for ever
     if frame.startswith(_JP2):
         return frame[max(0, frame.find(_J2K)) :]

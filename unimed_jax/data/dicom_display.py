@@ -18,15 +18,29 @@ from unimed_jax.data.pixels import between, bounds, by_depth, eight_bits, in_blo
 
 Values = Callable[[np.ndarray], np.ndarray]  # rows [h, W] -> float64 of the same shape
 _COLOURS = ("Red", "Green", "Blue")
+# centre and width in Hounsfield units, as radiologists set them for CT
+WINDOWS = {
+    "abdomen": (50.0, 400.0),
+    "bone": (400.0, 1800.0),
+    "brain": (40.0, 80.0),
+    "liver": (30.0, 150.0),
+    "lung": (-600.0, 1500.0),
+    "mediastinum": (50.0, 350.0),
+    "spine": (50.0, 250.0),
+    "stroke": (40.0, 40.0),
+    "subdural": (75.0, 215.0),
+}
 
 
-def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
+def brightness(
+    stored: np.ndarray, data, inverted: bool, window: tuple[float, float] | None = None
+) -> np.ndarray:
     """Maps stored grey values [H, W] to uint8 by the file's rescale and first VOI table or window.
 
-    A window or rescale without a meaning (a width of 0, a slope of 0 or beyond all numbers) counts
-    as absent. Without a window, unscaled values of at most eight bits stay as they are, and others
-    span their range. Padding (C.7.5.1.1.2) is then black and widens no range. inverted: low values
-    are white (MONOCHROME1).
+    window: (centre, width) of a linear one in place of the file's. A window or rescale without a
+    meaning (a width of 0, a slope of 0 or beyond all numbers) counts as absent. Without a window,
+    unscaled values of at most eight bits stay as they are, and others span their range. Padding
+    (C.7.5.1.1.2) is then black and widens no range. inverted: low values are white (MONOCHROME1).
     """
     real, signed = stored.dtype.kind == "f", stored.dtype.kind == "i"
     bits = 8 * stored.dtype.itemsize if real else int(data.BitsStored)
@@ -34,6 +48,8 @@ def brightness(stored: np.ndarray, data, inverted: bool) -> np.ndarray:
     modality, scaled, lowest = _modality(stored, data, lowest)
     values = modality or _as_float
     view = _view(data, lowest) if modality else None
+    if window:
+        view = functools.partial(_window, centre=window[0], width=window[1], function="LINEAR")
     if view:
         return in_blocks(_turned(_after(values, view), inverted), stored)
     if bits <= 8 and not (signed or scaled or real):
@@ -128,6 +144,22 @@ def _number(place, keyword: str) -> float | None:
 # --------------------------------------------------------------------------------------------------
 # Modality and VOI
 # --------------------------------------------------------------------------------------------------
+
+
+def hounsfield(data) -> bool:
+    """Says whether a file's values are Hounsfield units once they are rescaled (C.11.1.1.2).
+
+    They are in CT, if the file gives a rescale whose type is HU or, as in most files, not named.
+    """
+    table = _first_table(data, "ModalityLUTSequence")
+    if str(data.get("Modality")).strip().upper() != "CT" or table is not None:
+        return False
+    for place in _places(data, "PixelValueTransformationSequence"):
+        slope, intercept = _number(place, "RescaleSlope"), _number(place, "RescaleIntercept")
+        if (slope, intercept) != (None, None):
+            kind = str(place.get("RescaleType") or "HU").strip().upper()
+            return kind in ("HU", "HU_MOD") and slope != 0
+    return False
 
 
 def _modality(stored: np.ndarray, data, lowest: float) -> tuple[Values | None, bool, float]:

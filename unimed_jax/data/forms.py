@@ -269,8 +269,8 @@ _GREETED = Template(
 class Conversation(Form):
     """Holds what Med-MoE's forms share: turns of questions and answers.
 
-    `<image>` takes the place of an image. Every answer is a target. All images come before the
-    first question; the task's first instruction asks, untagged.
+    `<image>` takes the place of each image. Every answer is a target. All images come before the
+    first question, in their order; the task's first instruction asks, untagged.
     """
 
     published, turns = "Med-MoE", True
@@ -288,7 +288,7 @@ class Conversation(Form):
         turns = [*example.history, (asked(example, 0, self.text), answer)]
         if any(IMAGE in text for turn in turns for text in turn):
             raise UserError(
-                f"record {example.id}: {IMAGE!r} stands in its text; only its image is marked so."
+                f"record {example.id}: {IMAGE!r} stands in its text; only its images are marked so."
             )
         marks = f"{IMAGE}\n" * len(example.images)
         turns[0] = (marks + turns[0][0], turns[0][1])
@@ -342,15 +342,15 @@ class Chat(Conversation):
 
 
 class Plain(Conversation):
-    """Shows an image and its caption and leaves out what was asked (Med-MoE's stage 1)."""
+    """Shows an image (or several) and its caption, and leaves out what was asked (Med-MoE's stage 1)."""
 
     def training_turns(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
-        if len(turns) != 1 or IMAGE not in turns[0][0]:
+        images = turns[0][0].count(IMAGE)
+        if len(turns) != 1 or not images:
             raise UserError(
-                "config.text.form='plain' takes one image with one caption; use another for "
-                "conversations."
+                "config.text.form='plain' takes images with one caption; use another for conversations."
             )
-        return [Piece(image=True), Piece(turns[0][1] + "\n", target=True)]
+        return [*[Piece(image=True)] * images, Piece(turns[0][1] + "\n", target=True)]
 
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
         return _marked(f"{image_first(question)}\n")

@@ -16,35 +16,49 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, _imaging
+from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, _imaging
 
-from unimed_jax.config import VisionConfig
-from unimed_jax.data.pixels import MOST_PIXELS, SCANS, by_depth, check_size, grey, one_line, ramp
+from unimed_jax.config import ImageConfig, VisionConfig
+from unimed_jax.data.pixels import (
+    MOST_PIXELS,
+    SCANS,
+    by_depth,
+    check_size,
+    chosen_frame,
+    grey,
+    one_line,
+    ramp,
+)
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import stand_in
 
 # Pillow opens no other format: EPS, for one, is a program that it hands to Ghostscript.
 READABLE = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MOST_FILE = 1 << 30  # bytes of a picture's file that are copied into a data set
-_PAPER = "white"  # what shows through transparent pixels
+# Formats with several frames to choose from; those of a JPEG are previews.
+FILMS = ("TIFF", "GIF", "WEBP", "PNG")
+PLAIN = ImageConfig()  # how pictures are read where nothing is set
+_COMPOSED = 1 << 30  # pixels that are decoded at most to reach a frame which builds on those before it
 _ADVICE = "give a whole PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, PNM or DICOM file"
 _BLOCK = 1 << 20  # pixels that change their mode at once
 
 
-def read_image(path: str | Path | bytes) -> np.ndarray:
+def read_image(path: str | Path | bytes, view: ImageConfig = PLAIN) -> np.ndarray:
     """Reads a picture's file, or the bytes of one, as uint8 [H, W, 3].
 
-    Grey is repeated over the three channels, and of several frames or pages the first is taken. The
-    picture is turned upright by its EXIF orientation; what is transparent shows white. Integers of
-    16 bits are scaled by their depth (see `_deep`), while floats and signed integers span their own
-    range. For DICOM see `dicom.read_dicom`.
+    Grey is repeated over the three channels, and of several frames or pages that of `view` is
+    taken, by default the first. The picture is turned upright by its EXIF orientation; behind what
+    is transparent lies the background of `view`. Integers of 16 bits are scaled by their depth (see
+    `_deep`), while floats and signed integers span their own range. For DICOM see
+    `dicom.read_dicom`.
 
-    Raises UserError for what is not a regular file, cannot be read, or has more than
-    `pixels.MOST_PIXELS` by its header.
+    Raises UserError for what is not a regular file, cannot be read, lacks what `view` asks for, or
+    has more than `pixels.MOST_PIXELS` by its header.
     """
     if isinstance(path, bytes):
-        return _decoded(io.BytesIO(path), f"of {len(path)} bytes")
+        return _decoded(io.BytesIO(path), f"of {len(path)} bytes", view)
     with _opened(path) as file:
-        return _decoded(file, one_line(path))
+        return _decoded(file, one_line(path), view)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -87,7 +101,7 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _decoded(file: BinaryIO, name: str) -> np.ndarray:
+def _decoded(file: BinaryIO, name: str, view: ImageConfig) -> np.ndarray:
     """Decodes an open file.
 
     `name` is the picture's in sentences, and its ending may say that it is DICOM.
@@ -98,31 +112,51 @@ def _decoded(file: BinaryIO, name: str) -> np.ndarray:
         if _is_dicom(head, name):
             from unimed_jax.data.dicom import read_dicom
 
-            return read_dicom(file, name)
+            return read_dicom(file, name, view)
         with _picture(file, name) as image:
             _check_scans(file, image, name)
-            return _pixels(image)
+            if view != PLAIN:
+                _show(image, view, name)
+            return _pixels(image, view)
 
 
-def check_header(data: bytes, name: str) -> None:
-    """Raises UserError if bytes are not those of a picture, or if the picture is too large.
+def check_header(data: bytes, name: str, view: ImageConfig = PLAIN) -> int:
+    """Returns the number of frames of a picture by its header, which costs little.
 
-    Only the header is looked at, which costs little. `name` is as in `_decoded`. Of DICOM, whose
-    header is long, only the first bytes are looked at.
+    `name` is as in `_decoded`. Raises UserError if the bytes are not those of a picture, if the
+    picture is too large, or if it lacks what `view` asks for.
     """
     with _explained(name, data[:132]):
-        if not _is_dicom(data[:132], name):
-            with _picture(io.BytesIO(data), name):
-                pass
+        if _is_dicom(data[:132], name):
+            from unimed_jax.data.dicom import read_header
+
+            return read_header(io.BytesIO(data), name, view)[0]
+        with _picture(io.BytesIO(data), name) as image:
+            if view != PLAIN:
+                _show(image, view, name)
+            with contextlib.suppress(Exception):  # damage behind the first frame, which is wanted
+                return _frames(image)
+            return 1
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
     """Reads (width, height) from a picture's header, turned upright as by `read_image`.
 
-    DICOM is not read. Raises UserError if it is not a regular file or not a picture.
+    Of several frames it is that of the first. Raises UserError if it is not a regular file or not a
+    picture.
     """
     name = one_line(path)
-    with _opened(path) as file, _explained(name, b"picture"), _picture(file, name) as image:
+    with _opened(path) as file, _explained(name, head := file.read(132)):
+        file.seek(0)
+        if _is_dicom(head, name):
+            from unimed_jax.data.dicom import read_header
+
+            return read_header(file, name, PLAIN)[1]
+        return _upright_size(file, name)
+
+
+def _upright_size(file: BinaryIO, name: str) -> tuple[int, int]:
+    with _picture(file, name) as image:
         width, height = image.size
         if image.format == "TIFF":  # whose size Pillow may have turned already
             width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
@@ -133,12 +167,43 @@ def upright_size(path: str | Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _picture(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+def _picture(file: BinaryIO, name: str) -> Iterator[ImageFile.ImageFile]:
     """Opens a picture of one of the known formats, and checks its size before it is decoded."""
     with Image.open(file, formats=READABLE) as image:
-        samples = 4 if image.mode in ("I", "F") else len(image.getbands())
-        check_size(name, image.height, image.width, samples)
+        _check_size(image, name)
         yield image
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    samples = 4 if image.mode in ("I", "F") else len(image.getbands())
+    check_size(name, image.height, image.width, samples)
+
+
+def _frames(image: Image.Image) -> int:
+    """Returns the number of frames or pages that a source may choose from."""
+    return getattr(image, "n_frames", 1) if image.format in FILMS else 1
+
+
+def _show(image: Image.Image, view: ImageConfig, name: str) -> None:
+    """Turns an opened picture to the frame that `view` names.
+
+    Raises UserError if there is none, if it takes too long to get there, or for a window, which
+    fits DICOM alone.
+    """
+    if view.window is not None:
+        raise UserError(
+            f"image {name} is {image.format}, and a window fits DICOM alone; leave out the source's "
+            "image.window, or this image."
+        )
+    number = 0 if view.frame in (None, "first") else chosen_frame(view, _frames(image), name)
+    if number:
+        if image.format != "TIFF" and (number + 1) * image.width * image.height > _COMPOSED:
+            raise UserError(
+                f"image {name} has {image.width} x {image.height} pixels in each frame, of which frame "
+                f"{number} takes too long to reach; cut the film, or choose an earlier one."
+            )
+        image.seek(number)
+        _check_size(image, name)
 
 
 @contextlib.contextmanager
@@ -147,6 +212,8 @@ def _explained(name: str, head: bytes) -> Iterator[None]:
 
     head: the first bytes of the file; there are none if it is empty.
     """
+    if found := stand_in(head):
+        raise UserError(f"image {name} {found}.")
     try:
         yield
     except UserError:
@@ -188,8 +255,9 @@ def _check_scans(file: BinaryIO, image: Image.Image, name: str) -> None:
         )
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _pixels(image: ImageFile.ImageFile, view: ImageConfig) -> np.ndarray:
     """Gives an opened picture of any mode as uint8 [H, W, 3]."""
+    paper = view.background if not isinstance(view.background, str) else _colour(view.background)
     kind, tags = image.format, getattr(image, "tag_v2", {})
     if kind == "TIFF":
         _name_planes(image, tags)
@@ -202,16 +270,19 @@ def _pixels(image: Image.Image) -> np.ndarray:
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F" or tags.get(339) == (2,):
-        return grey(_deep(image, kind, tags))
+        deep, clear = grey(_deep(image, kind, tags)), image.info.get("transparency")
+        if isinstance(clear, int):
+            deep[np.asarray(image) == clear] = paper
+        return deep
     out = np.empty((image.height, image.width, 3), np.uint8)
     step = max(1, _BLOCK // image.width)  # rows at a time: each step of `_rgb` makes a copy
     for top in range(0, image.height, step):
         rows = image.crop((0, top, image.width, min(top + step, image.height)))
-        out[top : top + step] = np.asarray(_rgb(rows))
+        out[top : top + step] = np.asarray(_rgb(rows, paper))
     return out
 
 
-def _grey_bits(image: Image.Image) -> int:
+def _grey_bits(image: ImageFile.ImageFile) -> int:
     """Returns the bits of a pixel of a grey PNG of at most 8 bits that is not decoded; else 8.
 
     Raises ValueError for colours of 16 bits with a transparent one, which 8 bits cannot name.
@@ -224,7 +295,7 @@ def _grey_bits(image: Image.Image) -> int:
     return int(raw[2:]) if raw in ("L;2", "L;4") else 8
 
 
-def _name_planes(image: Image.Image, tags) -> None:
+def _name_planes(image: ImageFile.ImageFile, tags) -> None:
     """Says of a TIFF whose channels lie one after the other that each has 16 bits.
 
     Pillow reads such planes as bytes if they are not compressed.
@@ -233,13 +304,18 @@ def _name_planes(image: Image.Image, tags) -> None:
         end = ";16L" if tags.prefix == b"II" else ";16B"
         image.tile = [
             tile._replace(args=(tile.args[0] + end, *tile.args[1:]))
-            if tile.codec_name == "raw" and len(tile.args[0]) == 1
+            if tile.codec_name == "raw" and isinstance(tile.args, tuple) and len(tile.args[0]) == 1
             else tile
             for tile in image.tile
         ]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _colour(name: str) -> tuple[int, int, int]:
+    red, green, blue = ImageColor.getrgb(name)[:3]
+    return red, green, blue
+
+
+def _rgb(image: Image.Image, paper: tuple[int, int, int]) -> Image.Image:
     """Changes a picture of 8 bits or less to RGB, with paper behind what is transparent."""
     if image.mode == "LAB":
         changed = ImageCms.applyTransform(image, _from_lab())
@@ -250,9 +326,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # alpha is multiplied into the grey
         image = image.convert("LA")
     clear = image.convert("RGBA")
-    paper = Image.new("RGB", clear.size, _PAPER)
-    paper.paste(clear, mask=clear)
-    return paper
+    out = Image.new("RGB", clear.size, paper)
+    out.paste(clear, mask=clear)
+    return out
 
 
 @functools.cache
@@ -283,8 +359,7 @@ def _deep(image: Image.Image, kind: str | None, tags) -> np.ndarray:
         plane = by_depth(array, 12 if kind in ("PNG", "TIFF") and array.max() < 1 << 12 else 16)
     if kind == "TIFF" and tags.get(262) == 0:
         plane = 255 - plane  # white is zero, which Pillow minds in pictures of 8 bits alone
-    clear = image.info.get("transparency")
-    return np.where(array == clear, np.uint8(255), plane) if isinstance(clear, int) else plane
+    return plane
 
 
 def _silence_decoders() -> None:

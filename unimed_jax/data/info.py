@@ -65,7 +65,8 @@ def nearest_counts(
         found[name] = {what: (n, published) for what, (n, published) in here.items() if n is not None}
 
     def distance(name: str) -> float:
-        return sum(abs(n - published) / max(published, 1) for n, published in found[name].values())
+        apart = [abs(n - published) / max(published, 1) for n, published in found[name].values()]
+        return sum(apart) / len(apart)
 
     name = min((name for name in found if found[name]), key=distance, default="")
     return name, found[name]

@@ -204,9 +204,12 @@ class Encoder:
     def _checked(self, encoded: Encoded) -> Encoded:
         length = encoded.tokens - encoded.answer
         if length > self._text.max_prompt:
+            images = int((encoded.prefix == VISUAL).sum()) // self._tokens_per_image
+            seen = f" ({images * self._tokens_per_image} of {images} images)" if images > 1 else ""
             raise UserError(
-                f"record {encoded.record}: its prompt has {length} tokens, more than "
-                f"config.text.max_prompt={self._text.max_prompt}; shorten the question or raise the "
+                f"record {encoded.record}: its prompt has {length} tokens{seen}, more than "
+                f"config.text.max_prompt={self._text.max_prompt}; "
+                f"{'ask about fewer images, ' if images > 1 else ''}shorten the question or raise the "
                 "limit."
             )
         return encoded
@@ -308,6 +311,8 @@ def _place(
         batch["segments"][b, here] = batch["prefixes"][b, here] = shared
         batch["positions"][b, here] = np.arange(length)
         batch["image_tasks"][b, slots] = VISUAL_TASKS.index(task)
+        # those of the next group would take the place of images that the prompt does not mark
+        assert len(group.images) <= slots.stop - slots.start, "images without a mark in the prompt"
         for i, image in enumerate(group.images):
             batch["images"][b, at.slot + i] = image
         at.token, at.slot = here.stop, slots.stop

@@ -9,7 +9,7 @@ The lengths are computed once for a data set's rows, tokenizer and prompt form, 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from unimed_jax import files
 from unimed_jax.config import TextConfig
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import form_of
-from unimed_jax.data.layout import Encoder, RowShape
+from unimed_jax.data.layout import Encoded, Encoder, RowShape
 from unimed_jax.errors import UserError
 
 VERSION = 2  # of the arrays and of how examples become tokens; raise it when either changes
@@ -27,6 +27,7 @@ NAMED = 5  # over-long records that a message names
 # columns; from _SUFFIX on one for each instruction
 _PREFIX, _ANSWER, _CUT, _DROPPED, _SUFFIX = 0, 1, 2, 3, 4
 UNUSED = ("max_prompt", "tokenizer", "vocab", "changed")  # settings that no length depends on
+_SHORTER = ("config.data.row_answers", "config.data.row_tokens")  # limits that shorter answers keep
 _ANY = 1 << 30  # a limit on prompts that none reaches: here they are measured
 
 
@@ -50,6 +51,11 @@ class Lengths:
     def answer(self, row: int) -> int:
         """Counts the answer tokens, which the suffix includes."""
         return self.table.item(row, _ANSWER)
+
+    def holds(self, row: int, variant: int, encoded: Encoded) -> bool:
+        """Says whether an example that is written in another way fits the lengths measured for it."""
+        room = self.suffix(row, variant), self.answer(row)
+        return len(encoded.suffix) <= room[0] and encoded.answer <= room[1]
 
     @property
     def cut(self) -> int:
@@ -125,6 +131,21 @@ def _measured(
     return table
 
 
+def limits(
+    lengths: Lengths, images: np.ndarray, shape: RowShape, text: TextConfig
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Yields each setting that limits a record, its value, and what the records need, int [N].
+
+    `images` int [N]: number of images of each.
+    """
+    table = lengths.table
+    tokens = table[:, _PREFIX] + table[:, _SUFFIX:].max(axis=1)
+    yield "config.data.row_images", shape.images, images
+    yield "config.text.max_prompt", text.max_prompt, tokens - table[:, _ANSWER]
+    yield "config.data.row_answers", shape.answers, table[:, _ANSWER]
+    yield "config.data.row_tokens", shape.tokens, tokens
+
+
 def check(
     lengths: Lengths,
     images: np.ndarray,
@@ -135,27 +156,15 @@ def check(
 ) -> None:
     """Raises UserError, naming up to five records, if some of them fit no row.
 
-    `images` int [N]: number of images of each.
+    `images` is as in `limits`.
     """
-    table = lengths.table
-    suffix = table[:, _SUFFIX:].max(axis=1)
-    tokens = table[:, _PREFIX] + suffix
-    for needs, limit, setting, hint in (
-        (images, shape.images, "config.data.row_images", ""),
-        (tokens - table[:, _ANSWER], text.max_prompt, "config.text.max_prompt", ""),
-        (
-            table[:, _ANSWER],
-            shape.answers,
-            "config.data.row_answers",
-            " or lower config.text.max_answer",
-        ),
-        (tokens, shape.tokens, "config.data.row_tokens", " or lower config.text.max_answer"),
-    ):
+    for setting, limit, needs in limits(lengths, images, shape, text):
         (over,) = np.nonzero(needs > limit)
         if not len(over):
             continue
         named = ", ".join(f"{id}/{examples[int(i)].id} ({needs[i]})" for i in over[:NAMED])
         more = " ..." if len(over) > NAMED else ""
+        hint = " or lower config.text.max_answer" if setting in _SHORTER else ""
         least = int(needs.max())
         raise UserError(
             f"{len(over)} of {len(needs)} training records need more than {setting}={limit}: "

@@ -14,18 +14,19 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
 
 from unimed_jax import processes
-from unimed_jax.config import TASKS, Config, SourceConfig
-from unimed_jax.data import images, layout, lengths, packing
-from unimed_jax.data.columns import NONE, Columns, columns_of
+from unimed_jax.config import TASKS, AugmentConfig, Config, SourceConfig
+from unimed_jax.data import augment, images, layout, lengths, packing
+from unimed_jax.data.columns import Columns, columns_of
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.forms import form_of
 from unimed_jax.data.layout import Batch, Encoded, Group
+from unimed_jax.data.order import global_order, group_examples
 from unimed_jax.data.selection import chosen, draw_weights
 from unimed_jax.data.store import Rows
 from unimed_jax.errors import UserError
@@ -47,6 +48,14 @@ class Draw:
     rows: tuple[int, ...]  # of the source's examples
     variants: tuple[int, ...]  # instruction of each
     size: tuple[int, int, int]  # tokens, image slots, answer tokens
+
+
+class _Asked(NamedTuple):
+    """Holds a question as tokens, its image keys and, where pictures vary, what was encoded."""
+
+    encoded: Encoded
+    images: tuple[str, ...]
+    example: Example | None
 
 
 class Pipeline:
@@ -83,7 +92,7 @@ class Pipeline:
         ]
         _say_cut(self._sources, config)
         _say_dropped(self._sources, config)
-        self._order = _order(self._sources, config)
+        self._order = global_order(self._sources, config)
         # Row -> its draws, endless.
         self._rows: grain.MapDataset[list[int]]
         if data.packing:
@@ -185,15 +194,15 @@ class Pipeline:
     def _assemble(self, rows: Sequence[list[int]]) -> Batch:
         """Turns rows of draws into arrays."""
         draws = [[self.draw(number) for number in row] for row in rows]
-        encoded = self._encoded([draw for row in draws for draw in row])
-        groups = [[self._load(draw, encoded) for draw in row] for row in draws]
+        asked = self._asked([draw for row in draws for draw in row])
+        groups = [
+            [self._group(number, draw, asked) for number, draw in zip(row, drawn, strict=True)]
+            for row, drawn in zip(rows, draws, strict=True)
+        ]
         return layout.training_batch(groups, self.shape, self._pad, str(self._config.loss.reduction))
 
-    def _encoded(self, draws: Sequence[Draw]) -> dict[Question, tuple[Encoded, tuple[str, ...]]]:
-        """Returns the draws' questions as tokens, each with its image keys.
-
-        Records are read in one call per source.
-        """
+    def _asked(self, draws: Sequence[Draw]) -> dict[Question, _Asked]:
+        """Returns the draws' questions. Records are read in one call per source."""
         wanted = {
             (draw.source, *pair) for draw in draws for pair in zip(draw.rows, draw.variants, strict=True)
         }
@@ -208,14 +217,56 @@ class Pipeline:
             for question, example in zip(
                 some, self._sources[s].read([row for _, row, _ in some]), strict=True
             ):
-                out[question] = self._encoder.training(example, question[2]), example.images
+                encoded = self._encoder.training(example, question[2])
+                # Examples take several times the memory of their tokens.
+                kept = example if self._varies(s) else None
+                out[question] = _Asked(encoded, example.images, kept)
                 self._questions.put(question, out[question])
         return out
 
-    def _load(self, draw: Draw, encoded: Mapping[Question, tuple[Encoded, tuple[str, ...]]]) -> Group:
-        own = [encoded[draw.source, row, v] for row, v in zip(draw.rows, draw.variants, strict=True)]
-        pixels = tuple(self._fitted(draw.source, key) for key in own[0][1])
-        return Group(tuple(question for question, _ in own), pixels)
+    def _group(self, number: int, draw: Draw, asked: Mapping[Question, _Asked]) -> Group:
+        """Loads the pictures of draw `number` and puts its questions with them."""
+        own = [asked[draw.source, row, v] for row, v in zip(draw.rows, draw.variants, strict=True)]
+        varied = self._varied(number, draw, own) if own[0].images and self._varies(draw.source) else None
+        if varied is not None:
+            return varied
+        pixels = tuple(self._fitted(draw.source, key) for key in own[0].images)
+        return Group(tuple(one.encoded for one in own), pixels)
+
+    def _varies(self, source: int) -> bool:
+        return not augment.is_off(self._config.data.sources[source].augment)
+
+    def _varied(self, number: int, draw: Draw, own: Sequence[_Asked]) -> Group | None:
+        """Loads the pictures of draw `number`, varied, and puts its questions with them.
+
+        Returns None if a question's boxes need more tokens than were counted for it: no form of a box
+        was longer, but its four numbers together are, in this tokenizer. Then the draw stays as it is.
+        """
+        config, source = self._config, self._sources[draw.source]
+        settings, vision = config.data.sources[draw.source].augment, config.model.vision
+        examples = [one.example for one in own if one.example is not None]
+        pictures = [self._working(draw.source, key, settings) for key in examples[0].images]
+        drawn = augment.variation(settings, self._seed, number, examples)
+        # Boxes are of the first picture.
+        size = pictures[0].size
+        boxes = [box for example in examples for box in augment.boxes_of(example, size).values()]
+        maps = [augment.map_of(drawn, p.size, boxes if i == 0 else ()) for i, p in enumerate(pictures)]
+        encoded = [one.encoded for one in own]
+        if boxes:
+            encoded = [
+                self._encoder.training(augment.moved(example, maps[0], size), variant)
+                for example, variant in zip(examples, draw.variants, strict=True)
+            ]
+            if not all(
+                source.lengths.holds(row, variant, one)
+                for row, variant, one in zip(draw.rows, draw.variants, encoded, strict=True)
+            ):
+                return None
+        pixels = tuple(
+            augment.lit(images.fit(augment.seen(picture, by), config.data.fit, vision), drawn)
+            for picture, by in zip(pictures, maps, strict=True)
+        )
+        return Group(tuple(encoded), pixels)
 
     def _fitted(self, source: int, key: str) -> np.ndarray:
         """Returns an image fitted to the encoder, decoded or from the cache.
@@ -227,6 +278,17 @@ class Pipeline:
         if cached is None:
             cached = images.fit(dataset.image(key), self._config.data.fit, self._config.model.vision)
             self._pixels.put((dataset.id, key), cached)
+        return cached
+
+    def _working(self, source: int, key: str, settings: AugmentConfig) -> augment.Working:
+        """Returns an image from which variations are made, decoded or from the cache."""
+        dataset = self._sources[source].dataset
+        name = (dataset.id, key, settings.scale[1])
+        cached = self._pixels.get(name)
+        if cached is None:
+            size = self._config.model.vision.image_size
+            cached = augment.working(dataset.image(key), settings, size)
+            self._pixels.put(name, cached)
         return cached
 
 
@@ -306,13 +368,18 @@ class _Source:
             )
         rows = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
         stored = getattr(dataset, "folder", None)
+        measured: Sequence[Example] = self.examples
+        kept = ""
+        # A coordinate that is one token is as long as any other.
+        if not augment.is_off(source.augment) and getattr(tokenizer, "coordinate_start", None) is None:
+            measured, kept = augment.Longest(self.examples, tokenizer), "/longest boxes"
         self.lengths = lengths.measure(
-            self.examples,
+            measured,
             tokenizer,
             config.text,
             shape.tokens_per_image,
             None if stored is None else config.data.cache_folder,
-            f"{dataset.checksum}/{split}/{_rule(source, split)}/{rows}",
+            f"{dataset.checksum}/{split}/{_rule(source, split)}/{rows}{kept}",
         )
         lengths.check(self.lengths, self.columns.images, self.examples, dataset.id, shape, config.text)
         self.groups, self.buckets = group_examples(self.columns, weights[numbers])
@@ -327,55 +394,6 @@ class _Source:
 def _rule(source: SourceConfig, split: str) -> str:
     # Row numbers count within a selection; these settings say which selection it is.
     return f"{sorted(source.splits.items())}/{source.only}"
-
-
-class Groups:
-    """Groups examples by (images, task, weight), in the order of their first.
-
-    Text alone stays single.
-    """
-
-    def __init__(self, members: np.ndarray, starts: np.ndarray):
-        """Takes the groups one after the other: group g holds members[starts[g]:starts[g + 1]]."""
-        self._members, self._starts = members, starts
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, g: int) -> np.ndarray:
-        return self._members[self._starts[g] : self._starts[g + 1]]
-
-
-def group_examples(
-    columns: Columns, weights: np.ndarray
-) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
-    """Returns the groups of the examples, and buckets of groups that weigh the same.
-
-    A bucket is (share of the source's draws, numbers of its groups); None as numbers means all
-    groups.
-    """
-    count = len(columns)
-    levels, level = np.unique(weights, return_inverse=True)
-    keys = (columns.image_set.astype(np.int64) * len(TASKS) + columns.task) * len(levels) + level
-    alone = columns.image_set == NONE
-    keys[alone] = -1 - np.arange(count)[alone]
-    # groups in the order of their keys
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    group = rank[group]  # [N], in the order of their first
-    members = np.argsort(group, kind="stable").astype(np.int32)
-    starts = np.zeros(len(first) + 1, np.int64)
-    np.cumsum(np.bincount(group), out=starts[1:])
-    groups = Groups(members, starts)
-    if len(levels) == 1:
-        return groups, [(1.0, None)]
-    of_group = level[members[starts[:-1]]]
-    buckets: list[tuple[float, np.ndarray | None]] = []
-    for i, value in enumerate(levels):
-        (numbers,) = np.nonzero(of_group == i)
-        buckets.append((float(value * len(numbers)), numbers))
-    return groups, buckets
 
 
 def _say_cut(sources: Sequence[_Source], config: Config) -> None:
@@ -408,60 +426,3 @@ def _say_dropped(sources: Sequence[_Source], config: Config) -> None:
             f"conversations and leaves out the {int(source.lengths.dropped.sum())} turns before "
             f"({', '.join(named)}{more}); choose stablelm or phi to train on all of them."
         )
-
-
-def source_order(weights: Sequence[float], seed: int) -> Iterator[int]:
-    """Yields the source of step 0, 1, ...
-
-    Under per-batch mixing: the published order of Python's own generator.
-    """
-    generator = random.Random(seed)
-    while True:
-        yield generator.choices(range(len(weights)), weights)[0]
-
-
-class _PerBatchOrder:
-    """Orders draws so that each step has one source.
-
-    A source goes on where the last step that had it ended.
-    """
-
-    def __init__(self, sources: Sequence, weights: Sequence[float], rows: int, seed: int):
-        self._sources, self._rows = sources, rows
-        self._choices = source_order(weights, seed)
-        self._lock = threading.Lock()
-        self._steps: list[tuple[int, int]] = []  # step -> source, and how often it came before
-        self._seen = [0] * len(sources)
-
-    def __getitem__(self, draw: int) -> tuple[int, int]:
-        step, row = divmod(draw, self._rows)
-        with self._lock:
-            while len(self._steps) <= step:
-                source = next(self._choices)
-                self._steps.append((source, self._seen[source]))
-                self._seen[source] += 1
-            source, before = self._steps[step]
-        return self._sources[source][before * self._rows + row]
-
-
-def _order(sources: Sequence[_Source], config: Config) -> "grain.MapDataset | _PerBatchOrder":
-    """Makes the global order, which maps the number of a draw to (source, group)."""
-    weights = [source.weight for source in config.data.sources]
-    shuffled = []
-    for s, source in enumerate(sources):
-        parts = []
-        for b, (_, numbers) in enumerate(source.buckets):
-            words = [config.seed % 2**32, s, b] if b else [config.seed % 2**32, s]
-            seed = int(np.random.SeedSequence(words).generate_state(1)[0])
-            count = len(source.groups if numbers is None else numbers)
-            part = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
-            parts.append(part.map(functools.partial(_place, s, numbers)))
-        shares = [share for share, _ in source.buckets]
-        shuffled.append(parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares))
-    if config.data.mixing == "per_batch":
-        return _PerBatchOrder(shuffled, weights, config.data.rows, config.seed)
-    return grain.MapDataset.mix(shuffled, weights)
-
-
-def _place(source: int, numbers: np.ndarray | None, i: int) -> tuple[int, int]:
-    return source, int(i if numbers is None else numbers[i])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from unimed_jax.config import ImageConfig
 from unimed_jax.errors import UserError
 
 MOST_PIXELS = 1 << 26  # of a picture: 8192 x 8192
@@ -32,6 +33,22 @@ def check_size(name: str, height: int, width: int, bytes_a_pixel: int = 1) -> No
             f"more than is read ({MOST_PIXELS} pixels, {MOST_BYTES >> 20} MiB, {MOST_SIDE} on a "
             "side); scale it down or cut it."
         )
+
+
+def chosen_frame(view: ImageConfig, frames: int, name: str) -> int:
+    """Returns the number, from 0, of the frame that is read of a picture with so many.
+
+    The middle one of n is number n // 2. name: of the picture in the sentence. Raises UserError if
+    the picture has no such frame.
+    """
+    if isinstance(view.frame, int):
+        if view.frame >= frames:
+            raise UserError(
+                f"image {name} has {frames} frame{'s' * (frames > 1)}, counted from 0, so it has no "
+                f"frame {view.frame}; choose another by the source's image.frame, or 'last'."
+            )
+        return view.frame
+    return {"middle": frames // 2, "last": frames - 1}.get(str(view.frame), 0)
 
 
 def one_line(text: object) -> str:

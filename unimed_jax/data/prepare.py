@@ -1,30 +1,35 @@
 """Writes what a reader gives into a `Store`, completely or not at all.
 
-This is done once, and by one process at a time.
+This is done once, and by one command at a time. The records are read in one process; their images
+are read, checked, encoded and hashed by as many as there are (data/image_shards.py). A command that
+was killed is repeated without storing the finished shards of images again.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
-import unicodedata
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from PIL import Image
 from tqdm import tqdm
 
-from unimed_jax import files, parsing, processes
-from unimed_jax.config import TASKS, VISUAL_TASKS
-from unimed_jax.data.columns import Collector, Column, Strings, hash_of
+from unimed_jax import files, processes
+from unimed_jax.config import ImageConfig, ReencodeConfig
+from unimed_jax.data import image_shards
+from unimed_jax.data.columns import Collector, Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
-from unimed_jax.data.images import check_header, read_bytes
+from unimed_jax.data.image_shards import FACTS, ImageShards, Source
+from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info, nearest_counts
+from unimed_jax.data.requirements import check, unanswered
 from unimed_jax.data.store import (
     MANIFEST,
     RECORDS,
@@ -38,14 +43,11 @@ from unimed_jax.data.store import (
 )
 from unimed_jax.errors import UserError
 
-# of an image: a file, its bytes, or pixels uint8 [H, W] or [H, W, 3]
-Source = str | Path | bytes | np.ndarray
 SHARD_RECORDS = 100_000
 SHARD_BYTES = 256 << 20
 NAMED = 5  # skipped records that a message names
-# categories of Unicode's white space, control and format characters
-INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
-FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that show nothing
+UNFINISHED = ".unfinished"  # how the folder ends in which a set is prepared
+KEPT = 7 * 24 * 3600.0  # seconds for which such a folder of another set stays after a kill
 
 
 class Reader(Protocol):
@@ -64,22 +66,38 @@ class Reader(Protocol):
         ...
 
 
+class How(NamedTuple):
+    """Says how a set is prepared: what becomes of its images and its faults, and who works."""
+
+    image: ImageConfig = PLAIN  # how its images are read; part of what the set is
+    reencode: ReencodeConfig = ReencodeConfig()  # part of what the set is
+    strict: bool = False  # whether a record that is left out is an error
+    workers: int = 0  # processes of `pool`; 0: all is done in this process
+    pool: Executor | None = None  # see `image_shards.processes`
+
+
+ALONE = How()
+
+
 def prepared(
-    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], cache: Path
+    reader: Reader,
+    info: Info,
+    folder: Path | None,
+    options: Mapping[str, Any],
+    cache: Path,
+    how: How = ALONE,
 ) -> Store:
     """Opens the store of a set, which is prepared in `cache` first if it is not there yet.
 
-    The folder's name follows from the set (name, place, options) and its version (reader, form, the
-    state of the raw files), so a changed set is prepared again next to the old one. Of two
-    processes the second waits for the first.
+    The folder's name follows from the set (name, place, options, settings of its images) and its
+    version (reader, form, the state of the raw files), so a changed set is prepared again next to
+    the old one. Of two commands the second waits for the first.
     """
-    which = _digest(info.name, str(folder and folder.resolve()), dict(options))
-    version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
-    target = cache / f"{info.name}-{which}-{version}"
+    target, work = _places(info, folder, options, cache, how)
     if not target.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            lock = (cache / f".{info.name}-{which}.lock").open("w")
+            lock = _lock_of(work).open("w")
         except OSError as error:
             raise UserError(
                 f"data set {info.name} cannot be kept in {cache} ({error.strerror or error}); set "
@@ -88,24 +106,103 @@ def prepared(
         with lock, _locked(lock):
             if not target.exists():  # another process may have prepared it while this one waited
                 files.remove_leftovers(cache)
-                older = [path.name for path in cache.glob(f"{info.name}-{which}-*")]
-                _write(reader, info, folder, options, target)
+                set_ = work.name.removesuffix(UNFINISHED).removeprefix(".")
+                older = [path.name for path in cache.glob(f"{set_}-*")]
+                _remove_forgotten(cache, work)
+                with files.resumed_folder(target, work) as place:
+                    _write(reader, info, folder, options, place, how)
                 _report(Store(target), older)
                 if not options:
                     _compare_counts(Store(target), info)
-    return Store(target)
+    store = Store(target)
+    if how.strict and store.skipped:
+        raise _refused(store.id, (store.folder / SKIPPED).read_text(encoding="utf-8").splitlines()[0])
+    return store
+
+
+def unstored(
+    reader: Reader,
+    info: Info,
+    folder: Path | None,
+    options: Mapping[str, Any],
+    cache: Path,
+    how: How = ALONE,
+) -> Iterator[tuple[Any, ...]]:
+    """Yields the arguments of `image_shards.store_chunk` for each chunk of a set that is to be stored.
+
+    When all are, `prepared` finds them.
+    """
+    target, work = _places(info, folder, options, cache, how)
+    if target.exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    later = image_shards.Later()
+    images = ImageShards(work, how.image, how.reencode, later, workers=0)
+    for found in _ahead(reader, info, folder, options, images):
+        if found.error is not None:
+            raise found.error
+        yield from later.take()
+    images.submit()
+    yield from later.take()
+
+
+def _places(
+    info: Info, folder: Path | None, options: Mapping[str, Any], cache: Path, how: How
+) -> tuple[Path, Path]:
+    """Returns the folder of a prepared set, and the one in which it is prepared."""
+    which = _digest(info.name, str(folder and folder.resolve()), dict(options), *_given(how))
+    version = _digest(SCHEMA, dataclasses.asdict(info), fingerprint(info, folder))
+    name = f"{info.name}-{which}"
+    return cache / f"{name}-{version}", cache / f".{name}{UNFINISHED}"
+
+
+def _lock_of(work: Path) -> Path:
+    return work.with_name(work.name.removesuffix(UNFINISHED) + ".lock")
+
+
+def _remove_forgotten(cache: Path, work: Path) -> None:
+    """Removes what killed commands left of other sets a week ago or earlier."""
+    for path in cache.glob(f".*{UNFINISHED}"):
+        with contextlib.suppress(OSError):  # gone already, or of another user
+            last = max(inside.stat().st_mtime for inside in (path, path / FACTS) if inside.exists())
+            if path == work or time.time() - last < KEPT:
+                continue
+            with _lock_of(path).open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: it is being prepared
+                files.remove_folder(path)
+
+
+def _refused(name: str, line: str) -> UserError:
+    return UserError(
+        f"data set {name} has a record that is left out ({line}), which config.data.strict=True "
+        "refuses; mend the record, or leave strict at False."
+    )
+
+
+def _given(how: How) -> list[dict[str, Any]]:
+    """Lists settings of images as JSON values; the default ones are those of a set without any."""
+    image = [] if how.image == PLAIN else [dataclasses.asdict(how.image)]
+    return image + ([dataclasses.asdict(how.reencode)] if how.reencode.asked else [])
 
 
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
     """Lists name, size and time of change of every file that `info.files` names.
 
-    Images are not in the list.
+    Images are not in the list. Raises UserError for a link to nothing.
     """
     if folder is None or info.self_contained:
         return []
     inside = (path for pattern in info.files for path in folder.glob(pattern))
     found = [folder] if folder.is_file() else sorted(set(inside))
-    return [[path.name, (facts := path.stat()).st_size, facts.st_mtime_ns] for path in found]
+    facts = []
+    for path in found:
+        try:
+            facts.append((path, path.stat()))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); restore it, or remove it."
+            ) from error
+    return [[path.name, fact.st_size, fact.st_mtime_ns] for path, fact in facts]
 
 
 def _digest(*words: Any) -> str:
@@ -127,6 +224,11 @@ def _report(store: Store, older: list[str]) -> None:
         processes.say(
             f"{store.id}: prepared again, because its files or its reader changed; "
             f"{', '.join(older)} in {store.folder.parent} can be deleted."
+        )
+    if store.films and store.image_settings.frame is None:
+        processes.say(
+            f"{store.id}: {store.films} images have several frames or pages, of which the first is "
+            "read; another is chosen by the source's image={'frame': ...}."
         )
     if store.skipped:
         lines = (store.folder / SKIPPED).read_text(encoding="utf-8").splitlines()
@@ -187,182 +289,171 @@ class _Shards:
             self._writer = None
 
 
+class _Read(NamedTuple):
+    """Holds what came from the reader: an example, or why a record is left out, or an error."""
+
+    split: str
+    example: Example | None = None
+    left_out: str = ""
+    error: UserError | None = None
+
+
+def _read(
+    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], images: ImageShards
+) -> Iterator[_Read]:
+    """Yields the records of all splits in order, each when its images have been looked at.
+
+    The reader is ahead of them, so that there is work for all processes.
+    """
+    waiting: deque[_Read] = deque()
+    for found in _ahead(reader, info, folder, options, images):
+        waiting.append(found)
+        while waiting and images.ready(_keys(waiting[0])):
+            yield waiting.popleft()
+    images.submit()
+    while waiting:
+        images.ready(_keys(waiting[0]), wait=True)
+        yield waiting.popleft()
+
+
+def _ahead(
+    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], images: ImageShards
+) -> Iterator[_Read]:
+    """Yields the records of all splits as they are read, and puts their images on the list.
+
+    A UserError is the last that it yields: what comes before it has its turn first.
+    """
+    try:
+        for split in info.splits:
+            left_out: list[str] = []
+            for example, sources in reader.read(folder, split, options, left_out):
+                yield from (_Read(split, left_out=line) for line in left_out)
+                left_out.clear()
+                check(example, info.name)
+                if reason := unanswered(example):
+                    yield _Read(split, left_out=f"{example.id}: {reason}")
+                    continue
+                for key, source in zip(example.images, sources, strict=True):
+                    images.ask(key, source)
+                yield _Read(split, example)
+            yield from (_Read(split, left_out=line) for line in left_out)
+    except UserError as error:
+        yield _Read("", error=error)
+
+
+def _keys(found: _Read) -> tuple[str, ...]:
+    return found.example.images if found.example else ()
+
+
 def _write(
-    reader: Reader, info: Info, folder: Path | None, options: Mapping[str, Any], target: Path
+    reader: Reader,
+    info: Info,
+    folder: Path | None,
+    options: Mapping[str, Any],
+    place: Path,
+    how: How,
 ) -> None:
-    with files.new_folder(target) as place:
-        examples, images, columns = _Shards(place, "examples"), _Shards(place, "images"), Collector()
-        digest = hashlib.sha256(f"{RECORDS}\0{info.version}".encode())
-        keys: dict[str, int] = {}
-        skipped: list[str] = []
-        splits: dict[str, tuple[int, int]] = {}
-        count = 0
-        with tqdm(desc=f"preparing {info.name}", unit=" examples", leave=False, disable=None) as bar:
-            for split in info.splits:
-                start = count
-                left_out: list[str] = []
-                for example, sources in reader.read(folder, split, options, left_out):
-                    check(example, info.name)
-                    found = unanswered(example) or _encoded(example, sources, keys)
-                    if isinstance(found, str):
-                        left_out.append(f"{example.id}: {found}")
-                        continue
-                    for key, (data, content) in found.items():
-                        keys[key] = len(keys)
-                        images.write(data)
-                        digest.update(f"\0{key}\0".encode() + hashlib.sha256(content).digest())
-                    packed = pack(example)
-                    digest.update(f"\0{split}\0".encode() + packed)
-                    examples.write(packed)
-                    columns.add(example)
-                    count += 1
-                    bar.update()
-                skipped += [f"{split}: {_one_line(line)}" for line in left_out]
-                if count > start:
-                    splits[split] = (start, count)
-        examples.close()
-        images.close()
-        if not count:
-            raise UserError(_nothing(info, folder, skipped))
-        made = columns.columns()
-        _check_ids(made.ids, place, info)
-        index = place / "index"
-        index.mkdir()
-        arrays = {
-            "task": made.task,
-            "image_count": made.images,
-            "image_set": made.image_set,
-            "ids": made.ids,
-        }
-        arrays |= _column_arrays("cluster", made.cluster)
-        for i, key in enumerate(made.meta_keys):
-            arrays |= _column_arrays(f"meta_{i}", made.meta(key))
-        hashes = np.array([hash_of(key) for key in keys], np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        arrays |= {"key_hashes": hashes[order], "key_order": order.astype(np.int32)}
-        arrays |= _text_arrays("keys", Strings.of(keys))
-        for name, array in arrays.items():
-            np.save(index / f"{name}.npy", array)
-        (place / SKIPPED).write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
-        records = examples.records | images.records
-        manifest = {
-            "schema": SCHEMA,
-            "info": dataclasses.asdict(info),
-            "options": dict(options),
-            "source": str(folder or ""),
-            "fingerprint": fingerprint(info, folder),
-            "checksum": digest.hexdigest(),
-            "splits": splits,
-            "skipped": len(skipped),
-            "meta_keys": made.meta_keys,
-            "files": {
-                str(path.relative_to(place)): facts_of(path, records.get(path.name))
-                for path in sorted(place.rglob("*"))
-                if path.is_file()
-            },
-        }
-        manifest["crc32"] = crc_of(manifest)
-        (place / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    pool = how.pool or image_shards.here()
+    images = ImageShards(place, how.image, how.reencode, pool, how.workers)
+    examples, columns = _Shards(place, "examples"), Collector()
+    version = "\0".join([f"{RECORDS}", info.version, *map(str, _given(how))])
+    digest = hashlib.sha256(version.encode())
+    skipped: list[str] = []
+    splits: dict[str, tuple[int, int]] = {}
+    count = films = 0
+    with tqdm(desc=f"preparing {info.name}", unit=" examples", leave=False, disable=None) as bar:
+        for split, example, left_out, error in _read(reader, info, folder, options, images):
+            if error is not None:
+                raise error
+            if example is not None and (reason := images.left_out(example.images)):
+                left_out = f"{example.id}: {reason}"
+            if left_out or example is None:
+                skipped.append(f"{split}: {_one_line(left_out)}")
+                if how.strict:
+                    raise _refused(info.name, skipped[-1])
+                continue
+            for key in example.images:
+                if first := images.use(key):
+                    films += first.frames > 1
+                    digest.update(f"\0{key}\0".encode() + bytes.fromhex(first.digest))
+            example = _scaled(example, images)
+            packed = pack(example)
+            digest.update(f"\0{split}\0".encode() + packed)
+            examples.write(packed)
+            columns.add(example)
+            splits[split] = (splits.get(split, (count, 0))[0], count + 1)
+            count += 1
+            bar.update()
+    examples.close()
+    if not count:
+        raise UserError(_nothing(info, folder, skipped))
+    made = columns.columns()
+    _check_ids(made.ids, place, info)
+    _write_index(place, made, images.keys)
+    (place / SKIPPED).write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
+    files.remove_folder(place / FACTS)  # of which nothing belongs to the store
+    records = examples.records | images.records
+    for path in place.iterdir():  # an earlier try may have had more
+        if path.is_file() and path.name not in {*records, SKIPPED}:
+            path.unlink()
+    manifest = {
+        "schema": SCHEMA,
+        "info": dataclasses.asdict(info),
+        "options": dict(options),
+        "source": str(folder or ""),
+        "fingerprint": fingerprint(info, folder),
+        "checksum": digest.hexdigest(),
+        "splits": splits,
+        "skipped": len(skipped),
+        # what is encoded again has been read by these settings
+        "image": dataclasses.asdict(PLAIN if how.reencode.asked else how.image),
+        "films": 0 if how.reencode.asked and how.image.frame is not None else films,
+        "meta_keys": made.meta_keys,
+        "files": {
+            str(path.relative_to(place)): facts_of(path, records.get(path.name))
+            for path in sorted(place.rglob("*"))
+            if path.is_file()
+        },
+    }
+    manifest["crc32"] = crc_of(manifest)
+    (place / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def check(example: Example, name: str) -> None:
-    """Raises UserError for an example that no task can use, or whose texts are not texts."""
-    where = f"record {name}/{example.id}"
-    named = ascii(where)[1:-1]  # an id that is not text cannot be printed
-    for field, text in _texts(example):
-        if not isinstance(text, str):
-            raise UserError(
-                f"{ascii(where)[1:-1]}: its {field} is {ascii(text)[:80]}, which is no text; mend "
-                "the record."
-            )
-        if not parsing.is_text(text):
-            raise UserError(
-                f"{named}: its {field} holds half of a surrogate pair, which is no character "
-                f"({ascii(text)[1:-1][:80]}); mend the record."
-            )
-    if example.task not in TASKS:
-        raise UserError(f"{where}: task {example.task!r} is unknown; choose from {', '.join(TASKS)}.")
-    visual = example.task in VISUAL_TASKS
-    if visual != bool(example.images):
-        raise UserError(
-            f"{where}: task {example.task!r} "
-            + ("needs an image." if visual else "is text alone and takes no image; use 'vqa' for it.")
-        )
+def _write_index(place: Path, made: Columns, keys: list[str]) -> None:
+    """Writes the columns, and the keys of the images in the order in which they are stored."""
+    index = place / "index"
+    files.remove_folder(index)  # of an earlier try
+    index.mkdir()
+    arrays = {
+        "task": made.task,
+        "image_count": made.images,
+        "image_set": made.image_set,
+        "ids": made.ids,
+    }
+    arrays |= _column_arrays("cluster", made.cluster)
+    for i, key in enumerate(made.meta_keys):
+        arrays |= _column_arrays(f"meta_{i}", made.meta(key))
+    hashes = np.array([hash_of(key) for key in keys], np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    arrays |= {"key_hashes": hashes[order], "key_order": order.astype(np.int32)}
+    arrays |= _text_arrays("keys", Strings.of(keys))
+    for name, array in arrays.items():
+        np.save(index / f"{name}.npy", array)
 
 
-def _texts(example: Example) -> Iterator[tuple[str, Any]]:
-    """Yields every text of an example with the words that name it in errors."""
-    yield from (
-        ("id", example.id),
-        ("task", example.task),
-        ("question", example.question),
-        ("answer", example.answer),
-    )
-    yield from (("image", key) for key in example.images)
-    yield "cluster", example.cluster
-    yield from (("meta", text) for pair in example.meta.items() for text in pair)
-    yield from (("earlier turn", text) for turn in example.history for text in turn)
-
-
-def unanswered(example: Example) -> str:
-    """Says which answer of an example is empty or blank, so that nothing can be learnt from it.
-
-    Returns an empty text if none is.
-    """
-    if _blank(example.answer):
-        return "its answer is empty"
-    return "an earlier answer is empty" if any(_blank(answer) for _, answer in example.history) else ""
-
-
-def _blank(text: str) -> bool:
-    """Says whether a text shows nothing.
-
-    Such a text holds only white space, control and format characters, and fillers.
-    """
-    return all(unicodedata.category(c) in INVISIBLE or c in FILLERS for c in text)
+def _scaled(example: Example, images: ImageShards) -> Example:
+    """Fits the box of an example to its image, if that is stored in another size."""
+    sizes = images.sizes(example.images[0]) if example.box and example.images else None
+    if sizes is None or example.box is None:
+        return example
+    scales = (sizes[2] / sizes[0], sizes[3] / sizes[1]) * 2
+    x1, y1, x2, y2 = (round(side * scale) for side, scale in zip(example.box, scales, strict=True))
+    return dataclasses.replace(example, box=(x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
 
 
 def _one_line(text: str) -> str:
     """Makes any text fit for a line of skipped.txt."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-
-
-def no_image(path: Path) -> str:
-    """Says why the file of an image cannot be read, and returns an empty text if it can."""
-    reason = parsing.no_file(path)
-    return (
-        f"no image {path}" if reason == "does not exist" else f"image {path} {reason}" if reason else ""
-    )
-
-
-def _encoded(
-    example: Example, sources: Iterable[Source], keys: Mapping[str, int]
-) -> dict[str, tuple[bytes, bytes]] | str:
-    """Reads the images of an example that are not stored yet.
-
-    Returns key -> (bytes to store, bytes to hash). A text instead says why the example is left out:
-    the file of an image cannot be read, or its header is not that of a picture. What comes after
-    the header is decoded when it is needed.
-    """
-    found: dict[str, tuple[bytes, bytes]] = {}
-    for key, source in zip(example.images, sources, strict=True):
-        if key in keys or key in found:
-            continue
-        if isinstance(source, np.ndarray):
-            buffer = io.BytesIO()
-            Image.fromarray(source).save(buffer, "PNG")
-            # Compression differs between versions of zlib, pixels do not.
-            found[key] = buffer.getvalue(), str(source.shape).encode() + source.tobytes()
-            continue
-        if not isinstance(source, bytes) and (reason := no_image(Path(source))):
-            return reason
-        try:
-            data = source if isinstance(source, bytes) else read_bytes(source)
-            check_header(data, f"{key!r}" if isinstance(source, bytes) else str(source))
-        except UserError as error:
-            return str(error).rstrip(".")
-        found[key] = data, data
-    return found
 
 
 def _nothing(info: Info, folder: Path | None, skipped: list[str]) -> str:

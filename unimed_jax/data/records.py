@@ -4,6 +4,7 @@ Every function that raises names the file and the record, so that whoever holds 
 """
 
 import csv
+import functools
 import hashlib
 import io
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.data.images import upright_size
-from unimed_jax.data.tables import check_content, parquet_rows
-from unimed_jax.errors import UserError, nearest
+from unimed_jax.data.tables import parquet_rows
+from unimed_jax.errors import UserError, misspelt, nearest
 from unimed_jax.parsing import json_lines, parse_json, read_text
 
 Record = dict[str, Any]
@@ -23,20 +24,23 @@ LARGEST = 8 << 30  # bytes of a file of records; the largest public ones have on
 FORM = "give a list of records, or one record a line"
 
 
-def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
-    """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file.
+def records(file: Path, form: str = FORM, spellings: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
+    """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file, the texts also as .gz.
 
     Before each record come the words that name it in errors. JSON is a list of objects or, whatever
-    the file's ending, one object a line. form: how the file should look, for errors. Raises
-    UserError if the file cannot be read or is something else.
+    the file's ending, one object a line. form: how the file should look, for errors. spellings: of
+    one key, that occur side by side. Raises UserError if the file cannot be read or is something
+    else, or if a key of a record looks like a misspelling of one that others have.
     """
     if file.suffix == ".parquet":
         yield from parquet_rows(file)
         return
     text = read_text(file, "restore it", LARGEST)
-    check_content(text[:200], file)
-    if file.suffix in (".csv", ".tsv"):
-        yield from _rows(text, file)
+    if re.match(r"\s*<(!doctype|\?xml)", text[:200], re.IGNORECASE):
+        raise UserError(f"{file} is a web page, not the data itself; download the file again.")
+    kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    if kind in (".csv", ".tsv"):
+        yield from _rows(text, file, "\t" if kind == ".tsv" else ",")
         return
     if re.match(r"\s*\{", text):
         numbered = json_lines(text, str(file), form, characters=False)
@@ -48,19 +52,23 @@ def records(file: Path, form: str = FORM) -> Iterator[tuple[str, Record]]:
         if not isinstance(found, list):
             raise UserError(f"{file} is not a list of records; {form}.")
         named = ((f"{file}, record {number}", record) for number, record in enumerate(found))
+    seen: dict[str, None] = {}
     for where, record in named:
         if not isinstance(record, dict):
             raise UserError(f"{where} is no object, so this is not a list of records; {form}.")
+        for key in [key for key in record if key not in seen]:
+            other = misspelt(key, [known for known in seen if known not in record])
+            if other and key not in spellings:
+                raise UserError(f"{where}: key {key!r} is unknown; did you mean {other!r}?")
+            seen[key] = None
         yield where, record
 
 
-def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
+def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, Record]]:
     """Yields the rows of a table whose first line names its columns."""
     limit = csv.field_size_limit(len(text) + 1)  # the default cuts long reports and pictures in base64
     try:
-        rows = csv.reader(
-            io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True
-        )
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = next(rows, [])
         if len(set(names)) < len(names) or not all(names[1:]) or names == [""]:  # "": pandas' index
             raise UserError(
@@ -82,6 +90,22 @@ def _rows(text: str, file: Path) -> Iterator[tuple[str, Record]]:
         csv.field_size_limit(limit)
 
 
+def repeated_images(file: Path) -> dict[str, str]:
+    """Finds the pictures of a table that other rows name by the `index` of the row that holds them.
+
+    VLMEvalKit's tables hold a picture in base64 once, and that index in its place in other rows.
+    Returns index -> picture.
+    """
+    named = {
+        cell for _, record in records(file) if (cell := str(record.get("image") or "").strip()).isdigit()
+    }
+    return {
+        index: record["image"]
+        for _, record in (records(file) if named else ())
+        if (index := str(record.get("index")).strip()) in named and not record["image"].isdigit()
+    }
+
+
 # ---- fields ----------------------------------------------------------------------------------------
 def word(
     record: Mapping[str, Any], key: str, where: str, required: bool = False, numbers: bool = False
@@ -91,7 +115,7 @@ def word(
     numbers: a number is taken as its text. Raises UserError for anything else, or if a required key
     is absent.
     """
-    value = record.get(key)
+    value = record.get(key) if required else optional(record, key, where)
     if value is None and not required:
         return ""
     if not (isinstance(value, str) or (numbers and type(value) in (int, float))):
@@ -99,6 +123,21 @@ def word(
             raise UserError(f"{where}: {key!r} is {short(value)}; give a text, or leave it out.")
         raise UserError(f"{where}: {key!r} is missing{nearest(key, record) or '.'}")
     return str(value).strip()
+
+
+def optional(record: Mapping[str, Any], key: str, where: str) -> Any:
+    """Returns the value of a key that a record may lack, then None.
+
+    Raises UserError if it is absent, but another key looks like a misspelling of it.
+    """
+    if key not in record and (other := _misspelt(key, tuple(record))):
+        raise UserError(f"{where}: key {other!r} is unknown; did you mean {key!r}?")
+    return record.get(key)
+
+
+@functools.lru_cache(1024)
+def _misspelt(key: str, keys: tuple[str, ...]) -> str:
+    return misspelt(key, keys)
 
 
 def check_keys(record: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -157,11 +196,49 @@ def short(value: Any) -> str:
 
 # ---- images ----------------------------------------------------------------------------------------
 def inside(folder: Path, images: Path, name: str, where: str) -> Path:
-    """Returns the path `images`/`name`, and raises UserError if it lies outside `folder`."""
+    """Returns the path `images`/`name`, and raises UserError if it leads out of `folder`.
+
+    It may do so by its words (absolute, or ..) or by a link on its way. Images in a folder outside
+    `folder`, which only a setting can name, may not leave that. where: starts the sentence.
+    """
+    folder, images = Path(os.path.normpath(folder)), Path(os.path.normpath(images))
+    root = folder if images.is_relative_to(folder) else images
     path = Path(os.path.normpath(images / name))
-    if not path.is_relative_to(os.path.normpath(folder)):
-        raise UserError(f"{where}: image {name!r} lies outside {folder}; give its path within {images}.")
+    if not path.is_relative_to(root):
+        raise UserError(
+            f"{where}: image {short(name)} lies outside {root}; give its path within {images}."
+        )
+    try:
+        real, homes = os.path.realpath(path), _homes(root)
+    except (OSError, ValueError):  # a name that no file can have is reported when it is opened
+        return path
+    if not any(Path(real).is_relative_to(home) for home in homes):
+        raise UserError(
+            f"{where}: {path} is a link to {real}, which lies outside {root}; put a copy in the link's "
+            "place."
+        )
     return path
+
+
+def _homes(root: Path) -> list[str]:
+    """Lists the real folders in which the links of a data set may end.
+
+    That is its own, and `blobs` for one in the cache of Hugging Face, whose files are all links.
+    """
+    real = os.path.realpath(root)
+    cached = re.match(r"(.*/(?:datasets|models)--[^/]+)/snapshots/[^/]+(/|$)", real)
+    return [real, f"{cached[1]}/blobs"] if cached else [real]
+
+
+def check_links(folder: Path, patterns: Sequence[str]) -> None:
+    """Raises UserError if a file of a data set is a link that leads out of its folder.
+
+    patterns: of the files, as in `Info.files`.
+    """
+    if folder.is_dir():
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                inside(folder, folder, str(path.relative_to(folder)), f"{folder}")
 
 
 def picture_of(cell: Any, folder: Path, where: str) -> tuple[str, Path | bytes] | str:
@@ -182,22 +259,19 @@ def picture_of(cell: Any, folder: Path, where: str) -> tuple[str, Path | bytes] 
     return cell, inside(folder, folder, cell, where)
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Reads (width, height) from the header of an image, upright as EXIF says.
-
-    Returns None if the file is not a picture.
-    """
+def size_of(path: Path) -> tuple[int, int] | str:
+    """Reads (width, height) from the header of an image, upright as EXIF says, or why it cannot."""
     try:
         return upright_size(path)
-    except UserError:
-        return None
+    except UserError as error:
+        return str(error).rstrip(".")
 
 
 def other_size(path: Path, size: tuple[int, int]) -> str:
     """Says that an image has another size than its annotation gives it, or "" if it has the same."""
     found = size_of(path)
-    if found is None or found == size:
-        return ""  # a file that is not a picture is reported when it is decoded
+    if isinstance(found, str) or found == size:
+        return ""  # a file that is not a picture is reported when it is stored
     return f"image {path} has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}"
 
 

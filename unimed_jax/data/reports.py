@@ -1,9 +1,10 @@
-"""Reads studies with their reports in R2Gen's form, which MIMIC-CXR and IU X-Ray share.
+"""Reads reports: R2Gen's annotation, which MIMIC-CXR and IU X-Ray share, and sections of free texts.
 
 annotation.json is {"train": [{"id", "report", "image_path": [...], ...}, ...], "val": [...],
 "test": [...]}.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from unimed_jax.errors import UserError
 from unimed_jax.parsing import parse_json, read_text
 
 FILE = "annotation.json"
+_BOTH = r"(?i:findings?[ \t]*(?:and|&|/|,)[ \t]*impressions?)"
+_KNOWN = rf"{_BOTH}|(?i:findings?)|(?i:impressions?)"
+# A heading begins a line. Those that are known may be in small letters, or alone on their line without
+# a colon; all others are capitals before a colon, of three signs or more.
+_HEADING = re.compile(
+    rf"^[ \t]*(?:(?P<known>{_KNOWN})[ \t]*(?::|$)|[A-Z][A-Z0-9 \t/&(),.'-]+[A-Z0-9)][ \t]*:)", re.M
+)
 
 
 def studies(
@@ -35,7 +43,7 @@ def studies(
         names = _names(record, where)[:largest]
         name = word(record, "id", where, required=True, numbers=True)
         group = word(record, cluster, where, numbers=True) or name
-        report = " ".join(word(record, "report", where).split())
+        report = flat(word(record, "report", where))
         paths = tuple(inside(folder, images, found, where) for found in names)
         views = f"{len(names)} view" + "s" * (len(names) > 1)
         yield (
@@ -51,3 +59,25 @@ def _names(record: Record, where: str) -> list[str]:
     if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
         raise UserError(f"{where}: 'image_path' is {short(found)}; give a list of paths.")
     return found
+
+
+def sections(report: str) -> dict[str, str]:
+    """Finds the sections "findings" and "impression" of a report by their headings.
+
+    A section ends where the next heading begins, whichever that is. One heading for both, as
+    FINDINGS AND IMPRESSION, gives both the same text. Of several sections of a name the last that is
+    not empty counts, since addenda follow. A name without a heading is absent.
+    """
+    found: dict[str, str] = {}
+    headings = list(_HEADING.finditer(report.replace("\r", "\n")))
+    for heading, following in zip(headings, [*headings, None][1:], strict=True):
+        text = report[heading.end() : following.start() if following else len(report)].strip()
+        name = (heading["known"] or "").lower()
+        if text:
+            found |= {part: text for part in ("findings", "impression") if part.rstrip("s") in name}
+    return found
+
+
+def flat(text: str) -> str:
+    """Writes a text on one line with single blanks."""
+    return " ".join(text.split())

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from unimed_jax.config import ImageConfig
 from unimed_jax.data.columns import Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
 from unimed_jax.data.images import read_image
@@ -36,6 +37,7 @@ MANIFEST = "manifest.json"
 SKIPPED = "skipped.txt"
 CHUNK = 256  # examples read at once while iterating
 AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
+OPEN = 128  # files of a kind that are open at once; a large set has more than a process may open
 MAPPED = 1 << 16  # bytes from which an array is mapped instead of read
 _AGAIN = "delete that folder and run again: it is prepared again from the source"
 
@@ -58,6 +60,8 @@ class Store:
             self.id = self.name = self.info.name
             self.checksum: str = manifest["checksum"]
             self.skipped: int = manifest["skipped"]
+            self.image_settings = image_settings_of(manifest.get("image", {}))
+            self.films: int = manifest.get("films", 0)  # images of several frames
             self._bounds: dict[str, tuple[int, int]] = {
                 split: (a, b) for split, (a, b) in manifest["splits"].items()
             }
@@ -99,13 +103,13 @@ class Store:
         )
 
     def image(self, key: str) -> np.ndarray:
-        """Decodes the image of a key, uint8 [H, W, 3].
+        """Decodes the image of a key by the set's image settings, uint8 [H, W, 3].
 
         Raises UserError if there is none, or if its bytes are not an image.
         """
         data = self.encoded(key)
         try:
-            return read_image(data)
+            return read_image(data, self.image_settings)
         except UserError as error:
             raise UserError(f"data set {self.id}, image {key!r}: {error}") from error
 
@@ -164,7 +168,7 @@ class Store:
 class _Shards:
     """Reads the records of some array_record files, counted through.
 
-    Files are opened when first read.
+    Files are opened when first read, and at most `OPEN` stay open.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], kind: str):
@@ -191,6 +195,8 @@ class _Shards:
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
             if shard not in self._readers:
+                if len(self._readers) >= OPEN:  # whoever reads from it just now keeps it alive
+                    del self._readers[next(iter(self._readers))]
                 self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), AT_RANDOM)
             return self._readers[shard]
 
@@ -239,6 +245,12 @@ def info_of(fields: dict[str, Any]) -> Info:
     """Makes an `Info` from the JSON of what `dataclasses.asdict` made of one."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Info(**plain)
+
+
+def image_settings_of(fields: Mapping[str, Any]) -> ImageConfig:
+    """Makes an `ImageConfig` from the JSON of what `dataclasses.asdict` made of one."""
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return ImageConfig(**plain)
 
 
 def crc_of(manifest: Mapping[str, Any]) -> int:

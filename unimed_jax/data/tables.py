@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import UserError
-from unimed_jax.parsing import no_file
+from unimed_jax.parsing import no_file, refuse_stand_in
 
 PARQUET = ("*.parquet", "*/*.parquet", "*/*/*.parquet")  # where tables lie, for Info.files
 SPELT = {
@@ -19,7 +19,6 @@ SPELT = {
     "val": ("validation", "validate", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-POINTER = "version https://git-lfs.github.com/spec/"  # how a file begins that Git-LFS has not fetched
 ROWS = 16  # that are decoded at once; a row may hold a picture of many MB
 _SHARD = re.compile(r"(?P<name>.*?)-?(?P<number>\d{4,5})(-of-(?P<count>\d{4,5}))?")
 
@@ -43,8 +42,7 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     reason = no_file(file)
     if reason:
         raise UserError(f"{file} {reason}; get it again.")
-    with file.open("rb") as stream:
-        check_content(stream.read(200).decode("utf-8", "replace"), file)
+    refuse_stand_in(file)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:
@@ -63,21 +61,12 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file} has several columns {doubled[0]!r}; rename them.")
 
 
-def check_content(head: str, file: Path) -> None:
-    """Raises UserError for a file whose beginning shows that its content was never downloaded."""
-    if head.startswith(POINTER):
-        raise UserError(
-            f"{file} is a pointer of Git-LFS, not the data itself; fetch it with `git lfs pull`."
-        )
-    if re.match(r"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        raise UserError(f"{file} is a web page, not the data itself; download the file again.")
-
-
 # ---- which files -----------------------------------------------------------------------------------
 def parquet_files(folder: Path, split: str) -> list[Path]:
     """Lists the tables of a split in the order of their shards; empty if there are none.
 
-    Raises UserError if a shard is missing, or if two sets of tables could be meant.
+    Raises UserError if a shard is missing, if two sets of tables could be meant, or if the hub has
+    converted only a part of a set.
     """
     found = {file for pattern in PARQUET for file in folder.glob(pattern)}
     sets = defaultdict(list)
@@ -85,20 +74,27 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
         if split_of(file, folder) == split:
             sets[shard_set(file)].append(file)
     if len(sets) > 1:
-        one, two = (min(files) for files in list(sets.values())[:2])
+        one, two = (min(some) for some in list(sets.values())[:2])
         raise UserError(
             f"{folder} holds several sets of tables for {split} (with {min(one, two)} and "
             f"{max(one, two)}); give the folder of one of them as path."
         )
-    return [file for files in sets.values() for file in in_order(files)]
+    files = [file for some in sets.values() for file in in_order(some)]
+    if files and files[0].parent.name.startswith("partial-"):
+        raise UserError(
+            f"{files[0].parent} is only the part of {split} that the hub has converted; get the set's "
+            "own files."
+        )
+    return files
 
 
 def split_of(file: Path, folder: Path) -> str | None:
-    """Tells a file's split by its name, or else by the folders above it up to `folder`.
+    """Tells a file's split by its name, or else by the folders above it within `folder`.
 
     train, val or test; None if no name says it or several do.
     """
-    for name in (file.stem, *(part.name for part in file.parents if part.is_relative_to(folder))):
+    above = [part.name for part in file.parents if part != folder and part.is_relative_to(folder)]
+    for name in (file.stem, *above):
         parts = re.split(r"[^a-z]+", name.lower())
         named = {split for split, words in SPELT.items() if set(words) & set(parts)}
         if named:

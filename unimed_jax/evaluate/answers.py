@@ -145,8 +145,16 @@ def answer_units(
 
 
 def batches(unit: Unit) -> Iterator[list[int]]:
-    """Yields the places of the unit's examples, batch by batch, the shortest questions first."""
-    order = sorted(range(len(unit.examples)), key=lambda i: len(unit.examples[i].question))
+    """Yields the places of the unit's examples, batch by batch, the shortest prompts first.
+
+    Those with the fewest images come first, then those with the shortest questions.
+    """
+
+    def size(place: int) -> tuple[int, int]:
+        example = unit.examples[place]
+        return len(example.images), len(example.question)
+
+    order = sorted(range(len(unit.examples)), key=size)
     for start in range(0, len(order), unit.batch):
         yield order[start : start + unit.batch]
 

@@ -40,12 +40,13 @@ def fit(task: str, train: Sequence[Example]) -> Fitted:
     train = [example for example in train if example.task == task]
     if not train:
         return Fitted()
-    simple, learned = _simple(task, train), _learned(task, train)
-    return Fitted(simple, learned) if task == "qa" else Fitted({**simple, **learned})
+    learned = _learned(task, train)
+    own = simple(task, train)
+    return Fitted(own, learned) if task == "qa" else Fitted({**own, **learned})
 
 
-def _simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
-    """Fits majorities, medians or medoids, whichever suit the task."""
+def simple(task: str, train: Sequence[Example]) -> dict[str, Baseline]:
+    """Fits majorities, medians or medoids, whichever suit the task, to training examples of it."""
     if task in ("vqa", "qa", "cls"):
         fitted = {"majority_per_template": _majority(train, _template)}
         if task == "vqa":  # stronger if one template asks about several structures

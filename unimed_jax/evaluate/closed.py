@@ -25,14 +25,26 @@ _RIVALS = (
     {"上", "下"},
     {"前", "后"},
     {"是", "否"},
+    {"男", "女"},
 )
-_ENGLISH_NEGATIONS = {"no", "not", "without", "never", "neither", "nor", "cannot", "instead", "than"}
-_NEGATIONS = _ENGLISH_NEGATIONS | {"不", "没", "沒", "無", "无", "未", "非"}
+_ENGLISH_NEGATIONS = {
+    *("no", "non", "not", "none", "without", "never", "neither", "nor", "cannot", "instead", "than"),
+    *("absence", "hardly", "lack", "lacks", "negative", "unlikely"),
+}
+_CHINESE_NEGATIONS = {"不", "没", "沒", "無", "无", "未", "非"}
+_NEGATIONS = _ENGLISH_NEGATIONS | _CHINESE_NEGATIONS
 # Words that may stand between a negation and what it denies: "not on the left", "no evidence of a mass".
 _ARTICLES = {"a", "an", "the", "any"}
-_SMALL = _ARTICLES | {"on", "in", "at", "of", "to", "is", "evidence", "sign", "signs"}
+_SMALL = _ARTICLES | {
+    *("on", "in", "at", "of", "to", "for", "is", "be", "been", "seen", "found", "located"),
+    *("evidence", "sign", "signs", "them", "是", "在", "有", "见", "見", "明", "显", "顯"),
+}
 _JOINS = {"or", "and", "maybe", "perhaps", "possibly"}
-_SLASH = regex.compile(r"(?<=[^\W\d_])\s*/\s*(?=[^\W\d_])")
+# What offers a choice: "CT/MRI", "liver|spleen", 左或右, 是还是不是; not "L4/5" nor 还是 for "still".
+_OR = regex.compile(
+    r"(?<=\w)\s*[/|\\]\s*(?=[^\W\d_])|(?<=[^\W\d_])\s*[/|\\]\s*(?=\w)"
+    r"|或者|或是|或|(?<=\p{Han})(?:还是|還是)"
+)
 _CLAUSE_END = regex.compile(r"[,.;:!?。、](?!\d)| - ")
 
 
@@ -40,43 +52,46 @@ def closed_accuracy(prediction: str, reference: str) -> bool:
     """Says whether an answer chooses the reference and nothing else, which an empty one does not.
 
     * Reference "yes" or "no": the first yes or no in the answer decides. "Yes, no fracture is seen"
-      is yes, "no evidence of a mass, yes" is no. An answer that offers both ("yes or no", "yes/no")
-      is neither.
+      is yes, "no evidence of a mass, yes" is no. An answer that offers both ("yes or no", "yes/no",
+      "yes, no" and nothing behind it) is neither, and so is one that denies it ("not yes").
     * Any other reference: its words stand together in the answer as whole words, are not denied
       ("not on the left") and not one of several ("left or right", "CT/MRI"). Words that exclude
       each other (left and right, axial and coronal) count as several wherever the second one
       stands, unless it is denied ("left, not right").
     """
     wanted = tokens(_spelled(reference))
-    if wanted in (["yes"], ["no"]):
-        return _polarity(tokens(_spelled(prediction))) == wanted[0]
     clauses = [tokens(clause) for clause in _CLAUSE_END.split(_spelled(prediction))]
     # A reference may hold punctuation itself, so its words are sought in the whole answer.
     said = [word for clause in clauses for word in clause]
     ends = {0}  # where clauses begin
     for clause in clauses:
         ends.add(max(ends) + len(clause))
+    if wanted in (["yes"], ["no"]):
+        return _polarity(said, ends) == wanted[0]
     starts = [i for i in range(len(said) - len(wanted) + 1) if said[i : i + len(wanted)] == wanted]
-    stated = [i for i in starts if not _denied(said, i, ends)]
+    stated = [i for i in starts if not (_denied(said, i, ends) or _asked(said, i, len(wanted), ends))]
     if not wanted or not stated or _names_rival(said, wanted, ends):
         return False
     return "or" in wanted or not any(_among_several(said, i, len(wanted)) for i in stated)
 
 
 def _spelled(text: str) -> str:
-    """Folds the text and writes a slash between words as "or"."""
-    return _SLASH.sub(" or ", folded(text))
+    """Folds the text and writes what offers a choice as "or"."""
+    return _OR.sub(" or ", folded(text))
 
 
-def _polarity(said: list[str]) -> str | None:
-    """Returns the first yes or no, or None if neither is said or both are offered."""
+def _polarity(said: list[str], clause_starts: set[int]) -> str | None:
+    """Returns the first yes or no, or None if neither is said, both are offered, or it is denied."""
     places = [i for i, word in enumerate(said) if word in ("yes", "no")]
     if not places:
         return None
     first = places[0]
+    if first not in clause_starts and said[first - 1] == "not":
+        return None
     for i in places[1:]:
-        between = said[first + 1 : i]
-        if said[i] != said[first] and {"or", "and"} & set(between) and set(between) <= _JOINS:
+        between = set(said[first + 1 : i])
+        offered = {"or", "and"} & between or i + 1 == len(said)
+        if said[i] != said[first] and offered and between <= _JOINS:
             return None
     return said[first]
 
@@ -93,6 +108,13 @@ def _denied(said: list[str], i: int, clause_starts: set[int]) -> bool:
         if said[i] not in _SMALL:
             return False
     return False
+
+
+def _asked(said: list[str], start: int, length: int, clause_starts: set[int]) -> bool:
+    """Says whether the words from `start` and their denial are a question: 有没有, 是不是."""
+    words, stop = said[start : start + length], start + length
+    after = said[stop:] if stop not in clause_starts else []
+    return bool(after) and after[0] in _CHINESE_NEGATIONS and after[1 : length + 1] == words
 
 
 def _names_rival(said: list[str], wanted: list[str], clause_starts: set[int]) -> bool:

@@ -24,6 +24,11 @@ def export_questions(config: Config, folder: str | Path, split: str | None = Non
 
     units, _ = units_of(config, open_sets(config.held_out))
     units = [unit for unit in units if split in (None, unit.split)]
+    if not units and not split:
+        raise UserError(
+            "config.evaluate.splits and config.evaluate.entries are empty, so that nothing is asked; "
+            "name a split."
+        )
     if not units:
         raise UserError(f"--split={split} is not in config.evaluate.entries; name one of their splits.")
     written: dict[tuple[str, str], str] = {}  # (set, key) -> path

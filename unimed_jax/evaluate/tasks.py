@@ -285,7 +285,8 @@ def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ..
     """Gives each example the images of another one with as many, or returns None if that cannot be.
 
     The images are permuted, none keeps its place, and none stays within its cluster (slab, patient)
-    unless one cluster holds more than half of the examples.
+    unless one cluster holds more than half of the examples. Where only one example has so many images,
+    or few do, they come from all others outside its cluster.
     """
     out: list[tuple[str, ...]] = [()] * len(examples)
     groups = defaultdict(list)
@@ -293,6 +294,8 @@ def permute_images(examples: Sequence[Example], seed: int) -> list[tuple[str, ..
         groups[len(example.images)].append(i)
     for count, places in groups.items():
         permuted = _permuted([examples[i] for i in places], seed) if count else None
+        if permuted is None and count and len(groups) > 1:
+            permuted = _borrowed([examples[i] for i in places], examples, count, seed)
         if permuted is None:
             return None
         for i, images in zip(places, permuted, strict=True):
@@ -320,3 +323,25 @@ def _permuted(examples: Sequence[Example], seed: int) -> list[tuple[str, ...]] |
         if all(found != example.images for found, example in zip(images, examples, strict=True)):
             return images
     return None
+
+
+def _borrowed(
+    some: Sequence[Example], examples: Sequence[Example], count: int, seed: int
+) -> list[tuple[str, ...]] | None:
+    """Draws `count` images for each of some examples, from all examples outside its cluster.
+
+    Returns None if there are not so many.
+    """
+    rng = np.random.default_rng(seed)
+    pools: dict[str, list[str]] = {}
+    out = []
+    for example in some:
+        cluster = example.cluster or example.id
+        if cluster not in pools:
+            others = (e.images for e in examples if (e.cluster or e.id) != cluster)
+            pools[cluster] = list(dict.fromkeys(key for images in others for key in images))
+        pool = [key for key in pools[cluster] if key not in example.images]
+        if len(pool) < count:
+            return None
+        out.append(tuple(pool[i] for i in rng.choice(len(pool), count, replace=False)))
+    return out

@@ -23,13 +23,16 @@ _TYPOGRAPHY = str.maketrans(
     }
 )
 _THIN_BLANK = regex.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # separates thousands
-_POWER = regex.compile(r"(?<=\p{Nd})(?=\p{No})")  # NFKC would make 102 of 10² and 11/2 of 1½
+# NFKC would make 102 of 10², 10-3 of 10⁻³ and 11/2 of 1½
+_POWER = regex.compile(r"(?<=\p{Nd})(?=[⁺⁻]?\p{No})")
 _INVISIBLE = regex.compile(r"\p{Cf}+")  # soft hyphens, joiners, marks of writing direction
 _OTHER_DIGIT = regex.compile(r"[^\P{Nd}0-9]")
 
 _LETTER = r"[\w\p{M}]"  # with combining marks, which belong to the letter before them
 _BEFORE = rf"(?<!{_LETTER})(?<!\d[.,])"  # no number goes on here
-_THOUSANDS = regex.compile(_BEFORE + r"[1-9](?:\d{0,2}(?:,\d{3})+|\d?(?:,\d\d)+,\d{3})(?!\d|,\d)")
+_THOUSANDS = regex.compile(
+    _BEFORE + r"[1-9](?:\d{0,2}(?:(?:,\d{3})+|(?:'\d{3})+)|\d?(?:,\d\d)+,\d{3})(?!\d|[,']\d)"
+)
 _REWRITES = (
     (regex.compile(r"<="), "≤"),
     (regex.compile(r">="), "≥"),
@@ -38,6 +41,7 @@ _REWRITES = (
     (regex.compile(rf"(?<!{_LETTER}|[)\]+])\+(?=\.?\d)"), ""),  # "+5" is "5"
     (regex.compile(r"(?<![\w.)])\.(?=\d)"), "0."),  # ".5" is "0.5"
     (regex.compile(r"(?<=\d)\s*x\s*(?=\d)"), "x"),  # "3 x 4" is "3x4"
+    (regex.compile(r"(?<=\d)\s+(?=[%‰])"), ""),  # "5 %" is "5%"
 )
 _CLOSING = regex.compile(r"[\s\p{Terminal_Punctuation}]+$")
 
@@ -69,7 +73,7 @@ def folded(text: str) -> str:
         text = _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
     text = " ".join(text.lower().split())
     if any(mark in text for mark in "0123456789<>+"):
-        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+        text = _THOUSANDS.sub(lambda number: number[0].replace(",", "").replace("'", ""), text)
         for pattern, to in _REWRITES:
             text = pattern.sub(to, text)
     return text

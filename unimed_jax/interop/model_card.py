@@ -78,7 +78,8 @@ def model_card(
         "unimed_jax; adapters, if there were any, are merged.",
         f"## How to ask\n\n{USAGE}\n\n"
         "All code is in `modeling_unimed.py` in this folder, in plain torch. The image is read as "
-        "RGB; for DICOM, pass the windowed pixels as a uint8 array [H, W, 3]. Prompts are those of "
+        "RGB; for DICOM, pass the windowed pixels as a uint8 array [H, W, 3]; for a question about "
+        "several images, pass a list of them, in their order. Prompts are those of "
         "the evaluation and decoding is greedy; `model.answers` takes several questions at "
         "once.\n\n"
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
@@ -92,8 +93,9 @@ def model_card(
         "## Limitations\n\n"
         "Answers can be wrong and sound sure; nobody has checked them, and no score above says how "
         "the model does on other patients, devices, hospitals or kinds of images than those of its "
-        "data. Questions outside the six tasks, several images at once and languages other than "
-        "that of the data were not trained. What is unfair in the data is unfair in the answers.",
+        "data. Questions outside the six tasks, more images in a question than the data has and "
+        "languages other than that of the data were not trained. What is unfair in the data is "
+        "unfair in the answers.",
         "## Licence\n\nTo be filled in by whoever publishes this folder, here and in the header: "
         + (
             f"{reason}, and so may those of the data."

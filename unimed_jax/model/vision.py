@@ -135,9 +135,19 @@ class VisionEncoder(nnx.Module):
 # --------------------------------------------------------------------------------------------------
 
 
+LEAST_STD = 0.5  # of 255: less is no more than rounding
+
+
 def normalise(images: Array, config: VisionConfig, dtype: str) -> Array:
-    """Turns uint8 pixels into (x / 255 - mean) / std; floats count as normalised already."""
-    if images.dtype == jnp.uint8:
+    """Turns uint8 pixels into (x / 255 - mean) / std; floats count as normalised already.
+
+    mean, std: those of `config`, or each picture's own. A channel that is the same all over becomes 0.
+    """
+    if images.dtype == jnp.uint8 and config.normalise == "picture":
+        images = images.astype(jnp.float32)
+        images -= images.mean((-3, -2), keepdims=True)
+        images /= jnp.maximum(jnp.sqrt(jnp.square(images).mean((-3, -2), keepdims=True)), LEAST_STD)
+    elif images.dtype == jnp.uint8:
         mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
         scale, offset = jnp.asarray(1 / (255 * std)), jnp.asarray(mean / std)
         images = images.astype(jnp.float32)

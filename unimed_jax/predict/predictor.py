@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unimed_jax.config import Config
+from unimed_jax.config import Config, ImageConfig
 from unimed_jax.data import images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
@@ -124,7 +124,8 @@ class Predictor:
 
     def _rows(self, requests: Sequence[Request], batch: int) -> layout.Batch:
         examples = [as_example(request) for request in requests]
-        pixels = [[_pixels(image, request) for image in request.images] for request in requests]
+        view = self._config.data.common_image or ImageConfig()
+        pixels = [[_pixels(image, request, view) for image in request.images] for request in requests]
         return prompt_batch(self._encoder, self._config, self._tokenizer.pad, examples, pixels, batch)
 
     def _check_memory(self, requests: Sequence[Request], rows: layout.Batch) -> None:
@@ -178,8 +179,8 @@ def as_example(request: Request) -> Example:
     return Example(request.id or "request", request.task, request.question, "", images=keys)
 
 
-def _pixels(image: str | Path | bytes | np.ndarray, request: Request) -> np.ndarray:
-    """Reads an image of a request as uint8 [H, W, 3].
+def _pixels(image: str | Path | bytes | np.ndarray, request: Request, view: ImageConfig) -> np.ndarray:
+    """Reads an image of a request as uint8 [H, W, 3], by the settings `view` unless it is pixels.
 
     Raises UserError with the request's name if it is none.
     """
@@ -192,7 +193,7 @@ def _pixels(image: str | Path | bytes | np.ndarray, request: Request) -> np.ndar
             )
         return image
     try:
-        return images.read_image(image)
+        return images.read_image(image, view)
     except UserError as error:
         raise UserError(f"request {name}: {error}") from error
 

@@ -115,11 +115,18 @@ def initial_leaves(
     still = {path for path in shapes if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)}
     leaves: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    everything = tuple(wanted) == ("*",)
     for kind, path in reversed(config.init):
+        if not still and not everything:  # a checkpoint holds all of them
+            break
         if kind == "seed":
             found = _random_leaves(config, tokenizer, still, to)
         elif kind == "run":
             found = _leaves_of_run(Path(path), config, still, to, mesh)
+            if not found and everything:
+                raise UserError(
+                    f"config.init: no parameter of run {path} fits this model; check config.model."
+                )
         elif kind not in SOURCES:
             known = ("seed", "run", *SOURCES)
             raise UserError(
@@ -127,7 +134,7 @@ def initial_leaves(
                 f"from {known}."
             )
         elif not SOURCES[kind].among(still):
-            if tuple(wanted) == ("*",):
+            if everything:
                 raise UserError(
                     f"config.init: ({kind!r}, {path!r}) gives no parameter of this model that a "
                     "later source leaves; leave it out, or put it later."
@@ -192,10 +199,6 @@ def _leaves_of_run(
             take(_copied_to_experts(leaf, path, config, to))
         else:
             take({path: leaf})
-    if not taken:
-        raise UserError(
-            f"config.init: no parameter of run {folder} fits this model; check config.model."
-        )
     return taken
 
 

@@ -102,6 +102,7 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
             confusion = np.zeros((len(classes), len(classes)), int)
             np.add.at(confusion, (some.classes, guessed), 1)
             results[split]["confusion"] = confusion
+            results[split]["sets"] = _by_set(guessed, some, len(classes))
     report = {
         "name": config.name,
         "config_hash": config_hash(config),
@@ -280,6 +281,14 @@ def fit(
 
 
 # ---- report ----------------------------------------------------------------------------------------
+def _by_set(guessed: np.ndarray, some: Labelled, classes: int) -> dict[str, np.ndarray]:
+    """Counts each set's confusions: a class of one set alone may be told by how its questions read."""
+    found: dict[str, np.ndarray] = {}
+    for dataset, is_, taken_for in zip(some.datasets, some.classes, guessed, strict=True):
+        found.setdefault(dataset.id, np.zeros((classes, classes), int))[is_, taken_for] += 1
+    return found
+
+
 def _accuracy(guessed: np.ndarray, some: Labelled, config: Config) -> dict[str, Any]:
     """Measures accuracy and its bootstrap 95 % interval over clusters."""
     measure = Measure.mean((guessed == some.classes).astype(float))

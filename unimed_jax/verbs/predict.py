@@ -8,14 +8,17 @@ if config.init names all weights (those of an original checkpoint and its base m
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
-from unimed_jax.config import TASKS
+from unimed_jax.config import TASKS, DataConfig, ImageConfig
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.interruption import owner
 from unimed_jax.paths import check_output_file
 from unimed_jax.processes import start
+from unimed_jax.settings import checked
 from unimed_jax.verbs.options import ACCEPTING, CONFIG_HELP, changed, parser, read_config
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
@@ -33,6 +36,10 @@ def run(arguments: list[str]) -> None:
         default=[],
         help="PNG, JPEG, TIFF, DICOM ... (every task but qa); once for each of several",
     )
+    options.add_argument(
+        "--frame", help="of a film or a file of pages: a number from 0, first, middle or last"
+    )
+    options.add_argument("--window", help="of grey DICOM: brain, bone, lung ... or CENTRE,WIDTH")
     options.add_argument(
         "--text", default="", help="the question; refer: what to find; identify: {<x1><y1><x2><y2>}"
     )
@@ -73,12 +80,10 @@ def run(arguments: list[str]) -> None:
             f"--text={known.text!r} is not a box; write {{<x1><y1><x2><y2>}} in hundredths of the "
             "image, with x1 < x2 and y1 < y2, at most 100."
         )
-    images = tuple(read_image(path) for path in known.image)
-    if config is None:
-        own = changed(settings_of(Path(known.run)), overrides, ACCEPTING)
-        run = open_run(known.run, changed=own.text.changed)
-    else:
-        run = open_config(config)
+    own = changed(settings_of(Path(known.run)), overrides, ACCEPTING) if config is None else config
+    view = _view(known, own.data)
+    images = tuple(read_image(path, view) for path in known.image)
+    run = open_config(own) if config else open_run(known.run, changed=own.text.changed)
     for note in run.notes:
         print(f"{known.run}: {note}", file=sys.stderr)
     predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
@@ -97,6 +102,29 @@ def run(arguments: list[str]) -> None:
     if box and picture is not None:
         draw_box(picture, images[0], box, known.text if known.task == "refer" else text)
         print(f"drew {picture}")
+
+
+def _view(known: argparse.Namespace, data: DataConfig) -> ImageConfig:
+    """Returns how images are read: as those of the run's sources, but for --frame and --window.
+
+    Where the sources differ, the default holds, which is said.
+    """
+    view = data.common_image
+    if view is None:
+        view = ImageConfig()
+        if known.image and not (known.frame or known.window):
+            print("The run's sources read images by different settings, so the default ones hold; "
+                  "give --frame or --window for others.", file=sys.stderr)  # fmt: skip
+    if known.frame is not None:
+        frame = int(known.frame) if known.frame.isdecimal() else known.frame
+        view = dataclasses.replace(view, frame=checked(ImageConfig, "frame", frame, "--frame"))
+    if known.window is not None:
+        try:
+            window: Any = tuple(float(word) for word in known.window.split(","))
+        except ValueError:
+            window = known.window
+        view = dataclasses.replace(view, window=checked(ImageConfig, "window", window, "--window"))
+    return view
 
 
 def _picture(known: argparse.Namespace, folder: str) -> Path | None:

@@ -10,13 +10,17 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data.example import Dataset
+from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info, described
-from unimed_jax.data.prepare import Reader, prepared
+from unimed_jax.data.prepare import How, Reader, prepared
+from unimed_jax.data.records import check_links
 from unimed_jax.data.selection import Selection
 from unimed_jax.data.store import MANIFEST, Store
 from unimed_jax.errors import UserError, nearest
@@ -24,19 +28,50 @@ from unimed_jax.errors import UserError, nearest
 _opened: dict[tuple[Path, int], Store] = {}  # by folder and time of its manifest: opened once a process
 
 
-def open_sources(data: DataConfig) -> list[Dataset]:
+def open_sources(data: DataConfig, workers: int = 0, pool: Executor | None = None) -> list[Dataset]:
     """Opens one data set per source, in their order.
 
     Sources that differ in tasks or filters only share one.
 
-    A set is prepared first if it has not been. Raises UserError for anything wrong with a source.
+    A set is prepared first if it has not been, by the `workers` processes of `pool` if there are any
+    (data/image_shards.py). Raises UserError for anything wrong with a source.
     """
+    sets = _sets(data)
+    ids = _ids(sets, data)
+    check_places(data)  # of all, before the first takes hours
+    how = How(PLAIN, data.reencode, data.strict, workers, pool)
+    opened = {identity: _open(ids[identity], sources, data, how) for identity, sources in sets.items()}
+    return [opened[_identity(source, data)] for source in data.sources]
+
+
+def to_prepare(
+    data: DataConfig,
+) -> list[tuple[str, Path | None, dict[str, Any], Path, How]]:
+    """Lists the sets of the sources: reader, folder, options, cache, and how it is prepared."""
+    return [
+        (
+            source.name,
+            _folder(source, data),
+            _plain(source.options),
+            data.cache_folder,
+            How(source.image, data.reencode, data.strict),
+        )
+        for source, *_ in _sets(data).values()
+    ]
+
+
+def _sets(data: DataConfig) -> dict[str, list[SourceConfig]]:
+    """Groups the sources that read one and the same set, by what they have in common."""
     sets: dict[str, list[SourceConfig]] = {}
     for source in data.sources:
         sets.setdefault(_identity(source, data), []).append(source)
-    ids = _ids(sets, data)
-    opened = {identity: _open(ids[identity], sources, data) for identity, sources in sets.items()}
-    return [opened[_identity(source, data)] for source in data.sources]
+    return sets
+
+
+def check_places(data: DataConfig) -> None:
+    """Raises UserError for a source whose files are missing."""
+    for source in data.sources:
+        _folder(source, data)
 
 
 def distinct(datasets: Iterable[Dataset]) -> list[Dataset]:
@@ -76,7 +111,7 @@ def reader_of(name: str) -> Reader:
     module = f"{__name__}.{name}" if name in known else name
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # whatever somebody's module raises, or no name of a module
         raise UserError(
             f"config.data.sources: module {name!r} does not import ({error}); check its name and "
             "PYTHONPATH."
@@ -96,7 +131,7 @@ def _names() -> list[str]:
 def _identity(source: SourceConfig, data: DataConfig) -> str:
     """Returns what sources of one and the same set have in common."""
     fields: list[Any] = [source.id, source.name, path_of(source, data)]
-    fields += [_plain(m) for m in (source.options, source.splits, source.info)]
+    fields += [_plain(m) for m in (source.options, source.splits, source.info, asdict(source.image))]
     return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -124,25 +159,36 @@ def _ids(sets: dict[str, list[SourceConfig]], data: DataConfig) -> dict[str, str
         if found in out.values():
             raise UserError(
                 f"config.data.sources: two data sets have the id {found!r}; give each source with "
-                "other files, options or splits an id of its own."
+                "other files, options, splits or image settings an id of its own."
             )
         out[identity] = found
     return out
 
 
-def _open(id: str, sources: list[SourceConfig], data: DataConfig) -> Dataset:
+def _open(id: str, sources: list[SourceConfig], data: DataConfig, how: How) -> Selection:
     source = sources[0]
-    reader = reader_of(source.name)
-    folder = None
-    if not reader.INFO.self_contained:
-        path = path_of(source, data)
-        if not path or not Path(path).exists():
-            raise UserError(
-                f"config.data.sources: {path or 'the path of ' + repr(source.name)} does not exist; "
-                f"give the folder that holds {', '.join(reader.INFO.files)}."
-            )
-        folder = Path(path)
+    reader, folder = reader_of(source.name), _folder(source, data)
+    if folder is not None:
+        check_links(folder, reader.INFO.files)
     info = described(reader.INFO, folder, source.info)
-    store = prepared(reader, reader.INFO, folder, _plain(source.options), data.cache_folder)
+    how = how._replace(image=source.image)
+    store = prepared(reader, reader.INFO, folder, _plain(source.options), data.cache_folder, how)
     key = store.folder, (store.folder / MANIFEST).stat().st_mtime_ns
     return Selection(_opened.setdefault(key, store), id, info, sources)
+
+
+def _folder(source: SourceConfig, data: DataConfig) -> Path | None:
+    """Returns where the files of a source are, or None if it needs none.
+
+    Raises UserError if they are missing.
+    """
+    info = reader_of(source.name).INFO
+    if info.self_contained:
+        return None
+    path = path_of(source, data)
+    if not path or not Path(path).exists():
+        raise UserError(
+            f"config.data.sources: {path or 'the path of ' + repr(source.name)} does not exist; "
+            f"give the folder that holds {', '.join(info.files)}."
+        )
+    return Path(path)

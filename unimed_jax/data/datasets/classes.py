@@ -54,7 +54,7 @@ def read(
 
 def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
     """Yields (name, path, class, cluster) of each image of a split."""
-    tables = [path for ending in TABLES if (path := folder / f"{split}{ending}").is_file()]
+    tables = [path for ending in TABLES if (path := folder / f"{split}{ending}").exists()]
     here = folder / split
     if len(tables) + here.is_dir() > 1:
         raise UserError(
@@ -69,9 +69,15 @@ def _labelled(folder: Path, split: str) -> Iterator[tuple[str, Path, str, str]]:
             path = inside(folder, folder, name, where)
             yield name, path, label, word(record, "cluster", where) or name
     elif here.is_dir():
-        for place in sorted(path for path in here.iterdir() if path.is_dir()):
-            for path in sorted(
-                path for path in place.rglob("*") if path.is_file() and path.name[0] != "."
-            ):
+        for place in sorted(path for path in here.iterdir() if path.is_dir() and path.name[0] != "."):
+            for path in sorted(place.rglob("*")):
+                if any(part[0] == "." for part in path.relative_to(place).parts):
+                    continue  # what programs keep beside data: .DS_Store, .ipynb_checkpoints
                 name = str(path.relative_to(folder))
-                yield name, path, place.name, name
+                if path.is_dir():
+                    if path.is_symlink():
+                        raise UserError(
+                            f"{path} is a link to a folder within a class; put the folder there."
+                        )
+                    continue
+                yield name, inside(folder, folder, name, str(place)), place.name, name

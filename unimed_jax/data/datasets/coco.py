@@ -6,7 +6,7 @@ annotations/instances_<split>*.json, instances_<split>*.json, <split>.json,
 JSON, or in <split>, images/<split>, images, or the folder itself.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,18 @@ from typing import Any
 from unimed_jax.data import grounding
 from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
-from unimed_jax.data.records import LARGEST, Record, chosen_options, inside, other_size, short, word
+from unimed_jax.data.records import (
+    LARGEST,
+    Record,
+    chosen_options,
+    inside,
+    optional,
+    other_size,
+    short,
+    word,
+)
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import parse_json, read_text
 
@@ -41,9 +50,9 @@ def read(
 ) -> Iterator[tuple[Example, tuple[Path, ...]]]:
     """Yields the questions about each image of a split, by the options of data/grounding.py.
 
-    Crowds (iscrowd) are not single things and are left out silently; a box that is empty or leaves
-    its image is skipped, and so is an image that is missing or of another size than the file says.
-    Corners are rounded to whole pixels.
+    A crowd (iscrowd, whose mask is run-length coded) is no single thing and is skipped; so are a
+    box that is empty or leaves its image, and an image that is missing or of another size than the
+    file says. Corners are rounded to whole pixels.
     """
     assert folder is not None  # INFO names files
     chosen = chosen_options(options, grounding.OPTIONS, "coco")
@@ -60,7 +69,7 @@ def read(
         _id(category, file): word(category, "name", f"{file}, categories", required=True)
         for category in _list(content, "categories", file)
     }
-    of_image = _annotations(content, labels, file)
+    of_image = _annotations(content, labels, file, skipped)
     for image in _list(content, "images", file):
         where = f"{file}, image {short(image.get('id'))}"
         name = word(image, "file_name", where, required=True)
@@ -94,7 +103,7 @@ def _file(folder: Path, split: str) -> Path | None:
 
 
 def _annotations(
-    content: Record, labels: Mapping[int, str], file: Path
+    content: Record, labels: Mapping[int, str], file: Path, skipped: list[str]
 ) -> dict[int, list[tuple[Any, Labelled]]]:
     """Reads the boxes by the id of their image, each with its own id."""
     of_image = defaultdict(list)
@@ -106,10 +115,14 @@ def _annotations(
         label, image = entry.get("category_id"), entry.get("image_id")
         if type(label) is not int or label not in labels or type(image) is not int:
             raise UserError(f"{where}: its category_id or image_id is none of the file's; mend it.")
-        if not entry.get("iscrowd"):
-            x, y, width, height = box
-            corners = round(x), round(y), round(x + width), round(y + height)
-            of_image[image].append((entry.get("id"), Labelled(labels[label], corners)))
+        if optional(entry, "iscrowd", where) not in (0, 1, None):
+            raise UserError(f"{where}: 'iscrowd' is {short(entry['iscrowd'])}; give 0 or 1.")
+        if entry.get("iscrowd"):
+            skipped.append(f"annotation {entry.get('id')}: it is a crowd (iscrowd), not one thing")
+            continue
+        x, y, width, height = box
+        corners = round(x), round(y), round(x + width), round(y + height)
+        of_image[image].append((entry.get("id"), Labelled(labels[label], corners)))
     return of_image
 
 
@@ -117,11 +130,10 @@ def _list(content: Record, key: str, file: Path) -> list[Record]:
     found = content.get(key)
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise UserError(f"{file}: {key!r} is not a list of objects; give COCO's annotations.")
-    if key != "annotations":  # boxes find their image and category by these
-        ids = [_id(entry, file) for entry in found]
-        if len(set(ids)) < len(ids):
-            twice = next(number for number in ids if ids.count(number) > 1)
-            raise UserError(f"{file}: the id {twice} stands twice among {key!r}; give each its own.")
+    ids = [_id(entry, file) for entry in found if key != "annotations" or entry.get("id") is not None]
+    if len(set(ids)) < len(ids):
+        twice, _ = Counter(ids).most_common(1)[0]
+        raise UserError(f"{file}: the id {twice} stands twice among {key!r}; give each its own.")
     return found
 
 

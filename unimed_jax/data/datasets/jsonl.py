@@ -19,8 +19,8 @@ from unimed_jax.data import grounding
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import (
     Record,
     check_keys,
@@ -191,4 +191,4 @@ def _size(paths: Sequence[Path], where: str) -> tuple[int, int] | str:
     """Returns the size of the only image, or why its boxes cannot be used."""
     if len(paths) != 1:
         raise UserError(f"{where}: its boxes are about {len(paths)} images; give exactly one.")
-    return no_image(paths[0]) or size_of(paths[0]) or f"image {paths[0]} is no picture"
+    return no_image(paths[0]) or size_of(paths[0])

@@ -14,12 +14,13 @@ from typing import Any
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import IMAGE, turns_of
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
-from unimed_jax.data.records import inside, records, short, word
+from unimed_jax.data.records import inside, optional, records, short, word
 from unimed_jax.errors import UserError
 
 ENDINGS = (".json", ".jsonl")
+SPELLINGS = ("conversations", "conversatons")  # the second is LLaVA-Med's own
 FORM = "give a list of records in LLaVA's form, or one record a line"
 
 INFO = Info(
@@ -46,7 +47,7 @@ def read(
     images = file.parent / "images"
     if not images.is_dir():
         images = file.parent
-    for number, (where, record) in enumerate(records(file, FORM)):
+    for number, (where, record) in enumerate(records(file, FORM, SPELLINGS)):
         example = _example(record, where, f"{split}/{number}")
         paths = tuple(inside(file.parent, images, name, where) for name in example.images)
         lost = next(filter(None, map(no_image, paths)), "")
@@ -79,9 +80,8 @@ def _example(record: dict[str, Any], where: str, name: str) -> Example:
 
     `where` is for errors.
     """
-    # the second is LLaVA-Med's own spelling
-    messages = record.get("conversations", record.get("conversatons"))
-    image = record.get("image") or []
+    messages = next((record[key] for key in SPELLINGS if key in record), None)
+    image = optional(record, "image", where) or []
     images = [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(entry, str) for entry in images):
         raise UserError(f"{where}: 'image' is {short(image)}; give a file's name, or a list of them.")
@@ -130,6 +130,6 @@ def _modality(record: dict[str, Any], where: str) -> str:
 
     `domain` is {"mri": true, "ct_scan": false, ...}; the one that is true counts.
     """
-    domain = record.get("domain")
+    domain = optional(record, "domain", where)
     true = [name for name, holds in domain.items() if holds is True] if isinstance(domain, dict) else []
     return word(record, "modality", where) or (true[0] if len(true) == 1 else "")

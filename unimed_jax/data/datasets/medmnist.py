@@ -17,6 +17,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 from unimed_jax.data.records import chosen_options, one_of
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import no_file, refuse_stand_in, zip_fault
 
 _ORGANS = (
     "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver",
@@ -107,6 +108,8 @@ def read(
     file = next((folder / found for found in names if (folder / found).exists()), folder / names[-1])
     if not file.exists():
         raise UserError(f"{file} does not exist; download it, or choose another size.")
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; get it again.")
     try:
         with zipfile.ZipFile(file) as archive:
             labels = np.stack(list(_rows(archive, f"{split}_labels", file)))
@@ -122,8 +125,11 @@ def read(
                     Example(key, "cls", str(chosen["question"]), answer, (key,), None, key, facts),
                     (pixels,),
                 )
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{file} cannot be read ({error}); get it again.") from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive fails at any of its steps
+        refuse_stand_in(file)
+        raise UserError(f"{file} cannot be read ({zip_fault(file) or error}); get it again.") from error
 
 
 def _rows(archive: zipfile.ZipFile, name: str, file: Path) -> Iterator[np.ndarray]:

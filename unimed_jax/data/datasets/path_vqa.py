@@ -5,7 +5,10 @@ The layout is chosen by what lies in the folder:
     qas/{train,val,test}_vqa.pkl     the original; its pickles are never executed
     images/<split>/<img_id>.jpg
 or
-    PathVQA_{TRAIN,VAL,TEST}.tsv     columns index, image (base64), question, answer
+    PathVQA_{TRAIN,VAL,TEST}.tsv     columns index, image (base64, or the index of the row that has
+                                     it), question, answer
+or
+    data/<split>-00000-of-00007.parquet     of the Hugging Face hub: image, question, answer
 
 There is no field that says so, so a question counts as closed if its answer is yes or no, which is
 exact for this set.
@@ -13,15 +16,25 @@ exact for this set.
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import chosen_options, inside, records, short, word
+from unimed_jax.data.pairs import kind_of, pairs
+from unimed_jax.data.records import (
+    chosen_options,
+    inside,
+    picture_of,
+    records,
+    repeated_images,
+    short,
+    word,
+)
+from unimed_jax.data.tables import PARQUET, parquet_files
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import no_file, refuse_stand_in
 from unimed_jax.pickles import Refused, read_pickle
 
 PICKLES = {split: f"qas/{split}_vqa.pkl" for split in ("train", "val", "test")}
@@ -34,7 +47,7 @@ INFO = Info(
     licence="MIT",
     citation="He et al., PathVQA: 30000+ questions for medical visual question answering, 2020",
     cluster_word="image",
-    files=(*PICKLES.values(), *TABLES.values()),
+    files=(*PICKLES.values(), *TABLES.values(), *PARQUET),
     counts={"train": 19654, "val": 6259, "test": 6719},
 )
 
@@ -48,26 +61,35 @@ def read(folder: Path | None, split: str, options: Mapping[str, Any], skipped: l
     if (folder / PICKLES[split]).exists():
         yield from _from_pickle(folder, split)
     elif (folder / TABLES[split]).exists():
-        yield from _from_table(folder / TABLES[split], split)
-    elif not any((folder / name).exists() for name in INFO.files):
+        yield from _from_table(folder, split, skipped)
+    elif files := parquet_files(folder, split):
+        yield from pairs(files, folder, f"{split}/{{}}", _example, skipped)
+    elif not any(place.exists() for name in INFO.files for place in folder.glob(name)):
         raise UserError(
-            f"{folder} holds neither {PICKLES[split]} nor {TABLES[split]}; give Path-VQA's folder "
-            "as path."
+            f"{folder} holds neither {PICKLES[split]} nor {TABLES[split]} nor a table of the hub; give "
+            "Path-VQA's folder as path."
         )
 
 
 def _from_pickle(folder: Path, split: str) -> Found:
     file = folder / PICKLES[split]
+    if reason := no_file(file):
+        raise UserError(f"{file} {reason}; get it again.")
     try:
+        refuse_stand_in(file)
         data = file.read_bytes()
         content = read_pickle(data, "", len(data))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); get it again.") from error
+    except UserError:
+        raise
     except Refused as error:
         raise UserError(
             f"{file} holds code or objects besides plain data ({error}); get it again from where "
             "you trust it."
         ) from error
+    except Exception as error:  # a damaged pickle fails at any of its steps
+        raise UserError(f"{file} is not a whole pickle ({error}); get it again.") from error
     if not isinstance(content, list):
         raise UserError(f"{file} is not a list of questions; get it again.")
     for number, record in enumerate(content):
@@ -90,26 +112,29 @@ def _from_pickle(folder: Path, split: str) -> Found:
             answer: score if isinstance(score, (int, float)) else 0 for answer, score in label.items()
         }
         answer = max(scores, key=lambda answer: scores[answer])
-        yield (
-            _example(
-                split, number, word(record, "sent", where, required=True), answer, f"{split}/{name}"
-            ),
-            (path,),
-        )
+        question = word(record, "sent", where, required=True)
+        yield _example(f"{split}/{number}", question, answer, name), (path,)
 
 
-def _from_table(file: Path, split: str) -> Found:
+def _from_table(folder: Path, split: str, skipped: list[str]) -> Found:
+    file = folder / TABLES[split]
+    repeated = repeated_images(file)
     for number, (where, record) in enumerate(records(file)):
+        cell = word(record, "image", where)
         try:
-            image = base64.b64decode(word(record, "image", where, required=True), validate=True)
+            image = base64.b64decode(repeated.get(cell, cell), validate=True)
         except binascii.Error as error:
             raise UserError(f"{where}: 'image' is not base64 ({error}); get the file again.") from error
-        key = hashlib.sha256(image).hexdigest()[:16]
+        found = picture_of(image, folder, where)
+        if isinstance(found, str):
+            skipped.append(f"{split}/{number}: {found}")
+            continue
         question, answer = word(record, "question", where, required=True), word(record, "answer", where)
-        yield _example(split, number, question, answer, f"{split}/{key}"), (image,)
+        yield _example(f"{split}/{number}", question, answer, found[0]), (found[1],)
 
 
-def _example(split: str, number: int, question: str, answer: str, key: str) -> Example:
-    kind = "CLOSED" if answer.strip().lower() in ("yes", "no") else "OPEN"
+def _example(name: str, question: str, answer: str, image: str) -> Example:
+    """Makes the example; the same picture in another split is another one, as the files have it."""
+    kind, key = kind_of(answer), f"{name.partition('/')[0]}/{image}"
     facts = {"template": kind.lower(), "answer_type": kind, "modality": "pathology"}
-    return Example(f"{split}/{number}", "vqa", question, answer.strip(), (key,), None, key, facts)
+    return Example(name, "vqa", question, answer.strip(), (key,), None, key, facts)

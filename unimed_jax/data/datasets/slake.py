@@ -9,9 +9,13 @@ The layout is chosen by what lies in the folder:
 or
     train.json, validate.json (or validation.json), test.json    the questions of a split in one list
     imgs/<name>/...
+or
+    data/<split>-00000-of-00001.parquet    of the Hugging Face hub: image, question, answer in English
 
-The two split the images of the Chinese questions differently: in the second 142 images are in train
-in one language and in test in the other, so `language="all"` is only sound in the first.
+The first two split the images of the Chinese questions differently: in the second 142 images are in
+train in one language and in test in the other, so `language="all"` is only sound in the first. The
+hub's tables have no boxes, ids, names of images or kinds of answers: a question counts as closed if
+its answer is yes or no, which is a guess (355 of the 416 closed test questions).
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,8 +25,9 @@ from typing import Any
 from unimed_jax.data import grounding
 from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
+from unimed_jax.data.pairs import guessed, pairs
 from unimed_jax.data.records import (
     Record,
     chosen_options,
@@ -33,6 +38,7 @@ from unimed_jax.data.records import (
     size_of,
     word,
 )
+from unimed_jax.data.tables import PARQUET, parquet_files
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import read_text
 
@@ -47,11 +53,17 @@ INFO = Info(
     licence="CC BY 4.0",
     citation="Liu et al., SLAKE, ISBI 2021",
     cluster_word="image",
-    files=tuple(name for names in (*LISTS.values(), *TABLES.values()) for name in names),
+    files=tuple(name for names in (*LISTS.values(), *TABLES.values()) for name in names) + PARQUET,
     counts={"train vqa": 4919, "val vqa": 1053, "test vqa": 1061, "test answer_type=CLOSED": 416},
     other_counts={
         "English and Chinese": {"train vqa": 9835, "val vqa": 2099, "test vqa": 2094},
         "Chinese": {"train vqa": 4916, "val vqa": 1046, "test vqa": 1033},
+        "Hugging Face": {
+            "train vqa": 4919,
+            "val vqa": 1053,
+            "test vqa": 1061,
+            "test answer_type=CLOSED": 355,
+        },
     },
 )
 OPTIONS = {
@@ -64,7 +76,7 @@ OPTIONS = {
 
 def read(
     folder: Path | None, split: str, options: Mapping[str, Any], skipped: list[str]
-) -> Iterator[tuple[Example, tuple[Path, ...]]]:
+) -> Iterator[tuple[Example, tuple[Path | bytes, ...]]]:
     """Yields the questions of a split.
 
     Those about an image are followed by the questions about its boxes.
@@ -73,8 +85,22 @@ def read(
     chosen = chosen_options(options, OPTIONS, "slake")
     one_of(chosen, "language", ("en", "zh", "all"), "slake")
     grounding.check_options(chosen, "slake")
-    if not any((folder / name).exists() for name in INFO.files):
-        raise UserError(f"{folder} holds neither train.txt nor train.json; give SLAKE's folder as path.")
+    lists = [name for names in (*LISTS.values(), *TABLES.values()) for name in names]
+    if not any((folder / name).exists() for name in lists):
+        files = parquet_files(folder, split)
+        if not any(place.exists() for name in PARQUET for place in folder.glob(name)):
+            raise UserError(
+                f"{folder} holds neither train.txt nor train.json nor a table of the hub; give SLAKE's "
+                "folder as path."
+            )
+        if chosen["language"] == "zh":
+            raise UserError(
+                f"{folder}: the tables of the hub have no Chinese questions; get train.json."
+            )
+        yield from pairs(files, folder, f"{split}/row{{}}", _nameless, skipped)
+        return
+    if (folder / "imgs.zip").exists() and not (folder / "imgs").exists():
+        raise UserError(f"{folder / 'imgs.zip'} is packed; unpack it there.")
     for name, questions in _images(folder, split, chosen["language"]):
         key = f"{name}/source.jpg"
         path = inside(folder, folder / "imgs", key, f"{folder}, {split}")
@@ -84,8 +110,9 @@ def read(
             continue
         for where, record in questions:
             yield _question(record, split, key, where), (path,)
-        if chosen["boxes"] and path.with_name("detection.json").exists():
-            for example in _boxes(path, key, chosen, skipped):
+        boxes = inside(folder, folder / "imgs", f"{name}/detection.json", f"{folder}, {split}")
+        if chosen["boxes"] and boxes.exists():
+            for example in _boxes(boxes, path, key, chosen, skipped):
                 yield example, (path,)
 
 
@@ -129,10 +156,18 @@ def _question(record: Record, split: str, key: str, where: str) -> Example:
     return Example(name, "vqa", question, answer, (key,), None, key, meta)
 
 
-def _boxes(path: Path, key: str, options: Mapping[str, Any], skipped: list[str]) -> Iterator[Example]:
-    file, size = path.with_name("detection.json"), size_of(path)
-    if size is None:
-        skipped.append(f"{key}: image {path} is no picture")
+def _nameless(name: str, question: str, answer: str, key: str) -> Example:
+    return Example(
+        name, "vqa", question, answer, (key,), None, key, guessed(answer) | {"language": "en"}
+    )
+
+
+def _boxes(
+    file: Path, path: Path, key: str, options: Mapping[str, Any], skipped: list[str]
+) -> Iterator[Example]:
+    size = size_of(path)
+    if isinstance(size, str):
+        skipped.append(f"{key}: {size}")
         return
     found = ((where, Labelled(label, box)) for where, label, box in labelled_boxes(file))
     things = grounding.usable(found, size, skipped)

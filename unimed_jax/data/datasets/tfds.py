@@ -14,8 +14,9 @@ from typing import Any
 from unimed_jax.config import VISUAL_TASKS
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
-from unimed_jax.data.records import chosen_options, one_of, short
+from unimed_jax.data.records import chosen_options, inside, one_of, short
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.parsing import refuse_stand_in
 
 SPELT = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -82,6 +83,8 @@ def _records(builder: Any, split: str, decoders: Any, folder: Path) -> Iterator[
 
 def _builder(folder: Path) -> Any:
     """Opens a prepared set; only then is the package imported, which takes a second."""
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        refuse_stand_in(inside(folder, folder, file.name, str(folder)))
     import tensorflow_datasets
 
     try:

@@ -14,10 +14,10 @@ from typing import Any
 from unimed_jax.data import grounding
 from unimed_jax.data.example import Example
 from unimed_jax.data.grounding import Labelled
+from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info
-from unimed_jax.data.prepare import no_image
 from unimed_jax.data.records import chosen_options, inside, other_size, short
-from unimed_jax.errors import UserError
+from unimed_jax.errors import UserError, misspelt
 from unimed_jax.parsing import read_text
 
 INFO = Info(
@@ -79,6 +79,8 @@ def _annotation(
     except ElementTree.ParseError as error:
         raise UserError(f"{file} is not XML ({error}); mend it.") from error
     size = _number(root, "size/width", file), _number(root, "size/height", file)
+    if other := misspelt("object", {child.tag for child in root} - {"object"}):
+        raise UserError(f"{file}: <{other}> is unknown; did you mean <object>?")
     things = []
     for number, found in enumerate(root.iterfind("object")):
         corners = [

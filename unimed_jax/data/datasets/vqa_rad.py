@@ -28,9 +28,12 @@ from unimed_jax.errors import UserError
 
 ORIGINAL, PICTURES = "VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"
 SPLITS = {"train": "trainset.json", "test": "testset.json"}
+# By its paper; a head may be CT or MR, which no field says.
+MODALITIES = {"chest": "X-Ray", "abd": "CT"}
 
 INFO = Info(
     name="vqa_rad",
+    version="2",
     tasks=("vqa",),
     splits=("train", "test"),
     licence="CC0 1.0",
@@ -57,7 +60,7 @@ INFO = Info(
     other_counts={
         "MMQ": {"train": 3064, "test": 451, "train phrase=frame": 1267},
         "a random re-split": {"train": 1798, "test": 450},
-        "Hugging Face": {"train": 1793, "test": 451},
+        "Hugging Face": {"train": 1793, "test": 451, "test answer_type=CLOSED": 251},
     },
 )
 OPTIONS = {
@@ -92,7 +95,19 @@ def read(
         if Path(name).stem in without:
             skipped.append(f"{example.id}: image {name} is left out by the option `without`")
         else:
-            yield example, (inside(images, images, name, where),)
+            yield example, (inside(folder, images, name, where),)
+
+
+def rewordings(folder: Path, split: str) -> Iterator[tuple[str, str]]:
+    """Yields other wordings of questions (id, text), which the original file has besides each.
+
+    The layout of MMQ trains on them. `data check` looks for them in other sets.
+    """
+    for where, record in _records(folder, split, True) if (folder / ORIGINAL).exists() else ():
+        for key in ("question_frame", "question_rephrase"):
+            text = word(record, key, where)
+            if text and text != "NULL":
+                yield f"{split}/{word(record, 'qid', where, required=True, numbers=True)}", text
 
 
 def _records(folder: Path, split: str, original: bool) -> Iterator[tuple[str, Record]]:
@@ -114,7 +129,8 @@ def _example(record: Record, name: str, where: str, image: str) -> Example:
     about = {
         "template": kind.lower(),
         "answer_type": kind,
-        "organ": word(record, "image_organ", where).lower(),
+        "organ": (organ := word(record, "image_organ", where).lower()),
+        "modality": MODALITIES.get(organ, ""),
         "phrase": word(record, "phrase_type", where).removeprefix("test_"),
     }
     facts = {key: value for key, value in about.items() if value}

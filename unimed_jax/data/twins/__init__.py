@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data.twins import boxes, hub, medical, prepared, questions
+from unimed_jax.data.twins import (
+    boxes,
+    choices,
+    hub,
+    medical,
+    prepared,
+    questions,
+    reports,
+    samed,
+    series,
+)
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.files import new_folder
 
@@ -27,20 +37,43 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
         "parquet": hub.vqa_rad,
     },
     "medpix2": {"original": questions.medpix2},
-    "pubmedqa": {"original": questions.pubmedqa},
-    "medqa": {"five": questions.medqa, "four": questions.medqa_four},
-    "slake": {"original": medical.slake, "flat": medical.slake_flat},
-    "path_vqa": {"original": medical.path_vqa, "tsv": medical.path_vqa_tsv},
-    "samed": {"regions": medical.samed},
+    "pubmedqa": {
+        "original": questions.pubmedqa,
+        "parquet": hub.pubmedqa,
+        "options": hub.pubmedqa_options,
+    },
+    "medqa": {
+        "five": questions.medqa,
+        "four": questions.medqa_four,
+        "mainland": questions.medqa_mainland,
+        "taiwan": questions.medqa_taiwan,
+        "parquet": hub.medqa,
+    },
+    "slake": {"original": medical.slake, "flat": medical.slake_flat, "parquet": hub.slake},
+    "path_vqa": {
+        "original": medical.path_vqa,
+        "tsv": medical.path_vqa_tsv,
+        "parquet": hub.path_vqa,
+    },
+    "samed": {"regions": samed.regions, "release": samed.release},
     "medmnist": {"original": medical.medmnist},
-    "mimic_cxr": {"r2gen": medical.mimic_cxr},
-    "iu_xray": {"r2gen": medical.iu_xray},
+    "mimic_cxr": {"r2gen": reports.mimic_cxr, "official": reports.mimic_cxr_official},
+    "iu_xray": {"r2gen": reports.iu_xray},
     "medpix": {"radfm": medical.medpix},
     "llava": {"json": questions.llava, "jsonl": questions.llava_lines, "pairs": questions.llava_pairs},
+    "choices": {
+        "pmc_vqa": choices.pmc_vqa,
+        "medxpertqa": choices.medxpertqa,
+        "omnimedvqa": choices.omnimedvqa,
+        "mmmu": choices.mmmu,
+        "medmcqa": choices.medmcqa,
+        "tsv": choices.tsv,
+    },
     "voc": {"original": boxes.voc},
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},
     "tfds": {"array_record": prepared.tfds},
+    "series": {"nested": series.nested, "flat": series.flat},
     "jsonl": {"folder": boxes.jsonl},
 }
 

@@ -1,11 +1,12 @@
 """Writes twins of the sets of Uni-Med's recipe that hold pictures.
 
-They are SLAKE, Path-VQA, SA-Med2D, MedMNIST, the sets of reports, and MedPix.
+They are SLAKE, Path-VQA, MedMNIST and MedPix.
 """
 
 import base64
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -112,27 +113,34 @@ def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
 
 
 def path_vqa_tsv(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes Path-VQA as a table for each split, with pictures in base64."""
-    for split in ("train", "val", "test"):
+    """Writes the questions of `path_vqa` as a table for each split, with pictures in base64.
+
+    A picture stands in one of its rows; the others have the index of that row.
+    """
+    for split, rows in path_vqa_rows(folder, records, rng).items():
         lines = ["index\timage\tquestion\tanswer"]
-        for i in range(count(split, records)):
-            picture(folder / "picture.jpg", rng, SIZE)
-            image = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
-            lines.append(
-                f"{i}\t{image}\twhat is {words(rng)}?\t{pick(rng, ('yes', 'no', words(rng, 1, 4)))}"
-            )
+        last = {image: i for i, (image, _, _) in enumerate(rows)}
+        for i, (image, question, answer) in enumerate(rows):
+            cell = base64.b64encode(image).decode() if last[image] == i else last[image]
+            lines.append(f"{i}\t{cell}\t{question}\t{answer}")
         (folder / f"PathVQA_{split.upper()}.tsv").write_text("\n".join(lines) + "\n")
-    (folder / "picture.jpg").unlink()
 
 
-# ---- SA-Med2D --------------------------------------------------------------------------------------
-def samed(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes Uni-Med's regions: several slices a case."""
-    for i in range(records):
-        modality = pick(rng, ("ct", "mr"))
-        name = f"{modality}_00--AbdomenCT1K--Case_{i // 3:05d}--x_{i:04d}"
-        picture(folder / "images" / modality / f"{name}.png", rng, SIZE, grey=True)
-        write_json(folder / "regions" / modality / f"{name}.json", _boxes(rng))
+def path_vqa_rows(
+    folder: Path, records: int, rng: np.random.Generator
+) -> dict[str, list[tuple[bytes, str, str]]]:
+    """Returns picture, question and answer of each question of `path_vqa`, by split."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path_vqa(Path(place), records, rng)
+        found = {}
+        for split in ("train", "val", "test"):
+            rows = pickle.loads((Path(place) / f"qas/{split}_vqa.pkl").read_bytes())  # written just now
+            images = Path(place) / "images" / split
+            found[split] = [
+                ((images / f"{row['img_id']}.jpg").read_bytes(), row["sent"], next(iter(row["label"])))
+                for row in rows
+            ]
+    return found
 
 
 # ---- MedMNIST --------------------------------------------------------------------------------------
@@ -167,51 +175,12 @@ def _mnist(
     np.savez(file, **arrays)
 
 
-# ---- reports ---------------------------------------------------------------------------------------
-def mimic_cxr(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes R2Gen's annotation of MIMIC-CXR: patients and studies in folders."""
-    content: dict[str, list[dict[str, Any]]] = {}
-    for part, split in enumerate(("train", "val", "test")):
-        content[split] = []
-        for i in range(count(split, records)):
-            patient, study = 10_000_000 + 1000 * part + i // 2, 50_000_000 + 1000 * part + i
-            name = f"{rng.integers(1 << 32):08x}-{i:04d}"
-            image = f"p10/p{patient}/s{study}/{name}.jpg"
-            picture(folder / "files" / image, rng, SIZE, grey=True)
-            content[split].append(
-                {"id": name, "study_id": study, "subject_id": patient, "image_path": [image]}
-            )
-            content[split][-1] |= {
-                "report": f"{words(rng, 10, 20)}.\n {words(rng, 4, 9)}.",
-                "split": split,
-            }
-    write_json(folder / "annotation.json", content)
-
-
-def iu_xray(folder: Path, records: int, rng: np.random.Generator) -> None:
-    """Writes R2Gen's annotation of IU X-Ray, with one to five views a study.
-
-    Removed words are XXXX.
-    """
-    content: dict[str, list[dict[str, Any]]] = {}
-    for part, split in enumerate(("train", "val", "test")):
-        content[split] = []
-        for i in range(count(split, records)):
-            name = f"CXR{1000 * part + i}_IM-{i:04d}"
-            images = [f"{name}/{view}.png" for view in range(1 + i % 5)]
-            for image in images:
-                picture(folder / "images" / image, rng, SIZE, grey=True)
-            content[split].append(
-                {"id": name, "report": f"{words(rng, 6, 15)} XXXX.", "image_path": images}
-            )
-    write_json(folder / "annotation.json", content)
-
-
 # ---- MedPix ----------------------------------------------------------------------------------------
 def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
     """Writes RadFM's tables with the quirks of the real ones.
 
-    Captions have commas and line breaks, some rows are of other types, and one lacks its image.
+    Captions have commas and line breaks, some rows are of other types, and one lacks its image. A case
+    names several images with commas, and some questions are about no image.
     """
     for split in ("train", "test"):
         lines = ["name,context,type"]
@@ -224,3 +193,17 @@ def medpix(folder: Path, records: int, rng: np.random.Generator) -> None:
             if not (split == "train" and i == 1):
                 picture(folder / "images" / name, rng, SIZE)
         (folder / f"MedPix_single_{split}.csv").write_text("\n".join(lines) + "\n")
+    for split in ("train", "test"):
+        cases, asked = ["name,context,type,history"], ["name,question,answer,explanation"]
+        for i in range(count(split, records)):
+            names = [f"{split}_case{i}_{view}.jpg" for view in range(1 + i % 3)]
+            for name in names:
+                picture(folder / "images" / name, rng, SIZE)
+            kind = ("findings", "diagnosis", "txFollowup", "Keywords")[i % 4]
+            history = pick(rng, ("", f"A patient of {rng.integers(1, 90)} years, {words(rng)}."))
+            cases.append(f'"{",".join(names)}","• {words(rng)}\n• {words(rng)}",{kind},"{history}"')
+            answer = pick(rng, (words(rng), "3"))
+            asked.append(f'{names[0] if i % 2 else ""},"Why, {words(rng)}?",{answer},{words(rng)}')
+        for table, lines in (("multi", cases), ("questions", asked)):
+            file = folder / f"MedPix_{table}_{split}.csv"
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -134,6 +134,26 @@ def medqa_four(folder: Path, records: int, rng: np.random.Generator) -> None:
         write_lines(folder / f"questions/US/4_options/phrases_no_exclude_{name}.jsonl", rows)
 
 
+def medqa_mainland(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes the Chinese questions with five options, and with four."""
+    for letters, place in (("ABCDE", "Mainland"), ("ABCD", "Mainland/4_options")):
+        _chinese(folder / "questions" / place, records, rng, letters)
+
+
+def medqa_taiwan(folder: Path, records: int, rng: np.random.Generator) -> None:
+    """Writes the questions of Taiwan, which have four options."""
+    _chinese(folder / "questions/Taiwan", records, rng, "ABCD")
+
+
+def _chinese(folder: Path, records: int, rng: np.random.Generator, letters: str) -> None:
+    for split in ("train", "val", "test"):
+        rows = [
+            _examined(rng, letters) | {"question": f"患者 {words(rng)}?", "meta_info": "卫生法规"}
+            for _ in range(count(split, records))
+        ]
+        write_lines(folder / f"{'dev' if split == 'val' else split}.jsonl", rows)
+
+
 def _examined(rng: np.random.Generator, letters: str) -> dict[str, Any]:
     options = {letter: f"{words(rng)} {letter.lower()}" for letter in letters}
     right = pick(rng, letters)

@@ -108,6 +108,7 @@ def ptb_tokenise(texts: Sequence[str]) -> list[str]:
         input=lines + "\n",
         capture_output=True,
         encoding="utf-8",
+        errors="replace",  # what is no Unicode (half of a surrogate pair) becomes a question mark
         timeout=_JAVA_SECONDS,
     )
     tokenised = done.stdout.split("\n")[: len(texts)]
@@ -160,6 +161,7 @@ def meteor(pairs: Sequence[tuple[str, str]]) -> float:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="utf-8",
+        errors="replace",
     )
     stdin, stdout = process.stdin, process.stdout
     assert stdin and stdout
@@ -246,9 +248,13 @@ def report_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float | str | i
     values: list[float | str] = [missing] * 5 if missing else []
     if not missing:
         try:
-            values = [*corpus_bleu(kept), meteor(normalised)]
+            values = [*corpus_bleu(kept)]
         except (RuntimeError, subprocess.SubprocessError) as error:
-            values = [f"not computed: {error}"] * 5
+            values = [f"not computed: {error}"] * 4
+        try:
+            values.append(meteor(normalised))
+        except (RuntimeError, subprocess.SubprocessError) as error:
+            values.append(f"not computed: {error}")
     try:
         values += rouge(normalised)
     except ImportError:

@@ -110,7 +110,7 @@ def find(name: str) -> Metric:
     if colon:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # whatever somebody's module raises, or no name of a module
             raise UserError(
                 f"config.evaluate.entries: metric {name!r}: module {module!r} does not import "
                 f"({error}); install it or put its folder on PYTHONPATH."

@@ -51,8 +51,11 @@ def draw_predictions(
             x, below = _GAP + column * (_SIDE + _GAP), top
             if record["images"]:
                 below -= _SIDE
-                axes = figure.add_axes((x / width, below / height, _SIDE / width, _SIDE / height))
-                _draw_image(axes, record, image(record["set"], record["images"][0]))
+                # several images side by side; a box is one of the first
+                side = _SIDE / len(record["images"])
+                for i, key in enumerate(record["images"]):
+                    place = (x + i * side) / width, below / height, side / width, _SIDE / height
+                    _draw_image(figure.add_axes(place), record, image(record["set"], key), boxed=not i)
             style: dict[str, Any] = {
                 "fontsize": 8.5,
                 "va": "top",
@@ -90,13 +93,16 @@ def _draw_legend(figure, width: float, height: float) -> None:
         figure.text((x + 0.55) / width, y, name, fontsize=10, va="center")
 
 
-def _draw_image(axes, record: Mapping, pixels: np.ndarray) -> None:
+def _draw_image(axes, record: Mapping, pixels: np.ndarray, boxed: bool = True) -> None:
+    """Draws an image and, if it is the one that they are about, the record's boxes."""
     from matplotlib import patheffects
     from matplotlib.patches import Rectangle
 
     height, width = pixels.shape[:2]
     axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
     axes.axis("off")
+    if not boxed:
+        return
     predicted = (
         predicted_box(record["prediction"], (width, height)) if record["task"] == "refer" else None
     )

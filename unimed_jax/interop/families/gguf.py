@@ -273,6 +273,7 @@ WORD_RULES: dict[str, tuple[str | None, bool]] = {
 }
 LONGEST_TOKEN = 1000  # characters; every way to cut a token in two is examined
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
+NO_TOKEN = (-1, 0xFFFFFFFF)  # llama.cpp's number for none, signed and unsigned
 # Hugging Face's name of a special token -> the word for it in tokenizer.ggml.<word>_token_id.
 SPECIAL_TOKENS = {
     "bos_token": "bos",
@@ -310,12 +311,22 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
 
 
 def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
-    """Gives the text of each special token that the file has, by Hugging Face's name for it."""
-    ids = {
-        name: file.value(f"tokenizer.ggml.{word}_token_id", int, -1)
-        for name, word in SPECIAL_TOKENS.items()
-    }
-    return {name: tokens[number] for name, number in ids.items() if 0 <= number < len(tokens)}
+    """Gives the text of each special token that the file has, by Hugging Face's name for it.
+
+    Raises UserError for a special token that the vocabulary lacks.
+    """
+    found = {}
+    for name, word in SPECIAL_TOKENS.items():
+        key = f"tokenizer.ggml.{word}_token_id"
+        number = file.value(key, int, -1)
+        if number in NO_TOKEN:
+            continue
+        if not 0 <= number < len(tokens):
+            raise UserError(
+                f"{file.origin}: {key} is {number}, and the file has {len(tokens)} tokens; get it again."
+            )
+        found[name] = tokens[number]
+    return found
 
 
 def _tokenizer(

@@ -190,15 +190,17 @@ def _preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
 def prompt_parts(task: str, config: Config) -> dict[str, str | None]:
     """Cuts the evaluation prompt of a task into its constant parts.
 
-    image: the text before the image (None if the task has no image); body: the instruction with
-    "{question}"; before, after: the text around the body.
+    image: the text before the first image (None if the task has no image); between: the text
+    between two images; body: the instruction with "{question}"; before, after: the text around the
+    body.
     """
     body = f"{TAGS[task]} {INSTRUCTIONS[task][0]}"
-    example = Example("", task, "{question}", "", images=("",) if task in VISUAL_TASKS else ())
-    *image, asked = form_of(dataclasses.replace(config.text, max_words=None)).prompt(example)
+    example = Example("", task, "{question}", "", images=("", "") if task in VISUAL_TASKS else ())
+    *shown, asked = form_of(dataclasses.replace(config.text, max_words=None)).prompt(example)
+    image, between = (piece.text for piece in shown if not piece.image) if shown else (None, None)
     before, found, after = asked.text.partition(body)
     assert found, f"the prompt of {task!r} does not hold its body as it stands"
-    return {"image": image[0].text if image else None, "before": before, "body": body, "after": after}
+    return {"image": image, "between": between, "before": before, "body": body, "after": after}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ class UniMedConfig(PretrainedConfig):
 
     text_config: the decoder's settings, in the words of its own family.
     unimed: all settings of the run, in unimed_jax's words.
-    prompts: task -> {image: text before the image (None: the task takes no image), before, body, after};
-        the body holds "{question}".
+    prompts: task -> {image: text before the first image (None: the task takes no image), between: text
+        between two images, before, body, after}; the body holds "{question}".
     visual_tasks: the tasks with an image, in the order of the task tokens.
     image_token_id: stands in `input_ids` for each visual token; it is not an id of the tokenizer.
     dropped_token_ids: are left out of an answer's text.
@@ -158,6 +158,17 @@ class VisionLayers(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def by_themselves(pixels, std):
+    """Normalises pixels [N, 3, height, width] by each picture's own mean and standard deviation.
+
+    std: of each channel, by which 1 / 255 of white was divided before.
+    """
+    pixels = pixels * pixels.new_tensor(std).mul(255)[:, None, None]
+    pixels = pixels - pixels.mean((-2, -1), keepdim=True)
+    # Less than half a grey level is no more than rounding.
+    return pixels / pixels.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=0.5)
 
 
 class VisionModel(nn.Module):
@@ -283,6 +294,13 @@ class Connector(nn.Module):
 # ---- the whole -----------------------------------------------------------------------------------
 
 
+def _listed(image):
+    """Gives the images of a question as a list: none, one or several."""
+    if image is None:
+        return []
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
 def collapse(text):
     return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
 
@@ -327,7 +345,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def image_tokens(self, pixel_values, task):
         """Turns normalised pixels [N, 3, size, size] into visual tokens [N, T, width].
 
-        task: the name of each image's task, or one for all.
+        task: the name of each image's task, or one for all. If the model normalises each picture by
+        itself, it does so here.
         """
         names = [task] * len(pixel_values) if isinstance(task, str) else list(task or ())
         if len(names) != len(pixel_values):
@@ -340,6 +359,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{name!r} is not a task with an image; choose from {self.config.visual_tasks}."
                 )
         ids = torch.tensor([self.config.visual_tasks.index(name) for name in names], device=self.device)
+        if self.config.unimed["model"]["vision"].get("normalise") == "picture":
+            pixel_values = by_themselves(
+                pixel_values.float(), self.config.unimed["model"]["vision"]["std"]
+            )
         features = self.vision_model(pixel_values.to(self.device, self.dtype))
         return self.connector(features, ids)
 
@@ -421,14 +444,15 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def answer(self, tokenizer, image=None, task="vqa", text="", **kwargs):
         """Answers one question, greedily, under the prompt of unimed_jax's evaluation.
 
-        image: PIL image or uint8 array [H, W, 3]; None if the task takes none.
+        image: PIL image or uint8 array [H, W, 3]; a list of them for a question about several, in
+            their order; None if the task takes none.
         text: the question (vqa, qa), what to find (refer), or a box as {<x1><y1><x2><y2>} in
             hundredths of the image (identify); caption and cls need none.
         """
         return self.answers(tokenizer, [(image, task, text)], **kwargs)[0]
 
     def answers(self, tokenizer, questions, **kwargs):
-        """Answers several (image, task, text) as one batch."""
+        """Answers several (image, task, text) as one batch; `image` is what `answer` takes."""
         ids = self.generate(**self.prepare(tokenizer, questions), do_sample=False, **kwargs)
         out = []
         for new in ids.tolist():
@@ -443,8 +467,10 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
 
         questions: (image, task, text) each. Rows are padded on the left.
         """
+        shown = [_listed(image) for image, _, _ in questions]
         rows = [
-            self.prompt_ids(tokenizer, image is not None, task, text) for image, task, text in questions
+            self.prompt_ids(tokenizer, len(images), task, text)
+            for images, (_, task, text) in zip(shown, questions, strict=True)
         ]
         longest = max(len(row) for row in rows)
         ids = torch.tensor([[self.config.pad_token_id] * (longest - len(row)) + row for row in rows])
@@ -453,20 +479,24 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
             "input_ids": ids.to(self.device),
             "attention_mask": mask.to(self.device),
         }
-        pictures = [(self.pixels(image), task) for image, task, _ in questions if image is not None]
+        pictures = [
+            (self.pixels(image), task)
+            for images, (_, task, _) in zip(shown, questions, strict=True)
+            for image in images
+        ]
         if pictures:
             batch["pixel_values"] = torch.stack([pixels for pixels, _ in pictures]).to(self.device)
             batch["task"] = [task for _, task in pictures]
         return batch
 
-    def prompt_ids(self, tokenizer, has_image, task, text):
-        """Makes the ids of a prompt from `config.prompts`; whitespace is tidied as in training."""
+    def prompt_ids(self, tokenizer, images, task, text):
+        """Makes the ids of a prompt about so many images; whitespace is tidied as in training."""
         config, rules = self.config, self.config.unimed["text"]
         if task not in config.prompts:
             raise ValueError(f"{task!r} is not a task; choose from {', '.join(config.prompts)}.")
         form = config.prompts[task]
         visual = form["image"] is not None
-        if visual != has_image:
+        if visual != bool(images):
             raise ValueError(
                 f"task {task!r} "
                 f"{'needs an image' if visual else 'is text only; ask vqa about an image'}."
@@ -485,9 +515,9 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         if visual:
             settings = config.unimed["model"]
             side = settings["vision"]["image_size"] // settings["vision"]["patch_size"]
-            ids += encode(form["image"]) + [config.image_token_id] * (
-                side**2 // settings["connector"]["rate"]
-            )
+            places = [config.image_token_id] * (side**2 // settings["connector"]["rate"])
+            ids += encode(form["image"]) + places
+            ids += (encode(form["between"]) + places) * (images - 1)
         ids += encode(form["before"] + body + form["after"])
         if len(ids) > rules["max_prompt"]:
             raise ValueError(

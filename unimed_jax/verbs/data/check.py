@@ -11,6 +11,8 @@ from unimed_jax.errors import UserError
 from unimed_jax.paths import check_output
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
 
+MOST = 256  # processes
+
 
 def run(arguments: list[str]) -> int:
     """Audits every set of config.data and config.evaluate."""
@@ -21,10 +23,12 @@ def run(arguments: list[str]) -> int:
         "--processes", type=int, default=os.cpu_count() or 1, help="that look at images"
     )
     known, overrides = options.parse_known_args(arguments)
-    if known.processes < 1:
-        raise UserError(f"--processes={known.processes} looks at nothing; give 1 or more.")
+    if not 1 <= known.processes <= MOST:
+        raise UserError(f"--processes={known.processes} is not from 1 to {MOST}; give another number.")
     config = read_config(known.config, overrides)
     check_output(known.out, "--out")
+    if os.path.lexists(known.out) and not os.path.isdir(known.out):
+        raise UserError(f"--out={known.out} is a file, where a folder belongs; choose another.")
 
     from unimed_jax.audit.check import audit
     from unimed_jax.audit.report import write_audit

@@ -4,6 +4,8 @@ from unimed_jax.errors import UserError, nearest
 from unimed_jax.paths import check_output_file
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
 
+MOST = 400  # examples: their picture has 100 rows and takes 100 MB while it is drawn
+
 
 def run(arguments: list[str]) -> None:
     """Opens the set and writes the picture."""
@@ -16,8 +18,10 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--task", default="", help="of this task only")
     options.add_argument("--n", type=int, default=12, help="examples")
     known, overrides = options.parse_known_args(arguments)
-    if known.n < 1:
-        raise UserError(f"--n={known.n} draws nothing; give 1 or more.")
+    if not 1 <= known.n <= MOST:
+        raise UserError(f"--n={known.n} is not a number of examples from 1 to {MOST}; give another.")
+    if not known.out.lower().endswith(".png"):
+        raise UserError(f"--out={known.out} is not the name of a PNG; let it end in .png.")
     check_output_file(known.out, "--out")
 
     from unimed_jax.config import DataConfig, SourceConfig

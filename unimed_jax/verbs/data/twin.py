@@ -4,6 +4,8 @@ from unimed_jax.errors import UserError
 from unimed_jax.paths import check_output
 from unimed_jax.verbs.options import parser
 
+MOST = 1_000_000  # records
+
 
 def run(arguments: list[str]) -> None:
     """Writes the twin into a new folder."""
@@ -14,8 +16,10 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--n", type=int, default=24, help="records of the training split, about")
     options.add_argument("--seed", type=int, default=0)
     known = options.parse_args(arguments)
-    if known.n < 1 or known.seed < 0:
-        raise UserError("data twin: --n is at least 1 and --seed at least 0.")
+    if not 1 <= known.n <= MOST:
+        raise UserError(f"--n={known.n} is not a number of records from 1 to {MOST}; give another.")
+    if known.seed < 0:
+        raise UserError(f"--seed={known.seed} is below 0; give another.")
     check_output(known.out, "--out")
 
     from unimed_jax.data.twins import write_twin

@@ -1,0 +1,138 @@
+"""Reads the options of multiple-choice questions and finds the right one, however they are written."""
+
+import ast
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unimed_jax.data.records import Record, short
+from unimed_jax.errors import UserError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Options = dict[str, str]  # letter -> text
+UNFOLDED = {
+    "Question": "question",
+    "Options": "options",
+    "Correct Option": "answer_idx",
+    "Correct Answer": "answer",
+}
+FORMS = ("auto", "letter", "index", "text")  # of an answer
+
+
+def unfolded(record: Record) -> Record:
+    """Gives a record the keys of MedQA where it holds `data` as the hub's openlifescienceai has it.
+
+    There {"Question", "Options", "Correct Option", "Correct Answer"} stand in `data`.
+    """
+    data = record.get("data")
+    if not isinstance(data, dict):
+        return record
+    return {**record, **{UNFOLDED.get(str(key), str(key)): value for key, value in data.items()}}
+
+
+def options_of(value: Any, where: str, key: str = "options") -> Options:
+    """Reads the options of a question as letter -> text; those that are null or empty are left out.
+
+    They may be {letter: text}, [text], [{"key": letter, "value": text}], {"label": [], "text": []},
+    or any of these as a text in the syntax of JSON or Python. Raises UserError for anything else.
+    """
+    found = parsed(value)
+    if isinstance(found, dict) and found.keys() == {"label", "text"}:
+        found = dict(zip(found["label"], found["text"], strict=False))
+    elif isinstance(found, list) and found and all(isinstance(entry, dict) for entry in found):
+        found = {entry.get("key"): entry.get("value") for entry in found}
+    elif isinstance(found, list):
+        found = dict(zip(LETTERS, found, strict=False))
+    if not isinstance(found, dict) or not all(
+        isinstance(letter, str) and (text is None or type(text) in (str, int, float))
+        for letter, text in found.items()
+    ):
+        raise UserError(f"{where}: {key!r} is {short(value)}; give a text for each letter.")
+    given = {
+        str(letter).strip(): "" if text is None else str(text).strip() for letter, text in found.items()
+    }
+    return {letter: text for letter, text in given.items() if text}
+
+
+def parsed(value: Any) -> Any:
+    """Reads a list or object that is written as text, and returns anything else as it is."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return value
+
+
+def with_options(question: str, options: Mapping[str, str]) -> str:
+    """Returns the question followed by its options."""
+    return question + "".join(f" ({letter}) {text}" for letter, text in options.items())
+
+
+def _begins(text: str, letter: str, option: str) -> bool:
+    """Says whether a text is an option with its letter before it, as in "(B) lung"."""
+    return _plain(_bare(text, letter)) == _plain(option)
+
+
+def _bare(text: str, letter: str) -> str:
+    return re.sub(rf"^\(?{re.escape(letter)}\s*[:.)]\s*", "", text, flags=re.IGNORECASE)
+
+
+def without_letters(options: Options) -> Options:
+    """Drops the letters with which the texts themselves begin ("A: lung"), if all of them do."""
+    bare = {letter: _bare(text, letter) for letter, text in options.items()}
+    return bare if all(bare[letter] != options[letter] for letter in options) else options
+
+
+def right_letter(
+    options: Options, answer: Any, where: str, form: str = "auto", first: int = 0
+) -> tuple[str, str]:
+    """Finds the right option of a question as (its letter, why there is none).
+
+    answer: a letter, an index counted from `first` (a number or its digits), or the option's text.
+    form: which of them it is, or "auto". Raises UserError for an index out of range, which shows
+    that `first` is wrong, and for an answer that could mean two options.
+    """
+    if isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) == 1:
+        (answer,) = answer
+    if answer is None or answer == "" or (type(answer) is float and math.isnan(answer)):
+        return "", "it has no answer"
+    if type(answer) not in (str, int, float):
+        return "", f"its answer is {short(answer)}, not one option"
+    text = str(int(answer)) if type(answer) is float and answer.is_integer() else str(answer).strip()
+    letters = list(options)
+    found: dict[str, str] = {}  # form -> letter
+    if form in ("auto", "text") and isinstance(answer, str):
+        same = [letter for letter in letters if _plain(options[letter]) == _plain(text)]
+        same = same or [letter for letter in letters if _begins(text, letter, options[letter])]
+        found |= {"text": same[0]} if same else {}
+    if form in ("auto", "letter") and isinstance(answer, str):
+        letter = re.sub(r"^\(?(?:option[ _])?([a-z])[).:]?$", r"\1", text.lower())
+        same = [known for known in letters if known.lower() == letter]
+        found |= {"letter": same[0]} if same else {}
+    if form in ("auto", "index") and re.fullmatch(r"-?\d{1,9}", text):
+        at = int(text) - first
+        if int(text) < 0:
+            return "", f"it has no answer ({text})"
+        if 0 <= at < len(letters):
+            found["index"] = letters[at]
+        elif not found:
+            raise UserError(
+                f"{where}: answer {text} is none of {first} to {first + len(letters) - 1}, by which its "
+                "options are counted; set the option `first`, or mend the record."
+            )
+    if len({options[letter] for letter in found.values()}) > 1:
+        raise UserError(
+            f"{where}: answer {short(answer)} may be a {' or a '.join(found)}; set the option `answers`."
+        )
+    if not found:
+        return "", f"its answer {short(answer)} is none of its options"
+    return next(iter(found.values())), ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold().rstrip(".")
