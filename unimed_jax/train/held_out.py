@@ -15,9 +15,10 @@ from unimed_jax.evaluate.tasks import Unit
 class HeldOut:
     """Makes batches of one unit's examples; the rows are planned once and always the same."""
 
-    def __init__(self, unit: Unit, config: Config, tokenizer: Tokenizer):
-        """Raises UserError for an example that does not fit into a row."""
+    def __init__(self, unit: Unit, config: Config, tokenizer: Tokenizer, skip_long: bool = False):
+        """Raises UserError for an example that does not fit into a row, or skips and counts it."""
         self.unit, self._config, self._pad = unit, config, tokenizer.pad
+        self._skip_long, self.skipped = skip_long, 0
         self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
         self.rows = self._planned()  # numbers of the examples in each row that has some
 
@@ -27,11 +28,21 @@ class HeldOut:
         for first in range(0, len(self.rows), rows):
             yield self.batch(self.rows[first : first + rows], share, shares)
 
-    def batch(self, rows: Sequence[Sequence[int]], share: int = 0, shares: int = 1) -> layout.Batch:
-        """Makes a batch of some planned rows, filled up with empty ones, and cuts out one share."""
+    def batch(
+        self,
+        rows: Sequence[Sequence[int]],
+        share: int = 0,
+        shares: int = 1,
+        size: int | None = None,
+    ) -> layout.Batch:
+        """Makes a batch of some planned rows, filled up with empty ones, and cuts out one share.
+
+        size: rows of the batch; by default config.data.rows.
+        """
         data, model = self._config.data, self._config.model
-        own = data.rows // shares
-        filled = [*rows, *[[]] * (data.rows - len(rows))][share * own : (share + 1) * own]
+        size = size or data.rows
+        own = size // shares
+        filled = [*rows, *[[]] * (size - len(rows))][share * own : (share + 1) * own]
         groups = [[self._loaded(self.unit.examples[i]) for i in row] for row in filled]
         sizes = (data.row_tokens, data.row_images, data.row_answers)
         shape = layout.RowShape(*sizes, model.tokens_per_image, model.vision.image_size)
@@ -40,20 +51,27 @@ class HeldOut:
     def _planned(self) -> list[list[int]]:
         data = self._config.data
         capacity = np.array((data.row_tokens, data.row_images, data.row_answers))
-        sizes = []
-        for example in self.unit.examples:
+        sizes, numbers = [], []
+        for number, example in enumerate(self.unit.examples):
             question = self._encoder.training(example, 0)
             size = (question.tokens, len(example.images), question.answer)
             if (np.array(size) > capacity).any():
+                if self._skip_long:
+                    self.skipped += 1
+                    continue
                 raise UserError(
                     f"{self.unit.id_of(example)} needs rows of {size} tokens, images and answer tokens, "
                     "more than config.data.row_tokens, row_images and row_answers; raise them, or "
                     "leave its entry's `every` 0."
                 )
             sizes.append(size)
+            numbers.append(number)
+        if not sizes:
+            return []
         order = np.argsort(-(np.array(sizes) / np.maximum(capacity, 1)).max(axis=1), kind="stable")
         row_of = packing.first_fit(np.array(sizes), capacity, order)
-        return [np.flatnonzero(row_of == row).tolist() for row in range(row_of.max() + 1)]
+        found = np.array(numbers)
+        return [found[row_of == row].tolist() for row in range(row_of.max() + 1)]
 
     def _loaded(self, example: Example) -> layout.Group:
         fit, vision = self._config.data.fit, self._config.model.vision
