@@ -136,7 +136,7 @@ def evaluate_predictions(
     """
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
-    given, doubled = _read_predictions(file)
+    given, doubled = read_predictions(file)
     wanted = {unit.id_of(example): example for unit in units for example in unit.examples}
     unknown = [name for name in given if name not in wanted]
     missing = [name for name in wanted if name not in given]
@@ -243,7 +243,7 @@ def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
+def read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
     """Reads a file of predictions.
 
     Returns id -> prediction, and the ids that occur more than once.
