@@ -157,7 +157,7 @@ FIGURES = {  # exact match of all, open, closed; recall of open; BLEU-1
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_blind_scores_are_those_that_were_measured(name, real_data, slake, cache):
-    """With the library's baseline and metrics; of equally common answers the first in the file counts."""
+    """With the library's metrics and baseline, which takes the first of equally common answers."""
     path = str(slake) if name == "slake" else str(real_data / "vqa_rad")
     (data,) = open_sources(DataConfig((SourceConfig(name, path=path),), cache=cache))
     train, test = ([e for e in data.examples(split) if e.task == "vqa"] for split in ("train", "test"))
