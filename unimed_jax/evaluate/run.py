@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from unimed_jax import files, processes
 from unimed_jax.config import Config, to_dict
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines
