@@ -314,7 +314,7 @@ def test_the_page_says_what_was_measured_and_the_report_names_it(written, tmp_pa
         "cmoe (moe_mlp, soft router, step 0): 4 batches a task of split 'val'; examples and the "
         "clusters (such as patients) that they come from: vqa 24 of 6",
         "No gradient at connector: qa.",
-        "| linear (linear, step 0) | connector | vqa - refer |",
+        "| linear (linear, step 0) | connector | vqa - refer | ",
         "## Next to cmoe",
         "![Tug-of-war](tug_of_war.png)",
     ):

@@ -18,7 +18,7 @@ import numpy as np
 
 from unimed_jax.evaluate.statistics import interval
 
-FEWEST = 3  # batches of an interval
+FEWEST = 4  # batches of an interval
 Values = np.ndarray  # float64 [..., K, K]
 
 

@@ -71,17 +71,16 @@ def groups_of(parts: Sequence[Part]) -> dict[str, list[Part]]:
     A module's only part is not listed again, nor are task tokens: each belongs to one task, so that
     no two tasks meet there.
     """
-    groups: dict[str, list[Part]] = {}
+    modules: dict[str, list[Part]] = {}
     for part in parts:
-        groups.setdefault(part.module, []).append(part)
-    for module, whole in list(groups.items()):
-        for part in (part for part in whole if part.name != "task tokens"):
-            groups.setdefault(f"{module}: {part.name}", []).append(part)
-    return {
-        name: found
-        for name, found in groups.items()
-        if name in {part.module for part in parts} or len(found) < len(groups[found[0].module])
-    }
+        modules.setdefault(part.module, []).append(part)
+    groups = dict(modules)
+    for module, whole in modules.items():
+        named = [part for part in whole if part.name != "task tokens"]
+        if len({part.name for part in named}) > 1:
+            for part in named:
+                groups.setdefault(f"{module}: {part.name}", []).append(part)
+    return groups
 
 
 def matching(paths: Sequence[str], patterns: Sequence[str], option: str) -> list[str]:

@@ -52,7 +52,7 @@ class Side:
 class Analysis:
     """Holds what was measured of one checkpoint of a run."""
 
-    about: Mapping[str, Any]  # run, step, connector, split, examples, clusters, batches
+    about: Mapping[str, Any]  # run, step, connector, split, examples, clusters, notes, batches
     # "units", "tasks", "sets", "planted" -> group of parts
     kinds: Mapping[str, Mapping[str, Measured]]
 
@@ -103,6 +103,7 @@ def analyse(
             if not side.planted
         },
         "clusters": {side.name: _clusters(side.unit) for side in sides if not side.planted},
+        "notes": list(run.notes),
         "batches": rows.fingerprint,  # runs with the same one were measured on the same examples
     }
     return Analysis(about, kinds)
@@ -176,25 +177,25 @@ def chosen_leaves(run: Run, matches: Sequence[str]) -> list[str]:
 
 
 class Batches:
-    """Deals the held-out rows of each side out to the same number of batches, of one shape."""
+    """Deals the held-out examples of each side out to the same number of batches, of one shape."""
 
     def __init__(self, sides: Sequence[Side], run: Run, batches: int):
-        """Takes at most `batches` of each side, as many as the one with the fewest rows has."""
+        """Makes at most `batches` of each side, as many as the one with the fewest examples has."""
         data, units = run.config.data, {side.unit.name: side.unit for side in sides}
         held_out = {
             name: HeldOut(unit, run.config, run.tokenizer, skip_long=True)
             for name, unit in units.items()
         }
         for name, each in held_out.items():
-            if not each.rows:
+            if not each.numbers:
                 raise UserError(
                     f"{name} has no example that fits into a row of this run; choose another --split."
                 )
-            if each.skipped:
-                processes.say(f"{name}: {each.skipped} examples fit into no row and are left out")
-        self.count = min(batches, *(len(each.rows) for each in held_out.values()))
+            if skipped := len(units[name].examples) - len(each.numbers):
+                processes.say(f"{name}: {skipped} examples fit into no row and are left out")
+        self.count = min(batches, *(len(each.numbers) for each in held_out.values()))
         dealt = {
-            name: [each.rows[i :: self.count][: data.rows] for i in range(self.count)]
+            name: [each.plan(each.numbers[i :: self.count])[: data.rows] for i in range(self.count)]
             for name, each in held_out.items()
         }
         # As few rows as hold the largest batch and divide as well among the devices.

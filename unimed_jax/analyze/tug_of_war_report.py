@@ -85,6 +85,7 @@ def page(runs: Sequence[Analysis]) -> str:
         "dropout. Direction similarity is the cosine of two of them; a pair is in conflict if it is "
         "negative. Magnitude similarity is 2 |a| |b| / (|a|^2 + |b|^2). Intervals: 95 %, over batches.",
         *[_about(label, run) for label, run in zip(labels, runs, strict=True)],
+        *[f"- {note}" for run in runs for note in run.about["notes"]],
     ]
     head = ("run", "parameters", *TITLES.values(), "of single batches")
     for kind in KINDS:
@@ -246,6 +247,7 @@ def _bars(axes, run: Analysis) -> None:
         axes.plot(single, place, "D", color="#0072B2", markersize=3.5, clip_on=False)
     axes.set_yticks(places, [name for name, _ in shown], fontsize=7)
     axes.set_xlim(0, 1)
+    axes.set_ylim(min(0, len(shown) - 6) - 0.6, len(shown) - 0.4)
     axes.set_title("share of pairs in conflict", fontsize=9)
     more = f"\n{left} more groups: tug_of_war.json" if left else ""
     axes.set_xlabel(f"bar: mean gradients, line: 95 %\ndiamond: single batches{more}", fontsize=7)

@@ -16,11 +16,14 @@ class HeldOut:
     """Makes batches of one unit's examples; the rows are planned once and always the same."""
 
     def __init__(self, unit: Unit, config: Config, tokenizer: Tokenizer, skip_long: bool = False):
-        """Raises UserError for an example that does not fit into a row, or skips and counts it."""
+        """Raises UserError for an example that does not fit into a row, or leaves it out."""
         self.unit, self._config, self._pad = unit, config, tokenizer.pad
-        self._skip_long, self.skipped = skip_long, 0
+        data = config.data
+        self._capacity = np.array((data.row_tokens, data.row_images, data.row_answers))
         self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
-        self.rows = self._planned()  # numbers of the examples in each row that has some
+        self._sizes = self._measured(skip_long)
+        self.numbers = list(self._sizes)  # of the examples that fit
+        self.rows = self.plan(self.numbers)  # numbers of the examples in each row
 
     def batches(self, share: int = 0, shares: int = 1) -> Iterator[layout.Batch]:
         """Yields this process's rows of each batch; rows of the last one may be empty."""
@@ -48,30 +51,30 @@ class HeldOut:
         shape = layout.RowShape(*sizes, model.tokens_per_image, model.vision.image_size)
         return layout.training_batch(groups, shape, self._pad, str(self._config.loss.reduction))
 
-    def _planned(self) -> list[list[int]]:
-        data = self._config.data
-        capacity = np.array((data.row_tokens, data.row_images, data.row_answers))
-        sizes, numbers = [], []
+    def plan(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Packs some examples, by number, into rows."""
+        if not len(numbers):
+            return []
+        sizes, found = np.array([self._sizes[number] for number in numbers]), np.array(numbers)
+        order = np.argsort(-(sizes / np.maximum(self._capacity, 1)).max(axis=1), kind="stable")
+        row_of = packing.first_fit(sizes, self._capacity, order)
+        return [found[row_of == row].tolist() for row in range(row_of.max() + 1)]
+
+    def _measured(self, skip_long: bool) -> dict[int, tuple[int, int, int]]:
+        """Counts tokens, images and answer tokens of each example that fits into a row, by number."""
+        sizes = {}
         for number, example in enumerate(self.unit.examples):
             question = self._encoder.training(example, 0)
             size = (question.tokens, len(example.images), question.answer)
-            if (np.array(size) > capacity).any():
-                if self._skip_long:
-                    self.skipped += 1
-                    continue
+            if (np.array(size) <= self._capacity).all():
+                sizes[number] = size
+            elif not skip_long:
                 raise UserError(
                     f"{self.unit.id_of(example)} needs rows of {size} tokens, images and answer tokens, "
                     "more than config.data.row_tokens, row_images and row_answers; raise them, or "
                     "leave its entry's `every` 0."
                 )
-            sizes.append(size)
-            numbers.append(number)
-        if not sizes:
-            return []
-        order = np.argsort(-(np.array(sizes) / np.maximum(capacity, 1)).max(axis=1), kind="stable")
-        row_of = packing.first_fit(np.array(sizes), capacity, order)
-        found = np.array(numbers)
-        return [found[row_of == row].tolist() for row in range(row_of.max() + 1)]
+        return sizes
 
     def _loaded(self, example: Example) -> layout.Group:
         fit, vision = self._config.data.fit, self._config.model.vision
