@@ -290,7 +290,7 @@ def scores_of(
     said = {name: [canonical(text) for text in texts] for name, texts in passes.items()}
     shares = _shares(unit.task, records, said)
     for name, values in shares.items():
-        table.add(name, Measure.mean(values))
+        table.add(name, Measure.mean(values.tolist()))
     kinds = sorted({record["template"] for record in records})
     masks = {
         kind: np.array([record["template"] == kind for record in records])
