@@ -2,6 +2,8 @@
 
 analyze tug-of-war --run=DIR [--run=DIR ...]
     compares the gradients that tasks send into the same parameters
+analyze reliance --run=DIR
+    asks test questions again without their image, with others, and in other words
 """
 
 import importlib
@@ -9,7 +11,7 @@ import importlib
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.verbs.options import parser
 
-COMMANDS = ("tug-of-war",)  # each a file of this folder, with _ for -
+COMMANDS = ("tug-of-war", "reliance")  # each a file of this folder, with _ for -
 
 
 def run(arguments: list[str]) -> int | None:
