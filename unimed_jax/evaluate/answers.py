@@ -117,25 +117,29 @@ def _checksum(content: Mapping[str, Any]) -> int:
 
 
 def answer_units(
-    units: Sequence[Unit], answerer: Callable[[Unit], Answer], seed: int, journal: Journal | None = None
+    units: Sequence[Unit],
+    answerer: Callable[[Unit], Answer],
+    seed: int,
+    journal: Journal | None = None,
+    permuted: bool = True,
 ) -> dict[str, Answered]:
     """Answers every example of the units that the journal lacks, and returns the answers by id.
 
-    The ids are those in predictions.jsonl. With a journal, an example with images is asked twice,
-    the second time about another example's images (`permute_images`). Without one it is asked once,
-    and nothing is written or shown.
+    The ids are those in predictions.jsonl. With a journal and `permuted`, an example with images is
+    asked twice, the second time about another example's images (`permute_images`), else once.
+    Without a journal nothing is written or shown.
     """
     answers = {} if journal is None else dict(journal.found)
     with _progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
         for unit in units:
             answer: Answer | None = None
-            permuted = None if journal is None else permute_images(unit.examples, seed)
+            others = permute_images(unit.examples, seed) if permuted and journal is not None else None
             bar.set_description(unit.name, refresh=False)
             for number, places in enumerate(batches(unit)):
                 names = [unit.id_of(unit.examples[i]) for i in places]
                 if not all(name in answers for name in names):
                     answer = answer or answerer(unit)
-                    found = _answer_batch(unit, places, permuted, answer, number + seed)
+                    found = _answer_batch(unit, places, others, answer, number + seed)
                     batch = dict(zip(names, found, strict=True))
                     answers |= batch
                     if journal is not None:
