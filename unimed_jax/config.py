@@ -286,7 +286,9 @@ class TrainConfig:
     # Optimizer state at step 0. zeros: as AdamW starts; init: that of the last original checkpoint
     # (kind "unimed") of config.init, so that its training goes on.
     moments: Literal["zeros", "init"] = "zeros"
-    gradients: Literal["sum"] = "sum"  # how gradients of several tasks are combined (train/gradients.py)
+    # How gradients of several tasks are combined (train/gradients.py). sum: as published; the others
+    # ease conflicts between tasks, and take a backward pass and a gradient's memory for each task.
+    gradients: Literal["sum", "pcgrad", "gradvac", "equal-norm"] = "sum"
     save_every: Count = 500  # steps between checkpoints
     log_every: Count = 10  # steps between log lines
     keep: Count = 2  # newest checkpoints that are kept

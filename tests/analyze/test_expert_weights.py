@@ -6,7 +6,7 @@ import pytest
 from support import tiny
 from test_routing import tiny_run, toy_units
 
-from unimed_jax.analyze import expert_weights
+from unimed_jax.analyze import expert_weights, updates
 from unimed_jax.analyze.examples import shown_images
 from unimed_jax.model.parameters import parameters, with_parameters
 
@@ -74,3 +74,20 @@ def test_norms_and_moves_are_those_that_were_planted():
     np.testing.assert_allclose(found["norm"], np.linalg.norm(every, axis=1), rtol=1e-5)
     np.testing.assert_allclose(found["distance"][0][2], np.linalg.norm(every[0] - every[2]), rtol=1e-5)
     assert every.size == sum(leaf.size for path, leaf in now.items() if "/experts/" in path)
+
+
+def test_updates_that_were_planted_agree_as_much_as_they_should():
+    rng = np.random.default_rng(0)
+    common, noise = rng.standard_normal(400), rng.standard_normal((3, 400))
+    # The same update in each repeat; its opposite, ten times as large; another one in each repeat.
+    vectors = np.stack([np.tile(common, (3, 1)), np.tile(-10 * common, (3, 1)), noise])  # [U, R, n]
+    gram = np.einsum("urn,vsn->urvs", vectors, vectors)
+    found = updates.similarity(gram, seed=0)
+    assert found["cos"][0][1] == pytest.approx(-1) and found["ci95"][0][1] == pytest.approx([-1, -1])
+    assert found["norm"][1] == pytest.approx(10 * found["norm"][0])
+    same, opposite, apart = found["itself"]
+    assert same == pytest.approx(1) and opposite == pytest.approx(1) and abs(apart) < 0.1
+    low, high = found["ci95"][0][2]
+    assert low <= found["cos"][0][2] <= high and low < high and abs(found["cos"][0][2]) < 0.2
+    alone = updates.similarity(gram[:, :1, :, :1], seed=0)
+    assert alone["itself"] is None and alone["ci95"] is None

@@ -59,12 +59,22 @@ def test_routing_and_tokens_of_a_run(run, tmp_path, capsys):
 
 
 def test_experts_of_a_run(run, capsys):
-    words = ["--limit=12", "--task=cls", "--task=refer"]
+    words = ["--limit=12", "--task=cls", "--task=refer", "--steps=1", "--repeats=2"]
     assert cli.main(["analyze", "experts", f"--run={run}", *words]) == 0
     found = files(run / "analysis", "experts")
     assert min(found["weights"]["moved"]) > 0 and found["notes"] == []
     assert np.shape(found["outputs"]["relative_distance"]) == (5, 5)
-    assert "distance of the outputs" in capsys.readouterr().out
+    updates = found["updates"]
+    assert updates["names"] == ["cls", "refer"] or updates["names"] == ["refer", "cls"]
+    assert set(updates["groups"]) == {
+        "connector", "router", "task tokens", *(f"expert {e}" for e in range(5)),
+    }  # fmt: skip
+    for entry in updates["groups"].values():
+        assert entry["cos"][0][1] == pytest.approx(entry["cos"][1][0])
+        assert min(entry["norm"]) > 0 and -1 <= entry["itself"][0] <= 1
+    # Each task has its own token, so that one task's update leaves the other's token alone.
+    assert updates["groups"]["task tokens"]["cos"][0][1] == pytest.approx(0, abs=1e-6)
+    assert "with itself" in capsys.readouterr().out
 
 
 def test_an_ablation_that_was_killed_goes_on(run, monkeypatch):
@@ -117,6 +127,8 @@ def edited(run, **connector):
         (["routing", "--split=tset"], {}, "no example in split 'tset'; did you mean 'test'"),
         (["ablation", "--task=qa"], {}, "no task with images is left"),
         (["tokens", "--task=cls"], {}, "--by=task gives the one group 'cls'"),
+        (["experts", "--task=cls", "--steps=1"], {}, "only squares/val/cls has held-out examples"),
+        (["experts", "--limit=2", "--repeats=9"], {}, "too few for --repeats=9"),
         (["tokens", "--tokens=1"], {}, "--tokens=1 cannot be used; give a number from 4"),
         (["experts", "--limit=-1"], {}, "--limit=-1 cannot be used"),
         (["expert"], {}, "did you mean 'experts'"),

@@ -1,7 +1,9 @@
 """Shows why a model does what it does; each command has --help.
 
+analyze tug-of-war --run=DIR [--run=DIR ...]
+    compares the gradients that tasks send into the same parameters
 analyze experts --run=DIR
-    measures the experts' weights: norms, distances, and moves since the start
+    measures the experts' weights: norms, distances, moves, and the updates of single tasks
 analyze ablation --run=DIR
     switches experts off, one at a time, and measures what each task loses
 analyze routing --run=DIR
@@ -16,7 +18,7 @@ from unimed_jax.errors import UserError, nearest
 from unimed_jax.verbs.options import parser
 
 # each a file of this folder, with _ for -
-COMMANDS = ("experts", "ablation", "routing", "tokens")
+COMMANDS = ("tug-of-war", "experts", "ablation", "routing", "tokens")
 
 
 def run(arguments: list[str]) -> int | None:
