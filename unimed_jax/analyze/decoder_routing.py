@@ -33,7 +33,9 @@ def analyse(run: Run, units: Sequence[Unit], keys: Sequence[str]) -> dict[str, A
     tokens.
     """
     config = run.config
-    shares, of, examples = [], [], []
+    shares: list[np.ndarray] = []
+    of: list[Unit] = []
+    examples: list[Example] = []
     total = sum(len(unit.examples) for unit in units)
     with tqdm(
         total=total, desc="routing", unit=" prompts", leave=False, disable=not processes.leads()

@@ -110,7 +110,7 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     figure.suptitle(
         f"Experts of {Path(content['run']).name}, step {content['step']}", fontsize=12, weight="bold"
     )
-    parts = list(np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights)))
+    parts = list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     first, second, third = parts[0].subplots(1, 3)
     for axes, matrix, title in (
         (first, weights["relative_distance"], "distance of the weights (relative)"),

@@ -124,7 +124,7 @@ def draw(path: Path, content: Mapping[str, Any], grid: tuple[int, int]) -> None:
         fontsize=12,
         weight="bold",
     )
-    parts = list(np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights)))
+    parts = list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     if connector is not None:
         _draw_groups(parts.pop(0), connector)
         _draw_causes(parts.pop(0), connector["causes"])
