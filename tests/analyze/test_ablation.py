@@ -108,5 +108,6 @@ def test_losses_are_those_that_were_planted():
         assert [off["score"] for off in entry["off"]] == pytest.approx([1 - each for each in lost])
     assert found["toy/test/cls"]["off"][0]["ci95"] == [0, 0]
     low, high = found["toy/test/cls"]["off"][1]["ci95"]
-    assert 0 <= low < 0.25 < high
+    assert low < 0.25 < high
+    assert [off["verdict"] for off in found["toy/test/identify"]["off"]] == ["undecided"] * 2 + ["helps"]
     assert found["toy/test/identify"]["off"][2]["ci95"] == [1, 1] and set(VISUAL_TASKS) > {"cls"}

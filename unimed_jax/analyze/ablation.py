@@ -22,13 +22,15 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate.answers import Journal
 from unimed_jax.evaluate.metrics import Record
 from unimed_jax.evaluate.run import answered_records
-from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.evaluate.statistics import Difference, Measure, paired, verdicts, with_interval
 from unimed_jax.evaluate.tasks import Unit
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.provenance import code_version
 from unimed_jax.runs.open import Run
 
 WHOLE = "all experts"
+# What a model with all experts being better or worse says of the expert that is off.
+VERDICTS = {"better": "helps", "worse": "hurts", "undecided": "undecided"}
 PARTIAL = "ablation.partial"  # folder of the answers so far
 
 
@@ -46,7 +48,7 @@ def analyse(run: Run, units: Sequence[Unit], folder: Path) -> dict[str, Any]:
 
     folder: where answers are kept until all are there, so that a killed analysis goes on. Returned:
     "experts", "units" name -> {task, set, n, clusters, metric, whole, off: [E] of {value (the
-    loss: with all experts minus without this one), ci95, score}}. Raises UserError if no unit has
+    loss: with all experts minus without this one), ci95, p, score, p_holm, verdict}}. Raises UserError if no unit has
     an image.
     """
     units = [unit for unit in units if unit.task in VISUAL_TASKS]
@@ -75,35 +77,35 @@ def losses(
 ) -> dict[str, Any]:
     """Compares the answers without each expert with those of the whole model, unit by unit.
 
-    answered: name of the model, the whole one first -> name of the unit -> its records.
+    answered: name of the model, the whole one first -> name of the unit -> its records. Verdicts are
+    corrected for all experts and units together.
     """
     whole, *off = answered
-    found = {}
+    resamples, seed = config.evaluate.bootstrap, config.seed
+    found: dict[str, Any] = {}
+    lost: list[Difference] = []
     for unit in units:
         metric = unit.metrics[0]
         measures: list[Measure] = [metric(answered[name][unit.name]) for name in (whole, *off)]
         clusters = [record["cluster"] for record in answered[whole][unit.name]]
-        several = len(set(clusters)) > 1
-        draws = resample(measures, clusters, config.evaluate.bootstrap, config.seed)
+        own = [paired(measures[:1], [each], clusters, resamples, seed) for each in measures[1:]]
+        lost += own
         found[unit.name] = {
             "set": unit.source.id,
             "task": unit.task,
             "n": len(unit.examples),
             "clusters": len(set(clusters)),
             "metric": metric.name,
-            "whole": {
-                "value": measures[0].value,
-                "ci95": interval(draws[0]) if several else None,
-            },
+            "whole": with_interval(measures[0], clusters, resamples, seed),
             "off": [
-                {
-                    "value": measures[0].value - measure.value,
-                    "ci95": interval(draws[0] - drawn) if several else None,
-                    "score": measure.value,
-                }
-                for measure, drawn in zip(measures[1:], draws[1:], strict=True)
+                {"value": each.value, "ci95": each.ci95, "p": each.p, "score": measure.value}
+                for each, measure in zip(own, measures[1:], strict=True)
             ],
         }
+    entries = [entry for unit in found.values() for entry in unit["off"]]
+    for entry, said in zip(entries, verdicts(lost), strict=True):
+        entry["p_holm"] = said["p_holm"]
+        entry["verdict"] = VERDICTS[said["verdict"]]
     return found
 
 

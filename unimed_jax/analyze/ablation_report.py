@@ -18,26 +18,24 @@ def page(content: Mapping[str, Any]) -> str:
             entry["n"],
             entry["metric"],
             with_interval(entry["whole"]),
-            *(with_interval(off, "+") for off in entry["off"]),
+            *(with_interval(off, "+") + _star(off).replace("*", r" \*") for off in entry["off"]),
         ]
         for name, entry in content["units"].items()
     ]
     experts = [f"lost without expert {e}" for e in range(content["experts"])]
-    count = len(rows) * content["experts"]
-    excluding = sum(_excludes_zero(off["ci95"]) for e in content["units"].values() for off in e["off"])
     return (
         f"# Experts switched off\n\n{said_about(content)}\n\n"
         "One expert's weight is 0 at every visual token, and the weights of the others are scaled to "
         "sum to 1 again. Lost: the score with all experts minus the score without this one, on the "
         "same questions (positive: the expert helps).\n\n"
         + markdown_table(["unit", "n", "metric", "all experts", *experts], rows)
-        + f"\n\n{excluding} of {count} intervals exclude 0; about {0.05 * count:.1f} would by chance "
-        "alone.\n"
+        + "\n\n\\* helps or hurts: the difference holds after correction for all experts and units "
+        "(Holm).\n"
     )
 
 
-def _excludes_zero(ci95: list[float] | None) -> bool:
-    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0)
+def _star(off: Mapping[str, Any]) -> str:
+    return "" if off["verdict"] == "undecided" else "*"
 
 
 def draw(path: Path, content: Mapping[str, Any]) -> None:
@@ -48,7 +46,7 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     lost = np.array([[off["value"] for off in entry["off"]] for entry in units.values()])
     texts = [
         [
-            f"{off['value']:+.3f}{'*' if _excludes_zero(off['ci95']) else ''}"
+            f"{off['value']:+.3f}{_star(off)}"
             + (f"\n[{off['ci95'][0]:+.3f}, {off['ci95'][1]:+.3f}]" if off["ci95"] else "")
             for off in entry["off"]
         ]
@@ -74,5 +72,7 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
         fontsize=11,
         weight="bold",
     )
-    axes.set_xlabel("* the 95 % interval excludes 0; red: the expert helps", fontsize=8.5)
+    axes.set_xlabel(
+        "* holds after correction for all experts and units; red: the expert helps", fontsize=8.5
+    )
     figure.savefig(path, format="png")

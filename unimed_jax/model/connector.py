@@ -12,6 +12,7 @@ Shapes: N images, T visual tokens per image, D channels of a visual token, E exp
 units, O channels of the decoder, R hidden units of the router, C channels of a task token.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -230,9 +231,14 @@ class Connector(nnx.Module):
         routed = c.is_moe and c.router in ("soft", "sparse")
         self.router = Router(c, width, rngs) if routed else None
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
+<<<<<<< HEAD
         self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(c.layers)])
         # [E]: 0 for an expert that is off (analyze/ablation.py), else 1; None: all are on.
         self.kept: nnx.Variable | None = nnx.data(None)
+=======
+        widths = [width, *[c.hidden or out] * (c.layers - 1), out] if c.layers else []
+        self.layers = nnx.List([Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+>>>>>>> main
 
     def __call__(
         self,
