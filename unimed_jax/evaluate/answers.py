@@ -121,15 +121,6 @@ def answer_units(
     answerer: Callable[[Unit], Answer],
     seed: int,
     journal: Journal | None = None,
-<<<<<<< HEAD
-    permuted: bool = True,
-) -> dict[str, Answered]:
-    """Answers every example of the units that the journal lacks, and returns the answers by id.
-
-    The ids are those in predictions.jsonl. With a journal and `permuted`, an example with images is
-    asked twice, the second time about another example's images (`permute_images`), else once.
-    Without a journal nothing is written or shown.
-=======
     permute: bool = True,
 ) -> dict[str, Answered]:
     """Answers every example of the units that the journal lacks, and returns the answers by id.
@@ -137,23 +128,18 @@ def answer_units(
     The ids are those in predictions.jsonl. With a journal, an example with images is asked twice,
     the second time about another example's images (`permute_images`), unless `permute` is False.
     Without one it is asked once, and nothing is written or shown.
->>>>>>> main
     """
     answers = {} if journal is None else dict(journal.found)
     with _progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
         for unit in units:
             answer: Answer | None = None
-<<<<<<< HEAD
-            others = permute_images(unit.examples, seed) if permuted and journal is not None else None
-=======
             permuted = permute_images(unit.examples, seed) if journal is not None and permute else None
->>>>>>> main
             bar.set_description(unit.name, refresh=False)
             for number, places in enumerate(batches(unit)):
                 names = [unit.id_of(unit.examples[i]) for i in places]
                 if not all(name in answers for name in names):
                     answer = answer or answerer(unit)
-                    found = _answer_batch(unit, places, others, answer, number + seed)
+                    found = _answer_batch(unit, places, permuted, answer, number + seed)
                     batch = dict(zip(names, found, strict=True))
                     answers |= batch
                     if journal is not None:

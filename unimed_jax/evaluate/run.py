@@ -188,7 +188,6 @@ def quick_scores(
 
     Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
     """
-<<<<<<< HEAD
     found = answered_records(model, config, tokenizer, units)
     return {
         f"{metric.name}/{unit.name}": metric(found[unit.name]).value
@@ -209,19 +208,9 @@ def answered_records(
     Nothing is asked about other images and no baseline is fitted. With a journal, answers are kept
     as they come, and progress is shown. It is called on all processes together.
     """
-    answer_of = functools.partial(_model_answers, model, config, tokenizer)
-    found = answer_units(units, answer_of, config.seed, journal, permuted=False)
-    return {unit.name: _records(unit, found, {}) for unit in units}
-=======
-    out: dict[str, float] = {}
-    for unit in units:
-        found = answer_units(
-            [unit], functools.partial(model_answers, model, config, tokenizer), config.seed
-        )
-        records = records_of(unit, found, {})
-        out |= {f"{metric.name}/{unit.name}": metric(records).value for metric in unit.metrics}
-    return out
->>>>>>> main
+    answer_of = functools.partial(model_answers, model, config, tokenizer)
+    found = answer_units(units, answer_of, config.seed, journal, permute=False)
+    return {unit.name: records_of(unit, found, {}) for unit in units}
 
 
 # ---------------------------------------------------------------------------------------------

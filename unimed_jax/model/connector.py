@@ -231,14 +231,10 @@ class Connector(nnx.Module):
         routed = c.is_moe and c.router in ("soft", "sparse")
         self.router = Router(c, width, rngs) if routed else None
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
-<<<<<<< HEAD
-        self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(c.layers)])
-        # [E]: 0 for an expert that is off (analyze/ablation.py), else 1; None: all are on.
-        self.kept: nnx.Variable | None = nnx.data(None)
-=======
         widths = [width, *[c.hidden or out] * (c.layers - 1), out] if c.layers else []
         self.layers = nnx.List([Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
->>>>>>> main
+        # [E]: 0 for an expert that is off (analyze/ablation.py), else 1; None: all are on.
+        self.kept: nnx.Variable | None = nnx.data(None)
 
     def __call__(
         self,

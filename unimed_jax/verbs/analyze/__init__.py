@@ -2,7 +2,8 @@
 
 analyze tug-of-war --run=DIR [--run=DIR ...]
     compares the gradients that tasks send into the same parameters
-<<<<<<< HEAD
+analyze reliance --run=DIR
+    asks test questions again without their image, with others, and in other words
 analyze experts --run=DIR
     measures the experts' weights: norms, distances, moves, and the updates of single tasks
 analyze ablation --run=DIR
@@ -11,10 +12,6 @@ analyze routing --run=DIR
     measures which experts each task, data set, modality and place goes to
 analyze tokens --run=DIR
     draws visual tokens before and after the connector in two dimensions, by task
-=======
-analyze reliance --run=DIR
-    asks test questions again without their image, with others, and in other words
->>>>>>> main
 """
 
 import importlib
@@ -22,12 +19,8 @@ import importlib
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.verbs.options import parser
 
-<<<<<<< HEAD
 # each a file of this folder, with _ for -
-COMMANDS = ("tug-of-war", "experts", "ablation", "routing", "tokens")
-=======
-COMMANDS = ("tug-of-war", "reliance")  # each a file of this folder, with _ for -
->>>>>>> main
+COMMANDS = ("tug-of-war", "reliance", "experts", "ablation", "routing", "tokens")
 
 
 def run(arguments: list[str]) -> int | None:
