@@ -48,8 +48,8 @@ def analyse(run: Run, units: Sequence[Unit], folder: Path) -> dict[str, Any]:
 
     folder: where answers are kept until all are there, so that a killed analysis goes on. Returned:
     "experts", "units" name -> {task, set, n, clusters, metric, whole, off: [E] of {value (the
-    loss: with all experts minus without this one), ci95, p, score, p_holm, verdict}}. Raises UserError if no unit has
-    an image.
+    loss: with all experts minus without this one), ci95, p, score, p_holm, verdict}}. Raises
+    UserError if no unit has an image.
     """
     units = [unit for unit in units if unit.task in VISUAL_TASKS]
     if not units:
