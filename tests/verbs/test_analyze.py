@@ -58,6 +58,7 @@ def test_routing_and_tokens_of_a_run(run, tmp_path, capsys):
     assert set(found["views"]["after"]["separation"]["by_label"]) == {"refer", "cls"}
 
 
+@pytest.mark.slow
 def test_experts_of_a_run(run, capsys):
     words = ["--limit=12", "--task=cls", "--task=refer", "--steps=1", "--repeats=2"]
     assert cli.main(["analyze", "experts", f"--run={run}", *words]) == 0
@@ -77,6 +78,7 @@ def test_experts_of_a_run(run, capsys):
     assert "with itself" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_ablation_that_was_killed_goes_on(run, monkeypatch):
     words = ["analyze", "ablation", f"--run={run}", "--limit=4", "--task=cls", "--task=identify"]
     asked = []
