@@ -27,6 +27,7 @@ from unimed_jax.runs.open import Run
 
 BATCH = 64  # images at once
 PERMUTATIONS = 200
+FOLDS = 5  # of clusters, for the linear classifier
 # What is drawn and scored -> what it shows.
 VIEWS = {
     "before": "before the connector, own images",
@@ -182,6 +183,43 @@ def separation(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any]:
     }
 
 
+def told_apart(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any] | None:
+    """Scores how well a linear classifier tells the labels apart on clusters that it was not fitted on.
+
+    It is the mean over labels of the share of a label's tokens that get it right (balanced accuracy),
+    with "ci95" over clusters; "chance" is one over the number of labels. The classifier is a ridge
+    regression in FOLDS folds of clusters. Unlike the silhouette it also sees labels whose tokens are
+    spread widely, but apart. None if some label lies in too few clusters.
+    """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    names, counts = np.unique(tokens.labels, return_counts=True)
+    folds = min(FOLDS, *(len(set(tokens.clusters[tokens.labels == name])) for name in names))
+    if folds < 2:
+        return None
+    said = cross_val_predict(
+        make_pipeline(StandardScaler(), RidgeClassifier(class_weight="balanced")),
+        tokens.values.astype(np.float64),
+        tokens.labels,
+        groups=tokens.clusters,
+        cv=GroupKFold(folds),
+    )
+    own = (tokens.labels[:, None] == names).astype(np.float64)  # [n, labels]
+    right = own * (said == tokens.labels)[:, None]
+
+    def balanced(sums: np.ndarray) -> np.ndarray:
+        """Averages over labels from sums [..., labels right and labels]."""
+        with np.errstate(invalid="ignore"):
+            return (sums[..., : len(names)] / sums[..., len(names) :]).mean(axis=-1)
+
+    measure = Measure(np.concatenate([right, own], axis=1), balanced)
+    scored = with_interval(measure, tokens.clusters.tolist(), resamples, seed)
+    return {**scored, "chance": 1 / len(names)}
+
+
 def flat(tokens: Tokens, how: str, seed: int) -> tuple[np.ndarray, list[float] | None]:
     """Projects tokens to two dimensions: [n, 2], and the shares of the variance shown (pca alone).
 
@@ -218,6 +256,7 @@ def analyse(
         found["views"][name] = {
             "what": VIEWS[name],
             "separation": separation(tokens, resamples, seed),
+            "told_apart": told_apart(tokens, resamples, seed),
             "variance_shown": shares,
         }
     return found, points
