@@ -188,14 +188,29 @@ def quick_scores(
 
     Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
     """
-    out: dict[str, float] = {}
-    for unit in units:
-        found = answer_units(
-            [unit], functools.partial(model_answers, model, config, tokenizer), config.seed
-        )
-        records = records_of(unit, found, {})
-        out |= {f"{metric.name}/{unit.name}": metric(records).value for metric in unit.metrics}
-    return out
+    found = answered_records(model, config, tokenizer, units)
+    return {
+        f"{metric.name}/{unit.name}": metric(found[unit.name]).value
+        for unit in units
+        for metric in unit.metrics
+    }
+
+
+def answered_records(
+    model: UniMed,
+    config: Config,
+    tokenizer: Tokenizer,
+    units: Sequence[Unit],
+    journal: Journal | None = None,
+) -> dict[str, list[Record]]:
+    """Answers each example of the units once, and returns the records of each unit by its name.
+
+    Nothing is asked about other images and no baseline is fitted. With a journal, answers are kept
+    as they come, and progress is shown. It is called on all processes together.
+    """
+    answer_of = functools.partial(model_answers, model, config, tokenizer)
+    found = answer_units(units, answer_of, config.seed, journal, permute=False)
+    return {unit.name: records_of(unit, found, {}) for unit in units}
 
 
 # ---------------------------------------------------------------------------------------------
