@@ -77,17 +77,21 @@ def heat(
     for i in range(len(rows)):
         for j in range(len(columns)):
             red, green, blue, _ = shown.cmap(shown.norm(values[i, j]))
-            bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
+            bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 or not np.isfinite(values[i, j])
             axes.text(
                 j,
                 i,
-                f"{values[i, j]:.2f}" if texts is None else texts[i][j],
+                texts[i][j] if texts is not None else _number(values[i, j]),
                 ha="center",
                 va="center",
                 fontsize=7.5,
                 linespacing=1.3,
                 color="black" if bright else "white",
             )
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "-"
 
 
 def dots(

@@ -20,7 +20,7 @@ SHARES = {
     "image_sensitivity": ("Image Sensitivity", "#009E73"),
     "hallucinated_visual_reasoning_rate": ("Hallucinated Visual Reasoning Rate", "#CC79A7"),
     "flip_rate": ("paraphrase flip rate", "#E69F00"),
-    "dangerous": ("dangerous: neither image nor wording matters", "#999999"),
+    "dangerous": ("dangerous (neither image nor wording matters)", "#999999"),
 }
 
 
@@ -137,7 +137,7 @@ def draw(path: Path, metrics: Mapping[str, Any]) -> None:
     figure = Figure(
         figsize=(10.5, 0.85 * len(rows) + 1.6), dpi=130, facecolor="white", layout="constrained"
     )
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.15, 1))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
     for at, (_, _, entry) in enumerate(rows):
         _draw_passes(left, at, entry)
         _draw_shares(right, at, entry)
@@ -145,7 +145,7 @@ def draw(path: Path, metrics: Mapping[str, Any]) -> None:
         range(len(rows)), [f"{name} {task}" if several else task for name, task, _ in rows], fontsize=10
     )
     left.set_ylim(len(rows) - 0.5, -0.5)
-    titles = ("Score of the primary metric", "Share of answers")
+    titles = ("Score of the primary metric", "Share of examples")
     for axes, title in zip((left, right), titles, strict=True):
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlim(-0.02, 1.02)
@@ -162,7 +162,7 @@ def draw(path: Path, metrics: Mapping[str, Any]) -> None:
         unique = dict(zip(labels, handles, strict=True))
         below = (0.5, -0.54 / max(len(rows), 2))
         axes.legend(unique.values(), unique.keys(), loc="upper center", bbox_to_anchor=below,
-                    ncols=2, fontsize=8, frameon=False)  # fmt: skip
+                    ncols=2 if axes is left else 1, fontsize=8, frameon=False)  # fmt: skip
     figure.savefig(path, format="png")
 
 
