@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import files, processes
+from unimed_jax.evaluate.report import link_pages
 from unimed_jax.provenance import code_version, plain
 from unimed_jax.runs.open import Run
 
@@ -53,6 +54,7 @@ def write(
         files.write_text(place / names[0], page + notes)
         draw(place / names[1])
         files.write_json(place / names[2], plain(content))
+    link_pages(folder)
     print(page + notes)
     print(f"wrote {', '.join(str(folder / each) for each in names)}", flush=True)
 
