@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax import files, processes
+from unimed_jax.evaluate.report import link_pages
 from unimed_jax.evaluate.report.markdown import markdown_table, number, with_interval
 
 NAMES = ("reliance.jsonl", "reliance.md", "reliance.png", "reliance.json")
@@ -33,6 +34,7 @@ def write(folder: Path, metrics: Mapping[str, Any], lines: Sequence[Mapping[str,
         files.write_text(place / NAMES[1], page(metrics))
         draw(place / NAMES[2], metrics)
         files.write_json(place / NAMES[3], metrics)
+    link_pages(folder)
     processes.say(scores_table(metrics))
     for note in metrics["notes"]:
         processes.say(f"note: {note}")
