@@ -128,7 +128,7 @@ def test_scores_can_be_made_again_from_predictions(config, tmp_path):
     for task in TASKS:
         kept = metrics["sets"]["toy"]["test"][task]
         again = scores.score(
-            task, [line for line in lines if line["task"] == task], config, protocol=kept["protocol"]
+            task, [line for line in lines if line["task"] == task], config, protocols=kept["protocols"]
         )
         assert plain(again) == kept
 

@@ -73,6 +73,18 @@ def with_options(question: str, options: Mapping[str, str]) -> str:
     return question + "".join(f" ({letter}) {text}" for letter, text in options.items())
 
 
+def shown_options(question: str) -> Options:
+    """Finds the options that `with_options` put behind a question; {} if there are none."""
+    parts = re.split(r" \(([A-Z])\) ", question)
+    letters, texts = parts[1::2], parts[2::2]
+    if "A" not in letters:
+        return {}
+    start = len(letters) - 1 - letters[::-1].index("A")
+    letters, texts = letters[start:], texts[start:]
+    whole = letters == list(LETTERS[: len(letters)]) and all(text.strip() for text in texts)
+    return dict(zip(letters, texts, strict=True)) if whole and len(letters) > 1 else {}
+
+
 def _begins(text: str, letter: str, option: str) -> bool:
     """Says whether a text is an option with its letter before it, as in "(B) lung"."""
     return _plain(_bare(text, letter)) == _plain(option)

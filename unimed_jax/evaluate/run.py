@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from unimed_jax import files, processes
+from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import Config, to_dict
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate import baselines
+from unimed_jax.evaluate import baselines, likelihood
 from unimed_jax.evaluate.answers import Answer, Answered, Journal, answer_units
+from unimed_jax.evaluate.labels import Labels
 from unimed_jax.evaluate.metrics import Record
-from unimed_jax.evaluate.metrics.registry import Metric
+from unimed_jax.evaluate.metrics.registry import LabelLikelihoods
+from unimed_jax.evaluate.protocol import protocols
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
@@ -31,8 +34,9 @@ from unimed_jax.interruption import claim, claims_end
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.parsing import json_lines, read_text
+from unimed_jax.predict.likelihood import Likelihood
 from unimed_jax.predict.predictor import Predictor, Request
-from unimed_jax.provenance import code_version, plain, protocol_id
+from unimed_jax.provenance import code_version, plain
 from unimed_jax.runs import inputs
 from unimed_jax.runs.folder import read_config
 from unimed_jax.runs.open import Run, initial_leaves
@@ -60,9 +64,15 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     notes += dict.fromkeys(
         [*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)]
     )
-    journal = Journal(folder, _fingerprint(run, config, sets))
+    fingerprint = _fingerprint(run, config, sets)
+    journal = Journal(folder, fingerprint)
     answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
-    scored = answer_and_score(units, training, answer_of, journal, config)
+    measured = None
+    if config.evaluate.likelihood:
+        likelihoods = Journal(folder, fingerprint, likelihood.JOURNAL, Likelihood)
+        measurer = likelihood.model_measurer(run.model, config, run.tokenizer)
+        measured = functools.partial(likelihood.measure_units, measurer=measurer, journal=likelihoods)
+    scored = answer_and_score(units, training, answer_of, journal, config, measured)
     routing = _routing(run, config, sets, scored)
     if not processes.leads():
         return {}
@@ -70,6 +80,8 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     metrics = summarise(config, scored, _about(sets, units), notes, run.step, routing)
     write_report(folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
     journal.remove()
+    if measured is not None:
+        likelihoods.remove()
     _say(metrics, folder)
     return metrics
 
@@ -112,15 +124,23 @@ def answer_and_score(
     answer_of: Callable[[Unit], Answer],
     journal: Journal,
     config: Config,
+    measured: Callable[[Sequence[Unit], Mapping[str, Labels]], Mapping[str, Likelihood]] | None = None,
 ) -> list[Scored]:
     """Fits the baselines, answers what the journal lacks, and scores every unit.
 
-    It is called on all processes together.
+    measured: gives the likelihoods of labels; None: they are not measured. It is called on all
+    processes together.
     """
     # Baselines come before the long wait for answers, since wrong records show there.
     blind = _shared(lambda: _blind_answers(units, training))
+    labels = likelihood.known_labels(units, training) if measured else {}
     found = answer_units(units, answer_of, config.seed, journal)
-    return _scored(units, found, blind, config)
+    known = (
+        {name: _of_labels(labels[name], one) for name, one in measured(units, labels).items()}
+        if measured
+        else {}
+    )
+    return _scored(units, found, blind, config, known)
 
 
 def evaluate_predictions(
@@ -168,7 +188,7 @@ def evaluate_predictions(
                 height, width = unit.source.data.image(example.images[0]).shape[:2]
                 size = [width, height]
             found[name] = Answered(given.get(name, ""), size)
-    scored = _scored(units, found, blind, config, form="external")
+    scored = _scored(units, found, blind, config, external=True)
     metrics = summarise(config, scored, _about(sets, units), notes)
     metrics["predictions"] = {
         "file": file.name,
@@ -308,16 +328,23 @@ def _blind_answers(units: Sequence[Unit], training: Training) -> Blind:
 
 
 def _scored(
-    units: Sequence[Unit], found: Mapping[str, Answered], blind: Blind, config: Config, form: str = ""
+    units: Sequence[Unit],
+    found: Mapping[str, Answered],
+    blind: Blind,
+    config: Config,
+    known: Mapping[str, LabelLikelihoods] = FrozenDict(),
+    external: bool = False,
 ) -> list[Scored]:
     """Returns every unit's records and scores, in the order of the units, on all processes."""
 
     def work() -> dict[str, Any]:
         out = {}
         for unit in _mine(units):
-            records = _records(unit, found, blind[unit.name])
-            protocol = _protocol(unit, config, unit.metrics[0], form)
-            out[unit.name] = [records, plain(score(unit.task, records, config, unit.metrics, protocol))]
+            records = _records(unit, found, blind[unit.name], known)
+            given = [record["likelihood"] for record in records if "likelihood" in record]
+            labels = [Labels(one["rule"], one["group"], tuple(one["labels"])) for one in given]
+            ids = protocols(unit, config, labels, external)
+            out[unit.name] = [records, plain(score(unit.task, records, config, unit.metrics, ids))]
         return out
 
     every: dict[str, Any] = {}
@@ -329,7 +356,10 @@ def _scored(
 
 
 def _records(
-    unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapping[str, list[str]]]
+    unit: Unit,
+    found: Mapping[str, Answered],
+    blind: Mapping[str, Mapping[str, list[str]]],
+    known: Mapping[str, LabelLikelihoods] = FrozenDict(),
 ) -> list[Record]:
     """Makes the lines of predictions.jsonl of one unit."""
     out = []
@@ -356,6 +386,7 @@ def _records(
             "blind": guesses.get("blind", {}),
             "peers": guesses.get("peers", {}),
             "permuted_images": answered.permuted_images,
+            **({"likelihood": known[name]} if name in known else {}),
         }
         out.append(cast(Record, record))
     return out
@@ -375,19 +406,14 @@ def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
     return [value / 100 * size[i % 2] for i, value in enumerate(percent)]
 
 
-def _protocol(unit: Unit, config: Config, metric: Metric, form: str) -> str:
-    return protocol_id(
-        set_id=unit.source.id,
-        checksum=unit.source.data.checksum,
-        split=unit.split,
-        rule=unit.source.rules.get(unit.split, ""),
-        closed=unit.task == "vqa",
-        normaliser=metric.normaliser,
-        form=form or config.text.form,
-        max_words=config.text.max_words,
-        fit=config.data.fit if not form and any(example.images for example in unit.examples) else "",
-        metric=metric.name,
-    )
+def _of_labels(labels: Labels, found: Likelihood) -> LabelLikelihoods:
+    return {
+        "rule": labels.rule,
+        "group": labels.group,
+        "labels": list(labels.labels),
+        "log_likelihoods": found.sums,
+        "tokens": found.tokens,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
