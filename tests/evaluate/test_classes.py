@@ -47,7 +47,7 @@ def drawn(n=120, labels=PLANES, seed=0, group="plane"):
 def beliefs_of(records):
     logs = np.array([r["likelihood"]["log_likelihoods"] for r in records])
     powers = np.exp(logs - logs.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+    return np.round(powers / powers.sum(1, keepdims=True), 12)
 
 
 def values(scores):
@@ -109,10 +109,10 @@ def test_lengths_count_only_where_they_are_asked_for():
 
 def test_intervals_draw_whole_clusters_and_are_paired():
     records = drawn(60)
-    found = class_scores(records, 400, 3)
+    found = class_scores(records, 100, 3)
     clusters = [r["cluster"] for r in records]
     rng, names = np.random.default_rng(3), sorted(set(clusters))
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=400)
+    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=100)
     areas = []
     for row in counts:
         again = [r for r, c in zip(records, clusters, strict=True) for _ in range(row[names.index(c)])]
@@ -184,14 +184,13 @@ def test_labels_come_from_options_training_answers_or_yes_and_no():
     ]
     assert labels_of("vqa", asked[:1], []) == [Labels(YES_NO, "yes/no", ("yes", "no"))]
     assert labels_of("vqa", [example("vqa", "?", "no", answer_type="OPEN")], train) == [None]
-    options = {"A": "a lung", "B": "(B) cells", "C": "3 (A) cm"}
-    for shown in ({"A": "lung", "B": "liver"}, {"A": "left (upper)", "B": "none of (A)", "C": "x"}):
+    nested = {"A": "left (upper)", "B": "none of (A)", "C": "x", "D": "(A) and (B) only"}
+    for shown in ({"A": "lung", "B": "liver"}, nested):
         question = with_options("Which (A) is it?", shown)
         assert shown_options(question) == shown
         asked = [example("vqa", question, answer) for answer in (shown["B"], "skin")]
         assert labels_of("vqa", asked, []) == [Labels(OPTIONS, OPTIONS, tuple(shown.values())), None]
     assert shown_options(with_options("?", {"A": "x", "C": "y"})) == shown_options("Is (A) seen?") == {}
-    assert shown_options(with_options("?", options)) != options  # and then they are none of its labels
     many = [example("cls", "", f"class {i}", template="t") for i in range(65)]
     assert labels_of("cls", many[:1], many) == [None] and labels_of("cls", many[:1], many[:64])[0]
     assert labels_of("identify", asked, asked) == [None, None]

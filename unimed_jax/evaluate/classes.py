@@ -220,6 +220,7 @@ class _Ranks:
     """Sorts the items to which a class is offered by the belief in it; equal beliefs share a place."""
 
     def __init__(self, items: np.ndarray, beliefs: np.ndarray, truth: np.ndarray):
+        beliefs = np.round(beliefs, 12)  # what differs by rounding alone is equal
         order = np.argsort(beliefs, kind="stable")
         self.items = items[order]
         self.positive = truth[self.items]  # [k], 1 or 0

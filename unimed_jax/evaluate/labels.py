@@ -94,13 +94,14 @@ def named(answer: str, labels: Sequence[str], rule: str) -> int:
             place, rest = LETTERS.index(letter[1] or letter[2]), letter[3]
             fits = place < len(labels) and canonical(rest) in ("", canonical(labels[place]))
             return place if fits else -1
-    said = [i for i, label in enumerate(labels) if closed_accuracy(answer, label)]
-    longest = [i for i in said if not any(_within(labels[i], labels[j]) for j in said if j != i)]
-    return longest[0] if len(longest) == 1 else -1
+    words, said = [tokens(label) for label in labels], tokens(answer)
+    found = [i for i, own in enumerate(words) if _within(own, said)]
+    longest = [i for i in found if not any(_within(words[i], words[j]) for j in found if j != i)]
+    chosen = [i for i in longest if closed_accuracy(answer, labels[i])]
+    return chosen[0] if len(chosen) == 1 else -1
 
 
-def _within(short: str, long: str) -> bool:
-    """Says whether the words of one label stand within those of another, longer one."""
-    inner, outer = tokens(short), tokens(long)
+def _within(inner: Sequence[str], outer: Sequence[str]) -> bool:
+    """Says whether words stand together within others."""
     starts = range(len(outer) - len(inner) + 1)
-    return len(inner) < len(outer) and any(outer[i : i + len(inner)] == inner for i in starts)
+    return any(list(outer[i : i + len(inner)]) == list(inner) for i in starts)
