@@ -267,7 +267,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "accumulation": lambda v: type(v) is int and v in (1, 2, 4, 8, 16),  # divisors of the 16 rows
         "rules": tuple_of(group_of_settings, least=1),
         "moments": one_of("zeros", "init"),
-        "gradients": one_of("sum"),
+        "gradients": one_of("sum", "pcgrad", "gradvac", "equal-norm"),
         "best": one_of(""),  # nothing is measured by default
         "best_mode": one_of("max", "min"),
         "patience": any_count,

@@ -286,7 +286,9 @@ class TrainConfig:
     # Optimizer state at step 0. zeros: as AdamW starts; init: that of the last original checkpoint
     # (kind "unimed") of config.init, so that its training goes on.
     moments: Literal["zeros", "init"] = "zeros"
-    gradients: Literal["sum"] = "sum"  # how gradients of several tasks are combined (train/gradients.py)
+    # How gradients of several tasks are combined (train/gradients.py). sum: as published; the others
+    # ease conflicts between tasks, and take a backward pass and a gradient's memory for each task.
+    gradients: Literal["sum", "pcgrad", "gradvac", "equal-norm"] = "sum"
     save_every: Count = 500  # steps between checkpoints
     log_every: Count = 10  # steps between log lines
     keep: Count = 2  # newest checkpoints that are kept
@@ -386,7 +388,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     # Where weights come from, as (kind, path): seed, run, hf, eva ...; later sources overlay earlier
-    # ones.
+    # ones. seed takes a pattern of parameters, for new ones in place of those read before:
+    # ("seed", "connector/*").
     init: Annotated[tuple[tuple[Name, Place], ...], Filled(), Distinct()] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()
     router_fit: RouterFitConfig = RouterFitConfig()

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unimed_jax.config import Config, ModelConfig
+from unimed_jax.config import TASKS, Config, ModelConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model.parameters import abstract, parameters
 
@@ -61,7 +61,9 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
     logits = 4 * rows * data.row_answers * model.decoder.vocab
     # the mask, a byte each
     scores = rows * data.row_tokens**2 if jax.devices()[0].platform == "cpu" else 0
-    weights = tree_bytes(state) + tree_bytes(state.leaves) + tree_bytes(frozen)
+    # of each leaf, held at once: one, or those of all tasks and of the balancing loss
+    gradients = 1 if config.train.gradients == "sum" else len(TASKS) + 1
+    weights = tree_bytes(state) + gradients * tree_bytes(state.leaves) + tree_bytes(frozen)
     refuse_too_large(weights, "training this model", MODEL)
     refuse_too_large(
         weights + tree_bytes(batch) + logits + scores,

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from support.toy import Toy, sets_of, toy_config
 
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, tasks, text_only
 
@@ -38,8 +38,11 @@ def test_majority_per_template_and_per_question():
     assert per_question(make("vqa", "a?", template="t")) == "yes"
     assert per_question(make("vqa", "unseen?", template="u")) == "lung"
     assert per_template(make("vqa", "a?", template="unseen")) == "no"
-    # equals: by the alphabet, not by order
-    assert baselines.most_frequent(["b", "a", "b", "a", "c"]) == "a"
+    # equals: the first in training order, not in the alphabet
+    assert baselines.most_frequent(["c", "b", "a", "b", "a"]) == "b"
+    ties = [make("vqa", "d?", answer, template="v") for answer in ("right", "left", "left", "right")]
+    assert fit("vqa", ties)["majority_per_question"](make("vqa", "d?", template="v")) == "right"
+    assert fit("vqa", ties[1:])["majority_per_question"](make("vqa", "d?", template="v")) == "left"
     assert baselines.fit("qa", train) == baselines.Fitted() and not fit("qa", train)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import text_only
 from unimed_jax.evaluate.metrics.text import bleu, ngrams
@@ -80,8 +80,11 @@ def _template(example: Example) -> str:
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """Returns the commonest answer, or the first in the alphabet of equally common ones."""
-    return min(Counter(answers).items(), key=lambda item: (-item[1], item[0]))[0]
+    """Returns the commonest answer; of equally common ones the first in the order given counts.
+
+    That order is the training part's own, as the files have it, so that no thread decides.
+    """
+    return Counter(answers).most_common(1)[0][0]  # which keeps the order of first meeting
 
 
 def medoid(reports: Sequence[str], sample: int = MEDOID_SAMPLE) -> str:
@@ -158,8 +161,7 @@ def _nearest_boxes(train: Sequence[Example]) -> Baseline:
         asked = np.array(_box_of(example, example.question))
         distance = np.square(boxes - asked).sum(1)
         nearest = np.argsort(distance, kind="stable")[:NEIGHBOURS]
-        # Counter keeps the order of first meeting, which is the order of distance.
-        return Counter(train[i].answer for i in nearest).most_common(1)[0][0]
+        return most_frequent([train[i].answer for i in nearest])  # in the order of distance
 
     return lambda examples: [answer(example) for example in examples]
 

@@ -1,9 +1,17 @@
-"""Computes scores of many items from sums, with bootstrap intervals over clusters of items."""
+"""Computes scores of many items from sums, with bootstrap intervals over clusters of items.
+
+Two models that answered the same items are compared here too: `paired`, `mcnemar`, and `verdicts`,
+which corrects for many comparisons.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+
+LEVEL = 0.05  # the chance of one wrong verdict in a table whose models do not differ
+POWER = 0.8  # the chance with which the smallest detectable difference would be found
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
@@ -33,6 +41,18 @@ class Measure:
     @property
     def value(self) -> float:
         return float(self.score(self.items.sum(0)))
+
+    @property
+    def right(self) -> np.ndarray | None:
+        """Says of each item that counts whether it is right; None for a score that is not exact.
+
+        bool [n that count]. A score is exact if it is the share of items that are right.
+        """
+        if self.score is not _ratio:
+            return None
+        values, weights = self.items[:, 0], self.items[:, 1]
+        exact = np.isin(weights, (0, 1)).all() and np.isin(values, (0, 1)).all()
+        return values[weights == 1] == 1 if exact else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +114,133 @@ def with_interval(measure: Measure, clusters: Sequence[str], resamples: int, see
     """Returns {"value", "ci95": [low, high]} of a measure; ci95 is None below two clusters."""
     (draws,) = resample([measure], clusters, resamples, seed)
     return {"value": measure.value, "ci95": interval(draws) if len(set(clusters)) > 1 else None}
+
+
+# ---------------------------------------------------------------------------------------------
+# Two models on the same items
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Holds how far one model is ahead of another, and how sure that is.
+
+    What cannot be said is None: all but the value below two clusters.
+    """
+
+    value: float  # ours - theirs
+    ci95: list[float] | None = None
+    p: float | None = None  # two-sided, for "no difference"
+    error: float | None = None  # standard error
+    freedom: float | None = None  # degrees of freedom of the t distribution behind interval and p
+
+    def detectable(self, level: float = LEVEL, power: float = POWER) -> float | None:
+        """Returns the smallest true difference that would be found at this level with this power.
+
+        None if nothing varies from cluster to cluster, which tells nothing of other clusters.
+        """
+        if not self.error:
+            return None
+        return float(self.error * (_t(1 - level / 2, self.freedom) + _t(power, self.freedom)))
+
+
+def paired(
+    ours: Sequence[Measure],
+    theirs: Sequence[Measure],
+    clusters: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> Difference:
+    """Compares two models by one score on the same items; several seeds are averaged.
+
+    ours, theirs: a measure for each seed, all of the same items; clusters: of each item. The
+    variance over clusters comes from a bootstrap of the mean over seeds (times G / (G - 1) for G
+    clusters that count), that over seeds from the seeds' differences, and the two are added.
+    Interval and p-value are those of Student's t with Satterthwaite's degrees of freedom: few
+    clusters or seeds give wide intervals.
+    """
+    pairs = [*ours, *theirs]
+    sides = np.repeat([1.0, -1.0], [len(ours), len(theirs)]) / len(ours)
+    apart = np.array([a.value - b.value for a, b in zip(ours, theirs, strict=True)])
+    value = float(apart.mean())
+    counted = np.any([(measure.items != 0).any(1) for measure in pairs], axis=0)
+    several = len(set(np.asarray(clusters)[counted].tolist()))
+    if several < 2 or not np.isfinite(value):
+        return Difference(value)
+    drawn = sides @ np.array(resample(pairs, clusters, resamples, seed))  # [resamples]
+    parts = [(float(np.nanvar(drawn)) * several / (several - 1), several - 1)]
+    if len(apart) > 1:
+        parts.append((float(apart.var(ddof=1)) / len(apart), len(apart) - 1))
+    variance = sum(part for part, _ in parts)
+    error = variance**0.5
+    if error < 1e-12:  # no item, or every cluster alike, sets the models apart
+        return Difference(value, [value, value], float(abs(value) < 1e-12), 0.0, float(several - 1))
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    wide = error * _t(0.975, freedom)
+    return Difference(
+        value, [value - wide, value + wide], _two_sided(value / error, freedom), error, freedom
+    )
+
+
+def mcnemar(ours: Sequence[bool] | np.ndarray, theirs: Sequence[bool] | np.ndarray) -> float:
+    """Returns the exact two-sided p-value of McNemar's test on items that both models answered.
+
+    Of the items that one model alone has right, half would be each one's if they were equally good.
+    It takes items as independent.
+    """
+    from scipy.stats import binomtest
+
+    mine, yours = np.asarray(ours, bool), np.asarray(theirs, bool)
+    apart = int((mine != yours).sum())
+    return float(binomtest(int((mine & ~yours).sum()), apart, 0.5).pvalue) if apart else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrects the p-values of several comparisons by Holm's step-down rule, in their order.
+
+    All comparisons whose corrected value is below 0.05 may be called different together: the chance
+    of even one mistake among them is then at most 5 %.
+    """
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.zeros(len(p_values))
+    highest = 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[place]))
+        corrected[place] = highest
+    return corrected.tolist()
+
+
+def verdicts(
+    differences: Sequence[Difference], p_values: Sequence[float | None] | None = None
+) -> list[dict[str, Any]]:
+    """Calls each difference "better", "worse" or "undecided", corrected for their number (Holm).
+
+    p_values: instead of those of the differences. Returns {p_holm, verdict} for each; a difference
+    without a p-value is undecided and does not count among the comparisons.
+    """
+    given = [d.p for d in differences] if p_values is None else list(p_values)
+    corrected = iter(holm([p for p in given if p is not None]))
+    found = [None if p is None else next(corrected) for p in given]
+    return [
+        {"p_holm": p, "verdict": _verdict(difference.value, p)}
+        for difference, p in zip(differences, found, strict=True)
+    ]
+
+
+def _verdict(value: float, p: float | None) -> str:
+    if p is None or p >= LEVEL:
+        return "undecided"
+    return "better" if value > 0 else "worse"
+
+
+def _t(share: float, freedom: float | None) -> float:
+    """Returns below which value Student's t lies with this probability."""
+    from scipy.stats import t
+
+    return float(t.ppf(share, freedom))
+
+
+def _two_sided(ratio: float, freedom: float) -> float:
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(ratio), freedom))

@@ -117,7 +117,7 @@ def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
     saved = {path: leaf for path, leaf in leaves.items() if path in checkpoints.saved_weights()}
     # it has shardings, so moments are restored straight into their shards
     state = build(config, run.mesh).state
-    _, rest, _ = checkpoints.restore(saved, (state.step, state.moments), only=run.step)
+    _, rest, _ = checkpoints.restore(saved, state.besides, only=run.step)
     checkpoints.close()
     return trained, per_leaf(rest[1])
 

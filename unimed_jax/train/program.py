@@ -18,6 +18,7 @@ from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.rules import LeafRule, leaf_dtypes, leaf_rules
+from unimed_jax.train.gradients import STRATEGIES
 from unimed_jax.train.optimizer import Optimizer
 from unimed_jax.train.step import TrainState, first_state, make_step
 
@@ -72,7 +73,8 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
     trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
     frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
     optimizer = Optimizer(config.optimizer, rules)
-    state = jax.eval_shape(lambda leaves: first_state(leaves, optimizer), trainable)
+    strategy = STRATEGIES[config.train.gradients]()
+    state = jax.eval_shape(lambda leaves: first_state(leaves, optimizer, strategy=strategy), trainable)
     batch = batch_shapes(config)
     if mesh is not None:
         # Shardings are added by hand, because eval_shape loses them.

@@ -31,6 +31,7 @@ from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
 from unimed_jax.runs.inputs import Inputs
 from unimed_jax.runs.open import base_note, check_base, initial_leaves
 from unimed_jax.train.checks import check_start
+from unimed_jax.train.gradients import STRATEGIES
 from unimed_jax.train.optimizer import AdamState, learning_rate
 from unimed_jax.train.program import Program, build, make_mesh
 from unimed_jax.train.step import TrainState, first_state
@@ -120,8 +121,8 @@ class Start:
             "progress": dataclasses.asdict(self.progress),
             "inputs": self.inputs.plain(),
         }
-        moments = (self.state.step, self.state.moments)
-        self.checkpoints.save(done, self.saved_leaves(), moments, note, best=self.progress.best_step)
+        best = self.progress.best_step
+        self.checkpoints.save(done, self.saved_leaves(), self.state.besides, note, best=best)
 
 
 def prepare(config: Config, folder: Path) -> Start:
@@ -157,7 +158,10 @@ def prepare(config: Config, folder: Path) -> Start:
             {path: leaf for path, leaf in frozen.items() if sources[path] != "seed"}, sources
         )
         state = first_state(
-            {path: leaves[path] for path in program.state.leaves}, program.optimizer, program.mesh
+            {path: leaves[path] for path in program.state.leaves},
+            program.optimizer,
+            program.mesh,
+            STRATEGIES[config.train.gradients](),
         )
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     start = Start(
@@ -210,10 +214,11 @@ def _moments_of_init(config: Config, state: TrainState, mesh: Mesh | None) -> Ad
 def _continue(start: Start) -> None:
     """Replaces weights, moments and progress by those of the newest checkpoint."""
     state, config = start.state, start.config
-    weights, rest, note = start.checkpoints.restore(start.saved_leaves(), (state.step, state.moments))
+    weights, rest, note = start.checkpoints.restore(start.saved_leaves(), state.besides)
     check_base(start.folder, note["base"], start.base)
     start.frozen |= {path: leaf for path, leaf in weights.items() if path not in state.leaves}
-    start.state = TrainState(rest[0], {path: weights[path] for path in state.leaves}, rest[1])
+    step, *others = rest
+    start.state = TrainState(step, {path: weights[path] for path in state.leaves}, *others)
     progress = Progress(**note["progress"])
     if progress.steps != config.train.steps:  # raised: `write_config` allowed it
         begin = start.done if config.train.longer == "restart" else progress.schedule_start

@@ -12,7 +12,7 @@ from unimed_jax.finite import all_finite
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.unimed import Batch, UniMed
-from unimed_jax.train.gradients import STRATEGIES, along
+from unimed_jax.train.gradients import STRATEGIES, SUM, Strategy, along, combine
 from unimed_jax.train.loss import task_losses
 from unimed_jax.train.optimizer import Leaves, Optimizer, participation
 
@@ -23,6 +23,13 @@ class TrainState(NamedTuple):
     step: Array  # int32 []
     leaves: Leaves  # trainable, float32
     moments: Any
+    memory: Any = ()  # of the strategy that combines gradients (train/gradients.py); () if it has none
+
+    @property
+    def besides(self) -> tuple:
+        """Lists what a checkpoint holds besides the leaves, in the order of the fields."""
+        remembered = (self.memory,) if jax.tree.leaves(self.memory) else ()
+        return (self.step, self.moments, *remembered)
 
 
 def make_step(
@@ -50,8 +57,8 @@ def make_step(
         config.model.lora.rank > 0 and config.model.lora.dropout > 0 or config.model.moe.trains_otherwise
     )
 
-    combination = STRATEGIES[config.train.gradients]()
-    directions = combination.directions(len(TASKS) + 1)
+    strategy = STRATEGIES[config.train.gradients]()
+    directions = strategy.directions(len(TASKS) + 1)
 
     def gradients(leaves: Leaves, frozen: Leaves, batch: Batch, key):
         """Computes gradients, losses and sums to log for some rows.
@@ -88,7 +95,10 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if random else None
         grads, losses, aux = accumulated(state.leaves, frozen, batch, key)
         weight = losses.weight
-        grads = combination.combine(jax.tree.map(lambda g: g / weight, grads))
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        # Other numbers than those of dropout, which are drawn from the same seed and step.
+        order = jax.random.fold_in(jax.random.key(config.seed ^ 0x5EED), state.step)
+        grads, memory = combine(strategy, grads, state.memory, order, len(TASKS))
         used = participation(state.leaves, batch["image_tasks"], reads_task_token)
         leaves, moments, norm = optimizer.update(grads, state.moments, state.leaves, lr, used)
         loss = losses.total / weight
@@ -105,26 +115,30 @@ def make_step(
         if "balance" in aux:
             metrics["balance"] = aux["balance"] / weight
             metrics["shares"] = aux["tokens"] / aux["tokens"].sum(axis=1, keepdims=True)
-        return TrainState(state.step + 1, leaves, moments), metrics
+        return TrainState(state.step + 1, leaves, moments, memory), metrics
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
 
     trainable = {path: leaf for path, leaf in parameters(model).items() if optimizer.rules[path].train}
-    state = jax.eval_shape(lambda leaves: _first(leaves, optimizer), trainable)
+    state = jax.eval_shape(lambda leaves: first_state(leaves, optimizer, strategy=strategy), trainable)
     places = (sharding.state_shardings(state, mesh), sharding.everywhere(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
-def first_state(trainable: Leaves, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+def first_state(
+    trainable: Leaves,
+    optimizer: Optimizer,
+    mesh: Mesh | None = None,
+    strategy: Strategy = SUM,
+) -> TrainState:
     """Makes the state before step 0; moments lie where their parameters do."""
+
+    def first(leaves: Leaves) -> TrainState:
+        memory = strategy.start(len(TASKS) + 1)
+        return TrainState(jnp.int32(0), leaves, optimizer.init(leaves), memory)
+
     if mesh is None:
-        return _first(trainable, optimizer)
-    places = sharding.state_shardings(
-        jax.eval_shape(lambda leaves: _first(leaves, optimizer), trainable), mesh
-    )
-    return jax.jit(lambda leaves: _first(leaves, optimizer), out_shardings=places)(trainable)
-
-
-def _first(trainable: Leaves, optimizer: Optimizer) -> TrainState:
-    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+        return first(trainable)
+    places = sharding.state_shardings(jax.eval_shape(first, trainable), mesh)
+    return jax.jit(first, out_shardings=places)(trainable)

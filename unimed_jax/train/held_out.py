@@ -1,0 +1,63 @@
+"""Lays the examples of an evaluation out as training rows, for losses and gradients on held-out data."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from unimed_jax.config import Config
+from unimed_jax.data import images, layout, packing
+from unimed_jax.data.example import Example
+from unimed_jax.data.tokenizer import Tokenizer
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.tasks import Unit
+
+
+class HeldOut:
+    """Makes batches of one unit's examples; the rows are planned once and always the same."""
+
+    def __init__(self, unit: Unit, config: Config, tokenizer: Tokenizer):
+        """Raises UserError for an example that does not fit into a row."""
+        self.unit, self._config, self._pad = unit, config, tokenizer.pad
+        self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
+        self.rows = self._planned()  # numbers of the examples in each row that has some
+
+    def batches(self, share: int = 0, shares: int = 1) -> Iterator[layout.Batch]:
+        """Yields this process's rows of each batch; rows of the last one may be empty."""
+        rows = self._config.data.rows
+        for first in range(0, len(self.rows), rows):
+            yield self.batch(self.rows[first : first + rows], share, shares)
+
+    def batch(self, rows: Sequence[Sequence[int]], share: int = 0, shares: int = 1) -> layout.Batch:
+        """Makes a batch of some planned rows, filled up with empty ones, and cuts out one share."""
+        data, model = self._config.data, self._config.model
+        own = data.rows // shares
+        filled = [*rows, *[[]] * (data.rows - len(rows))][share * own : (share + 1) * own]
+        groups = [[self._loaded(self.unit.examples[i]) for i in row] for row in filled]
+        sizes = (data.row_tokens, data.row_images, data.row_answers)
+        shape = layout.RowShape(*sizes, model.tokens_per_image, model.vision.image_size)
+        return layout.training_batch(groups, shape, self._pad, str(self._config.loss.reduction))
+
+    def _planned(self) -> list[list[int]]:
+        data = self._config.data
+        capacity = np.array((data.row_tokens, data.row_images, data.row_answers))
+        sizes = []
+        for example in self.unit.examples:
+            question = self._encoder.training(example, 0)
+            size = (question.tokens, len(example.images), question.answer)
+            if (np.array(size) > capacity).any():
+                raise UserError(
+                    f"{self.unit.id_of(example)} needs rows of {size} tokens, images and answer tokens, "
+                    "more than config.data.row_tokens, row_images and row_answers; raise them, or "
+                    "leave its entry's `every` 0."
+                )
+            sizes.append(size)
+        order = np.argsort(-(np.array(sizes) / np.maximum(capacity, 1)).max(axis=1), kind="stable")
+        row_of = packing.first_fit(np.array(sizes), capacity, order)
+        return [np.flatnonzero(row_of == row).tolist() for row in range(row_of.max() + 1)]
+
+    def _loaded(self, example: Example) -> layout.Group:
+        fit, vision = self._config.data.fit, self._config.model.vision
+        stored = (self.unit.source.data.image(key) for key in example.images)
+        # Instruction 0, always: batches must not differ from one measurement to the next.
+        question = self._encoder.training(example, 0)
+        return layout.Group((question,), tuple(images.fit(image, fit, vision) for image in stored))
