@@ -10,10 +10,12 @@ from support.toy import Says, Toy, evaluated, sets_of, toy_config
 from unimed_jax.config import SourceConfig
 from unimed_jax.data import forms
 from unimed_jax.evaluate import labels, scores, tasks
+from unimed_jax.evaluate.answers import Journal
 from unimed_jax.evaluate.labels import OPTIONS, TRAINING, YES_NO, Labels
 from unimed_jax.evaluate.metrics import captions
 from unimed_jax.evaluate.protocol import protocols
-from unimed_jax.evaluate.run import answer_and_score
+from unimed_jax.evaluate.report import write_report
+from unimed_jax.evaluate.run import _about, _reader, answer_and_score
 from unimed_jax.predict.likelihood import Likelihood
 
 
@@ -146,8 +148,6 @@ def likelihoods(units, known):
 def scored(toys, tmp_path):
     config, sets = toy_config(), sets_of(*toys)
     units, _ = tasks.units_of(config, sets)
-    from unimed_jax.evaluate.answers import Journal
-
     journal = Journal(tmp_path, "f")
     training = tasks.Training(config, sets)
     says = Says(lambda e: e.answer)
@@ -175,6 +175,22 @@ def test_scores_hold_likelihoods_beside_generated_answers(tmp_path):
     assert pooled["likelihood"]["n"] == 36 and pooled["protocols"]["exact_match"] == pooled["protocol"]
     line = next(r for part in parts for r in part.records if r["task"] == "cls")["likelihood"]
     assert line["rule"] == TRAINING and len(line["labels"]) == len(line["log_likelihoods"]) == 3
+
+
+def test_the_report_shows_likelihoods_and_every_protocol(tmp_path):
+    toy = Toy(per_task=12)
+    config, parts = scored([toy], tmp_path / "answers")
+    sets = sets_of(toy)
+    about = _about(sets, tasks.units_of(config, sets)[0])
+    metrics = scores.summarise(config, parts, about)
+    write_report(tmp_path, config, metrics, parts, _reader(sets), None, "--run=x")
+    said = (tmp_path / "report.md").read_text()
+    assert "## Classes and choices on test" in said and "![reliability](reliability.png)" in said
+    cells = "| toy | cls | all | 12 | likelihood | 0.750 ["
+    assert cells in said and "| toy | vqa | all | 9 | generated answer | 1.000 [" in said
+    for entry in metrics["sets"]["toy"]["test"].values():
+        assert all(f"| {name} | `{one}` |" in said for name, one in entry["protocols"].items())
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
 
 
 def test_without_the_pass_nothing_is_said_of_likelihoods(tmp_path):
