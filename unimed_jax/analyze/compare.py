@@ -24,6 +24,7 @@ UnitKey = tuple[str, str, str]  # set, split, task
 NEEDED = ("id", "set", "split", "task", "template", "cluster", "reference", "prediction")
 # Parts of a protocol id that say how a model is asked, not how its answers are scored.
 ASKING = ("form=", "fit=")
+CHOSEN = ("limit=", "only=")  # which items were scored: those that both sides have are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _shared(
         if not names:
             notes.append(f"{'/'.join(unit)}: {other.name} has no answer that {first.name} has")
             continue
-        _check_comparable(first, other, unit, notes)
+        check_comparable(first, other, unit, notes)
         found[unit] = [ours[name] for name in names], [theirs[name] for name in names]
         for side, count in ((first, len(ours)), (other, len(theirs))):
             if count > len(names):
@@ -176,9 +177,12 @@ def _shared(
     return found
 
 
-def _check_comparable(first: Side, other: Side, unit: UnitKey, notes: list[str]) -> None:
+def check_comparable(first: Side, other: Side, unit: UnitKey, notes: list[str]) -> None:
     """Raises UserError if the two scores of a unit have other protocols, but for how was asked."""
-    here, there = (side.protocols[unit].split("/") for side in (first, other))
+    here, there = (
+        [part for part in side.protocols[unit].split("/") if not part.startswith(CHOSEN)]
+        for side in (first, other)
+    )
     name = "/".join(unit)
     if here[0] != there[0]:
         raise UserError(
@@ -211,7 +215,7 @@ def read_sides(places: Sequence[str | Path]) -> list[Side]:
     """
     paths = [_folder_of(Path(place)) for place in places]
     names = _names(paths)
-    folders = {i: _read_folder(path, names[i]) for i, path in enumerate(paths) if path.is_dir()}
+    folders = {i: read_folder(path, names[i]) for i, path in enumerate(paths) if path.is_dir()}
     if not folders:
         raise UserError(
             f"{', '.join(map(str, places))}: none is a scored folder, which holds the questions and "
@@ -243,7 +247,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [f"{path.name} ({number})" for number, path in enumerate(whole, start=1)]
 
 
-def _read_folder(folder: Path, name: str) -> Side:
+def read_folder(folder: Path, name: str) -> Side:
     file = folder / "metrics.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no scores; score the run first (evaluate --run={folder}).")

@@ -124,18 +124,19 @@ def answer_units(
     answerer: Callable[[Unit], Answer],
     seed: int,
     journal: Journal | None = None,
+    permute: bool = True,
 ) -> dict[str, Answered]:
     """Answers every example of the units that the journal lacks, and returns the answers by id.
 
     The ids are those in predictions.jsonl. With a journal, an example with images is asked twice,
-    the second time about another example's images (`permute_images`). Without one it is asked once,
-    and nothing is written or shown.
+    the second time about another example's images (`permute_images`), unless `permute` is False.
+    Without one it is asked once, and nothing is written or shown.
     """
     answers = {} if journal is None else dict(journal.found)
     with progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
         for unit in units:
             answer: Answer | None = None
-            permuted = None if journal is None else permute_images(unit.examples, seed)
+            permuted = permute_images(unit.examples, seed) if journal is not None and permute else None
             bar.set_description(unit.name, refresh=False)
             for number, places in enumerate(batches(unit)):
                 names = [unit.id_of(unit.examples[i]) for i in places]

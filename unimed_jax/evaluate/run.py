@@ -10,13 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from unimed_jax import files, processes
 from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import Config, to_dict
-from unimed_jax.data.box_text import text_to_box
-from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, likelihood
@@ -25,10 +23,11 @@ from unimed_jax.evaluate.labels import Labels
 from unimed_jax.evaluate.metrics import Record
 from unimed_jax.evaluate.metrics.registry import LabelLikelihoods
 from unimed_jax.evaluate.protocol import protocols
+from unimed_jax.evaluate.records import of_labels, records_of
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
-from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
+from unimed_jax.evaluate.scores import Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.interruption import claim, claims_end
 from unimed_jax.model.parameters import with_parameters
@@ -61,12 +60,10 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     units, notes = units_of(config, sets)
     notes += data_notes(units)
     training = Training(config, sets)
-    notes += dict.fromkeys(
-        [*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)]
-    )
-    fingerprint = _fingerprint(run, config, sets)
+    notes += dict.fromkeys([*run.notes, *changed_inputs(run.folder, run.config, config, sets, training)])
+    fingerprint = fingerprint_of(run, config, sets)
     journal = Journal(folder, fingerprint)
-    answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
+    answer_of = functools.partial(model_answers, run.model, config, run.tokenizer)
     measured = None
     if config.evaluate.likelihood:
         likelihoods = Journal(folder, fingerprint, likelihood.JOURNAL, Likelihood)
@@ -101,7 +98,7 @@ def claim_results(folder: Path) -> Path:
     return folder
 
 
-def _changed_inputs(
+def changed_inputs(
     folder: Path, own: Config, config: Config, sets: Mapping[str, Source], training: Training
 ) -> list[str]:
     """Lists what the results of a run must say of data that changed since it was trained.
@@ -136,7 +133,7 @@ def answer_and_score(
     labels = likelihood.known_labels(units, training) if measured else {}
     found = answer_units(units, answer_of, config.seed, journal)
     known = (
-        {name: _of_labels(labels[name], one) for name, one in measured(units, labels).items()}
+        {name: of_labels(labels[name], one) for name, one in measured(units, labels).items()}
         if measured
         else {}
     )
@@ -177,7 +174,7 @@ def evaluate_predictions(
     training = Training(config, sets)
     notes += training.notes
     if run is not None:
-        notes += _changed_inputs(run, read_config(run), config, sets, training)
+        notes += changed_inputs(run, read_config(run), config, sets, training)
     blind = _shared(lambda: _blind_answers(units, training))
     found = {}
     for unit in units:
@@ -210,14 +207,29 @@ def quick_scores(
 
     Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
     """
-    out: dict[str, float] = {}
-    for unit in units:
-        found = answer_units(
-            [unit], functools.partial(_model_answers, model, config, tokenizer), config.seed
-        )
-        records = _records(unit, found, {})
-        out |= {f"{metric.name}/{unit.name}": metric(records).value for metric in unit.metrics}
-    return out
+    found = answered_records(model, config, tokenizer, units)
+    return {
+        f"{metric.name}/{unit.name}": metric(found[unit.name]).value
+        for unit in units
+        for metric in unit.metrics
+    }
+
+
+def answered_records(
+    model: UniMed,
+    config: Config,
+    tokenizer: Tokenizer,
+    units: Sequence[Unit],
+    journal: Journal | None = None,
+) -> dict[str, list[Record]]:
+    """Answers each example of the units once, and returns the records of each unit by its name.
+
+    Nothing is asked about other images and no baseline is fitted. With a journal, answers are kept
+    as they come, and progress is shown. It is called on all processes together.
+    """
+    answer_of = functools.partial(model_answers, model, config, tokenizer)
+    found = answer_units(units, answer_of, config.seed, journal, permute=False)
+    return {unit.name: records_of(unit, found, {}) for unit in units}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,10 +237,16 @@ def quick_scores(
 # ---------------------------------------------------------------------------------------------
 
 
-def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Unit) -> Answer:
+def model_answers(
+    model: UniMed,
+    config: Config,
+    tokenizer: Tokenizer,
+    unit: Unit,
+    change: Callable[[Request], Request] = lambda request: request,
+) -> Answer:
     """Makes of the model a function that answers examples with the settings of the unit.
 
-    The function takes examples, their images and a seed.
+    The function takes examples, their images and a seed. `change` alters each request.
     """
     settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
     config = dataclasses.replace(config, evaluate=settings)
@@ -236,13 +254,15 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
 
     def answer(examples, images, seed):
         requests = [
-            Request(
-                example.task,
-                example.question,
-                tuple(own),
-                # by the batch's own seed, so that a continued evaluation draws the same
-                seed=(seed + i) % 2**32,
-                id=example.id,
+            change(
+                Request(
+                    example.task,
+                    example.question,
+                    tuple(own),
+                    # by the batch's own seed, so that a continued evaluation draws the same
+                    seed=(seed + i) % 2**32,
+                    id=example.id,
+                )
             )
             for i, (example, own) in enumerate(zip(examples, images, strict=True))
         ]
@@ -251,7 +271,7 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
     return answer
 
 
-def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
+def fingerprint_of(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
     """Returns a text that names all that answers depend on.
 
     That is the settings (not devices), weights, data, tokenizer and code.
@@ -340,7 +360,7 @@ def _scored(
     def work() -> dict[str, Any]:
         out = {}
         for unit in _mine(units):
-            records = _records(unit, found, blind[unit.name], known)
+            records = records_of(unit, found, blind[unit.name], known)
             given = [record["likelihood"] for record in records if "likelihood" in record]
             labels = [Labels(one["rule"], one["group"], tuple(one["labels"])) for one in given]
             ids = protocols(unit, config, labels, external)
@@ -353,67 +373,6 @@ def _scored(
     return [
         Scored(unit.source.id, unit.split, unit.task, unit.metrics, *every[unit.name]) for unit in units
     ]
-
-
-def _records(
-    unit: Unit,
-    found: Mapping[str, Answered],
-    blind: Mapping[str, Mapping[str, list[str]]],
-    known: Mapping[str, LabelLikelihoods] = FrozenDict(),
-) -> list[Record]:
-    """Makes the lines of predictions.jsonl of one unit."""
-    out = []
-    for i, example in enumerate(unit.examples):
-        name = unit.id_of(example)
-        answered = found[name]
-        guesses = {kind: {key: texts[i] for key, texts in some.items()} for kind, some in blind.items()}
-        if answered.permuted is not None:
-            guesses.setdefault("blind", {})[PERMUTED] = answered.permuted
-        record = {
-            "id": name,
-            "set": unit.source.id,
-            "split": unit.split,
-            "task": unit.task,
-            "template": example.meta.get("template", ""),
-            "cluster": example.cluster or example.id,
-            "question": example.question,
-            "images": list(example.images),
-            "reference": example.answer,
-            "prediction": answered.prediction,
-            "box": _box(example, answered.image_size),
-            "image_size": answered.image_size,
-            "meta": dict(example.meta),
-            "blind": guesses.get("blind", {}),
-            "peers": guesses.get("peers", {}),
-            "permuted_images": answered.permuted_images,
-            **({"likelihood": known[name]} if name in known else {}),
-        }
-        out.append(cast(Record, record))
-    return out
-
-
-def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
-    """Returns the box of a record in pixels: its own or, for task refer, that of its answer."""
-    if example.box is not None:
-        return [int(value) for value in example.box]
-    if example.task != "refer" or size is None:
-        return None
-    percent = text_to_box(example.answer)
-    if percent is None:
-        raise UserError(
-            f"record {example.id}: task 'refer' needs a box or an answer {{<x1><y1><x2><y2>}}; mend it."
-        )
-    return [value / 100 * size[i % 2] for i, value in enumerate(percent)]
-
-
-def _of_labels(labels: Labels, found: Likelihood) -> LabelLikelihoods:
-    return {
-        "rule": labels.rule,
-        "group": labels.group,
-        "labels": list(labels.labels),
-        "log_likelihoods": found.sums,
-        "tokens": found.tokens,
-    }
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ The folder holds:
 - contact_sheet.png: images with their boxes.
 - lock: says who trains here.
 - metrics.json, predictions.jsonl, report.md and other *.png: the results of the evaluation.
+- pages of analyses (PAGES) with numbers and pictures.
 """
 
 import dataclasses
@@ -36,6 +37,8 @@ RESULTS = (
     *("predictions.jsonl", "predictions.png", "routing.png", "reliability.png"),
     *("report.md", "metrics.json"),
 )
+# The pages of analyses (`analyze`), which report.md links; each has files of the same stem beside it.
+PAGES = {"tug_of_war.md": "Tug-of-war between tasks"}
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -66,6 +69,9 @@ def write_config(folder: Path, config: Config) -> None:
             raise UserError(f"{folder} holds a run with other settings ({difference}); {way_out}.")
         for name in reversed(RESULTS):
             (folder / name).unlink(missing_ok=True)
+        for name in PAGES:
+            for file in folder.glob(f"{Path(name).stem}.*"):
+                file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(file, to_dict(config))
 
@@ -92,7 +98,12 @@ def read_config(folder: Path) -> Config:
     settings = read_json(file, "restore it or train again")
     if not isinstance(settings, dict):
         raise UserError(f"{file} holds no settings of a run; restore it or train again.")
-    return from_config_dict(settings, effects=False)
+    try:
+        return from_config_dict(settings, effects=False)
+    except UserError as error:
+        raise UserError(
+            f"{file} is of another version of this program, or was changed: {error}"
+        ) from error
 
 
 def _difference(old: dict, new: dict, where: str = "config") -> str:

@@ -19,7 +19,9 @@ from unimed_jax.evaluate.report.pictures import draw_predictions, draw_routing, 
 from unimed_jax.evaluate.report.reliability import draw_reliability
 from unimed_jax.evaluate.scores import Scored
 from unimed_jax.provenance import plain
-from unimed_jax.runs.folder import RESULTS
+from unimed_jax.runs.folder import PAGES, RESULTS
+
+_LINKS = "\n## Analyses\n"
 
 
 def write_report(
@@ -60,5 +62,20 @@ def write_report(
                 pictures.append("routing.png")
         except ImportError as error:
             pictures, note = [], f"The pictures were not drawn: {error}; install matplotlib."
-        files.write_text(place / "report.md", markdown(again, config, metrics, pictures, note))
+        text = markdown(again, config, metrics, pictures, note)
+        files.write_text(place / "report.md", text + _links(Path(folder)))
         files.write_json(place / "metrics.json", metrics)
+
+
+def link_pages(folder: str | Path) -> None:
+    """Lets report.md, if there is one, name the pages of the analyses that were made of the run."""
+    report = Path(folder) / "report.md"
+    if report.is_file():
+        text = report.read_text(encoding="utf-8").partition(_LINKS)[0]
+        files.write_text(report, text + _links(Path(folder)))
+
+
+def _links(folder: Path) -> str:
+    """Writes the last section of report.md, or nothing if no analysis was made."""
+    there = [f"- [{title}]({name})" for name, title in PAGES.items() if (folder / name).is_file()]
+    return f"{_LINKS}\n" + "\n".join(there) + "\n" if there else ""
