@@ -123,6 +123,17 @@ def test_devices_and_processes_share_an_evaluation(trained, unscored, count, dev
     (here, there) = (
         [json.loads(line) for line in results(f)[1].splitlines()] for f in (unscored, trained)
     )
-    assert here == there
+    pairs = [
+        (a.pop("likelihood", None), b.pop("likelihood", None)) for a, b in zip(here, there, strict=True)
+    ]
+    assert here == there and sum(one is not None for one, _ in pairs) == 2 * 12
+    for one, other in pairs:
+        if one or other:
+            logs = [given.pop("log_likelihoods") for given in (one, other)]
+            assert one == other and logs[0] == pytest.approx(logs[1], abs=2e-5)
     one, other = (json.loads(results(folder)[0])["sets"] for folder in (unscored, trained))
+    for scores in (one, other):
+        for split in scores["squares"].values():
+            believed = split["cls"].pop("likelihood")
+            assert 0 <= believed["sum"]["auc"]["value"] <= 1 and believed["n"] == 12
     assert one == other
