@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
-from test_routing import tiny_run, toy_units
+from support.toy_run import toy_run, toy_units
 
 from unimed_jax.analyze import expert_weights, updates
 from unimed_jax.analyze.examples import shown_images
@@ -36,7 +36,7 @@ def planted(order):
 def test_equal_experts_have_no_distance_in_what_they_make(shuffled):
     order = np.random.default_rng(0).permutation(HIDDEN) if shuffled else np.arange(HIDDEN)
     leaves = planted(order)
-    run = tiny_run()
+    run = toy_run()
     run.model = with_parameters(run.model, leaves)
     of_weights = expert_weights.weights(leaves, None, EXPERTS)
     apart = np.array(of_weights["relative_distance"])

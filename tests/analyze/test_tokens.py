@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 from sklearn.metrics import silhouette_samples
-from test_routing import tiny_run, toy_units
+from support.toy_run import toy_run, toy_units
 
 from unimed_jax.analyze import tokens
 from unimed_jax.analyze.examples import labelled, shown_images
@@ -56,7 +56,7 @@ def test_one_group_is_refused():
     one = dataclasses.replace(clouds(1.0), labels=np.array(["a"] * 119 + ["b"]))
     with pytest.raises(UserError, match="tokens of a 119, b 1 alone"):
         tokens.separation(one, 10, 0)
-    run = tiny_run()
+    run = toy_run()
     shown = shown_images([unit for unit in toy_units(run) if unit.task == "cls"])
     with pytest.raises(UserError, match="--by=task gives the one group 'cls'.*template"):
         labelled(shown, "task")
@@ -65,7 +65,7 @@ def test_one_group_is_refused():
 
 
 def test_tasks_that_a_connector_separates_are_seen_apart_only_behind_it():
-    run = tiny_run(router="hard", experts=5, kind="moe_linear")
+    run = toy_run(router="hard", experts=5, kind="moe_linear")
     leaves = parameters(run.model)
     bias = 100 * np.eye(5, leaves["connector/experts/bias"].shape[1], dtype=np.float32)
     run.model = with_parameters(run.model, {"connector/experts/bias": jnp.asarray(bias)})

@@ -1,44 +1,30 @@
 """Routing statistics where the right numbers are known: constant, hard and planted routers."""
 
-import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support import tiny
-from support.toy import Toy, sets_of, toy_config
+from support.toy import Toy, sets_of
+from support.toy_run import toy_run, toy_units
 
 from unimed_jax.analyze import routing
 from unimed_jax.analyze.examples import held_out_units, shown_images
 from unimed_jax.config import VISUAL_TASKS
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.tasks import units_of
-from unimed_jax.runs.open import Run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def tiny_run(**connector) -> Run:
-    """A model whose every leaf is random, on the toy set's settings."""
-    settings = tiny.config(connector=connector)
-    config = dataclasses.replace(toy_config(), model=settings)
-    return Run(Path("runs/toy"), config, SimpleNamespace(), tiny.model(settings), step=7)
-
-
-def toy_units(run: Run, *toys):
-    return units_of(run.config, sets_of(*(toys or (Toy(),))))[0]
-
-
 @pytest.fixture(scope="module")
 def constant():
-    run = tiny_run(router="constant", experts=4)
+    run = toy_run(router="constant", experts=4)
     return routing.analyse(run, toy_units(run), ["plane"])
 
 
 @pytest.fixture(scope="module")
 def hard():
-    run = tiny_run(router="hard", experts=5)
+    run = toy_run(router="hard", experts=5)
     return routing.analyse(run, toy_units(run), ["plane"])
 
 
@@ -71,7 +57,7 @@ def test_a_hard_router_goes_by_the_task_alone(hard):
 
 
 def test_own_tasks_and_several_sets_are_told_apart():
-    run = tiny_run(experts=3)
+    run = toy_run(experts=3)
     units = toy_units(run, Toy(id="one"), Toy(id="two", left_out=("caption",)))
     found = routing.analyse(run, units, ["plane"])
     weights, index = routing.routed(run, shown_images(units))
@@ -116,7 +102,7 @@ def test_a_run_without_a_mixture_is_refused():
         ({"kind": "mlp2x_gelu", "task_tokens": 0}, "'mlp2x_gelu', which has no experts"),
         ({"experts": 1, "router": "constant", "task_tokens": 0}, "has one expert"),
     ):
-        config = tiny_run(**connector).config
+        config = toy_run(**connector).config
         with pytest.raises(UserError, match=words):
             routing.refuse_without_mixture(Path("runs/it"), config)
 
@@ -125,7 +111,7 @@ def test_a_task_without_examples_is_refused(monkeypatch):
     monkeypatch.setattr(
         "unimed_jax.analyze.examples.open_sets", lambda data: sets_of(Toy(left_out=("cls",)))
     )
-    config = tiny_run().config
+    config = toy_run().config
     assert [unit.task for unit in held_out_units(config, "val", ["refer"], limit=3)] == ["refer"]
     for split, task, words in (
         ("val", "cls", "--task=cls has no example in split 'val', which holds vqa, refer"),
