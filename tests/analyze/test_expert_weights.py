@@ -83,11 +83,16 @@ def test_updates_that_were_planted_agree_as_much_as_they_should():
     vectors = np.stack([np.tile(common, (3, 1)), np.tile(-10 * common, (3, 1)), noise])  # [U, R, n]
     gram = np.einsum("urn,vsn->urvs", vectors, vectors)
     found = updates.similarity(gram, seed=0)
-    assert found["cos"][0][1] == pytest.approx(-1) and found["ci95"][0][1] == pytest.approx([-1, -1])
+    cosine = np.array(found["cos"])
+    assert cosine[0, 1] == pytest.approx(-1) and found["ci95"][0][1] == pytest.approx([-1, -1])
     assert found["norm"][1] == pytest.approx(10 * found["norm"][0])
-    same, opposite, apart = found["itself"]
-    assert same == pytest.approx(1) and opposite == pytest.approx(1) and abs(apart) < 0.1
+    assert np.diagonal(cosine)[:2] == pytest.approx(1) and abs(cosine[2, 2]) < 0.1
     low, high = found["ci95"][0][2]
-    assert low <= found["cos"][0][2] <= high and low < high and abs(found["cos"][0][2]) < 0.2
+    assert low <= cosine[0, 2] <= high and low < high and abs(cosine[0, 2]) < 0.2
     alone = updates.similarity(gram[:, :1, :, :1], seed=0)
-    assert alone["itself"] is None and alone["ci95"] is None
+    assert alone["cos"][0][0] is None and alone["ci95"] is None and found["ci95"][0][0] is None
+    assert alone["cos"][0][1] == pytest.approx(-1)
+    # As alike as the batches let them be: half of each update is common, half is its own.
+    half = common / np.linalg.norm(common) + rng.standard_normal((2, 3, 400)) / 20
+    found = np.array(updates.similarity(np.einsum("urn,vsn->urvs", half, half), seed=0)["cos"])
+    np.testing.assert_allclose(found, 0.5, atol=0.1)

@@ -11,6 +11,7 @@ from unimed_jax.analyze import reliance, reliance_report
 from unimed_jax.analyze.reliance import BLANK, GREY, OTHER, OWN, TEXT
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import INSTRUCTIONS
+from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, tasks
 from unimed_jax.evaluate.metrics import captions
 from unimed_jax.evaluate.run import records_of
@@ -189,6 +190,13 @@ def test_a_killed_command_goes_on(tmp_path):
     _, again, _, rest = asked(reads, tmp_path / "cut", toy)
     assert again == whole and rest == calls - calls // 2
     assert asked(reads, tmp_path / "cut", toy)[-1] == 0
+
+
+def test_text_alone_has_nothing_to_rely_on(tmp_path, monkeypatch):
+    toy = Toy(per_task=2, left_out=("vqa", "refer", "identify", "caption", "cls"))
+    monkeypatch.setattr(reliance, "open_sets", lambda data: sets_of(toy))
+    with pytest.raises(UserError, match="split 'test' of .* has no example with an image; name another"):
+        reliance.measure_reliance(None, toy_config(), tmp_path / "out")
 
 
 def test_a_blank_image_is_grey_and_as_large():

@@ -215,6 +215,7 @@ def test_gradients_are_those_of_the_mean_loss_and_parts_add_up(run):
     assert (own > 0).all() and abs(tokens[0, :, 1]).max() < 1e-4 * own.max()
 
 
+@pytest.mark.slow
 def test_several_passes_give_what_one_gives(run, monkeypatch, capsys):
     one = grams(run, matches=["connector/router/*", "decoder/layers/norm1/scale"])
     assert "in 1 pass\n" in capsys.readouterr().out
@@ -319,13 +320,16 @@ def test_the_page_says_what_was_measured_and_the_report_names_it(written, tmp_pa
         "![Tug-of-war](tug_of_war.png)",
     ):
         assert words in page, words
-    shutil.copy(written / "tug_of_war.md", tmp_path)
-    link_pages(tmp_path)  # no report: nothing to do
+    pages = tmp_path / "analysis"
+    pages.mkdir()
+    shutil.copy(written / "tug_of_war.md", pages)
+    link_pages(pages)  # no report: nothing to do
     assert not (tmp_path / "report.md").exists()
     (tmp_path / "report.md").write_text("# Run: evaluation\n")
     for _ in range(2):
-        link_pages(tmp_path)
-    expected = "# Run: evaluation\n\n## Analyses\n\n- [Tug-of-war between tasks](tug_of_war.md)\n"
+        link_pages(pages)
+    link = "[Tug-of-war between tasks](analysis/tug_of_war.md)"
+    expected = f"# Run: evaluation\n\n## Analyses\n\n- {link}\n"
     assert (tmp_path / "report.md").read_text() == expected
 
 
@@ -340,7 +344,9 @@ def refused(words, capsys) -> str:
 def test_mistakes_are_one_sentence(folders, tmp_path, capsys):
     folder = f"--run={folders / 'cmoe'}"
     assert "names no checkpoint; give newest, best, all or" in refused([folder, "--which=last"], capsys)
-    assert "--batches=0 cannot be measured" in refused([folder, "--batches=0"], capsys)
+    assert "--batches=0 cannot be used; give a number from 1 to 10000" in refused(
+        [folder, "--batches=0"], capsys
+    )
     assert "matches no parameter of this model" in refused(
         [folder, "--which=0", "--match=conector/*"], capsys
     )

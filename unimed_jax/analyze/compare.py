@@ -36,7 +36,6 @@ class Side:
     metrics: Mapping[UnitKey, Metric]  # the primary ones
     protocols: Mapping[UnitKey, str]
     about: Mapping[str, Any]  # step, seed, settings' hash, split and notes
-    foreign: bool = False  # a file of predictions, whose protocols are those of the folder beside it
 
 
 def compare(
@@ -316,4 +315,4 @@ def _read_file(file: Path, name: str, asked: Side) -> Side:
     }
     about = {"split": asked.about["split"], "notes": notes}
     kept = {unit: of_unit for unit, of_unit in records.items() if of_unit}
-    return Side(name, file, kept, asked.metrics, rules, about, foreign=True)
+    return Side(name, file, kept, asked.metrics, rules, about)

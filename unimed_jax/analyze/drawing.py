@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import files, processes
+from unimed_jax.evaluate.report import link_pages
 from unimed_jax.provenance import code_version, plain
 from unimed_jax.runs.open import Run
 
@@ -53,6 +54,7 @@ def write(
         files.write_text(place / names[0], page + notes)
         draw(place / names[1])
         files.write_json(place / names[2], plain(content))
+    link_pages(folder)
     print(page + notes)
     print(f"wrote {', '.join(str(folder / each) for each in names)}", flush=True)
 
@@ -75,17 +77,21 @@ def heat(
     for i in range(len(rows)):
         for j in range(len(columns)):
             red, green, blue, _ = shown.cmap(shown.norm(values[i, j]))
-            bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
+            bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 or not np.isfinite(values[i, j])
             axes.text(
                 j,
                 i,
-                f"{values[i, j]:.2f}" if texts is None else texts[i][j],
+                texts[i][j] if texts is not None else _number(values[i, j]),
                 ha="center",
                 va="center",
                 fontsize=7.5,
                 linespacing=1.3,
                 color="black" if bright else "white",
             )
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "-"
 
 
 def dots(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax.analyze.drawing import dots, heat, said_about
+from unimed_jax.analyze.updates import WHOLE
 from unimed_jax.evaluate.report.markdown import markdown_table
 
 COLUMNS = 4  # matrices of updates in a row of the picture
@@ -32,9 +33,11 @@ def page(content: Mapping[str, Any]) -> str:
             "Each task alone trains the connector from here: "
             f"{updates['steps']} steps of the run's Adam, started afresh, on held-out batches, "
             f"{updates['repeats']} times on other batches (our definition). Cosine of the updates of "
-            "two tasks, with intervals over the repeats; a task with itself: between its repeats, which "
-            "is the most that can be expected.",
-            markdown_table(["parameters", "tasks", "cosine of the updates"], _update_rows(updates)),
+            "two tasks in all parameters of the connector, averaged over their repeats; on the diagonal "
+            "that of a task with itself, which tells how much the batches alone change. Two tasks that "
+            "want the same reach about the root of the product of their diagonals. The picture shows "
+            "the parts.",
+            markdown_table(["", *updates["names"]], _update_rows(updates)),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -79,14 +82,15 @@ def _pairs(weights: Mapping[str, Any], made: Mapping[str, Any]) -> list[list[str
 
 
 def _update_rows(updates: Mapping[str, Any]) -> list[list[str]]:
-    names, rows = updates["names"], []
-    for group, entry in updates["groups"].items():
-        for i, j in combinations(range(len(names)), 2):
-            ci95 = entry["ci95"]
-            ends = "" if ci95 is None else " [{:+.3f}, {:+.3f}]".format(*ci95[i][j])
-            rows.append([group, f"{names[i]} - {names[j]}", f"{entry['cos'][i][j]:+.3f}{ends}"])
-        for i, own in enumerate(entry["itself"] or []):
-            rows.append([group, f"{names[i]} with itself", f"{own:+.3f}"])
+    names, whole = updates["names"], updates["groups"][WHOLE]
+    rows = []
+    for i, name in enumerate(names):
+        cells = []
+        for j, value in enumerate(whole["cos"][i]):
+            ends = whole["ci95"][i][j] if whole["ci95"] else None
+            text = "-" if value is None else f"{value:+.3f}"
+            cells.append(text + (f" [{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends else ""))
+        rows.append([name, *cells])
     return rows
 
 
@@ -128,9 +132,7 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
         )
         panels = parts[1].subplots(lines, COLUMNS, squeeze=False).ravel()
         for axes, (name, entry) in zip(panels, groups.items(), strict=False):
-            matrix = np.array(entry["cos"])
-            if entry["itself"] is not None:
-                np.fill_diagonal(matrix, entry["itself"])
+            matrix = np.array(entry["cos"], np.float64)  # NaN for None
             heat(axes, matrix, updates["names"], updates["names"], "RdBu", (-1, 1))
             axes.set_title(name, fontsize=9)
             axes.tick_params(axis="x", rotation=40)

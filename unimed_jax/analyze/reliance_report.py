@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax import files, processes
+from unimed_jax.evaluate.report import link_pages
 from unimed_jax.evaluate.report.markdown import markdown_table, number, with_interval
 
 NAMES = ("reliance.jsonl", "reliance.md", "reliance.png", "reliance.json")
@@ -19,7 +20,7 @@ SHARES = {
     "image_sensitivity": ("Image Sensitivity", "#009E73"),
     "hallucinated_visual_reasoning_rate": ("Hallucinated Visual Reasoning Rate", "#CC79A7"),
     "flip_rate": ("paraphrase flip rate", "#E69F00"),
-    "dangerous": ("dangerous: neither image nor wording matters", "#999999"),
+    "dangerous": ("dangerous (neither image nor wording matters)", "#999999"),
 }
 
 
@@ -33,6 +34,7 @@ def write(folder: Path, metrics: Mapping[str, Any], lines: Sequence[Mapping[str,
         files.write_text(place / NAMES[1], page(metrics))
         draw(place / NAMES[2], metrics)
         files.write_json(place / NAMES[3], metrics)
+    link_pages(folder)
     processes.say(scores_table(metrics))
     for note in metrics["notes"]:
         processes.say(f"note: {note}")
@@ -135,7 +137,7 @@ def draw(path: Path, metrics: Mapping[str, Any]) -> None:
     figure = Figure(
         figsize=(10.5, 0.85 * len(rows) + 1.6), dpi=130, facecolor="white", layout="constrained"
     )
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.15, 1))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
     for at, (_, _, entry) in enumerate(rows):
         _draw_passes(left, at, entry)
         _draw_shares(right, at, entry)
@@ -143,7 +145,7 @@ def draw(path: Path, metrics: Mapping[str, Any]) -> None:
         range(len(rows)), [f"{name} {task}" if several else task for name, task, _ in rows], fontsize=10
     )
     left.set_ylim(len(rows) - 0.5, -0.5)
-    titles = ("Score of the primary metric", "Share of answers")
+    titles = ("Score of the primary metric", "Share of examples")
     for axes, title in zip((left, right), titles, strict=True):
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlim(-0.02, 1.02)
@@ -160,7 +162,7 @@ def draw(path: Path, metrics: Mapping[str, Any]) -> None:
         unique = dict(zip(labels, handles, strict=True))
         below = (0.5, -0.54 / max(len(rows), 2))
         axes.legend(unique.values(), unique.keys(), loc="upper center", bbox_to_anchor=below,
-                    ncols=2, fontsize=8, frameon=False)  # fmt: skip
+                    ncols=2 if axes is left else 1, fontsize=8, frameon=False)  # fmt: skip
     figure.savefig(path, format="png")
 
 

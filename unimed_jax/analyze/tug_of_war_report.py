@@ -1,4 +1,4 @@
-"""Writes what tug_of_war.py measured: numbers, a page and a picture."""
+"""Writes what tug_of_war.py measured: the numbers, the text of a page and its picture."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from unimed_jax import files, processes
 from unimed_jax.analyze.conflict import INDICES, Measured, difference
+from unimed_jax.analyze.drawing import heat
 from unimed_jax.analyze.tug_of_war import Analysis
-from unimed_jax.evaluate.report import link_pages
 from unimed_jax.evaluate.report.markdown import markdown_table, number, with_interval
+from unimed_jax.provenance import code_version
 
-NAMES = ("tug_of_war.md", "tug_of_war.png", "tug_of_war.json")
 BARS = 24  # groups of parameters that the picture shows
 TITLES = {
     "mean_cos": "mean cosine",
@@ -28,32 +27,12 @@ KINDS = {"units": "each task of each set", "tasks": "by task", "sets": "by data 
 PLANTED = "Planted: a task beside copies of itself"
 
 
-def write(folder: Path, runs: Sequence[Analysis]) -> None:
-    """Writes tug_of_war.md, .png and .json of one or more runs into a folder, and links the page.
-
-    Without matplotlib the page says so in place of the picture.
-    """
-    if not processes.leads():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.written_together(folder, NAMES) as unfinished:
-        picture = f"![Tug-of-war]({NAMES[1]})"
-        try:
-            draw(unfinished / NAMES[1], runs)
-        except ImportError as error:
-            picture = f"The picture was not drawn: {error}; install matplotlib."
-        text = page(runs)
-        files.write_text(unfinished / NAMES[0], f"{text}\n\n{picture}\n")
-        files.write_json(unfinished / NAMES[2], content(runs))
-    link_pages(folder)
-    print(text)
-    print(f"wrote {', '.join(str(folder / name) for name in NAMES)}")
-
-
 def content(runs: Sequence[Analysis]) -> dict[str, Any]:
     """Returns what tug_of_war.json holds: each run's matrices, and how the others differ from run 0."""
     return {
         "schema": 1,
+        "code_version": code_version(),
+        "notes": list(dict.fromkeys(note for run in runs for note in run.about["notes"])),
         "runs": [run.plain() for run in runs],
         "differences": [
             {"run": number, "less": 0, "group": runs[0].leading[0], **found}
@@ -85,7 +64,6 @@ def page(runs: Sequence[Analysis]) -> str:
         "dropout. Direction similarity is the cosine of two of them; a pair is in conflict if it is "
         "negative. Magnitude similarity is 2 |a| |b| / (|a|^2 + |b|^2). Intervals: 95 %, over batches.",
         *[_about(label, run) for label, run in zip(labels, runs, strict=True)],
-        *[f"- {note}" for run in runs for note in run.about["notes"]],
     ]
     head = ("run", "parameters", *TITLES.values(), "of single batches")
     for kind in KINDS:
@@ -116,7 +94,7 @@ def page(runs: Sequence[Analysis]) -> str:
         ]
         if rows:
             parts.append(f"## {title}\n\n{markdown_table(head, rows)}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "![Tug-of-war](tug_of_war.png)"]) + "\n"
 
 
 def _about(label: str, run: Analysis) -> str:
@@ -200,9 +178,9 @@ def draw(path: Path, runs: Sequence[Analysis]) -> None:
         first, second, third = part.subplots(1, 3, width_ratios=(1, 1, 0.8))
         group = run.leading[0]
         measured = run.kinds[kind][group]
-        heat(first, measured.cos, measured.names, "RdBu", -1)
+        _matrix(first, measured.cos, measured.names, "RdBu", -1)
         first.set_title(f"{group}: direction (cosine)", fontsize=9)
-        heat(second, measured.magnitude, measured.names, "Blues", 0)
+        _matrix(second, measured.magnitude, measured.names, "Blues", 0)
         second.set_title(f"{group}: magnitude similarity", fontsize=9)
         if kind == "units":
             _bars(third, run)
@@ -213,19 +191,12 @@ def draw(path: Path, runs: Sequence[Analysis]) -> None:
     figure.savefig(path, format="png")
 
 
-def heat(axes, values: np.ndarray, names: Sequence[str], colours: str, low: float) -> None:
-    """Draws a matrix with its numbers; what is not defined stays white."""
-    axes.imshow(values, cmap=colours, vmin=low, vmax=1)
-    ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=45, ha="right", fontsize=7, rotation_mode="anchor")
-    axes.set_yticks(ticks, names, fontsize=7)
-    for i in ticks:
-        for j in ticks:
-            value = values[i, j]
-            if np.isfinite(value):
-                colour = "white" if abs(value) > 0.6 else "black"
-                style = {"ha": "center", "va": "center", "fontsize": 6.5, "color": colour}
-                axes.text(j, i, f"{value:.2f}", **style)
+def _matrix(axes, values: np.ndarray, names: Sequence[str], colours: str, low: float) -> None:
+    """Draws a matrix with its numbers, square."""
+    heat(axes, values, names, names, colours, (low, 1))
+    axes.set_aspect("equal")
+    for text in axes.get_xticklabels():
+        text.set(rotation=45, ha="right", rotation_mode="anchor")
 
 
 def _shown(run: Analysis) -> list[tuple[str, Measured]]:

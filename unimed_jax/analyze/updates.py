@@ -76,7 +76,8 @@ def analyse(run: Run, units: Sequence[Unit], steps: int, repeats: int) -> dict[s
         for name, updates in _parts(path, stacked, config.model.connector):
             products = np.asarray(_products(updates), np.float64)
             products = products.reshape((len(units), repeats) * 2)
-            for group in (WHOLE, name):
+            # A task token belongs to one task, so that no two tasks meet there.
+            for group in (WHOLE,) if name == "task tokens" else (WHOLE, name):
                 grams[group] = grams.get(group, np.zeros(products.shape)) + products
     one_set = len({unit.source.id for unit in units}) == 1
     return {
@@ -164,42 +165,29 @@ def _products(updates: jax.Array) -> jax.Array:
 def similarity(gram: np.ndarray, seed: int) -> dict[str, Any]:
     """Measures how alike updates are, from their Gram matrix [U, R, U, R].
 
-    "cos" [U, U]: cosine of the units' mean updates, 0 where one is zero, with "ci95" [U, U] of [low,
-    high] over resampled repeats (None for one repeat); "norm" [U]: of the mean updates; "itself"
-    [U]: see `itself`.
+    "cos" [U, U]: the mean cosine of two units' updates over all pairs of their repeats; on the diagonal
+    that of a unit's own updates in different repeats, None for one repeat. So all are means over
+    single updates, and what the choice of batches alone changes can be read off the diagonal. "ci95"
+    [U, U] of [low, high] over resampled repeats, None on the diagonal, and as a whole for one repeat.
+    "norm" [U]: the root mean square norm of a unit's updates.
     """
     units, repeats = gram.shape[:2]
-    even = np.full((units, repeats), 1 / repeats)
-    cosine, norm = _cosines(gram, even)
-    rng = np.random.default_rng(seed)
-    drawn = [
-        _cosines(gram, rng.multinomial(repeats, np.full(repeats, 1 / repeats), size=units) / repeats)[0]
-        for _ in range(RESAMPLES if repeats > 1 else 0)
-    ]
-    ends = np.moveaxis(np.percentile(drawn, [2.5, 97.5], axis=0), 0, -1).tolist() if drawn else None
-    return {"cos": cosine.tolist(), "ci95": ends, "norm": norm.tolist(), "itself": itself(gram)}
-
-
-def _cosines(gram: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes cosines [U, U] and norms [U] of means over repeats, weighted by [U, R]."""
-    means = np.einsum("ur,urvs,vs->uv", weights, gram, weights, optimize=True)
-    norm = np.sqrt(np.maximum(np.diagonal(means), 0))
-    length = np.outer(norm, norm)
-    return np.where(length > 0, means / np.where(length > 0, length, 1), 0.0), norm
-
-
-def itself(gram: np.ndarray) -> list[float] | None:
-    """Averages the cosines of a unit's own updates in different repeats: [U]; None for one repeat.
-
-    It says how much of an update depends on the batches, so it is the most that two tasks can reach.
-    """
-    units, repeats = gram.shape[:2]
-    if repeats < 2:
-        return None
-    out = []
+    squares = np.maximum(np.einsum("urur->ur", gram), 0)
+    length = np.sqrt(squares)[:, :, None, None] * np.sqrt(squares)[None, None]
+    cosine = np.where(length > 0, gram / np.where(length > 0, length, 1), 0.0)  # [U, R, U, R]
+    found: list[list[float | None]] = cosine.mean(axis=(1, 3)).tolist()
     for u in range(units):
-        own = gram[u, :, u, :]  # [R, R]
-        length = np.sqrt(np.maximum(np.diagonal(own), 1e-300))
-        cosine = own / np.outer(length, length)
-        out.append(float(cosine[~np.eye(repeats, dtype=bool)].mean()))
-    return out
+        others = cosine[u, :, u, :][~np.eye(repeats, dtype=bool)]
+        found[u][u] = float(others.mean()) if repeats > 1 else None
+    ends: list[list[list[float] | None]] | None = None
+    if repeats > 1:
+        rng = np.random.default_rng(seed)
+        even = np.full(repeats, 1 / repeats)
+        weights = rng.multinomial(repeats, even, size=(RESAMPLES, units)) / repeats
+        drawn = np.einsum("nur,urvs,nvs->nuv", weights, cosine, weights, optimize=True)
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        ends = [
+            [None if u == v else [float(low[u, v]), float(high[u, v])] for v in range(units)]
+            for u in range(units)
+        ]
+    return {"cos": found, "ci95": ends, "norm": np.sqrt(squares.mean(axis=1)).tolist()}

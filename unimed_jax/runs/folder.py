@@ -12,7 +12,7 @@ The folder holds:
 - contact_sheet.png: images with their boxes.
 - lock: says who trains here.
 - metrics.json, predictions.jsonl, report.md and other *.png: the results of the evaluation.
-- pages of analyses (PAGES) with numbers and pictures.
+- analysis/, reliance/: pages of analyses with numbers and pictures; report.md names them.
 """
 
 import dataclasses
@@ -34,8 +34,6 @@ from unimed_jax.settings import from_config_dict
 
 # What an evaluation writes, the last one last: it stands for the others.
 RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "metrics.json")
-# The pages of analyses (`analyze`), which report.md links; each has files of the same stem beside it.
-PAGES = {"tug_of_war.md": "Tug-of-war between tasks"}
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -66,9 +64,6 @@ def write_config(folder: Path, config: Config) -> None:
             raise UserError(f"{folder} holds a run with other settings ({difference}); {way_out}.")
         for name in reversed(RESULTS):
             (folder / name).unlink(missing_ok=True)
-        for name in PAGES:
-            for file in folder.glob(f"{Path(name).stem}.*"):
-                file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(file, to_dict(config))
 

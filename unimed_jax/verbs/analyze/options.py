@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unimed_jax.errors import UserError
-from unimed_jax.paths import check_run_folder
+from unimed_jax.paths import ANALYSES, check_run_folder
 from unimed_jax.processes import start
 from unimed_jax.verbs.options import Parser, parser
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unimed_jax.evaluate.tasks import Unit
     from unimed_jax.runs.open import Run
 
-FOLDER = "analysis"  # in the run's folder
+FOLDER, *_ = ANALYSES  # in the run's folder
 
 
 def of_one_run(module: str, description: str | None, limit: int) -> Parser:

@@ -7,11 +7,11 @@ Several runs, for example with other connectors, and several checkpoints of a ru
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from unimed_jax.errors import UserError
 from unimed_jax.paths import check_run_folder
 from unimed_jax.processes import start
+from unimed_jax.verbs.analyze.options import FOLDER, within
 from unimed_jax.verbs.options import parser
 
 
@@ -37,17 +37,19 @@ def run(arguments: list[str]) -> None:
         action="store_true",
         help="beside the first task, show that task again, negated, and times ten, as a check",
     )
-    options.add_argument("--out", help="folder of the files (default: that of the first run)")
+    options.add_argument(
+        "--out", help=f"folder of the files (default: {FOLDER}/ in the first run's folder)"
+    )
     known = options.parse_args(arguments)
-    if not 1 <= known.batches <= 10_000:
-        raise UserError(f"--batches={known.batches} cannot be measured; give 1 to 10000.")
+    within(known.batches, "--batches", 1, 10_000)
     folders = [check_run_folder(folder, "--run") for folder in known.run]
-    out = folders[0] if known.out is None else check_run_folder(known.out, "--out")
+    out = check_run_folder(known.out or folders[0] / FOLDER, "--out")
     wanted = [checkpoint for word in known.which or ["newest"] for checkpoint in _checkpoint(word)]
     start()
 
+    from unimed_jax.analyze import drawing
     from unimed_jax.analyze.tug_of_war import analyse
-    from unimed_jax.analyze.tug_of_war_report import write
+    from unimed_jax.analyze.tug_of_war_report import content, draw, page
     from unimed_jax.runs.checkpoint import Checkpoints
     from unimed_jax.runs.open import open_run
 
@@ -56,12 +58,12 @@ def run(arguments: list[str]) -> None:
         for which in wanted:
             every: Sequence = [which]
             if which == "all":
-                every = Checkpoints(Path(folder) / "checkpoints", read_only=True).steps()
+                every = Checkpoints(folder / "checkpoints", read_only=True).steps()
             for one in every:
                 opened = open_run(folder, which=one)
                 with opened.inside():
                     found.append(analyse(opened, known.split, known.match, known.batches, known.planted))
-    write(Path(out), found)
+    drawing.write(out, "tug_of_war", content(found), page(found), lambda path: draw(path, found))
 
 
 def _checkpoint(word: str) -> list[str | int]:
