@@ -113,6 +113,9 @@ def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp
         one, other = (m["sets"]["squares"]["test"][task] for m in (found, ours))
         assert one["corrected"] == other["corrected"] and one["published"] == other["published"], task
         assert "/form=external/" in one["protocol"] != other["protocol"]
+        assert all("/form=external" in protocol for protocol in one["protocols"].values())
+        assert set(one["protocols"]) == set(other["protocols"]) - {"likelihood"} >= set(one["corrected"])
+        assert ("likelihood" in other) == (task == "cls") and "likelihood" not in one
     assert found["notes"] == [] and found["predictions"]["missing"] == 0
 
     lines = [*lines[6:], lines[-1], {"id": "squares/test/nobody", "prediction": "x"}]
