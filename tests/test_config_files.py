@@ -51,7 +51,11 @@ STAGES = [
 
 
 @pytest.mark.parametrize(
-    "name", ["brain_tiny.py", "brain_smollm2.py", "real_small.py", "cmoe.py", "cmoe_gemma.py", *STAGES]
+    "name",
+    [
+        *("brain_tiny.py", "brain_frozen.py", "brain_smollm2.py", "real_small.py"),
+        *("cmoe.py", "cmoe_gemma.py", *STAGES),
+    ],
 )
 def test_configs_of_the_repository(name, tmp_path, monkeypatch):
     """From any folder, and without a trace of the modules that they share."""

@@ -385,7 +385,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     # Where weights come from, as (kind, path): seed, run, hf, eva ...; later sources overlay earlier
-    # ones.
+    # ones. seed takes a pattern of parameters, for new ones in place of those read before:
+    # ("seed", "connector/*").
     init: Annotated[tuple[tuple[Name, Place], ...], Filled(), Distinct()] = (("seed", ""),)
     evaluate: EvaluateConfig = EvaluateConfig()
     router_fit: RouterFitConfig = RouterFitConfig()

@@ -5,9 +5,11 @@ The place of a mistake is given as a file and a line.
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -17,10 +19,12 @@ from typing import Any
 
 import ml_collections
 
+from unimed_jax.bounds import FrozenDict
+from unimed_jax.config_sweep import SweepConfig
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.interruption import Stopped
 from unimed_jax.parsing import no_file
-from unimed_jax.settings import check_values
+from unimed_jax.settings import check_group, check_values
 
 LONGEST = 300  # characters of what a config file raises that are shown
 MOST_LINES = 3  # lines that a message names
@@ -34,18 +38,11 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
     be read, for whatever it raises, and for what it returns if that is neither the settings of a
     run nor the stages of a chain.
     """
-    file, _, argument = path.partition(":")
-    _check_file(file)
-    own, *above = Path(file).resolve().parents[:2]
-    folders = [own, *(folder for folder in above if (folder / "common.py").is_file())]
-    try:
-        with _importable(folders):
-            returned = _call(_module(file), file, [argument] if argument else [])
-    except (UserError, Stopped, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a config file may raise anything, even SystemExit
-        where = f"--config={_place(error, file, folders)}"
-        raise UserError(f"{where}: {_words(error)}") from error
+    returned, file, folders = _returned(path)
+    if _is_sweep(returned):
+        raise UserError(
+            f"--config={file} is a sweep of several runs; give it to the verb `sweep`, or name its base."
+        )
     settings = _settings(returned, file)
     if "stages" in settings:
         _check_chain(settings, file)
@@ -55,6 +52,55 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
         except UserError as error:
             raise UserError(f"--config={file}{_line_of(str(error), file, folders)}: {error}") from error
     return settings
+
+
+def load_sweep_file(path: str) -> SweepConfig:
+    """Runs `path.py` or `path.py:argument` and returns the checked settings of its sweep.
+
+    The sweep has a name, and its files are named from the working directory. Raises UserError as
+    `load_config_file` does, and for a file that describes no sweep.
+    """
+    returned, file, _ = _returned(path)
+    if not _is_sweep(returned):
+        raise UserError(
+            f"--config={file}: get_config() describes no sweep; let it return a dict with base, "
+            "variants and baseline (docs/analysis.md), such as those of configs/sweeps."
+        )
+    try:
+        sweep = check_group(SweepConfig, returned, "sweep")
+    except UserError as error:
+        raise UserError(f"--config={file}: {error}") from error
+    argument = path.partition(":")[2]
+    name = sweep.name or "_".join(filter(None, (Path(file).stem, argument)))
+
+    def placed(other: str) -> str:
+        return os.path.normpath(Path(file).parent / other)
+
+    stages = FrozenDict({name: placed(other) for name, other in sweep.stages.items()})
+    return dataclasses.replace(sweep, name=name, base=placed(sweep.base), stages=stages)
+
+
+def _is_sweep(returned: Any) -> bool:
+    return isinstance(returned, dict) and "variants" in returned
+
+
+def _returned(path: str) -> tuple[Any, str, list[Path]]:
+    """Runs `path.py` or `path.py:argument`.
+
+    Gives what it returns, the file, and the folders whose files it may import.
+    """
+    file, _, argument = path.partition(":")
+    _check_file(file)
+    own, *above = Path(file).resolve().parents[:2]
+    folders = [own, *(folder for folder in above if (folder / "common.py").is_file())]
+    try:
+        with _importable(folders):
+            return _call(_module(file), file, [argument] if argument else []), file, folders
+    except (UserError, Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a config file may raise anything, even SystemExit
+        where = f"--config={_place(error, file, folders)}"
+        raise UserError(f"{where}: {_words(error)}") from error
 
 
 def _check_file(file: str) -> None:

@@ -93,7 +93,8 @@ class ConnectorConfig:
         ),
     ] = "moe_mlp"
     experts: Experts = 5  # of a mixture
-    hidden: Size | None = None  # hidden units of a moe_mlp expert; None: the decoder's width
+    # Hidden units of a moe_mlp expert, or of each inner layer of mlpNx_gelu; None: the decoder's width
+    hidden: Size | None = None
     # soft: all experts, by sigmoids divided by their sum; sparse: the `top_k` best, by a softmax over
     # these; hard: one expert per task; constant: all alike.
     router: Literal["soft", "sparse", "hard", "constant"] = "soft"
@@ -119,6 +120,11 @@ class ConnectorConfig:
         if self.is_moe:
             return 0
         return 1 if self.kind == "linear" else int(self.kind.removeprefix("mlp").partition("x")[0])
+
+    @property
+    def has_hidden(self) -> bool:
+        """Says whether its experts or its layers have hidden units."""
+        return self.kind == "moe_mlp" or self.layers > 1
 
 
 @dataclasses.dataclass(frozen=True)

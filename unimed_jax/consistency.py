@@ -69,10 +69,10 @@ def _check_augment(config: Config) -> None:
 
 def _check_init(config: Config) -> None:
     for kind, path in config.init:
-        if kind == "seed" and path:
+        if kind == "seed" and path.strip().isdecimal():
             raise UserError(
                 f"config.init: 'seed' takes its number from config.seed, not from {path!r}; write "
-                "('seed', '')."
+                "('seed', ''), or name the parameters that are random: ('seed', 'connector/*')."
             )
         if kind == "run" and not path.strip():
             raise UserError(

@@ -101,9 +101,21 @@ SAID = (
     ),
     Need(
         "model.connector",
-        "experts hidden router router_input router_hidden top_k task_token_width activation form",
+        "experts router router_input router_hidden top_k task_token_width form",
         lambda c: c.model.connector.is_moe,
         "config.model.connector.kind has no experts",
+    ),
+    Need(
+        "model.connector",
+        "hidden",
+        lambda c: c.model.connector.has_hidden,
+        "config.model.connector.kind has no hidden units",
+    ),
+    Need(
+        "model.connector",
+        "activation",
+        lambda c: c.model.connector.has_hidden or _routes(c),
+        "neither the connector's projection nor its router has hidden units",
     ),
     Need(
         "model.connector",
@@ -185,9 +197,12 @@ def without_effect(
 
 
 def refuse_without_effect(
-    config: Config, knobs: Mapping[str, Any], only: Collection[str] | None = None
+    config: Config,
+    knobs: Mapping[str, Any],
+    only: Collection[str] | None = None,
+    needs: Collection[Need] = REFUSED,
 ) -> None:
     """Raises UserError for the first setting (of those named in `only`) that changes nothing."""
-    for name, sentence in without_effect(config, knobs, REFUSED):
+    for name, sentence in without_effect(config, knobs, needs):
         if only is None or name in only:
             raise UserError(sentence)

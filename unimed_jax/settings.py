@@ -78,6 +78,14 @@ def checked(kind: type, key: str, value: typing.Any, where: str) -> typing.Any:
     return _build(typing.get_type_hints(kind, include_extras=True)[key], value, where)
 
 
+def check_group(kind: type, settings: dict, where: str) -> typing.Any:
+    """Makes a group of settings, such as a sweep's, of plain ones; raises UserError.
+
+    Each is checked by itself.
+    """
+    return _build(kind, settings, where)
+
+
 def check_values(settings: dict) -> None:
     """Checks every key and value by itself, without what holds across fields; raises UserError."""
     _build(Config, settings, "config")

@@ -8,8 +8,8 @@ import pytest
 
 from unimed_jax.config import AugmentConfig
 from unimed_jax.data import augment
+from unimed_jax.data.box_text import box_to_text, text_to_box
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text, text_to_box
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.effects import without_effect
 from unimed_jax.errors import UserError

@@ -12,12 +12,12 @@ import pytest
 from unimed_jax.config import TASKS, DataConfig, SourceConfig
 from unimed_jax.data import contact_sheet as contact_sheet_module
 from unimed_jax.data import datasets
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.data.datasets import brain
 from unimed_jax.data.datasets.brain import codes as brain_codes
 from unimed_jax.data.datasets.brain import icbm152, volume
 from unimed_jax.data.datasets.brain import questions as brain_questions
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 
 

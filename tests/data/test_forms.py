@@ -6,7 +6,7 @@ from typing import NamedTuple, get_args, get_type_hints
 import pytest
 
 from unimed_jax.config import TASKS, TextConfig
-from unimed_jax.data import forms
+from unimed_jax.data import box_text, forms
 from unimed_jax.data.example import Example
 from unimed_jax.errors import UserError
 
@@ -156,9 +156,9 @@ def test_wrong_records_are_named():
 
 
 def test_box_to_text_floors_and_reaches_100():
-    assert forms.box_to_text((0, 0, 64, 64), 64, 64) == "{<0><0><100><100>}"
-    assert forms.box_to_text((1, 2, 3, 63), 64, 64) == "{<1><3><4><98>}"
-    assert forms.box_to_text((10, 10, 20, 40), 40, 80) == "{<25><12><50><50>}"
+    assert box_text.box_to_text((0, 0, 64, 64), 64, 64) == "{<0><0><100><100>}"
+    assert box_text.box_to_text((1, 2, 3, 63), 64, 64) == "{<1><3><4><98>}"
+    assert box_text.box_to_text((10, 10, 20, 40), 40, 80) == "{<25><12><50><50>}"
 
 
 BAD_BOXES = [
@@ -170,20 +170,20 @@ BAD_BOXES = [
 @pytest.mark.parametrize("box", BAD_BOXES)
 def test_box_outside_its_image_or_empty_is_refused(box):
     with pytest.raises(UserError, match="empty or leaves its image"):
-        forms.box_to_text(box, 64, 64)
+        box_text.box_to_text(box, 64, 64)
 
 
 def test_text_to_box():
-    assert forms.text_to_box("{<1><2><33><100>}") == (1, 2, 33, 100)
-    assert forms.text_to_box(" { <1> <2><3 3><100>} and more") == (1, 2, 33, 100)
-    assert forms.text_to_box("<unk>{<1><2><33><100>}") == (1, 2, 33, 100)
+    assert box_text.text_to_box("{<1><2><33><100>}") == (1, 2, 33, 100)
+    assert box_text.text_to_box(" { <1> <2><3 3><100>} and more") == (1, 2, 33, 100)
+    assert box_text.text_to_box("<unk>{<1><2><33><100>}") == (1, 2, 33, 100)
     for bad in ("", "box {<1><2><3><4>}", "{<1><2><3>}", "{<1><2><3><1000>}", "{<1><2><3><4>"):
-        assert forms.text_to_box(bad) is None
+        assert box_text.text_to_box(bad) is None
 
 
 def test_text_form_comes_back_within_one_hundredth():
     for box in [(0, 1, 2, 3), (10, 20, 64, 50)]:
-        back = forms.text_to_box(forms.box_to_text(box, 64, 64))
+        back = box_text.text_to_box(box_text.box_to_text(box, 64, 64))
         assert back is not None and all(
             0 <= b / 64 * 100 - a < 1 for a, b in zip(back, box, strict=True)
         )

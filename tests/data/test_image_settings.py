@@ -13,9 +13,10 @@ from pydicom.encaps import encapsulate
 from support.dicom_files import dicom_file, item
 from support.reading import everything, left_out, opened
 
-from unimed_jax.config import Config, DataConfig, ImageConfig, SourceConfig, Window
+from unimed_jax.config import Config, DataConfig, ImageConfig, ReencodeConfig, SourceConfig, Window
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.dicom_display import WINDOWS
+from unimed_jax.data.image_shards import encoded, may_be_cut
 from unimed_jax.data.images import check_header, read_image, upright_size
 from unimed_jax.data.store import Store
 from unimed_jax.errors import UserError
@@ -320,3 +321,57 @@ def test_a_request_is_read_as_the_sources_are(monkeypatch):
     request = predictor.Request("vqa", "What?", (FILMS["TIFF"], read_image(FILMS["TIFF"])))
     predictor.Predictor._rows(made, [request], 1)
     assert [pixels.max() for pixels in seen[0][0]] == [240, 0]
+
+
+# ---- files that broke off --------------------------------------------------------------------------
+def whole_pictures() -> dict[str, bytes]:
+    """Writes a picture of noise in every format, so that its end holds pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    picture = Image.fromarray(noise)
+    kinds = {
+        **{kind: saved(picture, kind) for kind in ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")},
+        "JPEG2000": saved(picture, "JPEG2000"),
+        "TIFF in strips": saved(picture, "TIFF", compression="tiff_lzw", strip_size=500),
+        "JPEG, padded": saved(picture, "JPEG") + bytes(8),
+        "progressive JPEG": saved(picture, "JPEG", progressive=True),
+    }
+    grey = noise[..., 0]
+    packed = encapsulate([saved(Image.fromarray(grey), "JPEG", quality=100)])
+    return kinds | {
+        "DICOM": dicom_file(grey),
+        "DICOM, implicit": dicom_file(grey, "1.2.840.10008.1.2"),
+        "DICOM, JPEG": dicom_file(grey, JPEG, PixelData=packed),
+    }
+
+
+WHOLE = whole_pictures()
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_picture_that_broke_off_is_left_out_when_the_set_is_prepared(kind, tmp_path):
+    file, broken = tmp_path / "picture", 0
+    for part in (0.3, 0.5, 0.8, 0.95, 1):
+        file.write_bytes(WHOLE[kind][: int(part * len(WHOLE[kind]))])
+        try:
+            read_image(file)
+            right = ""
+        except UserError as error:
+            right = str(error).rstrip(".")
+        for source in (file, file.read_bytes()):
+            reason = encoded("key", source, ImageConfig(), ReencodeConfig())[0].reason
+            assert bool(reason) == bool(right), part
+        broken += bool(right)
+    assert not right and broken >= 3
+    assert may_be_cut(WHOLE[kind]) == (kind == "PPM")  # no other whole picture is decoded
+
+
+def test_a_set_goes_on_without_the_picture_that_broke_off(tmp_path):
+    picture = WHOLE["JPEG"]
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (folder := tmp_path / "set" / split / label).mkdir(parents=True)
+            (folder / "1.jpg").write_bytes(picture)
+    (tmp_path / "set/train/a/2.jpg").write_bytes(picture[: len(picture) // 2])
+    data = opened(tmp_path / "set", "classes")
+    assert len(list(everything(data))) == 4
+    assert len(left_out(data)) == 1 and "2.jpg" in left_out(data)[0] and "truncated" in left_out(data)[0]

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from support.reading import check_against_raw, everything, left_out, opened, options_of
 
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.datasets import jsonl, medmnist, reader_of
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.store import pack
 from unimed_jax.data.twins import TWINS, prepared, write_twin
 from unimed_jax.errors import UserError

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from support.toy import Toy, sets_of, toy_config
 
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, tasks, text_only
 

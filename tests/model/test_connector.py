@@ -216,9 +216,12 @@ def test_router_inputs():
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"])
-def test_dense_connectors(kind):
+@pytest.mark.parametrize("hidden", [None, 10])
+def test_dense_connectors(kind, hidden):
     """Linear layers with the exact GELU between them, no routing; the task changes nothing."""
-    connector = tiny.model(tiny.config(connector={"kind": kind})).connector
+    connector = tiny.model(tiny.config(connector={"kind": kind, "hidden": hidden})).connector
+    inner = [layer.kernel[...].shape[1] for layer in connector.layers][:-1]
+    assert inner == [hidden or 16] * (len(connector.layers) - 1)
     patches, tasks = inputs()
     out = connector(patches, tasks)
     x = patches.reshape(3, 4, 48).astype(np.float64)

@@ -3,6 +3,7 @@ device holds more than its share of what is sharded while it is read.
 """
 
 import contextlib
+import dataclasses
 import json
 import threading
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from support.fake_brain import Squares
 
 from unimed_jax import main as cli
+from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.runs.open import found_mesh, initial_leaves, open_run
@@ -182,6 +184,24 @@ def test_a_chained_run_starts_from_the_same_numbers_on_any_mesh(base, run):
     for path, leaf in spread.items():
         assert len(leaf.sharding.device_set) == 8 and len(alone[path].sharding.device_set) == 1
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(alone[path]), err_msg=path)
+
+
+def test_random_parameters_may_stand_in_place_of_a_runs(base, run):
+    """A new connector on an old encoder and decoder, of the numbers that the seed gives anyway."""
+    opened = open_run(run)
+    old, other = opened.config, ("seed", "connector/*")
+    config = dataclasses.replace(old, init=(*old.init, other))
+    leaves, sources = initial_leaves(config, opened.tokenizer)
+    fresh, _ = initial_leaves(dataclasses.replace(old, init=(("seed", ""),)), opened.tokenizer)
+    kept, _ = initial_leaves(old, opened.tokenizer)
+    for path, leaf in leaves.items():
+        new = path.startswith("connector/")
+        assert sources[path] == ("seed" if new else f"run {base}")
+        np.testing.assert_array_equal(leaf, (fresh if new else kept)[path], err_msg=path)
+    assert not np.array_equal(kept["connector/experts/up"], fresh["connector/experts/up"])
+    with pytest.raises(UserError, match=r"\('seed', 'conector/\*'\) matches no parameter; did you mean"):
+        wrong = dataclasses.replace(old, init=(*old.init, ("seed", "conector/*")))
+        initial_leaves(wrong, opened.tokenizer)
 
 
 def predictions(run):

@@ -62,7 +62,7 @@ VARIANTS = {
     },
     "constant": {"connector": {"router": "constant", "kind": "moe_linear"}, "lora": {"rank": 0}},
     "linear": {"connector": {"kind": "linear", "task_tokens": 0, "rate": 1}},
-    "mlp": {"connector": {"kind": "mlp3x_gelu", "activation": "gelu_tanh"}},
+    "mlp": {"connector": {"kind": "mlp3x_gelu", "hidden": 10, "activation": "gelu_tanh"}},
     "gemma 2": {
         "decoder": {
             **{

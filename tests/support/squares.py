@@ -8,9 +8,9 @@ import dataclasses
 import numpy as np
 
 from unimed_jax.config import TASKS
+from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.columns import Collector
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.info import Info
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}

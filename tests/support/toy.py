@@ -3,8 +3,8 @@
 import numpy as np
 
 from unimed_jax.config import TASKS, Config, default_config
+from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.info import Info
 from unimed_jax.evaluate.answers import Journal
 from unimed_jax.evaluate.run import answer_and_score

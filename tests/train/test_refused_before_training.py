@@ -117,8 +117,10 @@ def test_what_fidelity_fills_in_is_not_held_against_anybody():
 def test_minor_settings_without_effect_are_named_at_the_start(run, monkeypatch):
     config = tiny(
         **{
-            "model__connector__kind": "mlp2x_gelu",
             "model__connector__experts": 7,
+            "model__connector__kind": "linear",
+            "model__connector__hidden": 9,
+            "model__connector__activation": "silu",
             "optimizer__warmup_steps": 0,
         },
         **{"data__packing": False, "optimizer__warmup_lr": 1e-4, "router_fit__epochs": 3},
@@ -129,6 +131,8 @@ def test_minor_settings_without_effect_are_named_at_the_start(run, monkeypatch):
     checks.check_start(config, run.tokenizer, parameters(abstract(config.model)))
     names = [
         "model.connector.experts=7",
+        "model.connector.hidden=9",
+        "model.connector.activation='silu'",
         "data.window=32",
         "evaluate.splits=('val',)",
         "optimizer.warmup_lr=0.0001",

@@ -11,6 +11,7 @@ from pathlib import Path
 import ml_collections
 
 from unimed_jax import files, processes
+from unimed_jax.analyze.cost import measured
 from unimed_jax.analyze.experts import LOAD, load_table, write_load
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
@@ -60,14 +61,7 @@ def read_stages(
     stages = linked([_stage_config(file, read) for file in settings.stages], folder)
     for i, stage in enumerate(stages):
         made = [earlier.folder for earlier in stages[:i]]
-        given = tuple(
-            (kind, path)
-            for kind, path in stage.config.init
-            if not any(map(Path(path).is_relative_to, made))
-        )
-        lacks = missing_inputs(dataclasses.replace(stage.config, init=given))
-        if lacks:
-            raise UserError(lacks)
+        refuse_missing(stage.config, made)
         check_run_folder(stage.folder, "--workdir")
         if (stage.folder / "config.json").exists():
             write_config(stage.folder, stage.config)  # refuses other settings
@@ -78,6 +72,15 @@ def read_stages(
                 "remove it."
             )
     return stages
+
+
+def refuse_missing(config: Config, made: Sequence[Path]) -> None:
+    """Raises UserError for what a run lacks to start, besides the runs that are `made` before it."""
+    given = tuple(
+        (kind, path) for kind, path in config.init if not any(map(Path(path).is_relative_to, made))
+    )
+    if lacks := missing_inputs(dataclasses.replace(config, init=given)):
+        raise UserError(lacks)
 
 
 def _stage_config(file: str, read: Read) -> Config:
@@ -101,10 +104,15 @@ def linked(configs: Sequence[Config], folder: Path) -> list[Stage]:
         name = Path(config.name).name
         if any(stage.name == name for stage in stages):
             raise UserError(f"two stages are called {name!r}; give each config another name.")
-        init = tuple((kind, _moved(path, moved)) for kind, path in config.init)
+        init = moved_init(config, moved)
         stages.append(Stage(name, dataclasses.replace(config, init=init), folder / name))
         moved[Path("runs") / config.name] = folder / name
     return stages
+
+
+def moved_init(config: Config, folders: Mapping[Path, Path]) -> tuple[tuple[str, str], ...]:
+    """Returns `init` with other folders in place of those that are named: old -> new."""
+    return tuple((kind, _moved(path, folders)) for kind, path in config.init)
 
 
 def _moved(path: str, folders: Mapping[Path, Path]) -> str:
@@ -149,14 +157,14 @@ def run_chain(settings: ml_collections.ConfigDict, folder: Path, read: Read = fr
         )
         if not done:
             train_and_evaluate(stage.config, stage.folder)
-        _write_load(stage, stages[:i])
+        write_expert_load(stage, stages[:i])
         if processes.leads():
             table = write_table(folder, stages[: i + 1])
     if table:
         processes.say(f"{table}\nwrote {folder / 'stages.md'}")
 
 
-def _write_load(stage: Stage, earlier: Sequence[Stage]) -> None:
+def write_expert_load(stage: Stage, earlier: Sequence[Stage]) -> None:
     """Writes which experts a stage's tokens go to, if a stage before it fitted its router."""
     router = next((s for s in reversed(earlier) if s.config.job == "router"), None)
     if router is None or not stage.config.model.moe.experts or (stage.folder / LOAD).is_file():
@@ -168,13 +176,15 @@ def _write_load(stage: Stage, earlier: Sequence[Stage]) -> None:
 def train_and_evaluate(config: Config, folder: Path) -> None:
     """Trains one run in `folder`, from where it was left, and writes its scores there."""
     if config.job == "router":
-        report = router.train_router(config, folder)
+        with measured(folder):
+            report = router.train_router(config, folder)
         processes.say(f"{router.summary(report)}\nwrote {folder / router.REPORT}")
         return
     claim(folder)  # from here to the end of the evaluation, which writes there, too
-    run = train(config, folder)
-    with run.inside():
-        evaluate_run(run, config)
+    with measured(folder):
+        run = train(config, folder)
+        with run.inside():
+            evaluate_run(run, config)
 
 
 def write_table(folder: Path, stages: Sequence[Stage]) -> str:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from unimed_jax.audit.private import gathered, of_texts
 from unimed_jax.audit.questions import GROUPS, Asked, kept, plain
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Dataset, Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.grounding import fault
 from unimed_jax.data.info import Info, nearest_counts
 from unimed_jax.data.store import SKIPPED

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from unimed_jax.config import AugmentConfig
+from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text
 
 # A draw with a box is rotated by no more degrees than this. Its new box is the upright one around the
 # rotated one, which grows: at 15 degrees a square's by 22 % a side, and what it holds does not.

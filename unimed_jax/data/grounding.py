@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.records import at_least, one_of
 
 

@@ -178,9 +178,9 @@ def encoded(
 ) -> tuple[Outcome, bytes | None]:
     """Reads an image, and returns its outcome with the bytes to store.
 
-    It is left out if its file cannot be read, if its header is not that of a picture, or if the
-    picture lacks what the settings `image` ask for. What comes after the header is decoded when it
-    is needed, unless the image is encoded again here.
+    It is left out if its file cannot be read, if its header is not that of a picture, if the picture
+    lacks what the settings `image` ask for, or if its end is missing. What comes after the header is
+    decoded when it is needed, unless the image is encoded again here or its end looks odd.
     """
     try:
         if isinstance(source, np.ndarray):
@@ -196,6 +196,8 @@ def encoded(
         data = source if isinstance(source, bytes) else read_bytes(source)
         name = f"{key!r}" if isinstance(source, bytes) else str(source)
         frames = check_header(data, name, image)
+        if may_be_cut(data):
+            read_image(data if isinstance(source, bytes) else source, image)
         if reencode.asked:
             # Settings would be asked of what is stored, if it were read by them again.
             kept = data if image == PLAIN else None
@@ -204,6 +206,54 @@ def encoded(
         return Outcome(hashlib.sha256(data).hexdigest(), frames=frames), data
     except UserError as error:
         return Outcome("", str(error).rstrip(".")), None
+
+
+# format: how its files begin, and how whole ones end but for padding
+_ENDS = {
+    "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),
+    "PNG": (b"\x89PNG", b"IEND\xaeB`\x82"),
+    "GIF": (b"GIF8", b";"),
+    "JPEG 2000, bare": (b"\xff\x4f\xff\x51", b"\xff\xd9"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  ", b"\xff\xd9"),
+}
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_UNDEFINED = b"\xff\xff\xff\xff"  # length of DICOM's compressed pixels, which a mark closes
+
+
+def may_be_cut(data: bytes) -> bool:
+    """Says whether a picture's file may lack its end, so that it must be decoded to know.
+
+    That looks at marks and sizes alone, as a download that broke off shows them, and costs nothing.
+    True also for formats that state neither.
+    """
+    for begins, ends in _ENDS.values():
+        if data.startswith(begins):
+            return not data[-64:].rstrip(b"\0\r\n ").endswith(ends)
+    if data[:4] == b"RIFF":  # WebP
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data[:2] == b"BM":
+        return len(data) < int.from_bytes(data[2:6], "little")
+    if data[:4] in _TIFF:
+        return _tiff_end(data) > len(data)
+    if data[128:132] == b"DICM" and (at := data.rfind(b"\xe0\x7f\x10\x00")) > 0:  # pixels, little endian
+        explicit = data[at + 4 : at + 6] in (b"OW", b"OB")
+        start = at + (12 if explicit else 8)
+        length = data[start - 4 : start]
+        if length == _UNDEFINED:
+            return b"\xfe\xff\xdd\xe0" not in data[start:]
+        return start + int.from_bytes(length, "little") > len(data)
+    return True
+
+
+def _tiff_end(data: bytes) -> float:
+    """Returns where the last strip or tile of a TIFF's first page ends; infinity if it is not known."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["TIFF"]) as page:
+            tags = page.tag_v2  # type: ignore[attr-defined]
+            starts, sizes = (273, 279) if 273 in tags else (324, 325)  # strips or tiles
+            return max(a + n for a, n in zip(tags[starts], tags[sizes], strict=True))
+    except Exception:  # of a header that `check_header` could read, but not this
+        return float("inf")
 
 
 def _three(pixels: np.ndarray) -> np.ndarray:

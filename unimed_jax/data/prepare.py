@@ -24,7 +24,7 @@ from tqdm import tqdm
 from unimed_jax import files, processes
 from unimed_jax.config import ImageConfig, ReencodeConfig
 from unimed_jax.data import image_shards
-from unimed_jax.data.columns import Collector, Column, Columns, Strings, hash_of
+from unimed_jax.data.columns import Collector
 from unimed_jax.data.example import Example
 from unimed_jax.data.image_shards import FACTS, ImageShards, Source
 from unimed_jax.data.images import PLAIN
@@ -40,6 +40,7 @@ from unimed_jax.data.store import (
     facts_of,
     pack,
     unpack,
+    write_index,
 )
 from unimed_jax.errors import UserError
 
@@ -389,7 +390,7 @@ def _write(
         raise UserError(_nothing(info, folder, skipped))
     made = columns.columns()
     _check_ids(made.ids, place, info)
-    _write_index(place, made, images.keys)
+    write_index(place, made, images.keys)
     (place / SKIPPED).write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
     files.remove_folder(place / FACTS)  # of which nothing belongs to the store
     records = examples.records | images.records
@@ -417,28 +418,6 @@ def _write(
     }
     manifest["crc32"] = crc_of(manifest)
     (place / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_index(place: Path, made: Columns, keys: list[str]) -> None:
-    """Writes the columns, and the keys of the images in the order in which they are stored."""
-    index = place / "index"
-    files.remove_folder(index)  # of an earlier try
-    index.mkdir()
-    arrays = {
-        "task": made.task,
-        "image_count": made.images,
-        "image_set": made.image_set,
-        "ids": made.ids,
-    }
-    arrays |= _column_arrays("cluster", made.cluster)
-    for i, key in enumerate(made.meta_keys):
-        arrays |= _column_arrays(f"meta_{i}", made.meta(key))
-    hashes = np.array([hash_of(key) for key in keys], np.uint64)
-    order = np.argsort(hashes, kind="stable")
-    arrays |= {"key_hashes": hashes[order], "key_order": order.astype(np.int32)}
-    arrays |= _text_arrays("keys", Strings.of(keys))
-    for name, array in arrays.items():
-        np.save(index / f"{name}.npy", array)
 
 
 def _scaled(example: Example, images: ImageShards) -> Example:
@@ -474,12 +453,3 @@ def _check_ids(hashes: np.ndarray, place: Path, info: Info) -> None:
         f"data set {info.name}: id {name!r} stands twice ({len(doubled)} ids do); its reader must "
         "give each example an id of its own, over all splits."
     )
-
-
-def _text_arrays(name: str, strings: Strings) -> dict[str, np.ndarray]:
-    text, ends = strings.arrays
-    return {f"{name}_text": text, f"{name}_ends": ends}
-
-
-def _column_arrays(name: str, column: Column) -> dict[str, np.ndarray]:
-    return {name: column.codes, **_text_arrays(name, column.texts)}

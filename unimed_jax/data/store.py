@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from unimed_jax import files
 from unimed_jax.config import ImageConfig
 from unimed_jax.data.columns import Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
@@ -327,3 +328,34 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             raise UserError(
                 f"data set file {path} cannot be read ({error.strerror or error}); {_AGAIN}."
             ) from error
+
+
+def write_index(place: Path, made: Columns, keys: list[str]) -> None:
+    """Writes the columns, and the keys of the images in the order in which they are stored."""
+    index = place / "index"
+    files.remove_folder(index)  # of an earlier try
+    index.mkdir()
+    arrays = {
+        "task": made.task,
+        "image_count": made.images,
+        "image_set": made.image_set,
+        "ids": made.ids,
+    }
+    arrays |= _column_arrays("cluster", made.cluster)
+    for i, key in enumerate(made.meta_keys):
+        arrays |= _column_arrays(f"meta_{i}", made.meta(key))
+    hashes = np.array([hash_of(key) for key in keys], np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    arrays |= {"key_hashes": hashes[order], "key_order": order.astype(np.int32)}
+    arrays |= _text_arrays("keys", Strings.of(keys))
+    for name, array in arrays.items():
+        np.save(index / f"{name}.npy", array)
+
+
+def _text_arrays(name: str, strings: Strings) -> dict[str, np.ndarray]:
+    text, ends = strings.arrays
+    return {f"{name}_text": text, f"{name}_ends": ends}
+
+
+def _column_arrays(name: str, column: Column) -> dict[str, np.ndarray]:
+    return {name: column.codes, **_text_arrays(name, column.texts)}

@@ -11,8 +11,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import text_only
 from unimed_jax.evaluate.metrics.text import bleu, ngrams

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from unimed_jax import files, processes
 from unimed_jax.config import Config, to_dict
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines
@@ -136,7 +136,7 @@ def evaluate_predictions(
     """
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
-    given, doubled = _read_predictions(file)
+    given, doubled = read_predictions(file)
     wanted = {unit.id_of(example): example for unit in units for example in unit.examples}
     unknown = [name for name in given if name not in wanted]
     missing = [name for name in wanted if name not in given]
@@ -243,7 +243,7 @@ def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
+def read_predictions(file: Path) -> tuple[dict[str, str], list[str]]:
     """Reads a file of predictions.
 
     Returns id -> prediction, and the ids that occur more than once.

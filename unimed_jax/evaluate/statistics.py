@@ -113,8 +113,11 @@ class Difference:
     freedom: float | None = None  # degrees of freedom of the t distribution behind interval and p
 
     def detectable(self, level: float = LEVEL, power: float = POWER) -> float | None:
-        """Returns the smallest true difference that would be found at this level with this power."""
-        if self.error is None:
+        """Returns the smallest true difference that would be found at this level with this power.
+
+        None if nothing varies from cluster to cluster, which tells nothing of other clusters.
+        """
+        if not self.error:
             return None
         return float(self.error * (_t(1 - level / 2, self.freedom) + _t(power, self.freedom)))
 

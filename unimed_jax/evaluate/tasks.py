@@ -12,9 +12,9 @@ import numpy as np
 
 from unimed_jax.config import TASKS, Config, DataConfig, EntryConfig
 from unimed_jax.data import layout
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset, Example
-from unimed_jax.data.forms import text_to_box
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.evaluate.metrics import Metric, of_task

@@ -12,6 +12,7 @@ Shapes: N images, T visual tokens per image, D channels of a visual token, E exp
 units, O channels of the decoder, R hidden units of the router, C channels of a task token.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -220,7 +221,8 @@ class Connector(nnx.Module):
         routed = c.is_moe and c.router in ("soft", "sparse")
         self.router = Router(c, width, rngs) if routed else None
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
-        self.layers = nnx.List([Linear(out if i else width, out, rngs=rngs) for i in range(c.layers)])
+        widths = [width, *[c.hidden or out] * (c.layers - 1), out] if c.layers else []
+        self.layers = nnx.List([Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
 
     def __call__(
         self,

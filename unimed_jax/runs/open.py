@@ -120,7 +120,7 @@ def initial_leaves(
         if not still and not everything:  # a checkpoint holds all of them
             break
         if kind == "seed":
-            found = _random_leaves(config, tokenizer, still, to)
+            found = _random_leaves(config, tokenizer, _chosen(still, path or "*", shapes), to)
         elif kind == "run":
             found = _leaves_of_run(Path(path), config, still, to, mesh)
             if not found and everything:
@@ -144,7 +144,7 @@ def initial_leaves(
             found = SOURCES[kind].load(path, config.model, to)
         taken = still & set(found)
         leaves |= {p: found[p] for p in taken}
-        sources |= dict.fromkeys(taken, f"{kind} {path}".strip())
+        sources |= dict.fromkeys(taken, kind if kind == "seed" else f"{kind} {path}".strip())
         still -= taken
     if still:
         raise UserError(
@@ -153,6 +153,15 @@ def initial_leaves(
         )
     order = [p for p in shapes if p in leaves]
     return {p: leaves[p] for p in order}, {p: sources[p] for p in order}
+
+
+def _chosen(paths: AbstractSet[str], pattern: str, shapes: Mapping[str, Any]) -> set[str]:
+    """Returns the paths that match the pattern of ("seed", pattern), which some parameter must."""
+    if not fnmatch.filter(shapes, pattern):
+        raise UserError(
+            f"config.init: ('seed', {pattern!r}) matches no parameter{nearest(pattern, shapes)}"
+        )
+    return set(fnmatch.filter(paths, pattern))
 
 
 def _random_leaves(

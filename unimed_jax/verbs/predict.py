@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> None:
     picture = _picture(known, known.run if config is None else f"runs/{config.name}")
     start()
 
-    from unimed_jax.data.forms import valid_box
+    from unimed_jax.data.box_text import valid_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
     from unimed_jax.predict.predictor import Predictor, Request

@@ -16,8 +16,8 @@ from typing import Any
 
 from unimed_jax.config import TASKS
 from unimed_jax.data import grounding
+from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text
 from unimed_jax.data.grounding import Labelled
 from unimed_jax.data.image_shards import no_image
 from unimed_jax.data.info import Info

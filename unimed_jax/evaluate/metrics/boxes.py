@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unimed_jax.data.forms import valid_box
+from unimed_jax.data.box_text import valid_box
 from unimed_jax.evaluate.metrics.registry import Record, metric
 from unimed_jax.evaluate.statistics import Measure
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unimed_jax.data.forms import text_to_box
+from unimed_jax.data.box_text import text_to_box
 from unimed_jax.evaluate.metrics.boxes import Box, in_pixels, overlap
 from unimed_jax.evaluate.metrics.text import bleu, bleu_sums
 

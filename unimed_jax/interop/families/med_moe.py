@@ -235,6 +235,8 @@ def _refuse_inexpressible(config: ModelConfig, back: ModelConfig) -> None:
     if config.connector.rate != 1 or config.connector.is_moe:
         ours = f"{config.connector.kind} with rate={config.connector.rate}"
         differ.append(("connector", "mlp2x_gelu with rate=1", ours))
+    if config.connector.has_hidden and config.connector.hidden not in (None, config.decoder.width):
+        differ.append(("connector.hidden", config.decoder.width, config.connector.hidden))
     for name in ("qkv_bias", "patch_bias", "pre_norm", "cls_token", "output_norm", "activation"):
         there, here = getattr(CLIP_LARGE, name), getattr(config.vision, name)
         if there != here:

@@ -301,7 +301,7 @@ def _refuse_unrepresentable(config: ModelConfig, leaves: Mapping[str, Any], tabl
     representable = {
         "aggregation": c.aggregation != "block",
         "activation": c.activation == "gelu",
-        "hidden": c.hidden in (None, config.decoder.width) or c.kind != "moe_mlp",
+        "hidden": c.hidden in (None, config.decoder.width) or not c.has_hidden,
         "router_hidden": c.router_hidden in (None, 4 * sum(router_halves(config).values()))
         or not routed,
     }

@@ -246,10 +246,11 @@ class Connector(nn.Module):
         if kind == "linear":
             self.llm_proj = nn.Linear(width, out)
         elif kind.startswith("mlp"):
-            layers = [nn.Linear(width, out)]
-            for _ in range(int(kind[3 : kind.index("x")]) - 1):
-                layers += [activation(act), nn.Linear(out, out)]
-            self.llm_proj = nn.Sequential(*layers)
+            inner = [c["hidden"] or out] * (int(kind[3 : kind.index("x")]) - 1)
+            widths, layers = [width, *inner, out], []
+            for i in range(len(widths) - 1):
+                layers += [activation(act), nn.Linear(widths[i], widths[i + 1])]
+            self.llm_proj = nn.Sequential(*layers[1:])
         else:
             hidden = c["hidden"] or out
             self.moe_layers = nn.ModuleList(

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from unimed_jax.config import VISUAL_TASKS
+from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.datasets.brain.volume import MAPS, PAIRED, PIXEL, PLANES, SIDES, SIZE, Slice
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import box_to_text
 
 CLS_QUESTIONS = {
     "plane": "Axial, coronal or sagittal?",

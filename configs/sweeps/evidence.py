@@ -1,0 +1,50 @@
+"""CMoE against connectors without experts or router; in the regime :brain, :frozen, :narrow or :real.
+
+    python -m unimed_jax.main sweep --config=configs/sweeps/evidence.py:brain
+
+brain: everything trains (configs/brain_tiny.py). frozen: the connector is new, and encoder and decoder
+are frozen, those of a finished brain_tiny of the same seed (configs/brain_frozen.py). narrow: the same
+with one visual token and narrow experts. real: configs/real_small.py at 1,500 steps
+(--config.data.root=DIR).
+
+`mlp2x` is as wide as one expert, as published. `mlp2x_b` has as many parameters as all experts,
+`mlp2x_c` as many as experts, router and task tokens: their hidden widths are the nearest whole ones.
+"""
+
+from unimed_jax.errors import UserError
+
+# Hidden widths of mlp2x_b and mlp2x_c; mlp2x takes that of one expert from the base.
+HIDDEN = {"brain": (640, 766), "frozen": (640, 766), "narrow": (80, 96), "real": (640, 766)}
+BASE = {
+    "brain": "../brain_tiny.py",
+    "frozen": "../brain_frozen.py",
+    "narrow": "../brain_frozen.py:narrow",
+    "real": "../real_small.py",
+}
+KIND, WIDTH, ROUTER = "model.connector.kind", "model.connector.hidden", "model.connector.router"
+
+
+def get_config(regime=""):
+    if regime not in BASE:
+        known = ", ".join(f":{name}" for name in BASE)
+        raise UserError(f"evidence.py needs a regime, not {regime!r}; add one of {known} to its name.")
+    experts, whole = HIDDEN[regime]
+    variants = {
+        "cmoe": {},
+        "linear": {KIND: "linear"},
+        "mlp2x": {KIND: "mlp2x_gelu"},
+        "mlp2x_b": {KIND: "mlp2x_gelu", WIDTH: experts},
+        "mlp2x_c": {KIND: "mlp2x_gelu", WIDTH: whole},
+        "constant": {ROUTER: "constant"},
+        "hard": {ROUTER: "hard"},
+    }
+    if regime == "real":
+        variants = {name: variants[name] for name in ("cmoe", "mlp2x_b", "constant")}
+    return dict(
+        base=BASE[regime],
+        settings={"train.steps": 1500} if regime == "real" else {},
+        stages={"start": "../brain_tiny.py"} if regime in ("frozen", "narrow") else {},
+        variants=variants,
+        baseline="cmoe",
+        seeds=(0, 1, 2, 3, 4),
+    )
