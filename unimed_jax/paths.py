@@ -26,7 +26,8 @@ FILES = (
     "predictions.png",
     "routing.png",
 )
-FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
+ANALYSES = ("analysis", "reliance")  # folders of pages that `analyze` writes
+FOLDERS = ("checkpoints", "tensorboard", "tokenizer", *ANALYSES)
 
 
 def check_output(path: str | Path, option: str) -> Path:

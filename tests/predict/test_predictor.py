@@ -11,7 +11,7 @@ from PIL import Image
 from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.config import TASKS
-from unimed_jax.data.layout import Encoder
+from unimed_jax.data.layout import VISUAL, Encoder
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
@@ -126,6 +126,29 @@ def test_images_as_path_bytes_and_array_are_one(predictor, tmp_path):
     kinds = (str(tmp_path / "it.png"), tmp_path / "it.png", buffer.getvalue(), PICTURE)
     requests = [Request("vqa", "What colour is the square?", (kind,)) for kind in kinds]
     assert len(set(predictor.answers(requests))) == 1
+
+
+def test_another_wording_asks_as_the_pool_says(predictor):
+    question = "What colour is the square?"
+    worded = Request("vqa", question, (PICTURE,), wording=1)
+    spelt = Request("vqa", f"Look at the image and answer: {question}", (PICTURE,))
+    assert predictor.answers([worded]) == predictor.answers([spelt])
+
+
+def test_without_visual_tokens_no_picture_changes_the_answer(predictor, config, tokenizer):
+    requests = [
+        Request("vqa", "What colour is the square?", (image,), show_images=shown)
+        for shown in (False, True)
+        for image in (PICTURE, np.zeros_like(PICTURE))
+    ]
+    one, other, *seen = predictor.answers(requests)
+    assert one == other and len({one, *seen}) == 3
+    encoder = Encoder(tokenizer, config.text, config.model.tokens_per_image)
+    example = as_example(requests[0])
+    whole, blind = encoder.prompt(example), encoder.prompt(example, with_images=False)
+    assert whole.tokens - blind.tokens == config.model.tokens_per_image
+    ids = [*whole.prefix, *whole.suffix]
+    assert [i for i in ids if i != VISUAL] == [*blind.prefix, *blind.suffix]
 
 
 def test_lengths_are_the_requests_own(predictor, requests, answers):

@@ -8,14 +8,13 @@ import sys
 
 import pytest
 from PIL import Image
-from support.fake_brain import Squares, tiny_config
+from support import fake_brain
+from support.fake_brain import Squares
 
 from unimed_jax import interruption
 from unimed_jax import main as cli
 from unimed_jax.interruption import owner
 from unimed_jax.model import sharding
-from unimed_jax.settings import from_config_dict
-from unimed_jax.train import loop
 
 # Holds the run and changes its checkpoints as training does, only faster: a new one, then the
 # oldest goes.
@@ -46,12 +45,7 @@ def patched(quick_compiles):
 
 @pytest.fixture(scope="module")
 def finished(patched, built_once):
-    def start(folder):
-        config = tiny_config(steps=4, save_every=2)
-        config.evaluate.splits, config.evaluate.limit, config.evaluate.max_new_tokens = ("test",), 2, 2
-        loop.train(from_config_dict(config), folder / "run")
-
-    folder = built_once("running", start) / "run"
+    folder = built_once("finished", fake_brain.finished) / "run"
     assert not owner(folder)  # training has ended
     return folder
 

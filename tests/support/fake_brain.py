@@ -7,8 +7,10 @@ from pathlib import Path
 from support.squares import COLOURS, Squares
 
 from unimed_jax.config import default_config
+from unimed_jax.settings import from_config_dict
+from unimed_jax.train import loop
 
-__all__ = ["COLOURS", "Squares", "tiny_config"]
+__all__ = ["COLOURS", "Squares", "finished", "tiny_config"]
 
 # prepared once for all tests
 CACHE = Path(tempfile.gettempdir()) / f"unimed_jax-squares-{getpass.getuser()}"
@@ -40,3 +42,10 @@ def tiny_config(**train):
     for key, value in train.items():
         config.train[key] = value
     return config
+
+
+def finished(folder) -> None:
+    """Trains a tiny run of four steps into folder/run, for tests that only read it."""
+    config = tiny_config(steps=4, save_every=2)
+    config.evaluate.splits, config.evaluate.limit, config.evaluate.max_new_tokens = ("test",), 2, 2
+    loop.train(from_config_dict(config), folder / "run")

@@ -36,7 +36,6 @@ class Side:
     metrics: Mapping[UnitKey, Metric]  # the primary ones
     protocols: Mapping[UnitKey, str]
     about: Mapping[str, Any]  # step, seed, settings' hash, split and notes
-    foreign: bool = False  # a file of predictions, whose protocols are those of the folder beside it
 
 
 def compare(
@@ -154,7 +153,7 @@ def _shared(
         if not names:
             notes.append(f"{'/'.join(unit)}: {other.name} has no answer that {first.name} has")
             continue
-        _check_comparable(first, other, unit, notes)
+        check_comparable(first, other, unit, notes)
         found[unit] = [ours[name] for name in names], [theirs[name] for name in names]
         for side, count in ((first, len(ours)), (other, len(theirs))):
             if count > len(names):
@@ -176,7 +175,7 @@ def _shared(
     return found
 
 
-def _check_comparable(first: Side, other: Side, unit: UnitKey, notes: list[str]) -> None:
+def check_comparable(first: Side, other: Side, unit: UnitKey, notes: list[str]) -> None:
     """Raises UserError if the two scores of a unit have other protocols, but for how was asked."""
     here, there = (side.protocols[unit].split("/") for side in (first, other))
     name = "/".join(unit)
@@ -211,7 +210,7 @@ def read_sides(places: Sequence[str | Path]) -> list[Side]:
     """
     paths = [_folder_of(Path(place)) for place in places]
     names = _names(paths)
-    folders = {i: _read_folder(path, names[i]) for i, path in enumerate(paths) if path.is_dir()}
+    folders = {i: read_folder(path, names[i]) for i, path in enumerate(paths) if path.is_dir()}
     if not folders:
         raise UserError(
             f"{', '.join(map(str, places))}: none is a scored folder, which holds the questions and "
@@ -243,7 +242,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [f"{path.name} ({number})" for number, path in enumerate(whole, start=1)]
 
 
-def _read_folder(folder: Path, name: str) -> Side:
+def read_folder(folder: Path, name: str) -> Side:
     file = folder / "metrics.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no scores; score the run first (evaluate --run={folder}).")
@@ -316,4 +315,4 @@ def _read_file(file: Path, name: str, asked: Side) -> Side:
     }
     about = {"split": asked.about["split"], "notes": notes}
     kept = {unit: of_unit for unit, of_unit in records.items() if of_unit}
-    return Side(name, file, kept, asked.metrics, rules, about, foreign=True)
+    return Side(name, file, kept, asked.metrics, rules, about)

@@ -62,7 +62,7 @@ def expert_load(run: Run, router: Config, classes: list[str]) -> dict[str, Any]:
                 for dataset, example in zip(some.datasets[rows], some.examples[rows], strict=True)
             ]
             batch = prompt_batch(encoder, config, run.tokenizer.pad, some.examples[rows], pixels)
-            chosen = np.asarray(_first_choices(run.model, batch))  # [layers, B, S]
+            chosen = np.asarray(first_choices(run.model, batch))  # [layers, B, S]
             visual, used = batch["visual"] >= 0, batch["segments"] != 0
             for row, label in enumerate(some.classes[rows]):
                 for kind, places in enumerate((visual[row], used[row] & ~visual[row])):
@@ -82,7 +82,7 @@ def expert_load(run: Run, router: Config, classes: list[str]) -> dict[str, Any]:
 
 
 @jax.jit
-def _first_choices(model: UniMed, batch: Batch) -> Int[Array, "layers B S"]:
+def first_choices(model: UniMed, batch: Batch) -> Int[Array, "layers B S"]:
     """Computes the expert that each token prefers, in every layer with experts."""
     routing = model(batch).experts
     assert routing is not None

@@ -1,12 +1,14 @@
 """Compares the gradients that tasks and data sets send into the same parameters (Uni-Med, section 4.4).
 
-run -> held-out batches of each (data set, task) -> gradients at the chosen leaves
-    -> inner products of all pairs, part by part (an expert, the router, a layer)
-    -> direction and magnitude similarity, conflicts, spectrum: of each group of parts
+run -> held-out batches of each side: a task of a data set
+    -> gradients of each batch at the chosen leaves, piece by piece if they do not fit at once
+    -> inner products of all pairs, of each group of parts (an expert, the router, a layer)
+    -> direction and magnitude similarity, conflicts, spectrum (conflict.py)
 """
 
 import dataclasses
-import fnmatch
+import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from unimed_jax import processes
-from unimed_jax.analyze.conflict import measured
-from unimed_jax.config import Config, ModelConfig
+from unimed_jax.analyze.conflict import Measured
+from unimed_jax.analyze.parts import Part, groups_of, matching, parts_of
+from unimed_jax.config import Config
 from unimed_jax.data.layout import Batch
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Unit, open_sets, units_of
@@ -30,253 +33,304 @@ from unimed_jax.train.held_out import HeldOut
 from unimed_jax.train.loss import task_losses
 from unimed_jax.train.optimizer import Leaves
 
-RESAMPLES = 1000
-SHARE_OF_MEMORY = 0.5  # of what there is, that gradients may take; if they need more, parts take turns
+# Of the memory there is, that gradients may take: weights, activations and a copy need the rest.
+SHARE_OF_MEMORY = 0.25
+EXAMPLES_OF_A_ROW = 4  # are looked at, at most; more than that seldom share a row
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Names a slice of a leaf whose gradients are compared by themselves: an expert, a layer."""
+class Side:
+    """Describes who pulls: a task of a data set, and the factor of its loss."""
 
-    name: str  # "expert 0", "router", "decoder layer 3", or the leaf's path
-    leaf: str
-    axis: int = 0
-    start: int = 0
-    size: int | None = None  # None: the whole leaf
-
-    def of(self, gradient: jax.Array) -> jax.Array:
-        """Cuts the part out of gradients [K, *shape of the leaf]."""
-        if self.size is None:
-            return gradient
-        return jax.lax.slice_in_dim(gradient, self.start, self.start + self.size, axis=1 + self.axis)
+    name: str
+    unit: Unit
+    factor: float = 1.0
+    planted: bool = False  # a copy of a task, whose similarities to it are known
 
 
-def parts_of(leaves: Mapping[str, Any], config: ModelConfig) -> list[Part]:
-    """Cuts leaves into parts: experts and router of the connector, layers of encoder and decoder."""
-    found: list[Part] = []
-    for path, leaf in leaves.items():
-        pieces = path.split("/")
-        if path.startswith("connector/experts/") and config.connector.is_moe:
-            # Experts share wide matrices (model/connector.py): up [C, E * H], up_bias [E * H],
-            # down [E * H, D], bias [E, D].
-            axis = 1 if pieces[-1] == "up" else 0
-            size = leaf.shape[axis] // config.connector.experts
-            found += [
-                Part(f"expert {e}", path, axis, e * size, size) for e in range(config.connector.experts)
-            ]
-        elif path.startswith("connector/router/"):
-            found.append(Part("router", path))
-        elif path == "connector/task_tokens":
-            found.append(Part("task tokens", path))
-        elif pieces[0] == "connector":
-            found.append(Part("projection", path))
-        elif pieces[1] in ("layers", "blocks"):
-            word = "LoRA, layer" if pieces[-1].startswith("lora_") else f"{pieces[0]} layer"
-            found += [Part(f"{word} {i}", path, 0, i, 1) for i in range(leaf.shape[0])]
-        else:
-            found.append(Part(f"{pieces[0]} {pieces[1]}", path))
-    return found
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """Holds what was measured of one checkpoint of a run."""
+
+    about: Mapping[str, Any]  # run, step, connector, split, examples, clusters, notes, batches
+    # "units", "tasks", "sets", "planted" -> group of parts
+    kinds: Mapping[str, Mapping[str, Measured]]
+
+    @property
+    def leading(self) -> tuple[str, Measured]:
+        """Returns the first group of parts, the connector by default, with each side by itself."""
+        return next(iter(self.kinds["units"].items()))
+
+    def plain(self) -> dict[str, Any]:
+        """Returns what tug_of_war.json holds of it."""
+        kinds = {
+            kind: {group: measured.plain() for group, measured in groups.items()}
+            for kind, groups in self.kinds.items()
+        }
+        return {**self.about, **kinds}
 
 
-class Gradients:
-    """Computes the gradients of units of a run at chosen leaves, for one batch at a time."""
+def analyse(
+    run: Run, split: str, matches: Sequence[str], batches: int, planted: bool = False
+) -> Analysis:
+    """Measures a run; call it inside the run's mesh.
 
-    def __init__(self, run: Run, chosen: Sequence[str]):
-        """Prepares one program for all units; `chosen` are paths of leaves."""
-        config, coordinates = run.config, run.tokenizer.coordinate_start
-        leaves = parameters(run.model)
-        self.leaves = {path: leaves[path] for path in chosen}
-        self._rest = {path: leaf for path, leaf in leaves.items() if path not in self.leaves}
-        self._mesh = run.mesh
-        self._share, self._shares = sharding.rows_of_process(run.mesh, config.data.rows)
-        model = run.model
-
-        def loss(leaves: Leaves, rest: Leaves, batch: Batch) -> jax.Array:
-            full = with_parameters(model, {**rest, **leaves})
-            losses, _ = task_losses(full, batch, config.loss, coordinates, None)
-            return losses.tasks.sum() / jnp.maximum(losses.weight, 1e-30)
-
-        self._program: Any = jax.jit(jax.grad(loss))
-
-    def of(self, held_out: HeldOut, rows: Sequence[Sequence[int]]) -> Leaves:
-        """Computes the gradient of the mean loss over the answers in some planned rows of a unit."""
-        batch = held_out.batch(rows, self._share, self._shares)
-        arrays = sharding.on_devices(batch, self._mesh, self._shares)
-        return self._program(self.leaves, self._rest, arrays)
-
-
-@jax.jit
-def _products(gradients: jax.Array) -> jax.Array:
-    """Computes the inner products [K, K] of gradients [K, *shape], in float32 throughout."""
-    rest = tuple(range(1, gradients.ndim))
-    return jax.lax.dot_general(gradients, gradients, ((rest, rest), ((), ())), precision="highest")
-
-
-def shares_of_rows(rows: Sequence[Any], batches: int, capacity: int) -> list[list[Any]]:
-    """Deals rows out to at most `batches` batches of at most `capacity`, all of about the same size."""
-    count = min(batches, len(rows))
-    return [list(rows[i::count][:capacity]) for i in range(count)]
-
-
-def chosen_leaves(run: Run, matches: Sequence[str]) -> list[str]:
-    """Lists the leaves whose gradients are compared.
-
-    By default these are the connector's that train and the decoder's adapters. `matches` are
-    patterns of paths, as in config.train.rules; frozen leaves may be named, too. Raises UserError if
-    there is none.
+    planted: also measure the first task beside itself, beside itself with its loss negated, and with
+    its loss times ten. Cosines must be 1, -1, 1, and magnitude similarities 1, 1, 20 / 101.
     """
-    leaves = parameters(run.model)
-    if not matches:
-        rules = leaf_rules(leaves, run.config.train, run.config.optimizer)
-        found = [
-            path
-            for path in leaves
-            if rules[path].train and (path.startswith("connector/") or "/lora_" in path)
+    sides = sides_of(run.config, split, batches)
+    if planted:
+        sides += [
+            Side(f"{sides[0].name} {word}", sides[0].unit, factor, planted=True)
+            for word, factor in (("again", 1.0), ("negated", -1.0), ("x 10", 10.0))
         ]
-        if not any(path.startswith("connector/") for path in found):
-            raise UserError(
-                f"{run.folder}: its connector does not train, so that tasks cannot pull at it; name "
-                'other parameters with --match, for example --match="decoder/*".'
-            )
-        return found
-    for pattern in matches:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path in leaves):
-            raise UserError(
-                f'--match="{pattern}" names no parameter of {run.folder}; give a pattern of paths such '
-                'as "connector/*" or "decoder/layers/*/lora_?".'
-            )
-    return [path for path in leaves if any(fnmatch.fnmatchcase(path, pattern) for pattern in matches)]
-
-
-def units_for(config: Config, split: str) -> list[Unit]:
-    """Lists the units of a split that are compared, each a task of a data set.
-
-    Raises UserError if there are fewer than two.
-    """
-    evaluate = dataclasses.replace(config.evaluate, entries=(), splits=(split,), limit=0)
-    units = units_of(dataclasses.replace(config, evaluate=evaluate), open_sets(config.data))[0]
-    if len(units) < 2:
-        names = ", ".join(unit.name for unit in units)
-        raise UserError(
-            f"only {names or 'nothing'} has held-out examples in split {split!r}; gradients are compared"
-            " between two or more tasks or data sets, so choose another --split or run."
-        )
-    return units
-
-
-def gram_by_part(
-    run: Run,
-    units: Sequence[Unit],
-    chosen: Sequence[str],
-    batches: int,
-    scales: Sequence[float] | None = None,
-) -> dict[Part, np.ndarray]:
-    """Computes, for each part, the inner products float64 [U, B, U, B] of the units' gradients.
-
-    B is the number of batches of the unit with the fewest rows, at most `batches`. scales: factors
-    of the units' losses, 1 by default. Where all gradients do not fit into half of the memory, leaves
-    take turns, and each turn goes through the batches again.
-    """
-    config = run.config
-    held_out = [HeldOut(unit, config, run.tokenizer) for unit in units]
-    count = min(batches, *(len(each.rows) for each in held_out))
-    dealt = [shares_of_rows(each.rows, count, config.data.rows) for each in held_out]
-    leaves = parameters(run.model)
-    turns = _turns({path: leaves[path] for path in chosen}, len(units) * count)
-    held = max(sum(leaves[path].size for path in turn) for turn in turns) * 4 * len(units) * count
-    processes.say(
-        f"{len(units)} units x {count} batches: gradients take {held / 2**20:,.0f} MiB at once, "
-        f"in {len(turns)} {'pass' if len(turns) == 1 else 'passes'}"
-    )
-    found: dict[Part, np.ndarray] = {}
-    total = len(turns) * len(units) * count
-    with tqdm(total=total, desc="gradients", unit=" batches", leave=False, disable=None) as bar:
-        for turn in turns:
-            program = Gradients(run, turn)
-            columns: dict[str, list[jax.Array]] = {path: [] for path in turn}
-            for u, (each, groups) in enumerate(zip(held_out, dealt, strict=True)):
-                for rows in groups:
-                    gradient = program.of(each, rows)
-                    scale = 1.0 if scales is None else scales[u]
-                    for path in turn:
-                        columns[path].append(gradient[path] * scale)
-                    bar.update()
-            for path in turn:
-                stacked = jnp.stack(columns.pop(path))  # [U * B, *shape]
-                for part in parts_of({path: leaves[path]}, config.model):
-                    products = np.asarray(_products(part.of(stacked)), np.float64)
-                    found[part] = products.reshape(len(units), count, len(units), count)
-    return found
-
-
-def _turns(leaves: Mapping[str, Any], copies: int) -> list[list[str]]:
-    """Divides leaves into turns, each of which fits into the memory that gradients may take."""
-    room = SHARE_OF_MEMORY * available_bytes() / (4 * copies)
-    turns: list[list[str]] = [[]]
-    used = 0
-    for path, leaf in leaves.items():
-        if turns[-1] and used + leaf.size > room:
-            turns.append([])
-            used = 0
-        turns[-1].append(path)
-        used += leaf.size
-    return turns
-
-
-def groups_of(parts: Sequence[Part]) -> dict[str, list[Part]]:
-    """Groups parts by what reports show: each module as a whole, then its parts by name."""
-    groups: dict[str, list[Part]] = {}
-    for part in parts:
-        groups.setdefault(part.leaf.split("/")[0], []).append(part)
-    for part in parts:
-        groups.setdefault(part.name, []).append(part)
-    return groups
-
-
-def joins(units: Sequence[Unit]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """Yields the ways to look at units: (kind, names, [K, U] means over units).
-
-    Each unit by itself and, where a task has several sets or a set several tasks, by task and by set.
-    """
-    sets = list(dict.fromkeys(unit.source.id for unit in units))
-    tasks = list(dict.fromkeys(unit.task for unit in units))
-    one_set = len(sets) == 1
-    names = [unit.task if one_set else f"{unit.source.id}/{unit.task}" for unit in units]
-    yield "units", names, np.eye(len(units))
-    for kind, labels, of in (
-        ("tasks", tasks, [unit.task for unit in units]),
-        ("sets", sets, [unit.source.id for unit in units]),
-    ):
-        if 1 < len(labels) < len(units):
-            rows = np.array([[float(label == own) for own in of] for label in labels])
-            yield kind, labels, rows / rows.sum(axis=1, keepdims=True)
-
-
-def analyse(run: Run, split: str, matches: Sequence[str], batches: int) -> dict[str, Any]:
-    """Measures a run; returns what `tug_of_war.json` holds of it."""
-    units = units_for(run.config, split)
     chosen = chosen_leaves(run, matches)
-    gram = gram_by_part(run, units, chosen, batches)
-    return {
+    rows = Batches(sides, run, batches)
+    grams = gram_by_group(run, rows, chosen)
+    kinds = {
+        kind: {group: Measured(gram, joined, names) for group, gram in grams.items()}
+        for kind, names, joined in joins(sides)
+    }
+    about = {
         "run": str(run.folder),
         "step": run.step,
         "connector": run.config.model.connector.kind,
+        "router": run.config.model.connector.router if run.config.model.connector.is_moe else None,
         "split": split,
-        "examples": {unit.name: len(unit.examples) for unit in units},
-        **content(gram, units, run.config.seed),
+        "examples": {
+            side.name: count
+            for side, count in zip(sides, rows.examples, strict=True)
+            if not side.planted
+        },
+        "clusters": {side.name: _clusters(side.unit) for side in sides if not side.planted},
+        "notes": list(run.notes),
+        "batches": rows.fingerprint,  # runs with the same one were measured on the same examples
     }
+    return Analysis(about, kinds)
 
 
-def content(gram: Mapping[Part, np.ndarray], units: Sequence[Unit], seed: int) -> dict[str, Any]:
-    """Turns inner products into similarities, by kind of unit and by group of parts."""
-    groups = groups_of(list(gram))
-    return {
-        kind: {
-            "names": names,
-            "groups": {
-                group: measured(np.sum([gram[part] for part in parts], axis=0), joined, RESAMPLES, seed)
-                for group, parts in groups.items()
-            },
+def _clusters(unit: Unit) -> int:
+    return len({example.cluster or example.id for example in unit.examples})
+
+
+# ---- what is compared ------------------------------------------------------------------------------
+def sides_of(config: Config, split: str, batches: int) -> list[Side]:
+    """Lists each task of each data set that has held-out examples.
+
+    Raises UserError if there are fewer than two.
+    """
+    limit = batches * config.data.rows * EXAMPLES_OF_A_ROW
+    evaluate = dataclasses.replace(config.evaluate, entries=(), splits=(split,), limit=limit)
+    units = units_of(dataclasses.replace(config, evaluate=evaluate), open_sets(config.held_out))[0]
+    if len(units) < 2:
+        names = ", ".join(unit.name for unit in units)
+        raise UserError(
+            f"only {names or 'nothing'} has examples in split {split!r}, and gradients are compared "
+            "between two tasks or data sets or more; choose another --split or run."
+        )
+    one_set = len({unit.source.id for unit in units}) == 1
+    return [Side(unit.task if one_set else f"{unit.source.id}/{unit.task}", unit) for unit in units]
+
+
+def joins(sides: Sequence[Side]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Yields the ways to look at sides: (kind, names, [K, U] means over sides).
+
+    Each side by itself and, where a task has several sets or a set several tasks, by task and by set;
+    last, copies beside what they are copies of.
+    """
+    each, real = np.eye(len(sides)), [i for i, side in enumerate(sides) if not side.planted]
+    yield "units", [sides[i].name for i in real], each[real]
+    for kind, of in (
+        ("tasks", [sides[i].unit.task for i in real]),
+        ("sets", [sides[i].unit.source.id for i in real]),
+    ):
+        labels = list(dict.fromkeys(of))
+        if 1 < len(labels) < len(real):
+            rows = np.stack([each[[i for i in real if of[i] == label]].mean(axis=0) for label in labels])
+            yield kind, labels, rows
+    if len(real) < len(sides):
+        shown = [0, *range(len(real), len(sides))]
+        yield "planted", [sides[i].name for i in shown], each[shown]
+
+
+def chosen_leaves(run: Run, matches: Sequence[str]) -> list[str]:
+    """Lists the paths of the leaves whose gradients are compared.
+
+    By default these are the connector's that train and LoRA's. `matches` are patterns of paths, as
+    in config.train.rules; frozen leaves may be named, too. Raises UserError if there is none.
+    """
+    leaves = parameters(run.model)
+    if matches:
+        return matching(list(leaves), matches, "--match")
+    rules = leaf_rules(leaves, run.config.train, run.config.optimizer)
+    found = [
+        path
+        for path in leaves
+        if rules[path].train and (path.startswith("connector/") or "/lora_" in path)
+    ]
+    if not any(path.startswith("connector/") for path in found):
+        raise UserError(
+            f"{run.folder}: its connector does not train, so that tasks cannot pull at it; name other "
+            'parameters, for example --match="decoder/*".'
+        )
+    return found
+
+
+class Batches:
+    """Deals the held-out examples of each side out to the same number of batches, of one shape."""
+
+    def __init__(self, sides: Sequence[Side], run: Run, batches: int):
+        """Makes at most `batches` of each side, as many as the one with the fewest examples has."""
+        data, units = run.config.data, {side.unit.name: side.unit for side in sides}
+        held_out = {
+            name: HeldOut(unit, run.config, run.tokenizer, skip_long=True)
+            for name, unit in units.items()
         }
-        for kind, names, joined in joins(units)
+        for name, each in held_out.items():
+            if not each.numbers:
+                raise UserError(
+                    f"{name} has no example that fits into a row of this run; choose another --split."
+                )
+            if skipped := len(units[name].examples) - len(each.numbers):
+                processes.say(f"{name}: {skipped} examples fit into no row and are left out")
+        self.count = min(batches, *(len(each.numbers) for each in held_out.values()))
+        dealt = {
+            name: [each.plan(each.numbers[i :: self.count])[: data.rows] for i in range(self.count)]
+            for name, each in held_out.items()
+        }
+        # As few rows as hold the largest batch and divide as well among the devices.
+        most, rows = max(len(group) for groups in dealt.values() for group in groups), data.rows
+        shares = 1 if run.mesh is None else run.mesh.size
+        while rows % (2 * shares) == 0 and rows // 2 >= most:
+            rows //= 2
+        self.sides, self._dealt, self._held_out, self._rows = sides, dealt, held_out, rows
+        self._mesh = run.mesh
+        self._share, self._shares = sharding.rows_of_process(run.mesh, rows)
+
+    @property
+    def examples(self) -> list[int]:
+        """Counts the examples of each side."""
+        return [sum(map(len, sum(self._dealt[side.unit.name], []))) for side in self.sides]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the examples of every batch."""
+        numbers = hashlib.sha256()
+        for name, groups in self._dealt.items():
+            examples = self._held_out[name].unit.examples
+            ids = [[[examples[i].id for i in row] for row in group] for group in groups]
+            numbers.update(repr((name, ids)).encode())
+        return numbers.hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[tuple[Side, Any]]:
+        """Yields all batches of the first side, then those of the next, laid out on the devices."""
+        for side in self.sides:
+            for rows in self._dealt[side.unit.name]:
+                held_out = self._held_out[side.unit.name]
+                batch = held_out.batch(rows, self._share, self._shares, self._rows)
+                yield side, sharding.on_devices(batch, self._mesh, self._shares)
+
+
+# ---- gradients and their inner products ------------------------------------------------------------
+def gram_by_group(run: Run, batches: Batches, chosen: Sequence[str]) -> dict[str, np.ndarray]:
+    """Computes, for each group of parts, inner products float64 [U, B, U, B] of gradients.
+
+    They are gradients of the mean loss over the answers of a batch, without dropout. Where those of
+    all batches do not fit into a share of the memory, pieces of the leaves take turns, and each turn
+    goes through the batches again. Raises UserError for a gradient that is not finite.
+    """
+    leaves = parameters(run.model)
+    shapes = {path: leaves[path].shape for path in chosen}
+    groups = groups_of(parts_of(shapes, run.config.model))
+    sides, count = len(batches.sides), batches.count
+    copies = sides * count
+    allowed = SHARE_OF_MEMORY * available_bytes()
+    turns = turns_of(shapes, parts_of(shapes, run.config.model), allowed / (4 * copies))
+    held = max(sum(piece.count(shapes[piece.leaf]) for _, piece in turn) for turn in turns)
+    processes.say(
+        f"{run.folder}, step {run.step}: {sides} tasks x {count} batches; their gradients take "
+        f"{4 * held * copies / 2**20:,.0f} MiB at once ({allowed / 2**20:,.0f} may be), in "
+        f"{len(turns)} {'pass' if len(turns) == 1 else 'passes'}"
+    )
+    of_part: dict[Part, np.ndarray] = {}
+    with tqdm(total=len(turns) * copies, desc="gradients", leave=False, disable=None) as bar:
+        for turn in turns:
+            pieces = [piece for _, piece in turn]
+            program = Gradients(run, pieces)
+            columns: list[list[jax.Array]] = [[] for _ in pieces]
+            for side, batch in batches:
+                for column, gradient in zip(columns, program.of(batch, side.factor), strict=True):
+                    column.append(gradient)
+                bar.update()
+            for part, _ in turn:
+                values = np.asarray(program.products(columns.pop(0)), np.float64)
+                of_part[part] = of_part[part] + values if part in of_part else values
+    found = {
+        group: np.sum([of_part[part] for part in parts], axis=0).reshape(sides, count, sides, count)
+        for group, parts in groups.items()
     }
+    if not all(np.isfinite(gram).all() for gram in found.values()):
+        raise UserError(
+            f"{run.folder}: gradients at step {run.step} are not finite, so that they have no "
+            "direction; choose another checkpoint."
+        )
+    return found
+
+
+def turns_of(
+    shapes: Mapping[str, Sequence[int]], parts: Sequence[Part], most: float
+) -> list[list[tuple[Part, Part]]]:
+    """Divides parts into turns of at most `most` numbers: (the part, a piece of it) each.
+
+    A part that is larger is cut into pieces; one that cannot be cut has a turn of its own.
+    """
+    turns: list[list[tuple[Part, Part]]] = [[]]
+    used = 0
+    for part in parts:
+        for piece in part.split(shapes[part.leaf], most):
+            size = piece.count(shapes[part.leaf])
+            if turns[-1] and used + size > most:
+                turns.append([])
+                used = 0
+            turns[-1].append((part, piece))
+            used += size
+    return turns
+
+
+class Gradients:
+    """Computes gradients of held-out batches at some pieces of a run's leaves."""
+
+    def __init__(self, run: Run, pieces: Sequence[Part]):
+        """Prepares one program for all tasks."""
+        config, coordinates, model = run.config, run.tokenizer.coordinate_start, run.model
+        leaves = parameters(model)
+        self._leaves = {piece.leaf: leaves[piece.leaf] for piece in pieces}
+        self._rest = {path: leaf for path, leaf in leaves.items() if path not in self._leaves}
+
+        def loss(leaves: Leaves, rest: Leaves, batch: Batch, factor: jax.Array) -> jax.Array:
+            full = with_parameters(model, {**rest, **leaves})
+            losses, _ = task_losses(full, batch, config.loss, coordinates, None)
+            return factor * losses.tasks.sum() / losses.weight
+
+        @jax.jit
+        def gradients(leaves: Leaves, rest: Leaves, batch: Batch, factor: jax.Array):
+            found = jax.grad(loss)(leaves, rest, batch, factor)
+            return [piece.of(found[piece.leaf]).astype(jnp.float32) for piece in pieces]
+
+        whole = {} if run.mesh is None else {"out_shardings": sharding.everywhere(run.mesh)}
+
+        @functools.partial(jax.jit, **whole)
+        def products(columns: Sequence[jax.Array]) -> jax.Array:
+            stacked = jnp.stack(columns)
+            rest = tuple(range(1, stacked.ndim))
+            return jax.lax.dot_general(stacked, stacked, ((rest, rest), ((), ())), precision="highest")
+
+        self._program, self._products = gradients, products
+
+    def of(self, batch: Any, factor: float) -> list[jax.Array]:
+        """Computes the gradient of `factor` times the mean loss over a batch's answers, by piece."""
+        return self._program(self._leaves, self._rest, batch, np.float32(factor))
+
+    def products(self, columns: Sequence[jax.Array]) -> jax.Array:
+        """Computes the inner products [K, K] of K arrays, in float32 at the highest precision."""
+        return self._products(columns)

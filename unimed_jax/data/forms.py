@@ -189,8 +189,8 @@ class Form(abc.ABC):
         """Returns the example with its answer, under instruction number `variant`."""
 
     @abc.abstractmethod
-    def prompt(self, example: Example) -> list[Piece]:
-        """Returns the generation prompt: the instruction of evaluation and no answer."""
+    def prompt(self, example: Example, variant: int = 0) -> list[Piece]:
+        """Returns the generation prompt: an instruction (evaluation's is number 0) and no answer."""
 
 
 class UniMed(Form):
@@ -214,8 +214,8 @@ class UniMed(Form):
         answer = Piece(answer_text(example, self.text), target=True, ends=True)
         return [*self._asked(example, variant, " " if self.text.training_blank else ""), answer]
 
-    def prompt(self, example: Example) -> list[Piece]:
-        return self._asked(example, 0, "")
+    def prompt(self, example: Example, variant: int = 0) -> list[Piece]:
+        return self._asked(example, variant, "")
 
     def _asked(self, example: Example, variant: int, blank: str) -> list[Piece]:
         """Puts tag and instruction after the images.
@@ -280,12 +280,12 @@ class Conversation(Form):
     def training(self, example: Example, variant: int) -> list[Piece]:
         return self.training_turns(self._turns(example, answer_text(example, self.text)))
 
-    def prompt(self, example: Example) -> list[Piece]:
-        *before, (question, _) = self._turns(example, "")
+    def prompt(self, example: Example, variant: int = 0) -> list[Piece]:
+        *before, (question, _) = self._turns(example, "", variant)
         return self.prompt_turns(before, question)
 
-    def _turns(self, example: Example, answer: str) -> list[tuple[str, str]]:
-        turns = [*example.history, (asked(example, 0, self.text), answer)]
+    def _turns(self, example: Example, answer: str, variant: int = 0) -> list[tuple[str, str]]:
+        turns = [*example.history, (asked(example, variant, self.text), answer)]
         if any(IMAGE in text for turn in turns for text in turn):
             raise UserError(
                 f"record {example.id}: {IMAGE!r} stands in its text; only its images are marked so."

@@ -177,9 +177,15 @@ class Encoder:
         """Returns the example with its answer, under instruction number `variant` of its task."""
         return self._encode(example, self._form.training(example, variant), training=True)
 
-    def prompt(self, example: Example) -> Encoded:
-        """Returns the generation prompt of an example: evaluation's instruction, no answer."""
-        return self._encode(example, self._form.prompt(example), training=False)
+    def prompt(self, example: Example, variant: int = 0, with_images: bool = True) -> Encoded:
+        """Returns the generation prompt of an example, under instruction number `variant`, no answer.
+
+        Evaluation's instruction is number 0. Without images the prompt lacks their visual tokens, and is
+        the same otherwise.
+        """
+        pieces = self._form.prompt(example, variant)
+        shown = pieces if with_images else [piece for piece in pieces if not piece.image]
+        return self._encode(example, shown, training=False)
 
     def _encode(self, example: Example, pieces: Sequence[Piece], training: bool) -> Encoded:
         image = [VISUAL] * self._tokens_per_image

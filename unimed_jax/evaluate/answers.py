@@ -48,8 +48,8 @@ class Journal:
     kill cuts the last one short, and a disk may change any, which the line's checksum shows.
     """
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self._file, self._fingerprint = folder / JOURNAL, fingerprint
+    def __init__(self, folder: Path, fingerprint: str, name: str = JOURNAL):
+        self._file, self._fingerprint = folder / name, fingerprint
         self.found: dict[str, Answered] = {}  # id in predictions -> answer
         if processes.leads():
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,19 +117,23 @@ def _checksum(content: Mapping[str, Any]) -> int:
 
 
 def answer_units(
-    units: Sequence[Unit], answerer: Callable[[Unit], Answer], seed: int, journal: Journal | None = None
+    units: Sequence[Unit],
+    answerer: Callable[[Unit], Answer],
+    seed: int,
+    journal: Journal | None = None,
+    permute: bool = True,
 ) -> dict[str, Answered]:
     """Answers every example of the units that the journal lacks, and returns the answers by id.
 
     The ids are those in predictions.jsonl. With a journal, an example with images is asked twice,
-    the second time about another example's images (`permute_images`). Without one it is asked once,
-    and nothing is written or shown.
+    the second time about another example's images (`permute_images`), unless `permute` is False.
+    Without one it is asked once, and nothing is written or shown.
     """
     answers = {} if journal is None else dict(journal.found)
     with _progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
         for unit in units:
             answer: Answer | None = None
-            permuted = None if journal is None else permute_images(unit.examples, seed)
+            permuted = permute_images(unit.examples, seed) if journal is not None and permute else None
             bar.set_description(unit.name, refresh=False)
             for number, places in enumerate(batches(unit)):
                 names = [unit.id_of(unit.examples[i]) for i in places]

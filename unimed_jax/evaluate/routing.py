@@ -16,7 +16,7 @@ from unimed_jax.model.unimed import UniMed
 
 
 @jax.jit
-def _weights(model: UniMed, pixels: jax.Array) -> jax.Array:
+def weights_by_task(model: UniMed, pixels: jax.Array) -> jax.Array:
     """Computes the expert weights of images under the token of each task.
 
     The images are [N, H, W, 3], the weights [N, visual tasks, T, E].
@@ -74,7 +74,7 @@ def routing_report(
         ]
         pixels = np.stack(fitted)  # [N, H, W, 3]
         for name, model in models.items():
-            weights = np.asarray(_weights(model, pixels))
+            weights = np.asarray(weights_by_task(model, pixels))
             apart[name].append(total_variation(weights))
             if name == "trained":
                 total = total + weights.sum(axis=0, dtype=np.float64)  # [tasks, T, E]

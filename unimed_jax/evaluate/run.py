@@ -57,11 +57,9 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     units, notes = units_of(config, sets)
     notes += data_notes(units)
     training = Training(config, sets)
-    notes += dict.fromkeys(
-        [*run.notes, *_changed_inputs(run.folder, run.config, config, sets, training)]
-    )
-    journal = Journal(folder, _fingerprint(run, config, sets))
-    answer_of = functools.partial(_model_answers, run.model, config, run.tokenizer)
+    notes += dict.fromkeys([*run.notes, *changed_inputs(run.folder, run.config, config, sets, training)])
+    journal = Journal(folder, fingerprint_of(run, config, sets))
+    answer_of = functools.partial(model_answers, run.model, config, run.tokenizer)
     scored = answer_and_score(units, training, answer_of, journal, config)
     routing = _routing(run, config, sets, scored)
     if not processes.leads():
@@ -89,7 +87,7 @@ def claim_results(folder: Path) -> Path:
     return folder
 
 
-def _changed_inputs(
+def changed_inputs(
     folder: Path, own: Config, config: Config, sets: Mapping[str, Source], training: Training
 ) -> list[str]:
     """Lists what the results of a run must say of data that changed since it was trained.
@@ -157,7 +155,7 @@ def evaluate_predictions(
     training = Training(config, sets)
     notes += training.notes
     if run is not None:
-        notes += _changed_inputs(run, read_config(run), config, sets, training)
+        notes += changed_inputs(run, read_config(run), config, sets, training)
     blind = _shared(lambda: _blind_answers(units, training))
     found = {}
     for unit in units:
@@ -190,14 +188,29 @@ def quick_scores(
 
     Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
     """
-    out: dict[str, float] = {}
-    for unit in units:
-        found = answer_units(
-            [unit], functools.partial(_model_answers, model, config, tokenizer), config.seed
-        )
-        records = _records(unit, found, {})
-        out |= {f"{metric.name}/{unit.name}": metric(records).value for metric in unit.metrics}
-    return out
+    found = answered_records(model, config, tokenizer, units)
+    return {
+        f"{metric.name}/{unit.name}": metric(found[unit.name]).value
+        for unit in units
+        for metric in unit.metrics
+    }
+
+
+def answered_records(
+    model: UniMed,
+    config: Config,
+    tokenizer: Tokenizer,
+    units: Sequence[Unit],
+    journal: Journal | None = None,
+) -> dict[str, list[Record]]:
+    """Answers each example of the units once, and returns the records of each unit by its name.
+
+    Nothing is asked about other images and no baseline is fitted. With a journal, answers are kept
+    as they come, and progress is shown. It is called on all processes together.
+    """
+    answer_of = functools.partial(model_answers, model, config, tokenizer)
+    found = answer_units(units, answer_of, config.seed, journal, permute=False)
+    return {unit.name: records_of(unit, found, {}) for unit in units}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,10 +218,16 @@ def quick_scores(
 # ---------------------------------------------------------------------------------------------
 
 
-def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Unit) -> Answer:
+def model_answers(
+    model: UniMed,
+    config: Config,
+    tokenizer: Tokenizer,
+    unit: Unit,
+    change: Callable[[Request], Request] = lambda request: request,
+) -> Answer:
     """Makes of the model a function that answers examples with the settings of the unit.
 
-    The function takes examples, their images and a seed.
+    The function takes examples, their images and a seed. `change` alters each request.
     """
     settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
     config = dataclasses.replace(config, evaluate=settings)
@@ -216,13 +235,15 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
 
     def answer(examples, images, seed):
         requests = [
-            Request(
-                example.task,
-                example.question,
-                tuple(own),
-                # by the batch's own seed, so that a continued evaluation draws the same
-                seed=(seed + i) % 2**32,
-                id=example.id,
+            change(
+                Request(
+                    example.task,
+                    example.question,
+                    tuple(own),
+                    # by the batch's own seed, so that a continued evaluation draws the same
+                    seed=(seed + i) % 2**32,
+                    id=example.id,
+                )
             )
             for i, (example, own) in enumerate(zip(examples, images, strict=True))
         ]
@@ -231,7 +252,7 @@ def _model_answers(model: UniMed, config: Config, tokenizer: Tokenizer, unit: Un
     return answer
 
 
-def _fingerprint(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
+def fingerprint_of(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
     """Returns a text that names all that answers depend on.
 
     That is the settings (not devices), weights, data, tokenizer and code.
@@ -315,7 +336,7 @@ def _scored(
     def work() -> dict[str, Any]:
         out = {}
         for unit in _mine(units):
-            records = _records(unit, found, blind[unit.name])
+            records = records_of(unit, found, blind[unit.name])
             protocol = _protocol(unit, config, unit.metrics[0], form)
             out[unit.name] = [records, plain(score(unit.task, records, config, unit.metrics, protocol))]
         return out
@@ -328,7 +349,7 @@ def _scored(
     ]
 
 
-def _records(
+def records_of(
     unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapping[str, list[str]]]
 ) -> list[Record]:
     """Makes the lines of predictions.jsonl of one unit."""

@@ -128,12 +128,14 @@ def paired(
     clusters: Sequence[str],
     resamples: int,
     seed: int,
+    groups: Sequence[int] = (),
 ) -> Difference:
     """Compares two models by one score on the same items; several seeds are averaged.
 
-    ours, theirs: a measure for each seed, all of the same items; clusters: of each item. The
+    ours, theirs: a measure for each seed, all of the same items; clusters: of each item; groups:
+    numbers of the samples that items belong to, if there are several that share no cluster. The
     variance over clusters comes from a bootstrap of the mean over seeds (times G / (G - 1) for G
-    clusters that count), that over seeds from the seeds' differences, and the two are added.
+    clusters of a sample that count), that over seeds from the seeds' differences, and they are added.
     Interval and p-value are those of Student's t with Satterthwaite's degrees of freedom: few
     clusters or seeds give wide intervals.
     """
@@ -142,22 +144,38 @@ def paired(
     apart = np.array([a.value - b.value for a, b in zip(ours, theirs, strict=True)])
     value = float(apart.mean())
     counted = np.any([(measure.items != 0).any(1) for measure in pairs], axis=0)
-    several = len(set(np.asarray(clusters)[counted].tolist()))
-    if several < 2 or not np.isfinite(value):
+    names, samples = np.asarray(clusters), np.asarray(groups if len(groups) else [0] * len(clusters))
+    parts = []
+    for sample in np.unique(samples[counted]):
+        own = samples == sample
+        several = len(set(names[own & counted].tolist()))
+        if several < 2:
+            return Difference(value)
+        within = [_resampled_part(measure, own) for measure in pairs]
+        drawn = sides @ np.array(resample(within, names[own].tolist(), resamples, seed))  # [resamples]
+        parts.append((float(np.nanvar(drawn)) * several / (several - 1), several - 1))
+    if not parts or not np.isfinite(value):
         return Difference(value)
-    drawn = sides @ np.array(resample(pairs, clusters, resamples, seed))  # [resamples]
-    parts = [(float(np.nanvar(drawn)) * several / (several - 1), several - 1)]
+    few = sum(degrees for _, degrees in parts)
     if len(apart) > 1:
         parts.append((float(apart.var(ddof=1)) / len(apart), len(apart) - 1))
     variance = sum(part for part, _ in parts)
     error = variance**0.5
     if error < 1e-12:  # no item, or every cluster alike, sets the models apart
-        return Difference(value, [value, value], float(abs(value) < 1e-12), 0.0, float(several - 1))
+        return Difference(value, [value, value], float(abs(value) < 1e-12), 0.0, float(few))
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     wide = error * _t(0.975, freedom)
     return Difference(
         value, [value - wide, value + wide], _two_sided(value / error, freedom), error, freedom
     )
+
+
+def _resampled_part(measure: Measure, own: np.ndarray) -> Measure:
+    """Returns the measure as one of some of its items, bool [n], the others being as they are."""
+    if own.all():
+        return measure
+    rest = measure.items[~own].sum(0)
+    return Measure(measure.items[own], lambda sums: measure.score(sums + rest))
 
 
 def mcnemar(ours: Sequence[bool] | np.ndarray, theirs: Sequence[bool] | np.ndarray) -> float:

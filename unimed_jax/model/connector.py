@@ -210,6 +210,16 @@ def expert_weights(
     return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
 
 
+def among_kept(routing: Float[Array, "N #T E"], kept: Float[Array, "E"]) -> Float[Array, "N #T E"]:
+    """Gives experts that are off the weight 0 and scales the others' weights to sum to 1.
+
+    Where nothing is left, all weights are 0.
+    """
+    left = routing * kept[None, None]
+    total = left.sum(axis=-1, keepdims=True)
+    return left / jnp.where(total > 0, total, 1)
+
+
 class Connector(nnx.Module):
     """Turns the patch features of images, each with its task, into visual tokens."""
 
@@ -223,6 +233,8 @@ class Connector(nnx.Module):
         self.experts = Experts(c, width, out, rngs) if c.is_moe else None
         widths = [width, *[c.hidden or out] * (c.layers - 1), out] if c.layers else []
         self.layers = nnx.List([Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+        # [E]: 0 for an expert that is off (analyze/ablation.py), else 1; None: all are on.
+        self.kept: nnx.Variable | None = nnx.data(None)
 
     def __call__(
         self,
@@ -250,6 +262,8 @@ class Connector(nnx.Module):
             run_router = self.router.literal if literal else self.router
             logits = run_router(x, tasks, task_tokens)
         routing = expert_weights(logits, c.router, c.top_k, tasks, c.experts)
+        if self.kept is not None:
+            routing = among_kept(routing, self.kept[...])
         run_experts = self.experts.literal if literal else self.experts
         tokens = constrain(run_experts(x, routing), "batch", None, None)
         return ConnectorOutput(tokens, jnp.broadcast_to(routing, (*x.shape[:2], c.experts)))

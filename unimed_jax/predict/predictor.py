@@ -35,7 +35,8 @@ class Request:
 
     images: paths, file contents as bytes, or pixels as uint8 [H, W, 3]; history: earlier (question,
     answer) turns; seed: of the draws if the temperature is not 0; id: names the request in
-    messages.
+    messages; wording: which instruction of the task's pool asks (data/forms.py); show_images: False
+    for a prompt without the images' visual tokens, which tells what the words alone give.
     """
 
     task: str
@@ -46,6 +47,8 @@ class Request:
     temperature: float | None = None
     seed: int = 0
     id: str = ""
+    wording: int = 0
+    show_images: bool = True
 
 
 class Predictor:
@@ -123,10 +126,16 @@ class Predictor:
             yield found[0].tolist()
 
     def _rows(self, requests: Sequence[Request], batch: int) -> layout.Batch:
-        examples = [as_example(request) for request in requests]
+        prompts = [
+            self._encoder.prompt(as_example(request), request.wording, request.show_images)
+            for request in requests
+        ]
         view = self._config.data.common_image or ImageConfig()
-        pixels = [[_pixels(image, request, view) for image in request.images] for request in requests]
-        return prompt_batch(self._encoder, self._config, self._tokenizer.pad, examples, pixels, batch)
+        pixels = [
+            [_pixels(image, request, view) for image in request.images if request.show_images]
+            for request in requests
+        ]
+        return _batch(prompts, pixels, self._config, self._tokenizer.pad, batch)
 
     def _check_memory(self, requests: Sequence[Request], rows: layout.Batch) -> None:
         """Raises UserError if the answers to these prompts cannot fit in memory."""
@@ -211,13 +220,22 @@ def prompt_batch(
     pixels: of each example its images, uint8 [H, W, 3]; batch: the most rows (default:
     `config.evaluate.batch`).
     """
+    prompts = [encoder.prompt(example) for example in examples]
+    return _batch(prompts, pixels, config, pad, batch)
+
+
+def _batch(
+    prompts: Sequence[layout.Encoded],
+    pixels: Sequence[Sequence[np.ndarray]],
+    config: Config,
+    pad: int,
+    batch: int | None,
+) -> layout.Batch:
+    """Lays prompts with their images into rows, as `prompt_batch` says."""
     vision = config.model.vision
     groups = [
-        layout.Group(
-            (encoder.prompt(example),),
-            tuple(images.fit(image, config.data.fit, vision) for image in own),
-        )
-        for example, own in zip(examples, pixels, strict=True)
+        layout.Group((prompt,), tuple(images.fit(image, config.data.fit, vision) for image in own))
+        for prompt, own in zip(prompts, pixels, strict=True)
     ]
     rows = min(batch or config.evaluate.batch, 1 << (len(groups) - 1).bit_length())
     groups += groups[:1] * (rows - len(groups))

@@ -103,6 +103,10 @@ class Checkpoints:
         """Returns the steps done at the newest checkpoint, None where there is none."""
         return self._steps[-1] if self._steps else None
 
+    def steps(self) -> list[int]:
+        """Lists the steps done at each checkpoint, in order."""
+        return list(self._steps)
+
     def best(self) -> int | None:
         """Returns the steps done at the best checkpoint, as the newest readable note names it.
 

@@ -12,6 +12,7 @@ The folder holds:
 - contact_sheet.png: images with their boxes.
 - lock: says who trains here.
 - metrics.json, predictions.jsonl, report.md and other *.png: the results of the evaluation.
+- analysis/, reliance/: pages of analyses with numbers and pictures; report.md names them.
 """
 
 import dataclasses
@@ -89,7 +90,12 @@ def read_config(folder: Path) -> Config:
     settings = read_json(file, "restore it or train again")
     if not isinstance(settings, dict):
         raise UserError(f"{file} holds no settings of a run; restore it or train again.")
-    return from_config_dict(settings, effects=False)
+    try:
+        return from_config_dict(settings, effects=False)
+    except UserError as error:
+        raise UserError(
+            f"{file} is of another version of this program, or was changed: {error}"
+        ) from error
 
 
 def _difference(old: dict, new: dict, where: str = "config") -> str:

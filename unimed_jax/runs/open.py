@@ -258,12 +258,13 @@ def check_base(folder: Path, saved: Mapping[str, dict], now: Mapping[str, dict])
 def open_run(
     path: str | Path,
     mesh: Mesh | None = None,
-    which: Literal["newest", "best"] = "newest",
+    which: Literal["newest", "best"] | int = "newest",
     changed: Changed | None = None,
 ) -> Run:
     """Reads a run's folder: settings, tokenizer, and the model of its newest or best checkpoint.
 
-    The best one is that of the highest or lowest `config.train.best`, measured while training. The
+    The best one is that of the highest or lowest `config.train.best`, measured while training; a
+    number is that of the checkpoint after so many steps, 0 the model before training. The
     model is laid over `mesh`; without one over all devices found (see `found_mesh`). Leaves that
     the checkpoint does not hold are read again from where `config.init` says. A folder that `export
     --format=model` wrote is opened too. Raises UserError for whatever is missing, damaged or does
@@ -281,7 +282,9 @@ def settings_of(folder: Path) -> Config:
     return exported_config(folder) if is_exported(folder) else read_config(folder)
 
 
-def _open(folder: Path, mesh: Mesh | None, which: str = "newest", changed: Changed | None = None) -> Run:
+def _open(
+    folder: Path, mesh: Mesh | None, which: str | int = "newest", changed: Changed | None = None
+) -> Run:
     """Opens a run on this mesh, or on one device if that is None."""
     config = settings_of(folder)
     if changed is not None:
@@ -313,12 +316,14 @@ def _open(folder: Path, mesh: Mesh | None, which: str = "newest", changed: Chang
 
 
 def _saved_leaves(
-    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
+    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str | int
 ) -> tuple[dict[str, jax.Array], int]:
-    """Reads all leaves at the newest or best checkpoint, and the number of steps done there.
+    """Reads all leaves at one checkpoint, and the number of steps done there.
 
     Each leaf is read straight into its shards.
     """
+    if which == 0:
+        return initial_leaves(config, tokenizer, mesh)[0], 0
     while True:
         try:
             return _leaves_at(folder, config, tokenizer, mesh, which)
@@ -327,9 +332,9 @@ def _saved_leaves(
 
 
 def _leaves_at(
-    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str
+    folder: Path, config: Config, tokenizer: Tokenizer, mesh: Mesh | None, which: str | int
 ) -> tuple[dict[str, jax.Array], int]:
-    """Reads the leaves at the checkpoint that is the newest or best one now.
+    """Reads the leaves at a numbered checkpoint, or at the one that is the newest or best one now.
 
     Raises Replaced if a run that trains deletes the best checkpoint meanwhile.
     """
@@ -337,6 +342,13 @@ def _leaves_at(
     if checkpoints.latest() is None:
         raise UserError(f"{folder} holds no checkpoint yet; continue its training first.")
     only = None
+    if isinstance(which, int):
+        only, there = which, checkpoints.steps()
+        if which not in there:
+            raise UserError(
+                f"{folder} keeps no checkpoint after {which} steps; it has those after "
+                f"{', '.join(map(str, there))}."
+            )
     if which == "best":
         only = checkpoints.best()
         if only is None:

@@ -56,6 +56,8 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
         if "/moe/experts/" in path:
             count *= model.moe.top_k / model.moe.experts
         passes = below[part] or path in ("connector/experts/down", "connector/router/out_kernel")
+        # layers of a dense connector after its first
+        passes |= path.startswith("connector/layers/") and not path.startswith("connector/layers/0/")
         flops[part] += 2 * math.prod(leaf.shape) * count * (1 + passes + rules[path].train)
 
     # Scores and weighted values: 2 * width each for every pair that is seen; backward twice as many.

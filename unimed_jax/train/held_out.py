@@ -15,11 +15,15 @@ from unimed_jax.evaluate.tasks import Unit
 class HeldOut:
     """Makes batches of one unit's examples; the rows are planned once and always the same."""
 
-    def __init__(self, unit: Unit, config: Config, tokenizer: Tokenizer):
-        """Raises UserError for an example that does not fit into a row."""
+    def __init__(self, unit: Unit, config: Config, tokenizer: Tokenizer, skip_long: bool = False):
+        """Raises UserError for an example that does not fit into a row, or leaves it out."""
         self.unit, self._config, self._pad = unit, config, tokenizer.pad
+        data = config.data
+        self._capacity = np.array((data.row_tokens, data.row_images, data.row_answers))
         self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
-        self.rows = self._planned()  # numbers of the examples in each row that has some
+        self._sizes = self._measured(skip_long)
+        self.numbers = list(self._sizes)  # of the examples that fit
+        self.rows = self.plan(self.numbers)  # numbers of the examples in each row
 
     def batches(self, share: int = 0, shares: int = 1) -> Iterator[layout.Batch]:
         """Yields this process's rows of each batch; rows of the last one may be empty."""
@@ -27,33 +31,50 @@ class HeldOut:
         for first in range(0, len(self.rows), rows):
             yield self.batch(self.rows[first : first + rows], share, shares)
 
-    def batch(self, rows: Sequence[Sequence[int]], share: int = 0, shares: int = 1) -> layout.Batch:
-        """Makes a batch of some planned rows, filled up with empty ones, and cuts out one share."""
+    def batch(
+        self,
+        rows: Sequence[Sequence[int]],
+        share: int = 0,
+        shares: int = 1,
+        size: int | None = None,
+    ) -> layout.Batch:
+        """Makes a batch of some planned rows, filled up with empty ones, and cuts out one share.
+
+        size: rows of the batch; by default config.data.rows.
+        """
         data, model = self._config.data, self._config.model
-        own = data.rows // shares
-        filled = [*rows, *[[]] * (data.rows - len(rows))][share * own : (share + 1) * own]
+        size = size or data.rows
+        own = size // shares
+        filled = [*rows, *[[]] * (size - len(rows))][share * own : (share + 1) * own]
         groups = [[self._loaded(self.unit.examples[i]) for i in row] for row in filled]
         sizes = (data.row_tokens, data.row_images, data.row_answers)
         shape = layout.RowShape(*sizes, model.tokens_per_image, model.vision.image_size)
         return layout.training_batch(groups, shape, self._pad, str(self._config.loss.reduction))
 
-    def _planned(self) -> list[list[int]]:
-        data = self._config.data
-        capacity = np.array((data.row_tokens, data.row_images, data.row_answers))
-        sizes = []
-        for example in self.unit.examples:
+    def plan(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Packs some examples, by number, into rows."""
+        if not len(numbers):
+            return []
+        sizes, found = np.array([self._sizes[number] for number in numbers]), np.array(numbers)
+        order = np.argsort(-(sizes / np.maximum(self._capacity, 1)).max(axis=1), kind="stable")
+        row_of = packing.first_fit(sizes, self._capacity, order)
+        return [found[row_of == row].tolist() for row in range(row_of.max() + 1)]
+
+    def _measured(self, skip_long: bool) -> dict[int, tuple[int, int, int]]:
+        """Counts tokens, images and answer tokens of each example that fits into a row, by number."""
+        sizes = {}
+        for number, example in enumerate(self.unit.examples):
             question = self._encoder.training(example, 0)
             size = (question.tokens, len(example.images), question.answer)
-            if (np.array(size) > capacity).any():
+            if (np.array(size) <= self._capacity).all():
+                sizes[number] = size
+            elif not skip_long:
                 raise UserError(
                     f"{self.unit.id_of(example)} needs rows of {size} tokens, images and answer tokens, "
                     "more than config.data.row_tokens, row_images and row_answers; raise them, or "
                     "leave its entry's `every` 0."
                 )
-            sizes.append(size)
-        order = np.argsort(-(np.array(sizes) / np.maximum(capacity, 1)).max(axis=1), kind="stable")
-        row_of = packing.first_fit(np.array(sizes), capacity, order)
-        return [np.flatnonzero(row_of == row).tolist() for row in range(row_of.max() + 1)]
+        return sizes
 
     def _loaded(self, example: Example) -> layout.Group:
         fit, vision = self._config.data.fit, self._config.model.vision

@@ -52,14 +52,16 @@ def run(arguments: list[str]) -> int:
     start()
 
     from unimed_jax.analyze.sweep.plan import check_folders, of_shard, planned
-    from unimed_jax.analyze.sweep.run import run_all
+    from unimed_jax.analyze.sweep.run import failure, run_all
+    from unimed_jax.analyze.sweep.table import write_table
 
     plan = planned(sweep, folder, with_overrides, words, variants, seeds)
     mine = of_shard(plan, known.shard) if known.shard is not None else plan.runs
     check_folders(plan)
     if not known.only_table:
         run_all(plan, mine)
-    return 0
+    write_table(plan)
+    return int(any(failure(run) for run in plan.runs))
 
 
 def _names(given: str | None, option: str) -> list[str]:

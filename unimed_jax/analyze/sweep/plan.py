@@ -88,7 +88,7 @@ def planned(
             given.append(f"--config.seed={seed}")
             try:
                 run = _run(name, seed, sweep.base, base, given, made, folder, read)
-                _check_effects(run.config, sweep.variants[name])
+                _check_variant(run.config, sweep.variants[name])
             except UserError as error:
                 raise UserError(f"variant {name!r} of sweep {sweep.name!r}: {error}") from error
             runs.append(run)
@@ -170,8 +170,11 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
-def _check_effects(config: Config, changes: Mapping[str, Any]) -> None:
-    """Raises UserError for a change that nothing reads."""
+def _check_variant(config: Config, changes: Mapping[str, Any]) -> None:
+    """Raises UserError for a change that nothing reads, and for a run without scores."""
+    if config.job != "model" or not config.evaluates:
+        what = "trains a router alone" if config.job != "model" else "scores nothing (config.evaluate)"
+        raise UserError(f"it {what}, so there is nothing to compare.")
     refuse_without_effect(config, FIDELITY[config.fidelity], changes, REFUSED + SAID)
 
 

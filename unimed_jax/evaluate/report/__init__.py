@@ -17,8 +17,11 @@ from unimed_jax.config import Config
 from unimed_jax.evaluate.report.markdown import markdown
 from unimed_jax.evaluate.report.pictures import draw_predictions, draw_routing, token_grid
 from unimed_jax.evaluate.scores import Scored
+from unimed_jax.paths import ANALYSES
 from unimed_jax.provenance import plain
 from unimed_jax.runs.folder import RESULTS
+
+_LINKS = "\n## Analyses\n"
 
 
 def write_report(
@@ -51,5 +54,26 @@ def write_report(
                 pictures.append("routing.png")
         except ImportError as error:
             pictures, note = [], f"The pictures were not drawn: {error}; install matplotlib."
-        files.write_text(place / "report.md", markdown(again, config, metrics, pictures, note))
+        text = markdown(again, config, metrics, pictures, note)
+        files.write_text(place / "report.md", text + _links(Path(folder)))
         files.write_json(place / "metrics.json", metrics)
+
+
+def link_pages(folder: Path) -> None:
+    """Lets the report.md of a run name the pages in `folder`, a folder of analyses of that run."""
+    report = folder.parent / "report.md"
+    if folder.name in ANALYSES and report.is_file():
+        text = report.read_text(encoding="utf-8").partition(_LINKS)[0]
+        files.write_text(report, text + _links(folder.parent))
+
+
+def _links(run: Path) -> str:
+    """Writes the last section of report.md, or nothing if no analysis was made."""
+    pages = [page for name in ANALYSES for page in sorted((run / name).glob("*.md"))]
+    lines = [f"- [{_title(page)}]({page.parent.name}/{page.name})" for page in pages]
+    return "\n".join([_LINKS, *lines, ""]) if lines else ""
+
+
+def _title(page: Path) -> str:
+    first = page.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("# ") or page.stem

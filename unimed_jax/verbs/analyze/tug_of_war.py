@@ -3,15 +3,15 @@
 It writes tug_of_war.json, tug_of_war.md and tug_of_war.png: direction similarity (cosine) and
 magnitude similarity of each two tasks, with intervals over batches; the share of pairs in conflict in
 each expert, the router and each layer; spectral entropy and the ratio of the dominant eigenvalue.
-Several runs, for example with other connectors, stand side by side.
+Several runs, for example with other connectors, and several checkpoints of a run stand side by side.
 """
 
-from pathlib import Path
-from typing import Literal, cast
+from collections.abc import Sequence
 
 from unimed_jax.errors import UserError
 from unimed_jax.paths import check_run_folder
 from unimed_jax.processes import start
+from unimed_jax.verbs.analyze.options import FOLDER, within
 from unimed_jax.verbs.options import parser
 
 
@@ -19,27 +19,57 @@ def run(arguments: list[str]) -> None:
     """Opens the runs one after the other, measures them, and writes the files."""
     options = parser(__name__, __doc__)
     options.add_argument("--run", action="append", required=True, help="a run's folder; may be repeated")
-    options.add_argument("--which", choices=("newest", "best"), default="newest")
+    options.add_argument(
+        "--which",
+        action="append",
+        help="newest (default), best, all, or a number of steps, 0 before training; may be repeated",
+    )
     options.add_argument("--split", default="val", help="whose examples are used (default: val)")
     options.add_argument(
-        "--match", action="append", default=[], help="a pattern of parameter paths; may be repeated"
+        "--match",
+        action="append",
+        default=[],
+        help="a pattern of parameter paths (default: the connector, and LoRA if any); may be repeated",
     )
-    options.add_argument("--batches", type=int, default=8, help="of each task at most (default: 8)")
-    options.add_argument("--out", help="folder of the files (default: that of the first run)")
+    options.add_argument("--batches", type=int, default=16, help="of each task at most (default: 16)")
+    options.add_argument(
+        "--planted",
+        action="store_true",
+        help="beside the first task, show that task again, negated, and times ten, as a check",
+    )
+    options.add_argument(
+        "--out", help=f"folder of the files (default: {FOLDER}/ in the first run's folder)"
+    )
     known = options.parse_args(arguments)
-    if not 1 <= known.batches <= 10_000:
-        raise UserError(f"--batches={known.batches} cannot be measured; give 1 to 10000.")
+    within(known.batches, "--batches", 1, 10_000)
     folders = [check_run_folder(folder, "--run") for folder in known.run]
-    out = folders[0] if known.out is None else check_run_folder(known.out, "--out")
+    out = check_run_folder(known.out or folders[0] / FOLDER, "--out")
+    wanted = [checkpoint for word in known.which or ["newest"] for checkpoint in _checkpoint(word)]
     start()
 
+    from unimed_jax.analyze import drawing
     from unimed_jax.analyze.tug_of_war import analyse
-    from unimed_jax.analyze.tug_of_war_report import write
+    from unimed_jax.analyze.tug_of_war_report import content, draw, page
+    from unimed_jax.runs.checkpoint import Checkpoints
     from unimed_jax.runs.open import open_run
 
     found = []
     for folder in folders:
-        opened = open_run(folder, which=cast(Literal["newest", "best"], known.which))
-        with opened.inside():
-            found.append(analyse(opened, known.split, known.match, known.batches))
-    write(Path(out), found)
+        for which in wanted:
+            every: Sequence = [which]
+            if which == "all":
+                every = Checkpoints(folder / "checkpoints", read_only=True).steps()
+            for one in every:
+                opened = open_run(folder, which=one)
+                with opened.inside():
+                    found.append(analyse(opened, known.split, known.match, known.batches, known.planted))
+    drawing.write(out, "tug_of_war", content(found), page(found), lambda path: draw(path, found))
+
+
+def _checkpoint(word: str) -> list[str | int]:
+    """Reads a word of --which."""
+    if word in ("newest", "best", "all"):
+        return [word]
+    if word.isdecimal():
+        return [int(word)]
+    raise UserError(f"--which={word} names no checkpoint; give newest, best, all or a number of steps.")

@@ -1,0 +1,18 @@
+"""How gradients of several tasks are combined: their sum, as published, or ways that ease conflicts.
+
+    python -m unimed_jax.main sweep --config=configs/sweeps/gradients.py
+
+On the brain set; :real for configs/real_small.py, :full for configs/cmoe.py on the twelve sets. 12 runs.
+A step of the last three has a backward pass for each task, six here.
+"""
+
+from bases import base
+
+
+def get_config(size=""):
+    ways = ("sum", "pcgrad", "gradvac", "equal-norm")
+    return dict(
+        base=base(size, "gradients"),
+        variants={way: {"train.gradients": way} for way in ways},
+        baseline="sum",
+    )

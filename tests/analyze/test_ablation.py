@@ -1,0 +1,113 @@
+"""Experts that are switched off: what the connector then makes, and losses that were planted."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import tiny
+from support.toy import Toy, sets_of, toy_config
+
+from unimed_jax.analyze import ablation
+from unimed_jax.config import VISUAL_TASKS
+from unimed_jax.evaluate.tasks import units_of
+from unimed_jax.model.parameters import parameters, with_parameters
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+TASKS = np.arange(5, dtype=np.int32)
+
+
+def made(model):
+    """Visual tokens [5, T, O] and weights [5, T, E] of five images, one of each task."""
+    images = np.stack([tiny.image(np.random.default_rng(i)) for i in range(5)])
+    out = model.encode_images(images, TASKS)
+    return np.asarray(out.tokens), np.asarray(out.routing)
+
+
+def changed(model, path, change):
+    leaf = np.array(parameters(model)[path])
+    change(leaf)
+    return with_parameters(model, {path: jnp.asarray(leaf)})
+
+
+def test_the_weights_of_the_others_are_scaled_to_sum_to_one():
+    model = tiny.model()
+    _, before = made(model)
+    tokens, after = made(ablation.without_expert(model, 1))
+    assert (after[..., 1] == 0).all()
+    np.testing.assert_allclose(after.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(after[..., 0] / after[..., 2], before[..., 0] / before[..., 2], rtol=1e-4)
+
+    def change(up):
+        up[:, 10:20] += 1  # weights of expert 1
+
+    other = changed(model, "connector/experts/up", change)
+    np.testing.assert_array_equal(made(ablation.without_expert(other, 1))[0], tokens)
+    assert model.connector.kept is None  # the model itself is as it was
+    np.testing.assert_array_equal(made(model)[1], before)
+
+
+def test_an_expert_that_adds_nothing_is_not_missed():
+    def change(bias):
+        bias[2] = -1e4  # its sigmoid is 0
+
+    model = changed(tiny.model(), "connector/router/out_bias", change)
+    tokens, weights = made(model)
+    assert (weights[..., 2] == 0).all()
+    np.testing.assert_allclose(made(ablation.without_expert(model, 2))[0], tokens, atol=1e-6)
+    assert np.abs(made(ablation.without_expert(model, 0))[0] - tokens).max() > 0.01
+    # One of two equal experts is not missed either.
+    twins = tiny.model(tiny.config(connector={"experts": 2, "router": "constant", "task_tokens": 0}))
+    for path in ("up", "up_bias", "down", "bias"):
+
+        def copy(leaf, path=path):
+            if path == "up":
+                leaf[:, 10:] = leaf[:, :10]
+            else:
+                leaf[len(leaf) // 2 :] = leaf[: len(leaf) // 2]
+
+        twins = changed(twins, f"connector/experts/{path}", copy)
+    whole = made(twins)[0]
+    for expert in range(2):
+        np.testing.assert_allclose(made(ablation.without_expert(twins, expert))[0], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["fast", "literal"])
+def test_without_its_only_expert_a_task_sees_nothing(form):
+    model = tiny.model(tiny.config(connector={"router": "hard", "experts": 5, "form": form}))
+    whole, _ = made(model)
+    tokens, weights = made(ablation.without_expert(model, 3))
+    assert (tokens[3] == 0).all() and (weights[3] == 0).all()
+    np.testing.assert_allclose(np.delete(tokens, 3, 0), np.delete(whole, 3, 0), atol=1e-6)
+
+
+def test_losses_are_those_that_were_planted():
+    config, toy = toy_config(), Toy()
+    units = [unit for unit in units_of(config, sets_of(toy))[0] if unit.task in ("cls", "identify")]
+
+    def records(right):
+        """Answers where `right(task, i)` says so."""
+        return {
+            unit.name: [
+                {"cluster": e.cluster, "reference": e.answer, "meta": e.meta, "task": unit.task}
+                | {"prediction": e.answer if right(unit.task, i) else "nothing", "template": ""}
+                for i, e in enumerate(unit.examples)
+            ]
+            for unit in units
+        }
+
+    answered = {
+        "all": records(lambda task, i: True),
+        "without 0": records(lambda task, i: True),
+        "without 1": records(lambda task, i: task != "cls" or i % 4),
+        "without 2": records(lambda task, i: task != "identify"),
+    }
+    found = ablation.losses(units, answered, config)
+    for name, lost in (("toy/test/cls", (0, 0.25, 0)), ("toy/test/identify", (0, 0, 1))):
+        entry = found[name]
+        assert entry["whole"]["value"] == 1 and entry["clusters"] == 6 and entry["n"] == 24
+        assert [off["value"] for off in entry["off"]] == pytest.approx(lost)
+        assert [off["score"] for off in entry["off"]] == pytest.approx([1 - each for each in lost])
+    assert found["toy/test/cls"]["off"][0]["ci95"] == [0, 0]
+    low, high = found["toy/test/cls"]["off"][1]["ci95"]
+    assert low < 0.25 < high
+    assert [off["verdict"] for off in found["toy/test/identify"]["off"]] == ["undecided"] * 2 + ["helps"]
+    assert found["toy/test/identify"]["off"][2]["ci95"] == [1, 1] and set(VISUAL_TASKS) > {"cls"}

@@ -1,0 +1,229 @@
+"""Comparison of a sweep's variants: planted differences are found, equal ones left undecided."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unimed_jax.analyze.compare import Side
+from unimed_jax.analyze.sweep import compare, table
+from unimed_jax.analyze.sweep.compare import Column, Scores, differences, score_sides
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.metrics.registry import find
+from unimed_jax.evaluate.statistics import Measure
+
+TASKS = (("vqa", "yes"), ("cls", "CT"))
+
+
+def side(name, right, clusters=12, sets=("a",), tasks=TASKS):
+    """Two items of each task in each cluster; right(set, task, cluster, i): whether it is answered."""
+    records, metrics = {}, {}
+    for of_set in sets:
+        for task, answer in tasks:
+            unit = of_set, "test", task
+            metrics[unit] = find("exact_match")
+            for c in range(clusters):
+                for i in range(2):
+                    key = f"{of_set}/test/{task}-{c}-{i}"
+                    records.setdefault(unit, {})[key] = {
+                        **{"id": key, "set": of_set, "split": "test", "task": task, "template": ""},
+                        **{"cluster": f"c{c}", "question": "", "images": [], "reference": answer},
+                        "prediction": answer if right(of_set, task, c, i) else "nothing",
+                        **{"box": None, "image_size": None, "meta": {"answer_type": "CLOSED"}},
+                        **{"blind": {}, "peers": {}, "permuted_images": None},
+                    }
+    return Side(
+        name, Path(f"runs/{name}"), records, metrics, dict.fromkeys(metrics, "p/q"), {"split": "test"}
+    )
+
+
+def sides_of(**variants):
+    """Sides of two seeds; each variant is one function of the items, or one a seed."""
+    found = {}
+    for name, rights in variants.items():
+        for seed, right in enumerate(rights if isinstance(rights, tuple) else (rights, rights)):
+            found[name, seed] = side(f"{name}/seed{seed}", right)
+    return found
+
+
+def half(of_set, task, c, i):
+    return i == 0
+
+
+def test_scores_changes_and_verdicts_by_hand():
+    """The baseline has half of all items; `more` has each item of cls as well, `less` none of vqa."""
+
+    def more(of_set, task, c, i):
+        return i == 0 or task == "cls" and c % 6 > 0
+
+    def less(of_set, task, c, i):
+        return i == 0 and (task == "cls" or c == 0)
+
+    scores = score_sides(sides_of(base=half, more=(more, more), less=less, same=half), "base", {})
+    assert [column.label for column in scores.columns] == ["a vqa exact_match", "a cls exact_match"]
+    found = differences(scores, "base")["variants"]
+    assert found["base"]["scores"]["a cls exact_match"] == {"value": 0.5, "seeds": [0.5, 0.5]}
+    assert "change" not in found["base"] and "columns" not in found["base"]
+    # cls rises from .5 to .5 + .5 * 10/12: + 83.3 %, the mean over two columns + 41.7 %
+    assert found["more"]["change"]["value"] == pytest.approx(100 * 10 / 12 / 2)
+    assert found["more"]["change"]["seeds"] == pytest.approx([100 * 10 / 12 / 2] * 2)
+    assert found["more"]["columns"]["a cls exact_match"]["value"] == pytest.approx(5 / 12)
+    assert found["more"]["columns"]["a vqa exact_match"] == {"value": 0.0, "ci95": [0.0, 0.0]}
+    assert found["less"]["change"]["value"] == pytest.approx(-100 * 11 / 12 / 2)
+    verdicts = {name: found[name]["change"]["verdict"] for name in ("more", "less", "same")}
+    assert verdicts == {"more": "better", "less": "worse", "same": "undecided"}
+    low, high = found["more"]["change"]["ci95"]
+    assert 0 < low < 100 * 10 / 24 < high
+
+
+def test_one_seed_gives_no_verdict():
+    sides = {key: s for key, s in sides_of(base=half, all=lambda *item: True).items() if key[1] == 0}
+    change = differences(score_sides(sides, "base", {}), "base")["variants"]["all"]["change"]
+    assert (change["verdict"], change["p_holm"], change["detectable"]) == ("undecided", None, None)
+    assert change["value"] == pytest.approx(100)
+
+
+def test_items_that_not_all_answered_are_left_out_and_counted():
+    sides = sides_of(base=half, other=half)
+    sides["other", 1] = side("other/seed1", half, clusters=11)
+    scores = score_sides(sides, "base", {})
+    assert scores.items[scores.columns[0]] == 22 and len(scores.clusters) == 11
+    assert "a/test/vqa: 2 items that not all runs answered" in scores.notes
+    sides["other", 1] = side("other/seed1", half, sets=("b",))
+    with pytest.raises(
+        UserError, match="runs/base/seed0 and runs/other/seed1 share no item of split 'test'"
+    ):
+        score_sides(sides, "base", {})
+
+
+def test_named_metrics_and_columns_without_items():
+    """Open questions: here are none, so the column is left out."""
+    scores = score_sides(
+        sides_of(base=half, other=half), "base", {"vqa": ("open_recall", "closed_accuracy")}
+    )
+    assert [column.metric for column in scores.columns] == ["closed_accuracy", "exact_match"]
+    assert scores.notes == ("a vqa open_recall is left out, because no item counts for it",)
+
+
+# ---- planted: many sweeps --------------------------------------------------------------------------
+def planted(rng, effect=0.0, variants=3, seeds=4, clusters=(12, 40), spread=0.05):
+    """Scores of a sweep with two samples of clusters (two columns on the first, one on the second).
+
+    An item's chance varies by cluster, by variant and cluster, and by run; `effect` is added for the
+    first variant, as a share of the baseline's score.
+    """
+    names = ["base", *(f"v{i}" for i in range(variants))]
+    columns = tuple(Column(("a", "test", task), "exact_match") for task in ("vqa", "cls", "qa"))
+    n, sizes = sum(clusters), rng.integers(4, 12, (3, sum(clusters)))
+    sizes[:2, clusters[0] :], sizes[2, : clusters[0]] = 0, 0
+    level = 0.5 + 0.1 * rng.standard_normal((3, n))
+    measures = {}
+    for v, name in enumerate(names):
+        measures[name] = {}
+        own = level + 0.5 * (effect if v == 1 else 0.0)
+        for seed in range(seeds):
+            run = spread * rng.standard_normal(3)[:, None] + 0.05 * rng.standard_normal((3, n))
+            right = rng.binomial(sizes, np.clip(own + run, 0.02, 0.98))
+            measures[name][seed] = tuple(
+                Measure(np.stack([right[i], sizes[i]], axis=1).astype(float)) for i in range(3)
+            )
+    return Scores(columns, tuple(map(str, range(n))), measures, dict.fromkeys(columns, 1), ())
+
+
+def found_in(scores):
+    variants = differences(scores, "base")["variants"]
+    return {name: entry["change"] for name, entry in variants.items() if "change" in entry}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "RESAMPLES", 400)
+        yield
+
+
+@pytest.mark.slow
+def test_equal_variants_are_called_different_in_one_of_twenty_sweeps_at_most():
+    rng, wrong, sweeps = np.random.default_rng(0), 0, 150
+    for _ in range(sweeps):
+        changes = found_in(planted(rng))
+        wrong += any(change["verdict"] != "undecided" for change in changes.values())
+    assert wrong / sweeps <= 0.05
+
+
+@pytest.mark.slow
+def test_a_true_difference_is_found_as_often_as_the_power_line_says():
+    """At the size that the sweep itself calls detectable, four times out of five or a little more."""
+    rng = np.random.default_rng(1)
+    detectable = np.median([found_in(planted(rng))["v0"]["detectable"] for _ in range(20)])
+    found, others, sweeps = 0, 0, 60
+    for _ in range(sweeps):
+        changes = found_in(planted(rng, effect=detectable / 100))
+        found += changes["v0"]["verdict"] == "better"
+        others += any(changes[name]["verdict"] != "undecided" for name in ("v1", "v2"))
+    assert 0.7 <= found / sweeps <= 0.98 and others / sweeps <= 0.1
+    sure = found_in(planted(rng, effect=4 * detectable / 100))
+    assert sure["v0"]["verdict"] == "better" and sure["v0"]["ci95"][0] > detectable
+
+
+def test_samples_that_share_no_cluster_are_told_apart():
+    scores = planted(np.random.default_rng(2))
+    groups = compare._groups(scores.measures["base"][0], (0, 1, 2))
+    assert len(set(groups[:12])) == 1 and len(set(groups[12:])) == 1 and groups[0] != groups[-1]
+    assert (
+        len(set(compare._groups(scores.measures["base"][0], (0, 1)))) == 2
+    )  # the second: none of theirs
+
+
+# ---- tables ----------------------------------------------------------------------------------------
+def result_of(scores, baseline="base", **more):
+    """What sweep.json holds, without what is read from the runs' folders."""
+    found = differences(scores, baseline)
+    for entry in found["variants"].values():
+        counts = dict.fromkeys(table.SIZES, 1000.0)
+        entry |= {"size": counts | {"steps": 10}, "cost": {"seconds": 284.0, "bytes": 71e6}}
+    columns = [table._described(column, scores) for column in scores.columns]
+    return {
+        **{"name": "s", "base": "b.py", "baseline": baseline, "level": 0.05, "columns": columns},
+        "clusters": len(scores.clusters),
+        "pairs": compare.published_pairs(scores.columns),
+        **found,
+        **{"failed": {}, "missing": [], "notes": list(scores.notes)},
+        **more,
+    }
+
+
+def test_the_page_never_ranks_within_noise(tmp_path):
+    scores = planted(np.random.default_rng(3), effect=0.6)
+    found = result_of(scores, failed={"odd/seed0": "its loss is not finite."}, missing=["v1/seed9"])
+    page = table.page(json.loads(json.dumps(found)))
+    rows = [line for line in table.main_table(found).splitlines()[2:]]
+    assert [row.split(" | ")[0] for row in rows] == ["| base", "| v0", "| v1", "| v2", "| odd"]
+    assert "**+" in rows[1] and "better" in rows[1] and "baseline" in rows[0]
+    assert all("**" not in row and "undecided" in row for row in rows[2:4])
+    assert "failed: its loss is not finite." in rows[4] and "Not finished: v1/seed9." in page
+    assert "would have been found with a probability of 80 %" in page
+    assert "for v1 gains above" in page and "for v0 gains" not in page
+    assert "parameters trained: base = v0 = v1 = v2" in page and "4 min 44 s | 71 MB" in page
+    table.draw(tmp_path / "sweep.png", found)
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_the_published_pairs_stand_in_one_column():
+    sets = {task: [of for t, *of in compare.PAIRS if t == task][0] for task, *_ in compare.PAIRS}
+    tasks = [(task, name) for task, names in sets.items() for name in names] + [("qa", "medqa")]
+    rng, columns = np.random.default_rng(0), []
+    measures = {"base": {0: [], 1: []}, "other": {0: [], 1: []}}
+    for task, name in tasks:
+        columns.append(Column((name, "test", task), "m"))
+        for of_variant in measures.values():
+            for seed in of_variant:
+                of_variant[seed].append(Measure.mean(rng.binomial(1, 0.5, 30)))
+    scores = Scores(tuple(columns), tuple(map(str, range(30))), measures, dict.fromkeys(columns, 30), ())
+    found = result_of(scores)
+    head = table.main_table(found).splitlines()[0]
+    assert "slake / path_vqa vqa | slake / samed refer | slake / samed identify" in head
+    assert "mimic_cxr / medpix caption | dermamnist / organsmnist cls | medqa qa" in head
+    assert len(found["counted"]) == 10 and "medqa qa m" not in found["counted"]
+    assert "without medqa qa m" in table.page(found)

@@ -1,0 +1,74 @@
+"""Separation scores of clouds that were planted, and of visual tokens that are known."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+from sklearn.metrics import silhouette_samples
+from test_routing import tiny_run, toy_units
+
+from unimed_jax.analyze import tokens
+from unimed_jax.analyze.examples import labelled, shown_images
+from unimed_jax.errors import UserError
+from unimed_jax.model.parameters import parameters, with_parameters
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def clouds(apart: float, each: int = 1) -> tokens.Tokens:
+    """Three clouds of 40 points of spread 1 in 8 dimensions, their centres `apart` from each other."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["a", "b", "c"], 40)
+    centres = apart * np.eye(8)[np.repeat(range(3), 40)] / 2**0.5
+    values = centres + rng.standard_normal((120, 8)) / 8**0.5
+    return tokens.Tokens(values, labels, np.array([f"c{i % 20}" for i in range(120)]), each)
+
+
+def test_clouds_far_apart_score_near_one_and_mixed_ones_near_zero():
+    far = tokens.separation(clouds(60.0), resamples=50, seed=0)
+    assert far["value"] > 0.95 and far["ci95"][0] > 0.95 and far["shuffled"][1] < 0.1
+    assert set(far["by_label"]) == {"a", "b", "c"} and far["n"] == 120
+    mixed = tokens.separation(clouds(0.0), resamples=50, seed=0)
+    assert abs(mixed["value"]) < 0.05 and mixed["shuffled"][0] - 0.02 < mixed["value"]
+    assert mixed["value"] < mixed["shuffled"][1] + 0.02
+    few = clouds(2.0)
+    ours = tokens.silhouettes(cdist(few.values, few.values), few.labels)
+    np.testing.assert_allclose(ours, silhouette_samples(few.values, few.labels), atol=1e-9)
+    points, shares = tokens.flat(clouds(60.0), "pca", 0)
+    assert tokens.flat(few, "tsne", 0)[0].shape == (120, 2)
+    assert points.shape == (120, 2) and sum(shares) > 0.95
+
+
+def test_tokens_of_an_image_keep_one_label_when_labels_are_shuffled():
+    shuffled = clouds(1.0, each=4).shuffled(np.random.default_rng(0)).reshape(-1, 4)
+    assert (shuffled == shuffled[:, :1]).all() and len(set(shuffled[:, 0])) == 3
+    assert (shuffled[:, 0] != clouds(1.0).labels[::4]).any()
+
+
+def test_one_group_is_refused():
+    one = dataclasses.replace(clouds(1.0), labels=np.array(["a"] * 119 + ["b"]))
+    with pytest.raises(UserError, match="tokens of a 119, b 1 alone"):
+        tokens.separation(one, 10, 0)
+    run = tiny_run()
+    shown = shown_images([unit for unit in toy_units(run) if unit.task == "cls"])
+    with pytest.raises(UserError, match="--by=task gives the one group 'cls'.*template"):
+        labelled(shown, "task")
+    with pytest.raises(UserError, match="--by=plain gives no group"):
+        labelled(shown, "plain")
+
+
+def test_tasks_that_a_connector_separates_are_seen_apart_only_behind_it():
+    run = tiny_run(router="hard", experts=5, kind="moe_linear")
+    leaves = parameters(run.model)
+    bias = 100 * np.eye(5, leaves["connector/experts/bias"].shape[1], dtype=np.float32)
+    run.model = with_parameters(run.model, {"connector/experts/bias": jnp.asarray(bias)})
+    shown, labels = labelled(shown_images(toy_units(run)), "task")
+    found, points = tokens.analyse(run, shown, labels, most=200, how="pca")
+    scores = {name: view["separation"] for name, view in found["views"].items()}
+    assert list(scores) == list(tokens.VIEWS) and found["images"] == 12
+    assert scores["before"]["value"] < 0.1
+    assert all(scores[name]["value"] > 0.9 for name in ("after", "same", "shift"))
+    assert scores["after"]["value"] > scores["after"]["shuffled"][1]
+    assert points["same"][0].shape == (12 * 5, 2)

@@ -1,0 +1,173 @@
+"""The verb sweep, from its config to the table: trained, adopted, failed, continued, moved."""
+
+import json
+import shlex
+import shutil
+
+import pytest
+
+from unimed_jax import main as cli
+from unimed_jax.analyze import chain
+from unimed_jax.analyze.sweep import run as running
+from unimed_jax.analyze.sweep.plan import planned
+from unimed_jax.config_file import load_sweep_file
+from unimed_jax.errors import UserError
+from unimed_jax.model import sharding
+from unimed_jax.verbs.options import with_overrides
+
+BASE = """
+from support.fake_brain import tiny_config
+def get_config():
+    config = tiny_config(steps=3)
+    config.name = "{name}"
+    config.init = {init}
+    config.data.sources = (dict(name="support.squares", id="squares", tasks=("vqa", "cls")),)
+    config.evaluate.splits, config.evaluate.max_new_tokens = ("test",), 4
+    return config
+"""
+SWEEP = """
+def get_config():
+    return dict(
+        name="squares_sweep",
+        base="base.py",
+        stages={"first": "first.py"},
+        variants={
+            "cmoe": {},
+            "short": {"data.row_tokens": 20},
+            "linear": {"model.connector.kind": "linear"},
+        },
+        baseline="cmoe",
+        seeds=(0, 1),
+    )
+"""
+
+
+def write_sweep(folder) -> str:
+    (folder / "first.py").write_text(BASE.format(name="tiny/first", init=(("seed", ""),)))
+    init = (("seed", ""), ("run", "runs/tiny/first"))
+    (folder / "base.py").write_text(BASE.format(name="tiny/base", init=init))
+    (folder / "sweep.py").write_text(SWEEP)
+    return f"--config={folder / 'sweep.py'}"
+
+
+@pytest.fixture
+def trains(monkeypatch):
+    """Lists the folders of the runs that are trained."""
+    known, inner = [], chain.train_and_evaluate
+    monkeypatch.setattr(
+        running, "train_and_evaluate", lambda c, folder: (known.append(folder), inner(c, folder))
+    )
+    return known
+
+
+@pytest.fixture(scope="module")
+def patched(quick_compiles):
+    with pytest.MonkeyPatch.context() as patch:
+        # programs for eight devices compile slowly
+        patch.setattr(sharding, "make_mesh", lambda *settings: None)
+        yield
+
+
+@pytest.mark.slow
+def test_a_sweep_from_its_config_to_its_table(patched, tmp_path, trains, capsys, monkeypatch):
+    config, folder = write_sweep(tmp_path), tmp_path / "runs"
+    command = ["sweep", config, f"--workdir={folder}"]
+
+    # one seed: a run fails, the others go on
+    assert cli.main([*command, "--seeds=0"]) == 1
+    titles = [f"{place.parent.name}/{place.name}" for place in trains]
+    assert titles == ["first/seed0", "cmoe/seed0", "short/seed0", "linear/seed0"]
+    found = json.loads((folder / "sweep.json").read_text())
+    sentence = found["failed"]["short/seed0"]
+    assert list(found["failed"]) == ["short/seed0"] and found["missing"] == []
+    assert "row_tokens" in sentence and f"failed: {sentence}" in (folder / "sweep.md").read_text()
+    said = capsys.readouterr().out
+    assert f"short/seed0 failed: {sentence}" in said and "1, 1 of" not in said
+    assert found["variants"]["linear"]["change"]["verdict"] == "undecided"
+    settings = json.loads((folder / "cmoe/seed0/config.json").read_text())
+    assert settings["init"] == [["seed", ""], ["run", str(folder / "first/seed0")]]
+    cost = json.loads((folder / "cmoe/seed0/cost.json").read_text())
+    assert cost["seconds"] > 0 and cost["bytes"] > 1000
+
+    # the second seed: two of its runs by hand, as the sweep names them
+    plan = planned(load_sweep_file(str(tmp_path / "sweep.py")), folder, with_overrides)
+    by_hand = {run.title: shlex.split(run.command)[3:] for run in plan.runs}
+    for title in ("first/seed1", "linear/seed1"):
+        assert cli.main(by_hand[title]) == 0
+    trains.clear()
+    capsys.readouterr()
+    assert cli.main([*command, "--variants=cmoe,linear"]) == 0
+    assert trains == [folder / "cmoe/seed1"]
+    assert "cmoe/seed1, 1 of 1 that are left, about " in capsys.readouterr().out
+    found = json.loads((folder / "sweep.json").read_text())
+    change = found["variants"]["linear"]["change"]
+    assert len(change["seeds"]) == 2 and change["verdict"] in ("better", "worse", "undecided")
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    assert found["columns"][0]["label"] == "squares vqa exact_match"
+
+    # elsewhere: finished runs are compared as they are, those with other settings are refused
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    shutil.rmtree(moved / "short")
+    words = ["sweep", config, f"--workdir={moved}", "--only-table", "--variants=cmoe,linear"]
+    assert cli.main(words) == 0
+    there = json.loads((moved / "sweep.json").read_text())
+    assert there["variants"]["linear"]["change"] == change
+    file = moved / "linear/seed1/config.json"
+    file.write_text(file.read_text().replace('"steps": 3', '"steps": 4'))
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    assert "linear/seed1 holds a run with other settings" in capsys.readouterr().err
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path, trains, capsys, monkeypatch):
+    plan = planned(
+        load_sweep_file("configs/sweeps/router_input.py"), tmp_path, with_overrides, seeds=(0,)
+    )
+    monkeypatch.setattr(running, "owner", lambda folder: "process 7 on host x")
+    running.run_all(plan, plan.runs)
+    assert not trains and "token/seed0, 2 of 3 that are left: process 7" in capsys.readouterr().out
+
+
+def test_what_breaks_a_run_is_kept_with_it(tmp_path, capsys, monkeypatch):
+    """Whatever a run raises; the sentence goes when it is tried again."""
+    plan = planned(
+        load_sweep_file("configs/sweeps/router_input.py"), tmp_path, with_overrides, seeds=(0,)
+    )
+    raised = iter([UserError("the loss is not finite."), MemoryError("no more"), None])
+
+    def broken(config, folder):
+        if error := next(raised):
+            raise error
+
+    monkeypatch.setattr(running, "train_and_evaluate", broken)
+    running.run_all(plan, plan.runs)
+    assert [running.failure(run) for run in plan.runs] == [
+        "the loss is not finite.",
+        "MemoryError: no more",
+        "",
+    ]
+    raised = iter([None] * 3)
+    running.run_all(plan, plan.runs)
+    assert not any(map(running.failure, plan.runs))
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--shard=3/2"], "--shard=3/2: write which part of how many"),
+        (["--variants=token,token"], "--variants=token,token has 'token' twice"),
+        (["--seeds=0,,1"], "--seeds=0,,1 has an empty name"),
+        (["--seeds=0,x"], "'x' is not a seed"),
+        (["--variants=toke"], "'toke' is not a variant of sweep 'router_input'; did you mean 'token'?"),
+        (["--baseline=toke"], "the baseline 'toke' is not among the variants"),
+        (["--config.seed=3"], "'--config.seed=3' cannot change a sweep"),
+        (["--shard=1/2", "--only-table"], "--shard divides what --only-table leaves out"),
+        (["--only-table"], "has no finished run of the baseline 'task_token'"),
+    ],
+)
+def test_mistakes(words, sentence, tmp_path, capsys):
+    command = ["sweep", "--config=configs/sweeps/router_input.py", f"--workdir={tmp_path}"]
+    assert cli.main([*command, *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
