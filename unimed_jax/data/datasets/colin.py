@@ -48,7 +48,7 @@ _LEFT = {
     "hippocampus": 37,
     "amygdala": 41,
 }
-_CEREBELLUM = tuple(range(91, 117))  # both hemispheres and the vermis
+_CEREBELLUM = list(range(91, 117))  # both hemispheres and the vermis
 
 
 def read(
@@ -75,14 +75,14 @@ def load(folder: Path, skull: bool = False) -> Head:
     for name in STRUCTURES:
         side, _, part = name.partition(" ")
         if part in _LEFT:
-            own = (_LEFT[part] + SIDES.index(side),)
+            own = [_LEFT[part] + SIDES.index(side)]
         elif name == "cerebellum":
             own = _CEREBELLUM
         else:
             continue  # the atlas does not name it
         if not found.intersection(own):
             raise UserError(f"{atlas} has no voxel of the {name} (AAL's number {own[0]}); {_AGAIN}.")
-        labels[list(own)] = STRUCTURES.index(name) + 1
+        labels[own] = STRUCTURES.index(name) + 1
         structures.append(name)
     dark, bright = _WINDOW
     shown = (to_grid(t1, t1_place, order=1).astype(np.float32) - dark) / (bright - dark)

@@ -25,7 +25,7 @@ def colin(folder: Path, records: int, rng: np.random.Generator) -> None:
     def ellipsoid(centre, radii) -> np.ndarray:
         grown = np.multiply(radii, rng.uniform(0.9, 1.1, 3))
         parts = zip((x, y, z), centre, grown, strict=True)
-        return sum(((axis - c) / r) ** 2 for axis, c, r in parts)  # type: ignore[return-value]
+        return sum(((axis - c) / r) ** 2 for axis, c, r in parts)
 
     atlas = np.zeros(SHAPE, np.uint8)
     atlas[ellipsoid(*CEREBELLUM) <= 1] = 112

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from unimed_jax.data.datasets.brain.volume import ORIGIN, SHAPE, STRUCTURES, Head, read_nifti
+from unimed_jax.data.datasets.brain.volume import GRID, ORIGIN, SHAPE, STRUCTURES, Head, read_nifti
 from unimed_jax.errors import UserError
 
 # The T1 holds fluid near 90, grey matter near 170 and white matter up to 236: black and white just
@@ -54,10 +54,7 @@ def load() -> Head:
 
 def _read_map(path: Path) -> np.ndarray:
     """Reads a map, uint8 [X, Y, Z], which must lie in the common grid as it is."""
-    array, place = read_nifti(path, SHAPE, "install nilearn again")
-    if tuple(place[:3, 3]) != ORIGIN or not np.array_equal(place[:3, :3], np.eye(3)):
-        raise UserError(f"{path} does not lie in the expected place; install another nilearn.")
-    return array
+    return read_nifti(path, SHAPE, "install another nilearn", GRID)[0]
 
 
 def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarray) -> np.ndarray:

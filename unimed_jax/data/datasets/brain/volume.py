@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -31,6 +32,8 @@ STRUCTURES = (*(f"{side} {name}" for name in PAIRED for side in SIDES), *SINGLE)
 
 ORIGIN = (-98, -134, -72)  # world coordinates of voxel 0, 0, 0 of the grid
 SHAPE = (197, 233, 189)  # voxels of the grid
+# Voxels of the grid to world mm.
+GRID = np.vstack([np.column_stack([np.eye(3), ORIGIN]), [0.0, 0.0, 0.0, 1.0]])
 _CENTRE = (0.0, -17.0, 5.0)  # middle of the brain's extent, world
 _AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -103,31 +106,46 @@ class Head:
     structures: tuple[str, ...] = STRUCTURES
 
 
-def read_nifti(path: Path, shape: tuple[int, int, int], again: str) -> tuple[np.ndarray, np.ndarray]:
+def read_nifti(
+    path: Path, shape: tuple[int, int, int], again: str, expected: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads a NIfTI volume of bytes, and where its voxels lie by its sform.
 
     Returns uint8 [X, Y, Z] and float [4, 4], voxels to world mm. Raises UserError for a file that
-    cannot be read, has another shape or type, or has no sform; `again` says what to do.
+    cannot be read, has another shape or type, no sform, or not the `expected` one; `again` says what
+    to do.
     """
     import nibabel
 
     if reason := no_file(path):
         raise UserError(f"{path} {reason}; {again}.")
     refuse_stand_in(path)
+    array = np.zeros(0)
     try:
         image = nibabel.Nifti1Image.from_filename(path)
         place, code = image.header.get_sform(coded=True)
-        expected = image.shape == shape and image.get_data_dtype() == np.uint8
-        array = np.asarray(image.dataobj) if expected else np.zeros(0)
+        fault = _fault_of_header(image, shape, place if code else None, expected)
+        if not fault:
+            array = np.asarray(image.dataobj)
     except Exception as error:  # nibabel raises what it comes across in a damaged file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read ({reason}); {again}.") from error
-    if not expected or array.dtype != np.uint8:
-        sides = " x ".join(map(str, shape))
-        raise UserError(f"{path} does not lie in the expected grid of {sides} bytes; {again}.")
-    if not code or not np.isfinite(place).all() or abs(np.linalg.det(place)) < 1e-6:
-        raise UserError(f"{path} has no sform, which says where its voxels lie; {again}.")
+    if fault or array.dtype != np.uint8:  # bytes may be scaled
+        raise UserError(f"{path} {fault or 'does not hold plain bytes'}; {again}.")
     return array, place
+
+
+def _fault_of_header(
+    image: Any, shape: tuple[int, ...], place: np.ndarray | None, expected: np.ndarray | None
+) -> str:
+    """Says what is wrong with a volume's header; empty if nothing is."""
+    if image.shape != shape or image.get_data_dtype() != np.uint8:
+        return f"does not lie in the expected grid of {' x '.join(map(str, shape))} bytes"
+    if place is None or not np.isfinite(place).all() or abs(np.linalg.det(place)) < 1e-6:
+        return "has no sform, which says where its voxels lie"
+    if expected is not None and not np.array_equal(place, expected):
+        return "does not lie in the expected place"
+    return ""
 
 
 def to_grid(array: np.ndarray, place: np.ndarray, order: int) -> np.ndarray:
@@ -136,9 +154,7 @@ def to_grid(array: np.ndarray, place: np.ndarray, order: int) -> np.ndarray:
     array: [x, y, z]; place: [4, 4], its voxels to world mm; order: of interpolation, 0 for labels.
     Returns [X, Y, Z] of the same type.
     """
-    grid = np.eye(4)
-    grid[:3, 3] = ORIGIN
-    back = np.linalg.inv(place) @ grid  # voxels of the grid to voxels of the array
+    back = np.linalg.inv(place) @ GRID  # voxels of the grid to voxels of the array
     return ndimage.affine_transform(array, back[:3, :3], back[:3, 3], SHAPE, order=order)
 
 
