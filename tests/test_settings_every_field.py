@@ -291,6 +291,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "top_p": number(1e-37, 1),
         "bootstrap": whole(2, 10**5),
         "scoring": optional(one_of("corrected", "published")),
+        "likelihood": flag,
     },
     "evaluate.entries[0]": {
         **dict.fromkeys(("source", "split"), folder),

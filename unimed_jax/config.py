@@ -347,6 +347,9 @@ class EvaluateConfig:
     temperature: Annotated[float, ZeroOr(0.01, 100)] = 0.0
     # Sample from the tokens that hold this probability
     top_p: Annotated[float, Above(0), Between(0, 1)] = 1.0
+    # Also score classes, closed questions and multiple choice by the likelihood of each possible answer
+    # (evaluate/labels.py): one more pass, which costs less than generating their answers as a rule.
+    likelihood: bool = True
     # resamples for each confidence interval
     bootstrap: Annotated[int, AtLeast(2), AtMost(100_000)] = 2000
     # Which scores lead in reports. None: corrected; paper: published

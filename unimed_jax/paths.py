@@ -17,6 +17,7 @@ FILES = (
     "log.jsonl",
     "metrics.json",
     "predictions.jsonl",
+    "likelihoods.partial.jsonl",
     "predictions.partial.jsonl",
     "report.md",
     "router.json",
@@ -24,6 +25,7 @@ FILES = (
     "stages.md",
     "contact_sheet.png",
     "predictions.png",
+    "reliability.png",
     "routing.png",
 )
 ANALYSES = ("analysis", "reliance")  # folders of pages that `analyze` writes

@@ -63,30 +63,37 @@ def protocol_id(
     set_id: str,
     checksum: str,
     split: str,
+    only: str = "",
     rule: str = "",
+    limit: int = 0,
     closed: bool,
     normaliser: str,
     form: str,
     max_words: int | None,
     fit: str,
+    labels: str = "",
     metric: str,
 ) -> str:
     """Names everything that a score depends on besides the model.
 
-    Scores with equal ids can be compared, others cannot.
+    Scores with equal ids can be compared, others cannot (evaluate/protocol.py fills the parts in).
 
-    The parts are set and revision, split (and the rule that made it), rule for closed questions,
-    normaliser, prompt form, image fit, metric:
+    The parts are set and revision, filter, split (and the rule that made it), how many examples were
+    chosen, rule for closed questions, normaliser, prompt form, words of a reference, image fit, labels,
+    metric:
     "brain@1a2b3c4d/test/closed=answer_type/norm=nfkc-lower-signs/form=unimed/fit=stretch/exact_match".
     """
     parts = [
         f"{set_id}@{checksum[:8]}",
+        f"only={only}" if only else "",
         f"{split}={rule.replace(' ', '_')}" if rule else split,
+        f"limit={limit}" if limit else "",
         "closed=answer_type" if closed else "",
         f"norm={normaliser}" if normaliser else "",
         f"form={form}",
         f"words={max_words}" if max_words is not None else "",
         f"fit={fit}" if fit else "",
+        f"labels={labels}" if labels else "",
         metric,
     ]
     return "/".join(part for part in parts if part)

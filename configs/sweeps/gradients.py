@@ -3,7 +3,8 @@
     python -m unimed_jax.main sweep --config=configs/sweeps/gradients.py
 
 On the brain set; :real for configs/real_small.py, :full for configs/cmoe.py on the twelve sets. 12 runs.
-A step of the last three has a backward pass for each task, six here.
+The sum's three take 14 min 12 s on two CPU cores; a step of the others has a backward pass for each
+task, six here. 0.9 GB of disk.
 """
 
 from bases import base

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
-from test_routing import tiny_run, toy_units
+from test_routing_of_runs import tiny_run, toy_units
 
 from unimed_jax.analyze import expert_weights, updates
 from unimed_jax.analyze.examples import shown_images

@@ -215,5 +215,12 @@ def test_page_and_picture(tmp_path):
     assert json.loads((tmp_path / "out" / "reliance.json").read_text())["sets"]["toy"]["vqa"]["n"] == 12
     assert (tmp_path / "out" / "reliance.png").stat().st_size > 10_000
     page = (tmp_path / "out" / "reliance.md").read_text()
-    for piece in ("| toy | refer | 12 | miou |", "HVRR", "2603.03437", "2603.20985", "- something."):
+    for piece in (
+        "| toy | refer | 12 | miou |",
+        "HVRR",
+        "2603.03437",
+        "2603.20985",
+        "- something.",
+        "score by wording",
+    ):
         assert piece in page

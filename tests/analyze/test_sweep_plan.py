@@ -16,6 +16,7 @@ from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import leaf_rules
 from unimed_jax.runs.folder import write_config
 from unimed_jax.settings import check_group
+from unimed_jax.train.flops import useful_flops
 from unimed_jax.verbs.options import read_config, with_overrides
 
 ROUTER = "model.connector.router"
@@ -79,7 +80,10 @@ def test_evidence_compares_connectors_of_one_size(regime):
 
 
 def test_a_new_connector_between_frozen_parts():
-    run = plan_of("evidence.py:frozen", seeds=(4,), variants=("cmoe",)).runs[-1]
+    runs = {run.name: run for run in plan_of("evidence.py:frozen", seeds=(4,)).runs}
+    run, dense, constant = runs["cmoe"], runs["mlp2x_b"], runs["constant"]
+    flops = [useful_flops(which.config)["connector"] for which in (dense, constant)]
+    assert flops[0] == flops[1]  # the same two products, forward and backward
     rules = leaf_rules(parameters(abstract(run.config.model)), run.config.train, run.config.optimizer)
     for path, rule in rules.items():
         assert rule.train == (path.startswith("connector/") or "/lora_" in path), path

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 from sklearn.metrics import silhouette_samples
-from test_routing import tiny_run, toy_units
+from test_routing_of_runs import tiny_run, toy_units
 
 from unimed_jax.analyze import tokens
 from unimed_jax.analyze.examples import labelled, shown_images

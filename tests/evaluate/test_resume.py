@@ -123,6 +123,53 @@ def test_devices_and_processes_share_an_evaluation(trained, unscored, count, dev
     (here, there) = (
         [json.loads(line) for line in results(f)[1].splitlines()] for f in (unscored, trained)
     )
-    assert here == there
+    pairs = [
+        (a.pop("likelihood", None), b.pop("likelihood", None)) for a, b in zip(here, there, strict=True)
+    ]
+    assert here == there and sum(one is not None for one, _ in pairs) == 2 * 12
+    for one, other in pairs:
+        if one or other:
+            logs = [given.pop("log_likelihoods") for given in (one, other)]
+            assert one == other and logs[0] == pytest.approx(logs[1], abs=2e-5)
     one, other = (json.loads(results(folder)[0])["sets"] for folder in (unscored, trained))
+    for scores in (one, other):
+        for split in scores["squares"].values():
+            believed = split["cls"].pop("likelihood")
+            assert 0 <= believed["sum"]["auc"]["value"] <= 1 and believed["n"] == 12
     assert one == other
+
+
+@pytest.mark.slow
+def test_reliance_killed_in_a_late_pass_has_the_bytes_of_an_unbroken_one(trained, tmp_path):
+    """`analyze reliance` asks every pass through the predictor, and goes on after a kill."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ("analyze", "reliance", f"--run={trained}", "--config.evaluate.limit=16")
+    finish(start(*words, f"--out={whole}"))
+    (process,) = start(*words, f"--out={cut}", seconds=0.2)
+    until = time.time() + 200
+    while time.time() < until and process.poll() is None:
+        if (cut / "other_image.partial.jsonl").exists():
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0][-3000:]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    kept = {file.name for file in cut.glob("*.partial.jsonl")}
+    assert {"own_image.partial.jsonl", "blank_image.partial.jsonl"} <= kept
+    assert not (cut / "reliance.json").exists()
+    finish(start(*words, f"--out={cut}"))
+    names = {"reliance.json", "reliance.jsonl", "reliance.md", "reliance.png"}
+    assert {file.name for file in cut.iterdir()} - {"lock"} == names
+    for name in sorted(names):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    found = json.loads((whole / "reliance.json").read_text())["sets"]["squares"]
+    lines = [json.loads(line) for line in (whole / "reliance.jsonl").read_text().splitlines()]
+    assert len(found) == 6 and found["vqa"]["n"] == 12 and len(lines) == 6 * 12
+    assert set(found["qa"]["passes"]) == {"own_image", "wording_1", "wording_2"}
+    kinds = {"own_image", "text_only", "blank_image", "other_image", "wording_1", "wording_3"}
+    assert kinds <= set(found["vqa"]["passes"]) and all(
+        kinds <= set(line["answers"]) for line in lines[:12]
+    )
+    report = {r["id"]: r["prediction"] for r in map(json.loads, results(trained)[1].splitlines())}
+    assert all(line["answers"]["own_image"] == report[line["id"]] for line in lines)

@@ -116,6 +116,7 @@ def test_refusals(tmp_path):
     for part, fields, match in (
         ("decoder", {"norm": "rms"}, "norm is always 'layer' there and 'rms' here"),
         ("connector", {"rate": 4}, "rate=4"),
+        ("connector", {"hidden": 10}, "connector.hidden is always 32 there and 10 here"),
         ("moe", {"meta": False}, "moe.meta"),
         ("vision", {"qkv_bias": "qv"}, "vision.qkv_bias is always 'qkv' there and 'qv' here"),
     ):

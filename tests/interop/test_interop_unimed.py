@@ -448,6 +448,12 @@ def test_a_run_of_ours(tmp_path):
     assert tree["config"]["model"]["lora_alpha"] == 16 and tree["scaler"] is None
 
 
+def test_a_dense_connector_of_another_width_does_not_fit_either(tmp_path):
+    model = tiny.config(connector={"kind": "mlp2x_gelu", "task_tokens": 0})
+    with pytest.raises(UserError, match="cannot hold config.model.connector.hidden=10"):
+        unimed_pth.export_unimed(tmp_path / "x.pth", Config(model=model), parameters(abstract(model)))
+
+
 def test_what_the_format_cannot_hold(tmp_path):
     model = tiny.config(connector={"aggregation": "block", "activation": "silu"})
     with pytest.raises(UserError) as error:

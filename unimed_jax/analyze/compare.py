@@ -24,6 +24,7 @@ UnitKey = tuple[str, str, str]  # set, split, task
 NEEDED = ("id", "set", "split", "task", "template", "cluster", "reference", "prediction")
 # Parts of a protocol id that say how a model is asked, not how its answers are scored.
 ASKING = ("form=", "fit=")
+CHOSEN = ("limit=", "only=")  # which items were scored: those that both sides have are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,10 @@ def _shared(
 
 def check_comparable(first: Side, other: Side, unit: UnitKey, notes: list[str]) -> None:
     """Raises UserError if the two scores of a unit have other protocols, but for how was asked."""
-    here, there = (side.protocols[unit].split("/") for side in (first, other))
+    here, there = (
+        [part for part in side.protocols[unit].split("/") if not part.startswith(CHOSEN)]
+        for side in (first, other)
+    )
     name = "/".join(unit)
     if here[0] != there[0]:
         raise UserError(

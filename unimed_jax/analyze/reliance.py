@@ -25,12 +25,12 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines
 from unimed_jax.evaluate.answers import Answer, Answered, Journal, answer_units
 from unimed_jax.evaluate.metrics import Record
+from unimed_jax.evaluate.records import records_of
 from unimed_jax.evaluate.run import (
     changed_inputs,
     claim_results,
     fingerprint_of,
     model_answers,
-    records_of,
 )
 from unimed_jax.evaluate.scores import leading_split
 from unimed_jax.evaluate.statistics import Measure, interval, resample

@@ -106,13 +106,21 @@ def _wordings(metrics: Mapping[str, Any]) -> str:
     kinds = ("ideal", "fragile", "dangerous", "worst")
     rows = []
     for name, task, entry in rows_of(metrics):
+        worded = "; ".join(
+            f"{key.partition('_')[2]}: {number(part['value'])}"
+            for key, part in entry["passes"].items()
+            if key.startswith("wording_")
+        )
         flips = "; ".join(
             f"{key.partition('_')[2]}: {number(part['value'])}"
             for key, part in entry["wordings"].items()
         )
         shares = (with_interval(entry["quadrants"].get(kind)) for kind in kinds)
-        rows.append([name, task, with_interval(entry["scores"].get("flip_rate")), flips or "-", *shares])
-    return markdown_table(("set", "task", "flip rate", "flips by wording", *kinds), rows)
+        rate = with_interval(entry["scores"].get("flip_rate"))
+        own = number(entry["passes"]["own_image"]["value"])
+        rows.append([name, task, rate, flips or "-", own, worded or "-", *shares])
+    head = ("set", "task", "flip rate", "flips by wording", "score", "score by wording", *kinds)
+    return markdown_table(head, rows)
 
 
 def _templates(metrics: Mapping[str, Any]) -> str:

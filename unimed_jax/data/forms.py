@@ -192,6 +192,10 @@ class Form(abc.ABC):
     def prompt(self, example: Example, variant: int = 0) -> list[Piece]:
         """Returns the generation prompt: an instruction (evaluation's is number 0) and no answer."""
 
+    @abc.abstractmethod
+    def said(self, answer: str) -> Piece:
+        """Returns the piece that follows a generation prompt if `answer` is what the model says."""
+
 
 class UniMed(Form):
     """Puts a task tag and an instruction after the image, as Uni-Med does.
@@ -211,11 +215,14 @@ class UniMed(Form):
         return 2 if self.text.double_bos and not training else 1
 
     def training(self, example: Example, variant: int) -> list[Piece]:
-        answer = Piece(answer_text(example, self.text), target=True, ends=True)
+        answer = self.said(answer_text(example, self.text))
         return [*self._asked(example, variant, " " if self.text.training_blank else ""), answer]
 
     def prompt(self, example: Example, variant: int = 0) -> list[Piece]:
         return self._asked(example, variant, "")
+
+    def said(self, answer: str) -> Piece:
+        return Piece(answer, target=True, ends=True)
 
     def _asked(self, example: Example, variant: int, blank: str) -> list[Piece]:
         """Puts tag and instruction after the images.
@@ -323,6 +330,10 @@ class Chat(Conversation):
         head = "" if turns else self._head()
         return [*before, *_marked(head + self._question(image_first(question)))]
 
+    def said(self, answer: str) -> Piece:
+        t = self.template
+        return Piece(f" {answer}" + ("" if t.ends else t.after_answer), target=True, ends=t.ends)
+
     def _head(self) -> str:
         t = self.template
         return t.system + t.after_system + t.history
@@ -332,12 +343,10 @@ class Chat(Conversation):
         return f"{user}: {question}{self.template.after_question}{assistant}:"
 
     def _answered(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
-        pieces, t = [], self.template
+        pieces = []
         for i, (question, answer) in enumerate(turns):
             pieces += _marked(("" if i else self._head()) + self._question(question))
-            pieces.append(
-                Piece(f" {answer}" + ("" if t.ends else t.after_answer), target=True, ends=t.ends)
-            )
+            pieces.append(self.said(answer))
         return pieces
 
 
@@ -350,10 +359,13 @@ class Plain(Conversation):
             raise UserError(
                 "config.text.form='plain' takes images with one caption; use another for conversations."
             )
-        return [*[Piece(image=True)] * images, Piece(turns[0][1] + "\n", target=True)]
+        return [*[Piece(image=True)] * images, self.said(turns[0][1])]
 
     def prompt_turns(self, turns: Sequence[tuple[str, str]], question: str) -> list[Piece]:
         return _marked(f"{image_first(question)}\n")
+
+    def said(self, answer: str) -> Piece:
+        return Piece(answer + "\n", target=True)
 
 
 def _marked(text: str) -> list[Piece]:

@@ -187,6 +187,11 @@ class Encoder:
         shown = pieces if with_images else [piece for piece in pieces if not piece.image]
         return self._encode(example, shown, training=False)
 
+    def answered(self, example: Example, answer: str) -> Encoded:
+        """Returns the generation prompt of an example with a text that could be its answer."""
+        pieces = [*self._form.prompt(example), self._form.said(answer)]
+        return self._encode(example, pieces, training=False)
+
     def _encode(self, example: Example, pieces: Sequence[Piece], training: bool) -> Encoded:
         image = [VISUAL] * self._tokens_per_image
         ids, targets = piece_ids(pieces, self._ids, self._tokenizer.eos, image, self._together)

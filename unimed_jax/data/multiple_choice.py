@@ -73,6 +73,28 @@ def with_options(question: str, options: Mapping[str, str]) -> str:
     return question + "".join(f" ({letter}) {text}" for letter, text in options.items())
 
 
+def shown_options(question: str) -> Options:
+    """Finds the options that `with_options` put behind a question; {} if there are none.
+
+    They are (A), (B), (C) ... without a gap, as many as there are: a letter within an option ("both (A)
+    and (B)") is none.
+    """
+    best: Options = {}
+    for first in re.finditer(r" \(A\) ", question):
+        starts = [first]
+        while len(starts) < len(LETTERS):
+            mark = re.compile(rf" \({LETTERS[len(starts)]}\) ")
+            following = mark.search(question, starts[-1].end() - 1)
+            if following is None:
+                break
+            starts.append(following)
+        ends = [*(mark.start() for mark in starts[1:]), len(question)]
+        texts = [question[mark.end() : end] for mark, end in zip(starts, ends, strict=True)]
+        if len(texts) >= max(len(best), 2) and all(text.strip() for text in texts):
+            best = dict(zip(LETTERS, texts, strict=False))
+    return best
+
+
 def _begins(text: str, letter: str, option: str) -> bool:
     """Says whether a text is an option with its letter before it, as in "(B) lung"."""
     return _plain(_bare(text, letter)) == _plain(option)

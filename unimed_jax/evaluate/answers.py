@@ -40,7 +40,7 @@ class Answered:
 
 
 class Journal:
-    """Keeps the answers so far, one line each.
+    """Keeps the answers so far, one line each, or whatever else is known of each question.
 
     Process 0 writes the file, all processes know its content.
 
@@ -48,14 +48,17 @@ class Journal:
     kill cuts the last one short, and a disk may change any, which the line's checksum shows.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, name: str = JOURNAL):
+    def __init__(
+        self, folder: Path, fingerprint: str, name: str = JOURNAL, kind: Callable[..., Any] = Answered
+    ):
+        """Takes the name of its file and the dataclass of its entries."""
         self._file, self._fingerprint = folder / name, fingerprint
-        self.found: dict[str, Answered] = {}  # id in predictions -> answer
+        self.found: dict[str, Any] = {}  # id in predictions -> entry
         if processes.leads():
             folder.mkdir(parents=True, exist_ok=True)
         for line in processes.from_leader(self._read() if processes.leads() else None):
             name = line.pop("id")
-            self.found[name] = Answered(**line)
+            self.found[name] = kind(**line)
 
     def _read(self) -> list[dict[str, Any]]:
         try:
@@ -87,7 +90,7 @@ class Journal:
             + b"\n"
         )
 
-    def add(self, answered: Mapping[str, Answered]) -> None:
+    def add(self, answered: Mapping[str, Any]) -> None:
         """Notes the answers of one batch; they survive a kill of this process."""
         if not processes.leads():
             return
@@ -130,7 +133,7 @@ def answer_units(
     Without one it is asked once, and nothing is written or shown.
     """
     answers = {} if journal is None else dict(journal.found)
-    with _progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
+    with progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
         for unit in units:
             answer: Answer | None = None
             permuted = permute_images(unit.examples, seed) if journal is not None and permute else None
@@ -184,7 +187,7 @@ def _answer_batch(
     ]
 
 
-def _progress(total: int, shown: bool):
+def progress(total: int, shown: bool):
     """Makes a progress bar with examples/s and the time left, on process 0.
 
     In a log file a line every half minute.

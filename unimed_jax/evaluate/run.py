@@ -10,29 +10,32 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from unimed_jax import files, processes
+from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import Config, to_dict
-from unimed_jax.data.box_text import text_to_box
-from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate import baselines
+from unimed_jax.evaluate import baselines, likelihood
 from unimed_jax.evaluate.answers import Answer, Answered, Journal, answer_units
+from unimed_jax.evaluate.labels import Labels
 from unimed_jax.evaluate.metrics import Record
-from unimed_jax.evaluate.metrics.registry import Metric
+from unimed_jax.evaluate.metrics.registry import LabelLikelihoods
+from unimed_jax.evaluate.protocol import protocols
+from unimed_jax.evaluate.records import of_labels, records_of
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.report.markdown import score_line
 from unimed_jax.evaluate.routing import routing_report
-from unimed_jax.evaluate.scores import PERMUTED, Scored, leading_split, score, summarise
+from unimed_jax.evaluate.scores import Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.interruption import claim, claims_end
 from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.parsing import json_lines, read_text
+from unimed_jax.predict.likelihood import Likelihood
 from unimed_jax.predict.predictor import Predictor, Request
-from unimed_jax.provenance import code_version, plain, protocol_id
+from unimed_jax.provenance import code_version, plain
 from unimed_jax.runs import inputs
 from unimed_jax.runs.folder import read_config
 from unimed_jax.runs.open import Run, initial_leaves
@@ -58,9 +61,15 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     notes += data_notes(units)
     training = Training(config, sets)
     notes += dict.fromkeys([*run.notes, *changed_inputs(run.folder, run.config, config, sets, training)])
-    journal = Journal(folder, fingerprint_of(run, config, sets))
+    fingerprint = fingerprint_of(run, config, sets)
+    journal = Journal(folder, fingerprint)
     answer_of = functools.partial(model_answers, run.model, config, run.tokenizer)
-    scored = answer_and_score(units, training, answer_of, journal, config)
+    measured = None
+    if config.evaluate.likelihood:
+        likelihoods = Journal(folder, fingerprint, likelihood.JOURNAL, Likelihood)
+        measurer = likelihood.model_measurer(run.model, config, run.tokenizer)
+        measured = functools.partial(likelihood.measure_units, measurer=measurer, journal=likelihoods)
+    scored = answer_and_score(units, training, answer_of, journal, config, measured)
     routing = _routing(run, config, sets, scored)
     if not processes.leads():
         return {}
@@ -68,6 +77,8 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     metrics = summarise(config, scored, _about(sets, units), notes, run.step, routing)
     write_report(folder, config, metrics, scored, _reader(sets), routing, f"--run={run.folder}")
     journal.remove()
+    if measured is not None:
+        likelihoods.remove()
     _say(metrics, folder)
     return metrics
 
@@ -110,15 +121,23 @@ def answer_and_score(
     answer_of: Callable[[Unit], Answer],
     journal: Journal,
     config: Config,
+    measured: Callable[[Sequence[Unit], Mapping[str, Labels]], Mapping[str, Likelihood]] | None = None,
 ) -> list[Scored]:
     """Fits the baselines, answers what the journal lacks, and scores every unit.
 
-    It is called on all processes together.
+    measured: gives the likelihoods of labels; None: they are not measured. It is called on all
+    processes together.
     """
     # Baselines come before the long wait for answers, since wrong records show there.
     blind = _shared(lambda: _blind_answers(units, training))
+    labels = likelihood.known_labels(units, training) if measured else {}
     found = answer_units(units, answer_of, config.seed, journal)
-    return _scored(units, found, blind, config)
+    known = (
+        {name: of_labels(labels[name], one) for name, one in measured(units, labels).items()}
+        if measured
+        else {}
+    )
+    return _scored(units, found, blind, config, known)
 
 
 def evaluate_predictions(
@@ -166,7 +185,7 @@ def evaluate_predictions(
                 height, width = unit.source.data.image(example.images[0]).shape[:2]
                 size = [width, height]
             found[name] = Answered(given.get(name, ""), size)
-    scored = _scored(units, found, blind, config, form="external")
+    scored = _scored(units, found, blind, config, external=True)
     metrics = summarise(config, scored, _about(sets, units), notes)
     metrics["predictions"] = {
         "file": file.name,
@@ -329,16 +348,23 @@ def _blind_answers(units: Sequence[Unit], training: Training) -> Blind:
 
 
 def _scored(
-    units: Sequence[Unit], found: Mapping[str, Answered], blind: Blind, config: Config, form: str = ""
+    units: Sequence[Unit],
+    found: Mapping[str, Answered],
+    blind: Blind,
+    config: Config,
+    known: Mapping[str, LabelLikelihoods] = FrozenDict(),
+    external: bool = False,
 ) -> list[Scored]:
     """Returns every unit's records and scores, in the order of the units, on all processes."""
 
     def work() -> dict[str, Any]:
         out = {}
         for unit in _mine(units):
-            records = records_of(unit, found, blind[unit.name])
-            protocol = _protocol(unit, config, unit.metrics[0], form)
-            out[unit.name] = [records, plain(score(unit.task, records, config, unit.metrics, protocol))]
+            records = records_of(unit, found, blind[unit.name], known)
+            given = [record["likelihood"] for record in records if "likelihood" in record]
+            labels = [Labels(one["rule"], one["group"], tuple(one["labels"])) for one in given]
+            ids = protocols(unit, config, labels, external)
+            out[unit.name] = [records, plain(score(unit.task, records, config, unit.metrics, ids))]
         return out
 
     every: dict[str, Any] = {}
@@ -347,68 +373,6 @@ def _scored(
     return [
         Scored(unit.source.id, unit.split, unit.task, unit.metrics, *every[unit.name]) for unit in units
     ]
-
-
-def records_of(
-    unit: Unit, found: Mapping[str, Answered], blind: Mapping[str, Mapping[str, list[str]]]
-) -> list[Record]:
-    """Makes the lines of predictions.jsonl of one unit."""
-    out = []
-    for i, example in enumerate(unit.examples):
-        name = unit.id_of(example)
-        answered = found[name]
-        guesses = {kind: {key: texts[i] for key, texts in some.items()} for kind, some in blind.items()}
-        if answered.permuted is not None:
-            guesses.setdefault("blind", {})[PERMUTED] = answered.permuted
-        record = {
-            "id": name,
-            "set": unit.source.id,
-            "split": unit.split,
-            "task": unit.task,
-            "template": example.meta.get("template", ""),
-            "cluster": example.cluster or example.id,
-            "question": example.question,
-            "images": list(example.images),
-            "reference": example.answer,
-            "prediction": answered.prediction,
-            "box": _box(example, answered.image_size),
-            "image_size": answered.image_size,
-            "meta": dict(example.meta),
-            "blind": guesses.get("blind", {}),
-            "peers": guesses.get("peers", {}),
-            "permuted_images": answered.permuted_images,
-        }
-        out.append(cast(Record, record))
-    return out
-
-
-def _box(example: Example, size: Sequence[int] | None) -> list[float] | None:
-    """Returns the box of a record in pixels: its own or, for task refer, that of its answer."""
-    if example.box is not None:
-        return [int(value) for value in example.box]
-    if example.task != "refer" or size is None:
-        return None
-    percent = text_to_box(example.answer)
-    if percent is None:
-        raise UserError(
-            f"record {example.id}: task 'refer' needs a box or an answer {{<x1><y1><x2><y2>}}; mend it."
-        )
-    return [value / 100 * size[i % 2] for i, value in enumerate(percent)]
-
-
-def _protocol(unit: Unit, config: Config, metric: Metric, form: str) -> str:
-    return protocol_id(
-        set_id=unit.source.id,
-        checksum=unit.source.data.checksum,
-        split=unit.split,
-        rule=unit.source.rules.get(unit.split, ""),
-        closed=unit.task == "vqa",
-        normaliser=metric.normaliser,
-        form=form or config.text.form,
-        max_words=config.text.max_words,
-        fit=config.data.fit if not form and any(example.images for example in unit.examples) else "",
-        metric=metric.name,
-    )
 
 
 # ---------------------------------------------------------------------------------------------

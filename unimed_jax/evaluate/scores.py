@@ -11,9 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import VISUAL_TASKS, Config, TextConfig, config_hash, to_dict
 from unimed_jax.data.forms import cut_words, form_of
-from unimed_jax.evaluate.metrics import Metric, Record, of_task
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.classes import class_scores
+from unimed_jax.evaluate.labels import TRAINING
+from unimed_jax.evaluate.metrics import Metric, NotComputed, Record, of_task
 from unimed_jax.evaluate.metrics.captions import report_scores
 from unimed_jax.evaluate.metrics.published import (
     answer_report,
@@ -40,15 +44,17 @@ def score(
     records: Sequence[Record],
     config: Config,
     metrics: Sequence[Metric] = (),
-    protocol: str = "",
+    protocols: Mapping[str, str] = FrozenDict(),
 ) -> dict[str, Any]:
     """Scores the records of one task.
 
     {n, clusters, primary, corrected: {metric: {value, ci95}}, published: {metric: value}, blind and
-    peers: {baseline: {metric: value}}, margin and peer_margin: {baseline, value, ci95}, protocol,
-    notes: [str], templates: {template: {n, value, ci95, blind: {baseline: value}, margin}}}, the
-    last on the primary metric. ci95 is None for fewer than two clusters, a margin without a
-    baseline. vqa also counts n_open and n_closed.
+    peers: {baseline: {metric: value}}, margin and peer_margin: {baseline, value, ci95}, protocol (of
+    the primary metric), protocols (protocol.protocols, which is given), notes: [str], templates:
+    {template: {n, value, ci95, blind: {baseline: value}, margin}}}, the last on the primary metric.
+    ci95 is None for fewer than two clusters, a margin without a baseline. What cannot be computed has
+    the value None and `why`. vqa also counts n_open and n_closed; where labels were measured there is
+    `likelihood` (classes.class_scores). Raises UserError if the primary metric cannot be computed.
     """
     metrics = metrics or of_task(task)
     table = _Table(records, metrics, config)
@@ -60,19 +66,27 @@ def score(
         "n": len(records),
         "clusters": table.clusters,
         "primary": table.primary,
-        "corrected": {name: table.estimate(("model", name)) for name in table.model},
+        "corrected": {name: table.estimate(("model", name)) for name in table.model}
+        | {name: {"value": None, "ci95": None, "why": why} for name, why in table.lacking.items()},
         "published": _published(task, records, config.text),
         "blind": {name: _values(measures) for name, measures in blind.items()},
         "peers": {name: _values(measures) for name, measures in peers.items()},
         "margin": table.margin("blind", list(blind)),
         "peer_margin": table.margin("peers", list(peers)),
-        "protocol": protocol,
+        "protocol": protocols.get(table.primary, ""),
+        "protocols": dict(protocols),
         "notes": _notes(task, blind, table.clusters),
         "templates": {
             name: _template_score(table, name, mask, list(blind)) for name, mask in masks.items()
         },
         **(_answer_types(records) if task == "vqa" else {}),
+        **_of_labels(records, config),
     }
+
+
+def _of_labels(records: Sequence[Record], config: Config) -> dict[str, Any]:
+    found = class_scores(records, config.evaluate.bootstrap, config.seed)
+    return {} if found is None else {"likelihood": found}
 
 
 def _template_masks(records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -108,7 +122,13 @@ class _Table:
         self._names = np.array([record["cluster"] for record in records])
         self.clusters = len(set(self._names.tolist()))
         self.primary = metrics[0].name
+        self.lacking: dict[str, str] = {}  # metric -> why it is not computed
         every = self._measured([record["prediction"] for record in records])
+        if self.primary in self.lacking:
+            raise UserError(
+                f"metric {self.primary!r} leads the scores of {records[0]['set']} but is "
+                f"{self.lacking[self.primary]}; name another one first in config.evaluate.entries."
+            )
         # A metric that no record counts for (open questions, if all are closed) is left out.
         counted = [name for name, measure in every.items() if np.isfinite(measure.value)]
         self.model = {name: every[name] for name in every if name in (self.primary, *counted)}
@@ -116,11 +136,19 @@ class _Table:
         self._several: dict[tuple[str, ...], bool] = {}  # whether more than one cluster counts
         self._draws: dict[tuple[str, ...], np.ndarray] = {}
 
-    def _measured(self, predictions: Sequence[str]) -> Measures:
+    def _measured(self, predictions: Sequence[str], baseline: bool = False) -> Measures:
         given = [
             cast(Record, {**r, "prediction": p}) for r, p in zip(self._records, predictions, strict=True)
         ]
-        return {metric.name: metric(given) for metric in self._metrics}
+        found = {}
+        for metric in self._metrics:
+            if baseline and not metric.baselines and metric.name != self.primary:
+                continue
+            try:
+                found[metric.name] = metric(given)
+            except NotComputed as missing:
+                self.lacking[metric.name] = str(missing)
+        return found
 
     def of_baselines(self, kind: str) -> dict[str, Measures]:
         """Measures the baselines that answered every record, by name."""
@@ -128,7 +156,7 @@ class _Table:
             cast(Mapping[str, Mapping[str, str]], record).get(kind) or {} for record in self._records
         ]
         names = [name for name in answers[0] if all(name in given for given in answers)]
-        found = {name: self._measured([given[name] for given in answers]) for name in names}
+        found = {name: self._measured([given[name] for given in answers], True) for name in names}
         return {
             name: {key: m for key, m in every.items() if key in self.model}
             for name, every in found.items()
@@ -293,14 +321,22 @@ def pooled(parts: Sequence[Scored], config: Config) -> dict[str, Any]:
             "n": len(records),
             "notes": [f"{names} have no metric in common, so they are not pooled"],
         }
-    protocol = "+".join(part.scores["protocol"] for part in parts)
-    return score(first.task, records, config, shared, protocol)
+    every = [part.scores["protocols"] for part in parts]
+    protocols = {
+        name: "+".join(ids[name] for ids in every)
+        for name in every[0]
+        if all(name in ids for ids in every)
+    }
+    return score(first.task, records, config, shared, protocols)
 
 
 def _prefixed(record: Record, name: str) -> Record:
-    changed = {
+    changed: dict[str, Any] = {
         key: f"{name}/{value}" if (value := record[key]) else value for key in ("cluster", "template")
     }
+    given = record.get("likelihood")
+    if given and given["rule"] == TRAINING:  # equal templates of two sets have labels of their own
+        changed["likelihood"] = {**given, "group": f"{name}/{given['group']}"}
     return cast(Record, {**record, **changed})
 
 

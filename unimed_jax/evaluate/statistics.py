@@ -55,6 +55,21 @@ class Measure:
         return values[weights == 1] == 1 if exact else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranked(Measure):
+    """Holds a score that depends on the weights of all items, such as one of ranks, and not on sums.
+
+    `items` [n, 1] are those weights, `score` takes how often each item was drawn: [..., n] -> [...].
+    """
+
+    def where(self, chosen: Sequence[bool] | np.ndarray) -> "Ranked":
+        return Ranked(self.items * np.asarray(chosen, np.float64)[:, None], self.score)
+
+    @property
+    def value(self) -> float:
+        return float(self.score(self.items[:, 0]))
+
+
 def resample(
     measures: Sequence[Measure], clusters: Sequence[str], resamples: int, seed: int
 ) -> list[np.ndarray]:
@@ -63,20 +78,27 @@ def resample(
     Every draw takes as many clusters as there are, with replacement, each with all its items.
     """
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    columns = np.concatenate([measure.items for measure in measures], axis=1)  # [n, sum K]
+    summed = [measure for measure in measures if not isinstance(measure, Ranked)]
+    columns = np.concatenate([np.zeros((len(index), 0)), *(m.items for m in summed)], axis=1)
     sums = np.zeros((len(names), columns.shape[1]))  # [G, sum K]
     np.add.at(sums, index, columns)
     rng = np.random.default_rng(seed)
     share = np.full(len(names), 1 / len(names))
     block = max(1, 2**22 // len(names))  # bounds the memory of many clusters
-    blocks = [
-        rng.multinomial(len(names), share, size=min(block, resamples - start)) @ sums
-        for start in range(0, resamples, block)
+    ranked = {i: m for i, m in enumerate(measures) if isinstance(m, Ranked)}
+    blocks, ranks = [np.zeros((0, sums.shape[1]))], {i: [np.zeros(0)] for i in ranked}
+    for start in range(0, resamples, block):
+        counts = rng.multinomial(len(names), share, size=min(block, resamples - start))  # [b, G]
+        blocks.append(counts @ sums)
+        for i, measure in ranked.items():
+            ranks[i].append(measure.score(counts[:, index] * measure.items[:, 0]))
+    drawn = np.concatenate(blocks)  # [resamples, sum K]
+    ends = np.cumsum([measure.items.shape[1] for measure in summed])
+    parts = iter(np.split(drawn, ends[:-1], axis=1))
+    return [
+        np.concatenate(ranks[i]) if i in ranked else measure.score(next(parts))
+        for i, measure in enumerate(measures)
     ]
-    drawn = np.concatenate([np.zeros((0, sums.shape[1])), *blocks])  # [resamples, sum K]
-    ends = np.cumsum([measure.items.shape[1] for measure in measures])
-    parts = np.split(drawn, ends[:-1], axis=1)
-    return [measure.score(part) for measure, part in zip(measures, parts, strict=True)]
 
 
 def interval(draws: np.ndarray) -> list[float] | None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from unimed_jax.config import TASKS, Config, DataConfig, EntryConfig
+from unimed_jax.config import TASKS, Config, DataConfig, EntryConfig, SourceConfig
 from unimed_jax.data import layout
 from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.datasets import open_sources
@@ -34,6 +34,7 @@ class Source:
     data: Dataset
     tasks: tuple[str, ...]
     rules: Mapping[str, str]  # made split -> its rule; those of the set itself are not in it
+    settings: tuple[SourceConfig, ...] = ()  # its sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Unit:
     batch: int
     max_new_tokens: int
     every: int = 0  # training steps between its runs while training; 0: only after training
+    limit: int = 0  # how many examples were chosen of more; 0: all are there
 
     @property
     def name(self) -> str:
@@ -66,7 +68,10 @@ def open_sets(data: DataConfig) -> dict[str, Source]:
         old = found.get(name)
         tasks = {*(source.tasks or dataset.info.tasks), *(old.tasks if old else ())}
         rules = {**(old.rules if old else {}), **source.splits}
-        found[name] = Source(name, dataset, tuple(task for task in TASKS if task in tasks), rules)
+        settings = (*(old.settings if old else ()), source)
+        found[name] = Source(
+            name, dataset, tuple(task for task in TASKS if task in tasks), rules, settings
+        )
     return found
 
 
@@ -146,15 +151,17 @@ def _named(entry: EntryConfig, config: Config, sets: Mapping[str, Source]) -> Un
 
 def _unit(entry: EntryConfig, config: Config, source: Source, examples: Sequence[Example]) -> Unit:
     defaults = config.evaluate
+    chosen = select(examples, defaults.limit if entry.limit is None else entry.limit)
     return Unit(
         source=source,
         split=entry.split,
         task=entry.task,
         metrics=of_task(entry.task, entry.metrics),
-        examples=select(examples, defaults.limit if entry.limit is None else entry.limit),
+        examples=chosen,
         batch=entry.batch or defaults.batch,
         max_new_tokens=entry.max_new_tokens or defaults.max_new_tokens,
         every=entry.every,
+        limit=len(chosen) if len(chosen) < len(examples) else 0,
     )
 
 

@@ -63,7 +63,7 @@ class UniMed(nnx.Module):
         self,
         batch: Batch,
         dropout_key: Key[Array, ""] | None = None,
-        noise: Noise | None = None,
+        noise: Noise | Key[Array, ""] | None = None,
     ) -> Output:
         """Runs a batch through all parts; `dropout_key` and `noise` are those of Decoder."""
         x, routing = self.embed(batch)
@@ -94,6 +94,14 @@ class UniMed(nnx.Module):
         gathered = jnp.take_along_axis(tokens, places, axis=1)  # [B, S, D]
         x = jnp.where((visual >= 0)[..., None], gathered.astype(x.dtype), x)
         return constrain(x, "batch", None, None), routing
+
+
+def answer_logits(
+    model: UniMed, hidden: Float[Array, "B S D"], batch: Batch
+) -> Float[Array, "B A vocab"]:
+    """Computes the logits that predict answer tokens; the head never runs on other positions."""
+    picked = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)  # [B, A, D]
+    return constrain(model.decoder.logits(picked), "batch", None, "vocab")
 
 
 def span_of(batch: Batch) -> Span:

@@ -33,7 +33,10 @@ from unimed_jax.parsing import read_json
 from unimed_jax.settings import from_config_dict
 
 # What an evaluation writes, the last one last: it stands for the others.
-RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "metrics.json")
+RESULTS = (
+    *("predictions.jsonl", "predictions.png", "routing.png", "reliability.png"),
+    *("report.md", "metrics.json"),
+)
 
 
 def write_config(folder: Path, config: Config) -> None:

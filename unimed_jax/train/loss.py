@@ -8,16 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, LossConfig
 from unimed_jax.model.routing import Noise
-from unimed_jax.model.sharding import constrain
-from unimed_jax.model.unimed import COORDINATES, Batch, UniMed
-
-
-def answer_logits(
-    model: UniMed, hidden: Float[Array, "B S D"], batch: Batch
-) -> Float[Array, "B A vocab"]:
-    """Computes the logits that predict answer tokens; the head never runs on other positions."""
-    picked = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)  # [B, A, D]
-    return constrain(model.decoder.logits(picked), "batch", None, "vocab")
+from unimed_jax.model.unimed import COORDINATES, Batch, UniMed, answer_logits
 
 
 def cross_entropy(

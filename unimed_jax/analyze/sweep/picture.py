@@ -6,7 +6,7 @@ from typing import Any
 
 COLOURS = {"better": "#009E73", "worse": "#D55E00", "undecided": "#555555"}  # of verdicts (Okabe-Ito)
 PLAIN = "#0072B2"  # of single columns, which have no verdict
-ACROSS = 4  # panels of columns side by side
+ACROSS = 3  # panels of columns side by side
 
 
 def draw(path: Path, found: Mapping[str, Any]) -> None:
@@ -15,6 +15,7 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
 
     names = [name for name, entry in found["variants"].items() if "columns" in entry]
     labels = [column["label"] for column in found["columns"]]
+    one = len({column["set"] for column in found["columns"]}) == 1  # which then need not be named
     rows = -(-len(labels) // ACROSS)
     tall = 0.26 * len(names) + 0.75  # inches of a panel
     figure = Figure(
@@ -22,21 +23,22 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
     )
     grid = figure.add_gridspec(rows + 1, ACROSS, height_ratios=[1.25, *[1] * rows])
     axes = figure.add_subplot(grid[0, :])
-    _panel(axes, names, [found["variants"][name].get("change") for name in names], True)
+    _panel(axes, names, [found["variants"][name].get("change") for name in names], wide=True)
     axes.set_title(
         f"{found['name']}: mean change against {found['baseline']}, %, 95 % interval "
         "(dots: single seeds; filled: decided)", fontsize=10
     )  # fmt: skip
     for i, label in enumerate(labels):
         axes = figure.add_subplot(grid[1 + i // ACROSS, i % ACROSS])
-        _panel(
-            axes, names, [found["variants"][name]["columns"][label] for name in names], i % ACROSS == 0
-        )
-        axes.set_title(label, fontsize=8.5)
+        entries = [found["variants"][name]["columns"][label] for name in names]
+        _panel(axes, names, entries, named=i % ACROSS == 0)
+        axes.set_title(label.partition(" ")[2] if one else label, fontsize=9)
     figure.savefig(path, format="png")
 
 
-def _panel(axes, names: Sequence[str], entries: Sequence[Mapping | None], named: bool) -> None:
+def _panel(
+    axes, names: Sequence[str], entries: Sequence[Mapping | None], named: bool = True, wide: bool = False
+) -> None:
     """Draws one difference a row."""
     axes.axvline(0, color="black", linewidth=0.8)
     for at, entry in enumerate(entries):
@@ -55,6 +57,7 @@ def _panel(axes, names: Sequence[str], entries: Sequence[Mapping | None], named:
     axes.set_yticks(range(len(names)), names if named else [""] * len(names), fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=9 if wide else 5)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

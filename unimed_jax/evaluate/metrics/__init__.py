@@ -19,10 +19,29 @@ that numbers compare with the papers.
 import importlib
 import pkgutil
 
-from unimed_jax.evaluate.metrics.registry import Metric, Record, find, metric, of_task, pairs, per_record
+from unimed_jax.evaluate.metrics.registry import (
+    Metric,
+    NotComputed,
+    Record,
+    find,
+    metric,
+    of_task,
+    pairs,
+    per_record,
+)
 from unimed_jax.evaluate.statistics import Measure
 
-__all__ = ["Measure", "Metric", "Record", "find", "metric", "of_task", "pairs", "per_record"]
+__all__ = [
+    "Measure",
+    "Metric",
+    "NotComputed",
+    "Record",
+    "find",
+    "metric",
+    "of_task",
+    "pairs",
+    "per_record",
+]
 
 for _found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
     importlib.import_module(f"{__name__}.{_found}")

@@ -1,4 +1,4 @@
-"""Scores reports by corpus BLEU of our tokens and by the published BLEU, METEOR and ROUGE.
+"""Scores reports: by BLEU and ROUGE-L of our tokens, by CIDEr, and by the published BLEU, METEOR, ROUGE.
 
 PTB tokenisation and METEOR are Java programs inside the package pycocoevalcap. They are started here
 rather than through its wrappers, which write into the installed package, depend on the machine's
@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from unimed_jax.evaluate.metrics.published import normalise_answer, published_f1
-from unimed_jax.evaluate.metrics.registry import Record, metric, pairs
+from unimed_jax.evaluate.metrics.registry import NotComputed, Record, metric, pairs
 from unimed_jax.evaluate.metrics.text import bleu, bleu_sums
 from unimed_jax.evaluate.statistics import Measure
 from unimed_jax.evaluate.words import WORDS, tokens
 
 NEEDS_JAVA = "not computed: needs Java"
 _JAVA_SECONDS = 900  # no corpus of reports takes longer
+PTB = "ptb-lower"  # the normaliser of CIDEr in protocol ids
 _JAVA_FLAGS = (
     "-Dfile.encoding=UTF-8",
     "-Dstdout.encoding=UTF-8",
@@ -51,6 +52,50 @@ def bleu4_regex_tokens(records: Sequence[Record]) -> Measure:
 def bleu1_regex_tokens(records: Sequence[Record]) -> Measure:
     """Computes corpus BLEU-1 of `tokens`."""
     return _corpus_bleu(records, 1)
+
+
+@metric("rouge_l_regex_tokens", tasks=("caption",), normaliser=WORDS, baselines=False)
+def rouge_l_regex_tokens(records: Sequence[Record]) -> Measure:
+    """Computes the mean F1 of ROUGE-L by the package rouge-score, over `tokens` and without stemming.
+
+    That package's own tokens are letters a-z and digits alone: equal Chinese texts score 0 by them,
+    and "3.5" is "3 5". An empty answer scores 0.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    return Measure.mean(
+        [scorer.score(wanted, said)["rougeL"].fmeasure for said, wanted in pairs(records)]
+    )
+
+
+class _Words:
+    """Gives rouge-score our tokens."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return tokens(text)
+
+
+@metric("cider", tasks=("caption",), normaliser=PTB, baselines=False)
+def cider(records: Sequence[Record]) -> Measure:
+    """Computes CIDEr by pycocoevalcap, from 0 to 10, over PTB tokens with one reference each.
+
+    Words weigh by how few references of these records hold them, so the score belongs to the set; its
+    interval keeps the weights. An empty answer scores 0. Raises NotComputed without Java or the package.
+    """
+    if missing := why_no_java_metrics():
+        raise NotComputed(missing)
+    from pycocoevalcap.cider.cider import Cider
+
+    if len(records) < 2:  # every word weighs log(1) = 0
+        raise NotComputed("not computed: needs at least two reports")
+    try:
+        tokenised = _ptb_tokens([text for pair in pairs(records) for text in pair])
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        raise NotComputed(f"not computed: {error}") from error
+    predictions = {i: [text] for i, text in enumerate(tokenised[::2])}
+    references = {i: [text] for i, text in enumerate(tokenised[1::2])}
+    return Measure.mean(Cider().compute_score(references, predictions)[1].tolist())
 
 
 @functools.cache
@@ -121,11 +166,24 @@ def ptb_tokenise(texts: Sequence[str]) -> list[str]:
     ]
 
 
+_tokenised: dict[str, str] = {}  # text -> PTB tokens of the latest corpus
+
+
+def _ptb_tokens(texts: Sequence[str]) -> list[str]:
+    """Does `ptb_tokenise` to texts of which some may have passed it before, with one start of Java."""
+    new = [text for text in dict.fromkeys(texts) if text.strip() and text not in _tokenised]
+    found = dict(zip(new, ptb_tokenise(new), strict=True)) if new else {}
+    kept = {text: _tokenised[text] for text in texts if text in _tokenised}
+    _tokenised.clear()
+    _tokenised.update(kept | found)
+    return [_tokenised.get(text, "") for text in texts]
+
+
 def corpus_bleu(pairs: Sequence[tuple[str, str]]) -> list[float]:
     """Computes corpus BLEU-1..4 of raw (prediction, reference) texts: PTB tokens, pycocoevalcap."""
     from pycocoevalcap.bleu.bleu import Bleu
 
-    tokenised = ptb_tokenise([text for pair in pairs for text in pair])
+    tokenised = _ptb_tokens([text for pair in pairs for text in pair])
     predictions = {i: [text] for i, text in enumerate(tokenised[::2])}
     references = {i: [text] for i, text in enumerate(tokenised[1::2])}
     return [float(value) for value in Bleu(4).compute_score(references, predictions, verbose=0)[0]]

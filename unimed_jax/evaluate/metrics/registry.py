@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from unimed_jax.config import TASKS
 from unimed_jax.errors import UserError, nearest
@@ -29,9 +29,24 @@ class Record(TypedDict):
     blind: Mapping[str, str]  # baseline -> its answer, given without looking at this image
     peers: Mapping[str, str]  # qa: answers of learned baselines, which read all that the model reads
     permuted_images: list[str] | None  # what the baseline `permuted_images` was shown
+    likelihood: NotRequired["LabelLikelihoods"]  # where the question's possible answers are known
+
+
+class LabelLikelihoods(TypedDict):
+    """Describes the possible answers to a question and how likely the model finds each."""
+
+    rule: str  # how they were found (evaluate/labels.py)
+    group: str  # of questions that have the same labels
+    labels: list[str]
+    log_likelihoods: list[float]  # of each label with its end of text
+    tokens: list[int]  # of each label
 
 
 Scorer = Callable[[Sequence[Record]], Measure]
+
+
+class NotComputed(Exception):
+    """Says why a metric has no value here; its text begins with "not computed: "."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +58,13 @@ class Metric:
     primary_for: tuple[str, ...]  # tasks whose model is compared with blind baselines on it
     normaliser: str  # what it does to both texts, for the protocol id; empty: nothing
     score: Scorer
+    baselines: bool = True  # whether it is measured for baselines too; not, if that takes long
 
     def __call__(self, records: Sequence[Record]) -> Measure:
         """Scores the records of a task.
 
-        Raises UserError if the metric returns another number of items than it was given.
+        Raises UserError if the metric returns another number of items than it was given, and
+        NotComputed if something is missing here that it needs.
         """
         measure = self.score(records)
         if not isinstance(measure, Measure) or len(measure.items) != len(records):
@@ -62,7 +79,11 @@ _METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    name: str, tasks: Sequence[str] = (), primary_for: Sequence[str] = (), normaliser: str = ""
+    name: str,
+    tasks: Sequence[str] = (),
+    primary_for: Sequence[str] = (),
+    normaliser: str = "",
+    baselines: bool = True,
 ) -> Callable[[Scorer], Scorer]:
     """Registers the decorated function `(records) -> Measure` as the metric `name`.
 
@@ -95,7 +116,7 @@ def metric(
                     "name yours first in the entry's metrics in place of primary_for."
                 )
         every = tuple(dict.fromkeys((*tasks, *primary_for)))
-        _METRICS[name] = Metric(name, every, tuple(primary_for), normaliser, score)
+        _METRICS[name] = Metric(name, every, tuple(primary_for), normaliser, score, baselines)
         return score
 
     return register

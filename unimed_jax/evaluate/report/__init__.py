@@ -16,6 +16,7 @@ from unimed_jax import files
 from unimed_jax.config import Config
 from unimed_jax.evaluate.report.markdown import markdown
 from unimed_jax.evaluate.report.pictures import draw_predictions, draw_routing, token_grid
+from unimed_jax.evaluate.report.reliability import draw_reliability
 from unimed_jax.evaluate.scores import Scored
 from unimed_jax.paths import ANALYSES
 from unimed_jax.provenance import plain
@@ -49,6 +50,14 @@ def write_report(
         try:
             shown = [record for record in records if record["split"] == metrics["split"]]
             draw_predictions(place / "predictions.png", shown, image)
+            leading = [part for part in scored if part.split == metrics["split"]]
+            judged = [part for part in leading if "likelihood" in part.scores]
+            if judged:
+                draw_reliability(
+                    place / "reliability.png",
+                    [(f"{part.set}: {part.task}", part.scores["likelihood"]) for part in judged],
+                )
+                pictures.append("reliability.png")
             if routing is not None:
                 draw_routing(place / "routing.png", routing, token_grid(config))
                 pictures.append("routing.png")

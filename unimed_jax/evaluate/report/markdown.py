@@ -5,6 +5,7 @@ from typing import Any
 
 from unimed_jax.config import Config
 from unimed_jax.data.forms import form_of
+from unimed_jax.evaluate.classes import BINS
 
 POOLED = "all sets"
 # (set, task, scores) of one split, pooled ones last.
@@ -135,8 +136,40 @@ def _templates(entry: Mapping) -> Iterator[Sequence[Any]]:
         yield template, part["n"], with_interval(part), best, with_interval(margin, "+"), verdict(margin)
 
 
+def _further(entry: Mapping) -> Iterator[Sequence[Any]]:
+    for name, value in entry["corrected"].items():
+        if name != entry["primary"]:
+            yield name, value.get("why") or with_interval(value)
+
+
+def _choices(entry: Mapping) -> Iterator[Sequence[Any]]:
+    """Yields the scores of labels: of all questions and, where there are several groups, of each."""
+    if "likelihood" not in entry:
+        return
+    whole = entry["likelihood"]
+    for group, part in {"all": whole, **whole["groups"]}.items():
+        for kind, word in (
+            ("sum", "likelihood"),
+            ("per_token", "likelihood per token"),
+            ("generated", "generated answer"),
+        ):
+            scores = part[kind]
+            values = [scores[name]["value"] if name in scores else None for name in _CHOICE_SCORES[1:]]
+            yield group, part["n"], word, with_interval(scores["accuracy"]), *map(number, values)
+
+
+def _gains(entry: Mapping) -> Iterator[Sequence[Any]]:
+    if "likelihood" in entry:
+        found = entry["likelihood"]
+        margin = found["gain"]
+        low, high = margin["ci95"] or (0.0, 0.0)
+        better = "likelihood" if low > 0 else "generated answer" if high < 0 else "undecided"
+        yield with_interval(margin, "+"), better, found["left_out"]
+
+
 def _protocols(entry: Mapping) -> Iterator[Sequence[Any]]:
-    yield (f"`{entry['protocol']}`",)
+    for name, protocol in entry["protocols"].items():
+        yield name, f"`{protocol}`"
 
 
 _CORRECTED_HEAD = (
@@ -147,6 +180,7 @@ _CORRECTED_HEAD = (
     "margin [95 %]",
     "verdict",
 )
+_CHOICE_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "ece")
 _TEMPLATES_HEAD = ("template", "n", "value [95 %]", "best blind", "margin [95 %]", "verdict")
 
 
@@ -176,8 +210,12 @@ def markdown(
         "whose text is all).",
         *_peer_section(rows),
         f"## By question template on {leading}\n\n{_table(_TEMPLATES_HEAD, rows, _templates)}",
+        *_further_section(rows, leading),
+        *_choice_section(rows, leading),
         *_other_splits(metrics),
-        f"## Protocols\n\nEqual ids can be compared.\n\n{_table(('protocol',), rows, _protocols)}",
+        "## Protocols\n\nScores whose ids are equal can be compared, others cannot. The ids of "
+        "`published` and `likelihood` are completed by the name of the score.\n\n"
+        f"{_table(('score', 'protocol'), rows, _protocols)}",
     ]
     if metrics.get("routing"):
         parts.append(f"## Routing\n\n{routing_line(metrics['routing'])}.")
@@ -236,6 +274,30 @@ def _peer_section(rows: Rows) -> list[str]:
         return []
     head = ("model", "best peer", "model - peer [95 %]", "ahead")
     return [f"## Next to learned baselines that read the same text\n\n{_table(head, rows, _peers)}"]
+
+
+def _further_section(rows: Rows, split: str) -> list[str]:
+    if not any(len(entry["corrected"]) > 1 for *_, entry in rows):
+        return []
+    table = _table(("metric", "value [95 %]"), rows, _further)
+    return [f"## Further corrected scores on {split}\n\n{table}"]
+
+
+def _choice_section(rows: Rows, split: str) -> list[str]:
+    if not any("likelihood" in entry for *_, entry in rows):
+        return []
+    names = ("balanced accuracy", "macro-F1", "AUC", "ECE")
+    head = ("questions", "n", "answer chosen by", "accuracy [95 %]", *names)
+    gains = ("accuracy: likelihood - generated [95 %]", "ahead", "questions without known labels")
+    return [
+        f"## Classes and choices on {split}\n\n{_table(head, rows, _choices)}\n\n"
+        f"{_table(gains, rows, _gains)}\n\n"
+        "Of questions whose possible answers are known, the answer with the highest log-likelihood, its "
+        "sum over the tokens or its mean per token, beside the one that the generated answer names; a "
+        "generated answer that names none, or several, is wrong. AUC: each class against the others of "
+        f"its group, averaged. ECE: expected calibration error in {BINS} bins of equal width; chance "
+        "alone makes it positive, the more the fewer questions there are."
+    ]
 
 
 def _other_splits(metrics: Mapping[str, Any]) -> list[str]:
