@@ -43,7 +43,9 @@ def page(found: Mapping[str, Any]) -> str:
         "t). An exact score must pass McNemar's exact test too: the larger p-value counts. Verdicts "
         f"are corrected for the number of comparisons in the table (Holm, {100 * found['level']:g} %); "
         "*undecided* says that these items cannot tell, not that the runs are equal. *Detectable* is "
-        "the true difference that this comparison would have found four times out of five.",
+        "the true difference that this comparison would have found four times out of five. A verdict is "
+        "about these trained models: another seed of the same settings is another model, and `sweep` "
+        "compares settings over seeds.",
     ]
     if found["templates"]:
         parts.append(f"## Question templates on {found['split']}\n\n{table(found['templates'])}")
