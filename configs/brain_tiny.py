@@ -1,14 +1,17 @@
 """A small Uni-Med, trained from scratch on one average brain: the ten-minute run of the README.
 
 Six tasks on slices of the ICBM152 template (see unimed_jax/data/datasets/brain); every parameter trains.
+`:colin` scores another head too, which nothing trains on, where its files are (docs/real_data.md);
+`:colin=FOLDER` says where.
 """
 
 import common
 
 from unimed_jax.config import default_config
+from unimed_jax.errors import UserError
 
 
-def get_config():
+def get_config(head=""):
     config = default_config()
     common.tiny_vision(config)
     common.tiny_connector(config)
@@ -42,4 +45,9 @@ def get_config():
     train.save_every = 600
     config.evaluate.batch = 128
     config.evaluate.max_new_tokens = 96
+    name, _, folder = head.partition("=")
+    if name not in ("", "colin"):
+        raise UserError(f"configs/brain_tiny.py takes :colin or :colin=FOLDER, not :{head}.")
+    if name:
+        common.another_head(config, folder or common.MRICRON)
     return config

@@ -1,6 +1,9 @@
 """Parts that several config files share; each function fills in a part of `config`."""
 
-from unimed_jax.config import default_config
+import sys
+from pathlib import Path
+
+from unimed_jax.config import TASKS, VISUAL_TASKS, default_config
 from unimed_jax.errors import UserError
 
 # What trains when the decoder has adapters and all else but the connector is frozen.
@@ -23,6 +26,34 @@ def brain_mixture():
         dict(name="brain", tasks=("caption",), weight=4.0, questions=1),
         dict(name="brain", tasks=("cls",), weight=4.0, questions=2),
         dict(name="brain", tasks=("qa",), weight=9.0, questions=1),
+    )
+
+
+MRICRON = "/usr/share/mricron/templates"  # where Debian's package mricron-data puts its files
+
+
+def another_head(config, folder=MRICRON):
+    """Scores a run of the brain set on a head that nothing trains on too, as two more data sets.
+
+    These are `colin`, the brain alone, and `colin_skull`, the whole head. Without the files in
+    `folder` nothing changes, and that is said.
+    """
+    if not Path(folder, "ch2bet.nii.gz").is_file():
+        print(
+            f"colin is not scored, because {folder} holds no ch2bet.nii.gz; install Debian's package "
+            "mricron-data, or name the folder of its files as colin=FOLDER.",
+            file=sys.stderr,
+        )
+        return
+    heads = {"colin": {}, "colin_skull": {"skull": True}}
+    evaluate = config.evaluate
+    evaluate.entries = (
+        *(dict(source="brain", task=t, split=s) for s in evaluate.splits for t in TASKS),
+        *(dict(source=h, task=t, split="test") for h in heads for t in VISUAL_TASKS),
+    )
+    evaluate.sources = (
+        dict(name="brain"),
+        *(dict(name="colin", id=h, path=folder, options=options) for h, options in heads.items()),
     )
 
 

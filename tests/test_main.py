@@ -83,6 +83,17 @@ def test_evaluate_scores_a_finished_run_again_to_the_same_numbers(run):
     assert json.loads((run / "metrics.json").read_text()) == before
 
 
+def test_a_run_is_scored_as_another_config_says(run, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text(CONFIG.replace("return config", "config.evaluate.limit = 2\n    return config"))
+    words = [f"--config={other}", "--config.evaluate.splits=('test',)", f"--out={tmp_path / 'out'}"]
+    assert cli.main(["evaluate", f"--run={run}", *words]) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(metrics["sets"]["squares"]) == {"test"}
+    assert {entry["n"] for entry in metrics["sets"]["squares"]["test"].values()} == {2}
+    assert metrics["step"] == json.loads((run / "metrics.json").read_text())["step"]
+
+
 def test_a_longer_prompt_may_be_allowed_for_a_finished_run(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     words = [
@@ -113,6 +124,9 @@ def test_predictions_of_another_tool_are_scored_as_our_own(run, config_file, tmp
         one, other = (m["sets"]["squares"]["test"][task] for m in (found, ours))
         assert one["corrected"] == other["corrected"] and one["published"] == other["published"], task
         assert "/form=external/" in one["protocol"] != other["protocol"]
+        assert all("/form=external" in protocol for protocol in one["protocols"].values())
+        assert set(one["protocols"]) == set(other["protocols"]) - {"likelihood"} >= set(one["corrected"])
+        assert ("likelihood" in other) == (task == "cls") and "likelihood" not in one
     assert found["notes"] == [] and found["predictions"]["missing"] == 0
 
     lines = [*lines[6:], lines[-1], {"id": "squares/test/nobody", "prediction": "x"}]

@@ -191,6 +191,7 @@ def grams(run, batches=3, matches=()):
         return gram_by_group(run, Batches(sides, run, batches), chosen_leaves(run, matches))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_mean_loss_and_parts_add_up(run):
     sides = sides_of(run.config, "val", 3)[:2]
     batches = Batches(sides, run, 3)

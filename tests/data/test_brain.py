@@ -16,8 +16,8 @@ from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.contact_sheet import contact_sheet
 from unimed_jax.data.datasets import brain
 from unimed_jax.data.datasets.brain import codes as brain_codes
+from unimed_jax.data.datasets.brain import icbm152, volume
 from unimed_jax.data.datasets.brain import questions as brain_questions
-from unimed_jax.data.datasets.brain import volume
 from unimed_jax.errors import UserError
 
 
@@ -35,7 +35,12 @@ def data(cache):
 @pytest.fixture(scope="module")
 def plain():
     """Every slice of every slab without jitter, in all three maps."""
-    return [piece for slab in volume.SLABS for piece in brain.plain_slices(slab)]
+    return [
+        volume.render(icbm152.load(), slab, position, name, volume.Jitter())
+        for slab in volume.SLABS
+        for position in slab.positions
+        for name in volume.MAPS
+    ]
 
 
 def every(data, task=None):
@@ -91,7 +96,7 @@ def test_no_stored_image_is_in_two_splits(data):
 
 def test_the_volume_is_symmetric_so_that_x_alone_tells_the_side():
     """Why sagittal slabs are of |x| and why nothing may be flipped without its labels."""
-    head = volume.load_volume()
+    head = icbm152.load()
     assert all(np.array_equal(m, m[::-1]) for m in head.maps.values())
     for name in volume.PAIRED:
         left, right = (
@@ -105,8 +110,9 @@ def test_the_volume_is_symmetric_so_that_x_alone_tells_the_side():
 # Anatomy
 
 
-def slice_at(plane, position, jitter=volume.Jitter(), name="t1"):  # noqa: B008 (frozen)
-    return volume.render(volume.Slab(plane, "train", position, position), position, name, jitter)
+def slice_at(plane, position, jitter=volume.Jitter(), name="t1", head=None):  # noqa: B008 (frozen)
+    slab = volume.Slab(plane, "train", position, position)
+    return volume.render(head or icbm152.load(), slab, position, name, jitter)
 
 
 def centre(box):
@@ -156,15 +162,10 @@ def test_boxes_follow_the_jittered_picture():
     jitter = volume.Jitter(rotation=6, scale=1.08, shift=(7, -6))
     x1, y1, x2, y2 = box = slice_at("axial", 12, jitter).boxes["left lateral ventricle"]
     assert np.abs(np.subtract(slice_at("axial", 12).boxes["left lateral ventricle"], box)).max() >= 2
-    mask = (volume.load_volume().labels == volume.STRUCTURES.index("left lateral ventricle") + 1).astype(
-        np.float32
-    )
-    head = volume.Volume({"t1": mask}, volume.load_volume().labels)
-    volume._plane_map.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(volume, "load_volume", lambda: head)
-        shown = slice_at("axial", 12, jitter).image
-    volume._plane_map.cache_clear()
+    labels = icbm152.load().labels
+    mask = labels == volume.STRUCTURES.index("left lateral ventricle") + 1
+    head = volume.Head({"t1": mask.astype(np.float32)}, labels)
+    shown = slice_at("axial", 12, jitter, head=head).image
     rows, columns = np.nonzero(shown > 40)
     np.testing.assert_allclose(
         (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), (x1, y1, x2, y2), atol=1
@@ -180,7 +181,7 @@ def test_no_sides_in_sagittal_slices_and_no_pairs_at_the_midline(plain):
 
 
 def test_nothing_tiny_is_asked_for_and_every_box_lies_inside(plain):
-    pieces = plain + list(brain.draw_slices("test"))
+    pieces = plain + list(brain.draw_slices(icbm152.load(), "test"))
     for piece in pieces:
         assert not set(piece.boxes) & set(piece.absent)
         for x1, y1, x2, y2 in piece.boxes.values():
@@ -239,7 +240,7 @@ def test_refer_and_identify_say_the_same(data):
 
 def test_answers_are_true_of_their_slices(data):
     """Recomputed from freshly drawn slices, not from what was stored."""
-    slices = {p.key: p for p in brain.draw_slices("test")}
+    slices = {p.key: p for p in brain.draw_slices(icbm152.load(), "test")}
     seen: collections.Counter[str] = collections.Counter()
     for e in data.examples("test"):
         if e.task not in ("vqa", "cls"):
@@ -391,21 +392,19 @@ def test_tasks_can_be_chosen(cache, data):
 def test_maps_are_refused_by_their_header(tmp_path, change, sentence):
     import nibabel
 
-    from unimed_jax.data.datasets.brain import volume
-
     affine = np.eye(4)
-    affine[:3, 3] = volume._ORIGIN
+    affine[:3, 3] = volume.ORIGIN
     image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), affine)
-    image.header.set_data_shape(volume._SHAPE)
+    image.header.set_data_shape(volume.SHAPE)
     change(image)
     image.header.set_sform(image.affine, 1)
     image.header["magic"], image.header["vox_offset"] = b"n+1", 352
     (tmp_path / "map.nii").write_bytes(image.header.binaryblock + bytes(4) + bytes(8))
     with pytest.raises(UserError, match=f"map.nii {sentence}"):
-        volume._read_map(tmp_path / "map.nii")
+        icbm152._read_map(tmp_path / "map.nii")
     (tmp_path / "map.nii").write_bytes(b"no volume")
     with pytest.raises(UserError, match="map.nii cannot be read"):
-        volume._read_map(tmp_path / "map.nii")
+        icbm152._read_map(tmp_path / "map.nii")
 
 
 def test_a_strip_has_a_tile_too():

@@ -13,6 +13,7 @@ from unimed_jax.analyze.sweep.plan import planned
 from unimed_jax.config_file import load_sweep_file
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
+from unimed_jax.runs.folder import write_config
 from unimed_jax.verbs.options import with_overrides
 
 BASE = """
@@ -127,6 +128,22 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, trains, capsys, monkey
     monkeypatch.setattr(running, "owner", lambda folder: "process 7 on host x")
     running.run_all(plan, plan.runs)
     assert not trains and "token/seed0, 2 of 3 that are left: process 7" in capsys.readouterr().out
+
+
+def test_runs_with_the_same_text_share_a_tokenizer(tmp_path, monkeypatch):
+    sweep = load_sweep_file("configs/sweeps/router_input.py")
+    plan = planned(sweep, tmp_path, with_overrides, seeds=(0,))
+    first, second, third = plan.runs
+    monkeypatch.setattr(running, "finished", lambda run: run == first)
+    write_config(first.folder, first.config)
+    (first.folder / "tokenizer").mkdir()
+    (first.folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    running._share_tokenizer(plan, second)
+    assert (second.folder / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    words = ["--config.data.root=elsewhere"]
+    other = planned(sweep, tmp_path, with_overrides, words, seeds=(0,)).runs[2]
+    running._share_tokenizer(plan, other)
+    assert not (third.folder / "tokenizer").exists()
 
 
 def test_what_breaks_a_run_is_kept_with_it(tmp_path, capsys, monkeypatch):

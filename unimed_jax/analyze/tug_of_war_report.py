@@ -241,6 +241,8 @@ def _indices(part, labels: Sequence[str], runs: Sequence[Analysis]) -> None:
         if name.startswith("mean_cos"):
             axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(title.replace(" without", "\nwithout").replace(", ", ",\n"), fontsize=8)
+        if name == "conflicts":
+            axes.set_xlim(-0.03, 1.03)
         axes.set_ylim(-0.5, len(runs) - 0.5)
         axes.tick_params(axis="x", labelsize=7)
     all_axes[0].set_yticks(places, labels, fontsize=7)

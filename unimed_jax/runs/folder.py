@@ -11,6 +11,7 @@ The folder holds:
 - inputs.json: the states of data and tokenizer (inputs.py).
 - contact_sheet.png: images with their boxes.
 - lock: says who trains here.
+- cost.json: seconds of work and bytes on the disk (analyze/cost.py).
 - metrics.json, predictions.jsonl, report.md and other *.png: the results of the evaluation.
 - analysis/, reliance/: pages of analyses with numbers and pictures; report.md names them.
 """

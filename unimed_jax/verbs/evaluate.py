@@ -1,11 +1,13 @@
 """Scores a finished run again, or predictions that another tool made (--predictions).
 
-A run is changed by --config.evaluate.key=value and --config.text.max_prompt=N only;
+A run is scored as its own settings say, or as config.evaluate of another file says
+(--config=FILE). It is changed by --config.evaluate.key=value and --config.text.max_prompt=N only;
 --config.data.changed=accept and --config.text.changed=accept score it on data or with a tokenizer
 that changed since its training. Predictions are JSON lines
 {"id": "<set>/<split>/<id within the set>", "prediction": "..."}; `data export` writes the questions.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -32,17 +34,20 @@ def run(arguments: list[str]) -> None:
         "--which", choices=("newest", "best"), help="with --run: which checkpoint (default: newest)"
     )
     options.add_argument("--predictions", help="a file of JSON lines; needs --config=FILE or --run=DIR")
-    options.add_argument("--config", help=f"with --predictions: {CONFIG_HELP}")
+    options.add_argument(
+        "--config",
+        help=f"{CONFIG_HELP}: with --predictions what was asked, with --run its config.evaluate alone",
+    )
     options.add_argument(
         "--out", help="folder of the report (default: the run's, or next to the predictions)"
     )
     known, overrides = options.parse_known_args(arguments)
-    if known.predictions is None and (known.run is None or known.config):
+    if known.predictions is None and known.run is None:
         raise UserError(
             "evaluate takes --run=DIR, or --predictions=FILE with --config=FILE; give one of them."
         )
     if known.predictions is None:
-        _of_run(known.run, known.out, known.which or "newest", overrides)
+        _of_run(known.run, known.out, known.which or "newest", known.config, overrides)
         return
     if known.which:
         raise UserError(
@@ -71,7 +76,11 @@ def run(arguments: list[str]) -> None:
 
 
 def _of_run(
-    folder: str, out: str | None, which: Literal["newest", "best"], overrides: list[str]
+    folder: str,
+    out: str | None,
+    which: Literal["newest", "best"],
+    other: str | None,
+    overrides: list[str],
 ) -> None:
     place = check_run_folder(folder, "--run") if out is None else check_run_folder(out, "--out")
     start()
@@ -79,7 +88,10 @@ def _of_run(
     from unimed_jax.evaluate.run import claim_results, evaluate_run
     from unimed_jax.runs.open import open_run, settings_of
 
-    config = changed(settings_of(Path(folder)), overrides, CHANGEABLE)
+    config = settings_of(Path(folder))
+    if other is not None:
+        config = dataclasses.replace(config, evaluate=read_config(other).evaluate)
+    config = changed(config, overrides, CHANGEABLE)
     _refuse_nothing(config)
     claim_results(place)  # claimed before the model is opened, which can take minutes
     run = open_run(folder, which=which, changed=config.text.changed)

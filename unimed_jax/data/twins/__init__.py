@@ -15,6 +15,7 @@ import numpy as np
 from unimed_jax.data.twins import (
     boxes,
     choices,
+    heads,
     hub,
     medical,
     prepared,
@@ -73,6 +74,7 @@ TWINS: Mapping[str, Mapping[str, Writer]] = {
     "coco": {"instances": boxes.coco, "roboflow": boxes.coco_roboflow},
     "classes": {"folders": questions.classes, "csv": questions.classes_csv},
     "tfds": {"array_record": prepared.tfds},
+    "colin": {"mricron": heads.colin},
     "series": {"nested": series.nested, "flat": series.flat},
     "jsonl": {"folder": boxes.jsonl},
 }

@@ -7,7 +7,7 @@ brain, so that what is measured on it holds across slices and jitter, never acro
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from unimed_jax.config import TASKS
 from unimed_jax.data.datasets.brain import codes as brain_codes
+from unimed_jax.data.datasets.brain import icbm152
 from unimed_jax.data.datasets.brain import questions as brain_questions
-from unimed_jax.data.datasets.brain.volume import MAPS, SLABS, Jitter, Slab, Slice, render
+from unimed_jax.data.datasets.brain.volume import MAPS, SLABS, Head, Jitter, Slice, render
 from unimed_jax.data.example import Example
 from unimed_jax.data.info import Info
 
@@ -47,15 +48,15 @@ _SEEDS = {"train": 1, "val": 2, "test": 3}
 
 
 # --------------------------------------------------------------------------------------------------
-# Generation: everything follows from (split, jitters, seed)
+# Generation: everything follows from (head, split, jitters, seed)
 # --------------------------------------------------------------------------------------------------
 
 
-def draw_slices(split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[Slice]:
-    """Yields all jittered slices of a split.
+def draw_slices(head: Head, split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[Slice]:
+    """Yields all jittered slices of a head in the slabs of a split.
 
     Val and test have two jitters a slice; sagittal slices, which are rarer and may be mirrored,
-    have twice as many as the others.
+    have twice as many as the others. Jitter depends on place, map and seed, not on the head.
     """
     count = jitters if split == "train" else _HELD_OUT_JITTERS
     jobs = [
@@ -64,21 +65,15 @@ def draw_slices(split: str, jitters: int = JITTERS, seed: int = 0) -> Iterator[S
         if slab.split == split
         for position in slab.positions
         for name in MAPS
+        if name in head.maps
         for copy in range(count * (2 if slab.plane == "sagittal" else 1))
     ]
     for slab, position, name, copy in tqdm(
-        jobs, f"brain set, {split}", unit="image", leave=False, disable=None
+        jobs, f"brain slices, {split}", unit="image", leave=False, disable=None
     ):
         key = f"{slab.plane}_{position:+04d}_{name}_{copy:02d}"
         rng = generator(seed, _SEEDS[split], key)
-        yield render(slab, position, name, Jitter.draw(rng, slab.plane), key, rng)
-
-
-def plain_slices(slab: Slab) -> Iterator[Slice]:
-    """Yields the slices of a slab in all maps, without jitter."""
-    for position in slab.positions:
-        for name in MAPS:
-            yield render(slab, position, name, Jitter(), f"{slab.plane}_{position:+04d}_{name}")
+        yield render(head, slab, position, name, Jitter.draw(rng, slab.plane), key, rng)
 
 
 def read(
@@ -89,19 +84,28 @@ def read(
     The options are `jitters` and `seed`.
     """
     jitters, seed = options.get("jitters", JITTERS), options.get("seed", 0)
-    for piece, examples in sorted(asked(split, jitters, seed), key=lambda pair: pair[0].key):
-        for example in examples:
-            yield example, (piece.image,)
+    yield from with_images(asked(icbm152.load(), split, jitters, seed))
     for _, examples in sorted(brain_codes.ask(seed)[split].items()):
         for example in examples:
             yield example, ()
 
 
-def asked(split: str, jitters: int = JITTERS, seed: int = 0) -> list[tuple[Slice, list[Example]]]:
+def asked(
+    head: Head, split: str, jitters: int = JITTERS, seed: int = 0
+) -> list[tuple[Slice, list[Example]]]:
     """Returns the slices of a split with their examples, in the order in which they were drawn."""
-    slices = list(draw_slices(split, jitters, seed))
+    slices = list(draw_slices(head, split, jitters, seed))
     found = brain_questions.ask(slices, split, generator(seed, _SEEDS[split], "questions"))
     return list(zip(slices, found, strict=True))
+
+
+def with_images(
+    slices: Iterable[tuple[Slice, list[Example]]],
+) -> Iterator[tuple[Example, tuple[np.ndarray, ...]]]:
+    """Yields the examples about slices with their images, in the order of the image keys."""
+    for piece, examples in sorted(slices, key=lambda pair: pair[0].key):
+        for example in examples:
+            yield example, (piece.image,)
 
 
 def generator(*words: object) -> np.random.Generator:

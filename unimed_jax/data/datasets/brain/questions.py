@@ -87,6 +87,8 @@ def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[l
     Ids are `<slice>/<task>/<number>`.
     """
     limits = PER_IMAGE["train" if split == "train" else "held_out"]
+    # A head with one map is not asked which one it shows.
+    kinds = sorted(CLS_QUESTIONS if len({piece.map for piece in slices}) > 1 else {"plane"})
     drafts: dict[str, list[_Draft]] = {task: [] for task in VISUAL_TASKS}
     for at, piece in enumerate(slices):
         names = sorted(piece.boxes)
@@ -97,7 +99,7 @@ def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[l
                 question, answer = (name, text) if task == "refer" else (text, name)
                 meta = {"structure": name} | ({"prompt": name} if task == "refer" else {})
                 drafts[task].append((at, task, question, answer, meta, box))
-        for template in rng.permutation(sorted(CLS_QUESTIONS))[: limits["cls"]].tolist():
+        for template in rng.permutation(kinds)[: limits["cls"]].tolist():
             answer = piece.plane if template == "plane" else MAPS[piece.map]
             drafts["cls"].append((at, template, CLS_QUESTIONS[template], answer, {}, None))
         drafts["caption"].append((at, "report", "", report(piece), {}, None))
@@ -112,11 +114,11 @@ def ask(slices: Sequence[Slice], split: str, rng: np.random.Generator) -> list[l
     numbers: dict[tuple[int, str], int] = defaultdict(int)
     for task, rows in drafts.items():
         if split in TOTAL and task != "caption" and len(rows) > TOTAL[split]:
-            kinds = [
+            alike = [
                 (row[1], row[4].get("structure") if task in ("refer", "identify") else "")
                 for row in rows
             ]
-            rows = [rows[i] for i in take_turns(kinds, TOTAL[split], rng)]
+            rows = [rows[i] for i in take_turns(alike, TOTAL[split], rng)]
         for at, template, question, answer, more, place in rows:
             piece = slices[at]
             name = f"{piece.key}/{task}/{numbers[at, task]}"

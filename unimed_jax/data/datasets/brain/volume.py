@@ -1,20 +1,21 @@
-"""Reads the head of the brain set: ICBM152 volumes, structures in them, slices and where they lie.
+"""Holds what every head of the brain set has in common: its grid, slices, jitter and boxes.
 
-World coordinates are MNI millimetres: x to the patient's right, y to the front, z up. The volumes
-have 1 mm voxels. A slice is shown as radiologists do: front or top up, the patient's right on the
-image's left.
+World coordinates are MNI millimetres: x to the patient's right, y to the front, z up. Heads lie in
+one grid of 1 mm voxels, whatever grid their files have. A slice is shown as radiologists do: front
+or top up, the patient's right on the image's left.
 """
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from unimed_jax.errors import UserError
+from unimed_jax.parsing import no_file, refuse_stand_in
 
 PLANES = ("axial", "coronal", "sagittal")
 MAPS = {"t1": "T1 image", "grey": "grey matter map", "white": "white matter map"}
@@ -29,11 +30,10 @@ SINGLE = ("cerebellum", "brainstem", "corpus callosum")
 SIDES = ("left", "right")
 STRUCTURES = (*(f"{side} {name}" for name in PAIRED for side in SIDES), *SINGLE)  # label = index + 1
 
-# The T1 holds fluid near 90, grey matter near 170 and white matter up to 236: black and white just
-# outside.
-_T1_WINDOW = (60, 250)
-_ORIGIN = (-98, -134, -72)  # world coordinates of voxel 0, 0, 0
-_SHAPE = (197, 233, 189)  # voxels
+ORIGIN = (-98, -134, -72)  # world coordinates of voxel 0, 0, 0 of the grid
+SHAPE = (197, 233, 189)  # voxels of the grid
+# Voxels of the grid to world mm.
+GRID = np.vstack([np.column_stack([np.eye(3), ORIGIN]), [0.0, 0.0, 0.0, 1.0]])
 _CENTRE = (0.0, -17.0, 5.0)  # middle of the brain's extent, world
 _AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -89,138 +89,73 @@ SLABS = _lay()
 
 
 # --------------------------------------------------------------------------------------------------
-# The volume and its structures
+# A head
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Volume:
-    """Holds the maps of the head and says which structure each voxel belongs to.
+@dataclasses.dataclass(frozen=True, eq=False)  # a head is itself alone: slices are kept by head
+class Head:
+    """Holds the maps of a head in the common grid and says which structure each voxel belongs to.
 
-    maps: name -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into STRUCTURES +
-    1.
+    maps: name of MAPS -> float32 [X, Y, Z] in 0..1; labels: uint8 [X, Y, Z], 0 or index into
+    STRUCTURES + 1; structures: those that are labelled in this head, in the order of STRUCTURES.
     """
 
     maps: Mapping[str, np.ndarray]
     labels: np.ndarray
+    structures: tuple[str, ...] = STRUCTURES
 
 
-@functools.cache
-def load_volume() -> Volume:
-    """Reads the three ICBM152 maps that are installed with nilearn, and labels their structures.
+def read_nifti(
+    path: Path, shape: tuple[int, int, int], again: str, expected: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a NIfTI volume of bytes, and where its voxels lie by its sform.
 
-    The maps are symmetric 2009a; nothing is downloaded.
-    """
-    spec = importlib.util.find_spec("nilearn")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "the brain set reads the ICBM152 volumes inside nilearn; run pip install -e '.[demo]'."
-        )
-    raw = {}
-    for name, short in (("t1", "t1"), ("grey", "gm"), ("white", "wm")):
-        path = (
-            Path(spec.origin).parent
-            / "datasets"
-            / "data"
-            / f"mni_icbm152_{short}_tal_nlin_sym_09a_converted.nii.gz"
-        )
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing from nilearn; install a nilearn that carries it (0.11 or newer)."
-            )
-        raw[name] = _read_map(path)
-    # Only this part of the head holds structures; the rest would cost four times the work.
-    low, high = np.array((-64, -102, -72)), np.array((64, 46, 40))  # world mm
-    part = tuple(slice(a - o, b - o + 1) for a, b, o in zip(low, high, _ORIGIN, strict=True))
-    labels = np.zeros(raw["t1"].shape, np.uint8)
-    labels[part] = _label(
-        raw["t1"][part], raw["grey"][part].astype(np.int16), raw["white"][part].astype(np.int16), low
-    )
-    maps = {name: data.astype(np.float32) / 255 for name, data in raw.items()}
-    dark, bright = _T1_WINDOW
-    maps["t1"] = np.clip((raw["t1"].astype(np.float32) - dark) / (bright - dark), 0, 1)
-    return Volume(maps, labels)
-
-
-def _read_map(path: Path) -> np.ndarray:
-    """Reads a NIfTI map, uint8 [X, Y, Z].
-
-    Raises UserError unless its header says the shape, type and place known.
+    Returns uint8 [X, Y, Z] and float [4, 4], voxels to world mm. Raises UserError for a file that
+    cannot be read, has another shape or type, no sform, or not the `expected` one; `again` says what
+    to do.
     """
     import nibabel
 
+    if reason := no_file(path):
+        raise UserError(f"{path} {reason}; {again}.")
+    refuse_stand_in(path)
+    array = np.zeros(0)
     try:
         image = nibabel.Nifti1Image.from_filename(path)
-        place = tuple(image.affine[:3, 3]) == _ORIGIN and np.array_equal(image.affine[:3, :3], np.eye(3))
-        if image.shape == _SHAPE and image.get_data_dtype() == np.uint8 and place:
-            return np.asarray(image.dataobj)
+        place, code = image.header.get_sform(coded=True)
+        fault = _fault_of_header(image, shape, place if code else None, expected)
+        if not fault:
+            array = np.asarray(image.dataobj)
     except Exception as error:  # nibabel raises what it comes across in a damaged file
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read ({reason}); install nilearn again.") from error
-    raise UserError(f"{path} does not lie in the expected 1 mm grid of bytes; install another nilearn.")
+        raise UserError(f"{path} cannot be read ({reason}); {again}.") from error
+    if fault or array.dtype != np.uint8:  # bytes may be scaled
+        raise UserError(f"{path} {fault or 'does not hold plain bytes'}; {again}.")
+    return array, place
 
 
-def _label(t1: np.ndarray, grey: np.ndarray, white: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """Labels the structures where seed shapes meet the tissue that is most probable there.
+def _fault_of_header(
+    image: Any, shape: tuple[int, ...], place: np.ndarray | None, expected: np.ndarray | None
+) -> str:
+    """Says what is wrong with a volume's header; empty if nothing is."""
+    if image.shape != shape or image.get_data_dtype() != np.uint8:
+        return f"does not lie in the expected grid of {' x '.join(map(str, shape))} bytes"
+    if place is None or not np.isfinite(place).all() or abs(np.linalg.det(place)) < 1e-6:
+        return "has no sform, which says where its voxels lie"
+    if expected is not None and not np.array_equal(place, expected):
+        return "does not lie in the expected place"
+    return ""
 
-    The shapes are in MNI mm and were checked against an atlas. Maps [X, Y, Z] whose first voxel
-    lies at `origin` -> labels, uint8 [X, Y, Z].
+
+def to_grid(array: np.ndarray, place: np.ndarray, order: int) -> np.ndarray:
+    """Samples a volume in the common grid; what lies outside it is 0.
+
+    array: [x, y, z]; place: [4, 4], its voxels to world mm; order: of interpolation, 0 for labels.
+    Returns [X, Y, Z] of the same type.
     """
-    x, y, z = np.ogrid[tuple(slice(o, o + n) for o, n in zip(origin, t1.shape, strict=True))]
-    fluid = 255 - grey - white
-    brain = t1 > 0
-    is_grey = brain & (grey >= white) & (grey >= fluid)
-    is_white = brain & (white > grey) & (white >= fluid)
-    tissue = is_grey | is_white
-
-    def ellipsoid(centre, radii, dy_dz: float = 0.0, dz_dy: float = 0.0) -> np.ndarray:
-        along_y, along_z = y - centre[1], z - centre[2]
-        parts = (x - centre[0], along_y - dy_dz * along_z, along_z - dz_dy * along_y)
-        return sum((p / r) ** 2 for p, r in zip(parts, radii, strict=True)) <= 1
-
-    labels = np.zeros(t1.shape, np.uint8)
-
-    def put(name: str, mask: np.ndarray, opening: int = 0) -> None:
-        """Labels the largest piece of `mask` that no structure has taken yet.
-
-        Earlier ones keep what they have.
-        """
-        mask = mask & (labels == 0)
-        core = ndimage.binary_opening(mask, iterations=opening) if opening else mask
-        pieces, count = ndimage.label(core)
-        piece = pieces == np.bincount(pieces.ravel(), minlength=count + 1)[1:].argmax() + 1
-        if opening:  # thin bridges to other grey are cut, the rim comes back
-            piece = ndimage.binary_dilation(piece, iterations=opening) & mask
-        labels[piece] = STRUCTURES.index(name) + 1
-
-    # The fluid pocket through the seed; both ventricles touch at the midline.
-    window = (brain & ~tissue) & (abs(x) < 42) & (y > -60) & (y < 40) & (z > -2) & (z < 32)
-    pockets, _ = ndimage.label(window)
-    ventricles = pockets == np.bincount(pockets[window & ellipsoid((9, 5, 16), (8, 25, 10))]).argmax()
-    for side, sign in (("left", -1), ("right", 1)):
-        half = x * sign > 0
-        put(f"{side} lateral ventricle", ventricles & half)
-        put(f"{side} thalamus", ellipsoid((sign * 11, -19, 8), (12, 15, 11)) & tissue & half)
-        put(
-            f"{side} caudate nucleus",
-            ellipsoid((sign * 13, 9, 10), (8, 18, 16)) & is_grey & half,
-            opening=1,
-        )
-        put(f"{side} putamen", ellipsoid((sign * 26, 3, 1), (9, 19, 13)) & is_grey & half, opening=1)
-        put(f"{side} amygdala", ellipsoid((sign * 23, -5, -19), (10, 8, 9)) & is_grey & half, opening=1)
-        # Its head lies lower than its tail.
-        put(
-            f"{side} hippocampus",
-            ellipsoid((sign * 27, -24, -14), (11, 22, 8), dz_dy=-0.5) & is_grey & half,
-        )
-    put("brainstem", ellipsoid((0, -30, -34), (17, 15, 37), dy_dz=0.2) & tissue)
-    # The tentorium, the dark sheet above the cerebellum in the T1, as a fitted surface.
-    behind, before = np.maximum(-50 - y, 0), np.maximum(y + 50, 0)
-    tentorium = -1 - 0.6 * abs(x) - 0.35 * before - (0.47 - 0.0143 * abs(x)) * behind
-    put("cerebellum", ellipsoid((0, -62, -34), (58, 36, 38)) & tissue & (z < tentorium), opening=1)
-    arch = [((y + 4) / a) ** 2 + ((z - 2) / b) ** 2 for a, b in ((41, 29), (27, 17))]
-    put("corpus callosum", is_white & (abs(x) < 9) & (arch[0] <= 1) & (arch[1] >= 1) & (z > -4))
-    return labels
+    back = np.linalg.inv(place) @ GRID  # voxels of the grid to voxels of the array
+    return ndimage.affine_transform(array, back[:3, :3], back[:3, 3], SHAPE, order=order)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,7 +227,7 @@ def show(array: np.ndarray, plane: str, position: int) -> np.ndarray:
 
     array: [X, Y, Z]. Returns [rows, columns] of 1 mm each.
     """
-    index = position - _ORIGIN[_AXIS[plane]]
+    index = position - ORIGIN[_AXIS[plane]]
     if plane == "axial":
         return array[::-1, ::-1, index].T  # [Y, X]
     if plane == "coronal":
@@ -305,23 +240,23 @@ def _middle(plane: str) -> np.ndarray:
 
     The axes of those slices all run downwards in world mm.
     """
-    index = [n - 1 - (c - o) for n, c, o in zip(_SHAPE, _CENTRE, _ORIGIN, strict=True)]
+    index = [n - 1 - (c - o) for n, c, o in zip(SHAPE, _CENTRE, ORIGIN, strict=True)]
     rows, columns = {"axial": (1, 0), "coronal": (2, 0), "sagittal": (2, 1)}[plane]
     return np.array([index[rows], index[columns]])
 
 
 @functools.lru_cache(maxsize=8)
-def _plane_map(plane: str, position: int, name: str) -> np.ndarray:
+def _plane_map(head: Head, plane: str, position: int, name: str) -> np.ndarray:
     # An image pixel is three slice pixels wide: averaging first keeps sampling from aliasing.
-    return ndimage.uniform_filter(show(load_volume().maps[name], plane, position), 3)
+    return ndimage.uniform_filter(show(head.maps[name], plane, position), 3)
 
 
 @functools.lru_cache(maxsize=8)
-def _plane_masks(plane: str, position: int) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _plane_masks(head: Head, plane: str, position: int) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Returns the pixels of each structure, without specks, as int [n, 2] (row, column)."""
-    labels = show(load_volume().labels, plane, position)
+    labels = show(head.labels, plane, position)
     masks, absent = {}, []
-    for name in STRUCTURES:
+    for name in head.structures:
         mask = labels == STRUCTURES.index(name) + 1
         if plane == "sagittal" and name not in SINGLE:
             side, name = name.split(" ", 1)
@@ -341,6 +276,7 @@ def _plane_masks(plane: str, position: int) -> tuple[dict[str, np.ndarray], tupl
 
 
 def render(
+    head: Head,
     slab: Slab,
     position: int,
     name: str,
@@ -348,13 +284,17 @@ def render(
     key: str = "",
     rng: np.random.Generator | None = None,
 ) -> Slice:
-    """Draws the slice at `position` mm of map `name` under `jitter`; `rng` draws its noise."""
+    """Draws the slice of a head at `position` mm in map `name` under `jitter`; `rng` draws its noise."""
     plane, forward, middle = slab.plane, jitter.matrix(), _middle(slab.plane)
     back = np.linalg.inv(forward)
     # Centre of image pixel (r, c), in mm from the image's centre: (r + .5) PIXEL - FIELD / 2.
     corner = PIXEL / 2 - FIELD / 2 - np.array(jitter.shift)
     values = ndimage.affine_transform(
-        _plane_map(plane, position, name), back * PIXEL, middle + back @ corner, (SIZE, SIZE), order=1
+        _plane_map(head, plane, position, name),
+        back * PIXEL,
+        middle + back @ corner,
+        (SIZE, SIZE),
+        order=1,
     )  # [SIZE, SIZE]
     # .85: the brightest white stays below 255
     values = 0.85 * jitter.gain * np.clip(values, 0, 1) ** jitter.gamma
@@ -363,7 +303,7 @@ def render(
         values = values + rng.normal(0, jitter.noise, values.shape)
     image = np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
-    masks, absent = _plane_masks(plane, position)
+    masks, absent = _plane_masks(head, plane, position)
     boxes = {}
     for structure, pixels in masks.items():
         box = _box(pixels, forward, middle, jitter)

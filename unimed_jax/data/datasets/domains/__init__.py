@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax.data.datasets import brain
+from unimed_jax.data.datasets.brain import icbm152
 from unimed_jax.data.datasets.brain.questions import Candidate, balanced, take_turns
 from unimed_jax.data.datasets.domains.images import KINDS, OPTICAL, SCAN, SOURCES, Source, view
 from unimed_jax.data.example import Example
@@ -46,7 +47,8 @@ def read(
     The options are `seed`, `jitters` and `brain_seed`.
     """
     rng = brain.generator("domains", options.get("seed", 0), split)
-    slices = brain.asked(split, options.get("jitters", brain.JITTERS), options.get("brain_seed", 0))
+    head, jitters = icbm152.load(), options.get("jitters", brain.JITTERS)
+    slices = brain.asked(head, split, jitters, options.get("brain_seed", 0))
     slices.sort(key=lambda pair: pair[0].key)
     pixels = {piece.key: piece.image for piece, _ in slices}
     ours = [e for _, examples in slices for e in examples if e.task in ("vqa", "cls", "caption")]
