@@ -33,8 +33,8 @@ def test_clouds_far_apart_score_near_one_and_mixed_ones_near_zero():
     mixed = tokens.separation(clouds(0.0), resamples=50, seed=0)
     assert abs(mixed["value"]) < 0.05 and mixed["shuffled"][0] - 0.02 < mixed["value"]
     assert mixed["value"] < mixed["shuffled"][1] + 0.02
-    assert tokens.told_apart(clouds(60.0), 50, 0)["value"] == 1
-    by_chance = tokens.told_apart(clouds(0.0), 50, 0)
+    assert tokens.classified(clouds(60.0), 50, 0)["value"] == 1
+    by_chance = tokens.classified(clouds(0.0), 50, 0)
     assert by_chance["chance"] == pytest.approx(1 / 3) and abs(by_chance["value"] - 1 / 3) < 0.15
     assert by_chance["ci95"][0] < by_chance["value"] < by_chance["ci95"][1]
     few = clouds(2.0)
@@ -76,5 +76,5 @@ def test_tasks_that_a_connector_separates_are_seen_apart_only_behind_it():
     assert scores["before"]["value"] < 0.1
     assert all(scores[name]["value"] > 0.9 for name in ("after", "same", "shift"))
     assert scores["after"]["value"] > scores["after"]["shuffled"][1]
-    assert found["views"]["shift"]["told_apart"]["value"] == 1
+    assert found["views"]["shift"]["classified"]["value"] == 1
     assert points["same"][0].shape == (12 * 5, 2)

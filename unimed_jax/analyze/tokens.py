@@ -183,7 +183,7 @@ def separation(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any]:
     }
 
 
-def told_apart(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any] | None:
+def classified(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any] | None:
     """Scores how well a linear classifier tells the labels apart on clusters that it was not fitted on.
 
     It is the mean over labels of the share of a label's tokens that get it right (balanced accuracy),
@@ -256,7 +256,7 @@ def analyse(
         found["views"][name] = {
             "what": VIEWS[name],
             "separation": separation(tokens, resamples, seed),
-            "told_apart": told_apart(tokens, resamples, seed),
+            "classified": classified(tokens, resamples, seed),
             "variance_shown": shares,
         }
     return found, points

@@ -30,7 +30,7 @@ def page(content: Mapping[str, Any]) -> str:
                 score["n"],
                 with_interval(score, "+"),
                 f"{low:+.3f} to {high:+.3f}",
-                with_interval(view["told_apart"]),
+                with_interval(view["classified"]),
                 "-" if shares is None else f"{sum(shares):.0%}",
                 ", ".join(f"{name} {value:+.3f}" for name, value in score["by_label"].items()),
             ]
@@ -40,7 +40,7 @@ def page(content: Mapping[str, Any]) -> str:
         "tokens",
         "silhouette",
         "labels shuffled",
-        "told apart",
+        "classified",
         "variance in the picture",
     ]
     return (
@@ -87,7 +87,7 @@ def draw(
         axes.set_title(
             f"{TITLES[name]}\nsilhouette {with_interval(score, '+')}\n"
             f"shuffled {low:+.3f} to {high:+.3f}\n"
-            f"told apart {with_interval(view['told_apart'])}, chance {_chance(content)}",
+            f"classified {with_interval(view['classified'])}, chance {_chance(content)}",
             fontsize=8.5,
         )
         shares = view["variance_shown"]

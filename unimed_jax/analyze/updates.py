@@ -9,7 +9,7 @@ batches, so that the similarity of two tasks can be read beside that of a task t
 A Gram matrix here is float64 [U, R, U, R]: inner products of the updates of U units in R repeats.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unimed_jax import processes
-from unimed_jax.analyze.expert_weights import EXPERTS, OTHERS, of_expert
-from unimed_jax.config import ConnectorConfig
+from unimed_jax.analyze.parts import Part, groups_of, parts_of
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Unit
 from unimed_jax.memory import refuse_too_large
@@ -64,27 +63,30 @@ def analyse(run: Run, units: Sequence[Unit], steps: int, repeats: int) -> dict[s
     with tqdm(
         total=copies * steps, desc="updates", unit=" steps", leave=False, disable=not processes.leads()
     ) as bar:
-        for each, parts in zip(held_out, dealt, strict=True):
-            for batches in parts:
+        for each, own in zip(held_out, dealt, strict=True):
+            for batches in own:
                 now = trainer.trained(each, batches)
                 for path in leaves:
                     found[path].append(now[path] - leaves[path])
                 bar.update(steps)
-    grams: dict[str, np.ndarray] = {}
+    parts = parts_of({path: leaf.shape for path, leaf in leaves.items()}, config.model)
+    products: dict[Part, np.ndarray] = {}
     for path in leaves:
         stacked = jnp.stack(found.pop(path))  # [U * R, *shape]
-        for name, updates in _parts(path, stacked, config.model.connector):
-            products = np.asarray(_products(updates), np.float64)
-            products = products.reshape((len(units), repeats) * 2)
-            # A task token belongs to one task, so that no two tasks meet there.
-            for group in (WHOLE,) if name == "task tokens" else (WHOLE, name):
-                grams[group] = grams.get(group, np.zeros(products.shape)) + products
+        for part in (part for part in parts if part.leaf == path):
+            updates = jax.vmap(part.of)(stacked).reshape(copies, -1)  # [U * R, n]
+            gram = np.asarray(_products(updates), np.float64)  # [U * R, U * R]
+            products[part] = gram.reshape((len(units), repeats) * 2)
+    groups = {
+        name.removeprefix(f"{WHOLE}: "): np.sum([products[part] for part in members], axis=0)
+        for name, members in groups_of(parts).items()
+    }
     one_set = len({unit.source.id for unit in units}) == 1
     return {
         "names": [unit.task if one_set else f"{unit.source.id}/{unit.task}" for unit in units],
         "steps": steps,
         "repeats": repeats,
-        "groups": {name: similarity(gram, config.seed) for name, gram in grams.items()},
+        "groups": {name: similarity(gram, config.seed) for name, gram in groups.items()},
     }
 
 
@@ -142,17 +144,6 @@ class _Trainer:
             arrays = sharding.on_devices(batch, self._mesh, self._shares)
             now, state = self._step(now, state, self._rest, arrays)
         return now
-
-
-def _parts(path: str, stacked: jax.Array, connector: ConnectorConfig) -> Iterator[tuple[str, jax.Array]]:
-    """Cuts updates [K, *shape] of a leaf of the connector into named parts [K, n]."""
-    if path.startswith(EXPERTS):
-        rows = jax.vmap(lambda leaf: of_expert(path, leaf, connector.experts))(stacked)  # [K, E, n]
-        for e in range(connector.experts):
-            yield f"expert {e}", rows[:, e]
-        return
-    names = [name for name, prefix in OTHERS.items() if path.startswith(prefix)]
-    yield (names or ["projection"])[0], stacked.reshape(len(stacked), -1)
 
 
 @jax.jit

@@ -282,7 +282,7 @@ def fit(
 
 # ---- report ----------------------------------------------------------------------------------------
 def _by_set(guessed: np.ndarray, some: Labelled, classes: int) -> dict[str, np.ndarray]:
-    """Counts each set's confusions: a class of one set alone may be told by how its questions read."""
+    """Counts each set's confusions: a class of one set alone may be known by how its questions read."""
     found: dict[str, np.ndarray] = {}
     for dataset, is_, taken_for in zip(some.datasets, some.classes, guessed, strict=True):
         found.setdefault(dataset.id, np.zeros((classes, classes), int))[is_, taken_for] += 1
