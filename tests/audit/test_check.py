@@ -175,7 +175,8 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         [line("x", "train", "x.png"), line("y", "test", "y.png")],
         {"x.png": scene(0), "y.png": scene(1)},
     )
-    (tmp_path / "a" / "y.png").write_bytes((tmp_path / "a" / "y.png").read_bytes()[:200])
+    whole = (tmp_path / "a" / "y.png").read_bytes()
+    (tmp_path / "a" / "y.png").write_bytes(whole[:200] + whole[-12:])  # both ends are there
     data = DataConfig(
         (SourceConfig("jsonl", path="a"),), root=str(tmp_path), cache=str(tmp_path / "cache")
     )

@@ -315,9 +315,10 @@ def test_predict_reads_images_as_the_sources_do(capsys):
 def test_a_request_is_read_as_the_sources_are(monkeypatch):
     """A Predictor that is given a file, not pixels, reads it by the run's settings."""
     seen = []
-    monkeypatch.setattr(predictor, "prompt_batch", lambda *a: seen.append(a[4]))
+    monkeypatch.setattr(predictor, "_batch", lambda prompts, pixels, *more: seen.append(pixels))
     config = Config(data=DataConfig((SourceConfig(image=ImageConfig(frame="last")),)))
-    made = SimpleNamespace(_config=config, _encoder=None, _tokenizer=SimpleNamespace(pad=0))
+    encoder = SimpleNamespace(prompt=lambda *a: None)
+    made = SimpleNamespace(_config=config, _encoder=encoder, _tokenizer=SimpleNamespace(pad=0))
     request = predictor.Request("vqa", "What?", (FILMS["TIFF"], read_image(FILMS["TIFF"])))
     predictor.Predictor._rows(made, [request], 1)
     assert [pixels.max() for pixels in seen[0][0]] == [240, 0]

@@ -31,7 +31,7 @@ MODELS = {
     "unimed": {"connector": {"hidden": None, "router_hidden": None}},
     "med_moe": {
         "vision": {**CLIP, "feature_layer": -2, "depth": 3},
-        "connector": {"kind": "mlp2x_gelu", "rate": 1, "task_tokens": 0},
+        "connector": {"kind": "mlp2x_gelu", "rate": 1, "hidden": None, "task_tokens": 0},
         "decoder": {"norm": "layer", "rotary_fraction": 0.5, "head_dim": 4, "kv_heads": 4},
         "moe": {"experts": 4, "top_k": 2, "layers": (1,)},
         "lora": {"rank": 0},

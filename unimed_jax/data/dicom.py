@@ -21,6 +21,7 @@ from unimed_jax.errors import UserError
 EXTRA = "pip install 'unimed_jax[dicom]'"
 _VALUES = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
 _JP2, _J2K = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"  # the first bytes of boxes, and of JPEG 2000 itself
+_END = b"\xff\xd9"  # ends a frame as JPEG, JPEG-LS or JPEG 2000, but for a few bytes of padding
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _GROUPS = "PerFrameFunctionalGroupsSequence"
 _OPEN = 0xFFFFFFFF  # length of a value that is cut in fragments
@@ -340,6 +341,8 @@ def _check_frame(
         raise UserError(
             f"image {name} is {columns} x {rows}, and its compressed pixels say {says}; {_ADVICE}."
         )
+    if _END not in frame[-16:]:  # some decoders fill up what is missing
+        raise UserError(f"image {name} is cut: its compressed pixels have no end; {_ADVICE}.")
     if frame.count(b"\xff\xda") > SCANS:
         raise UserError(f"image {name} has more than the {SCANS} scans that are read; save it again.")
     return coded[2]
