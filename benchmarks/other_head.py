@@ -24,7 +24,7 @@ from unimed_jax.evaluate.metrics.boxes import iou
 from unimed_jax.evaluate.scores import score
 from unimed_jax.runs.folder import read_config
 
-LACKS = ("ventricle", "brainstem", "callosum")  # words of structures that the other atlas has not
+LACKS = ("ventricle", "brainstem", "callosum")  # words of structures that the other atlas lacks
 HEADS = {"own head": "brain", "brain alone": "colin", "with skull": "colin_skull"}
 
 

@@ -47,7 +47,7 @@ def page(content: Mapping[str, Any]) -> str:
         f"# Visual tokens by {content['by']}\n\n{said_about(content)}\n\n"
         "The silhouette is computed in the tokens' own space, not in the picture's two dimensions: 1 is "
         "apart, 0 is mixed, below 0 is nearer to another label. Beside it stands the range that 95 % of "
-        "200 shuffles of the labels among images give. Told apart: balanced accuracy of a linear "
+        "200 shuffles of the labels among images give. Classified: balanced accuracy of a linear "
         "classifier on clusters that it was not fitted on; "
         f"{_chance(content)} would be chance.\n\n"
         + markdown_table([*head, f"silhouette of each {content['by']}"], rows)

@@ -74,7 +74,7 @@ def with_options(question: str, options: Mapping[str, str]) -> str:
 
 
 def shown_options(question: str) -> Options:
-    """Finds the options that `with_options` put behind a question; {} if there are none.
+    """Finds the options that `with_options` put after a question; {} if there are none.
 
     They are (A), (B), (C) ... without a gap, as many as there are: a letter within an option ("both (A)
     and (B)") is none.

@@ -17,7 +17,7 @@ from unimed_jax.evaluate.closed import closed_accuracy
 from unimed_jax.evaluate.metrics.text import is_closed
 from unimed_jax.evaluate.words import canonical, tokens
 
-MOST = 64  # labels of a template; with more it is no choice
+MOST = 64  # labels of a template; with more, likelihoods are not computed
 POLAR = ("yes", "no", "maybe")
 OPTIONS, TRAINING, YES_NO = "options", "training", "yes/no"  # the rules
 

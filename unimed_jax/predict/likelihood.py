@@ -43,7 +43,7 @@ class Likelihood:
 
 
 class _Share(NamedTuple):
-    """Says which texts of a question stand together behind one copy of its images."""
+    """Says which texts of a question come together after one copy of its images."""
 
     question: int  # its place in the batch
     first: int
