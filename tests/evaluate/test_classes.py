@@ -182,6 +182,8 @@ def test_labels_come_from_options_training_answers_or_yes_and_no():
         Labels(YES_NO, "yes/no/maybe", ("Yes", "no", "maybe")),
         None,
     ]
+    slips = [example("qa", "?", word, **closed) for word in ("yes", "no")] * 300  # one maybe in 605
+    assert labels_of("qa", asked[:1], train + slips) == [Labels(YES_NO, "yes/no", ("yes", "no"))]
     assert labels_of("vqa", asked[:1], []) == [Labels(YES_NO, "yes/no", ("yes", "no"))]
     assert labels_of("vqa", [example("vqa", "?", "no", answer_type="OPEN")], train) == [None]
     nested = {"A": "left (upper)", "B": "none of (A)", "C": "x", "D": "(A) and (B) only"}

@@ -18,6 +18,7 @@ from unimed_jax.evaluate.metrics.text import is_closed
 from unimed_jax.evaluate.words import canonical, tokens
 
 MOST = 64  # labels of a template; with more, likelihoods are not computed
+RARE = 0.01  # share of closed answers below which yes, no or maybe is a slip and no label
 POLAR = ("yes", "no", "maybe")
 OPTIONS, TRAINING, YES_NO = "options", "training", "yes/no"  # the rules
 
@@ -41,7 +42,8 @@ def labels_of(task: str, examples: Sequence[Example], train: Iterable[Example]) 
     for example in train:
         if task == "cls" or is_closed(example.meta):
             spelled[_template(example)][example.answer] += 1
-    known = {template: _commonest(answers) for template, answers in spelled.items()}
+    least = 0.0 if task == "cls" else RARE  # a rare class is a class
+    known = {template: _commonest(answers, least) for template, answers in spelled.items()}
     return [_of_example(task, example, known.get(_template(example), {})) for example in examples]
 
 
@@ -64,12 +66,19 @@ def _template(example: Example) -> str:
     return example.meta.get("template", "")
 
 
-def _commonest(answers: Counter[str]) -> dict[str, str]:
-    """Returns the commonest spelling of each answer by its canonical form."""
+def _commonest(answers: Counter[str], least: float) -> dict[str, str]:
+    """Returns the commonest spelling of each answer by its canonical form.
+
+    least: share of all answers that a form must have.
+    """
+    shares: Counter[str] = Counter()
     found: dict[str, str] = {}
-    for answer, _ in sorted(answers.items(), key=lambda item: (-item[1], item[0])):
-        found.setdefault(canonical(answer), answer)
-    return {form: answer for form, answer in found.items() if form}
+    for answer, count in sorted(answers.items(), key=lambda item: (-item[1], item[0])):
+        form = canonical(answer)
+        shares[form] += count
+        found.setdefault(form, answer)
+    most = least * answers.total()
+    return {form: answer for form, answer in found.items() if form and shares[form] >= most}
 
 
 def place_of(answer: str, labels: Sequence[str]) -> int:
