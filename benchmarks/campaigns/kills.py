@@ -55,10 +55,9 @@ FILES = {
     "chain.py": CHAIN,
 }
 RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "metrics.json")
-LEFT = re.compile(
-    r"\..+\.\d+(-\d+)?|.*orbax-checkpoint-tmp|.*\.deleted|predictions\.partial\.jsonl|.*\.tmp"
-)
-OTHER = ("lock", "log.jsonl", "__pycache__")  # files that are compared in another way, or not at all
+LEFT = re.compile(r"\..+\.\d+(-\d+)?|.*orbax-checkpoint-tmp|.*\.deleted|.*\.partial\.jsonl|.*\.tmp")
+# files that are compared in another way, or not at all
+OTHER = ("lock", "log.jsonl", "cost.json", "__pycache__")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from support.squares import COLOURS, Squares
 
 from unimed_jax.config import default_config
 from unimed_jax.settings import from_config_dict
-from unimed_jax.train import loop
 
 __all__ = ["COLOURS", "Squares", "finished", "tiny_config"]
 
@@ -46,6 +45,8 @@ def tiny_config(**train):
 
 def finished(folder) -> None:
     """Trains a tiny run of four steps into folder/run, for tests that only read it."""
+    from unimed_jax.train import loop  # not above: config files import this one, before JAX may start
+
     config = tiny_config(steps=4, save_every=2)
     config.evaluate.splits, config.evaluate.limit, config.evaluate.max_new_tokens = ("test",), 2, 2
     loop.train(from_config_dict(config), folder / "run")
