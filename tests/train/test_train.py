@@ -76,10 +76,11 @@ def test_stop_and_continue_is_bit_for_bit(straight, tmp_path, monkeypatch):
         np.testing.assert_array_equal(parameters(run.model)[path], leaf, err_msg=path)
 
 
-def test_a_finished_run_opens_and_trains_no_further(straight):
-    again = loop.train(straight.config, straight.folder)
-    opened = open_run(straight.folder)
-    assert opened.step == 12 and len(lines(straight.folder)) == 12
+def test_a_finished_run_opens_and_trains_no_further(straight, tmp_path):
+    folder = shutil.copytree(straight.folder, tmp_path / "run")  # a run is claimed while it trains
+    again = loop.train(straight.config, folder)
+    opened = open_run(folder)
+    assert opened.step == 12 and len(lines(folder)) == 12
     for path, leaf in parameters(straight.model).items():
         np.testing.assert_array_equal(parameters(opened.model)[path], leaf, err_msg=path)
         np.testing.assert_array_equal(parameters(again.model)[path], leaf, err_msg=path)
@@ -130,11 +131,12 @@ def test_a_step_that_is_not_finite_stops_the_run_with_its_records(tmp_path, monk
     assert all(np.isfinite(leaf).all() for leaf in weights.values())
 
 
-def test_a_folder_belongs_to_one_set_of_settings(straight):
+def test_a_folder_belongs_to_one_set_of_settings(straight, tmp_path):
+    folder = shutil.copytree(straight.folder, tmp_path / "run")
     settings = tiny_config()
     settings.optimizer.lr = 1e-3
     with pytest.raises(UserError, match=r"config.optimizer.lr is 0.003 there and 0.001 now.*--workdir"):
-        loop.train(from_config_dict(settings), straight.folder)
+        loop.train(from_config_dict(settings), folder)
 
 
 def test_a_checkpoint_of_another_model_is_refused(straight, tmp_path):
