@@ -132,7 +132,7 @@ class Difference:
     ci95: list[float] | None = None
     p: float | None = None  # two-sided, for "no difference"
     error: float | None = None  # standard error
-    freedom: float | None = None  # degrees of freedom of the t distribution behind interval and p
+    freedom: float | None = None  # degrees of freedom of Student's t, for interval and p
 
     def detectable(self, level: float = LEVEL, power: float = POWER) -> float | None:
         """Returns the smallest true difference that would be found at this level with this power.
