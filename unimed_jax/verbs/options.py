@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,25 @@ def parser(module: str, description: str | None) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def run_command(
+    module: str, description: str | None, commands: Sequence[str], arguments: list[str]
+) -> int | None:
+    """Runs the command of a verb that has several, and returns its exit status.
+
+    Each of `commands` is a file of the verb's folder, with _ for -. Give __name__ and __doc__ of the
+    folder's module.
+    """
+    if arguments[:1] in (["--help"], ["-h"]):
+        parser(module, description).parse_args(arguments)
+    command = arguments[0] if arguments else ""
+    if command not in commands:
+        verb = module.rpartition(".")[2]
+        raise UserError(
+            f"{verb}: {command!r} is not one of {', '.join(commands)}{nearest(command, commands)}"
+        )
+    return importlib.import_module(f"{module}.{command.replace('-', '_')}").run(arguments[1:])
 
 
 def with_overrides(

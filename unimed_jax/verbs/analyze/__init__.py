@@ -14,10 +14,7 @@ analyze tokens --run=DIR
     draws visual tokens before and after the connector in two dimensions, by task
 """
 
-import importlib
-
-from unimed_jax.errors import UserError, nearest
-from unimed_jax.verbs.options import parser
+from unimed_jax.verbs.options import run_command
 
 # each a file of this folder, with _ for -
 COMMANDS = ("tug-of-war", "reliance", "experts", "ablation", "routing", "tokens")
@@ -25,11 +22,4 @@ COMMANDS = ("tug-of-war", "reliance", "experts", "ablation", "routing", "tokens"
 
 def run(arguments: list[str]) -> int | None:
     """Reads which command is meant and runs it; returns its exit status."""
-    if arguments[:1] in (["--help"], ["-h"]):
-        parser(__name__, __doc__).parse_args(arguments)
-    command = arguments[0] if arguments else ""
-    if command not in COMMANDS:
-        raise UserError(
-            f"analyze: {command!r} is not one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}"
-        )
-    return importlib.import_module(f"{__name__}.{command.replace('-', '_')}").run(arguments[1:])
+    return run_command(__name__, __doc__, COMMANDS, arguments)

@@ -16,10 +16,7 @@ data export --config=FILE --out=DIR [--split=test]
     writes questions.jsonl and images/*.png, without the answers
 """
 
-import importlib
-
-from unimed_jax.errors import UserError, nearest
-from unimed_jax.verbs.options import parser
+from unimed_jax.verbs.options import run_command
 
 # each a file of this folder
 COMMANDS = ("show", "prepare", "check", "twin", "subset", "schema", "export")
@@ -27,11 +24,4 @@ COMMANDS = ("show", "prepare", "check", "twin", "subset", "schema", "export")
 
 def run(arguments: list[str]) -> int | None:
     """Reads which command is meant and runs it; returns its exit status."""
-    if arguments[:1] in (["--help"], ["-h"]):
-        parser(__name__, __doc__).parse_args(arguments)
-    command = arguments[0] if arguments else ""
-    if command not in COMMANDS:
-        raise UserError(
-            f"data: {command!r} is not one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}"
-        )
-    return importlib.import_module(f"{__name__}.{command}").run(arguments[1:])
+    return run_command(__name__, __doc__, COMMANDS, arguments)
