@@ -195,5 +195,14 @@ def test_clinical_scores_are_the_means_of_radeval(monkeypatch):
     with pytest.raises(metrics.NotComputed, match="radeval gave no value for some of 2 reports"):
         value("radgraph_f1", *rows)
     monkeypatch.setattr(RadEval, "values", {})
-    with pytest.raises(metrics.NotComputed, match=r"not computed: needs weights \(radeval: KeyError\)"):
+    with pytest.raises(metrics.NotComputed, match=r"not computed: radeval failed \(KeyError: "):
+        value("radgraph_f1", *rows)
+
+    def offline(self, refs, hyps):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(RadEval, "__call__", offline)
+    with pytest.raises(
+        metrics.NotComputed, match=r"not computed: needs weights \(radeval: ConnectionError\)"
+    ):
         value("radgraph_f1", *rows)

@@ -25,7 +25,8 @@ METRICS = {
 def _scored(name: str, records: Sequence[Record]) -> Measure:
     """Computes radeval's score of each report, averaged.
 
-    Raises NotComputed where the package or weights are missing, and for values that are none.
+    Raises NotComputed where the package or weights are missing, where it fails, and where it gives no
+    number.
     """
     theirs, key = METRICS[name]
     try:
@@ -36,8 +37,13 @@ def _scored(name: str, records: Sequence[Record]) -> Measure:
     try:
         evaluator = RadEval(metrics=[theirs], per_sample=True, show_progress=False)
         values = np.asarray(evaluator(refs=wanted, hyps=said)[key], np.float64)
-    except Exception as error:  # whatever the models' libraries raise without network
+    except OSError as error:  # of the network, or of a file that is not there
         raise NotComputed(f"{NEEDS_WEIGHTS} (radeval: {type(error).__name__})") from error
+    except Exception as error:  # of the models' many libraries
+        said_by_them = " ".join(str(error).split())[:200]
+        raise NotComputed(
+            f"not computed: radeval failed ({type(error).__name__}: {said_by_them})"
+        ) from error
     if values.shape != (len(records),) or not np.isfinite(values).all():
         raise NotComputed(f"not computed: radeval gave no value for some of {len(records)} reports")
     return Measure.mean(values.tolist())
