@@ -10,7 +10,6 @@ from support.fake_brain import COLOURS, Squares, tiny_config
 
 from unimed_jax.config import LossConfig
 from unimed_jax.data import images, layout
-from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -27,13 +26,6 @@ LABELS = tuple(COLOURS)
 @pytest.fixture(scope="module")
 def config():
     return from_config_dict(tiny_config())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer") / "it"
-    train_tokenizer(corpus(Squares().examples("train"), config.text), config.text, folder)
-    return Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.config import TASKS
 from unimed_jax.data.layout import VISUAL, Encoder
-from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.generate import generate
@@ -30,13 +29,6 @@ def config():
     settings = tiny_config()
     settings.evaluate.batch, settings.evaluate.max_new_tokens = 4, 12
     return from_config_dict(settings)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer") / "it"
-    train_tokenizer(corpus(Squares().examples("train"), config.text), config.text, folder)
-    return Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module")
