@@ -366,6 +366,15 @@ def test_a_picture_that_broke_off_is_left_out_when_the_set_is_prepared(kind, tmp
     assert may_be_cut(WHOLE[kind]) == (kind == "PPM")  # no other whole picture is decoded
 
 
+def test_a_compressed_frame_without_an_end_is_cut_whatever_the_decoder():
+    """Some decoders fill up what is missing, others fail; neither is asked."""
+    data = WHOLE["DICOM, JPEG"]
+    assert read_image(data).shape == (40, 48, 3)
+    for end in (data.rindex(b"\xff\xd9"), len(data) // 2):
+        with pytest.raises(UserError, match="is cut: its compressed pixels have no end"):
+            read_image(data[:end])
+
+
 def test_a_set_goes_on_without_the_picture_that_broke_off(tmp_path):
     picture = WHOLE["JPEG"]
     for split in ("train", "test"):
