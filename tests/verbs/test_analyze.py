@@ -123,6 +123,7 @@ def edited(run, **connector):
         (["tokens"], {"gates": 3}, "config.model.connector"),
         (["experts", "--task=report"], {}, "--task=report is not a task"),
         (["routing", "--split=tset"], {}, "no example in split 'tset'; did you mean 'test'"),
+        (["routing", "--by=colours"], {}, "--by=colours gives no group"),
         (["ablation", "--task=qa"], {}, "no task with images is left"),
         (["tokens", "--task=cls"], {}, "--by=task gives the one group 'cls'"),
         (["experts", "--task=cls", "--steps=1"], {}, "only squares/val/cls has held-out examples"),

@@ -97,14 +97,30 @@ def labelled(shown: Sequence[Shown], by: str) -> tuple[list[Shown], list[str]]:
         by, lambda s: str(s.example.meta.get(by, ""))
     )
     kept = [(s, name) for s in shown if (name := label(s))]
-    names = list(dict.fromkeys(name for _, name in kept))
+    labels = [name for _, name in kept]
+    _refuse_one_group(by, labels, ("task", "set"), [s.example for s in shown])
+    return [s for s, _ in kept], labels
+
+
+def check_keys(units: Sequence[Unit], keys: Sequence[str]) -> None:
+    """Raises UserError for a key of the examples' meta that gives less than two groups."""
+    examples = [example for unit in units for example in unit.examples]
+    for key in keys:
+        found = [str(example.meta[key]) for example in examples if example.meta.get(key)]
+        _refuse_one_group(key, found, (), examples)
+
+
+def _refuse_one_group(
+    by: str, labels: Sequence[str], more: Sequence[str], examples: Sequence[Example]
+) -> None:
+    """Raises UserError if less than two labels are left; `more` may be chosen besides keys of meta."""
+    names = list(dict.fromkeys(labels))
     if len(names) < 2:
-        known = sorted({key for s in shown for key in s.example.meta})
+        known = [*more, *sorted({key for example in examples for key in example.meta})]
         raise UserError(
             f"--by={by} gives {'the one group ' + repr(names[0]) if names else 'no group'}, and two are "
-            f"compared; choose from task, set, {', '.join(known)}, or other --task or --split."
+            f"compared; choose from {', '.join(known)}, or other --task or --split."
         )
-    return [s for s, _ in kept], [name for _, name in kept]
 
 
 def groups_of(

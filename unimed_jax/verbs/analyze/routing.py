@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> None:
     out = folder_of(known)
     config = settings(known)
 
-    from unimed_jax.analyze import decoder_routing, drawing, routing, routing_report
+    from unimed_jax.analyze import decoder_routing, drawing, examples, routing, routing_report
     from unimed_jax.evaluate.report.pictures import token_grid
 
     keys = known.by or ["modality"]
@@ -32,6 +32,7 @@ def run(arguments: list[str]) -> None:
     if not decoder:  # else the decoder's experts are looked at, whatever the connector
         routing.refuse_without_mixture(Path(known.run), config)
     found, units = opened(known, config)
+    examples.check_keys(units, known.by)
     with found.inside():
         content = {
             **drawing.about(found, known.split),
