@@ -11,8 +11,8 @@ from pathlib import Path
 import ml_collections
 
 from unimed_jax import files, processes
+from unimed_jax.analyze.chain_experts import LOAD, load_table, write_load
 from unimed_jax.analyze.cost import measured
-from unimed_jax.analyze.experts import LOAD, load_table, write_load
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError

@@ -1,23 +1,20 @@
-"""Measures which experts of the decoder the tokens of each modality go to."""
+"""Measures which experts of the decoder the tokens of each class of a chain's router go to.
+
+`decoder_routing.py` does it for any run, by what the examples say of themselves.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from unimed_jax import files, processes
+from unimed_jax.analyze import decoder_routing
 from unimed_jax.config import Config
 from unimed_jax.data.datasets import distinct, open_sources
-from unimed_jax.data.layout import Encoder
 from unimed_jax.evaluate.report.markdown import markdown_table
-from unimed_jax.model.sharding import constrain
-from unimed_jax.model.unimed import Batch, UniMed
 from unimed_jax.parsing import read_json
-from unimed_jax.predict.predictor import prompt_batch
 from unimed_jax.provenance import plain
 from unimed_jax.runs.folder import read_config
 from unimed_jax.runs.open import Run, open_run
@@ -49,25 +46,19 @@ def expert_load(run: Run, router: Config, classes: list[str]) -> dict[str, Any]:
     of the prompt.
     """
     config, datasets = run.config, distinct(open_sources(router.held_out))
-    encoder = Encoder(run.tokenizer, config.text, config.model.tokens_per_image)
     layers, experts = config.model.moe.numbers(config.model.decoder.depth), config.model.moe.experts
     splits: dict[str, Any] = {}
     for split in router.evaluate.splits:
         some = labelled(datasets, split, router, classes)
-        counts = np.zeros((len(classes), 2, len(layers), experts))
+        counts = np.zeros((len(classes), len(decoder_routing.KINDS), len(layers), experts))
         for start in range(0, len(some.examples), config.evaluate.batch):
             rows = slice(start, start + config.evaluate.batch)
             pixels = [
                 [dataset.image(key) for key in example.images]
                 for dataset, example in zip(some.datasets[rows], some.examples[rows], strict=True)
             ]
-            batch = prompt_batch(encoder, config, run.tokenizer.pad, some.examples[rows], pixels)
-            chosen = np.asarray(first_choices(run.model, batch))  # [layers, B, S]
-            visual, used = batch["visual"] >= 0, batch["segments"] != 0
-            for row, label in enumerate(some.classes[rows]):
-                for kind, places in enumerate((visual[row], used[row] & ~visual[row])):
-                    one_hot = chosen[:, row, places, None] == np.arange(experts)
-                    counts[label, kind] += one_hot.sum(axis=1)
+            found = decoder_routing.choices(run, some.examples[rows], pixels)
+            np.add.at(counts, some.classes[rows], found)
         total = counts.sum(axis=-1, keepdims=True)
         shares = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
         splits[split] = {
@@ -79,15 +70,6 @@ def expert_load(run: Run, router: Config, classes: list[str]) -> dict[str, Any]:
             for i, name in enumerate(classes)
         }
     return {"layers": list(layers), "classes": classes, "splits": splits}
-
-
-@jax.jit
-def first_choices(model: UniMed, batch: Batch) -> Int[Array, "layers B S"]:
-    """Computes the expert that each token prefers, in every layer with experts."""
-    routing = model(batch).experts
-    assert routing is not None
-    chosen = routing.experts[..., 0].reshape(-1, *jnp.shape(batch["tokens"]))
-    return constrain(chosen, None, None, None)  # every process reads all of it
 
 
 def load_table(load: Mapping[str, Any]) -> str:
