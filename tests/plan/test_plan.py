@@ -138,7 +138,7 @@ def test_activations_are_those_that_the_backward_pass_reads():
     whole = kept()
     assert 0 < whole < kept(remat="none") / 2
     assert kept(devices=4) == pytest.approx(whole / 4, rel=0.01)
-    assert kept(accumulation=2) == pytest.approx(whole / 2, rel=0.1)
+    assert whole / 2 <= kept(accumulation=2) < 0.6 * whole  # what is kept of weights stays
 
 
 def test_what_does_not_fit_says_what_is_largest(cache, tmp_path):
@@ -158,7 +158,7 @@ def test_what_does_not_fit_says_what_is_largest(cache, tmp_path):
     result = {**result, "memory": memory | {"alias": 2**30}}
     job = Job(job.config, topology.parse("h100:1"), "train")
     row = table.row_of(compiling.Outcome(job, result, tmp_path, 1.0, False))
-    assert row["fits"] is False and row["gib_needed"] == 78  # compared here: its compiler does not
+    assert row["fits"] is False and row["gib_needed"] == 79  # compared here: its compiler does not
     assert row["gib_usable"] == pytest.approx(0.9 * 79.1) and "yes" not in table.text([row])
 
 

@@ -5,6 +5,8 @@ This is the only table of chips: `plan` and the benchmarks read it.
 """
 
 import dataclasses
+import functools
+import re
 from typing import Literal
 
 GB, GIB = 1e9, 2**30
@@ -89,8 +91,17 @@ def _gpu(
     )
 
 
-_HOPPER = dict(capability=(9, 0), multiprocessors=132, l2=50 << 20, shared=228 << 10, threads=2048)
-_ADA = dict(capability=(8, 9), shared=100 << 10, threads=1536)
+_hopper = functools.partial(
+    Gpu,
+    capability=(9, 0),
+    multiprocessors=132,
+    clock=1.98,
+    l2=50 << 20,
+    shared=228 << 10,
+    threads=2048,
+    float32_units=128,
+)
+_ada = functools.partial(Gpu, capability=(8, 9), shared=100 << 10, threads=1536, float32_units=128)
 
 # `usable` of TPUs is what their compiler says when a program does not fit. Memory of a card is what
 # its driver reports, a little less than the round number of the data sheet.
@@ -102,12 +113,12 @@ CHIPS: dict[str, Chip] = {
         _tpu("v6e", "v6 lite", 918e12, 32, 31.25, 1638, 800),
         _gpu(
             "h100", "H100", 989e12, 79.1, 3350, 450 * GB, "NVIDIA H100 data sheet, SXM",
-            Gpu("NVIDIA H100 80GB HBM3", clock=1.98, float32_units=128, **_HOPPER),
+            _hopper("NVIDIA H100 80GB HBM3"),
             beyond=INFINIBAND,
         ),
         _gpu(
             "h200", "H200", 989e12, 139.8, 4800, 450 * GB, "NVIDIA H200 data sheet, SXM",
-            Gpu("NVIDIA H200", clock=1.98, float32_units=128, **_HOPPER),
+            _hopper("NVIDIA H200"),
             beyond=INFINIBAND,
         ),
         _gpu(
@@ -117,15 +128,12 @@ CHIPS: dict[str, Chip] = {
         ),
         _gpu(
             "l4", "L4", 121e12, 22.2, 300, PCIE4, "NVIDIA L4 data sheet, without sparsity",
-            Gpu("NVIDIA L4", multiprocessors=58, clock=2.04, l2=48 << 20, float32_units=128, **_ADA),
+            _ada("NVIDIA L4", multiprocessors=58, clock=2.04, l2=48 << 20),
         ),
         _gpu(
             "rtx4090", "RTX 4090", 165e12, 23.5, 1008, PCIE4,
             "NVIDIA Ada architecture paper, float32 sums, without sparsity",
-            Gpu(
-                "NVIDIA GeForce RTX 4090", multiprocessors=128, clock=2.52, l2=72 << 20,
-                float32_units=128, **_ADA,
-            ),
+            _ada("NVIDIA GeForce RTX 4090", multiprocessors=128, clock=2.52, l2=72 << 20),
         ),
         _gpu(
             "a10", "A10", 125e12, 22.0, 600, PCIE4, "NVIDIA A10 data sheet, without sparsity",
@@ -137,9 +145,9 @@ CHIPS: dict[str, Chip] = {
 
 def chip_of(device_kind: str) -> Chip | None:
     """Finds the chip that jax calls `device_kind`; None if the table lacks it."""
-    # the longest name first: "A100" holds "A10"
-    for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.kind)):
-        if chip.kind in device_kind:
+    for chip in CHIPS.values():
+        # a whole word: an L4 is another card than an L40S
+        if re.search(rf"(?<!\w){chip.kind}(?!\w)", device_kind):
             return chip
     return None
 

@@ -127,7 +127,7 @@ def _decode(config: Config, built: Program, mesh: Mesh) -> Planned:
     shape = (decoder.depth, rows, decoder.kv_heads, prompt + new, decoder.head_dim)
     names = (None, "batch", "heads", None, None)
     spec = sharding.spec(shape, names, dict(mesh.shape))
-    stored = jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+    stored: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
     cache = Cache(stored, stored, Span(places, places, places))
     token, place = _by_row((rows, 1), jnp.int32, mesh), jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -144,7 +144,8 @@ def _decode(config: Config, built: Program, mesh: Mesh) -> Planned:
     return Planned(lowered, arguments, 0.0)
 
 
-def _by_row(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def _by_row(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
+    """Describes an array that is split by its rows."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.row_sharding(shape, mesh))
 
 
