@@ -61,7 +61,8 @@ class Collective:
 class Operation:
     """Sums the cost of all instructions of one name and shape, loops multiplied out."""
 
-    name: str  # op_name of its metadata; the compiler's own operations have none, then its opcode
+    # op_name of its metadata; what the compiler added has none, but a kernel's name or an opcode
+    name: str
     shape: str  # of the first result, without layout
     flops: float
     bytes: float
@@ -448,10 +449,11 @@ def _keeps_own_part(here: Computation, i: Instruction, size: int) -> bool:
 
 def _key(i: Instruction, module: Module) -> tuple[str, str]:
     """Gives the name and shape by which costs are folded."""
-    name = i.op_name or i.opcode
+    name = i.op_name or i.target or i.opcode
     if name == "fusion":
         inner = module.computations[i.called("calls")[0]]
         results = list(_roots(inner))
-        name = next((result.op_name for result in results if result.op_name), results[0].opcode)
+        first = results[0].target or results[0].opcode
+        name = next((result.op_name for result in results if result.op_name), first)
     array = i.array
     return name, f"{array.dtype}[{','.join(map(str, array.dims))}]"
