@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import conflict_over_seeds
 import connector
 import harness
 import moe_dispatch
@@ -136,6 +137,29 @@ def test_dispatch_sides_differ_in_their_path_alone():
         fields = {"capacity_factor": 8.0, **fields}
         assert all(getattr(config.model.moe, name) == value for name, value in fields.items())
         assert config.data == moe_dispatch.settings("small", moe_dispatch.NONE, 0).data
+
+
+def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
+    files = []
+    for seed, (cmoe, linear) in enumerate(((0.3, 0.2), (0.5, 0.2), (0.4, 0.2))):
+        runs = [
+            {"run": f"w/{name}/seed{seed}", "units": {"connector": {"indices": {
+                key: {"value": value} for key in conflict_over_seeds.TITLES
+            }}}}
+            for name, value in (("cmoe", cmoe), ("linear", linear))
+        ]  # fmt: skip
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(sys, "argv", ["conflict_over_seeds.py", *map(str, files)])
+    conflict_over_seeds.main()
+    said = capsys.readouterr().out
+    assert "0.400 (0.300 .. 0.500)" in said
+    # differences -0.1, -0.3, -0.2: standard error 0.1 / sqrt(3), Student's t with 2 degrees 4.303
+    assert "0.200: -0.200 [-0.448, +0.048]" in said and "3 seeds" in said
+    monkeypatch.setattr(sys, "argv", ["conflict_over_seeds.py", str(files[0])])
+    with pytest.raises(SystemExit):
+        conflict_over_seeds.main()
+    assert "give those of two or more" in capsys.readouterr().err
 
 
 def test_a_side_that_fails_is_named(tmp_path):

@@ -1,0 +1,81 @@
+"""Tabulates how much tasks conflict at several connectors, over seeds.
+
+    python benchmarks/conflict_over_seeds.py SWEEP/tug_of_war/seed*/tug_of_war.json
+
+Each file is what `analyze tug-of-war` wrote of one seed's runs, in folders VARIANT/seedN, the same
+variants in each; two files or more. An index is that of the whole connector, averaged over seeds. Its
+difference from the first variant is paired by seed; the interval is Student's t over seeds (95 %), not
+corrected for the number of lines.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import table
+from scipy import stats
+
+from unimed_jax.analyze.tug_of_war_report import TITLES
+
+PART = "connector"
+
+
+def indices(file: Path) -> dict[str, dict[str, float]]:
+    """Reads the indices of each variant of one seed."""
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    found: dict[str, dict[str, float]] = {}
+    for run in runs:
+        measured = run["units"][PART]["indices"]
+        found[Path(run["run"]).parent.name] = {key: measured[key]["value"] for key in TITLES}
+    return found
+
+
+def cell(values: Sequence[float], against: Sequence[float] | None) -> str:
+    """Writes a mean over seeds and, beside another variant, the paired difference with its interval."""
+    mean = f"{np.mean(values):.3f}"
+    if against is None:
+        return f"{mean} ({min(values):.3f} .. {max(values):.3f})"
+    difference = np.subtract(values, against)
+    spread = difference.std(ddof=1) / len(difference) ** 0.5
+    reach = stats.t.ppf(0.975, len(difference) - 1) * spread
+    low, high = difference.mean() - reach, difference.mean() + reach
+    return f"{mean}: {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def lines(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> list[list[Any]]:
+    """Makes a line for each variant, in the order of the first file."""
+    first = next(iter(seeds[0]))
+    return [
+        [
+            variant,
+            *(
+                cell(
+                    [seed[variant][key] for seed in seeds],
+                    None if variant == first else [seed[first][key] for seed in seeds],
+                )
+                for key in TITLES
+            ),
+        ]
+        for variant in seeds[0]
+    ]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    files = options.parse_args().files
+    if len(files) < 2:
+        options.error("one file holds one seed; give those of two or more.")
+    seeds = [indices(file) for file in files]
+    print(table(["variant", *TITLES.values()], lines(seeds)))
+    first = next(iter(seeds[0]))
+    print(f"\n{len(seeds)} seeds; {first}: (least .. largest), others: difference from {first} [95 %].")
+
+
+if __name__ == "__main__":
+    main()
