@@ -11,6 +11,7 @@ from pathlib import Path
 
 from unimed_jax.errors import UserError
 from unimed_jax.paths import check_output
+from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
 
 PROGRAMS = ("train", "prefill", "decode")
@@ -61,14 +62,19 @@ def run(arguments: list[str]) -> int:
     cache = check_output(known.cache or config.data.cache_folder / "plans", "--cache")
     topologies.check_compiler(wanted)
 
+    os.environ["JAX_PLATFORMS"] = "cpu"  # only children compile, and nothing here may hold a chip
+    start()
+
     from unimed_jax.plan import table
     from unimed_jax.plan.compile import Job, Limits, compile_all
+    from unimed_jax.plan.roofline import read_prices
 
+    prices = read_prices(known.prices)
     jobs = [Job(config, topology, program) for topology in wanted for program in programs]
     memory = known.memory * 2**30 if known.memory else 0.9 * _free_memory()
     rows = []
     for outcome in compile_all(jobs, cache, Limits(60 * known.minutes, memory)):
-        rows.append(table.row_of(outcome))
+        rows.append(table.row_of(outcome, prices))
         table.write(folder, config, rows, known.config)
     print(table.text(rows))
     print(f"wrote {folder}/plan.json and plan.md")
