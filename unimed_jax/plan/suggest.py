@@ -9,10 +9,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from unimed_jax.config import Config, MeshConfig
@@ -22,9 +21,11 @@ from unimed_jax.model.layers import REMAT
 from unimed_jax.plan.ideal import ideal
 from unimed_jax.plan.programs import row_bytes
 from unimed_jax.plan.roofline import BOUNDS, times
+from unimed_jax.plan.table import Row, mesh_name
 from unimed_jax.plan.topology import Topology
 from unimed_jax.train.program import Program, build
 
+MARGIN = 0.95  # of the usable memory: the estimate may be too low
 COMPILED = 3  # suggestions that are compiled
 SHOWN = 8
 
@@ -39,17 +40,16 @@ class Suggestion:
     bound: str
     total: float  # seconds of products, memory and network one after another
 
-    @property
-    def settings(self) -> list[str]:
-        """Writes the settings as arguments to copy."""
-        mesh = self.config.mesh
-        sizes = [f"--config.mesh.{axis}={getattr(mesh, axis)}" for axis in sharding.MESH_AXES]
-        return [
-            "--config.mesh.auto=False",
-            *sizes,
-            f"--config.model.remat={self.config.model.remat}",
-            f"--config.train.accumulation={self.config.train.accumulation}",
-        ]
+
+def settings(config: Config) -> list[str]:
+    """Writes what is suggested of a config as arguments to copy."""
+    sizes = [f"--config.mesh.{axis}={getattr(config.mesh, axis)}" for axis in sharding.MESH_AXES]
+    return [
+        "--config.mesh.auto=False",
+        *sizes,
+        f"--config.model.remat={config.model.remat}",
+        f"--config.train.accumulation={config.train.accumulation}",
+    ]
 
 
 def ranked(config: Config, topology: Topology) -> list[Suggestion]:
@@ -63,19 +63,20 @@ def ranked(config: Config, topology: Topology) -> list[Suggestion]:
             "chip, as in v5e:4x4 or h100:8."
         )
     estimate = _Estimate(config, topology)
-    found = [estimate.of(settings) for settings in variants(config, topology.count)]
+    found = [estimate.of(variant) for variant in variants(config, topology.count)]
     if not found:
         raise UserError(
             f"--topology={topology.text}: config.data.rows={config.data.rows} can be shared by no mesh "
             f"of {topology.count} devices; choose a multiple of {topology.count}."
         )
-    fitting = [s for s in found if s.memory <= topology.usable]
+    fitting = [s for s in found if s.memory <= MARGIN * topology.usable]
     if not fitting:
         least = min(found, key=lambda s: s.memory)
         raise UserError(
             f"--topology={topology.text}: no mesh, remat policy or micro-batch is expected to fit; the "
             f"smallest takes about {least.memory / 2**30:.1f} of {topology.usable / 2**30:.1f} GiB: "
-            f"{' '.join(least.settings)}; give more chips, or lower config.data.rows or row_tokens."
+            f"{' '.join(settings(least.config))}; give more chips, or lower "
+            "config.data.rows or row_tokens."
         )
     return sorted(fitting, key=lambda s: (s.step, s.total, s.memory))
 
@@ -162,13 +163,22 @@ class _Estimate:
             return row_bytes(config, build(config, None))
 
 
-def table(found: list[Suggestion]) -> tuple[list[str], list[list[str]]]:
+def table(found: Sequence[Suggestion]) -> tuple[list[str], list[list[str]]]:
     """Makes a table of the best suggestions: head and lines."""
     head = ["mesh", "remat", "micro-batches", "about GiB", "about s a step", "bound"]
     lines = []
     for s in found[:SHOWN]:
-        mesh = {axis: getattr(s.config.mesh, axis) for axis in sharding.MESH_AXES}
-        named = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+        sizes = {axis: getattr(s.config.mesh, axis) for axis in sharding.MESH_AXES}
         numbers = [str(s.config.train.accumulation), f"{s.memory / 2**30:.2f}", f"{s.step:.3g}"]
-        lines.append([named, s.config.model.remat, *numbers, s.bound])
+        lines.append([mesh_name(sizes), s.config.model.remat, *numbers, s.bound])
     return head, lines
+
+
+def fastest(rows: Sequence[Row], topology: Topology) -> str:
+    """Says which of the compiled suggestions is the fastest that fits, with its settings to copy."""
+    fitting = [row for row in rows if row["topology"] == topology.text and row["fits"]]
+    if not fitting:
+        return f"{topology.text}: none of the compiled suggestions fits; give more chips, or fewer rows."
+    # a compiler that keeps no text leaves the order of the model
+    best = min(fitting, key=lambda row: row.get("roofline", {}).get("step_s", math.inf))
+    return f"{topology.text}, the fastest that fits: {' '.join(best['settings'])}"

@@ -111,7 +111,7 @@ def memory_cells(row: Row) -> list[str]:
     """Writes a row's memory for a table; what is not known is a dash."""
     if "mesh" not in row:
         return [row["topology"], row["program"], "-", "not known", *["-"] * (len(KINDS) + 2)]
-    needed = "-" if row["gib_needed"] is None else f"{row['gib_needed']:.2f}"
+    needed = "-" if row["gib_needed"] is None else _gib(row["gib_needed"])
     found = row["gib_by_kind"]
     seconds = row["seconds"].get("compile")
     return [
@@ -120,7 +120,7 @@ def memory_cells(row: Row) -> list[str]:
         mesh_name(row["mesh"]),
         "yes" if row["fits"] else "no",
         f"{needed} of {row['gib_usable']:.2f}",
-        *(f"{found[kind]:.2f}" if kind in found else "-" for kind in KINDS),
+        *(_gib(found[kind]) if kind in found else "-" for kind in KINDS),
         "-" if seconds is None else f"{seconds:.0f} s",
     ]
 
@@ -136,6 +136,10 @@ def cost_cells(row: Row) -> list[str]:
     rate = next((f"{x:.3g} {name[:-6]}" for name, x in seen.items() if name.endswith("_per_s")), "-")
     cells += [_number(line.get("step_s")), line.get("bound", "-"), rate]
     return cells + [_number(seen.get("hours")), _number(seen.get("cost"))]
+
+
+def _gib(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _number(value: float | None) -> str:
