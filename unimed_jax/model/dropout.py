@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Key, UInt32
 from unimed_jax.model.attention import hardware
 
 
-def kept(key: Key[Array, ""], share: float, shape: tuple[int, int]) -> Bool[Array, "rows channels"]:
+def kept(key: Key[Array, ""], share: float, shape: tuple[int, ...]) -> Bool[Array, "rows channels"]:
     """Draws a mask that is true for about `share` of its values."""
     if hardware() == "cpu":
         return jax.random.bernoulli(key, share, shape)
     return hashed(key, shape) < jnp.uint32(min(share * 2**32, 2**32 - 1))
 
 
-def hashed(key: Key[Array, ""], shape: tuple[int, int]) -> UInt32[Array, "rows channels"]:
+def hashed(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "rows channels"]:
     """Hashes key, row and channel to 32 bits for each value; the row's part is computed once a row."""
     first, second = jax.random.key_data(key).astype(jnp.uint32)
     rows = jax.lax.broadcasted_iota(jnp.uint32, (shape[0], 1), 0)

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -17,7 +18,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from unimed_jax.config import Config, MeshConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
-from unimed_jax.model.layers import REMAT
 from unimed_jax.plan.ideal import ideal
 from unimed_jax.plan.programs import row_bytes
 from unimed_jax.plan.roofline import BOUNDS, times
@@ -26,6 +26,8 @@ from unimed_jax.plan.topology import Topology
 from unimed_jax.train.program import Program, build
 
 MARGIN = 0.95  # of the usable memory: the estimate may be too low
+Remat = Literal["none", "dots", "full"]
+POLICIES: tuple[Remat, ...] = get_args(Remat)
 COMPILED = 3  # suggestions that are compiled
 SHOWN = 8
 
@@ -57,6 +59,11 @@ def ranked(config: Config, topology: Topology) -> list[Suggestion]:
 
     Raises UserError if it expects none to fit, or knows no speed of the devices.
     """
+    return best(estimates(config, topology), topology)
+
+
+def estimates(config: Config, topology: Topology) -> list[Suggestion]:
+    """Estimates every variant of a config; raises UserError if there is none, or no known speed."""
     if topology.chip is None:
         raise UserError(
             f"--suggest cannot rank for --topology={topology.text}, whose speed is not known; give a "
@@ -69,6 +76,11 @@ def ranked(config: Config, topology: Topology) -> list[Suggestion]:
             f"--topology={topology.text}: config.data.rows={config.data.rows} can be shared by no mesh "
             f"of {topology.count} devices; choose a multiple of {topology.count}."
         )
+    return found
+
+
+def best(found: Sequence[Suggestion], topology: Topology) -> list[Suggestion]:
+    """Sorts what is expected to fit, the fastest first; raises UserError if nothing is."""
     fitting = [s for s in found if s.memory <= MARGIN * topology.usable]
     if not fitting:
         least = min(found, key=lambda s: s.memory)
@@ -86,7 +98,7 @@ def variants(config: Config, count: int) -> Iterator[Config]:
     for sizes in _meshes(config, count):
         shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
         micros = [2**n for n in range(11) if config.data.rows % (shares * 2**n) == 0]
-        for remat, micro in itertools.product(("none", *reversed(REMAT)), micros):
+        for remat, micro in itertools.product(POLICIES, micros):
             yield dataclasses.replace(
                 config,
                 mesh=MeshConfig(auto=False, **sizes),
@@ -155,7 +167,7 @@ class _Estimate:
         gathered = largest if sizes["fsdp"] > 1 else 0.0
         return held + rows * per_row + logits + wide + gathered
 
-    def _activations(self, remat: str) -> float:
+    def _activations(self, remat: Remat) -> float:
         """Returns the bytes that the backward pass reads of each row under a remat policy."""
         model = dataclasses.replace(self.config.model, remat=remat)
         config = dataclasses.replace(self.config, model=model)
