@@ -86,15 +86,15 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
     return Program(model, step, state, frozen, batch, optimizer, rules, mesh)
 
 
-def make_mesh(config: Config) -> Mesh | None:
+def make_mesh(config: Config, *described: Any) -> Mesh | None:
     """Makes the mesh that `config.mesh` asks for, over all devices of all processes.
 
-    A single device gets None.
+    A single device gets None. `described`: other devices and their memory, see `sharding.make_mesh`.
     """
     leaves = stored_leaves(config)
     rules = leaf_rules(leaves, config.train, config.optimizer)
     frozen = tree_bytes([leaf for path, leaf in leaves.items() if not rules[path].train])
-    return sharding.make_mesh(config.mesh, config.data.rows, frozen)
+    return sharding.make_mesh(config.mesh, config.data.rows, frozen, *described)
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
