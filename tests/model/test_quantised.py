@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import statistics
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support import tiny
 
+from unimed_jax.analyze.tug_of_war import chosen_leaves
 from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors import load
@@ -281,6 +283,16 @@ def test_what_trains_is_float32_and_what_cannot_be_cut_is_named():
     narrow = dataclasses.replace(tiny.CONFIG, frozen_kernels="nf4")
     with pytest.raises(UserError, match=r"blocks of 64 numbers, and decoder/.*/kernel has 16 inp"):
         stored_leaves(dataclasses.replace(config, model=narrow))
+
+
+def test_codes_have_no_gradient_that_could_be_compared():
+    path = "decoder/layers/mlp/up/kernel"
+    model = tiny.model(WIDE)
+    model = with_parameters(model, {path: quantise(parameters(model)[path], "nf4", "float32")})
+    run = SimpleNamespace(model=model, folder="runs/a")
+    with pytest.raises(UserError, match=f"--match names {path}, which runs/a stores as nf4 codes"):
+        chosen_leaves(run, ["decoder/*"])  # type: ignore[arg-type]
+    assert chosen_leaves(run, ["connector/*"])  # type: ignore[arg-type]
 
 
 def test_merging_an_adapter_gives_numbers():
