@@ -18,6 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from unimed_jax.config import Config, MeshConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
+from unimed_jax.model.parameters import tree_bytes
 from unimed_jax.plan.ideal import ideal
 from unimed_jax.plan.programs import row_bytes
 from unimed_jax.plan.roofline import BOUNDS, times
@@ -154,7 +155,7 @@ class _Estimate:
             names = sharding.parameter_names(path)
             shape = leaf.shape[len(leaf.shape) - len(names) :]
             axes = [axis for some in sharding.axes_by_dimension(shape, names, sizes) for axis in some]
-            size = leaf.size / math.prod(sizes[axis] for axis in axes) * leaf.dtype.itemsize
+            size = tree_bytes(leaf) / math.prod(sizes[axis] for axis in axes)
             # a leaf that trains, its two moments and its gradient
             held += 4 * size if path in self.built.state.leaves else size
             if not any(name in ("expert_hidden", "router_hidden") for name in names):
