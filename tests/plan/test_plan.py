@@ -158,9 +158,17 @@ def test_what_does_not_fit_says_what_is_largest(cache, tmp_path):
     row = table.row_of(compiling.Outcome(job, result, tmp_path, 1.0, False))
     assert (row["fits"], row["gib_needed"], row["gib_usable"]) == (False, 24.5, 15.75)
     assert row["reason"] == (
-        "train needs 24.5 GiB of a v5e's 15.8 GiB, most of it for frozen (20.0 GiB); split the model "
-        "over more chips (config.mesh.fsdp or tensor)."
+        "train needs 24.5 GiB of the 15.8 GiB of each device of v5e:2x2, most of it for frozen (20.0 "
+        "GiB); split the model over more chips (config.mesh.fsdp or tensor)."
     )
+    kept = {**result, "arguments": {}, "activations": 2**34}
+    for program, words in {
+        "train": "set config.model.remat='full', raise",
+        "decode": "lower config.ev",
+    }.items():
+        job = dataclasses.replace(job, program=program)
+        reason = table.row_of(compiling.Outcome(job, kept, tmp_path, 1.0, False))["reason"]
+        assert f"activations (16.0 GiB); {words}" in reason
     memory = dict.fromkeys(("argument", "output", "temp", "generated_code"), 20 * 2**30)
     result = {**result, "memory": memory | {"alias": 2**30}, "text": False}
     job = Job(job.config, topology.parse("h100:1"), "train")
