@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
+from unimed_jax.model.dropout import kept
 from unimed_jax.model.quantised import product
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -111,7 +112,7 @@ class Linear(nnx.Module):
         if self.lora_a is not None:
             assert self.lora_b is not None
             if dropout_key is not None and self.lora_dropout > 0:
-                keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
+                keep = kept(dropout_key, 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
             low_rank = x @ self.lora_a[...].astype(x.dtype)  # [batch, rank]
             y += low_rank @ self.lora_b[...].astype(x.dtype) * self.lora_scale
