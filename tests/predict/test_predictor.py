@@ -17,7 +17,10 @@ from unimed_jax.model import sharding
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.unimed import UniMed
-from unimed_jax.predict.predictor import Predictor, Request, as_example, prompt_batch
+from unimed_jax.predict.plain import prompt_batch
+from unimed_jax.predict.predictor import Predictor
+from unimed_jax.predict.request import Request, as_example
+from unimed_jax.predict.text import Spoken
 from unimed_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -101,14 +104,18 @@ def test_streamed_pieces_make_up_the_answer(predictor, requests, chunk):
         assert len(pieces) > 3
 
 
-def test_a_piece_never_ends_within_a_character(predictor, monkeypatch):
+def test_a_piece_never_ends_within_a_character(tokenizer):
     """Bytes of one character come as several tokens; the pieces hold it whole."""
     text = "Größe: 3 µm, naïve…"
-    ids = predictor._tokenizer.encode(text)
+    ids = tokenizer.encode(text)
     assert len(ids) > len(text.split()) * 2
-    monkeypatch.setattr(predictor, "_pieces", lambda request, chunk: iter([[i] for i in ids]))
-    pieces = list(predictor.stream(Request("qa", "?")))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) > 5
+    spoken = Spoken(tokenizer)
+    pieces = [piece for i in ids if (piece := spoken.add([i]))]
+    assert spoken.end() == "" and "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces) and len(pieces) > 5
+    # an answer that its last token cuts within a character
+    cut = Spoken(tokenizer)
+    assert "".join(map(cut.add, ([i] for i in ids[:-1]))) + cut.end() == tokenizer.decode(ids[:-1])
 
 
 def test_images_as_path_bytes_and_array_are_one(predictor, tmp_path):
