@@ -66,15 +66,11 @@ from unimed_jax.config import (
 )
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
+from unimed_jax.plan.chips import chip_of
 from unimed_jax.train.flops import useful_flops
 from unimed_jax.train.program import build
 from unimed_jax.train.step import first_state
 
-# Dense bfloat16 FLOP/s as the makers publish them, by a part of jax's name of the device.
-PEAKS = {
-    **{"H100": 989e12, "H200": 989e12, "A100": 312e12},  # SXM, without sparsity (NVIDIA's data sheets)
-    **{"v5 lite": 197e12, "v5p": 459e12, "v6 lite": 918e12},  # cloud.google.com/tpu/docs
-}
 PAD = 0
 PROMPT = 32  # tokens before decoding begins
 
@@ -303,9 +299,9 @@ def train(scale: Scale, earlier: dict[str, Values], rows: int, tokens: int, vari
     }
     if not math.isfinite(out["last loss"]):
         raise ValueError(f"the loss is {out['last loss']}: the step computed nothing")
-    peak = next((peak for name, peak in PEAKS.items() if name in jax.devices()[0].device_kind), None)
-    if peak is not None:
-        out["MFU"] = flops / median / peak
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is not None:
+        out["MFU"] = flops / median / chip.flops
     if "TFLOP/s" in earlier.get("matmul", {}):
         out["of matmul"] = out["TFLOP/s"] / earlier["matmul"]["TFLOP/s"]
     return out

@@ -1,12 +1,14 @@
 """Experts that are switched off: what the connector then makes, and losses that were planted."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
 from support.toy import Toy, sets_of, toy_config
 
-from unimed_jax.analyze import ablation
+from unimed_jax.analyze import ablation, ablation_report
 from unimed_jax.config import VISUAL_TASKS
 from unimed_jax.evaluate.tasks import units_of
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -111,3 +113,70 @@ def test_losses_are_those_that_were_planted():
     assert low < 0.25 < high
     assert [off["verdict"] for off in found["toy/test/identify"]["off"]] == ["undecided"] * 2 + ["helps"]
     assert found["toy/test/identify"]["off"][2]["ci95"] == [1, 1] and set(VISUAL_TASKS) > {"cls"}
+
+
+def hidden(model):
+    """Hidden states of a batch with every task, [B, S, D]."""
+    return np.asarray(model(tiny.mixed_batch(np.random.default_rng(0), rows=6)).hidden)
+
+
+@pytest.mark.parametrize("path, top_k", [("grouped", 1), ("dense", 2)])
+def test_an_expert_of_the_decoder_that_is_off_is_not_read(path, top_k):
+    moe = {"experts": 3, "top_k": top_k, "placement": "dense", "path": path}
+    model = tiny.model(tiny.config(moe=moe, lora={"rank": 0}))
+    whole = hidden(model)
+    off = hidden(ablation.without_decoder_expert(model, 1))
+    assert np.isfinite(off).all() and np.abs(off - whole).max() > 1e-3
+
+    def change(kernel):
+        kernel[:, 1] += 1  # weights of expert 1 in every layer
+
+    other = changed(model, "decoder/layers/moe/experts/down/kernel", change)
+    assert np.abs(hidden(other) - whole).max() > 1e-3
+    np.testing.assert_array_equal(hidden(ablation.without_decoder_expert(other, 1)), off)
+    np.testing.assert_array_equal(hidden(model), whole)  # the model itself is as it was
+    # A router that never chooses the expert loses nothing without it.
+
+    def never(bias):
+        bias[:, 1] = -1e4
+
+    unused = changed(model, "decoder/layers/moe/router/bias", never)
+    expected = hidden(unused)
+    np.testing.assert_allclose(
+        hidden(ablation.without_decoder_expert(unused, 1)), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_meta_expert_is_switched_off_in_all_layers():
+    moe = {"experts": 2, "placement": "sparse"}
+    model = tiny.model(tiny.config(moe=moe, lora={"rank": 0}))
+
+    def nothing(kernel):
+        kernel[:] = 0
+
+    silent = changed(model, "decoder/layers/moe/meta/down/kernel", nothing)
+    assert np.abs(hidden(silent) - hidden(model)).max() > 1e-3
+    np.testing.assert_allclose(hidden(ablation.without_meta_expert(model)), hidden(silent), atol=1e-5)
+
+
+def test_each_expert_has_a_name():
+    config = toy_config()
+    assert list(ablation.without_each(tiny.model(), config)) == [
+        f"expert {e}" for e in range(config.model.connector.experts)
+    ]
+    of_decoder = dataclasses.replace(
+        config,
+        model=tiny.config(
+            connector={"kind": "mlp2x_gelu", "task_tokens": 0},
+            moe={"experts": 2, "placement": "dense"},
+            lora={"rank": 0},
+        ),
+    )
+    model = tiny.model(of_decoder.model)
+    names = ["decoder expert 0", "decoder expert 1", "meta expert"]
+    assert list(ablation.without_each(model, of_decoder)) == names
+    page = ablation_report.page(
+        {"experts": names, "units": {}, "split": "val", "step": 1, "run": "runs/it"}
+        | {"connector": "mlp2x_gelu", "router": None}
+    )
+    assert "next choice" in page and "visual token" not in page and "meta expert" in page

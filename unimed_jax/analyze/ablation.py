@@ -1,9 +1,10 @@
-"""Switches the connector's experts off, one at a time, and measures what each task loses.
+"""Switches experts off, one at a time, and measures what each task loses.
 
-An expert that is off gets weight 0 at every visual token, and the weights of the others are scaled to
-sum to 1 again; where it was the only one (hard routing, or one kept expert), the visual token is 0.
-The answers are those of the evaluation, to the same questions with the same settings, so that losses
-are paired.
+An expert of the connector that is off gets weight 0 at every visual token, and the weights of the others
+are scaled to sum to 1 again; where it was the only one (hard routing, or one kept expert), the visual
+token is 0. An expert of the decoder is off in all layers, and its tokens go to their next choice; the
+meta expert (Med-MoE) adds nothing where it is off. The answers are those of the evaluation, to the same
+questions with the same settings, so that losses are paired.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from unimed_jax import files, processes
+from unimed_jax.analyze.routing import has_mixture
 from unimed_jax.config import VISUAL_TASKS, Config, to_dict
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.answers import Journal
@@ -43,30 +45,66 @@ def without_expert(model: UniMed, expert: int) -> UniMed:
     return copy
 
 
+def without_decoder_expert(model: UniMed, expert: int) -> UniMed:
+    """Makes a copy of the model in which one expert of the decoder is off in all layers."""
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    moe, experts = copy.decoder.layers.moe, model.config.moe.experts
+    layers = len(model.config.moe.numbers(model.config.decoder.depth))
+    moe.kept = nnx.Variable(jnp.ones((layers, experts)).at[:, expert].set(0.0))
+    return copy
+
+
+def without_meta_expert(model: UniMed) -> UniMed:
+    """Makes a copy of the model whose decoder has no meta expert in any layer."""
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    copy.decoder.layers.moe.meta = None
+    return copy
+
+
+def has_decoder_experts(config: Config) -> bool:
+    """Says whether a decoder has experts, of which one can be switched off."""
+    return bool(config.model.moe.numbers(config.model.decoder.depth))
+
+
+def without_each(model: UniMed, config: Config) -> dict[str, UniMed]:
+    """Makes the models that lack one expert each, by the name of that expert."""
+    found: dict[str, UniMed] = {}
+    if has_mixture(config):
+        found |= {f"expert {e}": without_expert(model, e) for e in range(config.model.connector.experts)}
+    if has_decoder_experts(config):
+        moe = config.model.moe
+        if moe.experts > 1:  # a token of the only one has no next choice
+            others = {e: without_decoder_expert(model, e) for e in range(moe.experts)}
+            found |= {f"decoder expert {e}": other for e, other in others.items()}
+        if moe.meta:
+            found["meta expert"] = without_meta_expert(model)
+    return found
+
+
 def analyse(run: Run, units: Sequence[Unit], folder: Path) -> dict[str, Any]:
     """Answers the units' questions with all experts and without each of them.
 
     folder: where answers are kept until all are there, so that a killed analysis goes on. Returned:
-    "experts", "units" name -> {task, set, n, clusters, metric, whole, off: [E] of {value (the
-    loss: with all experts minus without this one), ci95, p, score, p_holm, verdict}}. Raises
-    UserError if no unit has an image.
+    "experts" (names), "units" name -> {task, set, n, clusters, metric, whole, off: for each expert
+    {value (the loss: with all experts minus without this one), ci95, p, score, p_holm, verdict}}.
+    Raises UserError if only the connector has experts and no unit has an image.
     """
-    units = [unit for unit in units if unit.task in VISUAL_TASKS]
+    if not has_decoder_experts(run.config):
+        units = [unit for unit in units if unit.task in VISUAL_TASKS]
     if not units:
         raise UserError(
             "no task with images is left, and only those pass the connector's experts; choose another "
             "--task or --split."
         )
-    experts = run.config.model.connector.experts
-    models: dict[str, UniMed] = {WHOLE: run.model}
-    models |= {f"without expert {e}": without_expert(run.model, e) for e in range(experts)}
+    experts = without_each(run.model, run.config)
+    models = {WHOLE: run.model} | {f"without {name}": model for name, model in experts.items()}
     answered: dict[str, dict[str, list[Record]]] = {}
     partial = folder / PARTIAL
     for number, (name, model) in enumerate(models.items()):
         processes.say(f"{name} ({number + 1} of {len(models)})")
         journal = Journal(partial / str(number), fingerprint(run, units, name))
         answered[name] = answered_records(model, run.config, run.tokenizer, units, journal)
-    found = {"experts": experts, "units": losses(units, answered, run.config)}
+    found = {"experts": list(experts), "units": losses(units, answered, run.config)}
     if processes.leads():
         files.remove_folder(partial)
     return found

@@ -54,6 +54,8 @@ class Moe(nnx.Module):
         self.meta = Mlp(decoder, None, rngs) if config.meta else None
         self.residual = Mlp(decoder, None, rngs) if config.residual else None
         self.coefficient = Linear(decoder.width, 2, rngs=rngs) if config.residual else None
+        # [E]: 0 for an expert that is off (analyze/ablation.py), else 1; None: all are on.
+        self.kept: nnx.Variable | None = nnx.data(None)
 
     def __call__(
         self,
@@ -65,8 +67,11 @@ class Moe(nnx.Module):
         """Routes the `used` tokens (None: all) and runs their experts; others only get meta(x)."""
         batch, length, width = x.shape
         capacity = expert_capacity(batch * length, self.config, training)
+        logits = self.logits(x.reshape(-1, width), noise.jitter)  # [N, D] in
+        if self.kept is not None:  # tokens of an expert that is off go to their next choice
+            logits = jnp.where(self.kept[...][None] > 0, logits, -jnp.inf)  # [N, E]
         routing = route(
-            self.logits(x.reshape(-1, width), noise.jitter),  # [N, D] in
+            logits,
             self.config.top_k,
             capacity,
             None if used is None else used.reshape(-1),  # [N]

@@ -8,7 +8,7 @@ over some mesh axes (`AXES`). Activations are constrained only where the compile
 import contextlib
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,16 +68,25 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | None:
+def make_mesh(
+    config: MeshConfig,
+    rows: int,
+    frozen_bytes: int = 0,
+    described: Sequence[Any] = (),
+    limit: float | None = None,
+) -> Mesh | None:
     """Makes the mesh over all devices of all processes, or None for a single device.
 
     With `config.auto` the `rows` of a batch are split over as many devices as divide them, and the
     remaining factor splits heads and hidden units. Frozen weights (`frozen_bytes`) stay replicated
-    if they take less than half of a device's memory, else they are split too ("fsdp"). Raises
-    UserError if the sizes in `config` do not multiply to the number of devices, or do not divide
-    the rows.
+    if they take less than half of a device's memory, else they are split too ("fsdp").
+
+    described: devices to compile for that this machine may lack, a single one of which gets a mesh
+    too, because nothing else names it; limit: the bytes that a program may use of each of them (of
+    devices found here the device says so itself). Raises UserError if the sizes in `config` do not
+    multiply to the number of devices, or do not divide the rows.
     """
-    devices = jax.devices()
+    devices = list(described) or jax.devices()
     count = len(devices)
     if count == 1:
         if not config.auto and math.prod(getattr(config, axis) for axis in MESH_AXES) > 1:
@@ -85,12 +94,14 @@ def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | No
                 f"config.mesh asks for {math.prod(getattr(config, axis) for axis in MESH_AXES)} "
                 "devices, but there is one; set config.mesh.auto=True, or all sizes to 1."
             )
-        return None
+        if not described:
+            return None
     if config.auto:
         wide = math.gcd(count, rows)
         sizes = {"data": wide, "fsdp": 1, "tensor": count // wide, "expert": 1}
-        stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
-        limit = (stats or {}).get("bytes_limit")
+        if not described:
+            stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+            limit = (stats or {}).get("bytes_limit")
         if limit and frozen_bytes / sizes["tensor"] > limit / 2:
             sizes["data"], sizes["fsdp"] = 1, wide
     else:
@@ -109,6 +120,7 @@ def make_mesh(config: MeshConfig, rows: int, frozen_bytes: int = 0) -> Mesh | No
         tuple(sizes.values()),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
     )
 
 

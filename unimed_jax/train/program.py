@@ -85,17 +85,16 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
     return Program(model, step, state, frozen, batch, optimizer, rules, mesh)
 
 
-def make_mesh(config: Config) -> Mesh | None:
+def make_mesh(config: Config, *described: Any) -> Mesh | None:
     """Makes the mesh that `config.mesh` asks for, over all devices of all processes.
 
-    A single device gets None.
+    A single device gets None. `described`: other devices and their memory, see `sharding.make_mesh`.
     """
     shapes = parameters(abstract(config.model))
     rules = leaf_rules(shapes, config.train, config.optimizer)
     whole = sum(shape.size for path, shape in shapes.items() if not rules[path].train)
-    return sharding.make_mesh(
-        config.mesh, config.data.rows, whole * jnp.dtype(config.model.frozen_dtype).itemsize
-    )
+    frozen_bytes = whole * jnp.dtype(config.model.frozen_dtype).itemsize
+    return sharding.make_mesh(config.mesh, config.data.rows, frozen_bytes, *described)
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

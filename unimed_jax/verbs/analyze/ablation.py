@@ -1,9 +1,10 @@
-"""Switches the connector's experts off, one at a time, and measures what each task loses.
+"""Switches experts off, one at a time, and measures what each task loses.
 
-It writes ablation.json, ablation.md and ablation.png. An expert that is off has weight 0 at every
-visual token, and the weights of the others are scaled to sum to 1 again. Every question is answered
-once with all experts and once without each of them; losses are paired, with intervals over clusters. A
-killed analysis goes on with the same command.
+It writes ablation.json, ablation.md and ablation.png. An expert of the connector that is off has weight
+0 at every visual token, and the weights of the others are scaled to sum to 1 again. An expert of the
+decoder is off in all layers, and its tokens go to their next choice; the meta expert has its turn, too.
+Every question is answered once with all experts and once without each of them; losses are paired, with
+intervals over clusters. A killed analysis goes on with the same command.
 """
 
 from pathlib import Path
@@ -22,7 +23,8 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.analyze.routing import refuse_without_mixture
     from unimed_jax.evaluate.run import claim_results
 
-    refuse_without_mixture(Path(known.run), config)
+    if not ablation.has_decoder_experts(config):
+        refuse_without_mixture(Path(known.run), config)
     claim_results(out)  # claimed before the model is opened, which can take minutes
     found, units = opened(known, config)
     with found.inside():

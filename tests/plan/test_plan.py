@@ -1,0 +1,311 @@
+"""The verb plan: what is compiled, kept, refused and ended, on simulated devices."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support import tiny
+
+from unimed_jax import main as cli
+from unimed_jax.errors import UserError
+from unimed_jax.model import sharding
+from unimed_jax.model.parameters import parameters
+from unimed_jax.plan import compile as compiling
+from unimed_jax.plan import table, topology
+from unimed_jax.plan.child import exceeds
+from unimed_jax.plan.chips import CHIPS, chip_of
+from unimed_jax.plan.compile import Job, Limits, compile_one
+from unimed_jax.plan.programs import saved_bytes
+from unimed_jax.settings import from_config_dict
+from unimed_jax.train.program import build, make_mesh
+from unimed_jax.train.step import first_state
+from unimed_jax.verbs.options import read_config
+
+CONFIG = """
+from support.fake_brain import tiny_config
+def get_config():
+    config = tiny_config()
+    config.data.rows = 8
+    return config
+"""
+LIMITS = Limits(300, 8e9)
+
+
+@pytest.fixture(scope="module")
+def cache(built_once) -> Path:
+    """A folder with the toy config as plan.py, and what was compiled of it."""
+
+    def plan(folder):
+        (folder / "toy.py").write_text(CONFIG)
+        assert run(folder, "--topology=cpu:8") == 0
+
+    return built_once("plan", plan)
+
+
+def run(folder: Path, *arguments: str) -> int:
+    given = [f"--config={folder / 'toy.py'}", f"--cache={folder / 'cache'}", f"--out={folder / 'out'}"]
+    return cli.main(["plan", *given, *arguments])
+
+
+def planned(cache: Path) -> dict:
+    return json.loads((cache / "out" / "plan.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------
+# What is found
+# ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_plan_says(cache):
+    content = planned(cache)
+    (row,) = content["rows"]
+    assert content["schema"] == table.SCHEMA and content["versions"]["jax"] == jax.__version__
+    assert (row["topology"], row["devices"], row["program"]) == ("cpu:8", 8, "train")
+    assert row["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1}
+    assert row["fits"] is True and row["reason"] == "" and row["seconds"]["cpu"] > 0
+    parts = row["gib_by_kind"]
+    assert {"trained", "optimizer", "batch", "activations", "temporaries"} == set(parts)
+    assert parts["optimizer"] == pytest.approx(2 * parts["trained"], rel=0.01)  # two moments of AdamW
+    assert parts["activations"] > 0 and sum(parts.values()) <= row["gib_needed"] * 1.1
+    page = (cache / "out" / "plan.md").read_text()
+    assert "| cpu:8 | train | data 8 | yes |" in page and "http" not in page
+
+
+def test_the_same_plan_compiles_nothing(cache, monkeypatch, capsys):
+    before = planned(cache)
+    monkeypatch.setattr(compiling, "compile_one", lambda *_: pytest.fail("it was compiled"))
+    assert run(cache, "--topology=cpu:8") == 0
+    said = capsys.readouterr().out
+    assert "cpu:8 train: kept from before" in said and "data 8" in said
+    assert planned(cache)["rows"] == before["rows"]
+    # other settings, topologies or programs are others
+    config = read_config(str(cache / "toy.py"))
+    other = read_config(str(cache / "toy.py"), ["--config.data.row_tokens=176"])
+    jobs = [
+        Job(config, topology.parse("cpu:8"), "train"),
+        Job(config, topology.parse("cpu:4"), "train"),
+        Job(config, topology.parse("cpu:8"), "decode"),
+        Job(other, topology.parse("cpu:8"), "train"),
+    ]
+    assert len({job.key for job in jobs}) == 4 and (cache / "cache" / jobs[0].key).is_dir()
+
+
+def test_predicted_memory_is_what_devices_hold(cache):
+    """Measured by the arrays that lie on one of eight devices as training puts them there."""
+    config = read_config(str(cache / "toy.py"))
+    mesh = make_mesh(config)
+    program = build(config, mesh)
+    leaves = {
+        path: jax.numpy.zeros(leaf.shape, leaf.dtype) for path, leaf in parameters(program.model).items()
+    }
+    with sharding.inside(mesh):
+        state = first_state({p: leaves[p] for p in program.state.leaves}, program.optimizer, mesh)
+        batch = {name: np.zeros(x.shape, x.dtype) for name, x in program.batch.items()}
+        batch = sharding.on_devices(batch, mesh, 1)
+
+    def held(tree) -> float:
+        device = jax.devices()[3]
+        return sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(tree)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+
+    (row,) = planned(cache)["rows"]
+    parts = row["gib_by_kind"]
+    for kind, tree in {"trained": state.leaves, "optimizer": state.moments, "batch": batch}.items():
+        assert held(tree) == round(parts[kind] * 2**30), kind
+
+
+def test_activations_are_those_that_the_backward_pass_reads():
+    """Full rematerialisation keeps the inputs of layers; devices and micro-batches share the rows."""
+
+    def kept(devices=1, remat="full", **train) -> float:
+        model = tiny.config(vision={"depth": 3}, decoder={"depth": 3})
+        settings = tiny.training(dataclasses.replace(model, remat=remat), **train)
+        mesh = make_mesh(settings, jax.devices()[:devices])
+        return saved_bytes(settings, build(settings, mesh), mesh)
+
+    whole = kept()
+    assert 0 < whole < kept(remat="none") / 2
+    assert kept(devices=4) == pytest.approx(whole / 4, rel=0.01)
+    assert whole / 2 <= kept(accumulation=2) < 0.6 * whole  # what is kept of weights stays
+
+
+def test_what_does_not_fit_says_what_is_largest(cache, tmp_path):
+    result = {
+        "device": "TPU v5 lite", "mesh": {"data": 4}, "seconds": {},
+        "arguments": {"frozen": 20 * 2**30, "batch": 0}, "activations": 2**30,
+        "exceeds": exceeds("RESOURCE_EXHAUSTED: Used 24.50G of 15.75G hbm. Exceeded by 8.75G."),
+    }  # fmt: skip
+    job = Job(read_config(str(cache / "toy.py")), topology.parse("v5e:2x2"), "train")
+    row = table.row_of(compiling.Outcome(job, result, tmp_path, 1.0, False))
+    assert (row["fits"], row["gib_needed"], row["gib_usable"]) == (False, 24.5, 15.75)
+    assert row["reason"] == (
+        "train needs 24.5 GiB of a v5e's 15.8 GiB, most of it for frozen (20.0 GiB); split the model "
+        "over more chips (config.mesh.fsdp or tensor)."
+    )
+    memory = dict.fromkeys(("argument", "output", "temp", "generated_code"), 20 * 2**30)
+    result = {**result, "memory": memory | {"alias": 2**30}}
+    job = Job(job.config, topology.parse("h100:1"), "train")
+    row = table.row_of(compiling.Outcome(job, result, tmp_path, 1.0, False))
+    assert row["fits"] is False and row["gib_needed"] == 79  # compared here: its compiler does not
+    assert row["gib_usable"] == pytest.approx(0.9 * 79.1) and "yes" not in table.text([row])
+
+
+# ---------------------------------------------------------------------------------------------
+# Compilations that do not end
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_compilation_that_takes_too_much_is_ended(cache, tmp_path, monkeypatch, capsys):
+    config = read_config(str(cache / "toy.py"))
+    job = Job(config, topology.parse("cpu:2"), "train")
+    outcome = compile_one(job, tmp_path / "cache", Limits(300, 2**20))
+    assert outcome.failed == (
+        "compiling train for cpu:2 took more than 0.0 GiB of this machine's memory and was ended; "
+        "raise --memory, or plan on a larger machine."
+    )
+    outcome = compile_one(job, tmp_path / "cache", Limits(0.3, 8e9))
+    assert outcome.failed == "compiling train for cpu:2 was ended after 0 s; raise --minutes=0.005."
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing is left
+    assert run(cache, "--topology=cpu:2", "--minutes=0.005") == 1
+    said = capsys.readouterr().out
+    assert "cpu:2 train: ended" in said and "not known" in said and "raise --minutes" in said
+    (row,) = planned(cache)["rows"]
+    assert row["fits"] is None and row["reason"].startswith("compiling train for cpu:2 was ended")
+    run(cache, "--topology=cpu:8")  # as the other tests find it
+
+
+ENDS = {
+    "killed by the system": (-signal.SIGKILL, "", "was killed, as the system does when memory runs out"),
+    "no memory": (-signal.SIGABRT, "std::bad_alloc", "ran out of this machine's memory"),
+    "libtpu held": (1, "ABORTED: The TPU is already in use by pid 7", "found libtpu held by another"),
+    "a crash": (
+        -signal.SIGSEGV,
+        "first\nlast words.\n",
+        "ended with status -11 (last words); report it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_how_a_compiling_process_died_is_one_sentence(cache, case):
+    status, said, expected = ENDS[case]
+    job = Job(read_config(str(cache / "toy.py")), topology.parse("cpu:2"), "train")
+    sentence = compiling._death(job, status, said)
+    assert expected in sentence and sentence.count(". ") == 0 and sentence.endswith(".")
+
+
+def test_a_compiling_process_ends_with_its_starter(cache, tmp_path):
+    """It reads an input whose other end only its starter holds."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "job.json").write_text("{")
+    os.mkfifo(work / "result.json.part")  # what it would write to; nobody reads it
+    (work / "job.json").unlink()
+    os.mkfifo(work / "job.json")  # where it waits
+    command = [sys.executable, "-m", "unimed_jax.plan.child", str(work)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(1)
+    child.stdin.close()
+    assert child.wait(30) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "an unknown chip": (["--topology=v9:4x4"], "--topology=v9:4x4: the chip 'v9' is unknown"),
+    "a misspelt chip": (["--topology=h10:8"], "did you mean 'h100'?"),
+    "no shape": (["--topology=v5e"], "'' is not the sides of a slice joined by x"),
+    "a flat pod": (["--topology=v5p:4x4"], "a slice of v5p has 3 sides"),
+    "a deep slice": (["--topology=v5e:4x4x4"], "a slice of v5e has 2 sides"),
+    "a shape of GPUs": (["--topology=h100:2x4"], "'2x4' is not a number of devices"),
+    "no devices": (["--topology=cpu:0"], "'0' is not a number of devices"),
+    "too many": (["--topology=v5p:999x999x999"], "at most 8,960 in all"),
+    "a program": (["--topology=cpu:8", "--programs=train,fly"], "'fly' is unknown or doubled"),
+    "a doubled program": (["--topology=cpu:8", "--programs=train,train"], "'train' is unknown or"),
+    "no time": (["--topology=cpu:8", "--minutes=0"], "--minutes and --memory are above 0"),
+    "a setting": (["--topology=cpu:8", "--config.data.row=3"], "--config.data.row is not a setting"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_are_one_sentence(cache, capsys, case):
+    arguments, expected = REFUSED[case]
+    assert run(cache, *arguments) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1
+
+
+def test_chains_and_other_jobs_are_refused(cache, capsys):
+    chain = Path(__file__).parents[2] / "configs" / "med_moe" / "all.py"
+    assert cli.main(["plan", f"--config={chain}:stablelm", "--topology=cpu:8"]) == 2
+    assert "is a chain; name one of its stages" in capsys.readouterr().err
+    router = chain.with_name("router.py")
+    assert cli.main(["plan", f"--config={router}:stablelm", "--topology=cpu:8"]) == 2
+    assert "config.job='router' has no training step to plan" in capsys.readouterr().err
+
+
+def test_a_compiler_that_is_absent_or_refuses_says_so(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    for text, words in {"v5e:4x4": "needs libtpu", "h100:8": "needs jax's CUDA plugin"}.items():
+        with pytest.raises(UserError, match=f"^--topology={text}: .* {words}.*; pip install [^.]*.$"):
+            topology.check_compiler([topology.parse("cpu:8"), topology.parse(text)])
+    topology.check_compiler([topology.parse("cpu:8")])
+    slice_ = topology.parse("v5e:3x5")
+    assert "does not take this topology (no such shape)" in topology.refusal(slice_, "no such shape.\n")
+    assert "libtpu is held by another process" in topology.refusal(slice_, "lockfile exists")
+
+
+def test_a_mesh_that_no_topology_takes_is_a_row_and_a_sentence(cache, capsys):
+    axes = ["--config.mesh.auto=False", "--config.mesh.data=4"]
+    assert run(cache, "--topology=cpu:2", *axes) == 1
+    assert "config.mesh: data=4" in capsys.readouterr().out
+    run(cache, "--topology=cpu:8")
+
+
+# ---------------------------------------------------------------------------------------------
+# Chips and other compilers
+# ---------------------------------------------------------------------------------------------
+
+
+def test_chips_are_found_by_the_name_that_jax_gives_them():
+    names = {
+        "TPU v5 lite": "v5e", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A10": "a10", "NVIDIA L4": "l4", "NVIDIA H200": "h200",
+    }  # fmt: skip
+    assert {name: chip_of(name).name for name in names} == names
+    assert chip_of("TFRT_CPU_0") is None and chip_of("NVIDIA L40S") is None
+    for chip in CHIPS.values():
+        assert chip.source and 0.85 * chip.memory < chip.usable < 1.02 * chip.memory
+        assert (chip.gpu is not None) == (chip.platform == "gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["v5e:2x2", "h100:2"])
+def test_a_toy_compiles_for_accelerators(cache, tmp_path, text):
+    try:
+        topology.check_compiler([topology.parse(text)])
+    except UserError as error:
+        pytest.skip(str(error))
+    config = from_config_dict(
+        json.loads(json.dumps(compiling.to_dict(read_config(str(cache / "toy.py")))))
+    )
+    outcome = compile_one(Job(config, topology.parse(text), "train"), tmp_path, LIMITS)
+    assert not outcome.failed, outcome.failed
+    row = table.row_of(outcome)
+    assert row["fits"] and re.search("v5 lite|H100", row["device"]) and outcome.text
+    assert row["gib_by_kind"]["temporaries"] > 0

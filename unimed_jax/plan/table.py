@@ -1,0 +1,144 @@
+"""Turns what was compiled into the rows of plan.json, a table for the terminal and a page.
+
+Bytes, FLOPs and times are those of one device.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unimed_jax import files
+from unimed_jax.config import Config, config_hash
+from unimed_jax.plan.compile import Outcome, versions
+from unimed_jax.provenance import code_version
+
+Row = dict[str, Any]
+
+SCHEMA = 1
+KINDS = ("frozen", "trained", "optimizer", "batch", "cache", "activations", "temporaries")
+FILES = ("plan.json", "plan.md")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------
+
+
+def row_of(outcome: Outcome) -> Row:
+    """Says whether a program fits, and what it needs of a device's memory; bytes become GiB."""
+    topology, result = outcome.job.topology, outcome.result
+    row: Row = {
+        "topology": topology.text,
+        "devices": topology.count,
+        "program": outcome.job.program,
+        "fits": None,
+        "reason": outcome.failed,
+    }
+    if outcome.failed:
+        return row
+    row |= {"device": result["device"], "mesh": result["mesh"], "seconds": result["seconds"]}
+    kinds = {name: size for name, size in result["arguments"].items() if size}
+    usable, memory = topology.usable, result.get("memory")
+    if memory is not None:
+        needed = sum(memory.values()) - 2 * memory["alias"]
+        # What the backward pass reads may be computed again or lie elsewhere: never more than there is.
+        kept = min(result["activations"], memory["temp"])
+        kinds |= {"activations": kept, "temporaries": memory["temp"] - kept}
+        row["fits"] = needed <= usable
+    else:
+        exceeds = result["exceeds"]
+        needed, usable = exceeds.get("needed"), exceeds.get("usable", usable)
+        kinds["activations"] = result["activations"]
+        row["fits"] = False
+    row["gib_by_kind"] = {name: size / 2**30 for name, size in kinds.items()}
+    row["gib_needed"] = None if needed is None else needed / 2**30
+    row["gib_usable"] = usable / 2**30
+    if not row["fits"]:
+        row["reason"] = _too_much(row)
+    return row
+
+
+def _too_much(row: Row) -> str:
+    """Says what of a program that does not fit is largest, and which settings make it smaller."""
+    largest = max(row["gib_by_kind"], key=row["gib_by_kind"].get)
+    advice = {
+        "frozen": "split the model over more chips (config.mesh.fsdp or tensor)",
+        "trained": "split the model over more chips (config.mesh.fsdp), or train less (train.rules)",
+        "optimizer": "split the model over more chips (config.mesh.fsdp), or train less (train.rules)",
+        "batch": "lower config.data.rows or raise config.train.accumulation",
+        "cache": "lower config.evaluate.batch or max_new_tokens",
+    }.get(largest, "set config.model.remat='full', raise config.train.accumulation or lower data.rows")
+    needed = "more" if row["gib_needed"] is None else f"{row['gib_needed']:.1f} GiB"
+    held = row["gib_by_kind"][largest]
+    return (
+        f"{row['program']} needs {needed} of a {row['topology'].partition(':')[0]}'s "
+        f"{row['gib_usable']:.1f} GiB, most of it for {largest} ({held:.1f} GiB); {advice}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+HEAD = ("topology", "program", "mesh", "fits", "GiB of", *KINDS, "compiled in")
+
+
+def cells(row: Row) -> list[str]:
+    """Writes a row's memory for a table; what is not known is a dash."""
+    if "mesh" not in row:
+        return [row["topology"], row["program"], "-", "not known", *["-"] * (len(KINDS) + 2)]
+    needed = "-" if row["gib_needed"] is None else f"{row['gib_needed']:.2f}"
+    found = row["gib_by_kind"]
+    seconds = row["seconds"].get("compile")
+    return [
+        row["topology"],
+        row["program"],
+        mesh_name(row["mesh"]),
+        "yes" if row["fits"] else "no",
+        f"{needed} of {row['gib_usable']:.2f}",
+        *(f"{found[kind]:.2f}" if kind in found else "-" for kind in KINDS),
+        "-" if seconds is None else f"{seconds:.0f} s",
+    ]
+
+
+def mesh_name(mesh: Mapping[str, int]) -> str:
+    """Writes the sizes of a mesh that are not 1, as in "data 4, tensor 4"."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
+def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Writes a table for a terminal, its columns padded to the same width."""
+    table = [list(head), *lines]
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    )
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Writes the rows for the terminal: the table, and a sentence for each that does not fit."""
+    used = [i for i, _ in enumerate(HEAD) if any(cells(row)[i] != "-" for row in rows)]
+    lines = [[cells(row)[i] for i in used] for row in rows]
+    sentences = [row["reason"] for row in rows if row["reason"]]
+    return "\n".join([aligned([HEAD[i] for i in used], lines), *sentences])
+
+
+def write(folder: Path, config: Config, rows: Sequence[Row], source: str) -> None:
+    """Writes plan.json and plan.md into a folder; `source` is the config file as it was named."""
+    from unimed_jax.evaluate.report.markdown import markdown_table
+
+    about = {"config": source, "config_hash": config_hash(config), "code": code_version()}
+    content = {"schema": SCHEMA, **about, "versions": versions(), "rows": list(rows)}
+    used = [i for i, _ in enumerate(HEAD) if any(cells(row)[i] != "-" for row in rows)]
+    page = [
+        f"# Plan of {config.name}",
+        f"{source}, settings {about['config_hash']}, code {about['code']}. GiB of one device; nothing "
+        "was run.",
+        markdown_table([HEAD[i] for i in used], [[cells(row)[i] for i in used] for row in rows]),
+        *(row["reason"] for row in rows if row["reason"]),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.written_together(folder, FILES) as temporary:
+        files.write_json(temporary / "plan.json", content)
+        files.write_text(temporary / "plan.md", "\n\n".join(page) + "\n")

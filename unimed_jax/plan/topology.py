@@ -1,0 +1,158 @@
+"""Reads what a run is planned for, such as v5e:16x16, and describes its devices to the compiler.
+
+A topology is a chip of `chips.py` and a shape: A x B (x C) chips of a TPU slice, or a number of
+GPUs; cpu:N are N simulated devices of this machine. The devices are described, not present. They
+need the vendor's compiler: libtpu for TPUs, jax's CUDA plugin for GPUs.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from unimed_jax.errors import UserError, nearest
+from unimed_jax.plan.chips import CHIPS, Chip, gpu_target
+
+EXAMPLES = "v5e:4x4, v5p:2x2x2, h100:8 or cpu:8"
+MOST = 8960  # devices: the largest TPU pod of the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Names the chips of a plan, and how they are laid out."""
+
+    text: str
+    shape: tuple[int, ...]
+    chip: Chip | None  # None: simulated devices on this machine's CPU
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def platform(self) -> str:
+        """Names the compiler: tpu, gpu or cpu."""
+        return self.chip.platform if self.chip else "cpu"
+
+    @property
+    def usable(self) -> float:
+        """Returns the bytes of a device's memory that a program may use."""
+        if self.chip is not None:
+            return self.chip.usable
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.count  # shared by all
+
+
+def parse(text: str) -> Topology:
+    """Reads CHIP:SHAPE; raises UserError for a chip or a shape that cannot be planned for."""
+    name, colon, shape = text.partition(":")
+    known = (*CHIPS, "cpu")
+    if name not in known:
+        raise UserError(
+            f"--topology={text}: the chip {name!r} is unknown{nearest(name, known)} Choose from "
+            f"{', '.join(known)}, with a shape: {EXAMPLES}."
+        )
+    chip = CHIPS.get(name)
+    on_tpu = chip is not None and chip.platform == "tpu"
+    form = r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}" if on_tpu else r"[1-9]\d{0,3}"
+    numbers = tuple(map(int, shape.split("x"))) if re.fullmatch(form, shape) else ()
+    wanted = "the sides of a slice joined by x" if on_tpu else "a number of devices"
+    if not numbers or math.prod(numbers) > MOST:
+        raise UserError(
+            f"--topology={text}: {shape!r} is not {wanted}, at most {MOST:,} in all; write it as "
+            f"in {EXAMPLES}."
+        )
+    if name == "v5p" and len(numbers) != 3 or name in ("v5e", "v6e") and len(numbers) != 2:
+        raise UserError(
+            f"--topology={text}: a slice of {name} has {3 if name == 'v5p' else 2} sides; write it as "
+            f"in {EXAMPLES}."
+        )
+    return Topology(text, numbers, chip)
+
+
+def check_compiler(topologies: Sequence[Topology]) -> None:
+    """Raises UserError if this machine lacks a compiler that the topologies need."""
+    for topology in topologies:
+        if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                f"--topology={topology.text}: compiling for TPUs needs libtpu, which is not installed; "
+                "pip install libtpu (no TPU is needed)."
+            )
+        if topology.platform == "gpu" and not _has_cuda_plugin():
+            raise UserError(
+                f"--topology={topology.text}: compiling for NVIDIA GPUs needs jax's CUDA plugin, which "
+                "is not installed; pip install 'jax[cuda13]' (no GPU is needed)."
+            )
+
+
+def _has_cuda_plugin() -> bool:
+    names = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    try:
+        return any(importlib.util.find_spec(name) for name in names)
+    except ModuleNotFoundError:  # not even jax_plugins
+        return False
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """Gives the environment variables under which a process compiles for a topology.
+
+    They are read when jax starts, so each compilation has a process of its own.
+    """
+    ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if topology.platform == "cpu":
+        ours["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.count}"
+    elif topology.platform == "gpu":
+        # Without a card no kernel can be timed, and Triton's need that to be chosen.
+        ours["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
+    else:
+        # libtpu reads XLA_FLAGS too, and an unknown one ends it. It must not ask for a TPU's host,
+        # nor mind another process that compiles.
+        ours |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        ours |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        ours |= {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+    return ours
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Describes the devices to jax, inside a process with the topology's `environment`.
+
+    Raises UserError if the compiler does not know the shape or is held by another process.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    chip = topology.chip
+    if chip is None:
+        return jax.devices()
+    try:
+        if chip.gpu is None:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology.text)
+        else:
+            # slices x machines x GPUs of a machine
+            machines = math.ceil(topology.count / chip.joined)
+            shape = f"1x{machines}x{topology.count // machines}"
+            found = topologies.get_topology_desc(
+                platform="cuda",
+                topology_name=chip.name,
+                target_config=gpu_target(chip.gpu, chip),
+                topology=shape,
+            )
+        return list(found.devices)
+    except Exception as error:  # jax and the vendor's library raise many kinds
+        raise UserError(refusal(topology, str(error))) from error
+
+
+def refusal(topology: Topology, reason: str) -> str:
+    """Says in one sentence why the compiler did not take a topology, from its own words."""
+    words = " ".join(reason.split())[:300].rstrip(".")
+    if re.search("already in use|lockfile|multi-process lock", reason, re.IGNORECASE):
+        return (
+            f"--topology={topology.text}: libtpu is held by another process ({words}); end that one, or "
+            "wait for it."
+        )
+    return (
+        f"--topology={topology.text}: the compiler does not take this topology ({words}); choose a "
+        f"shape that exists, as in {EXAMPLES}."
+    )
