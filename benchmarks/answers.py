@@ -45,7 +45,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     from unimed_jax.evaluate.answers import calls_of
     from unimed_jax.evaluate.model_answers import together
     from unimed_jax.evaluate.tasks import open_sets, units_of
-    from unimed_jax.predict import engine as engines
+    from unimed_jax.predict import sizes
     from unimed_jax.runs.open import open_run
 
     run = open_run(given.run, changed="accept")
@@ -60,7 +60,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     config = dataclasses.replace(config, evaluate=evaluate)
     units, _ = units_of(config, open_sets(config.held_out))
     if given.share:
-        engines.SHARE = given.share
+        sizes.SHARE = given.share
     sides: dict[str, Side] = {
         "plain loop": Side(run, config, calls_of(units, config.seed, True, 0), plain=True)
     }
@@ -115,14 +115,14 @@ class Side:
 
     def _answers(self) -> list[str]:
         from unimed_jax.evaluate import model_answers
-        from unimed_jax.predict import engine as engines
+        from unimed_jax.predict import sizes
 
-        config, most = self.config, engines.MOST_SLOTS
+        config, most = self.config, sizes.MOST_SLOTS
         if self.plain:
             answerer = model_answers.by_batches(self.run.model, config, self.run.tokenizer)
         else:
             if self.slots:
-                engines.MOST_SLOTS = {}
+                sizes.MOST_SLOTS = {}
             answerer = model_answers.by_engine(
                 self.run.model, config, self.run.tokenizer, slots=self.slots or None
             )
@@ -135,7 +135,7 @@ class Side:
                 ):
                     for question, text in zip(some, texts, strict=True):
                         found[question.unit.name, question.example.id, number] = text
-        engines.MOST_SLOTS = most
+        sizes.MOST_SLOTS = most
         return [found[key] for key in sorted(found)]
 
 

@@ -16,6 +16,7 @@ from unimed_jax.model import slots as programs
 from unimed_jax.model.generate import Sampling, generate
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.predict import engine as engines
+from unimed_jax.predict import sizes
 from unimed_jax.predict.engine import Engine
 from unimed_jax.predict.request import Picture, Prompt, Request
 
@@ -227,11 +228,11 @@ def test_draws_are_those_of_the_plain_loop(model, asked):
 def test_eight_devices_answer_as_one(axes, asked):
     family = "med-moe" if axes == "expert" else "llama with LoRA"
     model = tiny.model(tiny.config(**FAMILIES[family]))
-    sizes = {"data": 8} if axes == "data" else {"data": 2, "tensor": 4}
+    shape = {"data": 8} if axes == "data" else {"data": 2, "tensor": 4}
     if axes == "expert":
-        sizes = {"data": 2, "tensor": 2, "expert": 2}
+        shape = {"data": 2, "tensor": 2, "expert": 2}
     mesh = jax.make_mesh(
-        tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES,
+        tuple(shape.get(axis, 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES,
         axis_types=(jax.sharding.AxisType.Auto,) * 4,
     )  # fmt: skip
     leaves = parameters(model)
@@ -332,7 +333,7 @@ def test_sizes_follow_the_requests_or_the_settings(model, asked):
     assert (one.slots, one.rows, one.tokens, one.prompt) == (1, 1, 16, 16)
     assert one.images == len(requests[0].images)
     many = engine(model, requests * 9, slots=64).sizes
-    assert many.slots == engines.MOST_SLOTS["cpu"] and many.rows * many.questions <= many.slots
+    assert many.slots == sizes.MOST_SLOTS["cpu"] and many.rows * many.questions <= many.slots
     assert engine(model, [r for r in requests if r.task == "qa"]).sizes.images == 0
     whatever = engine(model, None, slots=3).sizes
     assert (whatever.slots, whatever.prompt, whatever.answer) == (3, 512, NEW) and whatever.images > 2

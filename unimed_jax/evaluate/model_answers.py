@@ -50,7 +50,7 @@ def by_engine(
     def prepared(calls: Sequence[Call]) -> Answer:
         every = [question for call in calls for some in call.passes for question in some]
         count = slots or max(question.unit.batch for question in every)
-        announced = [change(_asked(question)) for question in every]
+        announced = (change(_asked(question)) for question in every)
         engine = Engine(model, config, tokenizer, None, announced, count)
 
         def answer(passes: Sequence[Sequence[Question]], ended: Callable[[], Any]) -> list[list[str]]:

@@ -50,7 +50,9 @@ class Slots(NamedTuple):
 
     keys: Array  # [layers, N, kv_heads, C, head]
     values: Array
-    out: Array  # [N, W] int32: the tokens of each answer
+    # [N * W] int32: the tokens of each answer. Flat, because an array of two dimensions that all devices
+    # hold leaves each program with its sharding written in another way, and would be compiled again.
+    out: Array
     done: Array  # [N] int32: how many of them are picked
     live: Array  # [N] bool: whether the answer goes on
     prompts: Array  # [N] int32: tokens of the prompt
@@ -92,7 +94,7 @@ def empty(parts: Parts, slots: int, prompt: int, answer: int) -> Slots:
     shape = (c.depth, slots, c.kv_heads, prompt + answer, c.head_dim)
     zeros = jnp.zeros(shape, model.config.compute_dtype)
     numbers = jnp.zeros(slots, jnp.int32)
-    out = jnp.zeros((slots, answer), jnp.int32)
+    out = jnp.zeros(slots * answer, jnp.int32)
     seeds, temperatures = jnp.zeros(slots, jnp.uint32), jnp.zeros(slots, jnp.float32)
     none = jnp.zeros(slots, bool)
     return _placed(
@@ -109,6 +111,7 @@ def enter(parts: Parts, slots: Slots, batch: Batch, entry: Entry) -> Slots:
     model = parts.model()
     decoder, dtype = model.decoder, model.config.compute_dtype
     span, length = span_of(batch), entry.places.shape[1]
+    answer = slots.out.size // slots.done.size
     hidden, cache, *_ = decoder(_embedded(model, batch), span, decoder.empty_cache(span, dtype))
     assert cache is not None
 
@@ -130,7 +133,7 @@ def enter(parts: Parts, slots: Slots, batch: Batch, entry: Entry) -> Slots:
         slots._replace(
             keys=slots.keys.at[:, entry.slots, :, :length].set(taken(cache.keys), mode="drop"),
             values=slots.values.at[:, entry.slots, :, :length].set(taken(cache.values), mode="drop"),
-            out=slots.out.at[entry.slots, 0].set(token, mode="drop"),
+            out=slots.out.at[entry.slots * answer].set(token, mode="drop"),
             done=put(slots.done, jnp.ones_like(token)),
             live=put(slots.live, going),
             prompts=put(slots.prompts, entry.prompts),
@@ -179,11 +182,13 @@ def advance(
 def _step(parts: Parts, model: UniMed, slots: Slots) -> Slots:
     """Picks one token of every live answer."""
     decoder = model.decoder
-    count, answer = slots.out.shape
+    count = slots.done.size
+    answer = slots.out.size // count
+    out = slots.out.reshape(count, answer)  # [N, W]
     places = slots.keys.shape[3]
     prompt, turn = places - answer, slots.steps % answer
     live, done = slots.live, slots.done
-    token = jnp.take_along_axis(slots.out, jnp.maximum(done - 1, 0)[:, None], axis=1)  # [N, 1]
+    token = jnp.take_along_axis(out, jnp.maximum(done - 1, 0)[:, None], axis=1)  # [N, 1]
     x = decoder.embed(token, model.config.compute_dtype)
 
     age = (turn - jnp.arange(answer)) % answer  # steps since a place was written; 0 is written now
@@ -212,7 +217,7 @@ def _step(parts: Parts, model: UniMed, slots: Slots) -> Slots:
     return slots._replace(
         keys=constrain(cache.keys, *CACHE),
         values=constrain(cache.values, *CACHE),
-        out=jnp.where(new, token[:, None], slots.out),
+        out=jnp.where(new, token[:, None], out).reshape(-1),  # [N * W]
         done=done,
         live=live & (token != parts.eos) & (done < slots.most),
         steps=slots.steps + 1,

@@ -10,7 +10,7 @@ need a third program, in which a row attends to a slot, and `config.text.max_pro
 
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,30 +23,11 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.memory import check_answering
 from unimed_jax.model import slots as programs
-from unimed_jax.model.sharding import inside, rows_multiple
+from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
-from unimed_jax.predict.request import Picture, Prompt, Prompts, Request, identity
+from unimed_jax.predict.request import Picture, Prompt, Prompts, Request, shared_by
+from unimed_jax.predict.sizes import ENDLESS, Sizes, sizes_for, sizes_for_any
 from unimed_jax.predict.text import Spoken, text_of
-
-PLACES = 16  # lengths are rounded up to multiples, so that few shapes are compiled
-ROW = 256  # tokens of a row, unless a prompt needs more
-SHARE = 4  # rows are made for one in so many of the slots
-MOST_SLOTS = {"cpu": 32}  # a processor's cost grows with every slot, an accelerator's hardly does
-CALL = {"cpu": 1024}  # tokens that enter at once
-LARGEST_CALL = 4096  # the same on accelerators
-ENDLESS = 1 << 30
-
-
-class Sizes(NamedTuple):
-    """Says how large the two programs are."""
-
-    slots: int  # N
-    prompt: int  # P: places for the prompt of a slot
-    answer: int  # W: tokens of an answer
-    rows: int  # R: rows that enter at once
-    tokens: int  # S: of a row
-    images: int  # of a row
-    questions: int  # of a row
 
 
 class Piece(NamedTuple):
@@ -102,7 +83,7 @@ class Engine:
         config: Config,
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
-        announced: Sequence[Request] | None = None,
+        announced: Iterable[Request] | None = None,
         slots: int | None = None,
     ):
         """Takes the requests that will come, which decide the sizes; None: any that the settings allow.
@@ -114,14 +95,16 @@ class Engine:
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
         self._prompts = Prompts(config, tokenizer)
         slots = slots or config.evaluate.batch
-        known = None if announced is None else [self._prompts(request) for request in announced]
         with inside(mesh):
-            self.sizes = _any_request(config, slots) if known is None else _sizes(known, slots)
-        draws = known is None or any(prompt.temperature for prompt in known)
+            if announced is None:
+                self.sizes = sizes_for_any(config, slots)
+            else:
+                self.sizes = sizes_for(map(self._prompts, announced), slots)
         s = self.sizes
         entering = s.rows * (s.tokens + s.questions * s.prompt)
         check_answering(config.model, s.slots, s.prompt + s.answer, entering)
-        self._parts = programs.Parts.of(model, tokenizer.eos, config.evaluate.top_p, config.seed, draws)
+        top_p, seed = config.evaluate.top_p, config.seed
+        self._parts = programs.Parts.of(model, tokenizer.eos, top_p, seed, s.draws)
         self._state: programs.Slots | None = None
         self._lock = threading.Lock()
         self._waiting: dict[Hashable, list[_Asked]] = {}  # those that share something -> the questions
@@ -204,7 +187,7 @@ class Engine:
         self._check(prompt)
         later = all(isinstance(image, Picture) for image in prompt.images)
         pixels = None if later else self._prompts.pixels(prompt)
-        key = _shared(prompt)
+        key = shared_by(prompt)
         with self._lock:
             if prompt.temperature and not self._parts.draws:  # was not announced
                 self._parts = dataclasses.replace(self._parts, draws=True)
@@ -253,8 +236,8 @@ class Engine:
                 enough = plan.needed if plan is not None else ENDLESS
                 most = self.sizes.answer if tokens is None else tokens
                 self._state = programs.advance(self._parts, self._state, most, enough, kept)
-            found = jax.device_get((self._state.out, self._state.done, self._state.live))
-        return self._grown(*found)
+            out, done, live = jax.device_get((self._state.out, self._state.done, self._state.live))
+        return self._grown(out.reshape(len(done), -1), done, live)  # [N, W]
 
     def _grown(
         self, out: np.ndarray, done: np.ndarray, live: np.ndarray
@@ -360,14 +343,6 @@ class Engine:
 # ---------------------------------------------------------------------------------------------
 
 
-def _shared(prompt: Prompt) -> Hashable:
-    """Returns what is equal for questions that may enter after one copy of what they share."""
-    encoded = prompt.encoded
-    if not len(encoded.prefix):
-        return encoded.task
-    return encoded.task, encoded.prefix.tobytes(), tuple(map(identity, prompt.images))
-
-
 def _parts(some: Sequence[_Asked], sizes: Sizes) -> Iterator[_Part]:
     """Cuts questions that share something into parts of which each fits a row."""
     encoded = [one.prompt.encoded for one in some]
@@ -395,61 +370,3 @@ def _common(texts: Sequence[np.ndarray]) -> int:
     length = min(map(len, texts)) - 1
     same = least[:length] == most[:length]
     return length if same.all() else int(same.argmin())
-
-
-# ---------------------------------------------------------------------------------------------
-# Sizes
-# ---------------------------------------------------------------------------------------------
-
-
-def _sizes(prompts: Sequence[Prompt], slots: int) -> Sizes:
-    """Chooses sizes for requests that are known."""
-    groups: dict[Hashable, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(_shared(prompt), []).append(prompt)
-    total = with_images = shown = 0
-    for some in groups.values():
-        prefix = len(some[0].encoded.prefix)
-        tokens = prefix + sum(one.encoded.tokens - prefix for one in some)
-        total += tokens
-        if some[0].images:
-            with_images, shown = with_images + tokens, shown + len(some[0].images)
-    longest = max((prompt.encoded.tokens for prompt in prompts), default=1)
-    answer = max((prompt.most for prompt in prompts), default=1)
-    most = max((len(prompt.images) for prompt in prompts), default=0)
-    mean = total / max(len(prompts), 1)
-    return _rows(
-        min(slots, 1 << (max(len(prompts), 1) - 1).bit_length()),
-        longest,
-        answer,
-        max(total, 1),
-        mean,
-        lambda tokens: max(most, round(shown / with_images * tokens)) if shown else 0,
-    )
-
-
-def _any_request(config: Config, slots: int) -> Sizes:
-    """Chooses sizes for whatever the settings allow."""
-    longest = config.text.max_prompt
-    mean = min(longest, config.model.tokens_per_image + 2 * PLACES)
-    answer = config.evaluate.max_new_tokens
-    return _rows(slots, longest, answer, ENDLESS, mean, lambda tokens: max(1, tokens // mean))
-
-
-def _rows(slots: int, longest: int, answer: int, total: int, mean: float, images) -> Sizes:
-    """Chooses rows: for a share of the slots, as far as the device takes so much at once.
-
-    total, mean: tokens of all prompts and of one, what they share counted once; images: gives the
-    images of a row from its tokens.
-    """
-    platform = jax.devices()[0].platform
-    slots = min(slots, MOST_SLOTS.get(platform, slots))
-    prompt = -(-longest // PLACES) * PLACES
-    wanted = min(total, CALL.get(platform, LARGEST_CALL), int(mean * max(1, slots // SHARE)))
-    tokens = max(prompt, min(ROW, -(-wanted // PLACES) * PLACES))
-    multiple = rows_multiple()
-    rows = max(1, round(wanted / tokens))
-    if slots >= multiple:
-        rows = min(-(-rows // multiple) * multiple, slots)
-    questions = max(1, min(-(-tokens * 5 // int(4 * mean)), slots // rows))
-    return Sizes(slots, prompt, answer, rows, tokens, images(tokens), questions)

@@ -135,7 +135,15 @@ class Prompts:
             raise UserError(f"request {name}: {error}") from error
 
 
-def identity(image: Image) -> Hashable:
+def shared_by(prompt: Prompt) -> Hashable:
+    """Returns what is equal for questions that may enter after one copy of what they share."""
+    encoded = prompt.encoded
+    if not len(encoded.prefix):
+        return encoded.task
+    return encoded.task, encoded.prefix.tobytes(), tuple(map(_identity, prompt.images))
+
+
+def _identity(image: Image) -> Hashable:
     """Returns what is equal for two images that have the same pixels as far as one can know cheaply."""
     if isinstance(image, Picture):
         return image.key
