@@ -102,7 +102,7 @@ class Engine:
                 self.sizes = sizes_for(map(self._prompts, announced), slots)
         s = self.sizes
         entering = s.rows * (s.tokens + s.questions * s.prompt)
-        check_answering(config.model, s.slots, s.prompt + s.answer, entering)
+        check_answering(config.model, model, s.slots, s.prompt + s.answer, entering)
         top_p, seed = config.evaluate.top_p, config.seed
         self._parts = programs.Parts.of(model, tokenizer.eos, top_p, seed, s.draws)
         self._state: programs.Slots | None = None

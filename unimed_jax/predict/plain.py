@@ -60,7 +60,7 @@ class PlainLoop:
         groups = [layout.Group((prompt.encoded,), self._prompts.pixels(prompt)) for prompt in prompts]
         rows = _batch(groups, self._config, self._tokenizer.pad, batch)
         count, tokens = rows["tokens"].shape
-        check_answering(self._config.model, count, tokens + prompts[0].most)
+        check_answering(self._config.model, self._model, count, tokens + prompts[0].most)
         return rows
 
     def _how(self, prompts: Sequence[Prompt], rows: int) -> dict:
