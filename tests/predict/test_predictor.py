@@ -220,12 +220,9 @@ def test_images_that_are_none_are_refused_by_the_requests_name(predictor, image,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_an_evaluation_gives_the_answers_of_the_plain_loop_by_two_programs(
-    config, model, tokenizer, temperature
-):
+def test_an_evaluation_gives_the_answers_of_the_plain_loop_by_two_programs(config, model, tokenizer):
     """All tasks, units of different batches and lengths, own and others' images."""
-    evaluate = dataclasses.replace(config.evaluate, splits=("val", "test"), temperature=temperature)
+    evaluate = dataclasses.replace(config.evaluate, splits=("val", "test"))
     config = dataclasses.replace(config, evaluate=evaluate)
     source = Source("squares", Squares(images=7), TASKS, {})
     units, _ = units_of(config, {"squares": source})
