@@ -266,6 +266,9 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
     compute_dtype: Float = "float32"  # of matrix products
     frozen_dtype: Float = "float32"  # in which frozen parameters are stored
+    # How the kernels of frozen layers (decoder, vision encoder) are stored. plain: in frozen_dtype;
+    # int8, nf4: in blocks of 64 numbers with a scale each, 8.25 and 4.25 bits a number (QLoRA).
+    frozen_kernels: Literal["plain", "int8", "nf4"] = "plain"
     # Attention kernel of the decoder, and of the vision encoder where it applies; auto: the fastest one
     # that fits.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"

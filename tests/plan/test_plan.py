@@ -24,7 +24,6 @@ from unimed_jax.plan.child import exceeds
 from unimed_jax.plan.chips import CHIPS, chip_of
 from unimed_jax.plan.compile import Job, Limits, compile_one
 from unimed_jax.plan.programs import saved_bytes
-from unimed_jax.settings import from_config_dict
 from unimed_jax.train.program import build, make_mesh
 from unimed_jax.train.step import first_state
 from unimed_jax.verbs.options import read_config
@@ -75,6 +74,14 @@ def test_what_a_plan_says(cache):
     assert {"trained", "optimizer", "batch", "activations", "temporaries"} == set(parts)
     assert parts["optimizer"] == pytest.approx(2 * parts["trained"], rel=0.01)  # two moments of AdamW
     assert parts["activations"] > 0 and sum(parts.values()) <= row["gib_needed"] * 1.1
+    cost = row["cost"]  # on this machine no speed is known, so there is no roofline
+    assert cost["flops"]["useful"] > 0 and 1 <= cost["flops"]["ratio"] < 2 and row["roofline"] == {}
+    assert cost["bytes"]["ratio"] > 1 and cost["unknown"] == []
+    (gradients,) = [
+        c for c in cost["collectives"] if c["kind"] == "all-reduce" and c["axes"] == ["data"]
+    ]
+    # every trained leaf is summed over eight devices
+    assert gradients["bytes"] > 2 * 7 / 8 * row["gib_by_kind"]["trained"] * 2**30
     page = (cache / "out" / "plan.md").read_text()
     assert "| cpu:8 | train | data 8 | yes |" in page and "http" not in page
 
@@ -137,8 +144,8 @@ def test_activations_are_those_that_the_backward_pass_reads():
 
     whole = kept()
     assert 0 < whole < kept(remat="none") / 2
-    assert kept(devices=4) == pytest.approx(whole / 4, rel=0.01)
-    assert whole / 2 <= kept(accumulation=2) < 0.6 * whole  # what is kept of weights stays
+    assert kept(devices=4) == whole / 4
+    assert kept(accumulation=2) == whole / 2
 
 
 def test_what_does_not_fit_says_what_is_largest(cache, tmp_path):
@@ -308,4 +315,5 @@ def test_a_toy_compiles_for_accelerators(cache, tmp_path, text):
     assert not outcome.failed, outcome.failed
     row = table.row_of(outcome)
     assert row["fits"] and re.search("v5 lite|H100", row["device"]) and outcome.text
-    assert row["gib_by_kind"]["temporaries"] > 0
+    assert row["gib_by_kind"]["temporaries"] > 0 and 1 < row["cost"]["flops"]["ratio"] < 3
+    assert row["roofline"]["bound"] in ("compute", "memory", "network")

@@ -395,7 +395,7 @@ def merge_lora(decoder: Decoder) -> Decoder:
     def merge(module: Any) -> None:
         if isinstance(module, Linear) and module.lora_a is not None:
             assert module.lora_b is not None
-            kernel = module.kernel[...]
+            kernel = module.kernel[...].astype(module.kernel[...].dtype)  # not quantised any more
             product = jnp.einsum("...ir,...ro->...io", module.lora_a[...], module.lora_b[...])
             merged_kernel = kernel + product * module.lora_scale
             module.kernel = nnx.Param(merged_kernel.astype(kernel.dtype))

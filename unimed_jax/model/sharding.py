@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
+from unimed_jax.model.quantised import Quantised
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -163,8 +164,24 @@ def axes_by_dimension(
 
 
 def parameter_shardings(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Gives the sharding of every leaf by path; anything with a shape will do as a leaf."""
-    return {path: _place(path, leaf.shape, mesh) for path, leaf in leaves.items()}
+    """Gives the sharding of every leaf by path; anything with a shape will do as a leaf.
+
+    Codes and scales of a quantised kernel have one sharding, that of the kernel if whole blocks can be
+    split like its inputs. So no block lies on two devices.
+    """
+    return {
+        path: _place(path, leaf.scales.shape if isinstance(leaf, Quantised) else leaf.shape, mesh)
+        for path, leaf in leaves.items()
+    }
+
+
+def placed(tree: Any, places: Any) -> Any:
+    """Gives the shapes of a tree with shardings; `places` has one for an array, or for a part."""
+
+    def of(place: Any, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
+
+    return jax.tree.map(of, places, tree)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

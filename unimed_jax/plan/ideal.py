@@ -37,13 +37,14 @@ import jax.numpy as jnp
 
 from unimed_jax.config import Config, RuleConfig
 from unimed_jax.model import sharding
-from unimed_jax.rules import leaf_dtypes, leaf_rules
+from unimed_jax.model.parameters import stored_leaves, tree_bytes
+from unimed_jax.rules import leaf_rules
 from unimed_jax.train.flops import Product, gradients_pass, leaf_shapes, products, useful_flops
 
 # Widths split over all devices: what is multiplied by them is gathered, they are not.
 _STATIONARY = ("expert_hidden", "router_hidden")
 _SAME_INPUT = (("q", "k", "v"), ("gate", "up"))
-_STATE = 8  # float32 numbers that AdamW moves for each of a trained leaf, see `optimizer` above
+_FLOATS = 4  # float32 numbers that AdamW moves besides moments, see `optimizer` above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +104,8 @@ class _Count:
         model = config.model
         self.shapes = leaf_shapes(model)
         self.rules = leaf_rules(self.shapes, config.train, config.optimizer)
-        dtypes = leaf_dtypes(self.rules, model.frozen_dtype)
-        self.stored = {path: jnp.dtype(dtype).itemsize for path, dtype in dtypes.items()}
+        # bytes of a number, those of codes with their share of a scale
+        self.stored = {path: tree_bytes(x) / x.size for path, x in stored_leaves(config).items()}
         self.compute = jnp.dtype(model.compute_dtype).itemsize
         self.row_axes = sharding.axes_by_dimension((config.data.rows,), ("batch",), sizes)[0]
         self.shares = self.ways(self.row_axes)
@@ -311,7 +312,8 @@ class _Count:
             if not rule.train:
                 continue
             held = self.held(path)
-            self.add("optimizer", held * 4 * _STATE)
+            moment = jnp.dtype(self.config.optimizer.moments_dtype).itemsize
+            self.add("optimizer", held * (4 * _FLOATS + 4 * moment))
             axes = self.gathered(path)
             if axes:
                 self.send("gradients", self.used(path) * self.compute * (1 - 1 / self.ways(axes)))

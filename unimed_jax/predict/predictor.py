@@ -140,7 +140,7 @@ class Predictor:
     def _check_memory(self, requests: Sequence[Request], rows: layout.Batch) -> None:
         """Raises UserError if the answers to these prompts cannot fit in memory."""
         count, tokens = rows["tokens"].shape
-        check_answering(self._config.model, count, tokens + self._kind(requests[0])[0])
+        check_answering(self._config.model, self._model, count, tokens + self._kind(requests[0])[0])
 
     def _how(self, requests: Sequence[Request], rows: int) -> dict:
         """Returns the arguments of `generate` for requests of one kind and copies of the first."""
