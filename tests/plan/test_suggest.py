@@ -88,6 +88,7 @@ def test_suggest_compiles_three_and_names_the_fastest_that_fits(tmp_path, monkey
         n = len(compiled)
         return {
             "topology": "v5e:2x2", "program": "train", "fits": n > 1, "reason": "" if n > 1 else "no.",
+            "notes": [],
             "mesh": {}, "seconds": {}, "gib_by_kind": {}, "gib_needed": 1.0, "gib_usable": 2.0,
             "roofline": {"step_s": 9.0 - n},
         }  # fmt: skip

@@ -33,6 +33,7 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
     """
     row = _memory(outcome)
     job, program = outcome.job, outcome.text
+    row["notes"] = _notes(outcome)
     if not program:
         return row
     row["cost"] = cost = costs(job.config, row["mesh"], job.program, program)
@@ -42,6 +43,22 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
         price = prices.get(job.topology.text.partition(":")[0])
         row["outlook"] = outlook(job.config, job.topology, job.program, line["step_s"], price)
     return row
+
+
+def _notes(outcome: Outcome) -> list[str]:
+    """Says in sentences what a compiled program lacks of the one that will run."""
+    job, notes = outcome.job, []
+    if job.topology.platform == "gpu" and job.config.model.attention == "auto":
+        notes.append(
+            "GPUs: attention is compiled in its plain form, because cuDNN's kernel needs the card; with "
+            "that kernel temporaries and bytes are lower."
+        )
+    if "memory" in outcome.result and not outcome.result["text"]:
+        notes.append(
+            f"{job.topology.text}: its compiler keeps no text of the program, so FLOPs, bytes and times "
+            "are not known."
+        )
+    return notes
 
 
 def _memory(outcome: Outcome) -> Row:
@@ -175,8 +192,13 @@ def tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
 
 def text(rows: Sequence[Row]) -> str:
     """Writes the rows for the terminal: the tables, and a sentence for each that does not fit."""
-    sentences = [row["reason"] for row in rows if row["reason"]]
-    return "\n\n".join([*(aligned(*table) for table in tables(rows)), *sentences])
+    return "\n\n".join([*(aligned(*table) for table in tables(rows)), *sentences(rows)])
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Lists why rows do not fit or are not known, and what to mind about them, each once."""
+    found = [row["reason"] for row in rows if row["reason"]]
+    return list(dict.fromkeys([*found, *(note for row in rows for note in row["notes"])]))
 
 
 def write(folder: Path, config: Config, rows: Sequence[Row], source: str) -> None:
@@ -190,7 +212,7 @@ def write(folder: Path, config: Config, rows: Sequence[Row], source: str) -> Non
         f"{source}, settings {about['config_hash']}, code {about['code']}. Of one device, and of "
         "one run of a program; compiled, not run.",
         *(markdown_table(*table) for table in tables(rows)),
-        *(row["reason"] for row in rows if row["reason"]),
+        *sentences(rows),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     with files.written_together(folder, FILES) as temporary:
