@@ -277,6 +277,17 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
 
     @property
+    def answers_depend_on_batch(self) -> bool:
+        """Says whether an answer depends on what else is answered beside it.
+
+        Experts of limited capacity take tokens from each other, and routing padding or drawing experts
+        by the place in a batch does the same.
+        """
+        moe = self.moe
+        limited = moe.eval_capacity_factor is not None
+        return moe.experts > 0 and bool(limited or moe.eval_noise or moe.route_padding)
+
+    @property
     def tokens_per_image(self) -> int:
         """Counts the visual tokens that an image becomes."""
         return self.vision.patches // self.connector.rate

@@ -72,14 +72,16 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
     )
 
 
-def check_answering(model: ModelConfig, weights: Any, rows: int, tokens: int) -> None:
-    """Raises UserError if answers in batches of `rows` cannot fit into memory.
+def check_answering(model: ModelConfig, weights: Any, rows: int, tokens: int, entering: int = 0) -> None:
+    """Raises UserError if `rows` answers at once cannot fit into memory.
 
     weights: the leaves as they are stored, or shapes in their place. tokens: the length of each answer
-    with its prompt.
+    with its prompt; entering: tokens of prompts that are held besides, while they are copied to where
+    answers are made.
     """
     decoder, width = model.decoder, jnp.dtype(model.compute_dtype).itemsize
-    cache = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim * rows * tokens
+    token = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim
+    cache = token * (rows * tokens + entering)
     refuse_too_large(tree_bytes(weights), "this model", MODEL)
     refuse_too_large(
         tree_bytes(weights) + cache,

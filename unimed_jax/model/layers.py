@@ -114,8 +114,9 @@ class Linear(nnx.Module):
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = kept(dropout_key, 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            low_rank = x @ self.lora_a[...].astype(x.dtype)  # [batch, rank]
-            y += low_rank @ self.lora_b[...].astype(x.dtype) * self.lora_scale
+            # Scaled while it is small, so that the second product can add to y as it is written.
+            low_rank = x @ self.lora_a[...].astype(x.dtype) * self.lora_scale  # [batch, rank]
+            y += low_rank @ self.lora_b[...].astype(x.dtype)
         return y.reshape(*shape, -1)  # [*batch, out]
 
 

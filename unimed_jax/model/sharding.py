@@ -229,6 +229,12 @@ def row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     )
 
 
+def rows_multiple() -> int:
+    """Counts the parts into which the mesh in context splits the rows of a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXES["batch"])
+
+
 def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:
     """Says which rows of a batch this process reads: (share, shares).
 

@@ -33,7 +33,7 @@ from unimed_jax.model import sharding
 from unimed_jax.model.parameters import stored_leaves, tree_bytes
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
-from unimed_jax.predict.predictor import prompt_batch
+from unimed_jax.predict.plain import prompt_batch
 from unimed_jax.provenance import code_version, joint_checksum, plain
 from unimed_jax.runs import inputs
 from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
