@@ -191,7 +191,7 @@ def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
     """Makes the tables of memory and of cost, (head, lines), without columns that hold nothing."""
-    made = [(MEMORY, [memory_cells(row) for row in rows])]
+    made: list[tuple[Sequence[str], list[list[str]]]] = [(MEMORY, [memory_cells(row) for row in rows])]
     made.append((COST, [cost_cells(row) for row in rows if "cost" in row]))
     found = []
     for head, lines in made:
