@@ -48,11 +48,6 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
 def _notes(outcome: Outcome) -> list[str]:
     """Says in sentences what a compiled program lacks of the one that will run."""
     job, notes = outcome.job, []
-    if job.topology.platform == "gpu" and job.config.model.attention == "auto":
-        notes.append(
-            "GPUs: attention is compiled in its plain form, because cuDNN's kernel needs the card; with "
-            "that kernel temporaries and bytes are lower."
-        )
     if "memory" in outcome.result and not outcome.result["text"]:
         notes.append(
             f"{job.topology.text}: its compiler keeps no text of the program, so FLOPs, bytes and times "
