@@ -7,18 +7,15 @@ It compiles the step of benchmarks/accelerator.py (Uni-Med with LLaMA-2-7B, LoRA
 of time, counts the compiled program by its text (unimed_jax/plan/program_cost.py), and divides by the
 ideal (unimed_jax/plan/ideal.py); then come the operations that move most. `--out` keeps the text.
 
-For GPUs cuDNN's attention is compiled as on a card: JAX's checks of the card and of cuDNN's version
-are passed over, because neither is here; `--attention=xla` compiles the plain form instead.
+GPUs get cuDNN's attention, although no card is here; `--attention=xla` compiles the plain form.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -75,7 +72,7 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     devices = np.array(topologies.devices(topology)).reshape(tuple(sizes.values()))
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     start = time.perf_counter()
-    with as_on_a_card(topology.platform == "gpu" and arguments.attention == "auto"):
+    with topologies.as_on_the_card(topology):
         text = build(config, mesh).lower().compile().as_text()
     print(f"compiled in {time.perf_counter() - start:.0f} s")
     if arguments.out:
@@ -102,24 +99,6 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
                 print(f"{value:10.2f} {name} in {o.count:.0f}: {o.shape} {o.name}")
     for unknown in (*found.unknown_loops, *found.unknown_calls):
         print(f"not counted: {unknown}")
-
-
-def as_on_a_card(on: bool) -> contextlib.AbstractContextManager:
-    """Traces as on an NVIDIA GPU with cuDNN, whatever this machine has."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    from unimed_jax.model import attention
-
-    stack = contextlib.ExitStack()
-    if on:
-        checks = {
-            "check_cudnn_version": lambda: 91000,
-            "check_compute_capability": lambda _: True,
-            "is_cuda_compute_capability_equal": lambda capability: capability == "9.0",
-        }
-        stack.enter_context(mock.patch.multiple(cudnn, **checks))
-        stack.enter_context(mock.patch.object(attention, "hardware", lambda: "nvidia"))
-    return stack
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def test_what_a_plan_says(cache):
     cost = row["cost"]  # on this machine no speed is known, so there is no roofline
     assert cost["flops"]["useful"] > 0 and 1 <= cost["flops"]["ratio"] < 2 and row["roofline"] == {}
     assert cost["bytes"]["ratio"] > 1 and cost["unknown"] == []
+    assert any("dot_general" in o["name"] and o["flops"] > 0 for o in cost["largest"])
     (gradients,) = [
         c for c in cost["collectives"] if c["kind"] == "all-reduce" and c["axes"] == ["data"]
     ]
