@@ -319,10 +319,8 @@ def test_a_toy_compiles_for_accelerators(cache, tmp_path, text):
         topology.check_compiler([topology.parse(text)])
     except UserError as error:
         pytest.skip(str(error))
-    config = from_config_dict(
-        json.loads(json.dumps(compiling.to_dict(read_config(str(cache / "toy.py")))))
-    )
-    outcome = compile_one(Job(config, topology.parse(text), "train"), tmp_path, LIMITS)
+    job = Job(read_config(str(cache / "toy.py")), topology.parse(text), "train")
+    outcome = compile_one(job, tmp_path, LIMITS)
     assert not outcome.failed, outcome.failed
     row = table.row_of(outcome)
     assert row["fits"] and re.search("v5 lite|H100", row["device"]) and outcome.text
