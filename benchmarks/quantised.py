@@ -192,13 +192,11 @@ def sides_of(names: list[str]) -> Iterator[tuple[str, Any]]:
         program = build(config, None)
         leaves = stored_leaves(config)
 
-        def make(leaves=leaves, shapes=program.leaves):
-            keys = jax.random.split(jax.random.key(0), len(shapes))
-            draw = {p: 0.02 * jax.random.normal(key, leaves[p].shape)
-                    for p, key in zip(shapes, keys, strict=True)}  # fmt: skip
-            return {p: stored_like(x, leaves[p]) for p, x in draw.items()}
-
-        filled = jax.jit(make)()
+        rng = np.random.default_rng(0)
+        filled = {
+            p: stored_like(jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), leaves[p])
+            for p, leaf in program.leaves.items()
+        }
         state = first_state({p: filled[p] for p in program.state.leaves}, program.optimizer)
         frozen = {p: filled[p] for p in program.frozen}
         batch = harness.full_rows(config)

@@ -21,7 +21,7 @@ V5E = parse("v5e:2x2")
 
 @pytest.fixture(scope="module")
 def config():
-    return tiny.training(tiny.config(moe={"experts": 4}, lora={"targets": ("q", "v")}), rows=16)
+    return tiny.training(rows=16)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def found(config) -> list:
 
 
 def test_variants_divide_rows_heads_and_experts(config):
-    found = list(suggest.variants(config, 8))
+    model = tiny.config(moe={"experts": 4}, lora={"targets": ("q", "v")})
+    found = list(suggest.variants(dataclasses.replace(config, model=model), 8))
     sizes = {
         tuple(getattr(c.mesh, axis) for axis in ("data", "fsdp", "tensor", "expert")) for c in found
     }
@@ -76,7 +77,7 @@ def test_settings_to_copy_are_those_that_were_compiled(config, found):
     assert copied.train.accumulation == best.train.accumulation
 
 
-def test_suggest_compiles_three_and_names_the_fastest_that_fits(tmp_path, monkeypatch, capsys):
+def test_suggest_compiles_three_and_names_the_fastest_that_fits(found, tmp_path, monkeypatch, capsys):
     file = tmp_path / "toy.py"
     file.write_text(
         "from support.fake_brain import tiny_config\n"
@@ -99,6 +100,7 @@ def test_suggest_compiles_three_and_names_the_fastest_that_fits(tmp_path, monkey
             yield compiling.Outcome(job, {}, tmp_path, 1.0, False)
 
     monkeypatch.setattr(topology, "check_compiler", lambda topologies: None)
+    monkeypatch.setattr(suggest, "ranked", lambda config, topology: suggest.best(found, topology))
     monkeypatch.setattr(compiling, "compile_all", outcomes)
     monkeypatch.setattr(table, "row_of", row_of)
     words = [

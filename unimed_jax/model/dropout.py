@@ -26,7 +26,8 @@ def hashed(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "rows c
     rows = jax.lax.broadcasted_iota(jnp.uint32, (shape[0], 1), 0)
     channels = jax.lax.broadcasted_iota(jnp.uint32, (1, shape[1]), 1)
     by_row = jnp.broadcast_to(_mixed(_mixed(rows ^ first) ^ second), shape)
-    by_channel = jnp.broadcast_to(_mixed(channels + jnp.uint32(1)), shape)
+    # With the key in it, it differs between layers; else a scan over layers would store it whole.
+    by_channel = jnp.broadcast_to(_mixed(channels + second), shape)
     return _mixed(by_row ^ by_channel)
 
 

@@ -113,7 +113,8 @@ class Linear(nnx.Module):
             assert self.lora_b is not None
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = kept(dropout_key, 1 - self.lora_dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
+                # Multiplied, because a scan over layers would store the zeros of `where` whole.
+                x = x / (1 - self.lora_dropout) * keep.astype(x.dtype)
             # Scaled while it is small, so that the second product can add to y as it is written.
             low_rank = x @ self.lora_a[...].astype(x.dtype) * self.lora_scale  # [batch, rank]
             y += low_rank @ self.lora_b[...].astype(x.dtype)

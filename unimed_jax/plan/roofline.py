@@ -5,6 +5,7 @@ traffic at the memory's bandwidth, what it sends at the bandwidth of its links. 
 a program that overlaps the three well comes near it.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -36,6 +37,7 @@ def costs(config: Any, mesh: dict[str, int], program: str, text: str) -> dict[st
             {"kind": c.kind, "axes": list(c.axes), "bytes": c.bytes, "count": c.count}
             for c in compiled.collectives
         ],
+        "largest": [dataclasses.asdict(operation) for operation in compiled.largest],
         "unknown": [*compiled.unknown_loops, *compiled.unknown_calls],
     }
 

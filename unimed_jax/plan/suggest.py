@@ -23,7 +23,7 @@ from unimed_jax.plan.ideal import ideal
 from unimed_jax.plan.programs import row_bytes
 from unimed_jax.plan.roofline import BOUNDS, times
 from unimed_jax.plan.table import Row, mesh_name
-from unimed_jax.plan.topology import Topology
+from unimed_jax.plan.topology import Topology, as_on_the_card
 from unimed_jax.train.program import Program, build
 
 MARGIN = 0.95  # of the usable memory: the estimate may be too low
@@ -128,7 +128,8 @@ class _Estimate:
         self.config, self.topology = config, topology
         self.built: Program = build(config, None)
         assert topology.chip is not None
-        device = AbstractDevice(topology.chip.kind, 1, topology.chip.platform)
+        kind = topology.chip.gpu.name if topology.chip.gpu else topology.chip.kind
+        device = AbstractDevice(kind, 1, topology.chip.platform)
         self.alone = AbstractMesh(
             (1,) * 4, sharding.MESH_AXES, (AxisType.Auto,) * 4, abstract_device=device
         )
@@ -172,7 +173,7 @@ class _Estimate:
         """Returns the bytes that the backward pass reads of each row under a remat policy."""
         model = dataclasses.replace(self.config.model, remat=remat)
         config = dataclasses.replace(self.config, model=model)
-        with jax.sharding.use_abstract_mesh(self.alone):
+        with jax.sharding.use_abstract_mesh(self.alone), as_on_the_card(self.topology):
             return row_bytes(config, build(config, None))
 
 

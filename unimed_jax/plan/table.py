@@ -48,11 +48,6 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
 def _notes(outcome: Outcome) -> list[str]:
     """Says in sentences what a compiled program lacks of the one that will run."""
     job, notes = outcome.job, []
-    if job.topology.platform == "gpu" and job.config.model.attention == "auto":
-        notes.append(
-            "GPUs: attention is compiled in its plain form, because cuDNN's kernel needs the card; with "
-            "that kernel temporaries and bytes are lower."
-        )
     if "memory" in outcome.result and not outcome.result["text"]:
         notes.append(
             f"{job.topology.text}: its compiler keeps no text of the program, so FLOPs, bytes and times "
@@ -74,6 +69,9 @@ def _memory(outcome: Outcome) -> Row:
     if outcome.failed:
         return row
     row |= {"device": result["device"], "mesh": result["mesh"], "seconds": result["seconds"]}
+    if outcome.job.program == "train":
+        config = outcome.job.config
+        row |= {"remat": config.model.remat, "micro_batches": config.train.accumulation}
     kinds = {name: size for name, size in result["arguments"].items() if size}
     usable, memory = topology.usable, result.get("memory")
     if memory is not None:
@@ -98,18 +96,19 @@ def _memory(outcome: Outcome) -> Row:
 def _too_much(row: Row) -> str:
     """Says what of a program that does not fit is largest, and which settings make it smaller."""
     largest = max(row["gib_by_kind"], key=row["gib_by_kind"].get)
-    advice = {
-        "frozen": "split the model over more chips (config.mesh.fsdp or tensor)",
-        "trained": "split the model over more chips (config.mesh.fsdp), or train less (train.rules)",
-        "optimizer": "split the model over more chips (config.mesh.fsdp), or train less (train.rules)",
-        "batch": "lower config.data.rows or raise config.train.accumulation",
-        "cache": "lower config.evaluate.batch or max_new_tokens",
-    }.get(largest, "set config.model.remat='full', raise config.train.accumulation or lower data.rows")
+    if largest in ("frozen", "trained", "optimizer"):
+        advice = "split the model over more chips (config.mesh.fsdp or tensor)"
+    elif row["program"] != "train":
+        advice = "lower config.evaluate.batch, evaluate.max_new_tokens or text.max_prompt"
+    else:
+        advice = "raise config.train.accumulation, or lower config.data.rows or row_tokens"
+        if row["remat"] != "full":
+            advice = f"set config.model.remat='full', {advice}"
     needed = "more" if row["gib_needed"] is None else f"{row['gib_needed']:.1f} GiB"
     held = row["gib_by_kind"][largest]
     return (
-        f"{row['program']} needs {needed} of a {row['topology'].partition(':')[0]}'s "
-        f"{row['gib_usable']:.1f} GiB, most of it for {largest} ({held:.1f} GiB); {advice}."
+        f"{row['program']} needs {needed} of the {row['gib_usable']:.1f} GiB of each device of "
+        f"{row['topology']}, most of it for {largest} ({held:.1f} GiB); {advice}."
     )
 
 
@@ -119,7 +118,7 @@ def _too_much(row: Row) -> str:
 
 MEMORY = ("topology", "program", "mesh", "fits", "GiB of", *KINDS, "compiled in")
 COST = (
-    *("topology", "program", "TFLOP", "x useful", "GB moved", "x ideal", "GB sent", "x ideal"),
+    *("topology", "program", "mesh", "TFLOP", "x useful", "GB moved", "x ideal", "GB sent", "x ideal"),
     *("step s", "bound", "a second", "hours", "price"),
 )
 
@@ -134,7 +133,7 @@ def memory_cells(row: Row) -> list[str]:
     return [
         row["topology"],
         row["program"],
-        mesh_name(row["mesh"]),
+        layout(row),
         "yes" if row["fits"] else "no",
         f"{needed} of {row['gib_usable']:.2f}",
         *(_gib(found[kind]) if kind in found else "-" for kind in KINDS),
@@ -144,7 +143,7 @@ def memory_cells(row: Row) -> list[str]:
 
 def cost_cells(row: Row) -> list[str]:
     """Writes what a device does in one run of a program, and how long that takes at least."""
-    cells = [row["topology"], row["program"]]
+    cells = [row["topology"], row["program"], layout(row)]
     units = {"flops": 1e12, "bytes": 1e9, "collective_bytes": 1e9}
     for name, unit in units.items():
         found = row["cost"][name]
@@ -168,6 +167,13 @@ def mesh_name(mesh: Mapping[str, int]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
+def layout(row: Row) -> str:
+    """Writes a row's mesh and, of training, what is computed again and the micro-batches."""
+    again = {"none": "", "dots": ", remat dots", "full": ", remat full"}[row.get("remat", "none")]
+    micro = row.get("micro_batches", 1)
+    return mesh_name(row["mesh"]) + again + (f", {micro} micro-batches" if micro > 1 else "")
+
+
 def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Writes a table for a terminal, its columns padded to the same width."""
     table = [list(head), *lines]
@@ -180,7 +186,7 @@ def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
     """Makes the tables of memory and of cost, (head, lines), without columns that hold nothing."""
-    made = [(MEMORY, [memory_cells(row) for row in rows])]
+    made: list[tuple[Sequence[str], list[list[str]]]] = [(MEMORY, [memory_cells(row) for row in rows])]
     made.append((COST, [cost_cells(row) for row in rows if "cost" in row]))
     found = []
     for head, lines in made:

@@ -55,7 +55,8 @@ def run(arguments: list[str]) -> int:
             found = suggest.ranked(config, topology)
             print(f"{topology.text}: {len(found)} settings are expected to fit; the best of them")
             print(table.aligned(*suggest.table(found)))
-            jobs += [Job(s.config, topology, "train") for s in found[: suggest.COMPILED]]
+            best = enumerate(found[: suggest.COMPILED], start=1)
+            jobs += [Job(s.config, topology, "train", f"suggestion {n}") for n, s in best]
     memory = known.memory * 2**30 if known.memory else 0.9 * _free_memory()
     rows = []
     for outcome in compile_all(jobs, cache, Limits(60 * known.minutes, memory)):
