@@ -2,12 +2,13 @@
 
     python benchmarks/answers.py --run=runs/brain_tiny --examples=400 --rounds=3 --out=answers.json
 
-Both sides answer the same examples, every task in turn, about their own images and about another's, as
-`evaluate` asks them; the plain loop answers batch by batch (`--batch`, default: the run's). They run in
-one process in turn. Compiling comes first and is timed by itself; then every side has run every shape
-once before a round counts. Seconds are of the clock and of the processor (all threads), which other
-work on the machine disturbs less. The answers of both sides must be the same, or how many differ is
-said: the last bits of floating point differ between them, which turns a token where two are nearly
+All sides answer the same examples of all tasks, about their own images and about another's, as
+`evaluate` asks them; the plain loop answers batch by batch (`--batch`, several are several sides;
+default: the run's). They run in one process in turn. What all need, images and tokens, is read once
+before anything is timed. Then comes the first pass of each side, which compiles and is timed by itself;
+every side has run every shape twice before a round counts. Seconds are of the clock and of the processor
+(all threads), which other work on the machine disturbs less. How many answers differ from the engine's
+is said: the last bits of floating point are not the same, which turns a token where two are nearly
 equally likely.
 """
 
@@ -27,9 +28,10 @@ def main() -> None:
     options.add_argument("--examples", type=int, default=400)
     options.add_argument("--split", default="test")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--batch", type=int, default=None)
-    options.add_argument("--slots", type=int, nargs="*", default=None, help="several: each is a side")
-    options.add_argument("--share", type=int, default=None, help="rows are for one in so many slots")
+    options.add_argument(
+        "--batch", type=int, nargs="*", help="of the plain loop; several: each is a side"
+    )
+    options.add_argument("--slots", type=int, nargs="*", help="of the engine; several: each is a side")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--out")
     given = options.parse_args()
@@ -45,7 +47,6 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     from unimed_jax.evaluate.answers import calls_of
     from unimed_jax.evaluate.model_answers import together
     from unimed_jax.evaluate.tasks import open_sets, units_of
-    from unimed_jax.predict import sizes
     from unimed_jax.runs.open import open_run
 
     run = open_run(given.run, changed="accept")
@@ -55,19 +56,19 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         config.evaluate,
         splits=(given.split,),
         limit=-(-given.examples // tasks),
-        batch=given.batch or config.evaluate.batch,
     )
     config = dataclasses.replace(config, evaluate=evaluate)
     units, _ = units_of(config, open_sets(config.held_out))
-    if given.share:
-        sizes.SHARE = given.share
-    sides: dict[str, Side] = {
-        "plain loop": Side(run, config, calls_of(units, config.seed, True, 0), plain=True)
-    }
+    sides: dict[str, Side] = {}
     count = together(config.model, units)
     for slots in given.slots or [0]:
         name = f"engine, {slots} slots" if slots else "engine"
         sides[name] = Side(run, config, calls_of(units, config.seed, True, count), slots=slots)
+    for batch in given.batch or [config.evaluate.batch]:
+        own = [dataclasses.replace(unit, batch=batch) for unit in units]
+        calls = calls_of(own, config.seed, True, 0)
+        sides[f"plain loop, batches of {batch}"] = Side(run, config, calls, plain=True)
+    read(run, config, next(iter(sides.values())).calls)
     for side in sides.values():
         side.warm()
     for _ in range(given.rounds):
@@ -78,7 +79,6 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         "machine": harness.machine(given.threads),
         "examples": sum(len(unit.examples) for unit in units),
         "answers": len(first.texts),
-        "batch": config.evaluate.batch,
         "rounds": given.rounds,
         "sides": {
             name: {
@@ -90,6 +90,22 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
             for name, side in sides.items()
         },
     }
+
+
+def read(run, config, calls) -> None:
+    """Reads every image and encodes every prompt once, and starts the compiler."""
+    import jax
+    import numpy as np
+
+    from unimed_jax.data import images, layout
+
+    encoder = layout.Encoder(run.tokenizer, config.text, config.model.tokens_per_image)
+    for call in calls:
+        for question in call.own:
+            encoder.prompt(question.example)
+            for picture in question.images:
+                images.fit(picture.read(), config.data.fit, config.model.vision)
+    jax.jit(lambda x: jax.numpy.exp(x @ x))(np.ones((64, 64), np.float32)).block_until_ready()
 
 
 class Side:
@@ -140,8 +156,8 @@ class Side:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Lays the figures out, with the ratio to the plain loop by processor time."""
-    plain = found["sides"]["plain loop"]
+    """Lays the figures out; ratios are to the first side of the plain loop."""
+    plain = next(side for name, side in found["sides"].items() if name.startswith("plain"))
     rows = []
     for name, side in found["sides"].items():
         clock, cpu = side["clock"], side["processor"]
