@@ -24,7 +24,7 @@ from unimed_jax import main as cli
 from unimed_jax.analyze import chain
 from unimed_jax.interop import targets
 from unimed_jax.evaluate import questions, run
-from unimed_jax.predict import predictor
+from unimed_jax.predict import engine, predictor
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()

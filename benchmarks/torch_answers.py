@@ -33,7 +33,7 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters
 from unimed_jax.model.unimed import UniMed, answer_logits
-from unimed_jax.predict.predictor import prompt_batch
+from unimed_jax.predict.plain import prompt_batch
 
 TOLERANCE = 1e-3  # difference of any logit
 Pixels = Sequence[Sequence[np.ndarray]]  # the images of each example, uint8 [H, W, 3]

@@ -261,3 +261,15 @@ def test_dispatch_compiles_for_tpu(tmp_path):
     assert ran.returncode == 0, ran.stderr
     sides = json.loads(out.read_text())["sides"]
     assert list(sides) == moe_dispatch.names((4,)) and all(f["temporaries"] > 0 for f in sides.values())
+
+
+@pytest.mark.slow
+def test_waste_of_a_tiny_step():
+    script = str(BENCHMARKS / "waste.py")
+    size = ("--tiny", "--topology=cpu:8", "--fsdp=8", "--rows=8", "--tokens=64")
+    out = subprocess.run([sys.executable, script, *size], capture_output=True, text=True, check=True)
+    table = {
+        line.split(" | ")[0]: line.split(" | ")[3] for line in out.stdout.splitlines() if "| " in line
+    }
+    assert float(table["| TFLOP"]) > 1 and float(table["| GB sent"]) > 0.9
+    assert "all-gather over fsdp" in out.stdout and "not counted" not in out.stdout

@@ -188,6 +188,8 @@ CHOICES = {
     "model__decoder__activation": "quick_gelu",
     "model__compute_dtype": "float16",
     "model__frozen_dtype": "int4",
+    "model__frozen_kernels": "nf3",
+    "optimizer__moments_dtype": "float16",
     "model__attention": "flash",
     "model__remat": "half",
     "data__mixing": "random",

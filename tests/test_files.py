@@ -18,7 +18,7 @@ from unimed_jax.interop.families.hf_config import read_hf_config
 from unimed_jax.interop.families.med_moe import read_med_moe_config
 from unimed_jax.interop.families.unimed_hf import exported_config
 from unimed_jax.interop.tensors.files import open_weights
-from unimed_jax.predict.predictor import Request, as_example
+from unimed_jax.predict.request import Request, as_example
 from unimed_jax.runs import inputs
 from unimed_jax.runs.folder import read_config
 from unimed_jax.settings import from_config_dict

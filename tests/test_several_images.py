@@ -21,7 +21,8 @@ from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
-from unimed_jax.predict.predictor import Predictor, Request
+from unimed_jax.predict.predictor import Predictor
+from unimed_jax.predict.request import Request
 from unimed_jax.runs.open import open_run
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import loop

@@ -52,6 +52,7 @@ from unimed_jax.config_model import (  # noqa: F401  (all settings are imported 
     AttentionLinear,
     ConnectorConfig,
     DecoderConfig,
+    Float,
     LoraConfig,
     ModelConfig,
     MoeConfig,
@@ -258,6 +259,8 @@ class OptimizerConfig:
     # Of all parameters except biases and norm scales, unless a rule sets its own
     weight_decay: WeightDecay = 0.05
     clip: Annotated[float, ZeroOr(1e-6, 1e6)] = 0.0  # upper limit of the global gradient norm; 0: none
+    # In which Adam's moments are stored; bfloat16 takes half the memory, by stochastic rounding
+    moments_dtype: Float = "float32"
     # Parameters that did not contribute to the loss are left untouched (value, Adam moments and step
     # count). None; paper: True
     skip_unused: bool | None = None

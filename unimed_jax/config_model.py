@@ -266,12 +266,26 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
     compute_dtype: Float = "float32"  # of matrix products
     frozen_dtype: Float = "float32"  # in which frozen parameters are stored
+    # How the kernels of frozen layers (decoder, vision encoder) are stored. plain: in frozen_dtype;
+    # int8, nf4: in blocks of 64 numbers with a scale each, 8.25 and 4.25 bits a number (QLoRA).
+    frozen_kernels: Literal["plain", "int8", "nf4"] = "plain"
     # Attention kernel of the decoder, and of the vision encoder where it applies; auto: the fastest one
     # that fits.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     # What the backward pass recomputes to save memory. dots: everything except matrix products; full:
     # whole layers.
     remat: Literal["none", "dots", "full"] = "none"
+
+    @property
+    def answers_depend_on_batch(self) -> bool:
+        """Says whether an answer depends on what else is answered beside it.
+
+        Experts of limited capacity take tokens from each other, and routing padding or drawing experts
+        by the place in a batch does the same.
+        """
+        moe = self.moe
+        limited = moe.eval_capacity_factor is not None
+        return moe.experts > 0 and bool(limited or moe.eval_noise or moe.route_padding)
 
     @property
     def tokens_per_image(self) -> int:

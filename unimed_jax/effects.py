@@ -129,6 +129,12 @@ SAID = (
         lambda c: not c.model.moe.experts or _limited(c),
         "no expert is full or sampled",
     ),
+    Need(
+        "model",
+        "frozen_kernels",
+        lambda c: c.job == "router" or not all(rule.train for rule in c.train.rules),
+        "config.train.rules freezes no parameter",
+    ),
     Need("text", "vocab", lambda c: not c.text.tokenizer, "config.text.tokenizer names a tokenizer"),
     Need("data", "window", lambda c: c.data.packing, "config.data.packing is False"),
     Need(

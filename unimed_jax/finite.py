@@ -12,7 +12,8 @@ from unimed_jax.errors import UserError
 def refuse_not_finite(leaves: Mapping[str, Any], where: str, advice: str) -> None:
     """Raises UserError, as "<where>: ... ; <advice>.", if a leaf holds NaN or infinity.
 
-    `leaves`: path -> array of any shape. On a mesh all processes make the same call.
+    `leaves`: path -> array of any shape, or a tree of arrays. On a mesh all processes make the same
+    call.
     """
     if wrong := not_finite(leaves):
         raise UserError(f"{where}: {named(wrong)} not finite (NaN or infinity); {advice}.")
@@ -36,7 +37,10 @@ def named(paths: list[str]) -> str:
 
 @jax.jit
 def _finite(leaves: dict[str, Any]) -> dict[str, Any]:
-    return {path: all_finite(leaf) for path, leaf in leaves.items()}
+    return {
+        path: jnp.stack([all_finite(x) for x in jax.tree.leaves(leaf)]).all()
+        for path, leaf in leaves.items()
+    }
 
 
 def all_finite(leaf: jax.Array) -> jax.Array:

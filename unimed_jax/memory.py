@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from unimed_jax.config import TASKS, Config, ModelConfig
 from unimed_jax.errors import UserError
-from unimed_jax.model.parameters import abstract, parameters
+from unimed_jax.model.parameters import tree_bytes
 
 MODEL = "the widths, depths and numbers of experts in config.model"
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
@@ -72,22 +72,19 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
     )
 
 
-def check_answering(model: ModelConfig, rows: int, tokens: int) -> None:
-    """Raises UserError if answers in batches of `rows` cannot fit into memory.
+def check_answering(model: ModelConfig, weights: Any, rows: int, tokens: int, entering: int = 0) -> None:
+    """Raises UserError if `rows` answers at once cannot fit into memory.
 
-    tokens: the length of each answer with its prompt.
+    weights: the leaves as they are stored, or shapes in their place. tokens: the length of each answer
+    with its prompt; entering: tokens of prompts that are held besides, while they are copied to where
+    answers are made.
     """
     decoder, width = model.decoder, jnp.dtype(model.compute_dtype).itemsize
-    cache = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim * rows * tokens
-    weights = tree_bytes(parameters(abstract(model)))
-    refuse_too_large(weights, "this model", MODEL)
+    token = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim
+    cache = token * (rows * tokens + entering)
+    refuse_too_large(tree_bytes(weights), "this model", MODEL)
     refuse_too_large(
-        weights + cache,
+        tree_bytes(weights) + cache,
         f"answering {rows} prompts at once with {tokens} tokens each",
         "config.evaluate.batch or config.evaluate.max_new_tokens",
     )
-
-
-def tree_bytes(tree: Any) -> int:
-    """Adds up the bytes of the arrays, or of the shapes in place of arrays, of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

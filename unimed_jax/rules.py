@@ -1,7 +1,7 @@
 """Decides which leaves train, and how: `train.rules` applied to parameter paths."""
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from unimed_jax.config import OptimizerConfig, TrainConfig
@@ -75,16 +75,3 @@ def refuse_idle_rules(paths: Sequence[str], train: TrainConfig) -> None:
                 f"config.train.rules[{i}]: {rule.match!r} never applies, because earlier rules "
                 "match the same parameters; put it first, or leave it out."
             )
-
-
-def leaf_dtypes(rules: Mapping[str, LeafRule], frozen_dtype: str) -> dict[str, str]:
-    """Chooses how every leaf is stored, by path: float32 if it trains, else `frozen_dtype`.
-
-    Routers of experts stay float32 as well, because rounding their weights would change which
-    expert is chosen.
-    """
-    exact = "decoder/layers/moe/router/"
-    dtypes = {}
-    for path, rule in rules.items():
-        dtypes[path] = "float32" if rule.train or path.startswith(exact) else frozen_dtype
-    return dtypes

@@ -212,6 +212,26 @@ def test_the_tiny_chain_fits_a_run_of_brain_tiny():
     assert all(path in theirs or path.startswith("connector/layers/") for path in ours)
 
 
+def test_what_training_keeps_is_counted_as_it_is_stored(capsys):
+    """Full-size Uni-Med: 7.16e9 numbers of frozen kernels at 4.25 bits in place of 16."""
+    settings = (
+        "--config.model.frozen_kernels=nf4",
+        "--config.optimizer.moments_dtype=bfloat16",
+    )
+    whole, small = (
+        params.count(with_overrides(load_config_file("configs/cmoe.py"), list(each)))["bytes"]
+        for each in ((), settings)
+    )
+    trained = 4 * 727_068_165
+    assert whole["trained"] == whole["gradients"] == small["trained"] == trained
+    assert round(whole["moments"] / trained, 3) == 2 and round(small["moments"] / trained, 3) == 1
+    decoder = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    encoder = 39 * (4 * 1408 * 1408 + 2 * 1408 * 6144)
+    assert whole["frozen"] - small["frozen"] == (decoder + encoder) * (16 - 4.25) / 8
+    assert cli.main(["params", "--config=configs/cmoe.py", *settings]) == 0
+    assert "training keeps 12.31 GiB (frozen 4.18, trained 2.71, moments 2.71" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

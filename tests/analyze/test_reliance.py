@@ -15,7 +15,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, tasks
 from unimed_jax.evaluate.metrics import captions
 from unimed_jax.evaluate.run import records_of
-from unimed_jax.predict.predictor import Request
+from unimed_jax.predict.request import Picture, Request
 
 
 @pytest.fixture(autouse=True)
@@ -30,22 +30,23 @@ class Fake:
         self.say, self.calls, self.dies_after = say, 0, dies_after
 
     def __call__(self, change):
-        def answer(examples, images, seed):
+        def answer(passes, ended):
             if self.calls == self.dies_after:
                 raise KeyboardInterrupt
             self.calls += 1
-            asked = [
-                change(Request(e.task, e.question, tuple(own), id=e.id))
-                for e, own in zip(examples, images, strict=True)
-            ]
-            return [self.say(*pair) for pair in zip(examples, asked, strict=True)]
+            (questions,) = passes
+            return [[self.say(q.example, self.request(q, change)) for q in questions]]
 
-        return lambda unit: answer
+        return lambda calls: answer
+
+    def request(self, question, change):
+        example = question.example
+        return change(Request(example.task, example.question, question.images, id=example.id))
 
 
 def brightness(request):
     """What a model sees of the toy's images: their grey level, and nothing of a prompt without one."""
-    return int(request.images[0][0, 0, 0]) if request.images and request.show_images else -1
+    return int(request.images[0].read()[0, 0, 0]) if request.images and request.show_images else -1
 
 
 def reads(example, request):
@@ -58,7 +59,7 @@ def asked(say, folder, toy, dies_after=None):
     units, _ = tasks.units_of(config, sets_of(toy))
     other, _ = reliance.with_other_images(units)
     fake = Fake(say, dies_after)
-    return units, *reliance.ask(units, other, fake, folder, "f", config.seed), fake.calls
+    return units, *reliance.ask(units, other, fake, folder, "f", config.seed, 16), fake.calls
 
 
 def measured(say, folder, toy=None, blind=False):
@@ -201,7 +202,10 @@ def test_text_alone_has_nothing_to_rely_on(tmp_path, monkeypatch):
 
 def test_a_blank_image_is_grey_and_as_large():
     image = np.zeros((4, 6, 3), np.uint8)
-    (blank,) = reliance.changes()[BLANK](Request("cls", images=(image,))).images
+    picture = Picture("one", lambda: image)
+    (grey,) = reliance.changes()[BLANK](Request("cls", images=(picture,))).images
+    assert grey.key != picture.key and grey.key == picture.changed("grey", lambda it: it).key
+    blank = grey.read()
     assert blank.shape == image.shape and (blank == 128).all() and blank.dtype == np.uint8
 
 

@@ -20,7 +20,7 @@ from unimed_jax.data.image_shards import encoded, may_be_cut
 from unimed_jax.data.images import check_header, read_image, upright_size
 from unimed_jax.data.store import Store
 from unimed_jax.errors import UserError
-from unimed_jax.predict import predictor
+from unimed_jax.predict import request
 from unimed_jax.settings import from_config_dict
 from unimed_jax.verbs.predict import _view
 
@@ -312,16 +312,14 @@ def test_predict_reads_images_as_the_sources_do(capsys):
             view(**wrong)
 
 
-def test_a_request_is_read_as_the_sources_are(monkeypatch):
-    """A Predictor that is given a file, not pixels, reads it by the run's settings."""
-    seen = []
-    monkeypatch.setattr(predictor, "_batch", lambda prompts, pixels, *more: seen.append(pixels))
+def test_a_request_is_read_as_the_sources_are():
+    """Whoever answers and is given a file, not pixels, reads it by the run's settings."""
     config = Config(data=DataConfig((SourceConfig(image=ImageConfig(frame="last")),)))
-    encoder = SimpleNamespace(prompt=lambda *a: None)
-    made = SimpleNamespace(_config=config, _encoder=encoder, _tokenizer=SimpleNamespace(pad=0))
-    request = predictor.Request("vqa", "What?", (FILMS["TIFF"], read_image(FILMS["TIFF"])))
-    predictor.Predictor._rows(made, [request], 1)
-    assert [pixels.max() for pixels in seen[0][0]] == [240, 0]
+    tokenizer = SimpleNamespace(bos=1, eos=2, encode=lambda text: [3])
+    prompts = request.Prompts(config, tokenizer)
+    images = (FILMS["TIFF"], read_image(FILMS["TIFF"]))
+    prompt = prompts(request.Request("vqa", "What?", images))
+    assert [pixels.max() for pixels in prompts.pixels(prompt)] == [240, 0]
 
 
 # ---- files that broke off --------------------------------------------------------------------------

@@ -9,15 +9,16 @@ from support.toy import Model, Says, Toy, evaluated, sets_of
 
 from unimed_jax.config import default_config
 from unimed_jax.evaluate import scores
-from unimed_jax.evaluate.answers import JOURNAL, Answered, Journal, answer_units, batches
+from unimed_jax.evaluate.answers import JOURNAL, Answered, Journal, answer_units, batches, calls_of
 from unimed_jax.evaluate.metrics import captions
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.run import _about, _reader
 from unimed_jax.evaluate.tasks import units_of
 from unimed_jax.settings import from_config_dict
 
-# of an unbroken evaluation of two splits: 6 tasks in 2 batches, 5 of them with permuted images too
-CALLS = 22
+# Passes of an unbroken evaluation of 6 tasks with 24 examples, 5 of them with permuted images too. In
+# batches of 4: 6 a task. As a rule 16 together: 9 calls, of which the last is of text alone.
+PASSES = {"batches": 6 * 6 + 5 * 6, "together": 9 + 8}
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +26,17 @@ def no_java(monkeypatch):
     monkeypatch.setattr(captions, "find_java", lambda: None)
 
 
+@pytest.fixture(params=PASSES)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
-def config():
+def config(kind):
     settings = default_config()
-    settings.evaluate.bootstrap, settings.evaluate.batch, settings.evaluate.splits = 50, 16, ("test",)
+    settings.evaluate.bootstrap, settings.evaluate.batch, settings.evaluate.splits = 50, 4, ("test",)
+    if kind == "batches":  # answers depend on their batch
+        settings.model.moe.experts, settings.model.moe.eval_capacity_factor = 2, 1.0
     return from_config_dict(settings)
 
 
@@ -40,12 +48,12 @@ def finish(config, toy, model, folder):
     return [(folder / name).read_bytes() for name in ("metrics.json", "predictions.jsonl")]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_an_evaluation_cut_three_times_ends_in_the_same_bytes(config, tmp_path, seed):
+@pytest.mark.parametrize("seed", range(2))  # each with both kinds of calls
+def test_an_evaluation_cut_three_times_ends_in_the_same_bytes(config, kind, tmp_path, seed):
     toy, rng = Toy(), np.random.default_rng(seed)
     whole = Model(toy)
     expected = finish(config, toy, whole, tmp_path / "whole")
-    assert len(whole.calls) == CALLS
+    assert len(whole.calls) == PASSES[kind]
     asked = 0
     for _ in range(3):
         dying = Model(toy, dies_after=int(rng.integers(1, 6)))
@@ -58,10 +66,10 @@ def test_an_evaluation_cut_three_times_ends_in_the_same_bytes(config, tmp_path, 
             file.write_bytes(torn[: len(torn) - int(rng.integers(1, 60))])
     last = Model(toy)
     assert finish(config, toy, last, tmp_path / "cut") == expected
-    assert len(last.calls) < CALLS and asked + len(last.calls) >= CALLS
+    assert len(last.calls) < PASSES[kind] <= asked + len(last.calls)
 
 
-def test_a_finished_batch_is_not_asked_again(config, tmp_path):
+def test_a_finished_call_is_not_asked_again(config, tmp_path):
     toy = Toy()
     evaluated(Model(toy), toy, config, tmp_path)
     again = Model(toy)
@@ -69,12 +77,12 @@ def test_a_finished_batch_is_not_asked_again(config, tmp_path):
     assert again.calls == []
 
 
-def test_answers_of_other_weights_settings_or_data_are_dropped(config, tmp_path):
+def test_answers_of_other_weights_settings_or_data_are_dropped(config, kind, tmp_path):
     toy = Toy()
     evaluated(Model(toy), toy, config, tmp_path, fingerprint="old")
     again = Model(toy)
     evaluated(again, toy, config, tmp_path, fingerprint="new")
-    assert len(again.calls) == CALLS
+    assert len(again.calls) == PASSES[kind]
     lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
     assert {line["fingerprint"] for line in lines} == {"new"} and len(lines) == 6 * 24
 
@@ -112,20 +120,46 @@ def test_a_flipped_bit_costs_its_line_alone(tmp_path, seed):
 def test_batches_are_fixed_and_of_like_lengths(config):
     (unit, *_), _ = units_of(config, sets_of(Toy()))
     parts = list(batches(unit))
-    assert parts == list(batches(unit)) and [len(part) for part in parts] == [16, 8]
+    assert parts == list(batches(unit)) and [len(part) for part in parts] == [4] * 6
     lengths = [[len(unit.examples[i].question) for i in part] for part in parts]
-    assert max(lengths[0]) <= min(lengths[1])
+    assert all(max(a) <= min(b) for a, b in zip(lengths, lengths[1:], strict=False))
 
 
-def test_sampled_answers_have_a_seed_of_their_batch(config, tmp_path):
-    seeds = []
-
-    def answer_of(unit):
-        return lambda examples, images, seed: seeds.append((unit.name, seed)) or [""] * len(examples)
-
+def test_calls_hold_every_example_once_with_the_images_of_both_passes(config):
+    """One picture stands for an image wherever it is asked about, and is read when it is needed."""
     units, _ = units_of(config, sets_of(Toy()))
-    answer_units(units, answer_of, 5, Journal(tmp_path, "f"))
-    assert set(seeds) == {(unit.name, seed) for unit in units for seed in (5, 6)}
+    every = [example for unit in units for example in unit.examples]
+    for count, sizes in ((0, [4] * 36), (50, [50, 50, 44])):
+        calls = calls_of(units, 0, True, count)
+        assert [len(call.own) for call in calls] == sizes
+        own = [question for call in calls for question in call.own]
+        assert sorted(q.example.id for q in own) == sorted(e.id for e in every)
+        assert all(tuple(p.name for p in q.images) == q.example.images for q in own)
+        pictures = {p.key: p for q in own for p in q.images}
+        for call in calls:
+            for question, other in zip(call.own, call.others, strict=True):
+                assert (other is None) == (question.example.task == "qa")
+                if other is not None:
+                    assert other.example is question.example and other.seed == question.seed
+                    assert all(pictures[p.key] is p for p in other.images)
+                    assert not {p.key for p in other.images} & {p.key for p in question.images}
+    plain = calls_of(units, 0, False, 50)
+    assert all(other is None for call in plain for other in call.others)
+    assert [len(call.passes) for call in calls_of(units, 0, True, 50)] == [2, 2, 2]
+    assert all(len(call.passes) == 1 for call in plain)
+
+
+def test_sampled_answers_have_a_seed_of_their_batch(config):
+    """A question's seed is that of its batch and its place in it, in whatever calls it comes."""
+    units, _ = units_of(config, sets_of(Toy()))
+    found = []
+    for count in (0, 50):
+        calls = calls_of(units, 5, True, count)
+        found.append({(q.unit.name, q.example.id): q.seed for call in calls for q in call.own})
+    assert found[0] == found[1]
+    for unit in units:
+        seeds = [found[0][unit.name, unit.examples[i].id] for part in batches(unit) for i in part]
+        assert seeds == [5 + batch + i for batch in range(6) for i in range(4)]
 
 
 def test_without_a_journal_nothing_is_permuted_or_written(config, tmp_path, capsys):

@@ -318,6 +318,11 @@ def test_hardware(monkeypatch):
         jax.sharding.AbstractMesh((4,), ("data",), abstract_device=described)
     ):
         assert attention.hardware() == "tpu"
+    for kind, expected in {"NVIDIA H100 80GB HBM3": "nvidia", "AMD Instinct MI300X": "gpu"}.items():
+        card = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="gpu")
+        mesh = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=card)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert attention.hardware() == expected or NVIDIA
     for capability, expected in {
         "7.5": "gpu",
         "8.0": "nvidia",

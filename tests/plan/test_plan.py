@@ -24,7 +24,6 @@ from unimed_jax.plan.child import exceeds
 from unimed_jax.plan.chips import CHIPS, chip_of
 from unimed_jax.plan.compile import Job, Limits, compile_one
 from unimed_jax.plan.programs import saved_bytes
-from unimed_jax.settings import from_config_dict
 from unimed_jax.train.program import build, make_mesh
 from unimed_jax.train.step import first_state
 from unimed_jax.verbs.options import read_config
@@ -75,6 +74,15 @@ def test_what_a_plan_says(cache):
     assert {"trained", "optimizer", "batch", "activations", "temporaries"} == set(parts)
     assert parts["optimizer"] == pytest.approx(2 * parts["trained"], rel=0.01)  # two moments of AdamW
     assert parts["activations"] > 0 and sum(parts.values()) <= row["gib_needed"] * 1.1
+    cost = row["cost"]  # on this machine no speed is known, so there is no roofline
+    assert cost["flops"]["useful"] > 0 and 1 <= cost["flops"]["ratio"] < 2 and row["roofline"] == {}
+    assert cost["bytes"]["ratio"] > 1 and cost["unknown"] == []
+    assert any("dot_general" in o["name"] and o["flops"] > 0 for o in cost["largest"])
+    (gradients,) = [
+        c for c in cost["collectives"] if c["kind"] == "all-reduce" and c["axes"] == ["data"]
+    ]
+    # every trained leaf is summed over eight devices
+    assert gradients["bytes"] > 2 * 7 / 8 * row["gib_by_kind"]["trained"] * 2**30
     page = (cache / "out" / "plan.md").read_text()
     assert "| cpu:8 | train | data 8 | yes |" in page and "http" not in page
 
@@ -137,8 +145,8 @@ def test_activations_are_those_that_the_backward_pass_reads():
 
     whole = kept()
     assert 0 < whole < kept(remat="none") / 2
-    assert kept(devices=4) == pytest.approx(whole / 4, rel=0.01)
-    assert whole / 2 <= kept(accumulation=2) < 0.6 * whole  # what is kept of weights stays
+    assert kept(devices=4) == whole / 4
+    assert kept(accumulation=2) == whole / 2
 
 
 def test_what_does_not_fit_says_what_is_largest(cache, tmp_path):
@@ -151,15 +159,25 @@ def test_what_does_not_fit_says_what_is_largest(cache, tmp_path):
     row = table.row_of(compiling.Outcome(job, result, tmp_path, 1.0, False))
     assert (row["fits"], row["gib_needed"], row["gib_usable"]) == (False, 24.5, 15.75)
     assert row["reason"] == (
-        "train needs 24.5 GiB of a v5e's 15.8 GiB, most of it for frozen (20.0 GiB); split the model "
-        "over more chips (config.mesh.fsdp or tensor)."
+        "train needs 24.5 GiB of the 15.8 GiB of each device of v5e:2x2, most of it for frozen (20.0 "
+        "GiB); split the model over more chips (config.mesh.fsdp or tensor)."
     )
+    kept = {**result, "arguments": {}, "activations": 2**34}
+    for program, words in {
+        "train": "set config.model.remat='full', raise",
+        "decode": "lower config.ev",
+    }.items():
+        job = dataclasses.replace(job, program=program)
+        reason = table.row_of(compiling.Outcome(job, kept, tmp_path, 1.0, False))["reason"]
+        assert f"activations (16.0 GiB); {words}" in reason
     memory = dict.fromkeys(("argument", "output", "temp", "generated_code"), 20 * 2**30)
-    result = {**result, "memory": memory | {"alias": 2**30}}
+    result = {**result, "memory": memory | {"alias": 2**30}, "text": False}
     job = Job(job.config, topology.parse("h100:1"), "train")
     row = table.row_of(compiling.Outcome(job, result, tmp_path, 1.0, False))
     assert row["fits"] is False and row["gib_needed"] == 79  # compared here: its compiler does not
-    assert row["gib_usable"] == pytest.approx(0.9 * 79.1) and "yes" not in table.text([row])
+    assert row["gib_usable"] == pytest.approx(0.9 * 79.1)
+    said = table.text([row])
+    assert " yes " not in said and "keeps no text" in said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,11 +319,91 @@ def test_a_toy_compiles_for_accelerators(cache, tmp_path, text):
         topology.check_compiler([topology.parse(text)])
     except UserError as error:
         pytest.skip(str(error))
-    config = from_config_dict(
-        json.loads(json.dumps(compiling.to_dict(read_config(str(cache / "toy.py")))))
-    )
-    outcome = compile_one(Job(config, topology.parse(text), "train"), tmp_path, LIMITS)
+    job = Job(read_config(str(cache / "toy.py")), topology.parse(text), "train")
+    outcome = compile_one(job, tmp_path, LIMITS)
     assert not outcome.failed, outcome.failed
     row = table.row_of(outcome)
     assert row["fits"] and re.search("v5 lite|H100", row["device"]) and outcome.text
-    assert row["gib_by_kind"]["temporaries"] > 0
+    assert row["gib_by_kind"]["temporaries"] > 0 and 1 < row["cost"]["flops"]["ratio"] < 3
+    assert row["roofline"]["bound"] in ("compute", "memory", "network")
+
+
+@pytest.mark.slow
+def test_a_gpu_is_planned_with_cudnns_attention(cache, tmp_path):
+    try:
+        topology.check_compiler([topology.parse("h100:1")])
+    except UserError as error:
+        pytest.skip(str(error))
+    words = ["--config.model.compute_dtype=bfloat16", "--config.data.row_tokens=256"]
+    job = Job(read_config(str(cache / "toy.py"), words), topology.parse("h100:1"), "train")
+    outcome = compile_one(job, tmp_path, LIMITS)
+    assert not outcome.failed, outcome.failed
+    assert "fmha" in outcome.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_answering_is_planned_with_its_cache(cache, tmp_path, program):
+    config = read_config(str(cache / "toy.py"))
+    outcome = compile_one(Job(config, topology.parse("cpu:4"), program), tmp_path, LIMITS)
+    assert not outcome.failed, outcome.failed
+    row = table.row_of(outcome)
+    decoder, rows = config.model.decoder, config.evaluate.batch
+    places = config.text.max_prompt + config.evaluate.max_new_tokens
+    numbers = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * rows / 4 * places
+    assert row["fits"] and row["gib_needed"] * 2**30 > 4 * numbers  # float32, rows over four devices
+    if program == "decode":
+        spans = 3 * 4 * rows / 4 * places
+        assert row["gib_by_kind"]["cache"] * 2**30 == 4 * numbers + spans
+    assert row["cost"]["flops"]["ratio"] == pytest.approx(1, abs=0.7)
+    assert set(row["gib_by_kind"]).isdisjoint({"optimizer"}) and row["gib_by_kind"]["activations"] == 0
+
+
+MEASURED = """
+import json, re, sys
+from pathlib import Path
+import jax, numpy as np
+from unimed_jax.model import sharding
+from unimed_jax.model.parameters import parameters
+from unimed_jax.train.program import build, make_mesh
+from unimed_jax.train.step import first_state
+from unimed_jax.verbs.options import read_config
+
+def resident(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+config = read_config(sys.argv[1], sys.argv[2:])
+mesh = make_mesh(config, jax.devices())
+program = build(config, mesh)
+step = program.lower().compile()
+with sharding.inside(mesh):
+    leaves = {p: jax.numpy.zeros(x.shape, x.dtype) for p, x in parameters(program.model).items()}
+    state = first_state({p: leaves[p] for p in program.state.leaves}, program.optimizer, mesh)
+    batch = {name: np.zeros(x.shape, x.dtype) for name, x in program.batch.items()}
+    batch, rate = sharding.on_devices(batch, mesh, 1), np.float32(1e-3)
+    rate = jax.device_put(rate, sharding.everywhere(mesh))
+    # the first step starts threads and loads what the compiler has made
+    state, _ = jax.block_until_ready(step(state, {}, batch, rate))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
+    before = resident("VmRSS")
+    jax.block_until_ready(step(state, {}, batch, rate))
+    print(json.dumps(resident("VmHWM") - before))
+"""
+
+
+@pytest.mark.slow
+def test_predicted_temporaries_are_what_a_step_takes(cache, tmp_path):
+    """Measured by the peak of the process's resident memory over a step on two simulated devices.
+
+    Roughly: threads keep buffers of their own, and not every page is touched.
+    """
+    words = ["--config.data.rows=128", "--config.data.row_tokens=512", "--config.data.row_answers=256"]
+    job = Job(read_config(str(cache / "toy.py"), words), topology.parse("cpu:2"), "train")
+    outcome = compile_one(job, tmp_path, LIMITS)
+    predicted = 2 * outcome.result["memory"]["temp"]
+    environ = {**os.environ, **topology.environment(job.topology)}
+    command = [sys.executable, "-c", MEASURED, str(cache / "toy.py"), *words]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert predicted > 500e6  # far more than the rest of the process changes by
+    assert 0.6 < json.loads(done.stdout) / predicted < 1.5, (done.stdout, predicted)

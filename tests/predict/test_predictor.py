@@ -13,11 +13,18 @@ from support.fake_brain import Squares, tiny_config
 from unimed_jax.config import TASKS
 from unimed_jax.data.layout import VISUAL, Encoder
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate.answers import calls_of
+from unimed_jax.evaluate.model_answers import by_batches, by_engine
+from unimed_jax.evaluate.tasks import Source, units_of
 from unimed_jax.model import sharding
+from unimed_jax.model import slots as programs
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.unimed import UniMed
-from unimed_jax.predict.predictor import Predictor, Request, as_example, prompt_batch
+from unimed_jax.predict.plain import prompt_batch
+from unimed_jax.predict.predictor import Predictor
+from unimed_jax.predict.request import Request, as_example
+from unimed_jax.predict.text import Spoken
 from unimed_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -101,14 +108,18 @@ def test_streamed_pieces_make_up_the_answer(predictor, requests, chunk):
         assert len(pieces) > 3
 
 
-def test_a_piece_never_ends_within_a_character(predictor, monkeypatch):
+def test_a_piece_never_ends_within_a_character(tokenizer):
     """Bytes of one character come as several tokens; the pieces hold it whole."""
     text = "Größe: 3 µm, naïve…"
-    ids = predictor._tokenizer.encode(text)
+    ids = tokenizer.encode(text)
     assert len(ids) > len(text.split()) * 2
-    monkeypatch.setattr(predictor, "_pieces", lambda request, chunk: iter([[i] for i in ids]))
-    pieces = list(predictor.stream(Request("qa", "?")))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) > 5
+    spoken = Spoken(tokenizer)
+    pieces = [piece for i in ids if (piece := spoken.add([i]))]
+    assert spoken.end() == "" and "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces) and len(pieces) > 5
+    # an answer that its last token cuts within a character
+    cut = Spoken(tokenizer)
+    assert "".join(map(cut.add, ([i] for i in ids[:-1]))) + cut.end() == tokenizer.decode(ids[:-1])
 
 
 def test_images_as_path_bytes_and_array_are_one(predictor, tmp_path):
@@ -206,3 +217,38 @@ def test_eight_devices_answer_as_one(model, config, tokenizer, requests, answers
 def test_images_that_are_none_are_refused_by_the_requests_name(predictor, image, sentence):
     with pytest.raises(UserError, match=sentence):
         predictor.answers([Request("vqa", "What?", (image,), id="who")])
+
+
+@pytest.mark.slow
+def test_an_evaluation_gives_the_answers_of_the_plain_loop_by_two_programs(config, model, tokenizer):
+    """All tasks, units of different batches and lengths, own and others' images."""
+    evaluate = dataclasses.replace(config.evaluate, splits=("val", "test"))
+    config = dataclasses.replace(config, evaluate=evaluate)
+    source = Source("squares", Squares(images=7), TASKS, {})
+    units, _ = units_of(config, {"squares": source})
+    units = [
+        dataclasses.replace(unit, batch=3 + i % 3, max_new_tokens=5 + i)
+        for i, unit in enumerate(units)
+        if unit.split == "test" or unit.task == "vqa"
+    ]
+    before = programs.enter._cache_size(), programs.advance._cache_size()
+    found = [
+        answered_calls(way(model, config, tokenizer), calls_of(units, 0, True, count))
+        for way, count in ((by_engine, 20), (by_batches, 0))
+    ]
+    after = programs.enter._cache_size(), programs.advance._cache_size()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
+    assert found[0] == found[1] and len(found[0]) == 7 * (6 + 5) + 2 * 7
+    assert len(set(found[0].values())) > 20
+
+
+def answered_calls(answerer, calls) -> dict[tuple, str]:
+    answer, found, ended = answerer(calls), {}, []
+    for call in calls:
+        texts = answer(call.passes, lambda: ended.append(1))
+        for number, (some, given) in enumerate(zip(call.passes, texts, strict=True)):
+            found |= {
+                (q.unit.name, q.example.id, number): text for q, text in zip(some, given, strict=True)
+            }
+    assert len(ended) in (0, sum(len(call.own) for call in calls))
+    return found

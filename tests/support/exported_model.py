@@ -16,7 +16,8 @@ from unimed_jax.interop.families.unimed_hf import (
     merged_leaves,
 )
 from unimed_jax.model.parameters import parameters, with_parameters
-from unimed_jax.predict.predictor import Predictor, Request
+from unimed_jax.predict.predictor import Predictor
+from unimed_jax.predict.request import Request
 from unimed_jax.settings import from_config_dict
 
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"

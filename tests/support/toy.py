@@ -88,11 +88,11 @@ class Model:
     def __init__(self, toy, dies_after=None):
         self.toy, self.calls, self.dies_after = toy, [], dies_after
 
-    def __call__(self, unit):
-        return self.answer
+    def __call__(self, calls):
+        return by_pass(lambda *asked: self.answer(*asked))
 
     def answer(self, examples, images, seed):
-        assert len(examples) == len(images) <= 16
+        assert len(examples) == len(images)
         if self.dies_after == len(self.calls):
             raise KeyboardInterrupt
         self.calls.append(len(examples))
@@ -113,8 +113,24 @@ class Says:
     def __init__(self, say):
         self.say = say
 
-    def __call__(self, unit):
-        return lambda examples, images, seed: [self.say(example) for example in examples]
+    def __call__(self, calls):
+        return by_pass(lambda examples, images, seed: [self.say(example) for example in examples])
+
+
+def by_pass(answer):
+    """Makes what `answer_units` asks of a function of one pass: its examples, pixels and first seed."""
+
+    def answers(passes, ended):
+        return [
+            answer(
+                [question.example for question in some],
+                [[picture.read() for picture in question.images] for question in some],
+                some[0].seed,
+            )
+            for some in passes
+        ]
+
+    return answers
 
 
 def sets_of(*toys):

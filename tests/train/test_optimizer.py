@@ -13,7 +13,13 @@ from unimed_jax.config import VISUAL_TASKS, OptimizerConfig, RuleConfig, TrainCo
 from unimed_jax.errors import UserError
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import LeafRule, leaf_rules
-from unimed_jax.train.optimizer import Optimizer, learning_rate, participation
+from unimed_jax.train.optimizer import (
+    Optimizer,
+    learning_rate,
+    participation,
+    per_leaf,
+    stochastic_bfloat16,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -274,3 +280,49 @@ def test_schedule():
     assert rate(500) == pytest.approx((1e-3 + 1e-5) / 2)
     assert rate(1000) == pytest.approx(1e-5)
     assert learning_rate(0, 10, dataclasses.replace(config, warmup_steps=0)) == 1e-3
+
+
+@pytest.mark.parametrize("skip_unused", [False, True])
+def test_moments_in_bfloat16_follow_those_in_float32(skip_unused):
+    """A second moment of 500 steps, each of which is less than half a step of bfloat16."""
+    config = OptimizerConfig(skip_unused=skip_unused)
+    small = dataclasses.replace(config, moments_dtype="bfloat16")
+    shapes = {"decoder/kernel": (40, 50), "connector/task_tokens": (5, 300)}
+    leaves = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+    given = {path: LeafRule(True, 1.0, 0.0) for path in shapes}
+
+    def after(config):
+        optimizer = Optimizer(config, given)
+
+        def body(carry, number):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), len(shapes))
+            gradients = {
+                path: 1 + jax.random.normal(key, shape)
+                for (path, shape), key in zip(shapes.items(), keys, strict=True)
+            }
+            leaves, state, _ = optimizer.update(gradients, carry[1], carry[0], 1e-3, all_used(shapes))
+            return (leaves, state), None
+
+        (_, state), _ = jax.lax.scan(body, (leaves, optimizer.init(leaves)), jnp.arange(500))
+        return per_leaf(state)
+
+    exact, kept = after(config), after(small)
+    for path in shapes:
+        assert kept.mean[path].dtype == kept.square[path].dtype == jnp.bfloat16
+        assert (kept.count[path] == 500).all()
+        mean, square = (np.asarray(x[path], np.float32) for x in (kept.mean, kept.square))
+        assert abs(mean.mean() / exact.mean[path].mean() - 1) < 2e-3
+        assert abs(square.mean() / exact.square[path].mean() - 1) < 2e-3
+        assert np.abs(square / exact.square[path] - 1).max() < 0.2
+
+
+def test_stochastic_rounding_keeps_the_mean_and_what_is_bfloat16_already():
+    x = jnp.full((100, 300), np.float32(1 + 2**-9 + 2**-11))  # 5/16 of the way to the next
+    rounded = stochastic_bfloat16(x, jnp.int32(3), 1).astype(jnp.float32)
+    assert set(np.unique(rounded)) == {np.float32(1), np.float32(1 + 2**-7)}
+    assert abs(float(rounded.mean() - x[0, 0])) < 5 * 2**-7 * (0.25 / x.size) ** 0.5
+    assert not np.array_equal(rounded, stochastic_bfloat16(x, jnp.int32(4), 1).astype(jnp.float32))
+    assert not np.array_equal(rounded, stochastic_bfloat16(x, jnp.int32(3), 2).astype(jnp.float32))
+    exact = jnp.array([0.0, -0.0, 1.5, -3e38, 1e-38, np.inf, -np.inf, np.nan])
+    exact = exact.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(stochastic_bfloat16(exact, jnp.int32(0), 0).astype(jnp.float32), exact)

@@ -78,27 +78,24 @@ def test_experts_of_a_run(run, capsys):
 def test_an_ablation_that_was_killed_goes_on(run, monkeypatch):
     words = ["analyze", "ablation", f"--run={run}", "--limit=4", "--task=cls", "--task=identify"]
     asked = []
-    batch = answers._answer_batch
+    answered = answers._answered
 
-    def counted(unit, places, others, answer, seed):
-        assert others is None  # no other images
-        if len(asked) == 5:
+    def counted(call, texts):
+        assert call.others == [None] * 8  # no other images
+        if len(asked) == 4:
             raise KeyboardInterrupt
-        asked.append(unit.name)
-        return batch(unit, places, others, answer, seed)
+        asked.append(call)
+        return answered(call, texts)
 
-    monkeypatch.setattr(answers, "_answer_batch", counted)
+    monkeypatch.setattr(answers, "_answered", counted)
     assert cli.main(words) == 130
     out = run / "analysis"
     assert (out / ablation.PARTIAL).is_dir() and not (out / "ablation.json").exists()
-    monkeypatch.setattr(answers, "_answer_batch", batch)
     more = []
-    monkeypatch.setattr(
-        answers, "_answer_batch", lambda unit, *rest: more.append(unit.name) or batch(unit, *rest)
-    )
+    monkeypatch.setattr(answers, "_answered", lambda *given: more.append(given) or answered(*given))
     assert cli.main(words) == 0
     found = files(out, "ablation")
-    assert len(more) == 6 * 2 - 5 and not (out / ablation.PARTIAL).exists()
+    assert len(more) == 6 - 4 and not (out / ablation.PARTIAL).exists()
     assert set(found["units"]) == {"squares/val/cls", "squares/val/identify"}
     for entry in found["units"].values():
         assert len(entry["off"]) == 5 and entry["n"] == 4

@@ -21,7 +21,7 @@ from unimed_jax.data.layout import Encoder
 from unimed_jax.evaluate.tasks import Unit
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed
-from unimed_jax.predict.predictor import prompt_batch
+from unimed_jax.predict.plain import prompt_batch
 from unimed_jax.runs.open import Run
 
 KINDS = ("visual", "text")  # of tokens of a prompt

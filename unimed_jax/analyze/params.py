@@ -7,9 +7,10 @@ import jax
 from flax import nnx
 
 from unimed_jax.config import Config, ModelConfig, VisionConfig
-from unimed_jax.model.parameters import abstract, parameters
+from unimed_jax.model.parameters import abstract, parameters, tree_bytes
 from unimed_jax.model.vision import VisionEncoder
 from unimed_jax.rules import leaf_rules
+from unimed_jax.train.program import build
 
 COUNTS = ("total", "activated", "trainable")
 TOP = ("vision", "connector", "decoder")
@@ -48,7 +49,8 @@ def count(config: Config) -> dict:
     positions, task tokens) count whole. "dense": the totals of connector, decoder and all if
     experts are one MLP (`DENSE`). "ratios": of decoder and all, activated to total and activated to
     dense. "tower": the total of the published vision encoder, including the blocks that are never
-    run.
+    run. "bytes": what training keeps of frozen and trained parameters, moments and gradients, as
+    stored; batches and activations come on top.
     """
     modules = _count_modules(config)
     dense = _count_dense(config.model, vision=modules["vision"]["total"])
@@ -64,6 +66,20 @@ def count(config: Config) -> dict:
         "dense": dense,
         "ratios": ratios,
         "tower": _tower(config.model.vision),
+        "bytes": _bytes(config),
+    }
+
+
+def _bytes(config: Config) -> dict[str, int]:
+    """Counts the bytes of everything that a training step keeps or makes for every parameter."""
+    program = build(config, None)
+    trained = tree_bytes(program.state.leaves)
+    moments = tree_bytes(program.state.moments)
+    return {
+        "frozen": tree_bytes(program.frozen),
+        "trained": trained,
+        "moments": moments,
+        "gradients": trained,
     }
 
 
@@ -154,6 +170,11 @@ def table(counted: dict, model: ModelConfig) -> str:
             f"{total:,}, {ratios['activated/dense']:.1%} of dense {dense[name]:,}"
         )
     text.append(f"dense: {DENSE}")
+    gib = {name: number / 2**30 for name, number in counted["bytes"].items()}
+    parts = ", ".join(f"{name} {number:,.2f}" for name, number in gib.items())
+    text.append(
+        f"training keeps {sum(gib.values()):,.2f} GiB ({parts}); batches and activations come on top"
+    )
     return "\n".join(line.rstrip() for line in text)
 
 

@@ -23,21 +23,21 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.forms import INSTRUCTIONS
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines
-from unimed_jax.evaluate.answers import Answer, Answered, Journal, answer_units
+from unimed_jax.evaluate.answers import Answered, Answerer, Journal, answer_units
 from unimed_jax.evaluate.metrics import Record
+from unimed_jax.evaluate.model_answers import model_answers, together
 from unimed_jax.evaluate.records import records_of
 from unimed_jax.evaluate.run import (
     changed_inputs,
     claim_results,
     fingerprint_of,
-    model_answers,
 )
 from unimed_jax.evaluate.scores import leading_split
 from unimed_jax.evaluate.statistics import Measure, interval, resample
 from unimed_jax.evaluate.tasks import Training, Unit, data_notes, open_sets, permute_images, units_of
 from unimed_jax.evaluate.words import canonical
 from unimed_jax.interruption import claims_end
-from unimed_jax.predict.predictor import Request
+from unimed_jax.predict.request import Picture, Request
 from unimed_jax.provenance import code_version, joint_checksum, plain
 from unimed_jax.runs.open import Run
 
@@ -90,8 +90,11 @@ def changes() -> dict[str, Change]:
 
 
 def _blank(request: Request) -> Request:
-    pixels = cast(Sequence[np.ndarray], request.images)
-    return dataclasses.replace(request, images=tuple(np.full_like(image, GREY) for image in pixels))
+    pictures = cast(Sequence[Picture], request.images)
+    grey = tuple(
+        picture.changed("grey", lambda image: np.full_like(image, GREY)) for picture in pictures
+    )
+    return dataclasses.replace(request, images=grey)
 
 
 def _worded(request: Request, number: int) -> Request:
@@ -122,11 +125,12 @@ def measure_reliance(run: Run, config: Config, folder: Path, split: str = "") ->
     other, said = with_other_images(units)
     notes += said
 
-    def answerer(change: Change) -> Callable[[Unit], Answer]:
-        return lambda unit: model_answers(run.model, config, run.tokenizer, unit, change)
+    def answerer(change: Change) -> Answerer:
+        return model_answers(run.model, config, run.tokenizer, change)
 
     fingerprint = fingerprint_of(run, config, sets)
-    answers, journals = ask(units, other, answerer, folder, fingerprint, config.seed)
+    count = together(config.model, units)
+    answers, journals = ask(units, other, answerer, folder, fingerprint, config.seed, count)
     if not processes.leads():
         return {}
     found: dict[str, Any] = {}
@@ -220,15 +224,17 @@ def _stays(examples: Sequence[Example], images: Sequence[tuple[str, ...]]) -> bo
 def ask(
     units: Sequence[Unit],
     other: Sequence[Unit],
-    answerer: Callable[[Change], Callable[[Unit], Answer]],
+    answerer: Callable[[Change], Answerer],
     folder: Path,
     fingerprint: str,
     seed: int,
+    count: int,
 ) -> tuple[dict[str, dict[str, Answered]], list[Journal]]:
     """Answers every pass that a unit has, and returns the answers by pass and the journals.
 
-    other: the units with other cases' images. Text-only units have their own pass and wordings. Each
-    pass has a journal of its own in `folder`, so that a killed call goes on where it stopped.
+    other: the units with other cases' images; count: examples of a call, as `answer_units` takes it.
+    Text-only units have their own pass and wordings. Each pass has a journal of its own in `folder`, so
+    that a killed call goes on where it stopped.
     """
     answers, journals = {}, []
     for name, change in changes().items():
@@ -241,7 +247,9 @@ def ask(
             asked = [unit for unit in units if number < len(INSTRUCTIONS[unit.task])]
         journal = Journal(folder, f"{fingerprint} {name}", f"{name}.partial.jsonl")
         processes.say(f"pass {name}")
-        answers[name] = answer_units(asked, answerer(change), seed, journal, permute=False)
+        answers[name] = answer_units(
+            asked, answerer(change), seed, journal, permute=False, together=count
+        )
         journals.append(journal)
     return answers, journals
 

@@ -27,6 +27,7 @@ from unimed_jax.evaluate.tasks import Unit, open_sets, units_of
 from unimed_jax.memory import available_bytes
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
+from unimed_jax.model.quantised import Quantised
 from unimed_jax.rules import leaf_rules
 from unimed_jax.runs.open import Run
 from unimed_jax.train.held_out import HeldOut
@@ -161,7 +162,14 @@ def chosen_leaves(run: Run, matches: Sequence[str]) -> list[str]:
     """
     leaves = parameters(run.model)
     if matches:
-        return matching(list(leaves), matches, "--match")
+        found = matching(list(leaves), matches, "--match")
+        for path in found:
+            if isinstance(leaves[path], Quantised):
+                raise UserError(
+                    f"--match names {path}, which {run.folder} stores as {leaves[path].kind} codes, and "
+                    "codes have no gradient; name other parameters."
+                )
+        return found
     rules = leaf_rules(leaves, run.config.train, run.config.optimizer)
     found = [
         path

@@ -321,7 +321,8 @@ def _place(
         batch["visual"][b, here][seen] = at.slot * tokens_per_image + np.arange(count)
         batch["segments"][b, here] = batch["prefixes"][b, here] = shared
         batch["positions"][b, here] = np.arange(length)
-        batch["image_tasks"][b, slots] = VISUAL_TASKS.index(task)
+        if count:
+            batch["image_tasks"][b, slots] = VISUAL_TASKS.index(task)
         # those of the next group would take the place of images that the prompt does not mark
         assert len(group.images) <= slots.stop - slots.start, "images without a mark in the prompt"
         for i, image in enumerate(group.images):

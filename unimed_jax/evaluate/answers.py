@@ -1,31 +1,58 @@
-"""Collects a model's answers to the examples of all units, and writes each batch as it comes.
+"""Collects a model's answers to the examples of all units, and writes them as they come.
 
 A killed evaluation continues from them.
 
-Batches are fixed by the examples: like lengths together, so that a batch of generation is not
-longer than it must be. A batch that was answered before a kill is read from the journal, any other
-is answered whole; so the answers do not depend on where the kill fell.
+Examples are asked in calls that the settings and the data fix. A call that was answered before a kill
+is read from the journal, any other is answered whole; so the answers do not depend on where the kill
+fell. As a rule a call holds examples of several units, whose answers end when they end
+(predict/engine.py). A model whose answers depend on their batch by definition is asked batch by batch:
+like lengths together, so that a batch is not longer than it must be.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from unimed_jax import files, processes
 from unimed_jax.data.example import Example
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Unit, permute_images
+from unimed_jax.predict.request import Picture
 
-# Examples, the images of each (uint8 [H, W, 3]; none for text alone), a seed for sampling -> one
-# answer each.
-Answer = Callable[[Sequence[Example], Sequence[Sequence[np.ndarray]], int], list[str]]
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Asks about one example, with its own images or another's."""
+
+    unit: Unit
+    example: Example
+    images: tuple[Picture, ...]  # none for text alone
+    seed: int  # of sampling
+
+
+class Call(NamedTuple):
+    """Holds what is asked together: examples about their own images, and about others."""
+
+    own: Sequence[Question]
+    others: Sequence[Question | None]  # of the same examples; None: not asked
+
+    @property
+    def passes(self) -> list[list[Question]]:
+        """Lists the questions about own images, and those about others if there are any."""
+        others = [question for question in self.others if question is not None]
+        return [list(self.own), *([others] if others else [])]
+
+
+# The passes of a call -> the answers to each. The second argument is called as an answer to a question
+# of the first pass ends, if the model knows when.
+Answer = Callable[[Sequence[Sequence[Question]], Callable[[], Any]], list[list[str]]]
+Answerer = Callable[[Sequence[Call]], Answer]  # takes all calls that may come
 JOURNAL = "predictions.partial.jsonl"
 
 
@@ -121,34 +148,66 @@ def _checksum(content: Mapping[str, Any]) -> int:
 
 def answer_units(
     units: Sequence[Unit],
-    answerer: Callable[[Unit], Answer],
+    answerer: Answerer,
     seed: int,
     journal: Journal | None = None,
     permute: bool = True,
+    together: int = 0,
 ) -> dict[str, Answered]:
     """Answers every example of the units that the journal lacks, and returns the answers by id.
 
     The ids are those in predictions.jsonl. With a journal, an example with images is asked twice,
     the second time about another example's images (`permute_images`), unless `permute` is False.
-    Without one it is asked once, and nothing is written or shown.
+    Without one it is asked once, and nothing is written or shown. together: examples of a call; 0:
+    a batch of one unit.
     """
     answers = {} if journal is None else dict(journal.found)
-    with progress(sum(len(unit.examples) for unit in units), shown=journal is not None) as bar:
-        for unit in units:
-            answer: Answer | None = None
-            permuted = permute_images(unit.examples, seed) if journal is not None and permute else None
-            bar.set_description(unit.name, refresh=False)
-            for number, places in enumerate(batches(unit)):
-                names = [unit.id_of(unit.examples[i]) for i in places]
-                if not all(name in answers for name in names):
-                    answer = answer or answerer(unit)
-                    found = _answer_batch(unit, places, permuted, answer, number + seed)
-                    batch = dict(zip(names, found, strict=True))
-                    answers |= batch
-                    if journal is not None:
-                        journal.add(batch)
-                bar.update(len(places))
+    calls = calls_of(units, seed, journal is not None and permute, together)
+    answer: Answer | None = None
+    with progress(sum(len(call.own) for call in calls), shown=journal is not None) as bar:
+        for call in calls:
+            names = [question.unit.id_of(question.example) for question in call.own]
+            bar.set_description(call.own[0].unit.name, refresh=False)
+            until = bar.n + len(names)
+            if not all(name in answers for name in names):
+                answer = answer or answerer(calls)
+                texts = answer(call.passes, bar.update)
+                found = dict(zip(names, _answered(call, texts), strict=True))
+                answers |= found
+                if journal is not None:
+                    journal.add(found)
+            bar.update(until - bar.n)
     return answers
+
+
+def calls_of(units: Sequence[Unit], seed: int, permute: bool, together: int) -> list[Call]:
+    """Divides the examples of all units into calls, as `answer_units` asks them."""
+    pictures: dict[tuple[str, str], Picture] = {}
+
+    def picture(unit: Unit, key: str) -> Picture:
+        read = functools.partial(unit.source.data.image, key)
+        return pictures.setdefault((unit.source.id, key), Picture(key, read, unit.source.id))
+
+    def question(unit: Unit, place: int, keys: Sequence[str], seed: int) -> Question:
+        images = tuple(picture(unit, key) for key in keys)
+        return Question(unit, unit.examples[place], images, seed % 2**32)
+
+    pairs: list[list[tuple[Question, Question | None]]] = []  # batch by batch
+    for unit in units:
+        others = permute_images(unit.examples, seed) if permute else None
+        for number, places in enumerate(batches(unit)):
+            # By the batch's own seed and the place in it, so that a continued evaluation draws the same.
+            pairs.append([])
+            for i, place in enumerate(places):
+                own = question(unit, place, unit.examples[place].images, number + seed + i)
+                other = None
+                if others is not None:
+                    other = question(unit, place, others[place], number + seed + i)
+                pairs[-1].append((own, other))
+    if together:
+        every = [pair for batch in pairs for pair in batch]
+        pairs = [every[i : i + together] for i in range(0, len(every), together)]
+    return [Call([own for own, _ in call], [other for _, other in call]) for call in pairs]
 
 
 def batches(unit: Unit) -> Iterator[list[int]]:
@@ -166,25 +225,15 @@ def batches(unit: Unit) -> Iterator[list[int]]:
         yield order[start : start + unit.batch]
 
 
-def _answer_batch(
-    unit: Unit,
-    places: Sequence[int],
-    permuted: Sequence[tuple[str, ...]] | None,
-    answer: Answer,
-    seed: int,
-) -> list[Answered]:
-    examples = [unit.examples[i] for i in places]
-    pixels = [[unit.source.data.image(key) for key in example.images] for example in examples]
-    texts = answer(examples, pixels, seed)
-    sizes = [[images[0].shape[1], images[0].shape[0]] if images else None for images in pixels]
-    if permuted is None:
-        return [Answered(text, size) for text, size in zip(texts, sizes, strict=True)]
-    others = [permuted[i] for i in places]
-    misled = answer(examples, [[unit.source.data.image(key) for key in keys] for keys in others], seed)
-    return [
-        Answered(text, size, other, list(keys))
-        for text, size, other, keys in zip(texts, sizes, misled, others, strict=True)
-    ]
+def _answered(call: Call, texts: Sequence[Sequence[str]]) -> Iterator[Answered]:
+    """Puts the answers about own and other images together."""
+    misled = iter(texts[1] if len(texts) > 1 else ())
+    for own, other, text in zip(call.own, call.others, texts[0], strict=True):
+        size = own.images[0].size if own.images else None
+        if other is None:
+            yield Answered(text, size)
+        else:
+            yield Answered(text, size, next(misled), [picture.name for picture in other.images])
 
 
 def progress(total: int, shown: bool):

@@ -4,7 +4,6 @@ Processes share the work: they generate every batch together over the mesh, then
 part of the units, and process 0 collects the scores and writes.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -18,10 +17,11 @@ from unimed_jax.config import Config, to_dict
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, likelihood
-from unimed_jax.evaluate.answers import Answer, Answered, Journal, answer_units
+from unimed_jax.evaluate.answers import Answered, Answerer, Journal, answer_units
 from unimed_jax.evaluate.labels import Labels
 from unimed_jax.evaluate.metrics import Record
 from unimed_jax.evaluate.metrics.registry import LabelLikelihoods
+from unimed_jax.evaluate.model_answers import model_answers, together
 from unimed_jax.evaluate.protocol import protocols
 from unimed_jax.evaluate.records import of_labels, records_of
 from unimed_jax.evaluate.report import write_report
@@ -34,7 +34,6 @@ from unimed_jax.model.parameters import with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.parsing import json_lines, read_text
 from unimed_jax.predict.likelihood import Likelihood
-from unimed_jax.predict.predictor import Predictor, Request
 from unimed_jax.provenance import code_version, plain
 from unimed_jax.runs import inputs
 from unimed_jax.runs.folder import read_config
@@ -63,7 +62,7 @@ def evaluate_run(run: Run, config: Config, folder: Path | None = None) -> dict[s
     notes += dict.fromkeys([*run.notes, *changed_inputs(run.folder, run.config, config, sets, training)])
     fingerprint = fingerprint_of(run, config, sets)
     journal = Journal(folder, fingerprint)
-    answer_of = functools.partial(model_answers, run.model, config, run.tokenizer)
+    answer_of = model_answers(run.model, config, run.tokenizer)
     measured = None
     if config.evaluate.likelihood:
         likelihoods = Journal(folder, fingerprint, likelihood.JOURNAL, Likelihood)
@@ -118,7 +117,7 @@ def changed_inputs(
 def answer_and_score(
     units: Sequence[Unit],
     training: Training,
-    answer_of: Callable[[Unit], Answer],
+    answer_of: Answerer,
     journal: Journal,
     config: Config,
     measured: Callable[[Sequence[Unit], Mapping[str, Labels]], Mapping[str, Likelihood]] | None = None,
@@ -131,7 +130,8 @@ def answer_and_score(
     # Baselines come before the long wait for answers, since wrong records show there.
     blind = _shared(lambda: _blind_answers(units, training))
     labels = likelihood.known_labels(units, training) if measured else {}
-    found = answer_units(units, answer_of, config.seed, journal)
+    count = together(config.model, units)
+    found = answer_units(units, answer_of, config.seed, journal, together=count)
     known = (
         {name: of_labels(labels[name], one) for name, one in measured(units, labels).items()}
         if measured
@@ -227,48 +227,15 @@ def answered_records(
     Nothing is asked about other images and no baseline is fitted. With a journal, answers are kept
     as they come, and progress is shown. It is called on all processes together.
     """
-    answer_of = functools.partial(model_answers, model, config, tokenizer)
-    found = answer_units(units, answer_of, config.seed, journal, permute=False)
+    answer_of = model_answers(model, config, tokenizer)
+    count = together(config.model, units)
+    found = answer_units(units, answer_of, config.seed, journal, permute=False, together=count)
     return {unit.name: records_of(unit, found, {}) for unit in units}
 
 
 # ---------------------------------------------------------------------------------------------
 # Answers
 # ---------------------------------------------------------------------------------------------
-
-
-def model_answers(
-    model: UniMed,
-    config: Config,
-    tokenizer: Tokenizer,
-    unit: Unit,
-    change: Callable[[Request], Request] = lambda request: request,
-) -> Answer:
-    """Makes of the model a function that answers examples with the settings of the unit.
-
-    The function takes examples, their images and a seed. `change` alters each request.
-    """
-    settings = dataclasses.replace(config.evaluate, batch=unit.batch, max_new_tokens=unit.max_new_tokens)
-    config = dataclasses.replace(config, evaluate=settings)
-    predictor = Predictor(model, config, tokenizer)
-
-    def answer(examples, images, seed):
-        requests = [
-            change(
-                Request(
-                    example.task,
-                    example.question,
-                    tuple(own),
-                    # by the batch's own seed, so that a continued evaluation draws the same
-                    seed=(seed + i) % 2**32,
-                    id=example.id,
-                )
-            )
-            for i, (example, own) in enumerate(zip(examples, images, strict=True))
-        ]
-        return predictor.answers(requests)
-
-    return answer
 
 
 def fingerprint_of(run: Run, config: Config, sets: Mapping[str, Source]) -> str:

@@ -19,6 +19,8 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.evaluate.metrics import Metric, of_task
 from unimed_jax.memory import check_answering
+from unimed_jax.model.parameters import stored_leaves
+from unimed_jax.predict.sizes import slots_of
 
 # Training examples of one set that baselines are fitted on: all, or so many evenly spaced ones.
 TRAIN_SAMPLE = 100_000
@@ -249,9 +251,11 @@ def check_evaluation(config: Config, tokenizer: Tokenizer) -> None:
     if not config.evaluate.entries and not config.evaluate.splits:
         return
     units, _ = units_of(config, open_sets(config.held_out))
+    weights = stored_leaves(config)
     for unit in units:
-        rows = min(unit.batch, 1 << (len(unit.examples) - 1).bit_length())
-        check_answering(config.model, rows, config.model.tokens_per_image + unit.max_new_tokens)
+        batch = unit.batch if config.model.answers_depend_on_batch else slots_of(unit.batch)
+        rows = min(batch, 1 << (len(unit.examples) - 1).bit_length())
+        check_answering(config.model, weights, rows, config.model.tokens_per_image + unit.max_new_tokens)
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
     for unit in units:
         for example in unit.examples:

@@ -47,6 +47,7 @@ class Target(NamedTuple):
     # why this config's model cannot be written, or None
     refuse: Callable[[Config], str | None] = lambda config: None
     moments: bool = False  # whether it holds the optimizer's state
+    kernels: bool = False  # whether it holds the kernels of the decoder, not only adapters
 
 
 def _dense_only(config: Config) -> str | None:
@@ -98,11 +99,11 @@ def _write_med_moe(out: str | Path, content: Content) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    "model": Target("all of it, for transformers", _write_model, _model_refuses),
-    "decoder": Target("the language model, adapters merged", _write_decoder, _dense_only),
+    "model": Target("all of it, for transformers", _write_model, _model_refuses, kernels=True),
+    "decoder": Target("the language model, adapters merged", _write_decoder, _dense_only, kernels=True),
     "peft": Target("only the adapters", _write_peft),
     "unimed": Target(
         "a checkpoint file of the original Uni-Med", _write_unimed, _dense_only, moments=True
     ),
-    "med_moe": Target("the folder of a Med-MoE checkpoint", _write_med_moe),
+    "med_moe": Target("the folder of a Med-MoE checkpoint", _write_med_moe, kernels=True),
 }

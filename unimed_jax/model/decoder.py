@@ -94,8 +94,10 @@ class DecoderAttention(nnx.Module):
         if slot is not None:
             slot = slot.write(k, v)
             k, v = slot.read()  # [B, kv_heads, C, d]
-            # Few queries at a time read a cache, and no fused kernel is made for that.
-            implementation = "xla"
+            # Fused kernels are for rows that attend to themselves, as prompts do that fill a cache; a
+            # name that the settings give is meant for rows of training.
+            itself = k.shape[2] == length and implementation != "xla"
+            implementation = "auto" if itself else "xla"
         out = attend(
             q,
             k,
@@ -195,6 +197,7 @@ class Forward(NamedTuple):
     query: Span  # the tokens of x
     key: Span  # what x attends to: x itself, or the cache
     start: Array | int  # place of x in the cache
+    before: Array | int  # x may see what lies in the places before this one, and in its own
     mask: Array | None  # [B, S, K]; None if windows make it differ between layers
     used: Array  # [B, S] bool: the tokens that experts are routed for
     training: bool
@@ -265,12 +268,15 @@ class Decoder(nnx.Module):
         dropout_key: Key[Array, ""] | None = None,
         noise: Noise | Key[Array, ""] | None = None,
         states: bool = False,
+        before: Int[Array, ""] | int | None = None,
     ) -> DecoderOutput:
         """Runs all layers and the last norm.
 
         With a cache, x takes its places start .. start + S - 1, which `cache.span` must already
         describe, and the filled cache is returned. A `dropout_key` means training.
 
+        before: x sees what lies before this place of the cache. None: `start`, as places are in the
+        order of the row; a cache whose places are used in turn gives their number.
         noise: of the routers, stacked over the layers with experts, or a key to draw it from. By
         default it is drawn from `dropout_key`, so evaluation has none.
         states: also return the output of every layer.
@@ -281,9 +287,11 @@ class Decoder(nnx.Module):
         key_span = span if cache is None else cache.span
         if self.moe.route_padding:
             x, span = _padding_as_tokens(x, span)
-        mask = None if self.config.windows else visible(span, key_span, start)
+        before = start if before is None else before
+        mask = None if self.config.windows else visible(span, key_span, before)
         noise = self._noise_by_layer(noise, dropout_key, sum(plan.pattern))
-        forward = Forward(span, key_span, start, mask, span.segments != 0, dropout_key is not None)
+        used, training = span.segments != 0, dropout_key is not None
+        forward = Forward(span, key_span, start, before, mask, used, training)
 
         dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
         layers = nnx.clone(self.layers)
@@ -321,7 +329,7 @@ class Decoder(nnx.Module):
         dropout = Dropout.split(inputs.dropout_key)
         mask = forward.mask
         if mask is None:
-            mask = visible(forward.query, forward.key, forward.start, inputs.window)
+            mask = visible(forward.query, forward.key, forward.before, inputs.window)
         slot = None
         if carry.keys is not None and carry.values is not None:
             slot = CacheSlot(carry.keys, carry.values, inputs.number, forward.start)
@@ -395,7 +403,7 @@ def merge_lora(decoder: Decoder) -> Decoder:
     def merge(module: Any) -> None:
         if isinstance(module, Linear) and module.lora_a is not None:
             assert module.lora_b is not None
-            kernel = module.kernel[...]
+            kernel = module.kernel[...].astype(module.kernel[...].dtype)  # not quantised any more
             product = jnp.einsum("...ir,...ro->...io", module.lora_a[...], module.lora_b[...])
             merged_kernel = kernel + product * module.lora_scale
             module.kernel = nnx.Param(merged_kernel.astype(kernel.dtype))

@@ -40,15 +40,19 @@ def pick(
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert key is not None
-    logits = logits / sampling.temperature
-    if sampling.top_p < 1:
+    return draw(logits / sampling.temperature, sampling.top_p, key)
+
+
+def draw(logits: Float[Array, "B vocab"], top_p: float, key: Key[Array, "..."]) -> Int[Array, "B"]:
+    """Draws tokens from logits that are divided by the temperature; the arguments are those of pick."""
+    if top_p < 1:
         ordered = jnp.sort(logits, axis=-1)[:, ::-1]
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        in_set = before < sampling.top_p  # the tokens before it do not reach top_p yet
+        in_set = before < top_p  # the tokens before it do not reach top_p yet
         least = jnp.min(jnp.where(in_set, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
-    draw = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
-    return draw(key, logits).astype(jnp.int32)
+    categorical = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+    return categorical(key, logits).astype(jnp.int32)
 
 
 def extended_span(batch: Batch, new: int) -> Span:

@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
+from unimed_jax.model.dropout import kept
+from unimed_jax.model.quantised import product
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -75,7 +77,8 @@ class Dropout(NamedTuple):
 class Linear(nnx.Module):
     """Computes x W + b, and with a LoRA adapter adds (alpha / rank) dropout(x) A B.
 
-    LoRA: arXiv 2106.09685. kernel [in, out], bias [out], lora_a [in, rank], lora_b [rank, out].
+    LoRA: arXiv 2106.09685. kernel [in, out] (an array, or Quantised if it is frozen), bias [out],
+    lora_a [in, rank], lora_b [rank, out].
     """
 
     def __init__(
@@ -103,16 +106,18 @@ class Linear(nnx.Module):
         """Computes in x's dtype; without a `dropout_key` nothing is dropped (evaluation)."""
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])  # [batch, in]: one plain product, twice as fast on CPU
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, self.kernel[...])
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None]
         if self.lora_a is not None:
             assert self.lora_b is not None
             if dropout_key is not None and self.lora_dropout > 0:
-                keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            low_rank = x @ self.lora_a[...].astype(x.dtype)  # [batch, rank]
-            y += low_rank @ self.lora_b[...].astype(x.dtype) * self.lora_scale
+                keep = kept(dropout_key, 1 - self.lora_dropout, x.shape)
+                # Multiplied, because a scan over layers would store the zeros of `where` whole.
+                x = x / (1 - self.lora_dropout) * keep.astype(x.dtype)
+            # Scaled while it is small, so that the second product can add to y as it is written.
+            low_rank = x @ self.lora_a[...].astype(x.dtype) * self.lora_scale  # [batch, rank]
+            y += low_rank @ self.lora_b[...].astype(x.dtype)
         return y.reshape(*shape, -1)  # [*batch, out]
 
 

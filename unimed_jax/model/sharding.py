@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
+from unimed_jax.model.quantised import Quantised
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -163,8 +164,24 @@ def axes_by_dimension(
 
 
 def parameter_shardings(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Gives the sharding of every leaf by path; anything with a shape will do as a leaf."""
-    return {path: _place(path, leaf.shape, mesh) for path, leaf in leaves.items()}
+    """Gives the sharding of every leaf by path; anything with a shape will do as a leaf.
+
+    Codes and scales of a quantised kernel have one sharding, that of the kernel if whole blocks can be
+    split like its inputs. So no block lies on two devices.
+    """
+    return {
+        path: _place(path, leaf.scales.shape if isinstance(leaf, Quantised) else leaf.shape, mesh)
+        for path, leaf in leaves.items()
+    }
+
+
+def placed(tree: Any, places: Any) -> Any:
+    """Gives the shapes of a tree with shardings; `places` has one for an array, or for a part."""
+
+    def of(place: Any, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
+
+    return jax.tree.map(of, places, tree)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -210,6 +227,12 @@ def row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
         mesh,
         spec(shape, ("batch", *(None,) * (len(shape) - 1)), dict(mesh.shape)),
     )
+
+
+def rows_multiple() -> int:
+    """Counts the parts into which the mesh in context splits the rows of a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXES["batch"])
 
 
 def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from unimed_jax.model.layers import (
     scan_layers,
     stack,
 )
+from unimed_jax.model.sharding import constrain
 
 # --------------------------------------------------------------------------------------------------
 # The encoder
@@ -121,6 +122,10 @@ class VisionEncoder(nnx.Module):
         x += self.positions[...].astype(x.dtype)[None]
         if self.pre_norm is not None:
             x = self.pre_norm(x)
+
+        # Left to itself, the compiler splits the channels as the weights are split over a mesh; then
+        # every device attends in all images, and each block adds up all images' sums over the mesh.
+        x = constrain(x, "batch", None, None)
         return scan_layers(
             lambda x, block: (block(x), None),
             x,

@@ -59,7 +59,8 @@ def compiled(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     mesh = make_mesh(config, devices, topology.chip and topology.chip.usable)
     assert mesh is not None  # described devices always get one
     begun = time.perf_counter()
-    program = planned(config, mesh, job["program"])
+    with topologies.as_on_the_card(topology):
+        program = planned(config, mesh, job["program"])
     lowered = time.perf_counter()
     result = {
         "device": devices[0].device_kind,

@@ -46,6 +46,11 @@ class Job:
     config: Config
     topology: Topology
     program: str
+    label: str = ""  # tells jobs of one topology and program apart for the reader
+
+    @property
+    def shown(self) -> str:
+        return f"{self.name} ({self.label})" if self.label else self.name
 
     @property
     def name(self) -> str:
@@ -116,19 +121,19 @@ def compile_all(
     done = 0
     for job in jobs:
         if _is_kept(cache / job.key):
-            say(f"{job.name}: kept from before")
+            say(f"{job.shown}: kept from before")
             yield _kept(job, cache)
             continue
         done += 1
         left = [_estimate(other, seconds) for other in waiting[done - 1 :]]
         known = [x for x in left if x is not None]
         about = f"about {_time(sum(known) * len(left) / len(known))} left" if known else "time unknown"
-        say(f"{job.name}: compiling ({done} of {len(waiting)}, {about})")
+        say(f"{job.shown}: compiling ({done} of {len(waiting)}, {about})")
         outcome = compile_one(job, cache, limits)
         if not outcome.failed:
             seconds[job.name] = outcome.seconds
             files.write_json(cache / "seconds.json", seconds)
-        say(f"{job.name}: {'ended' if outcome.failed else 'done'} after {_time(outcome.seconds)}")
+        say(f"{job.shown}: {'ended' if outcome.failed else 'done'} after {_time(outcome.seconds)}")
         yield outcome
 
 

@@ -40,13 +40,13 @@ def unknown_kernel(i: Instruction) -> bool:
 def _kernel(here: Computation, i: Instruction) -> float:
     operands = [here.instructions[name].array for name in i.operands]
     if "matmul" in i.target or "gemm" in i.target:
-        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
+        found = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', i.attributes)
         contracted = (
             [int(n) for n in re.findall(r"\d+", found[1])] if found else [len(operands[0].dims) - 1]
         )
         return 2.0 * i.array.elements * math.prod(operands[0].dims[d] for d in contracted)
     if i.target.startswith("__cudnn$fmha"):
-        found = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\[([^\]]*)\]', i.attributes)
+        found = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', i.attributes)
         dims = [int(n) for n in re.findall(r"\d+", found[1])] if found else [0] * 4  # [B, heads, S, K]
         head = operands[0].elements / max(math.prod(dims[:3]), 1)
         return 2.0 * math.prod(dims) * head * next(n for end, n in _CUDNN.items() if end in i.target)

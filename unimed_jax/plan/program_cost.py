@@ -434,7 +434,7 @@ def _in_place(here: Computation, root: Instruction) -> Instruction | None:
 
 def _continues(i: Instruction) -> bool:
     """Says whether a TPU's instruction goes on with a collective that another one has started."""
-    found = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', i.attributes)
+    found = re.search(r'"async_collective_fusion_config":\s*\{"flag_start":\s*"(-?\d+)"', i.attributes)
     return found is not None and int(found[1]) >= 0
 
 

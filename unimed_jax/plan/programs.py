@@ -60,12 +60,27 @@ def _train(config: Config, built: Program, mesh: Mesh) -> Planned:
 def saved_bytes(config: Config, built: Program, mesh: Mesh) -> float:
     """Estimates the bytes of activations that a device keeps from the forward to the backward pass.
 
-    It adds up what the backward pass reads, weights and batch aside, and shares it out as the rows
-    are. The compiler may keep less, by computing again, or more, by copying.
+    They are shared out as the rows of a micro-batch are. The compiler may keep less, by computing
+    again, or more, by copying.
     """
     micro = config.data.rows // config.train.accumulation
+    with sharding.inside(mesh):
+        each = row_bytes(config, built)
+    return each * sharding.row_sharding((micro,), mesh).shard_shape((micro,))[0]
+
+
+def row_bytes(config: Config, built: Program) -> float:
+    """Counts the bytes that the backward pass reads of the forward pass for each row of a batch.
+
+    Weights do not count, since they do not grow with rows. Attention is that of the mesh in context.
+    """
+    return _read_by_backward(config, built, 2) - _read_by_backward(config, built, 1)
+
+
+def _read_by_backward(config: Config, built: Program, rows: int) -> float:
+    """Adds up what the backward pass reads that the forward pass has made, for so many rows."""
     batch = {
-        name: jax.ShapeDtypeStruct((micro, *leaf.shape[1:]), leaf.dtype)
+        name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
         for name, leaf in batch_shapes(config).items()
     }
     key = jax.eval_shape(lambda: jax.random.key(0)) if config.model.lora.dropout else None
@@ -77,12 +92,10 @@ def saved_bytes(config: Config, built: Program, mesh: Mesh) -> float:
 
         return jax.tree.leaves(jax.vjp(loss, leaves)[1])
 
-    with sharding.inside(mesh):
-        traced = jax.make_jaxpr(kept)(built.state.leaves, built.frozen, batch, key).jaxpr
+    traced = jax.make_jaxpr(kept)(built.state.leaves, built.frozen, batch, key).jaxpr
     given = set(map(id, (*traced.invars, *traced.constvars)))
     made = {id(out): out.aval for out in traced.outvars if id(out) not in given}
-    whole = sum(aval.size * aval.dtype.itemsize for aval in made.values())
-    return whole * sharding.row_sharding((micro,), mesh).shard_shape((micro,))[0] / micro
+    return sum(aval.size * aval.dtype.itemsize for aval in made.values())
 
 
 def _answering(config: Config, built: Program, mesh: Mesh) -> tuple[Any, dict[str, float], int, int]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax import files
+from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import Config, config_hash
 from unimed_jax.plan.compile import Outcome, versions
+from unimed_jax.plan.roofline import costs, outlook, times
 from unimed_jax.provenance import code_version
 
 Row = dict[str, Any]
@@ -24,8 +26,38 @@ FILES = ("plan.json", "plan.md")
 # ---------------------------------------------------------------------------------------------
 
 
-def row_of(outcome: Outcome) -> Row:
-    """Says whether a program fits, and what it needs of a device's memory; bytes become GiB."""
+def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
+    """Says whether a program fits, and what it costs, as a row of plan.json; bytes of memory are GiB.
+
+    prices: of an hour of a chip, by its name.
+    """
+    row = _memory(outcome)
+    job, program = outcome.job, outcome.text
+    row["notes"] = _notes(outcome)
+    if not program:
+        return row
+    row["cost"] = cost = costs(job.config, row["mesh"], job.program, program)
+    amounts = (cost[name]["compiled"] for name in ("flops", "bytes", "collective_bytes"))
+    row["roofline"] = line = times(job.topology, *amounts)
+    if line:
+        price = prices.get(job.topology.text.partition(":")[0])
+        row["outlook"] = outlook(job.config, job.topology, job.program, line["step_s"], price)
+    return row
+
+
+def _notes(outcome: Outcome) -> list[str]:
+    """Says in sentences what a compiled program lacks of the one that will run."""
+    job, notes = outcome.job, []
+    if "memory" in outcome.result and not outcome.result["text"]:
+        notes.append(
+            f"{job.topology.text}: its compiler keeps no text of the program, so FLOPs, bytes and times "
+            "are not known."
+        )
+    return notes
+
+
+def _memory(outcome: Outcome) -> Row:
+    """Compares what a program needs of a device's memory with what there is."""
     topology, result = outcome.job.topology, outcome.result
     row: Row = {
         "topology": topology.text,
@@ -37,6 +69,9 @@ def row_of(outcome: Outcome) -> Row:
     if outcome.failed:
         return row
     row |= {"device": result["device"], "mesh": result["mesh"], "seconds": result["seconds"]}
+    if outcome.job.program == "train":
+        config = outcome.job.config
+        row |= {"remat": config.model.remat, "micro_batches": config.train.accumulation}
     kinds = {name: size for name, size in result["arguments"].items() if size}
     usable, memory = topology.usable, result.get("memory")
     if memory is not None:
@@ -61,18 +96,19 @@ def row_of(outcome: Outcome) -> Row:
 def _too_much(row: Row) -> str:
     """Says what of a program that does not fit is largest, and which settings make it smaller."""
     largest = max(row["gib_by_kind"], key=row["gib_by_kind"].get)
-    advice = {
-        "frozen": "split the model over more chips (config.mesh.fsdp or tensor)",
-        "trained": "split the model over more chips (config.mesh.fsdp), or train less (train.rules)",
-        "optimizer": "split the model over more chips (config.mesh.fsdp), or train less (train.rules)",
-        "batch": "lower config.data.rows or raise config.train.accumulation",
-        "cache": "lower config.evaluate.batch or max_new_tokens",
-    }.get(largest, "set config.model.remat='full', raise config.train.accumulation or lower data.rows")
+    if largest in ("frozen", "trained", "optimizer"):
+        advice = "split the model over more chips (config.mesh.fsdp or tensor)"
+    elif row["program"] != "train":
+        advice = "lower config.evaluate.batch, evaluate.max_new_tokens or text.max_prompt"
+    else:
+        advice = "raise config.train.accumulation, or lower config.data.rows or row_tokens"
+        if row["remat"] != "full":
+            advice = f"set config.model.remat='full', {advice}"
     needed = "more" if row["gib_needed"] is None else f"{row['gib_needed']:.1f} GiB"
     held = row["gib_by_kind"][largest]
     return (
-        f"{row['program']} needs {needed} of a {row['topology'].partition(':')[0]}'s "
-        f"{row['gib_usable']:.1f} GiB, most of it for {largest} ({held:.1f} GiB); {advice}."
+        f"{row['program']} needs {needed} of the {row['gib_usable']:.1f} GiB of each device of "
+        f"{row['topology']}, most of it for {largest} ({held:.1f} GiB); {advice}."
     )
 
 
@@ -80,30 +116,62 @@ def _too_much(row: Row) -> str:
 # Tables
 # ---------------------------------------------------------------------------------------------
 
-HEAD = ("topology", "program", "mesh", "fits", "GiB of", *KINDS, "compiled in")
+MEMORY = ("topology", "program", "mesh", "fits", "GiB of", *KINDS, "compiled in")
+COST = (
+    *("topology", "program", "mesh", "TFLOP", "x useful", "GB moved", "x ideal", "GB sent", "x ideal"),
+    *("step s", "bound", "a second", "hours", "price"),
+)
 
 
-def cells(row: Row) -> list[str]:
+def memory_cells(row: Row) -> list[str]:
     """Writes a row's memory for a table; what is not known is a dash."""
     if "mesh" not in row:
         return [row["topology"], row["program"], "-", "not known", *["-"] * (len(KINDS) + 2)]
-    needed = "-" if row["gib_needed"] is None else f"{row['gib_needed']:.2f}"
+    needed = "-" if row["gib_needed"] is None else _gib(row["gib_needed"])
     found = row["gib_by_kind"]
     seconds = row["seconds"].get("compile")
     return [
         row["topology"],
         row["program"],
-        mesh_name(row["mesh"]),
+        layout(row),
         "yes" if row["fits"] else "no",
         f"{needed} of {row['gib_usable']:.2f}",
-        *(f"{found[kind]:.2f}" if kind in found else "-" for kind in KINDS),
+        *(_gib(found[kind]) if kind in found else "-" for kind in KINDS),
         "-" if seconds is None else f"{seconds:.0f} s",
     ]
+
+
+def cost_cells(row: Row) -> list[str]:
+    """Writes what a device does in one run of a program, and how long that takes at least."""
+    cells = [row["topology"], row["program"], layout(row)]
+    units = {"flops": 1e12, "bytes": 1e9, "collective_bytes": 1e9}
+    for name, unit in units.items():
+        found = row["cost"][name]
+        cells += [f"{found['compiled'] / unit:.3g}", _number(found["ratio"])]
+    line, seen = row["roofline"], row.get("outlook", {})
+    rate = next((f"{x:.3g} {name[:-6]}" for name, x in seen.items() if name.endswith("_per_s")), "-")
+    cells += [_number(line.get("step_s")), line.get("bound", "-"), rate]
+    return cells + [_number(seen.get("hours")), _number(seen.get("cost"))]
+
+
+def _gib(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def mesh_name(mesh: Mapping[str, int]) -> str:
     """Writes the sizes of a mesh that are not 1, as in "data 4, tensor 4"."""
     return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
+def layout(row: Row) -> str:
+    """Writes a row's mesh and, of training, what is computed again and the micro-batches."""
+    again = {"none": "", "dots": ", remat dots", "full": ", remat full"}[row.get("remat", "none")]
+    micro = row.get("micro_batches", 1)
+    return mesh_name(row["mesh"]) + again + (f", {micro} micro-batches" if micro > 1 else "")
 
 
 def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -116,12 +184,27 @@ def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Makes the tables of memory and of cost, (head, lines), without columns that hold nothing."""
+    made: list[tuple[Sequence[str], list[list[str]]]] = [(MEMORY, [memory_cells(row) for row in rows])]
+    made.append((COST, [cost_cells(row) for row in rows if "cost" in row]))
+    found = []
+    for head, lines in made:
+        used = [i for i, _ in enumerate(head) if any(line[i] != "-" for line in lines)]
+        if lines:
+            found.append(([head[i] for i in used], [[line[i] for i in used] for line in lines]))
+    return found
+
+
 def text(rows: Sequence[Row]) -> str:
-    """Writes the rows for the terminal: the table, and a sentence for each that does not fit."""
-    used = [i for i, _ in enumerate(HEAD) if any(cells(row)[i] != "-" for row in rows)]
-    lines = [[cells(row)[i] for i in used] for row in rows]
-    sentences = [row["reason"] for row in rows if row["reason"]]
-    return "\n".join([aligned([HEAD[i] for i in used], lines), *sentences])
+    """Writes the rows for the terminal: the tables, and a sentence for each that does not fit."""
+    return "\n\n".join([*(aligned(*table) for table in tables(rows)), *sentences(rows)])
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Lists why rows do not fit or are not known, and what to mind about them, each once."""
+    found = [row["reason"] for row in rows if row["reason"]]
+    return list(dict.fromkeys([*found, *(note for row in rows for note in row["notes"])]))
 
 
 def write(folder: Path, config: Config, rows: Sequence[Row], source: str) -> None:
@@ -130,13 +213,12 @@ def write(folder: Path, config: Config, rows: Sequence[Row], source: str) -> Non
 
     about = {"config": source, "config_hash": config_hash(config), "code": code_version()}
     content = {"schema": SCHEMA, **about, "versions": versions(), "rows": list(rows)}
-    used = [i for i, _ in enumerate(HEAD) if any(cells(row)[i] != "-" for row in rows)]
     page = [
         f"# Plan of {config.name}",
-        f"{source}, settings {about['config_hash']}, code {about['code']}. GiB of one device; nothing "
-        "was run.",
-        markdown_table([HEAD[i] for i in used], [[cells(row)[i] for i in used] for row in rows]),
-        *(row["reason"] for row in rows if row["reason"]),
+        f"{source}, settings {about['config_hash']}, code {about['code']}. Of one device, and of "
+        "one run of a program; compiled, not run.",
+        *(markdown_table(*table) for table in tables(rows)),
+        *sentences(rows),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     with files.written_together(folder, FILES) as temporary:

@@ -5,18 +5,20 @@ GPUs; cpu:N are N simulated devices of this machine. The devices are described, 
 need the vendor's compiler: libtpu for TPUs, jax's CUDA plugin for GPUs.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.plan.chips import CHIPS, Chip, gpu_target
 
 EXAMPLES = "v5e:4x4, v5p:2x2x2, h100:8 or cpu:8"
+CUDNN = 91000  # 9.10, as jax's plugins of CUDA bring it
 MOST = 8960  # devices: the largest TPU pod of the table
 
 
@@ -142,6 +144,40 @@ def devices(topology: Topology) -> list[Any]:
         return list(found.devices)
     except Exception as error:  # jax and the vendor's library raise many kinds
         raise UserError(refusal(topology, str(error))) from error
+
+
+@contextlib.contextmanager
+def as_on_the_card(topology: Topology) -> Iterator[None]:
+    """Lets cuDNN's attention be traced for a GPU that is not here.
+
+    JAX asks the card, and the cuDNN beside it, whether they can run it; inside the block the table
+    of chips answers. If a release of JAX asks otherwise, config.model.attention="xla" still plans.
+    """
+    gpu = topology.chip.gpu if topology.chip else None
+    if gpu is None:
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def reaches(capability: str) -> bool:
+        return gpu.capability >= tuple(map(int, capability.split(".")))
+
+    def equals(capability: str) -> bool:
+        return gpu.capability == tuple(map(int, capability.split(".")))
+
+    answers: dict[str, Any] = {
+        "check_cudnn_version": lambda: CUDNN,
+        "check_compute_capability": reaches,
+        "is_cuda_compute_capability_equal": equals,
+    }
+    before = {name: getattr(cudnn, name) for name in answers if hasattr(cudnn, name)}
+    try:
+        for name in before:
+            setattr(cudnn, name, answers[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(cudnn, name, value)
 
 
 def refusal(topology: Topology, reason: str) -> str:

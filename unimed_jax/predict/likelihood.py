@@ -94,7 +94,7 @@ class Likelihoods:
         answers = max(sum(answers) for rows in plans for answers in rows)
         self._shape = dataclasses.replace(self._shape, answers=answers)
         self._rows = self._rows_of_a_call(max(map(len, plans)))
-        check_answering(config.model, self._rows, tokens)
+        check_answering(config.model, model, self._rows, tokens)
 
     def of(self, batch: Sequence[Asked], pixels: Sequence[Sequence[np.ndarray]]) -> list[Likelihood]:
         """Measures the questions of a batch, in order; pixels: of each its images, uint8 [H, W, 3]."""

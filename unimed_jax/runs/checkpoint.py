@@ -30,6 +30,7 @@ from unimed_jax import processes
 from unimed_jax.errors import UserError
 from unimed_jax.files import full_disk
 from unimed_jax.finite import refuse_not_finite
+from unimed_jax.model.quantised import leaf_of
 from unimed_jax.parsing import parse_json, read_text
 
 Leaves = dict[str, Any]  # path -> array
@@ -291,7 +292,7 @@ class Checkpoints:
     def saved_weights(self) -> set[str]:
         """Returns the paths of the leaves that the newest checkpoint with a readable note holds."""
         content = self._newest_note()
-        return set() if content is None else set(content["arrays"]["weights"])
+        return set() if content is None else set(map(leaf_of, content["arrays"]["weights"]))
 
     def _newest_note(self) -> dict | None:
         """Reads the newest note that can be read; None without one."""

@@ -34,9 +34,16 @@ from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.interop.tensors.table import folded
 from unimed_jax.model import sharding
 from unimed_jax.model.dispatch import upcycled
-from unimed_jax.model.parameters import abstract, parameters, with_parameters
+from unimed_jax.model.parameters import (
+    abstract,
+    parameters,
+    stored_leaves,
+    tree_bytes,
+    with_parameters,
+)
+from unimed_jax.model.quantised import stored_like
 from unimed_jax.model.unimed import UniMed, order_coordinates
-from unimed_jax.rules import leaf_dtypes, leaf_rules
+from unimed_jax.rules import leaf_rules
 from unimed_jax.runs import inputs
 from unimed_jax.runs.checkpoint import Checkpoints, Replaced, fingerprints
 from unimed_jax.runs.folder import load_text, missing_inputs, read_config, tokenizer_folder, with_changed
@@ -71,12 +78,14 @@ def found_mesh(config: Config, trains: bool = True) -> Mesh | None:
     A single device gets None. `trains=False` is for an exported model, to which the rules of training
     do not apply.
     """
-    shapes = parameters(abstract(config.model))
-    rules = leaf_rules(shapes, config.train, config.optimizer) if trains else {}
-    frozen = sum(
-        leaf.size for path, leaf in shapes.items() if path not in rules or not rules[path].train
-    )
-    arguments = config.data.rows, frozen * jnp.dtype(config.model.frozen_dtype).itemsize
+    if trains:
+        leaves = stored_leaves(config)
+        rules = leaf_rules(leaves, config.train, config.optimizer)
+        frozen = tree_bytes([leaf for path, leaf in leaves.items() if not rules[path].train])
+    else:
+        whole = sum(leaf.size for leaf in parameters(abstract(config.model)).values())
+        frozen = whole * jnp.dtype(config.model.frozen_dtype).itemsize
+    arguments = config.data.rows, frozen
     try:
         return sharding.make_mesh(config.mesh, *arguments)
     except UserError:  # trained on another number of devices
@@ -101,17 +110,13 @@ def initial_leaves(
 
     Also returns each one's source.
 
-    The leaves depend on the settings only: the random numbers do not depend on the devices. Dtypes
-    are as in `leaf_dtypes`. Only what is wanted, and of that only what no later source replaces, is
-    made or read. Without a mesh all of it lies on this process's first device.
+    The leaves depend on the settings only: the random numbers do not depend on the devices. They are
+    stored as `model.parameters.stored` says. Only what is wanted, and of that only what no later
+    source replaces, is made or read. Without a mesh all of it lies on this process's first device.
     """
     tokenizer.check_fits(config.model.decoder.vocab)
-    shapes = parameters(abstract(config.model))
-    rules = leaf_rules(shapes, config.train, config.optimizer)
-    dtypes = leaf_dtypes(rules, config.model.frozen_dtype)
-    to = Destination(
-        shapes, None if mesh is None else sharding.parameter_shardings(shapes, mesh), dtypes
-    )
+    shapes = stored_leaves(config)
+    to = Destination(shapes, None if mesh is None else sharding.parameter_shardings(shapes, mesh))
     still = {path for path in shapes if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)}
     leaves: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -173,7 +178,8 @@ def _random_leaves(
         model = UniMed(config.model, nnx.Rngs(config.seed))
         if tokenizer.coordinate_start is not None:
             order_coordinates(model, tokenizer.coordinate_start)
-        return {p: leaf.astype(to.dtype(p)) for p, leaf in parameters(model).items() if p in wanted}
+        drawn = {p: leaf for p, leaf in parameters(model).items() if p in wanted}
+        return {p: stored_like(leaf, to.leaves[p]) for p, leaf in drawn.items()}
 
     return jax.jit(
         make, out_shardings=None if to.shardings is None else {p: to.sharding(p) for p in wanted}
@@ -199,12 +205,13 @@ def _leaves_of_run(
     def take(found: Mapping[str, jax.Array]) -> None:
         for path, leaf in found.items():
             if path in wanted and leaf.shape == to.leaves[path].shape:
-                taken[path] = jax.device_put(leaf.astype(to.dtype(path)), to.sharding(path))
+                taken[path] = jax.device_put(stored_like(leaf, to.leaves[path]), to.sharding(path))
 
     layers = "decoder/layers/"
     for path in list(theirs):
         leaf = theirs.pop(path)
         if becomes_experts and path.startswith(f"{layers}mlp/"):
+            leaf = leaf.astype(leaf.dtype)  # numbers, in place of codes
             take(_copied_to_experts(leaf, path, config, to))
         else:
             take({path: leaf})
@@ -233,7 +240,9 @@ def base_note(leaves: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str
     """
     numbers = jax.device_get(fingerprints(dict(leaves)))
     return {
-        path: {"source": sources[path], "fingerprint": int(number)} for path, number in numbers.items()
+        # of a quantised kernel, that of codes and scales together
+        path: {"source": sources[path], "fingerprint": sum(map(int, jax.tree.leaves(part))) % 2**32}
+        for path, part in numbers.items()
     }
 
 
@@ -353,16 +362,12 @@ def _leaves_at(
         only = checkpoints.best()
         if only is None:
             raise UserError(f"{folder} holds no best checkpoint; set config.train.best before training.")
-    shapes = parameters(abstract(config.model))
-    dtypes = leaf_dtypes(leaf_rules(shapes, config.train, config.optimizer), config.model.frozen_dtype)
-    places = {} if mesh is None else sharding.parameter_shardings(shapes, mesh)
+    shapes = stored_leaves(config)
     saved = checkpoints.saved_weights()
     base, sources = initial_leaves(config, tokenizer, mesh, [p for p in shapes if p not in saved])
-    like = {
-        p: jax.ShapeDtypeStruct(shapes[p].shape, dtypes[p], sharding=places.get(p))
-        for p in shapes
-        if p in saved
-    }
+    like = {p: leaf for p, leaf in shapes.items() if p in saved}
+    if mesh is not None:
+        like = sharding.placed(like, sharding.parameter_shardings(like, mesh))
     weights, _, note = checkpoints.restore(like, only=only)
     check_base(folder, note["base"], base_note(base, sources))
     step = checkpoints.latest() if only is None else only

@@ -8,11 +8,17 @@ row, all in the encoder. Recomputation under remat, norms, activations, softmax,
 optimizer are left out.
 """
 
+import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
-from unimed_jax.config import VISUAL_TASKS, Config
+from unimed_jax.config import VISUAL_TASKS, Config, ModelConfig
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import leaf_rules
+
+PARTS = ("vision", "connector", "decoder", "head")
 
 
 def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
@@ -26,27 +32,58 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
     """
     model, data = config.model, config.data
     decoder, vision = model.decoder, model.vision
-    shapes = parameters(abstract(model))
-    rules = leaf_rules(shapes, config.train, config.optimizer)
     images = data.rows * data.row_images
     patches = vision.patches + vision.cls_token
+    flops = dict.fromkeys((*PARTS, "attention"), 0.0)
+    for p in products(config):
+        flops[p.part] += 2 * math.prod(p.shape) * p.visits * (1 + p.passes + p.trains)
+    below = gradients_pass(config)
+
+    # Scores and weighted values: 2 * width each for every pair that is seen; backward twice as many.
+    flops["vision"] += (
+        4 * vision.width * patches * patches * images * vision.depth * (3 if below["vision"] else 1)
+    )
+    pairs = data.rows * examples * (data.row_tokens / examples) ** 2 / 2
+    flops["attention"] = (
+        4 * decoder.heads * decoder.head_dim * pairs * decoder.depth * (3 if below["decoder"] else 1)
+    )
+    return flops
+
+
+@functools.cache
+def leaf_shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Lists the shape of every leaf of a model by path."""
+    found = {path: tuple(leaf.shape) for path, leaf in parameters(abstract(model)).items()}
+    return MappingProxyType(found)
+
+
+class Product(NamedTuple):
+    """Describes a product of activations with a parameter, in one training step."""
+
+    path: str
+    part: str  # one of PARTS
+    shape: tuple[int, ...]  # of the parameter
+    visits: float  # rows of the activations that each of its matrices multiplies, over all devices
+    passes: bool  # whether the gradient of its input is needed
+    trains: bool  # whether its own gradient is
+
+
+def products(config: Config) -> list[Product]:
+    """Lists the products of a training step, in the model's order of parameters."""
+    model, data = config.model, config.data
+    images = data.rows * data.row_images
     visits = {
-        "vision": images * patches,
+        "vision": images * (model.vision.patches + model.vision.cls_token),
         "connector": images * model.tokens_per_image,
         "decoder": data.rows * data.row_tokens,
         "head": data.rows * data.row_answers,
     }
-    # Whether anything below a part trains, so that gradients must pass through the part.
-    trains = {
-        part: any(rules[path].train for path in shapes if path.startswith(part)) for part in visits
-    }
-    below = {"vision": trains["vision"], "connector": trains["vision"]}
-    below["decoder"] = below["head"] = trains["vision"] or trains["connector"] or trains["decoder"]
-
-    flops = dict.fromkeys((*visits, "attention"), 0.0)
-    for path, leaf in shapes.items():
+    shapes = leaf_shapes(model)
+    rules = leaf_rules(shapes, config.train, config.optimizer)
+    below, found = gradients_pass(config), []
+    for path, shape in shapes.items():
         part = path.split("/")[0]
-        if path == "decoder/head" or (path == "decoder/embedding" and decoder.tied_head):
+        if path == "decoder/head" or (path == "decoder/embedding" and model.decoder.tied_head):
             part = "head"
         elif not _is_kernel(path):
             continue
@@ -58,17 +95,22 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
         passes = below[part] or path in ("connector/experts/down", "connector/router/out_kernel")
         # layers of a dense connector after its first
         passes |= path.startswith("connector/layers/") and not path.startswith("connector/layers/0/")
-        flops[part] += 2 * math.prod(leaf.shape) * count * (1 + passes + rules[path].train)
+        found.append(Product(path, part, shape, count, passes, rules[path].train))
+    return found
 
-    # Scores and weighted values: 2 * width each for every pair that is seen; backward twice as many.
-    flops["vision"] += (
-        4 * vision.width * patches * patches * images * vision.depth * (3 if below["vision"] else 1)
-    )
-    pairs = data.rows * examples * (data.row_tokens / examples) ** 2 / 2
-    flops["attention"] = (
-        4 * decoder.heads * decoder.head_dim * pairs * decoder.depth * (3 if below["decoder"] else 1)
-    )
-    return flops
+
+def gradients_pass(config: Config) -> dict[str, bool]:
+    """Says of each part whether anything below it trains, so that gradients must pass through it."""
+    shapes = leaf_shapes(config.model)
+    rules = leaf_rules(shapes, config.train, config.optimizer)
+    trains = {part: any(rules[path].train for path in shapes if path.startswith(part)) for part in PARTS}
+    through = trains["vision"] or trains["connector"] or trains["decoder"]
+    return {
+        "vision": trains["vision"],
+        "connector": trains["vision"],
+        "decoder": through,
+        "head": through,
+    }
 
 
 def _is_kernel(path: str) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unimed_jax import processes
@@ -119,7 +120,8 @@ def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
     state = build(config, run.mesh).state
     _, rest, _ = checkpoints.restore(saved, state.besides, only=run.step)
     checkpoints.close()
-    return trained, per_leaf(rest[1])
+    count, *moments = per_leaf(rest[1])
+    return trained, AdamState(count, *jax.tree.map(lambda x: x.astype(jnp.float32), moments))
 
 
 class Meter:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from unimed_jax.config import Config
 from unimed_jax.model import sharding
-from unimed_jax.model.parameters import abstract, parameters
+from unimed_jax.model.parameters import abstract, parameters, stored, stored_leaves, tree_bytes
 from unimed_jax.model.unimed import UniMed
-from unimed_jax.rules import LeafRule, leaf_dtypes, leaf_rules
+from unimed_jax.rules import LeafRule, leaf_rules
 from unimed_jax.train.gradients import STRATEGIES
 from unimed_jax.train.optimizer import Optimizer
 from unimed_jax.train.step import TrainState, first_state, make_step
@@ -37,7 +37,7 @@ class Program:
     step: Any
     # jax.ShapeDtypeStruct in place of arrays, with shardings if there is a mesh:
     state: TrainState
-    frozen: dict[str, Any]  # path -> leaf that does not train
+    frozen: dict[str, Any]  # path -> leaf that does not train, or Quantised of two
     batch: dict[str, Any]  # the global batch, all rows of all processes
     optimizer: Optimizer
     rules: dict[str, LeafRule]
@@ -68,8 +68,7 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
     model = abstract(config.model)
     shapes = parameters(model)
     rules = leaf_rules(shapes, config.train, config.optimizer)
-    dtypes = leaf_dtypes(rules, config.model.frozen_dtype)
-    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in shapes.items()}
+    leaves = stored(shapes, rules, config.model)
     trainable = {path: leaf for path, leaf in leaves.items() if rules[path].train}
     frozen = {path: leaf for path, leaf in leaves.items() if not rules[path].train}
     optimizer = Optimizer(config.optimizer, rules)
@@ -78,9 +77,11 @@ def build(config: Config, mesh: Mesh | None, coordinate_start: int | None = None
     batch = batch_shapes(config)
     if mesh is not None:
         # Shardings are added by hand, because eval_shape loses them.
-        state = _placed(state, sharding.state_shardings(state, mesh))
-        frozen = _placed(frozen, sharding.parameter_shardings(frozen, mesh))
-        batch = _placed(batch, {name: sharding.row_sharding(x.shape, mesh) for name, x in batch.items()})
+        state = sharding.placed(state, sharding.state_shardings(state, mesh))
+        frozen = sharding.placed(frozen, sharding.parameter_shardings(frozen, mesh))
+        batch = sharding.placed(
+            batch, {name: sharding.row_sharding(x.shape, mesh) for name, x in batch.items()}
+        )
     step = make_step(model, config, optimizer, coordinate_start, mesh)
     return Program(model, step, state, frozen, batch, optimizer, rules, mesh)
 
@@ -90,11 +91,10 @@ def make_mesh(config: Config, *described: Any) -> Mesh | None:
 
     A single device gets None. `described`: other devices and their memory, see `sharding.make_mesh`.
     """
-    shapes = parameters(abstract(config.model))
-    rules = leaf_rules(shapes, config.train, config.optimizer)
-    whole = sum(shape.size for path, shape in shapes.items() if not rules[path].train)
-    frozen_bytes = whole * jnp.dtype(config.model.frozen_dtype).itemsize
-    return sharding.make_mesh(config.mesh, config.data.rows, frozen_bytes, *described)
+    leaves = stored_leaves(config)
+    rules = leaf_rules(leaves, config.train, config.optimizer)
+    frozen = tree_bytes([leaf for path, leaf in leaves.items() if not rules[path].train])
+    return sharding.make_mesh(config.mesh, config.data.rows, frozen, *described)
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -114,9 +114,3 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         **{name: of((rows, answers), jnp.int32) for name in by_answer},
         "weights": of((rows, answers), jnp.float32),
     }
-
-
-def _placed(tree: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )

@@ -30,10 +30,10 @@ from unimed_jax.finite import refuse_not_finite
 from unimed_jax.interop.families.med_moe import export_router
 from unimed_jax.interruption import claim
 from unimed_jax.model import sharding
-from unimed_jax.model.parameters import abstract, parameters
+from unimed_jax.model.parameters import stored_leaves, tree_bytes
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
-from unimed_jax.predict.predictor import prompt_batch
+from unimed_jax.predict.plain import prompt_batch
 from unimed_jax.provenance import code_version, joint_checksum, plain
 from unimed_jax.runs import inputs
 from unimed_jax.runs.folder import load_text, tokenizer_folder, write_config
@@ -81,9 +81,8 @@ def train_router(config: Config, folder: Path) -> dict[str, Any]:
     held = {split: labelled(held_out, split, config, classes) for split in config.evaluate.splits}
     counts = _counts(config, len(train.examples))
 
-    frozen = sum(leaf.size for leaf in parameters(abstract(config.model)).values())
-    frozen *= jnp.dtype(config.model.frozen_dtype).itemsize
-    mesh = sharding.make_mesh(config.mesh, config.evaluate.batch, frozen)
+    weights = tree_bytes(stored_leaves(config))
+    mesh = sharding.make_mesh(config.mesh, config.evaluate.batch, weights)
     with sharding.inside(mesh):
         model, _ = initial_model(config, tokenizer, mesh)
         embed = embedder(model, config, tokenizer)

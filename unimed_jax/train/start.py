@@ -208,6 +208,7 @@ def _moments_of_init(config: Config, state: TrainState, mesh: Mesh | None) -> Ad
             "freeze it by config.train.rules, or start with zeros."
         )
     moments = AdamState(*({leaf: part[leaf] for leaf in state.leaves} for part in found))
+    moments = jax.tree.map(lambda x, like: x.astype(like.dtype), moments, state.moments)
     return moments if mesh is None else jax.device_put(moments, sharding.state_shardings(moments, mesh))
 
 

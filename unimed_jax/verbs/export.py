@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> None:
 
     from unimed_jax.interop.targets import TARGETS, Content
     from unimed_jax.model.parameters import parameters
+    from unimed_jax.model.quantised import Quantised
     from unimed_jax.runs.folder import tokenizer_folder
     from unimed_jax.runs.inputs import kept
     from unimed_jax.runs.open import open_run, settings_of
@@ -53,6 +54,13 @@ def run(arguments: list[str]) -> None:
         metrics=read_json(scores, "evaluate the run again") if scores.is_file() else None,
     )
     target.write(known.out, content)
+    quantised = any(isinstance(leaf, Quantised) for leaf in content.leaves.values())
+    if quantised and target.kernels:
+        model = run.config.model
+        print(
+            f"{known.run}: its frozen kernels are stored as {model.frozen_kernels}; what is written is "
+            f"the numbers that these codes stand for, in {model.frozen_dtype}"
+        )
     for note in run.notes:
         print(f"{known.run}: {note}")
     print(f"wrote {known.out}")

@@ -72,7 +72,8 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.data.box_text import valid_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
-    from unimed_jax.predict.predictor import Predictor, Request
+    from unimed_jax.predict.predictor import Predictor
+    from unimed_jax.predict.request import Request
     from unimed_jax.runs.open import open_config, open_run, settings_of
 
     if known.task == "identify" and valid_box(known.text) is None:

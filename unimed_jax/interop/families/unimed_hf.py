@@ -118,7 +118,9 @@ class Merged:
 
     def __getitem__(self, layer: int) -> jax.Array:
         update = jnp.einsum("ir,ro->io", self._a[layer], self._b[layer]) * self._scale
-        return (self._kernel[layer] + update).astype(self.dtype)
+        # a quantised kernel becomes numbers here
+        kernel = self._kernel[layer].astype(jnp.promote_types(self.dtype, update.dtype))
+        return (kernel + update).astype(self.dtype)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.stack([np.asarray(self[layer], dtype) for layer in range(self.shape[0])])
@@ -134,7 +136,7 @@ def portable(config: Config) -> Config:
     )
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, lora=LoraConfig()),
+        model=dataclasses.replace(config.model, lora=LoraConfig(), frozen_kernels="plain"),
         text=dataclasses.replace(config.text, tokenizer=""),
         data=dataclasses.replace(config.data, root="", cache="", sources=sources),
         init=tuple((kind, Path(path).name) for kind, path in config.init),

@@ -144,6 +144,10 @@ class GgufFile(Tensors):
             return Stored(shape, tensor.tensor_type.name)
         return Stored(shape, np.dtype(np.float32))
 
+    def quantisation(self, name: str) -> str:
+        tensor = self.tensors[name]
+        return "" if tensor.data.dtype.kind == "f" else tensor.tensor_type.name
+
     def read(self, name: str, index: Region = ()) -> np.ndarray:
         tensor = self.tensors[name]
         if tensor.data.dtype.kind == "f":

@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from unimed_jax.interop.tensors.table import Region, Table, Tensors, check, read_region
+from unimed_jax.model.quantised import Kind, Quantised, quantise
+from unimed_jax.processes import say
 
 STRIP = 128 << 20  # bytes of a shard that are in host memory at a time
 
@@ -25,8 +27,9 @@ class Destination:
 
     All are given by the path of the leaf.
 
-    leaves: anything with a shape and a dtype. shardings: None puts all on the first device. dtypes:
-    replace those of `leaves`, for the paths that are named.
+    leaves: anything with a shape and a dtype; `Quantised` shapes are for kernels that are rounded as
+    they are read. shardings: None puts all on the first device. dtypes: replace those of `leaves`, for
+    the paths that are named.
     """
 
     leaves: Mapping[str, Any]
@@ -54,25 +57,48 @@ def load_leaves(table: Table, tensors: Tensors, to: Destination) -> dict[str, ja
     later for the first tensor that is not finite.
     """
     check(table, tensors, to.leaves)
+    _say_what_is_rounded_twice(table, tensors, to)
     out = {}
     for path in table.paths():
-        shape, dtype = tuple(to.leaves[path].shape), to.dtype(path)
+        leaf, dtype, sharding = to.leaves[path], to.dtype(path), to.sharding(path)
+        shape = tuple(leaf.shape)
+        store = None
+        if isinstance(leaf, Quantised):
+            dtype = np.dtype(np.float32)  # of a strip, before it is rounded to codes
+            store = functools.partial(_quantised, kind=leaf.kind, dtype=leaf.dtype, sharding=sharding)
         read_part = functools.partial(read_region, table, tensors, path, shape, dtype=dtype)
-        out[path] = filled(shape, dtype, to.sharding(path), read_part)
+        out[path] = filled(shape, dtype, sharding, read_part, store)
     return out
 
 
+def _say_what_is_rounded_twice(table: Table, tensors: Tensors, to: Destination) -> None:
+    """Says that codes of a file become codes of another kind, which loses more than one rounding."""
+    again = [entry for entry in table if isinstance(to.leaves[entry.path], Quantised)]
+    kinds = sorted({kind for entry in again if (kind := tensors.quantisation(entry.name))})
+    if kinds:
+        say(
+            f"{tensors.origin} holds kernels as {', '.join(kinds)}, which are rounded once more, to "
+            f"{to.leaves[again[0].path].kind} (config.model.frozen_kernels); a file of F16 or BF16 "
+            "loses less"
+        )
+
+
 def filled(
-    shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, read_part: Callable
-) -> jax.Array:
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+    read_part: Callable,
+    store: Callable[[jax.Array], Any] | None = None,
+) -> Any:
     """Builds a sharded array; each device's shard is read in strips, and replicas share one read.
 
-    read_part: region of the whole array -> its values.
+    read_part: region of the whole array -> its values. store: a strip on the devices -> the arrays, of
+    the same sharding, that are kept in its place.
     """
     shard = sharding.shard_shape(shape)
     devices_of = _devices_by_region(shape, sharding)
 
-    def strip(start: int, rows: int) -> jax.Array:
+    def strip(start: int, rows: int) -> Any:
         """Reads `rows` rows of every shard, from its row `start` on, as one array sharded alike."""
         parts = []
         for region, devices in devices_of.items():
@@ -81,19 +107,23 @@ def filled(
             values = read_part(part)
             parts += [jax.device_put(values, device) for device in devices]
         whole = (shape[0] // shard[0] * rows, *shape[1:])
-        return jax.make_array_from_single_device_arrays(whole, sharding, parts)
+        array = jax.make_array_from_single_device_arrays(whole, sharding, parts)
+        return array if store is None else store(array)
 
     row_bytes = max(1, int(np.prod(shard[1:], dtype=np.int64)) * dtype.itemsize)
     count = -(-shard[0] // max(1, STRIP // row_bytes))
     if count <= 1:
         return strip(0, shard[0])
     rows = -(-shard[0] // count)
-    out = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    like = like if store is None else jax.eval_shape(store, like)
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+    out = jax.tree.map(lambda x: zeros(x.shape, x.dtype), like)
     for i in range(count):
         # the last strip may overlap, so that all are written by one program
         start = min(i * rows, shard[0] - rows)
         out = _write(out, strip(start, rows), start, sharding)
-        out.block_until_ready()  # otherwise strips pile up in host memory
+        jax.block_until_ready(out)  # otherwise strips pile up in host memory
     return out
 
 
@@ -108,12 +138,26 @@ def _devices_by_region(
     return devices_of
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "dtype", "sharding"))
+def _quantised(strip: jax.Array, kind: Kind, dtype: np.dtype, sharding: Sharding) -> Quantised:
+    """Rounds a strip of stacked kernels to codes, on the devices where it lies."""
+    out = quantise(strip, kind, dtype)
+    here = isinstance(sharding, NamedSharding)
+    return jax.lax.with_sharding_constraint(out, sharding) if here else out
+
+
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnums=0)
 def _write(out, strip, start, sharding: Sharding):
-    """Writes the strip into every shard of `out`, from row `start` of the shard on, in place."""
+    """Writes the strip into every shard of `out`, from row `start` of the shard on, in place.
 
-    def put(shard, values, start):
-        return jax.lax.dynamic_update_slice_in_dim(shard, values, start, 0)
+    Both may be trees of arrays.
+    """
+
+    def put(shards, values, start):
+        def into(shard, part):
+            return jax.lax.dynamic_update_slice_in_dim(shard, part, start, 0)
+
+        return jax.tree.map(into, shards, values)
 
     if not isinstance(sharding, NamedSharding):
         return put(out, strip, start)

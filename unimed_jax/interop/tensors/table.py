@@ -51,6 +51,10 @@ class Tensors:
         """Copies a region of the tensor into memory, in the stored dtype."""
         raise NotImplementedError
 
+    def quantisation(self, name: str) -> str:
+        """Names the codes (Q4_K, ...) that the file holds in place of a tensor's numbers, or ""."""
+        return ""
+
 
 class Arrays(Tensors):
     """Gives arrays that are in memory already, and for all other names the tensors of `base`."""

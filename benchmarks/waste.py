@@ -1,0 +1,105 @@
+"""Compares the full-size training step, compiled for chips that are not here, with what it needs.
+
+    python benchmarks/waste.py --topology=h100:1 --rows=16 --tokens=256 --images=1
+    python benchmarks/waste.py --topology=v5e:4x4 --fsdp=16 --rows=16 --tokens=2048 --images=1
+
+It compiles the step of benchmarks/accelerator.py (Uni-Med with LLaMA-2-7B, LoRA on all linears) ahead
+of time, counts the compiled program by its text (unimed_jax/plan/program_cost.py), and divides by the
+ideal (unimed_jax/plan/ideal.py); then come the operations that move most. `--out` keeps the text.
+
+GPUs get cuDNN's attention, although no card is here; `--attention=xla` compiles the plain form.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from unimed_jax.plan import topology as topologies
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", required=True, help="such as h100:1, h100:8, v5e:4x4")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256, help="of a row")
+    parser.add_argument("--images", type=int, default=1, help="of a row")
+    parser.add_argument(
+        "--answers", type=int, help="tokens of a row; by default a quarter of its tokens"
+    )
+    parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
+    parser.add_argument("--attention", default="auto", choices=("auto", "xla"))
+    for axis in ("data", "fsdp", "tensor", "expert"):
+        parser.add_argument(f"--{axis}", type=int, default=1, help="size of that axis of the mesh")
+    parser.add_argument("--largest", type=int, default=12, help="operations to list")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, for a test")
+    parser.add_argument("--out", type=Path, help="file for the text of the compiled program")
+    arguments = parser.parse_args()
+    topology = topologies.parse(arguments.topology)
+    topologies.check_compiler([topology])
+    os.environ |= topologies.environment(topology)  # before jax starts
+    report(arguments, topology)
+
+
+def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None:
+    import accelerator
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
+    from unimed_jax.model import sharding
+    from unimed_jax.plan.ideal import ideal
+    from unimed_jax.plan.program_cost import program_cost
+    from unimed_jax.train.program import build
+
+    scale = accelerator.SCALES["tiny" if arguments.tiny else "full"]
+    model = dataclasses.replace(scale.model, remat=arguments.remat, attention=arguments.attention)
+    config = accelerator.training(
+        dataclasses.replace(scale, model=model), arguments.rows, arguments.tokens
+    )
+    data = dataclasses.replace(
+        config.data,
+        row_images=arguments.images,
+        row_answers=arguments.answers or arguments.tokens // 4,
+    )
+    config = dataclasses.replace(config, data=data)
+    sizes = {axis: getattr(arguments, axis) for axis in sharding.MESH_AXES}
+    devices = np.array(topologies.devices(topology)).reshape(tuple(sizes.values()))
+    mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    start = time.perf_counter()
+    with topologies.as_on_the_card(topology):
+        text = build(config, mesh).lower().compile().as_text()
+    print(f"compiled in {time.perf_counter() - start:.0f} s")
+    if arguments.out:
+        arguments.out.write_text(text)
+
+    found, least = program_cost(text, sizes), ideal(config, sizes, "train")
+    print("| of one device | compiled | ideal | ratio | ratio with what is computed again |")
+    print("| --- | --- | --- | --- | --- |")
+    again = least.again
+    rows = (
+        ("TFLOP", 1e12, found.flops, least.flops, again.flops),
+        ("GB of memory", 1e9, found.bytes, least.bytes, again.bytes),
+        ("GB sent", 1e9, found.collective_bytes, least.collective_bytes, 0),
+    )
+    for name, unit, ours, needed, more in rows:
+        ratios = f"{ours / needed:.2f} | {ours / (needed + more):.2f}" if needed else "- | -"
+        print(f"| {name} | {ours / unit:.2f} | {needed / unit:.2f} | {ratios} |")
+    for c in found.collectives:
+        print(f"{c.kind} over {'+'.join(c.axes)}: {c.bytes / 1e6:.0f} MB in {c.count:.0f}")
+    for field, unit, name in (("flops", 1e12, "TFLOP"), ("bytes", 1e9, "GB"), ("network", 1e6, "MB")):
+        for o in found.by(field)[: arguments.largest]:
+            if getattr(o, field):
+                value = getattr(o, field) / unit
+                print(f"{value:10.2f} {name} in {o.count:.0f}: {o.shape} {o.name}")
+    for unknown in (*found.unknown_loops, *found.unknown_calls):
+        print(f"not counted: {unknown}")
+
+
+if __name__ == "__main__":
+    main()

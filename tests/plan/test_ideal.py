@@ -1,0 +1,129 @@
+"""What the mathematics needs of a device, against sums written out by hand."""
+
+import dataclasses
+import math
+
+import pytest
+from support import tiny
+
+from unimed_jax.config import RuleConfig
+from unimed_jax.plan.ideal import ideal
+from unimed_jax.train.flops import leaf_shapes, useful_flops
+
+ROWS = 8
+ONE = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+B = 4  # bytes of a float32
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.training(tiny.config(), rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def sizes(config):
+    return {path: math.prod(shape) for path, shape in leaf_shapes(config.model).items()}
+
+
+def layer_kernels(sizes):
+    return {p: n for p, n in sizes.items() if p.startswith("decoder/layers/") and p.endswith("kernel")}
+
+
+def test_one_device(config, sizes):
+    found = ideal(config, ONE, "train")
+    assert found.flops == sum(useful_flops(config).values())
+    assert found.bytes == sum(found.byte_terms.values())
+    assert found.collective_bytes == 0 and found.collective_terms == {}
+    trained = {p: n for p, n in sizes.items() if p.startswith("connector/") or "/lora_" in p}
+    assert found.byte_terms["optimizer"] == 8 * B * sum(trained.values())
+    # the frozen encoder is read once, all else forward and backward
+    vision = sum(n for p, n in sizes.items() if p.startswith("vision/") and p.endswith("kernel"))
+    decoder = sum(layer_kernels(sizes).values()) + sizes["decoder/head"]
+    matrices = ("kernel", "experts/up", "experts/down", "lora_a", "lora_b")
+    once_more = sum(n for p, n in trained.items() if p.endswith(matrices))
+    assert found.byte_terms["weights"] == B * (vision + 2 * decoder + 2 * once_more)
+
+
+def test_a_split_and_frozen_base_is_gathered_forward_and_backward(config, sizes):
+    found = ideal(config, {**ONE, "fsdp": 8}, "train")
+    c = config.model.decoder
+    # width 16 is split over 8 in every layer and in the head; that of the encoder, 12, over none
+    gathered = sum(layer_kernels(sizes).values()) + sizes["decoder/head"]
+    looked_up = ROWS // 8 * config.data.row_tokens * c.width
+    assert found.collective_terms["gather"] == pytest.approx(7 / 8 * B * (2 * gathered + looked_up))
+    # adapters are not split: their gradients are added up; the connector's stay with what they are of,
+    # except what 8 does not divide
+    adapters = sum(n for p, n in sizes.items() if "/lora_" in p)
+    whole = sum(
+        sizes[f"connector/{name}"]
+        for name in (
+            *("task_tokens", "experts/bias", "router/out_bias"),
+            *("experts/up", "experts/up_bias", "experts/down"),  # 30 hidden units
+            *("router/task_kernel", "router/token_kernel", "router/bias", "router/out_kernel"),  # 14
+        )
+    )
+    assert found.collective_terms["gradients"] == pytest.approx(2 * 7 / 8 * B * (adapters + whole))
+
+
+def test_the_connectors_inputs_are_gathered_and_not_its_weights(config, sizes):
+    found = ideal(config, {**ONE, "data": 2}, "train")
+    tokens = ROWS * config.data.row_images * config.model.tokens_per_image
+    features, width = 4 * config.model.vision.width, config.model.decoder.width
+    # gathered; its sums scattered, and their gradients gathered
+    assert found.collective_terms["inputs"] == B * tokens / 2 * (features + 2 * width)
+    assert "gather" not in found.collective_terms
+    adapters = sum(n for p, n in sizes.items() if "/lora_" in p)
+    rest = sum(sizes[f"connector/{n}"] for n in ("task_tokens", "experts/bias", "router/out_bias"))
+    assert found.collective_terms["gradients"] == 2 / 2 * B * (adapters + rest)
+
+
+def test_split_heads_and_hidden_units_add_up_each_layers_outputs(config):
+    found = ideal(config, {**ONE, "tensor": 2}, "train")
+    decoder, vision, data = config.model.decoder, config.model.vision, config.data
+    by_row = 4 * ROWS * data.row_tokens * decoder.width * decoder.depth  # two forward, two backward
+    patches = ROWS * data.row_images * (vision.patches + 1)
+    by_image = 2 * patches * vision.width * vision.depth  # forward only
+    head = ROWS * data.row_answers * decoder.width
+    assert found.collective_terms["sums"] == 2 / 2 * B * (by_row + by_image + head)
+    assert found.flops == sum(useful_flops(config).values()) / 2
+
+
+def test_what_is_computed_again(config):
+    def again(policy):
+        model = dataclasses.replace(config.model, remat=policy)
+        return ideal(dataclasses.replace(config, model=model), ONE, "train")
+
+    none, dots, full = again("none"), again("dots"), again("full")
+    assert none.flops == dots.flops == full.flops and none.bytes == dots.bytes == full.bytes
+    assert none.again.flops == none.again.bytes == 0
+    assert dots.again.flops == useful_flops(config)["attention"] / 3
+    forward = useful_flops(dataclasses.replace(config, train=frozen_all(config)))
+    assert dots.again.flops < full.again.flops < forward["decoder"] + forward["attention"]
+
+
+def frozen_all(config):
+    return dataclasses.replace(config.train, rules=(RuleConfig("*", False),))
+
+
+def test_a_decoded_token_reads_all_weights_and_the_cache_once(config, sizes):
+    answering = dataclasses.replace(
+        config,
+        evaluate=dataclasses.replace(config.evaluate, batch=4, max_new_tokens=24),
+        text=dataclasses.replace(config.text, max_prompt=40),
+    )
+    c = config.model.decoder
+    found = ideal(answering, ONE, "decode")
+    adapters = sum(n for p, n in sizes.items() if "/lora_" in p)
+    decoder = sum(layer_kernels(sizes).values()) + sizes["decoder/head"] + adapters
+    assert found.byte_terms["weights"] == B * decoder
+    assert found.byte_terms["cache"] == B * 4 * (40 + 24) * 2 * c.kv_heads * c.head_dim * c.depth
+    assert "optimizer" not in found.byte_terms and found.again.flops == 0
+    prefill = ideal(answering, ONE, "prefill")
+    assert prefill.byte_terms["cache"] == B * 4 * 40 * 2 * c.kv_heads * c.head_dim * c.depth
+    assert prefill.byte_terms["weights"] > found.byte_terms["weights"]  # the encoder's, too
+    assert prefill.flops > 40 * 4 * 2 * sum(layer_kernels(sizes).values())
+    # on a mesh rows are shared, and so is the cache
+    assert (
+        ideal(answering, {**ONE, "data": 4}, "decode").byte_terms["cache"] * 4
+        == found.byte_terms["cache"]
+    )
