@@ -94,7 +94,7 @@ def _read_by_backward(config: Config, built: Program, rows: int) -> float:
 
     traced = jax.make_jaxpr(kept)(built.state.leaves, built.frozen, batch, key).jaxpr
     given = set(map(id, (*traced.invars, *traced.constvars)))
-    made = {id(out): out.aval for out in traced.outvars if id(out) not in given}
+    made: dict[int, Any] = {id(out): out.aval for out in traced.outvars if id(out) not in given}
     return sum(aval.size * aval.dtype.itemsize for aval in made.values())
 
 
