@@ -402,6 +402,7 @@ def test_predicted_temporaries_are_what_a_step_takes(cache, tmp_path):
     outcome = compile_one(job, tmp_path, LIMITS)
     predicted = 2 * outcome.result["memory"]["temp"]
     environ = {**os.environ, **topology.environment(job.topology)}
+    environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the config imports what tests share
     command = [sys.executable, "-c", MEASURED, str(cache / "toy.py"), *words]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
