@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -104,6 +106,47 @@ def test_the_same_plan_compiles_nothing(cache, monkeypatch, capsys):
         Job(other, topology.parse("cpu:8"), "train"),
     ]
     assert len({job.key for job in jobs}) == 4 and (cache / "cache" / jobs[0].key).is_dir()
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+DAMAGE = {
+    "a program cut short": ("program.txt.gz", _cut),
+    "a program gone": ("program.txt.gz", Path.unlink),
+    "a result cut short": ("result.json", _cut),
+    "another number": (
+        "result.json",
+        lambda file: file.write_text(re.sub(r'"temp": \d+', '"temp": 3', file.read_text())),
+    ),
+    "another content": ("result.json", lambda file: file.write_text("[3]")),
+    "no result": ("result.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_was_kept_and_is_damaged_is_compiled_again(cache, tmp_path, monkeypatch, case):
+    name, damage = DAMAGE[case]
+    job = Job(read_config(str(cache / "toy.py")), topology.parse("cpu:8"), "train")
+    shutil.copytree(cache / "cache" / job.key, tmp_path / job.key)
+    (whole,) = compiling.compile_all([job], tmp_path, LIMITS, say=lambda _: None)
+    assert whole.kept and whole.text
+    damage(tmp_path / job.key / name)
+    monkeypatch.setattr(compiling, "compile_one", lambda *_: dataclasses.replace(whole, kept=False))
+    said: list[str] = []
+    (again,) = compiling.compile_all([job], tmp_path, LIMITS, said.append)
+    assert not again.kept and any("is damaged, and is replaced" in line for line in said)
+
+
+def test_what_a_killed_plan_left_is_removed_after_a_week(tmp_path):
+    for name, days in (("old", 8), ("new", 6)):
+        folder = tmp_path / f".compile-{name}"
+        folder.mkdir()
+        then = time.time() - days * 24 * 3600
+        os.utime(folder, (then, then))
+    list(compiling.compile_all([], tmp_path, LIMITS))
+    assert [each.name for each in tmp_path.iterdir()] == [".compile-new"]
 
 
 def test_predicted_memory_is_what_devices_hold(cache):
@@ -207,6 +250,11 @@ def test_a_compilation_that_takes_too_much_is_ended(cache, tmp_path, monkeypatch
 ENDS = {
     "killed by the system": (-signal.SIGKILL, "", "was killed, as the system does when memory runs out"),
     "no memory": (-signal.SIGABRT, "std::bad_alloc", "ran out of this machine's memory"),
+    "a full disk": (
+        1,
+        "OSError: [Errno 28] No space left on device\n",
+        "found no space left in cache; free some, or give another --cache=DIR",
+    ),
     "libtpu held": (1, "ABORTED: The TPU is already in use by pid 7", "found libtpu held by another"),
     "a crash": (
         -signal.SIGSEGV,
@@ -220,7 +268,7 @@ ENDS = {
 def test_how_a_compiling_process_died_is_one_sentence(cache, case):
     status, said, expected = ENDS[case]
     job = Job(read_config(str(cache / "toy.py")), topology.parse("cpu:2"), "train")
-    sentence = compiling._death(job, status, said)
+    sentence = compiling._death(job, Path("cache/.compile-1"), status, said)
     assert expected in sentence and sentence.count(". ") == 0 and sentence.endswith(".")
 
 

@@ -37,6 +37,9 @@ SOURCES: tuple[str, ...] = (
 )
 COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 WATCH_SECONDS = 0.2
+RESULT, PROGRAM = "result.json", "program.txt.gz"  # as child.py names them
+WORK = ".compile-"  # begins the name of a folder in which a process compiles
+LONGEST = 7 * 24 * 3600  # seconds; --minutes allows less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Outcome:
     @property
     def text(self) -> str:
         """Reads the compiled program; empty if there is none."""
-        file = self.folder / "program.txt.gz"
+        file = self.folder / PROGRAM
         if not file.is_file():
             return ""
         with gzip.open(file, "rt", encoding="utf-8") as text:
@@ -116,15 +119,19 @@ def compile_all(
     jobs: Sequence[Job], cache: Path, limits: Limits, say: Callable[[str], None] = print
 ) -> Iterator[Outcome]:
     """Yields the outcome of each job in turn, and says before each how long the rest may take."""
+    _remove_leftovers(cache)
     seconds = _earlier(cache)
-    waiting = [job for job in jobs if not _is_kept(cache / job.key)]
+    kept = {job.key: outcome for job in jobs if (outcome := _kept(job, cache)) is not None}
+    waiting = [job for job in jobs if job.key not in kept]
     done = 0
     for job in jobs:
-        if _is_kept(cache / job.key):
+        if job.key in kept:
             say(f"{job.shown}: kept from before")
-            yield _kept(job, cache)
+            yield kept[job.key]
             continue
         done += 1
+        if (cache / job.key).exists():
+            say(f"{job.shown}: what was kept of it in {cache / job.key} is damaged, and is replaced")
         left = [_estimate(other, seconds) for other in waiting[done - 1 :]]
         known = [x for x in left if x is not None]
         about = f"about {_time(sum(known) * len(left) / len(known))} left" if known else "time unknown"
@@ -141,7 +148,7 @@ def compile_one(job: Job, cache: Path, limits: Limits) -> Outcome:
     """Compiles a job in a new process, within the limits, and keeps its result in `cache`."""
     with _explained(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".compile-", dir=cache))
+        work = Path(tempfile.mkdtemp(prefix=WORK, dir=cache))
     begun = time.monotonic()
     try:
         description = {
@@ -154,15 +161,16 @@ def compile_one(job: Job, cache: Path, limits: Limits) -> Outcome:
         taken = time.monotonic() - begun
         if failed:
             return Outcome(job, {}, work, taken, False, failed)
-        result = read_json(work / "result.json", "compile it again")
+        result = read_json(work / RESULT, "compile it again")
         if "refused" in result:
             return Outcome(job, {}, work, taken, False, result["refused"])
-        files.write_json(work / "result.json", result | {"taken": taken})
+        result["taken"] = taken
+        files.write_json(work / RESULT, result | {"checksum": _checksum(work, result)})
         target = cache / job.key
         shutil.rmtree(target, ignore_errors=True)
         with _explained(cache):
             work.rename(target)
-        return dataclasses.replace(_kept(job, cache), seconds=taken, kept=False)
+        return Outcome(job, result, target, taken, False)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -205,12 +213,12 @@ def _run(job: Job, work: Path, limits: Limits) -> str:
             process.stdin.close()
     if ended:
         return f"compiling {job.program} for {job.topology.text} {ended}."
-    if (work / "result.json").is_file():
+    if (work / RESULT).is_file():
         return ""
-    return _death(job, process.returncode, (work / "said.txt").read_text(errors="replace"))
+    return _death(job, work, process.returncode, (work / "said.txt").read_text(errors="replace"))
 
 
-def _death(job: Job, status: int, said: str) -> str:
+def _death(job: Job, work: Path, status: int, said: str) -> str:
     """Says in one sentence how a compiling process ended that left no result."""
     what = f"compiling {job.program} for {job.topology.text}"
     if status == -signal.SIGKILL:
@@ -220,6 +228,8 @@ def _death(job: Job, status: int, said: str) -> str:
         )
     if re.search("bad_alloc|MemoryError|[Cc]annot allocate memory|[Oo]ut of memory", said):
         return f"{what} ran out of this machine's memory; free some, or plan on a larger machine."
+    if re.search("No space left on device|Disk quota exceeded", said):
+        return f"{what} found no space left in {work.parent}; free some, or give another --cache=DIR."
     if re.search("already in use|libtpu_lockfile|multi-process lock", said):
         return f"{what} found libtpu held by another process; end that one, or wait for it."
     lines = [line.strip() for line in said.splitlines() if line.strip()]
@@ -236,14 +246,33 @@ def _resident(pid: int) -> float:
     return float(found[1]) * 1024 if found else 0.0
 
 
-def _is_kept(folder: Path) -> bool:
-    return (folder / "result.json").is_file()
-
-
-def _kept(job: Job, cache: Path) -> Outcome:
+def _kept(job: Job, cache: Path) -> Outcome | None:
+    """Returns what was kept of an earlier compilation; None if there is none, or it is damaged."""
     folder = cache / job.key
-    result = read_json(folder / "result.json", "remove its folder to compile it again")
-    return Outcome(job, result, folder, float(result.get("taken", 0.0)), True)
+    try:
+        result = read_json(folder / RESULT)
+        checksum = result.pop("checksum")
+    except (UserError, AttributeError, KeyError, TypeError):
+        return None
+    if checksum != _checksum(folder, result):
+        return None
+    return Outcome(job, result, folder, result["taken"], True)
+
+
+def _checksum(folder: Path, result: dict[str, Any]) -> str:
+    """Computes a checksum of a result and of the compiled program beside it."""
+    found = hashlib.sha256(json.dumps(result, sort_keys=True).encode())
+    with contextlib.suppress(FileNotFoundError):
+        found.update((folder / PROGRAM).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Removes folders of compilations that were killed, once none can still be at work in them."""
+    for folder in cache.glob(f"{WORK}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LONGEST:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _earlier(cache: Path) -> dict[str, float]:
