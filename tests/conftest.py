@@ -131,6 +131,14 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def on_one_device(quick_compiles):
+    """Trains and answers on one device, because programs for eight compile slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unimed_jax.model.sharding.make_mesh", lambda *settings: None)
+        yield
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 32 MB that can be filled."""

@@ -11,7 +11,6 @@ from support.fake_brain import Squares
 
 from unimed_jax import main as cli
 from unimed_jax.config import TASKS, to_dict
-from unimed_jax.model import sharding
 from unimed_jax.settings import from_config_dict
 
 CONFIG = """
@@ -24,14 +23,6 @@ def get_config(argument=""):
 
 
 @pytest.fixture(scope="module")
-def patched(quick_compiles):
-    with pytest.MonkeyPatch.context() as patch:
-        # programs for eight devices compile slowly
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)
-        yield
-
-
-@pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("configs") / "squares.py"
     file.write_text(CONFIG)
@@ -39,7 +30,7 @@ def config_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(patched, config_file, built_once, tmp_path_factory):
+def run(on_one_device, config_file, built_once, tmp_path_factory):
     """A run started as a user would (trained, evaluated, reported): a copy of its own for each
     worker.
     """

@@ -16,7 +16,6 @@ from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.config_file import load_config_file
 from unimed_jax.data import datasets
 from unimed_jax.errors import UserError
-from unimed_jax.model import sharding
 
 OTHERS = """
 import dataclasses
@@ -58,15 +57,7 @@ def write_chain(folder, more=None, files=("first.py", "second.py"), chain_more="
 
 
 @pytest.fixture(scope="module")
-def patched(quick_compiles):
-    with pytest.MonkeyPatch.context() as patch:
-        # programs for eight devices compile slowly
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def chain(patched, tmp_path_factory):
+def chain(on_one_device, tmp_path_factory):
     """A finished chain: (its argument, its folder)."""
     folder = tmp_path_factory.mktemp("chain")
     config = write_chain(folder)

@@ -83,14 +83,7 @@ def bases(folder):
 
 
 @pytest.fixture(scope="module")
-def patched(quick_compiles):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def place(patched, built_once):
+def place(on_one_device, built_once):
     """A folder with the base weights, a config, an image, and the run that it makes."""
     return built_once("cmoe", trained)
 

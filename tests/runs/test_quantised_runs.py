@@ -47,14 +47,7 @@ def get_config(base=""):
 
 
 @pytest.fixture(scope="module")
-def patched(quick_compiles):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def place(patched, tmp_path_factory):
+def place(on_one_device, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised")
     (folder / "config.py").write_text(CONFIG)
     Image.fromarray(Squares().image("test0")).save(folder / "image.png")

@@ -14,7 +14,6 @@ from support.fake_brain import Squares
 from unimed_jax import interruption
 from unimed_jax import main as cli
 from unimed_jax.interruption import owner
-from unimed_jax.model import sharding
 
 # Holds the run and changes its checkpoints as training does, only faster: a new one, then the
 # oldest goes.
@@ -36,15 +35,7 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def patched(quick_compiles):
-    with pytest.MonkeyPatch.context() as patch:
-        # programs for eight devices compile slowly
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(patched, built_once):
+def finished(on_one_device, built_once):
     folder = built_once("finished", fake_brain.finished) / "run"
     assert not owner(folder)  # training has ended
     return folder

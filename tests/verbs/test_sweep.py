@@ -12,7 +12,6 @@ from unimed_jax.analyze.sweep import run as running
 from unimed_jax.analyze.sweep.plan import planned
 from unimed_jax.config_file import load_sweep_file
 from unimed_jax.errors import UserError
-from unimed_jax.model import sharding
 from unimed_jax.runs.folder import write_config
 from unimed_jax.verbs.options import with_overrides
 
@@ -61,16 +60,8 @@ def trains(monkeypatch):
     return known
 
 
-@pytest.fixture(scope="module")
-def patched(quick_compiles):
-    with pytest.MonkeyPatch.context() as patch:
-        # programs for eight devices compile slowly
-        patch.setattr(sharding, "make_mesh", lambda *settings: None)
-        yield
-
-
 @pytest.mark.slow
-def test_a_sweep_from_its_config_to_its_table(patched, tmp_path, trains, capsys, monkeypatch):
+def test_a_sweep_from_its_config_to_its_table(on_one_device, tmp_path, trains, capsys, monkeypatch):
     config, folder = write_sweep(tmp_path), tmp_path / "runs"
     command = ["sweep", config, f"--workdir={folder}"]
 
