@@ -9,7 +9,6 @@ corrected for the number of lines.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,25 @@ from harness import table
 from scipy import stats
 
 from unimed_jax.analyze.tug_of_war_report import TITLES
+from unimed_jax.errors import UserError
+from unimed_jax.parsing import read_json
 
 PART = "connector"
 
 
 def indices(file: Path) -> dict[str, dict[str, float]]:
-    """Reads the indices of each variant of one seed."""
-    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    """Reads the indices of each variant of one seed; raises UserError for a file of another kind."""
+    content = read_json(file, "give what analyze tug-of-war wrote")
     found: dict[str, dict[str, float]] = {}
-    for run in runs:
-        measured = run["units"][PART]["indices"]
-        found[Path(run["run"]).parent.name] = {key: measured[key]["value"] for key in TITLES}
+    try:
+        for run in content["runs"]:
+            measured = run["units"][PART]["indices"]
+            found[Path(run["run"]).parent.name] = {key: measured[key]["value"] for key in TITLES}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} holds no indices of a connector (lacks {error}); give what analyze tug-of-war "
+            "wrote."
+        ) from error
     return found
 
 
@@ -71,7 +78,13 @@ def main() -> None:
     files = options.parse_args().files
     if len(files) < 2:
         options.error("one file holds one seed; give those of two or more.")
-    seeds = [indices(file) for file in files]
+    try:
+        seeds = [indices(file) for file in files]
+    except UserError as error:
+        options.error(str(error))
+    for file, seed in zip(files, seeds, strict=True):
+        if seed.keys() != seeds[0].keys():
+            options.error(f"{file} holds {', '.join(seed)}, and {files[0]} {', '.join(seeds[0])}.")
     print(table(["variant", *TITLES.values()], lines(seeds)))
     first = next(iter(seeds[0]))
     print(f"\n{len(seeds)} seeds; {first}: (least .. largest), others: difference from {first} [95 %].")

@@ -160,6 +160,21 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         conflict_over_seeds.main()
     assert "give those of two or more" in capsys.readouterr().err
+    other = json.loads(files[0].read_text())
+    for content, words in (
+        ({"runs": other["runs"][:1]}, "holds cmoe, and"),
+        ({"runs": [{"run": "w/a/seed0", "units": {}}]}, "no indices of a connector (lacks 'connector')"),
+        ([], "other.json holds no indices of a connector"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        monkeypatch.setattr(sys, "argv", ["it", str(files[0]), str(tmp_path / "other.json")])
+        with pytest.raises(SystemExit):
+            conflict_over_seeds.main()
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["it", str(files[0]), str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit):
+        conflict_over_seeds.main()
+    assert "none.json does not exist; give what" in capsys.readouterr().err
 
 
 def test_a_side_that_fails_is_named(tmp_path):

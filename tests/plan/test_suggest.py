@@ -150,6 +150,8 @@ def test_prices(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             roofline.read_prices(str(file))
+    with pytest.raises(UserError, match="none.json does not exist; give --prices=FILE that holds"):
+        roofline.read_prices(str(tmp_path / "none.json"))
 
 
 def test_a_config_survives_its_way_to_the_compiling_process(config):

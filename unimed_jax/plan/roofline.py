@@ -72,7 +72,7 @@ def read_prices(file: str | None) -> dict[str, float]:
     """Reads a JSON file of prices, chip -> price of one for an hour; raises UserError for another."""
     if file is None:
         return {}
-    found = read_json(file)
+    found = read_json(file, 'give --prices=FILE that holds {"v5e": 1.2}: chip, price an hour')
     if not isinstance(found, dict) or not found:
         raise UserError(f'--prices={file} holds no prices; write {{"v5e": 1.2}}: chip, price an hour.')
     for name, price in found.items():
