@@ -56,6 +56,11 @@ def test_values_and_keys_are_independent(accelerator):
     shares = [(bits >> n & 1).mean() for n in range(32)]
     assert np.abs(np.array(shares) - 0.5).max() < bound
     assert len(np.unique(bits)) > 0.9999 * bits.size
+    # Each half of a key matters by itself, for rows and channels alike.
+    halves = [jax.random.wrap_key_data(jnp.array(pair, jnp.uint32)) for pair in ((1, 2), (3, 2), (1, 4))]
+    signs, *others = [2.0 * np.asarray(dropout.kept(key, 0.5, SHAPE)) - 1 for key in halves]
+    for other in others:
+        assert abs((signs * other).mean()) < bound
 
 
 def test_a_mesh_draws_the_same(accelerator):

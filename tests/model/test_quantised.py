@@ -117,6 +117,22 @@ def test_the_error_is_at_most_half_a_step(kind):
     assert (found[:, 0, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("lean", [0.0, 1e-4, -1e-4])
+def test_int8_codes_do_not_depend_on_how_a_platform_divides(monkeypatch, lean):
+    """Numbers on either side of a half get the codes below and above it, however quotients are off."""
+    scales = np.arange(128, 256, dtype=np.float32)[:, None] / 4096  # all 128 of a power of two, [128, 1]
+    halves = (np.arange(-126, 126, dtype=np.float32) + np.float32(0.5)) * scales  # exact
+    values = np.concatenate([np.nextafter(halves, np.float32(far)) for far in (-9, 9)], axis=1)
+    blocks = np.zeros((BLOCK, *values.shape), np.float32)
+    blocks[0], blocks[1] = values, 127 * scales
+    rounded = jnp.round
+    monkeypatch.setattr(jnp, "round", lambda x: rounded(x + lean))
+    codes = quantise(jnp.asarray(blocks.reshape(BLOCK, -1)), "int8", "float32").codes
+    below = np.arange(-126, 126)  # the code below each half, above which lies the second value of each
+    expected = np.broadcast_to(np.concatenate([below, below + 1]), values.shape)
+    np.testing.assert_array_equal(np.asarray(codes)[0].reshape(values.shape), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_stands_for_an_array(kind):
     kernel = kernels()

@@ -103,8 +103,10 @@ class Engine:
         s = self.sizes
         entering = s.rows * (s.tokens + s.questions * s.prompt)
         check_answering(config.model, model, s.slots, s.prompt + s.answer, entering)
-        top_p, seed = config.evaluate.top_p, config.seed
-        self._parts = programs.Parts.of(model, tokenizer.eos, top_p, seed, s.draws)
+        # Where requests are announced, the first one that draws says so when it is put in (`_put`).
+        self._parts = programs.Parts.of(
+            model, tokenizer.eos, config.evaluate.top_p, config.seed, draws=announced is None
+        )
         self._state: programs.Slots | None = None
         self._lock = threading.Lock()
         self._waiting: dict[Hashable, list[_Asked]] = {}  # those that share something -> the questions
@@ -189,7 +191,7 @@ class Engine:
         pixels = None if later else self._prompts.pixels(prompt)
         key = shared_by(prompt)
         with self._lock:
-            if prompt.temperature and not self._parts.draws:  # was not announced
+            if prompt.temperature and not self._parts.draws:
                 self._parts = dataclasses.replace(self._parts, draws=True)
             asked = _Asked(self._count, prompt, pixels)
             self._count += 1

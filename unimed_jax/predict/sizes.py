@@ -28,7 +28,6 @@ class Sizes(NamedTuple):
     tokens: int  # S: of a row
     images: int  # of a row
     questions: int  # of a row
-    draws: bool  # whether tokens are drawn at random, not greedy alone
 
 
 def slots_of(batch: int) -> int:
@@ -41,10 +40,9 @@ def sizes_for(prompts: Iterable[Prompt], slots: int) -> Sizes:
     known: set[Hashable] = set()  # of what is shared
     count = total = longest = answer = images = 0
     with_images = shown = 0  # tokens beside images, and images, what is shared counted once
-    draws = False
     for prompt in prompts:
         tokens, own, shared = prompt.encoded.tokens, len(prompt.images), shared_by(prompt)
-        count, draws = count + 1, draws or prompt.temperature > 0
+        count += 1
         longest, answer, images = max(longest, tokens), max(answer, prompt.most), max(images, own)
         more = tokens if shared not in known else tokens - len(prompt.encoded.prefix)
         total += more
@@ -59,7 +57,7 @@ def sizes_for(prompts: Iterable[Prompt], slots: int) -> Sizes:
         return max(images, round(shown / with_images * tokens)) if shown else 0
 
     slots = min(slots, 1 << (count - 1).bit_length())
-    return _rows(slots, longest, answer, draws, total, total / count, images_of)
+    return _rows(slots, longest, answer, total, total / count, images_of)
 
 
 def sizes_for_any(config: Config, slots: int) -> Sizes:
@@ -67,14 +65,13 @@ def sizes_for_any(config: Config, slots: int) -> Sizes:
     longest = config.text.max_prompt
     mean = min(longest, config.model.tokens_per_image + 2 * PLACES)
     answer = config.evaluate.max_new_tokens
-    return _rows(slots, longest, answer, True, ENDLESS, mean, lambda tokens: max(1, tokens // mean))
+    return _rows(slots, longest, answer, ENDLESS, mean, lambda tokens: max(1, tokens // mean))
 
 
 def _rows(
     slots: int,
     longest: int,
     answer: int,
-    draws: bool,
     total: int,
     mean: float,
     images_of: Callable[[int], int],
@@ -93,4 +90,4 @@ def _rows(
     if slots >= multiple:
         rows = min(-(-rows // multiple) * multiple, slots)
     questions = max(1, min(-(-tokens * 5 // int(4 * mean)), slots // rows))
-    return Sizes(slots, prompt, answer, rows, tokens, images_of(tokens), questions, draws)
+    return Sizes(slots, prompt, answer, rows, tokens, images_of(tokens), questions)
