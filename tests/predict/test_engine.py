@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from support import tiny
 
+from unimed_jax import memory
 from unimed_jax.config import Config, EvaluateConfig
 from unimed_jax.data import layout
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model import slots as programs
 from unimed_jax.model.generate import Sampling, generate
-from unimed_jax.model.parameters import parameters, with_parameters
+from unimed_jax.model.parameters import parameters, tree_bytes, with_parameters
 from unimed_jax.predict import engine as engines
 from unimed_jax.predict import sizes
 from unimed_jax.predict.engine import Engine
@@ -288,6 +289,32 @@ def test_answers_go_on_while_a_long_queue_enters(model, asked):
         made.step(1)
         kinds.append(made._entered)
     assert True in kinds and not any(a and b for a, b in zip(kinds, kinds[1:], strict=False))
+
+
+def test_a_slot_takes_the_next_question_while_others_are_answered(model, asked, expected):
+    requests = asked.requests(max_new_tokens=2)
+    alone = [r for r in requests if r.task in ("qa", "refer", "cls")]
+    long = next(r for r in alone if len(expected[r.seed]) == NEW)
+    order = [dataclasses.replace(long, max_new_tokens=NEW), *[r for r in alone if r is not long] * 2]
+    ended: list[int] = []
+    found = engine(model, order, slots=3).answers(order, ended.append)
+    assert sorted(ended) == list(range(len(order))) and found[0] == TOKENIZER.decode(expected[long.seed])
+    assert ended.index(0) > 2  # more than the two others that are answered beside it
+
+
+def test_memory_counts_slots_and_the_prompts_that_enter(model, asked, monkeypatch):
+    requests = asked.requests()
+    s = engine(model, requests).sizes
+    c = model.config.decoder
+    token = 2 * 4 * c.depth * c.kv_heads * c.head_dim  # keys and values in float32
+    slots = s.slots * (s.prompt + s.answer)
+    entering = s.rows * (s.tokens + s.questions * s.prompt)
+    needed = tree_bytes(parameters(model)) + token * (slots + entering)
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed)
+    engine(model, requests)
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
+    with pytest.raises(UserError, match="answering 4 prompts at once"):
+        engine(model, requests)
 
 
 def test_a_cancelled_request_gives_its_slot_away(model, asked, expected):

@@ -224,7 +224,7 @@ class Engine:
             if enters:
                 assert plan is not None
                 placed = self._take(plan)
-            kept = np.array([one is not None and not one.given_up for one in self._slots])
+            kept = np.array([one is not None for one in self._slots])
         self._entered = enters
         with inside(self._mesh):
             if self._state is None:
