@@ -111,6 +111,7 @@ def evil(tmp_path_factory):
     }  # fmt: skip
     (one / "reliance").mkdir()
     content = {"split": "test", "definitions": {"a": EVIL}, "sets": {"toy": {"vqa": reliance}}}
+    content["config_hash"] = json.loads((one / "metrics.json").read_text())["config_hash"]
     write_json(one / "reliance" / "reliance.json", content)
     units = {"names": ["vqa", EVIL], "absent": ["qa"], "cos": [[1.0, -0.5], [-0.5, 1.0]]}
     units |= {"magnitude": [[1.0, None], [0.5, 1.0]], "indices": {"mean_cos": entry}}
@@ -164,7 +165,7 @@ def test_a_page_shows_all_that_is_known(evil):
         "By question template",
         "As published",
         "another case's image",
-        "relies on the image",
+        "Relies on the image: vqa.",
         "train/loss",
         "Mean routing weight by task",
         "connector: magnitude similarity",

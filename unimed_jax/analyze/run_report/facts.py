@@ -47,7 +47,8 @@ class Facts:
     @property
     def reliance_is_its_own(self) -> bool:
         """Says whether reliance was measured with the settings that were scored."""
-        return bool(self.reliance) and self.reliance.get("config_hash") == self.metrics["config_hash"]
+        found = self.reliance or {}
+        return "config_hash" in found and found["config_hash"] == self.metrics.get("config_hash")
 
 
 def gather(
