@@ -38,6 +38,7 @@ class Piece(NamedTuple):
     text: str  # never ends within a character
     tokens: int  # of the answer so far
     ended: bool
+    stopped: bool = False  # ended by an end of text, and not by its length
 
 
 class _Asked:
@@ -96,7 +97,8 @@ class Engine:
         answers.
         """
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
-        self._prompts = Prompts(config, tokenizer)
+        # What comes unannounced comes from others, and nothing of it is kept.
+        self._prompts = Prompts(config, tokenizer, keeps=announced is not None)
         slots = slots or config.evaluate.batch
         with inside(mesh):
             if announced is None:
@@ -177,7 +179,8 @@ class Engine:
             text = asked.spoken.add(new)
             if ended:
                 text += asked.spoken.end()
-            pieces.append(Piece(asked.number, text, len(asked.tokens), ended))
+            stopped = ended and asked.tokens[-1] == self._tokenizer.eos
+            pieces.append(Piece(asked.number, text, len(asked.tokens), ended, stopped))
         return pieces
 
     @property
