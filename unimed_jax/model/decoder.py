@@ -328,6 +328,7 @@ class Decoder(nnx.Module):
     def _one_by_one(self, inputs: LayerInputs, noise: Any) -> Iterator[Stacks]:
         """Gives every separate layer what it has of its own."""
         with_experts = 0
+        assert not isinstance(self.layers, DecoderLayer)
         for i, layer in enumerate(self.layers):
             shared, mlp, moe = layer.parts()
             own = jax.tree.map(lambda leaf, i=i: leaf[i], inputs)._replace(layer=shared)

@@ -80,7 +80,7 @@ def separate_layers(decoder: Decoder, take: Callable[[Any, int], Any] = take_lay
         while leaves:
             stacked = leaves.pop(0)
             parts.append([take(stacked, i) for i in range(count)])
-        separate.append([tree.unflatten(own) for own in zip(*parts, strict=True)])
+        separate.append([jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True)])
     shared, mlps, moes = separate
     plain, with_experts = iter(mlps), iter(moes)
     numbers = decoder.moe.numbers(decoder.config.depth)
@@ -95,13 +95,13 @@ class Jitted:
 
     def __init__(self, function: Callable[..., Any], **how: Any):
         functools.update_wrapper(self, function)
-        self._how = how
+        self._function, self._how = function, how
         self._by_hardware: dict[str, Any] = {}
 
     def _of(self, name: str) -> Any:
         if name not in self._by_hardware:
             options = OPTIONS.get(name)
-            self._by_hardware[name] = jax.jit(self.__wrapped__, compiler_options=options, **self._how)
+            self._by_hardware[name] = jax.jit(self._function, compiler_options=options, **self._how)
         return self._by_hardware[name]
 
     def __call__(self, *arguments: Any) -> Any:
