@@ -193,7 +193,7 @@ def _cudnn_forward(
 
 
 _cudnn_forward.defvjp(
-    lambda q, k, v, scale: jax.vjp(lambda *qkv: _plain(*qkv, None, scale, None), q, k, v),
+    lambda q, k, v, scale: jax.vjp(lambda q, k, v: _plain(q, k, v, None, scale, None), q, k, v),
     lambda scale, pull, g: pull(g),
 )
 

@@ -17,7 +17,6 @@ from unimed_jax.train.gradients import STRATEGIES, SUM, Strategy, along, combine
 from unimed_jax.train.loss import task_losses
 from unimed_jax.train.optimizer import Leaves, Optimizer, participation
 
-
 # Options of the compiler by hardware. A TPU's would gather a split kernel in pieces between the pieces
 # of its product, and write and read the product's partial sums for each: of the full-size step on
 # v5e 4x4, 10 % of what it moves through memory and 7 % of what it sends. Gathered whole, a kernel is
