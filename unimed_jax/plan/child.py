@@ -68,6 +68,7 @@ def compiled(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "arguments": program.arguments,
         "activations": program.activations,
         "experts": experts_way(config, mesh),
+        "sizes": program.sizes and program.sizes._asdict(),
         "seconds": {"lower": lowered - begun},
     }
     try:

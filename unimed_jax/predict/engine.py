@@ -21,7 +21,8 @@ from unimed_jax.config import Config
 from unimed_jax.data import layout, packing
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.memory import check_answering
+from unimed_jax.memory import answering_bytes, check_answering, spare_for
+from unimed_jax.model import decoding
 from unimed_jax.model import slots as programs
 from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
@@ -37,6 +38,7 @@ class Piece(NamedTuple):
     text: str  # never ends within a character
     tokens: int  # of the answer so far
     ended: bool
+    stopped: bool = False  # ended by an end of text, and not by its length
 
 
 class _Asked:
@@ -89,20 +91,27 @@ class Engine:
         """Takes the requests that will come, which decide the sizes; None: any that the settings allow.
 
         mesh: over which the model lies, unless all calls are made inside `run.inside()`; slots: how
-        many answers are made at once at most (default: `config.evaluate.batch`). Raises UserError
-        for an announced request that cannot be asked, and if memory cannot hold the answers.
+        many answers are made at once at most (default: `config.evaluate.batch`). The layers of a large
+        model get arrays of their own, if that is worth it (model/decoding.py) and memory holds both.
+        Raises UserError for an announced request that cannot be asked, and if memory cannot hold the
+        answers.
         """
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
-        self._prompts = Prompts(config, tokenizer)
+        # What comes unannounced comes from others, and nothing of it is kept.
+        self._prompts = Prompts(config, tokenizer, keeps=announced is not None)
         slots = slots or config.evaluate.batch
         with inside(mesh):
             if announced is None:
                 self.sizes = sizes_for_any(config, slots)
             else:
                 self.sizes = sizes_for(map(self._prompts, announced), slots)
-        s = self.sizes
-        entering = s.rows * (s.tokens + s.questions * s.prompt)
-        check_answering(config.model, model, s.slots, s.prompt + s.answer, entering)
+            s = self.sizes
+            entering = s.rows * (s.tokens + s.questions * s.prompt)
+            needs = (config.model, model, s.slots, s.prompt + s.answer, entering)
+            check_answering(*needs)
+            worth = decoding.wants_separate(model.decoder, s.turns)
+            if worth and spare_for(model.decoder.layers, answering_bytes(*needs)):
+                model = decoding.prepared(model)
         # Where requests are announced, the first one that draws says so when it is put in (`_put`).
         self._parts = programs.Parts.of(
             model, tokenizer.eos, config.evaluate.top_p, config.seed, draws=announced is None
@@ -170,7 +179,8 @@ class Engine:
             text = asked.spoken.add(new)
             if ended:
                 text += asked.spoken.end()
-            pieces.append(Piece(asked.number, text, len(asked.tokens), ended))
+            stopped = ended and asked.tokens[-1] == self._tokenizer.eos
+            pieces.append(Piece(asked.number, text, len(asked.tokens), ended, stopped))
         return pieces
 
     @property
