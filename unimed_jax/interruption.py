@@ -58,6 +58,7 @@ class Stoppable:
     def __init__(self, numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) -> None:
         self.number: int | None = None  # the first signal, once the main thread has seen it
         self.delayed = False  # whether an `Interruption` delays the signal
+        self.doing = "finishing this step and saving"  # while it is delayed
         self.passes_on = False  # Ctrl-C, as SIGTERM, to the service by which processes agree
         self._numbers = numbers
         self._seen: dict[int, float] = {}  # signal -> when the main thread saw the first of it
@@ -102,9 +103,7 @@ class Stoppable:
         else:
             _note(self._seen, number)
             if self.delayed:
-                _tell(
-                    f"\n{_name(number)}: finishing this step and saving (Ctrl-C twice stops at once)\n"
-                )
+                _tell(f"\n{_name(number)}: {self.doing} (Ctrl-C twice stops at once)\n")
             self.number = self.number or number
             if self.delayed and self.passes_on and number == signal.SIGINT:
                 os.kill(os.getpid(), signal.SIGTERM)

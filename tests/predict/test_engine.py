@@ -90,7 +90,7 @@ def asked() -> Asked:
 @pytest.fixture(autouse=True)
 def prompts(monkeypatch, asked):
     class Prompts:
-        def __init__(self, config, tokenizer):
+        def __init__(self, config, tokenizer, keeps):
             self.config = config
 
         def __call__(self, request):

@@ -179,7 +179,8 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(predictor):
     [
         (Request("vqa", "Why?", id="r7"), "r7.*needs an image"),
         (Request("qa", "Why?", (PICTURE,)), "text only"),
-        (Request("qa", "Why?", history=(("a", "b"),), id="r8"), "r8.*earlier turns"),
+        (Request("qa", "Why?", history=(("a", "\ud800"),), id="r8"), "r8.*surrogate"),
+        (Request("qa", "Why?", history=(("why " * 900, "b"),), id="r8"), "r8.*text.max_prompt"),
         (Request("vqa", "Why?", (b"nothing",)), "of 7 bytes cannot be read"),
         (Request("qa", "why " * 900), "text.max_prompt"),
     ],

@@ -7,6 +7,13 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
+from unimed_jax.data import images
+
+STEPS = np.array([[0, 585, 1170, 1755, 2340, 2925, 3510, 4095]] * 4, np.uint16)
+SPREAD = [0, 36, 73, 109, 146, 182, 219, 255]  # of STEPS over their range
+COLOURS = np.array([[[0, 0, 0], [10, 20, 30], [200, 100, 50], [255, 255, 255]]] * 2, np.uint8)
+SIGNED_STEPS = np.array([[-2000, -1000, 0, 1000]] * 4, np.int16)
+
 
 def item(**fields) -> Dataset:
     """Makes an item of a sequence.
@@ -66,3 +73,21 @@ def float_file(array: np.ndarray, **fields) -> bytes:
     keyword = {4: "FloatPixelData", 8: "DoubleFloatPixelData"}[array.dtype.itemsize]
     absent = dict.fromkeys(("PixelData", "BitsStored", "HighBit", "PixelRepresentation"))
     return dicom_file(array, **absent, **{keyword: array.tobytes()}, **fields)
+
+
+def first_row(file: bytes) -> list:
+    """Returns the first row of a grey picture, once all channels were seen to be alike."""
+    image = images.read_image(file)
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    np.testing.assert_array_equal(image[..., 0], image[..., 2])
+    return image[0, :, 0].tolist()
+
+
+def rescale(intercept=-1024, slope=1) -> dict:
+    """Gives the fields of a rescale, as `dicom_file` and `item` take them."""
+    return {"RescaleSlope": slope, "RescaleIntercept": intercept}
+
+
+def window(centre=40, width=400, **more) -> dict:
+    """Gives the fields of a window, as `dicom_file` and `item` take them."""
+    return {"WindowCenter": centre, "WindowWidth": width} | more

@@ -16,6 +16,7 @@ from unimed_jax.config import VISUAL_TASKS, TextConfig
 from unimed_jax.data.example import Example
 from unimed_jax.errors import UserError
 
+Turns = Sequence[tuple[str, str]]  # of questions, each with its answer
 IMAGE = "<image>"  # marks an image in the text of a conversation, as in LLaVA's files
 
 # ---------------------------------------------------------------------------------------------
@@ -33,6 +34,7 @@ class Piece(NamedTuple):
     target: bool = False
     ends: bool = False  # the end-of-text token follows
     image: bool = False
+    apart: bool = False  # tokenised by itself, as answers are that stand in no training target
 
 
 TAGS = {task: f"[{task}]" for task in (*VISUAL_TASKS, "qa")}
@@ -76,6 +78,15 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         "{question} Answer in a few words.",
     ),
 }
+
+
+_TAG = re.compile(rf"\s*\[({'|'.join(TAGS)})\]\s*")
+
+
+def tagged(text: str) -> tuple[str | None, str]:
+    """Splits a task's tag off the start of a text: (task, rest), or (None, text) without one."""
+    found = _TAG.match(text)
+    return (found[1], text[found.end() :]) if found else (None, text)
 
 
 def collapse(text: str) -> str:
@@ -150,7 +161,8 @@ def runs_of(pieces: Sequence[Piece]) -> list[Piece]:
     runs: list[Piece] = []
     for piece in pieces:
         last = runs[-1] if runs else None
-        if last and not (last.image or piece.image or last.ends) and last.target == piece.target:
+        apart = not last or last.image or piece.image or last.ends or last.apart or piece.apart
+        if last and not apart and last.target == piece.target:
             runs[-1] = piece._replace(text=last.text + piece.text)
         else:
             runs.append(piece)
@@ -196,6 +208,21 @@ class Form(abc.ABC):
     def said(self, answer: str) -> Piece:
         """Returns the piece that follows a generation prompt if `answer` is what the model says."""
 
+    def following(self, example: Example, turns: Turns, variant: int = 0) -> list[Piece]:
+        """Returns the generation prompt that goes on after earlier turns of one or more.
+
+        Each turn is laid out as the form lays out a question with its answer; the images stand in the
+        first one. A question that begins with a task's tag was of that task, the others of the
+        example's own. Raises UserError for a form that holds one question alone.
+        """
+        raise UserError(f"config.text.form={self.text.form!r} holds one question; ask it by itself.")
+
+    def _earlier(self, example: Example, turn: tuple[str, str]) -> Example:
+        task, question = tagged(turn[0])
+        return dataclasses.replace(
+            example, task=task or example.task, question=question, answer=turn[1], history=()
+        )
+
 
 class UniMed(Form):
     """Puts a task tag and an instruction after the image, as Uni-Med does.
@@ -224,8 +251,17 @@ class UniMed(Form):
     def said(self, answer: str) -> Piece:
         return Piece(answer, target=True, ends=True)
 
-    def _asked(self, example: Example, variant: int, blank: str) -> list[Piece]:
-        """Puts tag and instruction after the images.
+    def following(self, example: Example, turns: Turns, variant: int = 0) -> list[Piece]:
+        pieces = []
+        for i, turn in enumerate(turns):
+            earlier = self._earlier(example, turn)
+            pieces += self._asked(earlier, 0, "", shows=i == 0)
+            answer = self.said(answer_text(earlier, self.text))
+            pieces.append(answer._replace(target=False, apart=True))
+        return pieces + self._asked(example, variant, "", shows=False)
+
+    def _asked(self, example: Example, variant: int, blank: str, shows: bool = True) -> list[Piece]:
+        """Puts tag and instruction after the images, if they are shown here.
 
         Text without one is cut as a whole, tag included (published).
         """
@@ -233,6 +269,8 @@ class UniMed(Form):
         body = collapse(f"{TAGS.get(example.task)} {asked(example, variant, self.text)}")
         if not example.images:
             return [Piece(f"{opens}{shorten(body, self.text)}{closes}")]
+        if not shows:
+            return [Piece(f"{opens}{body}{closes}")]
         between = [Piece("</Img> <Img>"), Piece(image=True)] * (len(example.images) - 1)
         after = Piece(f"</Img> {body}{blank}{closes}")
         return [Piece(f"{opens}<Img>"), Piece(image=True), *between, after]
@@ -329,6 +367,11 @@ class Chat(Conversation):
         before = [piece._replace(target=False) for piece in self._answered(turns)]
         head = "" if turns else self._head()
         return [*before, *_marked(head + self._question(image_first(question)))]
+
+    def following(self, example: Example, turns: Turns, variant: int = 0) -> list[Piece]:
+        earlier = [self._earlier(example, turn) for turn in turns]
+        history = tuple((asked(one, 0, self.text), answer_text(one, self.text)) for one in earlier)
+        return self.prompt(dataclasses.replace(example, history=history), variant)
 
     def said(self, answer: str) -> Piece:
         t = self.template

@@ -13,7 +13,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, _imaging
@@ -137,6 +137,28 @@ def check_header(data: bytes, name: str, view: ImageConfig = PLAIN) -> int:
             with contextlib.suppress(Exception):  # damage behind the first frame, which is wanted
                 return _frames(image)
             return 1
+
+
+class Header(NamedTuple):
+    """Says what a picture's header does."""
+
+    kind: str  # "png", "jpeg", "tiff", ..., "dicom"
+    width: int  # upright, of the first frame
+    height: int
+    frames: int
+
+
+def read_header(data: bytes, name: str) -> Header:
+    """Reads the header of a picture's bytes; nothing is decoded. Raises UserError as `check_header`."""
+    frames = check_header(data, name)
+    with _explained(name, data[:132]):
+        if _is_dicom(data[:132], name):
+            from unimed_jax.data.dicom import read_header
+
+            return Header("dicom", *read_header(io.BytesIO(data), name, PLAIN)[1], frames)
+        with _picture(io.BytesIO(data), name) as image:
+            kind = str(image.format).lower()
+        return Header(kind, *_upright_size(io.BytesIO(data), name), frames)
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:

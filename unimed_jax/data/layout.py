@@ -19,12 +19,20 @@ import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig
 from unimed_jax.data.example import Example
-from unimed_jax.data.forms import Piece, form_of, runs_of
+from unimed_jax.data.forms import Piece, Turns, form_of, runs_of
 from unimed_jax.errors import UserError
 
 VISUAL = -1  # stands in a stream where a visual token goes
 
 Batch = dict[str, np.ndarray]
+
+
+class PromptTooLong(UserError):
+    """Reports a prompt of more tokens than `text.max_prompt`."""
+
+    def __init__(self, sentence: str, tokens: int, most: int):
+        super().__init__(sentence)
+        self.tokens, self.most = tokens, most
 
 
 class Specials(Protocol):
@@ -165,32 +173,46 @@ def _ids_of_runs(
 class Encoder:
     """Turns examples into ids under one tokenizer and one set of text settings."""
 
-    def __init__(self, tokenizer, text: TextConfig, tokens_per_image: int):
-        """Takes a `tokenizer.Tokenizer`, or whatever has its `encode`, `bos` and `eos`."""
+    def __init__(self, tokenizer, text: TextConfig, tokens_per_image: int, keeps: bool = True):
+        """Takes a `tokenizer.Tokenizer`, or whatever has its `encode`, `bos` and `eos`.
+
+        keeps: whether the ids of texts are kept for the next time; False for texts of others.
+        """
         self._tokenizer, self._text, self._tokens_per_image = tokenizer, text, tokens_per_image
         self._form = form_of(text)
         self._together = getattr(tokenizer, "together", None) if self._form.joined else None
         # The head of a prompt is always the same, short answers and questions often.
-        self._ids = functools.lru_cache(maxsize=1 << 16)(lambda string: tuple(tokenizer.encode(string)))
+        self._ids = functools.lru_cache(maxsize=(1 << 16) * keeps)(
+            lambda string: tuple(tokenizer.encode(string))
+        )
 
     def training(self, example: Example, variant: int) -> Encoded:
         """Returns the example with its answer, under instruction number `variant` of its task."""
         return self._encode(example, self._form.training(example, variant), training=True)
 
-    def prompt(self, example: Example, variant: int = 0, with_images: bool = True) -> Encoded:
+    def prompt(
+        self, example: Example, variant: int = 0, with_images: bool = True, turns: Turns = ()
+    ) -> Encoded:
         """Returns the generation prompt of an example, under instruction number `variant`, no answer.
 
         Evaluation's instruction is number 0. Without images the prompt lacks their visual tokens, and is
-        the same otherwise.
+        the same otherwise. turns: asked and answered before, as `Form.following` says.
         """
-        pieces = self._form.prompt(example, variant)
+        pieces = self._prompt(example, variant, turns)
         shown = pieces if with_images else [piece for piece in pieces if not piece.image]
         return self._encode(example, shown, training=False)
 
-    def answered(self, example: Example, answer: str) -> Encoded:
+    def answered(self, example: Example, answer: str, turns: Turns = ()) -> Encoded:
         """Returns the generation prompt of an example with a text that could be its answer."""
-        pieces = [*self._form.prompt(example), self._form.said(answer)]
+        pieces = [*self._prompt(example, 0, turns), self._form.said(answer)]
         return self._encode(example, pieces, training=False)
+
+    def _prompt(self, example: Example, variant: int, turns: Turns) -> list[Piece]:
+        return (
+            self._form.following(example, turns, variant)
+            if turns
+            else self._form.prompt(example, variant)
+        )
 
     def _encode(self, example: Example, pieces: Sequence[Piece], training: bool) -> Encoded:
         image = [VISUAL] * self._tokens_per_image
@@ -217,11 +239,13 @@ class Encoder:
         if length > self._text.max_prompt:
             images = int((encoded.prefix == VISUAL).sum()) // self._tokens_per_image
             seen = f" ({images * self._tokens_per_image} of {images} images)" if images > 1 else ""
-            raise UserError(
+            raise PromptTooLong(
                 f"record {encoded.record}: its prompt has {length} tokens{seen}, more than "
                 f"config.text.max_prompt={self._text.max_prompt}; "
                 f"{'ask about fewer images, ' if images > 1 else ''}shorten the question or raise the "
-                "limit."
+                "limit.",
+                length,
+                self._text.max_prompt,
             )
         return encoded
 

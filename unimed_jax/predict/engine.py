@@ -37,6 +37,7 @@ class Piece(NamedTuple):
     text: str  # never ends within a character
     tokens: int  # of the answer so far
     ended: bool
+    stopped: bool = False  # ended by an end of text, and not by its length
 
 
 class _Asked:
@@ -93,7 +94,8 @@ class Engine:
         for an announced request that cannot be asked, and if memory cannot hold the answers.
         """
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
-        self._prompts = Prompts(config, tokenizer)
+        # What comes unannounced comes from others, and nothing of it is kept.
+        self._prompts = Prompts(config, tokenizer, keeps=announced is not None)
         slots = slots or config.evaluate.batch
         with inside(mesh):
             if announced is None:
@@ -170,7 +172,8 @@ class Engine:
             text = asked.spoken.add(new)
             if ended:
                 text += asked.spoken.end()
-            pieces.append(Piece(asked.number, text, len(asked.tokens), ended))
+            stopped = ended and asked.tokens[-1] == self._tokenizer.eos
+            pieces.append(Piece(asked.number, text, len(asked.tokens), ended, stopped))
         return pieces
 
     @property

@@ -32,6 +32,7 @@ class Asked(NamedTuple):
 
     example: Example
     texts: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...] = ()  # asked and answered before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Likelihood:
 
     sums: list[float]  # natural logarithms, added over the tokens of each text
     tokens: list[int]  # how many tokens each text has
+    # float64 [tokens of the text] for each text: the logarithms that `sums` adds up
+    each: list[np.ndarray] = dataclasses.field(default_factory=list, repr=False)
 
 
 class _Share(NamedTuple):
@@ -70,30 +73,40 @@ class Likelihoods:
     """
 
     def __init__(
-        self, model: UniMed, config: Config, tokenizer: Tokenizer, batches: Sequence[Sequence[Asked]]
+        self,
+        model: UniMed,
+        config: Config,
+        tokenizer: Tokenizer,
+        batches: Sequence[Sequence[Asked]],
+        few_programs: bool = False,
     ):
         """Takes all batches that will be measured, since they decide the shape of the rows.
 
-        Raises UserError for a prompt of more than config.text.max_prompt tokens.
+        few_programs: rounds the shape up to a power of two and measures row by row, so that a server
+        which asks again and again soon compiles nothing any more, and keeps no ids of texts. Raises
+        UserError for a prompt of more than config.text.max_prompt tokens.
         """
         self._model, self._config, self._pad = model, config, tokenizer.pad
-        self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
+        self._encoder = layout.Encoder(
+            tokenizer, config.text, config.model.tokens_per_image, keeps=not few_programs
+        )
         sizes = [[self._size(asked) for asked in batch] for batch in batches]
         every = [size for batch in sizes for size in batch]
         alone = max(prefix + max(texts) for prefix, texts, *_ in every)
         together = max(prefix + sum(texts) for prefix, texts, *_ in every)
         tokens = -(-max(alone, min(together, ROW)) // BUCKET) * BUCKET
+        tokens = 1 << (tokens - 1).bit_length() if few_programs else tokens
         seen = [len(asked.example.images) for batch in batches for asked in batch]
         mean = sum(min(prefix + sum(texts), tokens) for prefix, texts, *_ in every) / len(every)
         # As many slots for images as rows of questions of the mean length need.
-        slots = max(max(seen), round(np.mean(seen) * tokens / mean))
+        slots = max(seen) if few_programs else max(max(seen), round(np.mean(seen) * tokens / mean))
         self._shape = layout.RowShape(
             tokens, slots, 0, config.model.tokens_per_image, config.model.vision.image_size
         )
         plans = [self._plan(batch, own) for batch, own in zip(batches, sizes, strict=True)]
-        answers = max(sum(answers) for rows in plans for answers in rows)
+        answers = tokens if few_programs else max(sum(answers) for rows in plans for answers in rows)
         self._shape = dataclasses.replace(self._shape, answers=answers)
-        self._rows = self._rows_of_a_call(max(map(len, plans)))
+        self._rows = 1 if few_programs else self._rows_of_a_call(max(map(len, plans)))
         check_answering(config.model, model, self._rows, tokens)
 
     def of(self, batch: Sequence[Asked], pixels: Sequence[Sequence[np.ndarray]]) -> list[Likelihood]:
@@ -102,7 +115,7 @@ class Likelihoods:
         fitted = [tuple(images.fit(image, fit, vision) for image in own) for own in pixels]
         encoded = [self._encoded(asked) for asked in batch]
         rows = self._packed(batch, [_size(texts) for texts in encoded])
-        sums = [[0.0] * len(asked.texts) for asked in batch]
+        each: list[list[np.ndarray]] = [[np.zeros(0)] * len(asked.texts) for asked in batch]
         for start in range(0, len(rows), self._rows):
             chosen = rows[start : start + self._rows]
             groups = [
@@ -117,15 +130,15 @@ class Likelihoods:
                 for q, first, end in row:
                     for text in range(first, end):
                         count = encoded[q][text].answer
-                        sums[q][text] = float(values[at : at + count].sum())
+                        each[q][text] = values[at : at + count].copy()
                         at += count
         return [
-            Likelihood(own, [text.answer for text in texts])
-            for own, texts in zip(sums, encoded, strict=True)
+            Likelihood([float(one.sum()) for one in own], [text.answer for text in texts], own)
+            for own, texts in zip(each, encoded, strict=True)
         ]
 
     def _encoded(self, asked: Asked) -> list[layout.Encoded]:
-        return [self._encoder.answered(asked.example, text) for text in asked.texts]
+        return [self._encoder.answered(asked.example, text, asked.turns) for text in asked.texts]
 
     def _size(self, asked: Asked) -> "_Size":
         return _size(self._encoded(asked))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
@@ -56,10 +57,10 @@ class Request:
     What is None is taken from `config.evaluate`.
 
     images: paths, file contents as bytes, pixels as uint8 [H, W, 3], or pictures that are read later;
-    history: earlier (question, answer) turns; seed: of the draws if the temperature is not 0; id:
-    names the request in messages; wording: which instruction of the task's pool asks
-    (data/forms.py); show_images: False for a prompt without the images' visual tokens, which tells
-    what the words alone give.
+    history: earlier (question, answer) turns, laid out as `forms.Form.following` says; seed: of the
+    draws if the temperature is not 0; id: names the request in messages; wording: which instruction of
+    the task's pool asks (data/forms.py); show_images: False for a prompt without the images' visual
+    tokens, which tells what the words alone give.
     """
 
     task: str
@@ -89,10 +90,11 @@ class Prompt:
 class Prompts:
     """Turns requests into prompts under the settings of one run."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
+    def __init__(self, config: Config, tokenizer: Tokenizer, keeps: bool = True):
+        """Takes whether the ids of texts are kept for the next time; False for texts of others."""
         self._config = config
         self._view = config.data.common_image or ImageConfig()
-        self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
+        self._encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image, keeps)
 
     def __call__(self, request: Request) -> Prompt:
         """Encodes a request; its images are not read.
@@ -102,7 +104,9 @@ class Prompts:
         settings = self._config.evaluate
         temperature = settings.temperature if request.temperature is None else request.temperature
         return Prompt(
-            self._encoder.prompt(as_example(request), request.wording, request.show_images),
+            self._encoder.prompt(
+                as_example(request), request.wording, request.show_images, request.history
+            ),
             request.images if request.show_images else (),
             request.max_new_tokens or settings.max_new_tokens,
             temperature,
@@ -154,19 +158,14 @@ def _identity(image: Image) -> Hashable:
 
 
 def as_example(request: Request) -> Example:
-    """Returns the example whose prompt asks what the request asks.
+    """Returns the example whose prompt asks what the request asks, without earlier turns.
 
-    Raises UserError for a text that is not Unicode and for earlier turns.
+    Raises UserError for a text that is not Unicode.
     """
-    if not is_text(request.question):
+    if not all(map(is_text, [request.question, *itertools.chain(*request.history)])):
         raise UserError(
             f"request {ascii(request.id or request.question)} holds half of a surrogate pair, which "
             "is no character; mend its question."
-        )
-    if request.history:
-        raise UserError(
-            f"request {request.id or request.question!r} has earlier turns, which no prompt form "
-            "holds yet; ask it without history."
         )
     keys = tuple(f"image {i}" for i in range(len(request.images)))
     return Example(request.id or "request", request.task, request.question, "", images=keys)

@@ -1,0 +1,228 @@
+"""Puts the server together: routes, the guard in front of them, and the page."""
+
+import contextlib
+import hmac
+import ipaddress
+import mimetypes
+from collections.abc import AsyncIterator, Sequence
+from importlib import resources
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as Http
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from unimed_jax.serve import chat, images, tasks
+from unimed_jax.serve.engine_thread import print_fault
+from unimed_jax.serve.limits import Refused
+from unimed_jax.serve.service import Service
+
+OPEN_PATHS = ("/", "/health", "/ready")  # and the page's files: those that need no token
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+PAGE_TYPES = (".html", ".css", ".js", ".svg", ".png", ".ico", ".woff2")
+
+
+def application(service: Service, hosts: Sequence[str] = (), token: str = "") -> Starlette:
+    """Makes the application.
+
+    hosts: the names by which clients may call it, any if there are none; token: which they must send,
+    if it is not empty.
+    """
+    page = page_files()
+
+    async def index(http: Http) -> Response:
+        return _file(page, "index.html")
+
+    async def file(http: Http) -> Response:
+        return _file(page, http.path_params["name"])
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        import asyncio
+
+        warming = asyncio.create_task(service.warm())
+        yield
+        warming.cancel()
+        service.close()
+
+    app = Starlette(
+        routes=[
+            Route("/", index, methods=["GET"]),
+            Route("/page/{name}", file, methods=["GET"]),
+            Route("/health", _health, methods=["GET"]),
+            Route("/ready", _ready, methods=["GET"]),
+            Route("/metrics", _metrics, methods=["GET"]),
+            Route("/v1/models", chat.models, methods=["GET"]),
+            Route("/v1/chat/completions", chat.chat, methods=["POST"]),
+            Route("/v1/tasks", tasks.describe, methods=["GET"]),
+            Route("/v1/tasks", tasks.answer, methods=["POST"]),
+            Route("/v1/images", images.show, methods=["POST"]),
+        ],
+        exception_handlers={
+            Refused: _refused,
+            HTTPException: _no_route,
+            ClientDisconnect: _gone,
+        },
+        lifespan=lifespan,
+    )
+    app.add_middleware(Guard, service=service, hosts=tuple(hosts), token=token)
+    app.state.service = service
+    return app
+
+
+class Guard:
+    """Looks at the headers of each request, adds those of security to each response, and counts it."""
+
+    def __init__(self, app: ASGIApp, service: Service, hosts: Sequence[str], token: str):
+        self._app, self._service, self._hosts, self._token = app, service, hosts, token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                self._count(scope, message["status"])
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+                await self._app(scope, receive, sending)
+            except Refused as refused:
+                await refused.response()(scope, receive, sending)
+        except Exception as error:
+            print_fault(error)
+            if started:
+                raise
+            fault = Refused(500, "the server failed on this request; ask again.", "internal_error")
+            await fault.response()(scope, receive, sending)
+
+    def _check(self, scope: Scope) -> None:
+        """Raises Refused for a request that does not come from where it should."""
+        headers, path = Headers(scope=scope), scope["path"]
+        host = headers.get("host", "")
+        if self._hosts and _name_of(host) not in self._hosts:
+            raise Refused(
+                421, "this server does not answer under that name; call it by its address.", "wrong_host"
+            )
+        if scope["method"] not in ("GET", "HEAD"):
+            origin = headers.get("origin")
+            foreign = origin is not None and origin.partition("://")[2] != host
+            if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+                raise Refused(
+                    403,
+                    "a page of another site cannot use this server; open the server's own page.",
+                    "cross_site",
+                )
+        if self._token and path not in OPEN_PATHS and not path.startswith("/page/"):
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            same = hmac.compare_digest(given.strip().encode(), self._token)
+            if kind.lower() != "bearer" or not same:
+                raise Refused(
+                    401,
+                    "the token is missing or wrong; send Authorization: Bearer TOKEN.",
+                    "invalid_api_key",
+                    {"WWW-Authenticate": "Bearer"},
+                )
+
+    def _count(self, scope: Scope, status: int) -> None:
+        route = scope.get("route")  # a path as we wrote it, never as it was sent
+        self._service.counts.responses[getattr(route, "path", "other"), status] += 1
+
+
+def _name_of(host: str) -> str:
+    """Returns the name in a Host header, without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].lower()
+
+
+def names_of(host: str) -> tuple[str, ...]:
+    """Returns the names that a server bound to `host` answers to: few on this machine, else any."""
+    try:
+        here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = host == "localhost"
+    return ("127.0.0.1", "localhost", "[::1]", host.lower()) if here else ()
+
+
+def page_files() -> dict[str, tuple[bytes, str]]:
+    """Reads the page's files: name -> content and media type."""
+    folder = resources.files("unimed_jax.serve") / "page"
+    found = (
+        [file for file in folder.iterdir() if file.name.endswith(PAGE_TYPES)] if folder.is_dir() else []
+    )
+    return {file.name: (file.read_bytes(), _type(file.name)) for file in found}
+
+
+def _type(name: str) -> str:
+    known = {".js": "text/javascript", ".woff2": "font/woff2", ".ico": "image/x-icon"}
+    ending = name[name.rindex(".") :]
+    return known.get(ending) or mimetypes.types_map[ending]
+
+
+def _file(page: dict[str, tuple[bytes, str]], name: str) -> Response:
+    if name not in page:
+        raise Refused(
+            404, "there is no such page; open / for the page, or see docs/serving.md.", "not_found"
+        )
+    content, kind = page[name]
+    return Response(content, media_type=kind)
+
+
+async def _health(http: Http) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready(http: Http) -> Response:
+    service: Service = http.app.state.service
+    if service.stops or not service.ready:
+        word = "stopping" if service.stops else "starting"
+        return JSONResponse({"status": word}, 503, {"Retry-After": "5"})
+    return JSONResponse({"status": "ready"})
+
+
+async def _metrics(http: Http) -> Response:
+    service: Service = http.app.state.service
+    words = service.counts.text(service.open, service.ready and not service.stops)
+    return PlainTextResponse(words, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _refused(http: Http, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return error.response()
+
+
+async def _no_route(http: Http, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        words = "this path does not take that method; see docs/serving.md."
+        return Refused(405, words, "method_not_allowed", error.headers).response()
+    words = "there is nothing at this path; see docs/serving.md."
+    return Refused(error.status_code, words, "not_found").response()
+
+
+async def _gone(http: Http, error: Exception) -> Response:
+    return Response(status_code=499)  # which nobody reads

@@ -1,0 +1,75 @@
+"""Takes pictures out of data URLs, checks their headers and decodes them; nothing else is opened."""
+
+import base64
+import binascii
+import io
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from unimed_jax.config import ImageConfig
+from unimed_jax.data import images
+from unimed_jax.errors import UserError
+from unimed_jax.serve.fields import text
+from unimed_jax.serve.limits import Limits, wrong
+
+_URL = re.compile(r"data:([^;,]*)((?:;[^;,]*)*),", re.I)
+_MEDIA = ("", "application/dicom", "application/octet-stream")  # beside image/...
+
+
+class Picture(NamedTuple):
+    """Holds a decoded picture."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3], upright
+    header: images.Header
+
+
+def content_of(url: Any, name: str, limits: Limits) -> bytes:
+    """Returns the bytes of a data URL; name: of the field, in sentences."""
+    url = text(url, name, 2 * limits.bytes)
+    found = _URL.match(url)
+    if not found:
+        raise wrong(
+            f"{name} is not a data URL; send the picture itself as data:image/png;base64,... (addresses "
+            "and paths are never opened).",
+            "invalid_image_url",
+        )
+    media, parameters = found[1].strip().lower(), found[2].lower().split(";")
+    if not (media.startswith("image/") or media in _MEDIA):
+        raise wrong(
+            f"{name} is a data URL of {media[:60]!r}; send a picture (image/png, image/jpeg, image/tiff "
+            "or application/dicom).",
+            "invalid_image_format",
+        )
+    if "base64" not in [parameter.strip() for parameter in parameters]:
+        raise wrong(f"{name} is not base64; write data:{media};base64,....", "invalid_base64")
+    try:
+        return base64.b64decode(url[found.end() :].encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise wrong(f"{name} is damaged: what follows base64, is not base64; encode it again.",
+                    "invalid_base64") from None  # fmt: skip
+
+
+def picture_of(content: bytes, name: str, limits: Limits, view: ImageConfig = images.PLAIN) -> Picture:
+    """Decodes a picture whose header says that it is not too large; raises Refused with a sentence."""
+    try:
+        header = images.read_header(content, f"of {len(content)} bytes")
+        if header.width * header.height > limits.pixels:
+            raise wrong(
+                f"{name} has {header.width} x {header.height} pixels by its header, more than the "
+                f"{limits.pixels} that are read; scale it down.",
+                "image_too_large",
+            )
+        return Picture(images.read_image(content, view), header)
+    except UserError as error:
+        raise wrong(f"{name}: {error}", "invalid_image") from error
+
+
+def png_url(pixels: np.ndarray) -> str:
+    """Writes uint8 [H, W, 3] as a data URL of a PNG with the same pixels, grey ones as grey."""
+    grey = (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if grey else pixels).save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
