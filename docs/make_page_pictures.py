@@ -1,7 +1,7 @@
 """Photographs the server's page with slices of the brain set, into docs/pictures.
 
-`PYTHONPATH=.:tests python docs/make_page_pictures.py --run=runs/brain_tiny` serves the run on this machine and
-drives Chromium. The answers are the model's, right or wrong.
+`PYTHONPATH=.:tests python docs/make_page_pictures.py --run=runs/brain_tiny` serves the run on this
+machine and drives Chromium. The answers are the model's, right or wrong.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def photograph(browser: chromium.Chromium, address: str, out: Path) -> None:
     shown.photograph("describe")
     shown.page.click("#clear")
     shown.image(CORONAL, brain[CORONAL])
-    shown.ask("cls", "T1 image, grey matter map or white matter map?", "T1 image, grey matter map, white matter map")
+    maps = "T1 image", "grey matter map", "white matter map"
+    shown.ask("cls", "T1 image, grey matter map or white matter map?", ", ".join(maps))
     shown.photograph("classify")
     shown.ask("qa", "Which chapter holds Z 5 7 . 3 1?")
     shown.photograph("text")

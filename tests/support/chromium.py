@@ -153,7 +153,8 @@ class Page:
             time.sleep(0.03)
 
     def text(self, selector: str) -> str:
-        return self.run(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''")
+        element = f"document.querySelector({json.dumps(selector)})"
+        return self.run(f"{element}?.innerText ?? {element}?.textContent ?? ''")  # the second: SVG
 
     def visible(self, selector: str) -> bool:
         return self.run(f"document.querySelector({json.dumps(selector)})?.checkVisibility() ?? false")

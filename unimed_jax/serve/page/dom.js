@@ -38,6 +38,7 @@ export function shown(element, yes) {
 /** Writes a probability in per cent, which no line break parts from its sign. */
 export function percent(value) {
   const hundredths = 100 * value;
+  if (hundredths > 0 && hundredths < 0.05) return "< 0.1\u00a0%";
   const digits = (hundredths > 0 && hundredths < 10) || (hundredths > 99 && hundredths < 100) ? 1 : 0;
   return `${hundredths.toFixed(digits)}\u00a0%`;
 }

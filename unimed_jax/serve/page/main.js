@@ -207,7 +207,7 @@ function earlier() {
 
 function updateHistory() {
   const count = task ? earlier().length : 0;
-  shown($("history-field"), count > 0 && !task.needs_box && !task.gives_box);
+  shown($("history-field"), count > 0 && Boolean(task.example) && !task.needs_box && !task.gives_box);
   $("history-label").textContent = `Include ${previous(count)}`;
 }
 
