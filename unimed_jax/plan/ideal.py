@@ -119,7 +119,9 @@ def _answering(config: Config, program: str) -> Config:
         row_images=images,
         row_answers=1,
     )
-    train = dataclasses.replace(config.train, rules=(RuleConfig("*", False),), accumulation=1)
+    train = dataclasses.replace(
+        config.train, rules=(RuleConfig("*", False),), accumulation=1, cache_features=False
+    )
     return dataclasses.replace(config, data=data, train=train)
 
 
@@ -323,9 +325,14 @@ class _Count:
         norms = adds + 2 * decoder.post_norms
         stream = self.stream()
         self.add("residual", stream * (adds + self.below["decoder"] * (adds + norms)))
-        patches = data.rows * data.row_images * (vision.patches + vision.cls_token) / self.shares
-        stream = patches * vision.width * vision.depth * self.compute
+        stream = self.patches() * vision.width * vision.depth * self.compute
         self.add("residual", stream * 2 * (3 if self.below["vision"] else 1))
+
+    def patches(self) -> float:
+        """Counts the tokens of the images that a device encodes."""
+        data, vision = self.config.data, self.config.model.vision
+        images = 0 if self.config.train.cache_features else data.rows * data.row_images / self.shares
+        return images * (vision.patches + vision.cls_token)
 
     def stream(self) -> float:
         """Counts the bytes of the decoder's residual stream on a device, all layers together."""
@@ -342,7 +349,7 @@ class _Count:
         times = 3 if self.below["decoder"] else 1
         self.attended = tokens * (2 * query + shared) * decoder.depth * self.compute  # forward
         self.add("attention", self.attended * times)
-        patches = data.rows * data.row_images * (vision.patches + vision.cls_token) / self.shares
+        patches = self.patches()
         width = 4 * vision.width / math.gcd(self.sizes["tensor"], vision.heads)
         times = 3 if self.below["vision"] else 1
         self.add("attention", patches * width * vision.depth * self.compute * times)
@@ -363,9 +370,11 @@ class _Count:
         self.add(
             "rows", tokens * model.decoder.width * (self.compute + self.stored["decoder/embedding"])
         )
-        side = model.vision.image_size
-        pixels = data.rows * data.row_images * 3 * side * side / self.shares
-        self.add("rows", pixels * (1 + self.compute))
+        images, side = data.rows * data.row_images / self.shares, model.vision.image_size
+        if self.config.train.cache_features:  # written; the connector's products count reading them
+            self.add("rows", images * model.vision.patches * model.vision.width * 2)
+        else:
+            self.add("rows", images * 3 * side * side * (1 + self.compute))
         axes = self.gathered("decoder/embedding")
         if axes:  # each device looks up its channels of all tokens, then tokens are exchanged
             width = tokens * model.decoder.width * self.compute
