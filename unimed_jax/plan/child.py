@@ -67,6 +67,7 @@ def compiled(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "arguments": program.arguments,
         "activations": program.activations,
+        "sizes": program.sizes and program.sizes._asdict(),
         "seconds": {"lower": lowered - begun},
     }
     try:

@@ -67,18 +67,39 @@ class Ideal:
     again: Again  # on top of the above, at the config's remat policy; 0 except in training
 
 
-def ideal(config: Config, mesh_sizes: Mapping[str, int], program: str, examples: int = 1) -> Ideal:
+def ideal(
+    config: Config,
+    mesh_sizes: Mapping[str, int],
+    program: str,
+    examples: int = 1,
+    sizes: Mapping[str, int] | None = None,
+) -> Ideal:
     """Counts the least that a device of a mesh must compute, move and send.
 
     `mesh_sizes` by axis; `program`: "train", "prefill" (`evaluate.batch` prompts of
     `text.max_prompt` tokens) or "decode" (one more token of each, over a full cache). Each row of
-    training holds `examples` of equal length.
+    training holds `examples` of equal length. sizes: of the engine's programs (predict/sizes.py), in
+    place of those of the settings; a row of theirs holds a prompt for each of its images.
     """
-    sizes = {axis: mesh_sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+    by_axis = {axis: mesh_sizes.get(axis, 1) for axis in sharding.MESH_AXES}
     if program != "train":
-        config = _answering(config, program)
         examples = 1
-    return _Count(config, sizes, program, examples).total()
+        if sizes is not None:
+            config = _of_engine(config, program, sizes)
+            examples = sizes["images"] if program == "prefill" else 1
+        config = _answering(config, program)
+    return _Count(config, by_axis, program, examples).total()
+
+
+def _of_engine(config: Config, program: str, sizes: Mapping[str, int]) -> Config:
+    """Gives settings by which `_answering` describes a program of the engine."""
+    rows, tokens = ("rows", "tokens") if program == "prefill" else ("slots", "prompt")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, row_images=sizes["images"]),
+        text=dataclasses.replace(config.text, max_prompt=sizes[tokens]),
+        evaluate=dataclasses.replace(config.evaluate, batch=sizes[rows], max_new_tokens=sizes["answer"]),
+    )
 
 
 def _answering(config: Config, program: str) -> Config:

@@ -36,12 +36,13 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
     row["notes"] = _notes(outcome)
     if not program:
         return row
-    row["cost"] = cost = costs(job.config, row["mesh"], job.program, program)
+    sizes = outcome.result["sizes"]
+    row["cost"] = cost = costs(job.config, row["mesh"], job.program, program, sizes)
     amounts = (cost[name]["compiled"] for name in ("flops", "bytes", "collective_bytes"))
     row["roofline"] = line = times(job.topology, *amounts)
     if line:
         price = prices.get(job.topology.text.partition(":")[0])
-        row["outlook"] = outlook(job.config, job.topology, job.program, line["step_s"], price)
+        row["outlook"] = outlook(job.config, job.topology, job.program, line["step_s"], price, sizes)
     return row
 
 
