@@ -1,10 +1,10 @@
 """Compares a run's own answers with those of its decoder in vLLM: greedy tokens of test examples.
 
     python -m unimed_jax.main export --run=runs/brain_tiny --format=decoder --out=decoder
-    vllm serve decoder --enable-prompt-embeds --dtype float32 --port 8100   # in an environment of its own
+    vllm serve decoder --enable-prompt-embeds --dtype float32 --port 8100
     python benchmarks/vllm_answers.py --run=runs/brain_tiny --url=http://127.0.0.1:8100/v1 --examples=50
 
-Encoder, connector and embeddings run here on both sides (predict/remote.py). `tokens` counts examples
+vLLM is installed in an environment of its own. Encoder, connector and embeddings run here on both sides (predict/remote.py). `tokens` counts examples
 whose greedy tokens are all the same.
 """
 

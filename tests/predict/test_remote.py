@@ -1,4 +1,4 @@
-"""A decoder elsewhere gives the answers of the engine: a stand-in decodes the embeddings that it is sent."""
+"""A decoder elsewhere gives the engine's answers: a stand-in decodes the embeddings that it is sent."""
 
 import base64
 import dataclasses

@@ -113,7 +113,9 @@ def _answering(config: Config, program: str) -> Config:
         row_images=images,
         row_answers=1,
     )
-    train = dataclasses.replace(config.train, rules=(RuleConfig("*", False),), accumulation=1)
+    train = dataclasses.replace(
+        config.train, rules=(RuleConfig("*", False),), accumulation=1, cache_features=False
+    )
     return dataclasses.replace(config, data=data, train=train)
 
 
@@ -299,7 +301,8 @@ class _Count:
         shared = 2 * decoder.kv_heads * decoder.head_dim / tensor  # keys and values
         times = 3 if self.below["decoder"] else 1
         self.add("attention", tokens * (2 * query + shared) * decoder.depth * self.compute * times)
-        patches = data.rows * data.row_images * (vision.patches + vision.cls_token) / self.shares
+        images = 0 if self.config.train.cache_features else data.rows * data.row_images / self.shares
+        patches = images * (vision.patches + vision.cls_token)
         width = 4 * vision.width / math.gcd(self.sizes["tensor"], vision.heads)
         times = 3 if self.below["vision"] else 1
         self.add("attention", patches * width * vision.depth * self.compute * times)
@@ -320,9 +323,11 @@ class _Count:
         self.add(
             "rows", tokens * model.decoder.width * (self.compute + self.stored["decoder/embedding"])
         )
-        side = model.vision.image_size
-        pixels = data.rows * data.row_images * 3 * side * side / self.shares
-        self.add("rows", pixels * (1 + self.compute))
+        images, side = data.rows * data.row_images / self.shares, model.vision.image_size
+        if self.config.train.cache_features:  # written; the connector's products count reading them
+            self.add("rows", images * model.vision.patches * model.vision.width * 2)
+        else:
+            self.add("rows", images * 3 * side * side * (1 + self.compute))
         axes = self.gathered("decoder/embedding")
         if axes:  # each device looks up its channels of all tokens, then tokens are exchanged
             width = tokens * model.decoder.width * self.compute
