@@ -4,8 +4,8 @@
     vllm serve decoder --enable-prompt-embeds --dtype float32 --port 8100
     python benchmarks/vllm_answers.py --run=runs/brain_tiny --url=http://127.0.0.1:8100/v1 --examples=50
 
-vLLM is installed in an environment of its own. Encoder, connector and embeddings run here on both sides (predict/remote.py). `tokens` counts examples
-whose greedy tokens are all the same.
+vLLM is installed in an environment of its own. Encoder, connector and embeddings run here for both
+sides (predict/remote.py). `tokens` counts examples whose greedy tokens are all the same.
 """
 
 import argparse
