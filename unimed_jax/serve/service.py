@@ -151,6 +151,7 @@ class Service:
                     408,
                     f"the body did not come within {limits.body_seconds:g} seconds; send it faster.",
                     "timeout",
+                    {"Connection": "close"},
                 ) from None
             raise
         return bytes(found)
