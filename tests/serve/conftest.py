@@ -27,6 +27,12 @@ from unimed_jax.serve.server import listening, server_of
 from unimed_jax.serve.service import Service
 from unimed_jax.settings import from_config_dict
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import serving
+from serving_faults import WATCHED
+
+__all__ = ["serving"]
 NEW = 12  # tokens of an answer
 # Small, so that what exceeds one is made quickly.
 LIMITS = Limits(
@@ -134,9 +140,8 @@ class Trace:
         sys.addaudithook(self._hook)  # for the rest of the process: Python takes none away
 
     def _hook(self, event, arguments):
-        watched = ("open", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system")
-        if self._on and event in watched and threading.current_thread() is not threading.main_thread():
-            self.events.append((event, *map(str, arguments[:2])))
+        if self._on and event in WATCHED and threading.current_thread() is not threading.main_thread():
+            self.events.append((event, *map(str, (*arguments, None)[:2])))
 
     def __enter__(self):
         self.events, self._on = [], True
