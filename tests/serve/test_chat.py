@@ -189,6 +189,33 @@ def test_a_client_that_leaves_frees_its_slot(live, client, monkeypatch, stream):
     live.until(lambda: engine.idle, 5)
 
 
+def test_the_forms_of_two_evaluation_kits_are_understood(live):
+    """As lmms-eval (models/openai_compatible.py) and VLMEvalKit (api/gpt.py) write them."""
+    part = {"type": "image_url", "image_url": {"url": url(square(0))}}
+    small = {"type": "image_url", "image_url": {"url": url(square(0)), "detail": "low"}}
+    words = {"type": "text", "text": "What colour is the square?"}
+    of_lmms_eval = {
+        "messages": [{"role": "user", "content": [words, part]}],
+        "model": "squares",
+        "max_completion_tokens": 1024,
+        "temperature": 0,
+    }
+    of_vlmevalkit = {
+        "model": "squares",
+        "messages": [
+            {"role": "system", "content": "You answer."},
+            {"role": "user", "content": [small, words]},
+        ],
+        "n": 1,
+        "temperature": 0,
+        "max_tokens": 2048,
+    }
+    expected = live.expected([Request("vqa", words["text"], (square(0),))])
+    for body in (of_lmms_eval, of_vlmevalkit):
+        status, _, found = live.post("/v1/chat/completions", body, Authorization="Bearer sk-any")
+        assert status == 200 and [found["choices"][0]["message"]["content"]] == expected
+
+
 def test_pixels_are_seen_as_they_were_sent(live, client):
     """A picture of another size and form gives the answer that predict gives to its pixels."""
     wide = np.random.default_rng(0).integers(0, 256, (20, 44, 3)).astype(np.uint8)
