@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None:
-    import accelerator
+    import accelerator_rows
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
@@ -57,10 +57,13 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     from unimed_jax.plan.program_cost import program_cost
     from unimed_jax.train.program import build
 
-    scale = accelerator.SCALES["tiny" if arguments.tiny else "full"]
-    model = dataclasses.replace(scale.model, remat=arguments.remat, attention=arguments.attention)
-    config = accelerator.training(
-        dataclasses.replace(scale, model=model), arguments.rows, arguments.tokens
+    scale = accelerator_rows.SCALES["toy" if arguments.tiny else "full"]
+    config = accelerator_rows.training(
+        scale,
+        arguments.rows,
+        arguments.tokens,
+        remat=arguments.remat,
+        attention=arguments.attention,
     )
     data = dataclasses.replace(
         config.data,

@@ -59,6 +59,8 @@ def test_a_run_leaves_scores_in_the_agreed_schema(run):
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 2 * 6 * 24
     assert {p.name for p in run.iterdir()} >= {
         "report.md",
+        "report.html",
+        "environment.json",
         "predictions.png",
         "routing.png",
         "log.jsonl",

@@ -19,6 +19,8 @@ FILES = (
     "predictions.jsonl",
     "likelihoods.partial.jsonl",
     "predictions.partial.jsonl",
+    "environment.json",
+    "report.html",
     "report.md",
     "router.json",
     "stages.json",

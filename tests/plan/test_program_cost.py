@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from unimed_jax.model.grouped import block_product
 from unimed_jax.plan.collectives import replica_groups
 from unimed_jax.plan.program_cost import Collective, program_cost
 
@@ -388,3 +389,36 @@ def test_gpu_kernels_read_copies_of_stacked_layers_and_work_space_is_not_traffic
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         program_cost("HloModule nothing\n")
+
+
+def test_loops_whose_length_is_decided_while_they_run():
+    """Such a loop counts once and is named, or as often as its own name says that it may run."""
+
+    def run(x, times, scope, act):
+        with jax.named_scope(scope):
+            return jax.lax.fori_loop(0, times, lambda _, x: act(x @ x), x)
+
+    # Other functions, since compilations are kept by what they compute, whatever its names.
+    arguments, each = (shaped(32, 32), shaped(dtype=jnp.int32)), 2 * 32**3
+    unknown = cost(run, *arguments, "often", jnp.tanh, static_argnums=(2, 3))
+    assert unknown.flops == each and len(unknown.unknown_loops) == 1
+    known = cost(run, *arguments, "at_most_2.5_times", jnp.sin, static_argnums=(2, 3))
+    assert known.flops == 2.5 * each and known.unknown_loops == ()
+
+
+def test_grouped_products_count_all_blocks_that_there_may_be():
+    """By experts as by blocks, whatever part of them the routing fills."""
+    blocks, rows, width, hidden, experts = 6, 8, 16, 32, 4
+    arguments = (
+        shaped(blocks, rows, width),
+        shaped(experts, width, hidden),
+        shaped(blocks, dtype=jnp.int32),
+    )
+
+    def step(x, kernels, owners, way):
+        return jax.grad(lambda *a: block_product(*a, owners, way).sum(), (0, 1))(x, kernels)
+
+    for way in ("blocks", "experts"):
+        found = cost(step, *arguments, way, static_argnums=3)
+        assert found.flops == 2 * 2 * blocks * rows * width * hidden, way
+        assert found.unknown_loops == ()

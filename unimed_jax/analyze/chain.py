@@ -13,6 +13,7 @@ import ml_collections
 from unimed_jax import files, processes
 from unimed_jax.analyze.chain_experts import LOAD, load_table, write_load
 from unimed_jax.analyze.cost import measured
+from unimed_jax.analyze.run_report.page import write_page
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
@@ -21,6 +22,7 @@ from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.interruption import claim
 from unimed_jax.parsing import read_json
 from unimed_jax.paths import check_run_folder
+from unimed_jax.runs import environment
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
 from unimed_jax.settings import from_config_dict
@@ -183,8 +185,10 @@ def train_and_evaluate(config: Config, folder: Path) -> None:
     claim(folder)  # from here to the end of the evaluation, which writes there, too
     with measured(folder):
         run = train(config, folder)
+        environment.keep(folder)
         with run.inside():
             evaluate_run(run, config)
+    write_page(folder, config)
 
 
 def write_table(folder: Path, stages: Sequence[Stage]) -> str:

@@ -67,18 +67,39 @@ class Ideal:
     again: Again  # on top of the above, at the config's remat policy; 0 except in training
 
 
-def ideal(config: Config, mesh_sizes: Mapping[str, int], program: str, examples: int = 1) -> Ideal:
+def ideal(
+    config: Config,
+    mesh_sizes: Mapping[str, int],
+    program: str,
+    examples: int = 1,
+    sizes: Mapping[str, int] | None = None,
+) -> Ideal:
     """Counts the least that a device of a mesh must compute, move and send.
 
     `mesh_sizes` by axis; `program`: "train", "prefill" (`evaluate.batch` prompts of
     `text.max_prompt` tokens) or "decode" (one more token of each, over a full cache). Each row of
-    training holds `examples` of equal length.
+    training holds `examples` of equal length. sizes: of the engine's programs (predict/sizes.py), in
+    place of those of the settings; a row of theirs holds a prompt for each of its images.
     """
-    sizes = {axis: mesh_sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+    by_axis = {axis: mesh_sizes.get(axis, 1) for axis in sharding.MESH_AXES}
     if program != "train":
-        config = _answering(config, program)
         examples = 1
-    return _Count(config, sizes, program, examples).total()
+        if sizes is not None:
+            config = _of_engine(config, program, sizes)
+            examples = sizes["images"] if program == "prefill" else 1
+        config = _answering(config, program)
+    return _Count(config, by_axis, program, examples).total()
+
+
+def _of_engine(config: Config, program: str, sizes: Mapping[str, int]) -> Config:
+    """Gives settings by which `_answering` describes a program of the engine."""
+    rows, tokens = ("rows", "tokens") if program == "prefill" else ("slots", "prompt")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, row_images=sizes["images"]),
+        text=dataclasses.replace(config.text, max_prompt=sizes[tokens]),
+        evaluate=dataclasses.replace(config.evaluate, batch=sizes[rows], max_new_tokens=sizes["answer"]),
+    )
 
 
 def _answering(config: Config, program: str) -> Config:
@@ -92,7 +113,9 @@ def _answering(config: Config, program: str) -> Config:
         row_images=images,
         row_answers=1,
     )
-    train = dataclasses.replace(config.train, rules=(RuleConfig("*", False),), accumulation=1)
+    train = dataclasses.replace(
+        config.train, rules=(RuleConfig("*", False),), accumulation=1, cache_features=False
+    )
     return dataclasses.replace(config, data=data, train=train)
 
 
@@ -278,7 +301,8 @@ class _Count:
         shared = 2 * decoder.kv_heads * decoder.head_dim / tensor  # keys and values
         times = 3 if self.below["decoder"] else 1
         self.add("attention", tokens * (2 * query + shared) * decoder.depth * self.compute * times)
-        patches = data.rows * data.row_images * (vision.patches + vision.cls_token) / self.shares
+        images = 0 if self.config.train.cache_features else data.rows * data.row_images / self.shares
+        patches = images * (vision.patches + vision.cls_token)
         width = 4 * vision.width / math.gcd(self.sizes["tensor"], vision.heads)
         times = 3 if self.below["vision"] else 1
         self.add("attention", patches * width * vision.depth * self.compute * times)
@@ -299,9 +323,11 @@ class _Count:
         self.add(
             "rows", tokens * model.decoder.width * (self.compute + self.stored["decoder/embedding"])
         )
-        side = model.vision.image_size
-        pixels = data.rows * data.row_images * 3 * side * side / self.shares
-        self.add("rows", pixels * (1 + self.compute))
+        images, side = data.rows * data.row_images / self.shares, model.vision.image_size
+        if self.config.train.cache_features:  # written; the connector's products count reading them
+            self.add("rows", images * model.vision.patches * model.vision.width * 2)
+        else:
+            self.add("rows", images * 3 * side * side * (1 + self.compute))
         axes = self.gathered("decoder/embedding")
         if axes:  # each device looks up its channels of all tokens, then tokens are exchanged
             width = tokens * model.decoder.width * self.compute

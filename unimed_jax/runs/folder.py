@@ -12,7 +12,9 @@ The folder holds:
 - contact_sheet.png: images with their boxes.
 - lock: says who trains here.
 - cost.json: seconds of work and bytes on the disk (analyze/cost.py).
+- environment.json: what it was trained on, and by which command (environment.py).
 - metrics.json, predictions.jsonl, report.md and other *.png: the results of the evaluation.
+- report.html: all of this on one page (analyze/run_report).
 - analysis/, reliance/: pages of analyses with numbers and pictures; report.md names them.
 """
 
@@ -33,10 +35,11 @@ from unimed_jax.interop.tensors.gguf import find_gguf, is_gguf
 from unimed_jax.parsing import read_json
 from unimed_jax.settings import from_config_dict
 
-# What an evaluation writes, the last one last: it stands for the others.
+# What an evaluation writes, the last one last: it stands for the others. The page is written
+# afterwards, so the old one goes when the others change.
 RESULTS = (
     *("predictions.jsonl", "predictions.png", "routing.png", "reliability.png"),
-    *("report.md", "metrics.json"),
+    *("report.html", "report.md", "metrics.json"),
 )
 
 

@@ -64,6 +64,7 @@ def run(arguments: list[str]) -> None:
     out = check_run_folder(file.with_suffix(".scores") if known.out is None else known.out, "--out")
     start()
 
+    from unimed_jax.analyze.run_report.page import write_page
     from unimed_jax.evaluate.run import evaluate_predictions
     from unimed_jax.runs.folder import read_config as config_of_run
 
@@ -73,6 +74,7 @@ def run(arguments: list[str]) -> None:
         config = changed(config_of_run(Path(known.run)), overrides, CHANGEABLE)
     _refuse_nothing(config)
     evaluate_predictions(config, file, out, None if known.run is None else Path(known.run))
+    write_page(out, config)
 
 
 def _of_run(
@@ -85,6 +87,7 @@ def _of_run(
     place = check_run_folder(folder, "--run") if out is None else check_run_folder(out, "--out")
     start()
 
+    from unimed_jax.analyze.run_report.page import write_page
     from unimed_jax.evaluate.run import claim_results, evaluate_run
     from unimed_jax.runs.open import open_run, settings_of
 
@@ -97,6 +100,7 @@ def _of_run(
     run = open_run(folder, which=which, changed=config.text.changed)
     with run.inside():
         evaluate_run(run, config, place)
+    write_page(place, config)
 
 
 def _refuse_nothing(config: Config) -> None:

@@ -1,7 +1,7 @@
 """Writes the tables and the text of report.md."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from unimed_jax.config import Config
 from unimed_jax.data.forms import form_of
@@ -91,9 +91,18 @@ def rows_of(metrics: Mapping[str, Any], split: str) -> Rows:
     return rows
 
 
-def _table(head: Sequence[str], rows: Rows, cells: Callable[[Mapping], Iterator[Sequence[Any]]]) -> str:
-    lines = [[name, task, *line] for name, task, entry in rows for line in cells(entry)]
-    return markdown_table(("set", "task", *head), lines)
+class Table(NamedTuple):
+    """Names the columns of a table after set and task, and yields a row's lines of cells."""
+
+    head: tuple[str, ...]
+    cells: Callable[[Mapping], Iterator[Sequence[Any]]]
+
+    def lines(self, rows: Rows) -> list[list[Any]]:
+        """Lists the lines of all rows, each with its set and task in front."""
+        return [[name, task, *line] for name, task, entry in rows for line in self.cells(entry)]
+
+    def markdown(self, rows: Rows) -> str:
+        return markdown_table(("set", "task", *self.head), self.lines(rows))
 
 
 def _corrected(entry: Mapping) -> Iterator[Sequence[Any]]:
@@ -172,16 +181,61 @@ def _protocols(entry: Mapping) -> Iterator[Sequence[Any]]:
         yield name, f"`{protocol}`"
 
 
-_CORRECTED_HEAD = (
-    "n",
-    "primary metric",
-    "value [95 % interval]",
-    "best blind",
-    "margin [95 %]",
-    "verdict",
-)
 _CHOICE_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "ece")
-_TEMPLATES_HEAD = ("template", "n", "value [95 %]", "best blind", "margin [95 %]", "verdict")
+_VERDICT = ("best blind", "margin [95 %]", "verdict")
+
+CORRECTED = Table(("n", "primary metric", "value [95 % interval]", *_VERDICT), _corrected)
+PUBLISHED = Table(("n", "scores by the published rules"), _published)
+BASELINES = Table(("baseline", "kind", "metric", "value"), _baselines)
+PEERS = Table(("model", "best peer", "model - peer [95 %]", "ahead"), _peers)
+TEMPLATES = Table(("template", "n", "value [95 %]", *_VERDICT), _templates)
+FURTHER = Table(("metric", "value [95 %]"), _further)
+CHOICES = Table(
+    ("questions", "n", "answer chosen by", "accuracy [95 %]")
+    + ("balanced accuracy", "macro-F1", "AUC", "ECE"),
+    _choices,
+)
+GAINS = Table(
+    ("accuracy: likelihood - generated [95 %]", "ahead", "questions without known labels"), _gains
+)
+PROTOCOLS = Table(("score", "protocol"), _protocols)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the tables mean
+# ---------------------------------------------------------------------------------------------
+
+MEDICAL = "Research software, not a medical device: not for diagnosis or treatment."
+ABOUT_BASELINES = (
+    "A blind baseline never looks at the image. A peer reads all that the model reads (qa, "
+    "whose text is all)."
+)
+ABOUT_PROTOCOLS = (
+    "Scores whose ids are equal can be compared, others cannot. The ids of "
+    "`published` and `likelihood` are completed by the name of the score."
+)
+ABOUT_CHOICES = (
+    "Of questions whose possible answers are known, the answer with the highest log-likelihood, its "
+    "sum over the tokens or its mean per token, beside the one that the generated answer names; a "
+    "generated answer that names none, or several, is wrong. AUC: each class against the others of "
+    f"its group, averaged. ECE: expected calibration error in {BINS} bins of equal width; chance "
+    "alone makes it positive, the more the fewer questions there are."
+)
+
+
+def about_margin(resamples: int) -> str:
+    """Says what a margin is and when a model is above blind."""
+    return (
+        "The margin is the model minus the best blind baseline, a paired bootstrap over clusters "
+        f"of test items ({resamples} resamples); *above blind* means that its lower end is above 0."
+    )
+
+
+def about_published(config: Config) -> str:
+    """Says by whose rules the published scores are."""
+    of_vqa = form_of(config.text).published
+    system = "Uni-Med's" + (f" (vqa: {of_vqa}'s)" if of_vqa != "Uni-Med" else "")
+    return f"By the rules of {system} evaluation, flaws included, to compare with the papers."
 
 
 # ---------------------------------------------------------------------------------------------
@@ -201,21 +255,16 @@ def markdown(
     parts = [
         f"# {metrics['name'] or 'Run'}: evaluation",
         *data_notes(metrics),
-        "Research software, not a medical device: not for diagnosis or treatment.",
+        MEDICAL,
         *_leading(config, rows, leading),
         *_notes(metrics, rows),
-        f"## Baselines on {leading}\n\n"
-        f"{_table(('baseline', 'kind', 'metric', 'value'), rows, _baselines)}\n\n"
-        "A blind baseline never looks at the image. A peer reads all that the model reads (qa, "
-        "whose text is all).",
+        f"## Baselines on {leading}\n\n{BASELINES.markdown(rows)}\n\n{ABOUT_BASELINES}",
         *_peer_section(rows),
-        f"## By question template on {leading}\n\n{_table(_TEMPLATES_HEAD, rows, _templates)}",
+        f"## By question template on {leading}\n\n{TEMPLATES.markdown(rows)}",
         *_further_section(rows, leading),
         *_choice_section(rows, leading),
         *_other_splits(metrics),
-        "## Protocols\n\nScores whose ids are equal can be compared, others cannot. The ids of "
-        "`published` and `likelihood` are completed by the name of the score.\n\n"
-        f"{_table(('score', 'protocol'), rows, _protocols)}",
+        f"## Protocols\n\n{ABOUT_PROTOCOLS}\n\n{PROTOCOLS.markdown(rows)}",
     ]
     if metrics.get("routing"):
         parts.append(f"## Routing\n\n{routing_line(metrics['routing'])}.")
@@ -227,10 +276,14 @@ def markdown(
 
 
 def data_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Lists each set's own caveat and licence, from its passport."""
+    """Lists each set's own caveat and licence."""
+    return [f"Data `{name}`: {text}" for name, text in caveats(metrics)]
+
+
+def caveats(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lists each set's name with its caveat and licence, from its passport."""
     return [
-        f"Data `{name}`: "
-        f"{' '.join(part for part in (entry['note'], _sentence(entry['licence'])) if part)}"
+        (name, " ".join(part for part in (entry["note"], _sentence(entry["licence"])) if part))
         for name, entry in metrics.get("data", {}).items()
         if entry.get("note") or entry.get("licence")
     ]
@@ -248,17 +301,10 @@ def _leading(config: Config, rows: Rows, split: str) -> list[str]:
     """Writes corrected and published scores, in the order of config.evaluate.scoring."""
     corrected = (
         f"## Corrected scores on {split}\n\n"
-        f"{_table(_CORRECTED_HEAD, rows, _corrected)}\n\n"
-        "The margin is the model minus the best blind baseline, a paired bootstrap over clusters "
-        f"of test items ({config.evaluate.bootstrap} resamples); *above blind* means that its lower "
-        "end is above 0."
+        f"{CORRECTED.markdown(rows)}\n\n{about_margin(config.evaluate.bootstrap)}"
     )
-    of_vqa = form_of(config.text).published
-    system = "Uni-Med's" + (f" (vqa: {of_vqa}'s)" if of_vqa != "Uni-Med" else "")
     published = (
-        f"## Scores as published on {split}\n\n"
-        f"{_table(('n', 'scores by the published rules'), rows, _published)}\n\n"
-        f"By the rules of {system} evaluation, flaws included, to compare with the papers."
+        f"## Scores as published on {split}\n\n{PUBLISHED.markdown(rows)}\n\n{about_published(config)}"
     )
     return [published, corrected] if config.evaluate.scoring == "published" else [corrected, published]
 
@@ -272,40 +318,27 @@ def _notes(metrics: Mapping[str, Any], rows: Rows) -> list[str]:
 def _peer_section(rows: Rows) -> list[str]:
     if not any(entry["peer_margin"] for *_, entry in rows):
         return []
-    head = ("model", "best peer", "model - peer [95 %]", "ahead")
-    return [f"## Next to learned baselines that read the same text\n\n{_table(head, rows, _peers)}"]
+    return [f"## Next to learned baselines that read the same text\n\n{PEERS.markdown(rows)}"]
 
 
 def _further_section(rows: Rows, split: str) -> list[str]:
     if not any(len(entry["corrected"]) > 1 for *_, entry in rows):
         return []
-    table = _table(("metric", "value [95 %]"), rows, _further)
-    return [f"## Further corrected scores on {split}\n\n{table}"]
+    return [f"## Further corrected scores on {split}\n\n{FURTHER.markdown(rows)}"]
 
 
 def _choice_section(rows: Rows, split: str) -> list[str]:
     if not any("likelihood" in entry for *_, entry in rows):
         return []
-    names = ("balanced accuracy", "macro-F1", "AUC", "ECE")
-    head = ("questions", "n", "answer chosen by", "accuracy [95 %]", *names)
-    gains = ("accuracy: likelihood - generated [95 %]", "ahead", "questions without known labels")
     return [
-        f"## Classes and choices on {split}\n\n{_table(head, rows, _choices)}\n\n"
-        f"{_table(gains, rows, _gains)}\n\n"
-        "Of questions whose possible answers are known, the answer with the highest log-likelihood, its "
-        "sum over the tokens or its mean per token, beside the one that the generated answer names; a "
-        "generated answer that names none, or several, is wrong. AUC: each class against the others of "
-        f"its group, averaged. ECE: expected calibration error in {BINS} bins of equal width; chance "
-        "alone makes it positive, the more the fewer questions there are."
+        f"## Classes and choices on {split}\n\n{CHOICES.markdown(rows)}\n\n"
+        f"{GAINS.markdown(rows)}\n\n{ABOUT_CHOICES}"
     ]
 
 
 def _other_splits(metrics: Mapping[str, Any]) -> list[str]:
     others = [split for split in metrics["pooled"] if split != metrics["split"]]
-    return [
-        f"## Split {split}\n\n{_table(_CORRECTED_HEAD, rows_of(metrics, split), _corrected)}"
-        for split in others
-    ]
+    return [f"## Split {split}\n\n{CORRECTED.markdown(rows_of(metrics, split))}" for split in others]
 
 
 def _made(again: str, metrics: Mapping[str, Any]) -> str:

@@ -3,12 +3,12 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config
-from unimed_jax.evaluate.metrics.boxes import iou, predicted_box
+from unimed_jax.evaluate.metrics.boxes import Box, iou, predicted_box
 from unimed_jax.evaluate.metrics.text import exact_match
 from unimed_jax.evaluate.report.markdown import routing_line
 from unimed_jax.files import written_whole
@@ -31,7 +31,7 @@ def draw_predictions(
     """
     from matplotlib.figure import Figure
 
-    rows = _rows(records)
+    rows = shown_rows(records)
     captions = [[_caption(record) for record in row] for row in rows]
     heights = [
         (_SIDE if any(record["images"] for record in row) else 0.0)
@@ -67,14 +67,14 @@ def draw_predictions(
     figure.savefig(path)
 
 
-def _rows(records: Sequence[Mapping]) -> list[list[Mapping]]:
-    """Chooses the examples that are drawn: a row per task and set."""
+def shown_rows(records: Sequence[Mapping], columns: int = _COLUMNS) -> list[list[Mapping]]:
+    """Chooses the examples that are drawn: a row of at most `columns` per task and set."""
     rows = []
     for t, task in enumerate(TASKS):
         for name in dict.fromkeys(record["set"] for record in records):
             lines = [record for record in records if (record["set"], record["task"]) == (name, task)]
             # Shifted from task to task, so that the rows show different images.
-            places = (np.arange(_COLUMNS) + (t + 0.5) / len(TASKS)) * len(lines) / _COLUMNS
+            places = (np.arange(columns) + (t + 0.5) / len(TASKS)) * len(lines) / columns
             if lines:
                 rows.append([lines[place] for place in np.unique(places.astype(int))])
     return rows[:_MOST_ROWS]
@@ -148,20 +148,39 @@ def draw_box(path: str | Path, pixels: np.ndarray, box: Sequence[int], words: st
         figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
 
 
+class Judged(NamedTuple):
+    """Says how one answer did, as far as one number tells."""
+
+    right: bool | None  # None: the task is not answered right or wrong
+    box: Box | None  # refer: the box of the answer, in pixels
+    overlap: float  # refer: its intersection over union with the true one
+
+
+def judged(record: Mapping) -> Judged:
+    """Judges an answer for a picture: a box by its overlap, a report not at all, others by equality."""
+    prediction = record["prediction"].strip()
+    if record["task"] == "refer":
+        box = predicted_box(prediction, record["image_size"])
+        return Judged(None, box, iou(box, record["box"]) if box else 0.0)
+    if record["task"] == "caption":
+        return Judged(None, None, 0.0)
+    return Judged(exact_match(prediction, record["reference"]), None, 0.0)
+
+
 def _caption(record: Mapping) -> str:
     """Wraps question, true answer and given answer to the width of a panel.
 
     Right and wrong are written as words, not shown by colours alone.
     """
     task, prediction = record["task"], record["prediction"].strip()
+    seen = judged(record)
     if task == "refer":
-        box = predicted_box(prediction, record["image_size"])
-        overlap = f"IoU {iou(box, record['box']):.2f}" if box else f"no box in {prediction[:40]!r}"
+        overlap = f"IoU {seen.overlap:.2f}" if seen.box else f"no box in {prediction[:40]!r}"
         parts = [record["question"], overlap]
     elif task == "caption":
         parts = [f"true: {record['reference']}", " ", f"said: {prediction or '(nothing)'}"]
     else:
-        verdict = "right" if exact_match(prediction, record["reference"]) else "WRONG"
+        verdict = "right" if seen.right else "WRONG"
         parts = [
             record["question"],
             f"true: {record['reference']}",

@@ -1,0 +1,170 @@
+"""Puts the sections together and writes the page."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from unimed_jax import files, processes
+from unimed_jax.analyze.run_report import about, scores, tiles
+from unimed_jax.analyze.run_report.facts import Data, Facts, gather, names_of
+from unimed_jax.analyze.run_report.markup import Markup, joined, tag
+from unimed_jax.config import Config
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.report.markdown import MEDICAL, caveats, rows_of
+
+NAME = "report.html"
+MOST_RUNS = 8  # colours that can be told apart
+# Nothing is fetched, nothing runs: the page needs only its own styles and the pictures inside it.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+)
+STYLE = Path(__file__).with_name("report.css")
+
+
+def write(
+    folders: Sequence[Path],
+    out: Path | None = None,
+    audit: Path | None = None,
+    config: Config | None = None,
+) -> Path:
+    """Writes the page of one run, or of several side by side, and returns its path.
+
+    out: the file (default: report.html in the folder of a single run, reports.html in the first of
+    several); audit: a check.json to take in place of that of the first run; config: the settings of a
+    folder that holds none. Raises UserError for a run
+    that was not scored, and for damaged files.
+    """
+    signs = [chr(ord("A") + i) for i in range(len(folders))] if len(folders) > 1 else [""]
+    runs = [
+        gather(folder, name, sign, None if number else audit, config)
+        for number, (folder, name, sign) in enumerate(
+            zip(folders, names_of(folders), signs, strict=True)
+        )
+    ]
+    splits = {run.split for run in runs}
+    if len(splits) > 1:
+        raise UserError(
+            f"the runs are scored on different splits ({', '.join(sorted(splits))}); score them on one."
+        )
+    config = next((run.config for run in runs if run.config is not None), None)
+    try:
+        text = page(runs, Data(config))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration) as error:
+        raise UserError(
+            f"{', '.join(str(run.folder) for run in runs)}: a file of the results has another form than "
+            f"this version writes ({error!r}); score and analyse the run again."
+        ) from error
+    place = out or folders[0] / (NAME if len(folders) == 1 else "reports.html")
+    files.write_text(place, text)
+    return place
+
+
+def page(runs: Sequence[Facts], data: Data) -> Markup:
+    """Makes the whole page."""
+    sections: list[tuple[str, str, Callable[[], Markup]]] = [
+        ("summary", "Summary", lambda: _summary(runs)),
+        ("scores", "Scores", lambda: scores.scores(runs)),
+        ("reliance", "Does it need the image?", lambda: scores.reliance(runs)),
+        ("pictures", "Examples", lambda: tiles.pictures(runs, data)),
+        ("curves", "Training", lambda: about.curves(runs)),
+        ("routing", "Routing", lambda: about.routing(runs)),
+        ("tug", "Tug-of-war", lambda: about.tug_of_war(runs)),
+        ("data", "Data sheet", lambda: about.sheet(runs, data)),
+        ("made", "How it was made", lambda: about.made(runs)),
+    ]
+    title = _title(runs)
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", name="referrer", content="no-referrer"),
+        tag("title", title),
+        Markup(f"<style>{STYLE.read_text(encoding='utf-8')}</style>"),
+    )
+    links = [tag("a", words, href=f"#{name}") for name, words, _ in sections]
+    body = tag(
+        "body",
+        tag("a", "Skip to the scores", href="#scores", class_="skip"),
+        tag("p", MEDICAL, class_="banner", role="note"),
+        tag("header", tag("h1", title), _runs(runs)),
+        tag("nav", *links, aria_label="Sections"),
+        tag(
+            "main",
+            *(
+                tag("section", tag("h2", words), make(), id=name, aria_label=words)
+                for name, words, make in sections
+            ),
+        ),
+        tag("footer", MEDICAL),
+    )
+    return Markup(f"<!doctype html>\n{tag('html', head, body, lang='en')}\n")
+
+
+def _title(runs: Sequence[Facts]) -> str:
+    names = list(dict.fromkeys(run.metrics.get("name") or "Run" for run in runs))
+    return f"{', '.join(names)}: evaluation" if len(runs) == 1 else f"{len(runs)} runs side by side"
+
+
+def _runs(runs: Sequence[Facts]) -> Markup:
+    """Names each run with what tells it apart."""
+    lines = []
+    for run in runs:
+        metrics = run.metrics
+        parts = [f"seed {metrics.get('seed')}", f"fidelity {metrics.get('fidelity')}"]
+        if metrics.get("step") is not None:
+            parts.insert(0, f"step {metrics['step']}")
+        if run.config is not None:
+            connector = run.config.model.connector
+            parts.insert(
+                0, connector.kind + (f", {connector.experts} experts" if connector.is_moe else "")
+            )
+        name = run.name if run.sign else str(metrics.get("name") or run.name)
+        parts.append(f"split {run.split}")
+        lines.append(tag("li", scores.signed(run), " ", tag("b", name), " ", " · ".join(parts)))
+    return tag("ul", *lines, class_="runs")
+
+
+def _summary(runs: Sequence[Facts]) -> Markup:
+    notes = dict.fromkeys(note for run in runs for note in caveats(run.metrics))
+    warned: dict[str, list[str]] = {}
+    for run in runs:
+        said = [*run.metrics.get("notes", ())]
+        said += [
+            f"{name}, {task}: {text}"
+            for name, task, entry in rows_of(run.metrics, run.split)
+            for text in entry.get("notes", ())
+        ]
+        for note in dict.fromkeys(said):
+            warned.setdefault(note, []).append(run.sign)
+    if len(runs) == 1:
+        shown = joined((scores.tiles(runs[0]), scores.summary(runs[0])))
+    else:
+        shown = joined(
+            tag("div", tag("h3", scores.signed(run), " ", run.name), scores.summary(run)) for run in runs
+        )
+    lines = [tag("li", f"{' '.join(signs)} {note}.".strip()) for note, signs in warned.items()]
+    return joined(
+        (
+            shown,
+            *(tag("p", tag("b", name), f": {note}", class_="note") for name, note in notes),
+            tag("details", tag("summary", f"{len(lines)} notes"), tag("ul", *lines)) if lines else "",
+        )
+    )
+
+
+def check_count(folders: Sequence[Path]) -> None:
+    """Raises UserError for more runs than the page can tell apart, or one named twice."""
+    if len(folders) > MOST_RUNS:
+        raise UserError(f"{len(folders)} runs are too many for one page; give at most {MOST_RUNS}.")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice; name each once.")
+
+
+def write_page(folder: Path, config: Config) -> None:
+    """Writes report.html beside the scores of an evaluation that has ended; says where it is.
+
+    It is called on all processes; the leader writes, if there are scores.
+    """
+    if processes.leads() and (folder / "metrics.json").is_file():
+        processes.say(f"wrote {write([folder], config=config)}")
