@@ -18,7 +18,10 @@ pytestmark = pytest.mark.skipif(bool(chromium.missing()), reason=chromium.missin
 WIDTH, HEIGHT = 80, 60  # of the image; not square, so that mixing them up shows
 TABS = "document.querySelectorAll('[role=tab]').length === 6"
 SHOWN = "document.querySelector('#canvas image')?.getAttribute('href')"
-DONE = "document.querySelector('.turn.done')"
+CELLS = (
+    "[...{}.querySelectorAll('.cell')].map(cell => ['x', 'y', 'width', 'height']"
+    ".map(name => +cell.getAttribute(name)))"
+)
 
 
 def png(width=WIDTH, height=HEIGHT) -> bytes:
@@ -198,7 +201,12 @@ def test_a_found_box_and_the_routing_lie_on_the_image(page):
     weights = page.run("[...document.querySelectorAll('text.weight')].map(t => +t.textContent)")
     mean = float(page.text(".expert:nth-child(3) b").split()[0]) / 100
     assert np.mean(weights) == pytest.approx(mean, abs=0.01)
-    assert page.run("document.querySelector('.cell:nth-of-type(1)').getAttribute('width')") == "40"
+    assert page.run(CELLS.format("document")) == [
+        [0, 0, 40, 30],
+        [40, 0, 40, 30],
+        [0, 30, 40, 30],
+        [40, 30, 40, 30],
+    ]
     # Zoom and pan: the same point of the image stays under the pointer.
     x, y = at(page, 60, 30)
     page.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=-400)
@@ -217,6 +225,25 @@ def test_a_found_box_and_the_routing_lie_on_the_image(page):
     page.click(".turn:nth-child(2) .turn-head button")
     assert box_of(page, "found") == [20, 30, 40, 30]  # and its tab is back
     assert page.run("document.querySelector('[aria-selected=true]').id") == "tab-refer"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fit, first", [("pad", [0, -10, 40, 40]), ("crop", [10, 0, 30, 30])])
+def test_the_map_covers_what_the_model_saw(page, fit, first):
+    cells = page.run(
+        "import('/page/viewer.js').then(({Viewer}) => {"
+        "const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');"
+        "const viewer = new Viewer(document.createElement('div'), svg);"
+        f"viewer.show({{url: '', width: {WIDTH}, height: {HEIGHT}}});"
+        f"viewer.setMap([[0, 1], [1, 0]], [0, 1], '{fit}'); return {CELLS.format('svg')}; }})"
+    )
+    x, y, side, _ = first
+    assert cells == [
+        first,
+        [x + side, y, side, side],
+        [x, y + side, side, side],
+        [x + side, y + side, side, side],
+    ]
 
 
 @pytest.mark.slow
