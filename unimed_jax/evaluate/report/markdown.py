@@ -254,14 +254,10 @@ def markdown(
 
 
 def data_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Lists each set's own caveat and licence."""
-    return [f"Data `{name}`: {text}" for name, text in caveats(metrics)]
-
-
-def caveats(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Lists each set's name with its caveat and licence, from its passport."""
+    """Lists each set's own caveat and licence, from its passport."""
     return [
-        (name, " ".join(part for part in (entry["note"], _sentence(entry["licence"])) if part))
+        f"Data `{name}`: "
+        f"{' '.join(part for part in (entry['note'], _sentence(entry['licence'])) if part)}"
         for name, entry in metrics.get("data", {}).items()
         if entry.get("note") or entry.get("licence")
     ]
