@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import dataclasses
 import io
 import re
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from unimed_jax.config import ImageConfig
+from unimed_jax.config import Config
 from unimed_jax.data import images
 from unimed_jax.errors import UserError
 from unimed_jax.serve.fields import text
@@ -52,8 +53,11 @@ def content_of(url: Any, name: str, limits: Limits) -> bytes:
                     "invalid_base64") from None  # fmt: skip
 
 
-def picture_of(content: bytes, name: str, limits: Limits, view: ImageConfig = images.PLAIN) -> Picture:
-    """Decodes a picture whose header says that it is not too large; raises Refused with a sentence."""
+def picture_of(content: bytes, name: str, config: Config, limits: Limits, **chosen: Any) -> Picture:
+    """Decodes a picture whose header says that it is not too large; raises Refused with a sentence.
+
+    It is read as those of the run's sources are, or with the frame and window that are chosen.
+    """
     try:
         header = images.read_header(content, f"of {len(content)} bytes")
         if header.width * header.height > limits.pixels:
@@ -62,7 +66,10 @@ def picture_of(content: bytes, name: str, limits: Limits, view: ImageConfig = im
                 f"{limits.pixels} that are read; scale it down.",
                 "image_too_large",
             )
-        return Picture(images.read_image(content, view), header)
+        view = config.data.common_image or images.PLAIN
+        if header.kind != "dicom":
+            view = dataclasses.replace(view, window=None)  # which fits DICOM alone
+        return Picture(images.read_image(content, dataclasses.replace(view, **chosen)), header)
     except UserError as error:
         raise wrong(f"{name}: {error}", "invalid_image") from error
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -87,12 +86,12 @@ class Service:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
         shown = Request("vqa", "?", (black,), max_new_tokens=2)
-        for request in (Request("qa", "?", max_new_tokens=2), shown)[: 1 + bool(self.limits.images)]:
-            answer, _ = await self.engine.ask(request)
-            async for _ in answer.pieces():
-                pass
-            await self.engine.call(functools.partial(likelihood_of, self.run, request, ["?"]))
-        await self.engine.call(lambda: routing_of(self.run, shown))
+        request = shown if self.limits.images else Request("qa", "?", max_new_tokens=2)
+        answer, _ = await self.engine.ask(request)
+        async for _ in answer.pieces():
+            pass
+        await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
+        await self.engine.call(lambda: routing_of(self.run, request))
         self.ready = True
 
     def close(self) -> None:
@@ -151,6 +150,7 @@ class Service:
                     408,
                     f"the body did not come within {limits.body_seconds:g} seconds; send it faster.",
                     "timeout",
+                    {"Connection": "close"},
                 ) from None
             raise
         return bytes(found)

@@ -31,11 +31,9 @@ from unimed_jax.evaluate.report.markdown import (
     Table,
     about_margin,
     about_published,
-    number,
     rows_of,
-    verdict,
-    with_interval,
 )
+from unimed_jax.verdicts import number, reliance_verdict, verdict, with_interval
 
 LETTER = "run"  # the head of the column that tells several runs apart
 
@@ -95,7 +93,7 @@ def summary(run: Facts) -> Markup:
     if run.reliance and run.reliance_is_its_own:
         relies: dict[str, list[str]] = {}
         for name, task, entry in reliance_report.rows_of(run.reliance):
-            said = reliance_report.verdict(entry["scores"].get("visual_reliance_score"))
+            said = reliance_verdict(entry["scores"].get("visual_reliance_score"))
             if said != "-":
                 relies.setdefault(said, []).append(f"{task} ({name})" if several else task)
         lines += [_sentence(f"{said[0].upper()}{said[1:]}", titles) for said, titles in relies.items()]
@@ -292,7 +290,7 @@ def _passes(run: Facts, found: Mapping[str, Any], several: bool) -> Markup:
         rows.append(
             [_case(name, task, entry["metric"], entry["n"]), axis(marks)]
             + [number(part["value"]) if part else "-" for part in passes.values()]
-            + [with_interval(score, "+"), reliance_report.verdict(score)]
+            + [with_interval(score, "+"), reliance_verdict(score)]
         )
     names = [words for words, *_ in reliance_report.PASSES.values()]
     head = ("set and task", "from 0 to 1", *names, "own less other image [95 %]", "verdict")
