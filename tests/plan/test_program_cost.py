@@ -31,6 +31,23 @@ def test_matmul():
     assert largest.name.endswith("dot_general") and largest.count == 1
 
 
+@pytest.mark.parametrize("mask", ["", "s32[16,256,256]", "s32[8,256,512]"])
+def test_splash_counts_no_blocks_of_later_tokens(mask):
+    """Of 1,024 tokens, in 4 x 4 or 4 x 2 blocks; without a mask a token sees all others."""
+    names = "%q, %k" + (", %mask" if mask else "")
+    kernel = f'custom-call({names}), custom_call_target="tpu_custom_call"'
+    text = f"""HloModule splash
+ENTRY %main {{
+  %q = bf16[2,1024,64]{{2,1,0}} parameter(0)
+  %k = bf16[2,1024,64]{{2,1,0}} parameter(1)
+  %mask = {mask or "s32[1]"}{{0}} parameter(2)
+  ROOT %splash_mha_fwd.1 = bf16[2,1024,64]{{2,1,0}} {kernel}
+}}
+"""
+    share = {"": 1, "s32[16,256,256]": 10 / 16, "s32[8,256,512]": 6 / 8}[mask]
+    assert program_cost(text).flops == 2 * 2 * 2 * 1024 * 1024 * 64 * share
+
+
 def scanned(x, w):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 

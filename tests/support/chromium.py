@@ -227,7 +227,7 @@ class Page:
         file.write_bytes(base64.b64decode(out["data"]))
 
     def roles(self) -> list[tuple[str, str]]:
-        """Returns the accessibility tree's (role, name) in reading order, without plain text."""
+        """Returns the accessibility tree's (role, name), without plain text."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [
             (node["role"]["value"], node.get("name", {}).get("value", ""))

@@ -190,6 +190,7 @@ function choose(name) {
   shown($("question-field"), !task.needs_box);
   shown($("example-line"), Boolean(task.example) && !task.needs_box);
   $("example").textContent = task.example ?? "";
+  $("example").setAttribute("aria-label", `Fill in the example: ${task.example}`);
   shown($("box-fields"), task.needs_box);
   $("columns").classList.toggle("text-only", !task.needs_image);
   $("form-trouble").textContent = "";
