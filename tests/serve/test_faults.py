@@ -1,5 +1,6 @@
 """Every fault has its status and one sentence; nothing is executed, fetched, opened, logged or kept."""
 
+import dataclasses
 import json
 import socket
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from unimed_jax.errors import UserError
 from unimed_jax.serve.app import application, names_of
+from unimed_jax.serve.service import Service
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -85,6 +88,24 @@ def test_a_fault_of_ours_says_nothing_of_the_request(live, capfd, monkeypatch):
     assert live.service.engine._engine is not engine and live.post(TASKS, body)[0] == 200
     out, err = capfd.readouterr()
     assert "RuntimeError at" in err and "secret" not in out + err + json.dumps(found)
+
+
+def test_the_tokenizers_own_store_of_words_can_be_emptied(live):
+    """A release of the package without these calls, which are its own, would have to be looked at."""
+    tokenizer = live.run.tokenizer
+    assert hasattr(tokenizer._rust.model, "_resize_cache")
+    assert hasattr(tokenizer._rust.model, "_clear_cache")
+    before = tokenizer.encode("hippocampus")
+    tokenizer.keep_no_words()
+    assert tokenizer.encode("hippocampus") == before
+
+
+def test_a_run_whose_answers_depend_on_their_batch_is_refused(live):
+    moe = dataclasses.replace(live.run.config.model.moe, experts=2, eval_capacity_factor=1.0)
+    model = dataclasses.replace(live.run.config.model, moe=moe)
+    run = dataclasses.replace(live.run, config=dataclasses.replace(live.run.config, model=model))
+    with pytest.raises(UserError, match="cannot be served; use predict"):
+        Service(run, "it", live.service.limits)
 
 
 # ---- who asks ----------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ class Service:
                 f"{run.folder}: its answers depend on which questions are answered together (experts "
                 "of limited capacity), so it cannot be served; use predict or evaluate."
             )
+        run.tokenizer.keep_no_words()
         evaluate = dataclasses.replace(config.evaluate, max_new_tokens=limits.max_tokens)
         self.run = dataclasses.replace(run, config=dataclasses.replace(config, evaluate=evaluate))
         self.name, self.counts = name, Counts()
@@ -164,12 +165,20 @@ class Service:
         try:
             ticket = self.enter()
             try:
-                return await self.aside(lambda: understand(_parsed(content))), ticket
+                return await self.aside(lambda: understand(self._parsed(content))), ticket
             except BaseException:
                 ticket.leave()
                 raise
         finally:
             self.held -= len(content)
+
+    def _parsed(self, content: bytes) -> Any:
+        if sum(map(content.count, (b",", b"[", b"{"))) > self.limits.values:
+            raise wrong(f"the body has more than {self.limits.values} values; send fewer.", "too_many")
+        try:
+            return parse_json(content, "the body", "send JSON")
+        except UserError as error:
+            raise wrong(str(error), "invalid_json") from None
 
     async def aside(self, function: Callable[[], Result]) -> Result:
         """Runs a function that takes a while in one of the threads that decode."""
@@ -280,13 +289,6 @@ async def unless_gone(http: Http, work: Awaitable[Result]) -> Result:
 async def _left(http: Http) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _parsed(content: bytes) -> Any:
-    try:
-        return parse_json(content, "the body", "send JSON")
-    except UserError as error:
-        raise wrong(str(error), "invalid_json") from None
 
 
 def new_id(kind: str) -> str:
