@@ -76,8 +76,13 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     start = time.perf_counter()
     with topologies.as_on_the_card(topology):
-        text = build(config, mesh).lower().compile().as_text()
-    print(f"compiled in {time.perf_counter() - start:.0f} s")
+        compiled = build(config, mesh).lower().compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    held = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    print(
+        f"compiled in {time.perf_counter() - start:.0f} s; arguments and temporaries take "
+        f"{held[0] / 2**30:.2f} and {held[1] / 2**30:.2f} GiB"
+    )
     if arguments.out:
         arguments.out.write_text(text)
 

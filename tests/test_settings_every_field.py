@@ -270,6 +270,7 @@ MEANINGFUL: dict[str, dict[str, Check]] = {
         "rules": tuple_of(group_of_settings, least=1),
         "moments": one_of("zeros", "init"),
         "gradients": one_of("sum", "pcgrad", "gradvac", "equal-norm"),
+        "cache_features": flag,
         "best": one_of(""),  # nothing is measured by default
         "best_mode": one_of("max", "min"),
         "patience": any_count,

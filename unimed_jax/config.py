@@ -292,6 +292,10 @@ class TrainConfig:
     # How gradients of several tasks are combined (train/gradients.py). sum: as published; the others
     # ease conflicts between tasks, and take a backward pass and a gradient's memory for each task.
     gradients: Literal["sum", "pcgrad", "gradvac", "equal-norm"] = "sum"
+    # Run a frozen encoder once on each image and train on its features, which are kept in bfloat16 in
+    # the folder `features` of config.data.cache (features.py). Evaluation encodes images, as answering
+    # does.
+    cache_features: bool = False
     save_every: Count = 500  # steps between checkpoints
     log_every: Count = 10  # steps between log lines
     keep: Count = 2  # newest checkpoints that are kept

@@ -60,6 +60,11 @@ def _check_augment(config: Config) -> None:
             low, high = source.augment.scale
             if low > high:
                 raise UserError(f"{where}.scale={low, high}: give the smaller factor first.")
+            if group == "data" and config.train.cache_features and source.augment != AugmentConfig():
+                raise UserError(
+                    f"{where}: config.train.cache_features=True computes each picture's features once, "
+                    "as it is; leave augment out, or cache_features."
+                )
             if config.fidelity == "paper" and source.augment != AugmentConfig():
                 raise UserError(
                     f"{where}: published training varies no pictures; leave it out, or set "

@@ -135,6 +135,10 @@ SAID = (
         lambda c: c.job == "router" or not all(rule.train for rule in c.train.rules),
         "config.train.rules freezes no parameter",
     ),
+    Need("train", "cache_features", lambda c: c.job == "model", "config.job is 'router'"),
+    Need(
+        "train", "cache_features", lambda c: c.data.row_images, "config.data.row_images is 0: text alone"
+    ),
     Need("text", "vocab", lambda c: not c.text.tokenizer, "config.text.tokenizer names a tokenizer"),
     Need("data", "window", lambda c: c.data.packing, "config.data.packing is False"),
     Need(

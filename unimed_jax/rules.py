@@ -25,7 +25,7 @@ def leaf_rules(
 
     A rule without a weight decay follows the published grouping: biases and norm scales are not
     decayed, everything else is (task tokens and LoRA, too). Raises UserError if a leaf matches no
-    pattern, or a pattern no leaf.
+    pattern, or a pattern no leaf, or if the encoder trains and its features are to be cached.
     """
     rules: dict[str, LeafRule] = {}
     used = set()
@@ -50,6 +50,14 @@ def leaf_rules(
             raise UserError(
                 f"config.train.rules: {pattern!r} matches no parameter{nearest(pattern, paths)}",
             )
+    if train.cache_features:
+        for path, found in rules.items():
+            if path.startswith("vision/") and found.train:
+                raise UserError(
+                    f"config.train.cache_features=True needs a frozen encoder, and {path} trains; put "
+                    "dict(match='vision/*', train=False) first in config.train.rules, or leave "
+                    "cache_features out."
+                )
     return rules
 
 

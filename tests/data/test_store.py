@@ -19,7 +19,7 @@ import pytest
 from support import squares
 
 from unimed_jax import files
-from unimed_jax.config import DataConfig, SourceConfig
+from unimed_jax.config import DataConfig, ImageConfig, SourceConfig
 from unimed_jax.data.columns import columns_of
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
@@ -64,6 +64,19 @@ def test_what_is_read_is_what_was_given(tmp_path):
         data.image("val99")
     with pytest.raises(UserError, match="no split 'vall'; did you mean 'val'"):
         data.examples("vall")
+
+
+def test_a_digest_follows_from_the_image_and_from_how_it_is_read(tmp_path):
+    one, another = (SourceConfig(NAME, id=id, options={"images": 8}) for id in "ab")
+    black = dataclasses.replace(one, id="c", image=ImageConfig(background="black"))
+    data, again, other = opened(tmp_path, one, another, black)
+    keys = [f"{split}{i}" for split in ("train", "val") for i in range(8)]
+    digests = [data.digest(key) for key in keys]
+    pixels = [data.image(key).tobytes() for key in keys]
+    assert all(len(digest) == 32 for digest in digests)
+    assert [digests.index(digest) for digest in digests] == [pixels.index(each) for each in pixels]
+    assert digests == [again.digest(key) for key in keys]
+    assert not {*digests} & {other.digest(key) for key in keys}
 
 
 def test_every_field_survives():
@@ -206,7 +219,7 @@ def test_a_store_of_another_form_is_refused(tmp_path):
     file = folder_of(tmp_path) / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
     with pytest.raises(
-        UserError, match="was prepared in form 0, and this version reads form 2; delete that folder"
+        UserError, match="was prepared in form 0, and this version reads form 3; delete that folder"
     ):
         opened(tmp_path)
 

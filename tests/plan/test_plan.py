@@ -21,6 +21,7 @@ from unimed_jax import main as cli
 from unimed_jax.config import RuleConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
+from unimed_jax.model.grouped import SHOWN
 from unimed_jax.model.parameters import parameters
 from unimed_jax.plan import compile as compiling
 from unimed_jax.plan import table, topology
@@ -489,3 +490,11 @@ def test_predicted_temporaries_are_what_a_step_takes(cache, tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     assert predicted > 500e6  # far more than the rest of the process changes by
     assert 0.6 < json.loads(done.stdout) / predicted < 1.5, (done.stdout, predicted)
+
+
+@pytest.mark.parametrize("way", SHOWN)
+def test_how_experts_run_is_said(tmp_path, way):
+    job = Job(tiny.training(), topology.parse("v5e:2x2"), "train")
+    outcome = compiling.Outcome(job, {"experts": way}, tmp_path, 1.0, kept=False)
+    assert f"v5e:2x2: {SHOWN[way]}." in table._notes(outcome)
+    assert not table._notes(dataclasses.replace(outcome, result={"experts": ""}))

@@ -1,4 +1,7 @@
-"""Defines `Example`, one question with its answer, and `Dataset`, which holds examples."""
+"""Defines `Example`, one question with its answer, and `Dataset`, which holds examples.
+
+`Features` stands in for the pixels of a data set's images.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -53,4 +56,18 @@ class Dataset(Protocol):
 
     def image(self, key: str) -> np.ndarray:
         """Returns the pixels of an image in the size in which it is stored, uint8 [H, W, 3]."""
+        ...
+
+    def digest(self, key: str) -> bytes:
+        """Returns 32 bytes that two images share only if they have the same pixels."""
+        ...
+
+
+class Features(Protocol):
+    """Describes what an encoder has made of images; features.py keeps it on disk."""
+
+    shape: tuple[int, int]  # patches, width
+
+    def read(self, digest: bytes) -> np.ndarray:
+        """Returns the features of the image with a `Dataset.digest`, bfloat16 [patches, width]."""
         ...

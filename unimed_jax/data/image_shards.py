@@ -72,6 +72,7 @@ class ImageShards:
         self._fresh: dict[str, Outcome] = {}  # not used yet, or left out
         self._sizes: dict[str, tuple[int, int, int, int]] = {}
         self.keys: list[str] = []  # of the stored images, in their order
+        self.digests: list[str] = []  # of the same
         self.records: dict[str, int] = {}  # by file
         (place / FACTS).mkdir(exist_ok=True)
 
@@ -141,6 +142,7 @@ class ImageShards:
         if stored:
             self.records[_name(self._done)] = len(stored)
         self.keys += stored
+        self.digests += [found[key].digest for key in stored]
         self._done += 1
 
 

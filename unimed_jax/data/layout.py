@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, TextConfig
@@ -74,7 +75,8 @@ class Group:
     """
 
     questions: tuple[Encoded, ...]
-    images: tuple[np.ndarray, ...] = ()  # uint8 [image_size, image_size, 3] each, in stream order
+    # uint8 [image_size, image_size, 3] each, or bfloat16 [patches, width], in stream order
+    images: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,8 @@ class RowShape:
     answers: int  # A answer tokens
     tokens_per_image: int  # T
     image_size: int  # pixels, square
+    # patches of an image and their width, if rows hold an encoder's features in place of pixels
+    features: tuple[int, int] | None = None
 
 
 def encode_ids(
@@ -255,14 +259,14 @@ def training_batch(rows: Sequence[Sequence[Group]], shape: RowShape, pad: int, r
 
     It has B rows; a row has S tokens, M image slots and A answer tokens.
 
-    images uint8 [B, M, H, W, 3] (unused slots 0), image_tasks int32 [B, M] (index in VISUAL_TASKS,
-    unused -1); tokens int32 [B, S] (`pad` at padding and visual positions), visual int32 [B, S]
-    (slot * T + t, else -1), segments int32 [B, S] (0 = padding, else from 1 within the row),
-    prefixes int32 [B, S] (the segment whose tokens are visible too; own number where there is
-    none), positions int32 [B, S]; target_index int32 [B, A] (the row position that predicts the
-    target), targets int32 [B, A], weights float32 [B, A] (unused 0; `reduction` "token": 1,
-    "example": 1 / length of the answer), target_tasks int32 [B, A] (index in TASKS, unused -1). The
-    groups of a row must fit `shape`.
+    images uint8 [B, M, H, W, 3] (unused slots 0), or if `shape.features` says so in their place features
+    bfloat16 [B, M, patches, width]; image_tasks int32 [B, M] (index in VISUAL_TASKS, unused -1); tokens
+    int32 [B, S] (`pad` at padding and visual positions), visual int32 [B, S] (slot * T + t, else -1),
+    segments int32 [B, S] (0 = padding, else from 1 within the row), prefixes int32 [B, S] (the segment
+    whose tokens are visible too; own number where there is none), positions int32 [B, S]; target_index
+    int32 [B, A] (the row position that predicts the target), targets int32 [B, A], weights float32
+    [B, A] (unused 0; `reduction` "token": 1, "example": 1 / length of the answer), target_tasks int32
+    [B, A] (index in TASKS, unused -1). The groups of a row must fit `shape`.
     """
     batch = _empty(len(rows), shape, pad) | _empty_targets(len(rows), shape.answers)
     for b, groups in enumerate(rows):
@@ -299,9 +303,13 @@ def prompt_batch(prompts_: Sequence[Group], shape: RowShape, pad: int) -> Batch:
 
 
 def _empty(rows: int, shape: RowShape, pad: int) -> Batch:
-    side = shape.image_size
-    return {
-        "images": np.zeros((rows, shape.images, side, side, 3), np.uint8),
+    side, slots = shape.image_size, (rows, shape.images)
+    pictures = (
+        {"images": np.zeros((*slots, side, side, 3), np.uint8)}
+        if shape.features is None
+        else {"features": np.zeros((*slots, *shape.features), ml_dtypes.bfloat16)}
+    )
+    return pictures | {
         "image_tasks": np.full((rows, shape.images), -1, np.int32),
         "tokens": np.full((rows, shape.tokens), pad, np.int32),
         "visual": np.full((rows, shape.tokens), -1, np.int32),
@@ -349,8 +357,9 @@ def _place(
             batch["image_tasks"][b, slots] = VISUAL_TASKS.index(task)
         # those of the next group would take the place of images that the prompt does not mark
         assert len(group.images) <= slots.stop - slots.start, "images without a mark in the prompt"
+        pictures = batch["features" if "features" in batch else "images"]
         for i, image in enumerate(group.images):
-            batch["images"][b, at.slot + i] = image
+            pictures[b, at.slot + i] = image
         at.token, at.slot = here.stop, slots.stop
     end = at.token
     for i, question in enumerate(group.questions):

@@ -22,13 +22,13 @@ import numpy as np
 from unimed_jax import processes
 from unimed_jax.config import TASKS, AugmentConfig, Config, SourceConfig
 from unimed_jax.data import augment, images, layout, lengths, packing
-from unimed_jax.data.columns import Columns, columns_of
-from unimed_jax.data.example import Dataset, Example
+from unimed_jax.data.columns import NONE, Columns, columns_of
+from unimed_jax.data.example import Dataset, Example, Features
 from unimed_jax.data.forms import form_of
 from unimed_jax.data.layout import Batch, Encoded, Group
 from unimed_jax.data.order import global_order, group_examples
 from unimed_jax.data.selection import chosen, draw_weights
-from unimed_jax.data.store import Rows
+from unimed_jax.data.store import CHUNK, Rows
 from unimed_jax.errors import UserError
 
 CACHED = 1 << 18  # encoded questions held, about 400 bytes each
@@ -83,6 +83,7 @@ class Pipeline:
         self._encoder = layout.Encoder(tokenizer, config.text, self.shape.tokens_per_image)
         self._questions = _Recent(CACHED, lambda _: 1)
         self._pixels = _Recent(data.image_cache_mib << 20, lambda pixels: pixels.nbytes)
+        self._features: Features | None = None
         # A draw is asked for twice: by the packing plan, and some windows later when its row is
         # assembled.
         self.draw = functools.lru_cache(maxsize=8 * data.window)(self._draw)
@@ -103,6 +104,25 @@ class Pipeline:
             self._rows = grain.MapDataset.source(plan)
         else:
             self._rows = grain.MapDataset.range(packing.ENDLESS).map(lambda row: [row])
+
+    def use(self, features: Features) -> None:
+        """Makes batches of an encoder's features from now on, in place of pixels."""
+        self._features = features
+        self.shape = dataclasses.replace(self.shape, features=features.shape)
+
+    def pictures(self) -> Iterator[tuple[Dataset, str]]:
+        """Yields every image that training may draw, as a data set and a key."""
+        for source in self._sources:
+            # Examples with the same images share a number, so one of them is read.
+            numbers, rows = np.unique(source.columns.image_set, return_index=True)
+            rows = np.sort(rows[numbers != NONE])
+            for start in range(0, len(rows), CHUNK):
+                for example in source.read(rows[start : start + CHUNK].tolist()):
+                    yield from ((source.dataset, key) for key in example.images)
+
+    def fitted(self, dataset: Dataset, key: str) -> np.ndarray:
+        """Decodes an image and fits it to the encoder, uint8 [image_size, image_size, 3]."""
+        return images.fit(dataset.image(key), self._config.data.fit, self._config.model.vision)
 
     def plan(self, step: int) -> list[list[Draw]]:
         """Lists the draws in each row of the global batch of `step`."""
@@ -230,8 +250,8 @@ class Pipeline:
         varied = self._varied(number, draw, own) if own[0].images and self._varies(draw.source) else None
         if varied is not None:
             return varied
-        pixels = tuple(self._fitted(draw.source, key) for key in own[0].images)
-        return Group(tuple(one.encoded for one in own), pixels)
+        pictures = tuple(self._picture(draw.source, key) for key in own[0].images)
+        return Group(tuple(one.encoded for one in own), pictures)
 
     def _varies(self, source: int) -> bool:
         return not augment.is_off(self._config.data.sources[source].augment)
@@ -268,15 +288,15 @@ class Pipeline:
         )
         return Group(tuple(encoded), pixels)
 
-    def _fitted(self, source: int, key: str) -> np.ndarray:
-        """Returns an image fitted to the encoder, decoded or from the cache.
-
-        It is uint8 [image_size, image_size, 3].
-        """
+    def _picture(self, source: int, key: str) -> np.ndarray:
+        """Returns an image as a row holds it, from the disk or from memory: features, or pixels."""
         dataset = self._sources[source].dataset
         cached = self._pixels.get((dataset.id, key))
         if cached is None:
-            cached = images.fit(dataset.image(key), self._config.data.fit, self._config.model.vision)
+            if self._features is None:
+                cached = self.fitted(dataset, key)
+            else:
+                cached = self._features.read(dataset.digest(key))
             self._pixels.put((dataset.id, key), cached)
         return cached
 

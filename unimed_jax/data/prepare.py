@@ -390,7 +390,7 @@ def _write(
         raise UserError(_nothing(info, folder, skipped))
     made = columns.columns()
     _check_ids(made.ids, place, info)
-    write_index(place, made, images.keys)
+    write_index(place, made, images.keys, images.digests)
     (place / SKIPPED).write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
     files.remove_folder(place / FACTS)  # of which nothing belongs to the store
     records = examples.records | images.records

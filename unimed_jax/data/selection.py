@@ -53,6 +53,10 @@ class Selection:
         """Returns the image's bytes as they were found."""
         return self._store.encoded(key)
 
+    def digest(self, key: str) -> bytes:
+        """Returns 32 bytes that name the image's pixels, see `Store.digest`."""
+        return self._store.digest(key)
+
     def _numbers(self, split: str) -> np.ndarray:
         if split not in self._splits:
             raise UserError(

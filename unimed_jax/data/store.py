@@ -4,7 +4,7 @@
       manifest.json     what the set is, its splits, the size of every file
       examples-*.array_record   one JSON text per example
       images-*.array_record     one encoded image (PNG, JPEG, DICOM ...) per image key
-      index/*.npy       columns (data/columns.py), tables of texts, image keys sorted by hash
+      index/*.npy       columns (data/columns.py), tables of texts, image keys sorted by hash, digests
       skipped.txt       records that were left out, one a line, with the reason
 
 `data/prepare.py` writes it. A million examples cost a few megabytes of memory, because nothing here
@@ -12,6 +12,7 @@ holds them.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import threading
@@ -27,12 +28,12 @@ from unimed_jax import files
 from unimed_jax.config import ImageConfig
 from unimed_jax.data.columns import Column, Columns, Strings, hash_of
 from unimed_jax.data.example import Example
-from unimed_jax.data.images import read_image
+from unimed_jax.data.images import PLAIN, read_image
 from unimed_jax.data.info import Info
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.parsing import read_json
 
-SCHEMA = 2  # of the files; raise it when they change
+SCHEMA = 3  # of the files; raise it when they change
 RECORDS = 1  # of the records within; raise it when what is packed changes: checksums then differ
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.txt"
@@ -69,11 +70,11 @@ class Store:
             self.splits = tuple(self._bounds)
             self._meta_keys = tuple(manifest["meta_keys"])
             _check_files(self.folder, manifest["files"])
-            self._examples = _Shards(self.folder, manifest["files"], "examples")
-            self._images = _Shards(self.folder, manifest["files"], "images")
+            self._examples = Shards(self.folder, manifest["files"], "examples-")
+            self._images = Shards(self.folder, manifest["files"], "images-")
             _check_bounds(self._bounds, len(self._examples))
             self._keys, self._key_order = self._array("key_hashes"), self._array("key_order")
-            self._key_texts = self._strings("keys")
+            self._key_texts, self._digests = self._strings("keys"), self._array("key_digests")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.folder / MANIFEST} is not what was written ({error!r}); {_AGAIN}."
@@ -116,12 +117,25 @@ class Store:
 
     def encoded(self, key: str) -> bytes:
         """Returns the image's bytes as they were found (PNG, JPEG, DICOM ...)."""
+        return self._read(self._images, [self._image_number(key)])[0]
+
+    def digest(self, key: str) -> bytes:
+        """Returns 32 bytes that two images share only if `image` gives the same pixels for both.
+
+        They follow from the stored bytes and from how those are read.
+        """
+        stored = self._digests[self._image_number(key)].tobytes()
+        if self.image_settings == PLAIN:
+            return stored
+        return hashlib.sha256(stored + str(self.image_settings).encode()).digest()
+
+    def _image_number(self, key: str) -> int:
         wanted = np.uint64(hash_of(key))
         at = int(np.searchsorted(self._keys, wanted))
         while at < len(self._keys) and self._keys[at] == wanted:
             number = int(self._key_order[at])
             if self._key_texts[number] == key:
-                return self._read(self._images, [number])[0]
+                return number
             at += 1
         raise UserError(f"data set {self.id} has no image {key!r}.")
 
@@ -133,7 +147,7 @@ class Store:
         except (AttributeError, TypeError, ValueError) as error:
             raise self._damaged(error) from error
 
-    def _read(self, source: "_Shards", numbers: Sequence[int]) -> list[bytes]:
+    def _read(self, source: "Shards", numbers: Sequence[int]) -> list[bytes]:
         try:
             return source.read(numbers)
         except (OSError, IndexError, ValueError, RuntimeError) as error:
@@ -166,14 +180,14 @@ class Store:
         return Column(self._array(name), self._strings(name))
 
 
-class _Shards:
-    """Reads the records of some array_record files, counted through.
+class Shards:
+    """Reads the records of the array_record files whose names begin with `kind`, counted through.
 
     Files are opened when first read, and at most `OPEN` stay open.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], kind: str):
-        names = sorted(name for name in files if name.startswith(f"{kind}-"))
+        names = sorted(name for name in files if name.startswith(kind))
         self._paths = [folder / name for name in names]
         self._ends = np.cumsum([0, *(files[name]["records"] for name in names)])
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -192,6 +206,10 @@ class _Shards:
             first = int(self._ends[shard])
             out += self._reader(shard).read([number - first for _, number in group])
         return out
+
+    def path_of(self, number: int) -> Path:
+        """Returns the file that holds a record."""
+        return self._paths[int(np.searchsorted(self._ends, number, side="right")) - 1]
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
@@ -330,8 +348,11 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             ) from error
 
 
-def write_index(place: Path, made: Columns, keys: list[str]) -> None:
-    """Writes the columns, and the keys of the images in the order in which they are stored."""
+def write_index(place: Path, made: Columns, keys: list[str], digests: list[str]) -> None:
+    """Writes the columns, and keys and digests of the images in the order in which they are stored.
+
+    digests: 64 hexadecimal digits each.
+    """
     index = place / "index"
     files.remove_folder(index)  # of an earlier try
     index.mkdir()
@@ -348,6 +369,8 @@ def write_index(place: Path, made: Columns, keys: list[str]) -> None:
     order = np.argsort(hashes, kind="stable")
     arrays |= {"key_hashes": hashes[order], "key_order": order.astype(np.int32)}
     arrays |= _text_arrays("keys", Strings.of(keys))
+    bytes_ = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8)
+    arrays["key_digests"] = bytes_.reshape(-1, 32)  # [images, 32]
     for name, array in arrays.items():
         np.save(index / f"{name}.npy", array)
 

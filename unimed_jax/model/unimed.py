@@ -18,9 +18,9 @@ from unimed_jax.model.routing import Noise, Routing
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.vision import VisionEncoder, normalise
 
-# The arrays of a batch by name, as data/layout.py makes them: images [B, M, H, W, 3] with
-# image_tasks [B, M]; tokens, visual, segments, prefixes, positions [B, S]; target_index, targets,
-# weights, target_tasks [B, A].
+# The arrays of a batch by name, as data/layout.py makes them: images [B, M, H, W, 3], or in their
+# place features [B, M, patches, width], with image_tasks [B, M]; tokens, visual, segments, prefixes,
+# positions [B, S]; target_index, targets, weights, target_tasks [B, A].
 Batch = dict[str, Any]
 
 COORDINATES = 101  # tokens of box coordinates: 0..100
@@ -53,11 +53,14 @@ class UniMed(nnx.Module):
             remat=config.remat,
         )
 
-    def encode_images(self, images: Array, tasks: Int[Array, "N"]) -> ConnectorOutput:
-        """Turns pixels [N, H, W, 3] (uint8, or float if normalised already) into visual tokens."""
+    def features(self, images: Array) -> Float[Array, "N patches width"]:
+        """Encodes pixels [N, H, W, 3] (uint8, or float if normalised already) for the connector."""
         pixels = normalise(images, self.config.vision, self.config.compute_dtype)
-        pixels = constrain(pixels, "batch", None, None, None)
-        return self.connector(self.vision(pixels), tasks)
+        return self.vision(constrain(pixels, "batch", None, None, None))
+
+    def encode_images(self, images: Array, tasks: Int[Array, "N"]) -> ConnectorOutput:
+        """Turns pixels, as in `features`, into visual tokens."""
+        return self.connector(self.features(images), tasks)
 
     def __call__(
         self,
@@ -85,9 +88,14 @@ class UniMed(nnx.Module):
         rows, slots = batch["image_tasks"].shape
         if slots == 0:
             return x, None
-        images = batch["images"]
-        images = images.reshape(rows * slots, *images.shape[2:])  # [B * M, H, W, 3]
-        tokens, routing = self.encode_images(images, batch["image_tasks"].reshape(-1))
+        if "features" in batch:  # computed once, by the same frozen encoder (features.py)
+            features = batch["features"].astype(self.config.compute_dtype)
+            features = features.reshape(rows * slots, *features.shape[2:])  # [B * M, patches, width]
+            features = constrain(features, "batch", None, None)
+        else:
+            images = batch["images"]
+            features = self.features(images.reshape(rows * slots, *images.shape[2:]))  # [B * M, ...]
+        tokens, routing = self.connector(features, batch["image_tasks"].reshape(-1))
         tokens = tokens.reshape(rows, -1, tokens.shape[-1])  # [B, M * T, D]
         visual = batch["visual"]
         places = jnp.maximum(visual, 0)[..., None]  # [B, S, 1]

@@ -26,6 +26,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > self.limits.connections:
+            self.transport.abort()
         self._stage, self._since = "", time.monotonic()
         self._look = self.loop.call_later(LOOK_SECONDS, self._check)
 

@@ -4,8 +4,8 @@ A product of [n, in] with a kernel [in, out] needs 2 * n * in * out operations f
 the gradient of its input if something below it trains, and as many for the gradient of the kernel
 if that trains. So LoRA on a frozen decoder needs 4N a token, not 6N, and a frozen encoder 2N.
 Attention (scores and weighted values) counts the pairs that are seen: half of S * S in a causal
-row, all in the encoder. Recomputation under remat, norms, activations, softmax, the loss and the
-optimizer are left out.
+row, all in the encoder, which does nothing where its features are cached. Recomputation under remat,
+norms, activations, softmax, the loss and the optimizer are left out.
 """
 
 import functools
@@ -33,6 +33,7 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
     model, data = config.model, config.data
     decoder, vision = model.decoder, model.vision
     images = data.rows * data.row_images
+    encoded = 0 if config.train.cache_features else images
     patches = vision.patches + vision.cls_token
     flops = dict.fromkeys((*PARTS, "attention"), 0.0)
     for p in products(config):
@@ -41,7 +42,7 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
 
     # Scores and weighted values: 2 * width each for every pair that is seen; backward twice as many.
     flops["vision"] += (
-        4 * vision.width * patches * patches * images * vision.depth * (3 if below["vision"] else 1)
+        4 * vision.width * patches * patches * encoded * vision.depth * (3 if below["vision"] else 1)
     )
     pairs = data.rows * examples * (data.row_tokens / examples) ** 2 / 2
     flops["attention"] = (
@@ -72,8 +73,9 @@ def products(config: Config) -> list[Product]:
     """Lists the products of a training step, in the model's order of parameters."""
     model, data = config.model, config.data
     images = data.rows * data.row_images
+    encoded = 0 if config.train.cache_features else images
     visits = {
-        "vision": images * (model.vision.patches + model.vision.cls_token),
+        "vision": encoded * (model.vision.patches + model.vision.cls_token),
         "connector": images * model.tokens_per_image,
         "decoder": data.rows * data.row_tokens,
         "head": data.rows * data.row_answers,

@@ -102,13 +102,17 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
     They depend on B rows, S tokens, M image slots and A answer tokens.
     """
-    data, side = config.data, config.model.vision.image_size
+    data, vision = config.data, config.model.vision
     rows, tokens, images, answers = data.rows, data.row_tokens, data.row_images, data.row_answers
     of = jax.ShapeDtypeStruct
     by_token = ("tokens", "visual", "segments", "prefixes", "positions")
     by_answer = ("target_index", "targets", "target_tasks")
+    if config.train.cache_features:
+        pictures = {"features": of((rows, images, vision.patches, vision.width), jnp.bfloat16)}
+    else:
+        pictures = {"images": of((rows, images, vision.image_size, vision.image_size, 3), jnp.uint8)}
     return {
-        "images": of((rows, images, side, side, 3), jnp.uint8),
+        **pictures,
         "image_tasks": of((rows, images), jnp.int32),
         **{name: of((rows, tokens), jnp.int32) for name in by_token},
         **{name: of((rows, answers), jnp.int32) for name in by_answer},

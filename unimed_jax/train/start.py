@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from unimed_jax import files, processes
+from unimed_jax import features, files, processes
 from unimed_jax.config import Config, config_hash
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Dataset
@@ -175,6 +175,9 @@ def prepare(config: Config, folder: Path) -> Start:
         _continue(start)
     elif config.train.moments == "init":
         start.state = start.state._replace(moments=_moments_of_init(config, start.state, program.mesh))
+    if config.train.cache_features:
+        with sharding.inside(program.mesh):
+            pipeline.use(features.cached(config, pipeline, program.model, start.frozen, program.mesh))
     if program.mesh is None:
         # Restored arrays belong to a device, fresh ones do not: without this the step would compile
         # twice.
