@@ -16,6 +16,7 @@ from starlette.requests import Request as Http
 from unimed_jax.config import Config
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.model import decoding
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.engine import Engine, Piece
 from unimed_jax.predict.request import Request
@@ -64,6 +65,8 @@ class Service:
         self.name, self.counts = name, Counts()
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
+        with run.inside():
+            decoding.prepare(run.model)  # it only answers from here on
         self.engine = EngineThread(
             lambda: Engine(run.model, self.run.config, run.tokenizer, run.mesh, slots=slots)
         )
