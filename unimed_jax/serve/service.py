@@ -64,6 +64,7 @@ class Service:
         self.name, self.counts = name, Counts()
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
+        self.failed = ""  # why the first answers could not be made
         self.engine = EngineThread(
             lambda: Engine(run.model, self.run.config, run.tokenizer, run.mesh, slots=slots)
         )
@@ -83,7 +84,18 @@ class Service:
         return self.run.tokenizer
 
     async def warm(self) -> None:
-        """Compiles all programs by first questions, after which the server is ready."""
+        """Compiles all programs by first questions, after which the server is ready.
+
+        What goes wrong is kept in `failed`, at which the server stops.
+        """
+        try:
+            await self._first_answers()
+        except Exception as error:
+            self.failed = str(error)
+        else:
+            self.ready = True
+
+    async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
         shown = Request("vqa", "?", (black,), max_new_tokens=2)
@@ -93,7 +105,6 @@ class Service:
             pass
         await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
         await self.engine.call(lambda: routing_of(self.run, request))
-        self.ready = True
 
     def close(self) -> None:
         self.engine.close()
