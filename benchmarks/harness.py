@@ -5,6 +5,7 @@ A side is a script run with `--side=NAME`; it reads one JSON request a line and 
 slows all alike.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -136,6 +137,34 @@ def serve(operations: dict[str, Callable[..., Any]]) -> None:
             traceback.print_exc()
             reply = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         answers.write(json.dumps(reply) + "\n")
+
+
+def report(
+    parts: dict[str, Callable[..., None]], scales: dict[str, Any], about: Callable[[], dict[str, Any]]
+) -> None:
+    """Runs one part of accelerator.py in this process: a JSON line about the machine, then one a row.
+
+    The part is called with a scale, what earlier parts have measured, and what emits a row.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--size", choices=scales, required=True)
+    parser.add_argument("--known", type=json.loads, default={})
+    known = parser.parse_args()
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not be taken for a row
+
+    def say(line: dict[str, Any]) -> None:
+        lines.write(json.dumps(line) + "\n")
+
+    try:
+        say(about())
+        parts[known.part](
+            scales[known.size], known.known, lambda row, **values: say({"row": row, **values})
+        )
+    except Exception as error:
+        traceback.print_exc()
+        say({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -172,7 +172,9 @@ class UniMed(Connector):
         return self.llm_model(inputs_embeds=x, attention_mask=mask, labels=labels).loss
 
 
-def optimizer(model: nn.Module, weight_decay: float, betas, eps: float) -> torch.optim.Optimizer:
+def optimizer(
+    model: nn.Module, weight_decay: float, betas, eps: float, fused: bool | None = None
+) -> torch.optim.Optimizer:
     """Makes the original's AdamW: no decay for vectors and for names with bias, ln or bn."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -187,4 +189,5 @@ def optimizer(model: nn.Module, weight_decay: float, betas, eps: float) -> torch
         ],
         betas=betas,
         eps=eps,
+        fused=fused,
     )

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None:
-    import accelerator
+    import accelerator_rows
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
@@ -57,10 +57,13 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     from unimed_jax.plan.program_cost import program_cost
     from unimed_jax.train.program import build
 
-    scale = accelerator.SCALES["tiny" if arguments.tiny else "full"]
-    model = dataclasses.replace(scale.model, remat=arguments.remat, attention=arguments.attention)
-    config = accelerator.training(
-        dataclasses.replace(scale, model=model), arguments.rows, arguments.tokens
+    scale = accelerator_rows.SCALES["toy" if arguments.tiny else "full"]
+    config = accelerator_rows.training(
+        scale,
+        arguments.rows,
+        arguments.tokens,
+        remat=arguments.remat,
+        attention=arguments.attention,
     )
     data = dataclasses.replace(
         config.data,
@@ -73,8 +76,13 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     start = time.perf_counter()
     with topologies.as_on_the_card(topology):
-        text = build(config, mesh).lower().compile().as_text()
-    print(f"compiled in {time.perf_counter() - start:.0f} s")
+        compiled = build(config, mesh).lower().compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    held = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    print(
+        f"compiled in {time.perf_counter() - start:.0f} s; arguments and temporaries take "
+        f"{held[0] / 2**30:.2f} and {held[1] / 2**30:.2f} GiB"
+    )
     if arguments.out:
         arguments.out.write_text(text)
 

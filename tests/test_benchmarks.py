@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import conflict_over_seeds
 import connector
 import harness
+import laws
 import moe_dispatch
 import train_step
 
@@ -288,3 +289,43 @@ def test_waste_of_a_tiny_step():
     }
     assert float(table["| TFLOP"]) > 1 and float(table["| GB sent"]) > 0.9
     assert "all-gather over fsdp" in out.stdout and "not counted" not in out.stdout
+
+
+def test_laws_are_fitted():
+    x = [1, 2, 4, 8]
+    line = laws.fit(x, [3 + 2 * n for n in x], ("1", "x"))
+    np.testing.assert_allclose(line.coefficients, (3, 2))
+    assert line.worst < 1e-9 and line(np.array([16.0])) == pytest.approx(35)
+    parabola = laws.fit(x, [3 + 2 * n + 0.5 * n * n for n in x], ("1", "x", "x^2"))
+    np.testing.assert_allclose(parabola.coefficients, (3, 2, 0.5))
+    # a law that does not hold is not hidden: its worst point is named
+    assert laws.fit(x, [n * n for n in x], ("1", "x")).worst > 0.3
+    chips = laws.fit([16, 256], [15 / 16 * 7, 255 / 256 * 7], ("(1 - 1/x)",))
+    assert chips.coefficients == pytest.approx((7,)) and chips.worst < 1e-9
+
+
+@pytest.mark.slow
+def test_laws_of_a_toy(tmp_path):
+    """Products of a row grow with its tokens and their pairs, and those of all chips with the chips."""
+    (tmp_path / "toy.py").write_text(
+        "from support.fake_brain import tiny_config\ndef get_config():\n    return tiny_config()\n"
+    )
+    toy = str(tmp_path / "toy.py")
+    found = {}
+    for growth in (
+        laws.Growth(
+            "tokens", toy, (128, 256, 512), {"flops": laws.PARABOLA}, ("data.row_tokens={x}",), "cpu:1"
+        ),
+        laws.Growth(
+            "chips", toy, (2, 4), {"flops": ("1",)}, ("data.rows={x}", "mesh.data={x}"), "cpu:{x}"
+        ),
+    ):
+        points = list(laws.measured(growth, tmp_path, 10))
+        (law,) = laws.laws(growth, points)
+        assert law["compiled"].worst < 0.01 and [point["x"] for point in points] == list(growth.values)
+        found[growth.title] = law
+    assert 1 < found["chips"]["ratio"] < 2
+    # plain attention multiplies all pairs, of which the ideal counts half; remat computes them again
+    assert 1 < found["tokens"]["ratio"] < 4
+    laws.draw(tmp_path / "laws.png", [found["chips"]], {"chips": points})
+    assert (tmp_path / "laws.png").stat().st_size > 5000

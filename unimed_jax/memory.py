@@ -75,16 +75,30 @@ def check_training(config: Config, state: Any, frozen: Any, batch: Any) -> None:
 def check_answering(model: ModelConfig, weights: Any, rows: int, tokens: int, entering: int = 0) -> None:
     """Raises UserError if `rows` answers at once cannot fit into memory.
 
+    The arguments are those of answering_bytes.
+    """
+    refuse_too_large(tree_bytes(weights), "this model", MODEL)
+    refuse_too_large(
+        answering_bytes(model, weights, rows, tokens, entering),
+        f"answering {rows} prompts at once with {tokens} tokens each",
+        "config.evaluate.batch or config.evaluate.max_new_tokens",
+    )
+
+
+def answering_bytes(
+    model: ModelConfig, weights: Any, rows: int, tokens: int, entering: int = 0
+) -> float:
+    """Counts the bytes that `rows` answers at once need at least.
+
     weights: the leaves as they are stored, or shapes in their place. tokens: the length of each answer
     with its prompt; entering: tokens of prompts that are held besides, while they are copied to where
     answers are made.
     """
     decoder, width = model.decoder, jnp.dtype(model.compute_dtype).itemsize
     token = 2 * width * decoder.depth * decoder.kv_heads * decoder.head_dim
-    cache = token * (rows * tokens + entering)
-    refuse_too_large(tree_bytes(weights), "this model", MODEL)
-    refuse_too_large(
-        tree_bytes(weights) + cache,
-        f"answering {rows} prompts at once with {tokens} tokens each",
-        "config.evaluate.batch or config.evaluate.max_new_tokens",
-    )
+    return tree_bytes(weights) + token * (rows * tokens + entering)
+
+
+def spare_for(more: Any, needed: float) -> bool:
+    """Says whether what is needed and a second copy of some arrays leave half of the memory free."""
+    return needed + tree_bytes(more) <= available_bytes() / 2

@@ -111,7 +111,8 @@ def evil(tmp_path_factory):
     }  # fmt: skip
     (one / "reliance").mkdir()
     content = {"split": "test", "definitions": {"a": EVIL}, "sets": {"toy": {"vqa": reliance}}}
-    content["config_hash"] = json.loads((one / "metrics.json").read_text())["config_hash"]
+    metrics = json.loads((one / "metrics.json").read_text())
+    content |= {key: metrics[key] for key in ("step", "data_checksum")}
     write_json(one / "reliance" / "reliance.json", content)
     units = {"names": ["vqa", EVIL], "absent": ["qa"], "cos": [[1.0, -0.5], [-0.5, 1.0]]}
     units |= {"magnitude": [[1.0, None], [0.5, 1.0]], "indices": {"mean_cos": entry}}
@@ -231,7 +232,7 @@ def test_curves_are_thinned_and_axes_named():
     assert text.count("<circle") == plots.POINTS and ">step 10<" in text
     flat = plots.curve("flat", [plots.Series(0, "", steps[:1], np.zeros(1))])
     assert "nan" not in flat and flat.count("<circle") == 1
-    assert [plots.short(v) for v in (0, 0.12345, 5e-4, 123456)] == ["0", "0.123", "0.0005", "1.2e+05"]
+    assert [plots.short(v) for v in (0, 0.12345, 5e-4, 123456)] == ["0", "0.123", "5e-4", "1.2e5"]
     assert plots._ticks(0.0, 1.0) == [0.0, 0.5, 1.0]
 
 

@@ -178,17 +178,36 @@ def test_decoder_with_splash(on_tpu):
 
 @pytest.mark.skipif(not NVIDIA, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("masked", [True, False], ids=["masked", "no mask, a length of no 128"])
-def test_cudnn_equals_plain(masked, scale):
+@pytest.mark.parametrize("length", [LENGTH, 196, 257], ids=["masked", "no mask", "an odd length"])
+def test_cudnn_equals_plain(length, scale):
     """bfloat16 against the plain form in float32: values to 2 %, gradients to 2 % of the largest."""
-    span = span_of_rows()
-    length = LENGTH if masked else 196
+    span, masked = span_of_rows(), length == LENGTH
     given = arrays(jnp.bfloat16, head=64, length=length)
     mask, real = (
         (visible(span, span), span.segments != 0) if masked else (None, jnp.ones((2, length), bool))
     )
     reference = tuple(x.astype(jnp.float32) for x in given)
     assert_same(given, mask, real, 0.02, reference=reference, scale=scale, implementation="cudnn")
+
+
+def test_an_odd_length_is_fused_unless_it_is_differentiated(monkeypatch):
+    """An image with a class token: cuDNN's kernel forward, the plain form where gradients pass."""
+    monkeypatch.setattr(attention, "hardware", lambda: "nvidia")
+    calls, real = [], jnp.ones((2, 9), bool)
+
+    def kernel(q, k, v, *, scale, implementation):
+        calls.append(implementation)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return attention._plain(q, k, v, None, scale, None)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    given = arrays(jnp.bfloat16, length=9)
+    expected = attend(*given, None)
+    np.testing.assert_array_equal(attend(*given, None, implementation="cudnn"), expected)
+    assert calls == ["cudnn"]
+    reference = tuple(x.astype(jnp.float32) for x in given)
+    assert_same(given, None, real, 0.02, reference=reference, implementation="cudnn")
+    assert calls == ["cudnn"]
 
 
 @pytest.mark.slow
@@ -247,7 +266,7 @@ PICKED = {
     "a GPU, an image with a class token": (
         "nvidia",
         {"dtype": jnp.bfloat16, "length": 257, "masked": False},
-        "xla",
+        "cudnn",
     ),
     "a GPU, a length of no 128 under a mask": ("nvidia", {"dtype": jnp.bfloat16, "length": 196}, "xla"),
     "a GPU, a soft cap": ("nvidia", {"dtype": jnp.bfloat16, "softcap": 5.0}, "xla"),

@@ -1,7 +1,4 @@
-"""The decoder's experts: three ways to run them that mean the same, on one device and on eight; padding.
-
-settings.
-"""
+"""The decoder's experts: ways to run them that mean the same, on one device and on eight; padding."""
 
 import dataclasses
 
@@ -13,7 +10,7 @@ from support import tiny
 
 from unimed_jax.config import DecoderConfig, LoraConfig, LossConfig, MeshConfig, MoeConfig
 from unimed_jax.errors import UserError
-from unimed_jax.model import sharding
+from unimed_jax.model import dispatch, sharding
 from unimed_jax.model.dispatch import Moe, upcycled
 from unimed_jax.model.layer_plan import LayerPlan
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -97,19 +94,30 @@ CASES = {
 }
 
 
+def by(way, monkeypatch) -> None:
+    """Lets grouped products be multiplied as on another platform."""
+    monkeypatch.setattr(dispatch, "way", lambda *_: way)
+    value_and_gradients.clear_cache()  # it does not know
+
+
+WAYS = {"grouped": "blocks", "by experts": "experts", "by megablox": "megablox"}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_dispatches_agree(case):
-    """Grouped and capacity dispatch give what the dense one gives, values and gradients."""
+def test_dispatches_agree(case, monkeypatch):
+    """Grouped, by its three products, and capacity dispatch give what the dense one gives."""
     decoder, moe, skew = CASES[case]
     x, used, cotangent = inputs(3)  # a batch of 3 is a trap of the original
     # enough for all, except in the cases "full"
     moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}
     results = {}
-    for path in ("dense", "grouped", "capacity"):
-        config = settings(decoder, path=path, **moe)
+    ways = WAYS if case in ("one idle", "full, top-2") else ("grouped",)  # test_grouped.py has more
+    for path in ("dense", "capacity", *ways):
+        by(WAYS.get(path), monkeypatch)
+        config = settings(decoder, path="grouped" if path in WAYS else path, **moe)
         noise = draw_noise(jax.random.key(3), x.shape[0] * x.shape[1], D, config.moe, training=True)
         results[path] = value_and_gradients(layer(config, skew), x, used, noise, cotangent)
-    for path in ("grouped", "capacity"):
+    for path in ("capacity", *ways):
         same(results[path], results["dense"], path)
     routing, gradient = results["grouped"][1:]
     counts = np.asarray(routing.counts)
@@ -137,10 +145,23 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("path", ["grouped", "capacity", "dense"])
-@pytest.mark.parametrize("name", MESHES)
-def test_devices(name, path):
+PATHS = ("grouped", "capacity", "dense")
+# Experts over the axis of the rows with split hidden units, and experts over another axis.
+FAST = ("5 on 2", "4 on 2, 3 rows")
+OTHER_WAYS = [
+    pytest.param(name, path, marks=() if name in FAST else pytest.mark.slow)
+    for name in MESHES
+    for path in ("by experts", "by megablox")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [*((name, path) for name in MESHES for path in PATHS), *OTHER_WAYS]
+)
+def test_devices(name, path, monkeypatch):
     """Over a mesh as on one device, gradients of every expert included."""
+    by(WAYS.get(path), monkeypatch)
+    path = "grouped" if path in WAYS else path
     axes, experts, batch, decoder, moe = MESHES[name]
     moe = {"experts": experts, "capacity_factor": float(experts), "random": False, **moe}
     x, used, cotangent = inputs(batch)

@@ -44,6 +44,37 @@ def test_one_device(config, sizes):
     assert found.byte_terms["weights"] == B * (vision + 2 * decoder + 2 * once_more)
 
 
+def test_activations_and_the_residual_stream(config, sizes):
+    """Backward the inputs of activations are read again, and those of norms; a gate has a gradient."""
+    found = ideal(config, ONE, "train").byte_terms
+    c, vision, data = config.model.decoder, config.model.vision, config.data
+    tokens, images = ROWS * data.row_tokens, ROWS * data.row_images
+    visual = images * config.model.tokens_per_image
+    hidden = sizes["connector/experts/up_bias"] + sizes["connector/router/bias"]
+    assert c.gated_mlp
+    assert found["activations"] == B * (3 * tokens * c.mlp_width * c.depth + visual * hidden)
+    # forward two additions; backward their gradients and the norms' inputs; the encoder is frozen
+    patches = images * (vision.patches + 1)
+    stream = 6 * tokens * c.width * c.depth + 2 * patches * vision.width * vision.depth
+    assert found["residual"] == B * stream
+
+
+def test_the_inputs_of_adapters_are_read_again_for_their_gradients(config):
+    found = ideal(config, ONE, "train").byte_terms["products"]
+    model = dataclasses.replace(config.model, lora=dataclasses.replace(config.model.lora, rank=0))
+    rules = tuple(rule for rule in config.train.rules if "lora" not in rule.match)
+    train = dataclasses.replace(config.train, rules=rules)
+    plain = dataclasses.replace(config, model=model, train=train)
+    without = ideal(plain, ONE, "train").byte_terms["products"]
+    c, rank = config.model.decoder, config.model.lora.rank
+    tokens = ROWS * config.data.row_tokens * c.depth
+    adapted = len(config.model.lora.targets)
+    assert adapted == 7  # all linears, so every input: q k v, o, gate up, down
+    inputs = 2 * c.width + c.heads * c.head_dim + c.mlp_width
+    low = 2 * adapted * 3 * rank  # of A and B: forward, the gradients of their input and their own
+    assert found - without == B * tokens * (inputs + low)
+
+
 def test_a_split_and_frozen_base_is_gathered_forward_and_backward(config, sizes):
     found = ideal(config, {**ONE, "fsdp": 8}, "train")
     c = config.model.decoder
@@ -97,8 +128,23 @@ def test_what_is_computed_again(config):
     assert none.flops == dots.flops == full.flops and none.bytes == dots.bytes == full.bytes
     assert none.again.flops == none.again.bytes == 0
     assert dots.again.flops == useful_flops(config)["attention"] / 3
+    c, data = config.model.decoder, config.data
+    tokens = ROWS * data.row_tokens * c.depth
+    kernels = {p: n for p, n in layer_sizes(config).items() if "/down/kernel" not in p}
+    heads, shared = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    # inputs of q k v, o, gate up; the stream; outputs of all products but the last; attention
+    moved = 2 * c.width + heads + c.width + heads + 2 * shared + c.width + 2 * c.mlp_width
+    attention = 2 * heads + 2 * shared
+    weights = sum(n for p, n in kernels.items() if "/down/lora_b" not in p)
+    assert full.again.bytes == B * (weights + tokens * (moved + attention))
     forward = useful_flops(dataclasses.replace(config, train=frozen_all(config)))
     assert dots.again.flops < full.again.flops < forward["decoder"] + forward["attention"]
+
+
+def layer_sizes(config):
+    ends = ("kernel", "lora_a", "lora_b")
+    shapes = leaf_shapes(config.model).items()
+    return {p: math.prod(s) for p, s in shapes if p.startswith("decoder/layers/") and p.endswith(ends)}
 
 
 def frozen_all(config):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -17,8 +18,10 @@ import pytest
 from support import tiny
 
 from unimed_jax import main as cli
+from unimed_jax.config import RuleConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
+from unimed_jax.model.grouped import SHOWN
 from unimed_jax.model.parameters import parameters
 from unimed_jax.plan import compile as compiling
 from unimed_jax.plan import table, topology
@@ -26,6 +29,7 @@ from unimed_jax.plan.child import exceeds
 from unimed_jax.plan.chips import CHIPS, chip_of
 from unimed_jax.plan.compile import Job, Limits, compile_one
 from unimed_jax.plan.programs import saved_bytes
+from unimed_jax.predict.sizes import sizes_for_any
 from unimed_jax.train.program import build, make_mesh
 from unimed_jax.train.step import first_state
 from unimed_jax.verbs.options import read_config
@@ -390,20 +394,50 @@ def test_a_gpu_is_planned_with_cudnns_attention(cache, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gpu_reads_each_weight_once_a_token(cache, tmp_path):
+    """Layers are separate and no product is joined with another, which would copy their kernels."""
+    try:
+        topology.check_compiler([topology.parse("h100:1")])
+    except UserError as error:
+        pytest.skip(str(error))
+    decoder = {"width": 1024, "mlp_width": 2048, "depth": 5, "heads": 8, "kv_heads": 8, "head_dim": 128}
+    words = [f"--config.model.decoder.{name}={value}" for name, value in decoder.items()]
+    words += ["--config.evaluate.batch=2", "--config.model.compute_dtype=bfloat16"]
+    words += ["--config.text.max_prompt=64"]
+    config = read_config(str(cache / "toy.py"), [*words, "--config.model.frozen_dtype=bfloat16"])
+    rules = (RuleConfig("connector/*", True), RuleConfig("*", False))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, rules=rules))
+    job = Job(config, topology.parse("h100:1"), "decode")
+    outcome = compile_one(job, tmp_path, LIMITS)
+    assert not outcome.failed, outcome.failed
+    row = table.row_of(outcome)
+    assert row["cost"]["bytes"]["ratio"] < 1.2 and row["cost"]["unknown"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_answering_is_planned_with_its_cache(cache, tmp_path, program):
     config = read_config(str(cache / "toy.py"))
     outcome = compile_one(Job(config, topology.parse("cpu:4"), program), tmp_path, LIMITS)
     assert not outcome.failed, outcome.failed
     row = table.row_of(outcome)
-    decoder, rows = config.model.decoder, config.evaluate.batch
-    places = config.text.max_prompt + config.evaluate.max_new_tokens
-    numbers = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * rows / 4 * places
-    assert row["fits"] and row["gib_needed"] * 2**30 > 4 * numbers  # float32, rows over four devices
-    if program == "decode":
-        spans = 3 * 4 * rows / 4 * places
-        assert row["gib_by_kind"]["cache"] * 2**30 == 4 * numbers + spans
-    assert row["cost"]["flops"]["ratio"] == pytest.approx(1, abs=0.7)
+    decoder, sizes = config.model.decoder, outcome.result["sizes"]
+    with sharding.inside(make_mesh(config, jax.devices()[:4])):
+        assert sizes == sizes_for_any(config, config.evaluate.batch)._asdict()
+    places = sizes["prompt"] + sizes["answer"]
+    slots = sizes["slots"] / 4  # of a device
+    numbers = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * slots * places
+    assert row["fits"] and row["gib_needed"] * 2**30 > 4 * numbers  # float32
+    # the tokens picked so far, and six numbers of each slot, which every device holds
+    others = 4 * slots * 4 * (sizes["answer"] + 5) + 4 * slots + 4
+    assert row["gib_by_kind"]["cache"] * 2**30 == 4 * numbers + others
+    flops, pairs = row["cost"]["flops"], 0
+    if program == "prefill":  # plain attention multiplies all tokens of a row with all
+        shape = decoder.heads, decoder.head_dim, sizes["rows"] / 4, sizes["tokens"] ** 2, decoder.depth
+        pairs = 4 * math.prod(shape)
+    assert flops["compiled"] == pytest.approx(flops["useful"] + pairs, rel=0.1)
+    assert row["cost"]["unknown"] == []
+    assert f"jit({'enter' if program == 'prefill' else 'advance'})" in outcome.text
     assert set(row["gib_by_kind"]).isdisjoint({"optimizer"}) and row["gib_by_kind"]["activations"] == 0
 
 
@@ -456,3 +490,11 @@ def test_predicted_temporaries_are_what_a_step_takes(cache, tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     assert predicted > 500e6  # far more than the rest of the process changes by
     assert 0.6 < json.loads(done.stdout) / predicted < 1.5, (done.stdout, predicted)
+
+
+@pytest.mark.parametrize("way", SHOWN)
+def test_how_experts_run_is_said(tmp_path, way):
+    job = Job(tiny.training(), topology.parse("v5e:2x2"), "train")
+    outcome = compiling.Outcome(job, {"experts": way}, tmp_path, 1.0, kept=False)
+    assert f"v5e:2x2: {SHOWN[way]}." in table._notes(outcome)
+    assert not table._notes(dataclasses.replace(outcome, result={"experts": ""}))

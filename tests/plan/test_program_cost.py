@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from unimed_jax.model.grouped import block_product
 from unimed_jax.plan.collectives import replica_groups
 from unimed_jax.plan.program_cost import Collective, program_cost
 
@@ -28,6 +29,23 @@ def test_matmul():
     assert found.collectives == () and found.unknown_loops == () and found.unknown_calls == ()
     (largest,) = [o for o in found.largest if o.flops]
     assert largest.name.endswith("dot_general") and largest.count == 1
+
+
+@pytest.mark.parametrize("mask", ["", "s32[16,256,256]", "s32[8,256,512]"])
+def test_splash_counts_no_blocks_of_later_tokens(mask):
+    """Of 1,024 tokens, in 4 x 4 or 4 x 2 blocks; without a mask a token sees all others."""
+    names = "%q, %k" + (", %mask" if mask else "")
+    kernel = f'custom-call({names}), custom_call_target="tpu_custom_call"'
+    text = f"""HloModule splash
+ENTRY %main {{
+  %q = bf16[2,1024,64]{{2,1,0}} parameter(0)
+  %k = bf16[2,1024,64]{{2,1,0}} parameter(1)
+  %mask = {mask or "s32[1]"}{{0}} parameter(2)
+  ROOT %splash_mha_fwd.1 = bf16[2,1024,64]{{2,1,0}} {kernel}
+}}
+"""
+    share = {"": 1, "s32[16,256,256]": 10 / 16, "s32[8,256,512]": 6 / 8}[mask]
+    assert program_cost(text).flops == 2 * 2 * 2 * 1024 * 1024 * 64 * share
 
 
 def scanned(x, w):
@@ -388,3 +406,36 @@ def test_gpu_kernels_read_copies_of_stacked_layers_and_work_space_is_not_traffic
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         program_cost("HloModule nothing\n")
+
+
+def test_loops_whose_length_is_decided_while_they_run():
+    """Such a loop counts once and is named, or as often as its own name says that it may run."""
+
+    def run(x, times, scope, act):
+        with jax.named_scope(scope):
+            return jax.lax.fori_loop(0, times, lambda _, x: act(x @ x), x)
+
+    # Other functions, since compilations are kept by what they compute, whatever its names.
+    arguments, each = (shaped(32, 32), shaped(dtype=jnp.int32)), 2 * 32**3
+    unknown = cost(run, *arguments, "often", jnp.tanh, static_argnums=(2, 3))
+    assert unknown.flops == each and len(unknown.unknown_loops) == 1
+    known = cost(run, *arguments, "at_most_2.5_times", jnp.sin, static_argnums=(2, 3))
+    assert known.flops == 2.5 * each and known.unknown_loops == ()
+
+
+def test_grouped_products_count_all_blocks_that_there_may_be():
+    """By experts as by blocks, whatever part of them the routing fills."""
+    blocks, rows, width, hidden, experts = 6, 8, 16, 32, 4
+    arguments = (
+        shaped(blocks, rows, width),
+        shaped(experts, width, hidden),
+        shaped(blocks, dtype=jnp.int32),
+    )
+
+    def step(x, kernels, owners, way):
+        return jax.grad(lambda *a: block_product(*a, owners, way).sum(), (0, 1))(x, kernels)
+
+    for way in ("blocks", "experts"):
+        found = cost(step, *arguments, way, static_argnums=3)
+        assert found.flops == 2 * 2 * blocks * rows * width * hidden, way
+        assert found.unknown_loops == ()

@@ -1,18 +1,21 @@
 """The engine picks the tokens of the plain loop: every family, mixed prompts, one and eight devices."""
 
 import dataclasses
+import gc
+import weakref
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from support import tiny
 
 from unimed_jax import memory
 from unimed_jax.config import Config, EvaluateConfig
 from unimed_jax.data import layout
 from unimed_jax.errors import UserError
-from unimed_jax.model import sharding
+from unimed_jax.model import decoding, sharding
 from unimed_jax.model import slots as programs
 from unimed_jax.model.generate import Sampling, generate
 from unimed_jax.model.parameters import parameters, tree_bytes, with_parameters
@@ -155,6 +158,36 @@ def test_greedy_tokens_are_those_of_the_plain_loop(family, asked):
     assert made.answers(requests[::-2]) == texts(rows[::-2])
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        n if n in QUICK[:1] else pytest.param(n, marks=pytest.mark.slow)
+        for n in ("llama with LoRA", "med-moe")
+    ],
+)
+def test_separate_layers_pick_the_same_tokens(family, asked, monkeypatch):
+    """A large model gets them if what is asked is worth compiling them; the caller's stays stacked."""
+    model = tiny.model(tiny.config(**FAMILIES[family]))
+    rows, requests = plain(model, asked), asked.requests()
+    monkeypatch.setattr(decoding, "LARGE", 100)
+    assert not isinstance(engine(model, requests)._parts.model().decoder.layers, nnx.List)
+    monkeypatch.setattr(decoding, "WORTH", {"cpu": 10})
+    made = engine(model, requests)
+    separate = made._parts.model().decoder
+    assert made.sizes.turns == -(-len(requests) * NEW // 4) and len(separate.layers) == 2
+    assert tree_bytes(separate) == tree_bytes(model.decoder)
+    assert made.answers(requests) == texts(rows)
+    assert tree_bytes(model.decoder.layers) > 100 and not isinstance(model.decoder.layers, nnx.List)
+    # for as long as the engine lives, unless there is no memory for both
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * tree_bytes(model))
+    assert not isinstance(engine(model, requests)._parts.model().decoder.layers, nnx.List)
+    # a model that only answers is separated itself, and its stacks are freed
+    stacked = weakref.ref(model.decoder.layers.attention.q.kernel[...])
+    decoding.prepare(model)
+    gc.collect()
+    assert stacked() is None and plain(model, asked) == rows
+
+
 def test_answers_end_at_the_end_of_text_or_at_their_own_length(model, asked, expected):
     lengths = [1 + i % NEW for i in range(len(asked.groups))]
     requests = [
@@ -168,12 +201,12 @@ def test_answers_end_at_the_end_of_text_or_at_their_own_length(model, asked, exp
 def test_two_programs_are_compiled_whatever_is_asked(model, asked):
     """Another evaluation of the same sizes compiles nothing."""
     requests = asked.requests()
-    before = programs.enter._cache_size(), programs.advance._cache_size()
+    before = programs.enter.compiled(), programs.advance.compiled()
     made = engine(model, requests, slots=5)
     for some in (requests, requests[:1], [r for r in requests if r.task == "qa"], requests[3:]):
         made.answers(some)
     engine(model, requests, slots=5).answers(requests)
-    after = programs.enter._cache_size(), programs.advance._cache_size()
+    after = programs.enter.compiled(), programs.advance.compiled()
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 
@@ -241,10 +274,10 @@ def test_eight_devices_answer_as_one(axes, asked):
     spread = with_parameters(model, jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh)))
     requests = asked.requests()
     expected = texts(plain(model, asked))
-    before = programs.enter._cache_size(), programs.advance._cache_size()
+    before = programs.enter.compiled(), programs.advance.compiled()
     made = engine(spread, requests, slots=8, mesh=mesh)
     assert made.answers(requests) == expected and made.answers(requests[2:7]) == expected[2:7]
-    after = programs.enter._cache_size(), programs.advance._cache_size()
+    after = programs.enter.compiled(), programs.advance.compiled()
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 

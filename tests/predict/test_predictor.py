@@ -232,12 +232,12 @@ def test_an_evaluation_gives_the_answers_of_the_plain_loop_by_two_programs(confi
         for i, unit in enumerate(units)
         if unit.split == "test" or unit.task == "vqa"
     ]
-    before = programs.enter._cache_size(), programs.advance._cache_size()
+    before = programs.enter.compiled(), programs.advance.compiled()
     found = [
         answered_calls(way(model, config, tokenizer), calls_of(units, 0, True, count))
         for way, count in ((by_engine, 20), (by_batches, 0))
     ]
-    after = programs.enter._cache_size(), programs.advance._cache_size()
+    after = programs.enter.compiled(), programs.advance.compiled()
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
     assert found[0] == found[1] and len(found[0]) == 7 * (6 + 5) + 2 * 7
     assert len(set(found[0].values())) > 20

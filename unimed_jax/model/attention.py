@@ -78,9 +78,8 @@ def refusal(name: str, q: Array, k: Array, mask: Array | None, softcap: float | 
         return (
             f"{length} queries meet {k.shape[2]} keys, and only rows that attend to themselves are fused"
         )
-    # cuDNN's gradients take only even lengths, and under a mask they turned NaN at some of those
-    # (pytorch issue 196678).
-    multiple = 2 if name == "cudnn" and mask is None else 128
+    # Under a mask cuDNN's gradients turned NaN at some lengths (pytorch issue 196678).
+    multiple = 1 if name == "cudnn" and mask is None else 128
     if length % multiple:
         return f"rows of {length} tokens are not a multiple of {multiple}"
     return None
@@ -170,9 +169,33 @@ def _cudnn(
 ) -> Float[Array, "B S heads head"]:
     """Runs cuDNN's kernel, through jax.nn."""
     assert softcap is None  # `refusal` says so before
+    if q.shape[1] % 2:
+        return _cudnn_forward(q, k, v, scale)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, S, kv_heads, d]
     mask = None if mask is None else mask[:, None]  # [B, 1, S, S]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cudnn_forward(
+    q: Float[Array, "B S heads head"],
+    k: Float[Array, "B kv_heads S head"],
+    v: Float[Array, "B kv_heads S head"],
+    scale: float,
+) -> Float[Array, "B S heads head"]:
+    """Runs cuDNN's kernel for an odd number of tokens, as a class token and patches are.
+
+    Its gradients take only even numbers, so what is differentiated is the plain form; a frozen
+    encoder is not.
+    """
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, S, kv_heads, d]
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+
+
+_cudnn_forward.defvjp(
+    lambda q, k, v, scale: jax.vjp(lambda q, k, v: _plain(q, k, v, None, scale, None), q, k, v),
+    lambda scale, pull, g: pull(g),
+)
 
 
 def _splash(

@@ -7,7 +7,7 @@ cache).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from unimed_jax.config import DecoderConfig, LoraConfig, MoeConfig
 from unimed_jax.model.attention import attend
 from unimed_jax.model.cache import Cache, CacheSlot, Span, visible
 from unimed_jax.model.dispatch import Moe
-from unimed_jax.model.layer_plan import LayerPlan, Stacks, scan_plan
+from unimed_jax.model.layer_plan import LayerPlan, Stacks, loop_layers, scan_plan
 from unimed_jax.model.layers import (
     Dropout,
     Linear,
@@ -139,6 +139,12 @@ class DecoderLayer(nnx.Module):
         self.mlp: Mlp | None = nnx.data(Mlp(config, lora, rngs))
         self.moe: Moe | None = nnx.data(None)
 
+    def parts(self) -> tuple["DecoderLayer", Mlp | None, Moe | None]:
+        """Takes the layer, or a stack of them, apart: norms with attention, MLP, experts."""
+        shared = nnx.clone(self)
+        shared.mlp = shared.moe = None
+        return shared, self.mlp, self.moe
+
     def __call__(
         self,
         feed_forward: FeedForward,
@@ -185,7 +191,7 @@ class Carry(NamedTuple):
 class LayerInputs(NamedTuple):
     """Holds what every layer has of its own; stacked over layers before it is scanned."""
 
-    layer: DecoderLayer  # norms and attention only
+    layer: DecoderLayer | None  # norms and attention only
     number: Array  # [] int32
     window: Array  # [] int32, 0 for full attention
     dropout_key: Array | None
@@ -208,8 +214,11 @@ class Decoder(nnx.Module):
 
     The head is a separate call (`logits`), because training makes it only on answer positions. The
     leaves of `layers` are stacked: norms and attention over all layers, `layers/mlp` over the
-    layers with a plain MLP, `layers/moe` over the layers with experts.
+    layers with a plain MLP, `layers/moe` over the layers with experts. After
+    `decoding.separate_layers` it is a list of layers instead.
     """
+
+    layers: DecoderLayer | nnx.List
 
     def __init__(
         self,
@@ -229,13 +238,14 @@ class Decoder(nnx.Module):
         self.moe, self.remat = moe, remat
         adapter = lora if lora.rank else None
         self.embedding = nnx.Param(normal(rngs.params(), (c.vocab, c.width), 0.02))
-        self.layers = stack(lambda r: DecoderLayer(c, adapter, attention, r), c.depth, rngs)
+        layers = stack(lambda r: DecoderLayer(c, adapter, attention, r), c.depth, rngs)
         with_experts = moe.numbers(c.depth)
         if with_experts:
             plain = np.array([i for i in range(c.depth) if i not in with_experts], int)
-            mlps = jax.tree.map(lambda leaf: leaf[plain], self.layers.mlp) if plain.size else None
-            self.layers.mlp = mlps
-            self.layers.moe = stack(lambda r: Moe(moe, c, r), len(with_experts), rngs)
+            mlps = jax.tree.map(lambda leaf: leaf[plain], layers.mlp) if plain.size else None
+            layers.mlp = mlps
+            layers.moe = stack(lambda r: Moe(moe, c, r), len(with_experts), rngs)
+        self.layers = layers
         self.norm = Norm(c.width, c.norm, c.norm_eps)
         head = None if c.tied_head else normal(rngs.params(), (c.width, c.vocab), 0.02)
         self.head = None if head is None else nnx.Param(head)
@@ -282,31 +292,29 @@ class Decoder(nnx.Module):
         states: also return the output of every layer.
         """
         depth = self.config.depth
-        plan = LayerPlan.of(tuple(i in self.moe.numbers(depth) for i in range(depth)))
         windows = jnp.resize(jnp.asarray(self.config.windows or (0,), jnp.int32), (depth,))
         key_span = span if cache is None else cache.span
         if self.moe.route_padding:
             x, span = _padding_as_tokens(x, span)
         before = start if before is None else before
         mask = None if self.config.windows else visible(span, key_span, before)
-        noise = self._noise_by_layer(noise, dropout_key, sum(plan.pattern))
+        noise = self._noise_by_layer(noise, dropout_key, len(self.moe.numbers(depth)))
         used, training = span.segments != 0, dropout_key is not None
         forward = Forward(span, key_span, start, before, mask, used, training)
 
         dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
-        layers = nnx.clone(self.layers)
-        layers.mlp = layers.moe = None
-        inputs = LayerInputs(layers, jnp.arange(depth), windows, dropout_keys)
-        stacks = Stacks(inputs, (self.layers.moe, noise), self.layers.mlp)
+        inputs = LayerInputs(None, jnp.arange(depth), windows, dropout_keys)
         carry = Carry(x, None, None) if cache is None else Carry(x, cache.keys, cache.values)
-        carry, routing, outputs = scan_plan(
-            functools.partial(self._run_layer, forward),
-            plan,
-            stacks,
-            carry,
-            remat=self.remat,
-            watch=(lambda carry: carry.x) if states else None,
-        )
+        run_layer = functools.partial(self._run_layer, forward)
+        watch = (lambda carry: carry.x) if states else None
+        if isinstance(self.layers, DecoderLayer):
+            layers, mlps, moes = self.layers.parts()
+            stacks = Stacks(inputs._replace(layer=layers), (moes, noise), mlps)
+            plan = LayerPlan.of(tuple(i in self.moe.numbers(depth) for i in range(depth)))
+            out = scan_plan(run_layer, plan, stacks, carry, remat=self.remat, watch=watch)
+        else:
+            out = loop_layers(run_layer, self._one_by_one(inputs, noise), carry, watch)
+        carry, routing, outputs = out
 
         hidden = self.norm(carry.x)
         filled = None
@@ -316,6 +324,19 @@ class Decoder(nnx.Module):
             parts = [x[None], outputs[:-1], hidden[None]]
             outputs = jnp.concatenate(parts)  # [layers + 1, B, S, D]
         return DecoderOutput(hidden, filled, routing, outputs)
+
+    def _one_by_one(self, inputs: LayerInputs, noise: Any) -> Iterator[Stacks]:
+        """Gives every separate layer what it has of its own."""
+        with_experts = 0
+        assert not isinstance(self.layers, DecoderLayer)
+        for i, layer in enumerate(self.layers):
+            shared, mlp, moe = layer.parts()
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], inputs)._replace(layer=shared)
+            experts = None
+            if moe is not None:
+                experts = (moe, jax.tree.map(lambda leaf, n=with_experts: leaf[n], noise))
+                with_experts += 1
+            yield Stacks(own, experts, mlp)
 
     def _run_layer(
         self,
@@ -346,6 +367,7 @@ class Decoder(nnx.Module):
 
         frequencies = self.frequencies(inputs.window)
         positions = forward.query.positions
+        assert inputs.layer is not None
         x, slot, routing = inputs.layer(
             feed_forward,
             carry.x,

@@ -5,7 +5,7 @@ It is that of Med-MoE (arXiv 2404.10237).
 `routing.route` decides where tokens go; this file takes them there and back:
 
 - `run_dense` runs every expert on every token. It is the reference for the other two.
-- `run_grouped` sorts the tokens by expert and drops none that was routed.
+- `run_grouped` sorts the tokens by expert and drops none that was routed; `grouped.py` multiplies.
 - `run_capacity` gives each expert a buffer of fixed size, as GShard (arXiv 2006.16668) does.
 
 For the same routing they give the same numbers up to rounding, values and gradients. Shapes: B
@@ -15,17 +15,18 @@ token.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from unimed_jax.config import DecoderConfig, MoeConfig
-from unimed_jax.model.attention import hardware
+from unimed_jax.config import DecoderConfig, ModelConfig, MoeConfig
+from unimed_jax.model.grouped import Way, block_product, make_blocks, varying, way
 from unimed_jax.model.layers import ACTIVATIONS, Linear, Mlp, broadcast_channels, stack
 from unimed_jax.model.routing import Noise, Routing, expert_capacity, positions_in_expert, route
 from unimed_jax.model.sharding import AXES, axes_by_dimension, constrain
@@ -114,6 +115,25 @@ class Moe(nnx.Module):
         bias = self.router.bias[...].astype(jnp.float32)
         logits = jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
         return logits + broadcast_channels(bias, logits)
+
+
+def way_of(model: ModelConfig) -> Way | None:
+    """Says how the experts of a model's decoder are multiplied on the devices in context.
+
+    None if it has no experts, or if `config.path` is another one.
+    """
+    if not model.moe.experts or model.moe.path != "grouped":
+        return None
+    return _way(jnp.dtype(model.compute_dtype), model.decoder.width, model.decoder.mlp_width)
+
+
+def _way(dtype: DTypeLike, width: int, hidden: int) -> Way:
+    """Chooses how grouped products are multiplied, by the part of the F units that a device has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        (units,) = axes_by_dimension((hidden,), ("mlp",), dict(mesh.shape))
+        hidden //= math.prod(mesh.shape[axis] for axis in units)
+    return way(dtype, width, hidden)
 
 
 def upcycled(mlp: dict[str, Array], config: MoeConfig, depth: int) -> dict[str, Array]:
@@ -217,19 +237,23 @@ def run_grouped(experts: Mlp, x: Float[Array, "B S D"], routing: Routing) -> Flo
     batch, length, width = x.shape
     choices = (routing.experts, routing.weights, routing.kept)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _sort_and_run(experts, x.reshape(-1, width), *choices).reshape(x.shape)  # [B, S, D]
-
-    experts = _pad_experts(experts)
+    # So that gathered kernels and the sums of their gradients are as wide as those of other layers.
+    experts = jax.tree.map(lambda leaf: leaf.astype(x.dtype), _pad_experts(experts))
     count, _, hidden = experts.up.kernel[...].shape
+    chosen_way = _way(x.dtype, width, hidden)
+    if mesh.empty:
+        y = _sort_and_run(chosen_way, experts, x.reshape(-1, width), *choices)  # [N, D]
+        return y.reshape(x.shape)  # [B, S, D]
+
     sizes = (batch, count, hidden)
     layout = ExpertLayout(*axes_by_dimension(sizes, ("batch", "expert", "mlp"), dict(mesh.shape)))
     shaped = [a.reshape(batch, length, -1) for a in choices]  # [B, S, K] each
     in_rows = PartitionSpec(layout.rows)
     run = jax.shard_map(
-        functools.partial(_run_own_experts, layout),
+        functools.partial(_run_own_experts, layout, chosen_way),
         in_specs=(layout.specs(experts), in_rows, in_rows, in_rows, in_rows),
         out_specs=in_rows,
+        check_vma=_is_checked(chosen_way),
     )
     return run(experts, x, *shaped)
 
@@ -267,8 +291,14 @@ def _in_down(path: tuple) -> bool:
     return any(getattr(key, "name", None) == "down" for key in path)
 
 
+def _is_checked(chosen_way: Way) -> bool:
+    """Says whether shard_map can tell over which axes results differ; of Pallas kernels it cannot."""
+    return chosen_way != "megablox"
+
+
 def _run_own_experts(
     layout: ExpertLayout,
+    chosen_way: Way,
     experts: Mlp,
     x: Float[Array, "b S D"],
     chosen: Int[Array, "b S K"],
@@ -294,14 +324,32 @@ def _run_own_experts(
     x = varying(x, [axis for axis in (*holders, *units) if axis not in rows])
     axes = tuple(dict.fromkeys((*rows, *holders, *units)))
     own = _of_this_device(experts, layout)
-    y = _sort_and_run(own, x.reshape(-1, x.shape[-1]), chosen, weights, kept, axes)  # [N, D]
+    tokens = x.reshape(-1, x.shape[-1])  # [N, D]
+    y = _sort_and_run(chosen_way, own, tokens, chosen, weights, kept, axes)
     y = y.reshape(gathered)  # [more b, S, D]
 
+    add = jax.lax.psum if _is_checked(chosen_way) else _add_unchecked
     if units:
-        y = jax.lax.psum(y, units)
+        y = add(y, units)
     if layout.exchanges_tokens:
         return jax.lax.psum_scatter(y, holders, tiled=True).reshape(shape)  # [b, S, D]
-    return jax.lax.psum(y, holders) if holders else y
+    return add(y, holders) if holders else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _add_unchecked(y: Float[Array, "b S D"], axes: tuple[str, ...]) -> Float[Array, "b S D"]:
+    """Adds up over `axes`, inside a shard_map without checks, whose gradient sends nothing.
+
+    There every device is given an equal part of the gradient. The automatic gradient adds these up by
+    messages; multiplying does as well.
+    """
+    return jax.lax.psum(y, axes)
+
+
+_add_unchecked.defvjp(
+    lambda y, axes: (_add_unchecked(y, axes), None),
+    lambda axes, _, dy: (dy * jax.lax.axis_size(axes),),
+)
 
 
 def _of_this_device(experts: Mlp, layout: ExpertLayout) -> Mlp:
@@ -337,30 +385,8 @@ def _pad_experts(experts: Mlp) -> Mlp:
     )
 
 
-class Blocks(NamedTuple):
-    """Divides the rows of a grouped product into M equal blocks, each owned by one expert."""
-
-    size: int  # rows of a block
-    owners: Array  # [M] int32: the expert of each block, E for blocks that stay empty
-    starts: Array  # [E] int32: the first row of each expert
-
-
-def _blocks(chosen: Int[Array, "N K"], kept: Bool[Array, "N K"], count: int) -> Blocks:
-    """Gives each of `count` experts whole blocks for its kept choices; no block has two owners."""
-    choices = chosen.size
-    # Large enough for a product to be fast, small enough to leave few rows empty.
-    largest = 64 if hardware() == "cpu" else 256
-    size = min(largest, max(8, 1 << (choices // count).bit_length()))
-    mask = jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]  # [N, K, E]
-    tokens = mask.sum(axis=(0, 1))  # [E]
-    ends = jnp.cumsum(-(-tokens // size))  # [E], in blocks
-    blocks = choices // size + min(count, choices)  # enough whatever the routing is
-    owners = jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)
-    starts = (ends - -(-tokens // size)) * size
-    return Blocks(size, owners, starts)
-
-
 def _sort_and_run(
+    chosen_way: Way,
     experts: Mlp,
     x: Float[Array, "N D"],
     chosen: Int[Array, "N K"],
@@ -374,14 +400,14 @@ def _sort_and_run(
     see block_product.
     """
     count = experts.up.kernel[...].shape[0]
-    blocks = _blocks(chosen, kept, count)
+    blocks = make_blocks(chosen, kept, count, chosen_way)
     last = count - 1
 
     def linear(layer: Linear, x: Float[Array, "M b D"]) -> Float[Array, "M b F"]:
-        y = block_product(x, layer.kernel[...].astype(x.dtype), blocks.owners, axes)
+        y = block_product(x, layer.kernel[...], blocks.owners, chosen_way, axes)
         if layer.bias is None:
             return y
-        return y + layer.bias[...].astype(x.dtype)[blocks.owners.clip(max=last), None]
+        return y + layer.bias[...][blocks.owners.clip(max=last), None]
 
     def run(rows: Array) -> Array:
         x = rows.reshape(len(blocks.owners), blocks.size, -1)  # [M, b, D]
@@ -393,60 +419,3 @@ def _sort_and_run(
     chosen = jnp.clip(chosen, 0, last)
     places = blocks.starts[chosen] + positions_in_expert(chosen, kept, count)
     return _scatter_run_gather(run, x, places, len(blocks.owners) * blocks.size, weights, kept)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def block_product(
-    x: Float[Array, "M b D"],
-    kernels: Float[Array, "E D F"],
-    owners: Int[Array, "M"],
-    axes: tuple[str, ...] = (),
-) -> Float[Array, "M b F"]:
-    """Multiplies each block with the kernel of its owner.
-
-    A block whose owner is E costs nothing and gives zeros. The function stands in for
-    jax.lax.ragged_dot, which on CPU multiplies all rows with every kernel, and at the size of
-    StableLM-2 does not compile for a TPU v5e (scoped VMEM). Inside shard_map, `axes` are the mesh
-    axes over which x and kernels differ between devices.
-    """
-
-    def one(inputs):
-        block, owner = inputs
-        none = varying(jnp.zeros((block.shape[0], kernels.shape[2]), x.dtype), axes)
-        return jax.lax.cond(owner < len(kernels), lambda: block @ kernels[owner], lambda: none)
-
-    return jax.lax.map(one, (x, owners))
-
-
-def _block_product_forward(x, kernels, owners, axes):
-    return block_product(x, kernels, owners, axes), (x, kernels, owners)
-
-
-def _block_product_backward(axes, saved, dy):
-    """Computes the gradients of `block_product` in one pass over the blocks.
-
-    Automatic gradients would add a whole [E, D, F] for each block.
-    """
-    x, kernels, owners = saved
-
-    def one(total, inputs):
-        block, dy, owner = inputs
-
-        def add():
-            part = jnp.einsum("bd,bf->df", block, dy, preferred_element_type=jnp.float32)
-            return total.at[owner].add(part), dy @ kernels[owner].T
-
-        none = varying(jnp.zeros(block.shape, block.dtype), axes)
-        return jax.lax.cond(owner < len(kernels), add, lambda: (total, none))
-
-    zeros = varying(jnp.zeros(kernels.shape, jnp.float32), axes)
-    total, dx = jax.lax.scan(one, zeros, (x, dy, owners))
-    return dx, total.astype(kernels.dtype), None
-
-
-block_product.defvjp(_block_product_forward, _block_product_backward)
-
-
-def varying(x: Array, axes: Sequence[str]) -> Array:
-    """Marks x, for shard_map, as an array that may differ between devices along `axes`."""
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from unimed_jax.model.cache import Cache, Span
+from unimed_jax.model.decoding import Jitted
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
 
@@ -176,7 +177,7 @@ class Decoding(NamedTuple):
     cache: Cache | None
 
 
-@functools.partial(jax.jit, static_argnames="max_new_tokens")
+@functools.partial(Jitted, static_argnames="max_new_tokens")
 def _start(parts: _Parts, batch: Batch, max_new_tokens: int) -> tuple[Span, Decoding]:
     """Runs the prompts through the model and picks the first token of each row."""
     model = parts.model()
@@ -191,7 +192,7 @@ def _start(parts: _Parts, batch: Batch, max_new_tokens: int) -> tuple[Span, Deco
     return span, Decoding(jnp.int32(1), token, ended, constrain(out, None, None), cache)
 
 
-@functools.partial(jax.jit, donate_argnames="step")
+@functools.partial(Jitted, donate_argnames="step")
 def _advance(parts: _Parts, span: Span, step: Decoding, until: Array | int) -> Decoding:
     """Picks one token after another until `until` are done or all rows have ended."""
     model = parts.model()

@@ -3,9 +3,10 @@
 `jax.lax.scan` runs one program many times, so it needs layers that are alike. A decoder with
 experts in every second layer is not, but it repeats a unit of two layers that is. `LayerPlan` finds
 such units, and `scan_plan` runs them. Compile time and program size then stay flat with depth.
+`loop_layers` runs layers whose arrays are separate one after another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -137,6 +138,26 @@ def scan_plan(
         outputs.append(output)
         watched.append(seen)
     return carry, _concatenate(outputs), _concatenate(watched)
+
+
+def loop_layers(
+    run_layer: RunLayer,
+    layers: Iterable[Stacks],
+    carry: Any,
+    watch: Callable[[Any], Any] | None = None,
+) -> tuple[Any, Any, Any]:
+    """Runs layers one after another, each described by `Stacks` of its own parts or None.
+
+    Returns what `scan_plan` does.
+    """
+    outputs, watched = [], []
+    for layer in layers:
+        carry, output = run_layer(carry, layer.shared, layer.experts, layer.mlps)
+        if layer.experts is not None:
+            outputs.append(output)
+        if watch is not None:
+            watched.append(watch(carry))
+    return carry, _stack(outputs), _stack(watched)
 
 
 def _at(stacked: Any, index: int) -> Any:

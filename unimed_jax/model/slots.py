@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from unimed_jax.model.cache import Cache, Span
+from unimed_jax.model.decoding import Jitted
 from unimed_jax.model.generate import draw
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, span_of
@@ -102,7 +103,7 @@ def empty(parts: Parts, slots: int, prompt: int, answer: int) -> Slots:
     )
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
+@functools.partial(Jitted, donate_argnames="slots")
 def enter(parts: Parts, slots: Slots, batch: Batch, entry: Entry) -> Slots:
     """Runs the prompts of a batch of rows, and puts each question with its first token into a slot.
 
@@ -155,7 +156,7 @@ def _embedded(model: UniMed, batch: Batch) -> Float[Array, "R S D"]:
     return jax.lax.cond(jnp.any(batch["image_tasks"] >= 0), lambda: model.embed(batch)[0], lambda: none)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
+@functools.partial(Jitted, donate_argnames="slots")
 def advance(
     parts: Parts,
     slots: Slots,

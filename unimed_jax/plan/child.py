@@ -67,6 +67,8 @@ def compiled(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "arguments": program.arguments,
         "activations": program.activations,
+        "experts": experts_way(config, mesh),
+        "sizes": program.sizes and program.sizes._asdict(),
         "seconds": {"lower": lowered - begun},
     }
     try:
@@ -97,6 +99,15 @@ def compiled(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         with gzip.open(folder / "program.txt.gz", "wt", encoding="utf-8", compresslevel=3) as file:
             file.write(text)
     return result | {"text": bool(text)}
+
+
+def experts_way(config: Any, mesh: Any) -> str:
+    """Names how grouped experts of the decoder are multiplied on these devices; "" without them."""
+    from unimed_jax.model import sharding
+    from unimed_jax.model.dispatch import way_of
+
+    with sharding.inside(mesh):
+        return way_of(config.model) or ""
 
 
 def exceeds(words: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from unimed_jax.plan.topology import Topology, environment
 # What a compiled program depends on, in this package; the rest only reads it.
 SOURCES: tuple[str, ...] = (
     *("model", "train", "config.py", "config_model.py", "rules.py"),
-    *("plan/programs.py", "plan/child.py", "plan/topology.py", "plan/chips.py"),
+    *("predict/sizes.py", "plan/programs.py", "plan/child.py", "plan/topology.py", "plan/chips.py"),
 )
 COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 WATCH_SECONDS = 0.2

@@ -7,8 +7,12 @@ table, so another mesh needs no new case. Moved in a device's memory:
 - weights: every matrix read once forward, and once backward if a gradient passes through or it
   trains, as it is stored; one that must be gathered is also written.
 - products: every product reads its input and writes its output, and backward the gradients of
-  both. Products of one input (q, k, v; gate, up) read it once, all that is between two products is
-  fused into them, and of an adapter only the low-rank side counts.
+  both. Products of one input (q, k, v; gate, up) read it once, and all that is between two products
+  is fused into them: norms, rotations, activations, dropout and adapters, of which only the low-rank
+  side counts. What trains, a kernel or its adapter, reads the input again for its gradient.
+- activations: the gradient of a non-linear function reads its input again; that of gate * up writes
+  two gradients, where the product below made one.
+- residual: each addition to the stream reads it, and backward its gradient and the norm's input.
 - attention: q, k, v read and the output written, backward twice that; scores stay inside.
 - optimizer: of a trained leaf the gradient, the parameter and two moments are read and written.
 - logits: written and read in float32, their gradient written and read in the compute dtype.
@@ -26,7 +30,8 @@ Sent to other devices:
   is all-reduced, and backward the gradient of an input whose output is split.
 - tokens: each goes to its experts of the decoder and back, forward and backward.
 
-Rematerialisation is waste by this measure; `again` says what it costs at least.
+Rematerialisation is waste by this measure; `again` says what it costs at least: every product of a
+layer but the last once more, with its weights, input and output, and attention.
 """
 
 import dataclasses
@@ -44,6 +49,7 @@ from unimed_jax.train.flops import Product, gradients_pass, leaf_shapes, product
 # Widths split over all devices: what is multiplied by them is gathered, they are not.
 _STATIONARY = ("expert_hidden", "router_hidden")
 _SAME_INPUT = (("q", "k", "v"), ("gate", "up"))
+_ACTIVATED = ("gate", "up", "token_kernel")  # products whose output a non-linear function takes
 _FLOATS = 4  # float32 numbers that AdamW moves besides moments, see `optimizer` above
 
 
@@ -67,18 +73,39 @@ class Ideal:
     again: Again  # on top of the above, at the config's remat policy; 0 except in training
 
 
-def ideal(config: Config, mesh_sizes: Mapping[str, int], program: str, examples: int = 1) -> Ideal:
+def ideal(
+    config: Config,
+    mesh_sizes: Mapping[str, int],
+    program: str,
+    examples: int = 1,
+    sizes: Mapping[str, int] | None = None,
+) -> Ideal:
     """Counts the least that a device of a mesh must compute, move and send.
 
     `mesh_sizes` by axis; `program`: "train", "prefill" (`evaluate.batch` prompts of
     `text.max_prompt` tokens) or "decode" (one more token of each, over a full cache). Each row of
-    training holds `examples` of equal length.
+    training holds `examples` of equal length. sizes: of the engine's programs (predict/sizes.py), in
+    place of those of the settings; a row of theirs holds a prompt for each of its images.
     """
-    sizes = {axis: mesh_sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+    by_axis = {axis: mesh_sizes.get(axis, 1) for axis in sharding.MESH_AXES}
     if program != "train":
-        config = _answering(config, program)
         examples = 1
-    return _Count(config, sizes, program, examples).total()
+        if sizes is not None:
+            config = _of_engine(config, program, sizes)
+            examples = sizes["images"] if program == "prefill" else 1
+        config = _answering(config, program)
+    return _Count(config, by_axis, program, examples).total()
+
+
+def _of_engine(config: Config, program: str, sizes: Mapping[str, int]) -> Config:
+    """Gives settings by which `_answering` describes a program of the engine."""
+    rows, tokens = ("rows", "tokens") if program == "prefill" else ("slots", "prompt")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, row_images=sizes["images"]),
+        text=dataclasses.replace(config.text, max_prompt=sizes[tokens]),
+        evaluate=dataclasses.replace(config.evaluate, batch=sizes[rows], max_new_tokens=sizes["answer"]),
+    )
 
 
 def _answering(config: Config, program: str) -> Config:
@@ -121,6 +148,8 @@ class _Count:
         for product in counted:
             self._product(product)
         self._shared_inputs(counted)
+        self._connector_inputs()
+        self._residual()
         self._attention()
         self._ends()
         if self.program == "train":
@@ -223,6 +252,9 @@ class _Count:
         if product.part != "head":  # logits are a term of their own
             # written, and backward its gradient read
             self.add("products", per_row * width_out * (1 + backward))
+        if backward and _name(path) in _ACTIVATED:
+            # read again; a gate has a gradient of its own
+            self.add("activations", per_row * width_out * (1 + (_name(path) == "gate")))
         self._sums(product, per_row, width_out)
 
     def _sums(self, product: Product, per_row: float, width_out: float) -> None:
@@ -236,25 +268,39 @@ class _Count:
 
     def _shared_inputs(self, counted: list[Product]) -> None:
         """Adds what is read, and whose gradient is written, once for all products of one input."""
-        seen = set()
-        for product in counted:
-            if product.path.endswith(("/lora_a", "/lora_b")):
-                continue
-            parent, _, leaf = product.path.rpartition("/")
-            above, _, name = parent.rpartition("/")
-            group = next((g for g in _SAME_INPUT if name in g), (name, leaf))
-            if (above, group) in seen:
-                continue
-            seen.add((above, group))
-            width_in, _ = self.widths(product)
-            per_row = self.rows(product) * math.prod(product.shape[:-2]) * self.compute * width_in
-            # read forward, read for the kernel's gradient, its own gradient written
-            self.add("products", per_row * (1 + product.trains + product.passes))
+        for group in self._by_input(counted):
+            product = group[0]
+            width = self.input_width(product)
+            trains = any(
+                p.trains or self.trains(f"{p.path.removesuffix('kernel')}lora_a") for p in group
+            )
+            # read forward, read for the gradients of kernels or adapters, its own gradient written
+            self.add("products", width * (1 + trains + product.passes))
             axes = self.axes(product.path)
             out = tuple(a for a in axes[-1] if a not in self.row_axes) if axes else ()
             if out and product.passes and not self.stays(product.path):
-                self.send("sums", 2 * (1 - 1 / self.ways(out)) * per_row)
-        self._connector_inputs()
+                self.send("sums", 2 * (1 - 1 / self.ways(out)) * width)
+
+    def _by_input(self, counted: list[Product]) -> list[list[Product]]:
+        """Joins the products that read one input; adapters are left out."""
+        groups: dict[tuple[str, tuple[str, ...]], list[Product]] = {}
+        for product in counted:
+            if product.path.endswith(("/lora_a", "/lora_b")):
+                continue
+            name = _name(product.path)
+            above = product.path.removesuffix("/kernel").rpartition("/")[0]
+            group = next((g for g in _SAME_INPUT if name in g), (name,))
+            groups.setdefault((above, group), []).append(product)
+        return list(groups.values())
+
+    def input_width(self, product: Product) -> float:
+        """Counts the bytes of a product's input on a device, all layers together."""
+        per_row = self.rows(product) * math.prod(product.shape[:-2]) * self.compute
+        return per_row * self.widths(product)[0]
+
+    def trains(self, path: str) -> bool:
+        """Says whether there is such a parameter and it trains."""
+        return path in self.rules and self.rules[path].train
 
     def _connector_inputs(self) -> None:
         """Adds the gathered input and the scattered output of a connector split over all devices."""
@@ -271,6 +317,28 @@ class _Count:
         part = tokens / self.shares * self.compute * model.decoder.width
         self.send("inputs", 2 * part * (1 - 1 / others))
 
+    def _residual(self) -> None:
+        """Adds the residual streams: where they are added to, and what their gradients read."""
+        model, data = self.config.model, self.config.data
+        decoder, vision = model.decoder, model.vision
+        adds = 1 if decoder.parallel_block else 2
+        norms = adds + 2 * decoder.post_norms
+        stream = self.stream()
+        self.add("residual", stream * (adds + self.below["decoder"] * (adds + norms)))
+        stream = self.patches() * vision.width * vision.depth * self.compute
+        self.add("residual", stream * 2 * (3 if self.below["vision"] else 1))
+
+    def patches(self) -> float:
+        """Counts the tokens of the images that a device encodes."""
+        data, vision = self.config.data, self.config.model.vision
+        images = 0 if self.config.train.cache_features else data.rows * data.row_images / self.shares
+        return images * (vision.patches + vision.cls_token)
+
+    def stream(self) -> float:
+        """Counts the bytes of the decoder's residual stream on a device, all layers together."""
+        data, decoder = self.config.data, self.config.model.decoder
+        return data.rows * data.row_tokens / self.shares * decoder.width * decoder.depth * self.compute
+
     def _attention(self) -> None:
         model, data = self.config.model, self.config.data
         decoder, vision = model.decoder, model.vision
@@ -279,9 +347,9 @@ class _Count:
         query = decoder.heads * decoder.head_dim / tensor
         shared = 2 * decoder.kv_heads * decoder.head_dim / tensor  # keys and values
         times = 3 if self.below["decoder"] else 1
-        self.add("attention", tokens * (2 * query + shared) * decoder.depth * self.compute * times)
-        images = 0 if self.config.train.cache_features else data.rows * data.row_images / self.shares
-        patches = images * (vision.patches + vision.cls_token)
+        self.attended = tokens * (2 * query + shared) * decoder.depth * self.compute  # forward
+        self.add("attention", self.attended * times)
+        patches = self.patches()
         width = 4 * vision.width / math.gcd(self.sizes["tensor"], vision.heads)
         times = 3 if self.below["vision"] else 1
         self.add("attention", patches * width * vision.depth * self.compute * times)
@@ -349,7 +417,7 @@ class _Count:
             return Again(0.0, 0.0)
         devices = math.prod(self.sizes.values())
         attention = flops["attention"] / 3 / devices
-        read = self.bytes["attention"] / 3
+        read = self.attended
         if policy == "dots":  # outputs of products are kept
             return Again(attention, read)
         layers = [p for p in counted if p.path.startswith("decoder/layers/")]
@@ -357,8 +425,15 @@ class _Count:
         layers = [p for p in layers if "/down/" not in p.path or p.path.endswith("lora_a")]
         forward = sum(2 * math.prod(p.shape) * p.visits for p in layers) / devices
         moved = sum(self.used(p.path) * self.stored[p.path] for p in layers)
+        moved += sum(self.input_width(group[0]) for group in self._by_input(layers))
+        moved += 0 if self.config.model.decoder.parallel_block else self.stream()
         for p in layers:
             if p.path.endswith("kernel"):
                 width_out = self.widths(p)[1]
                 moved += self.rows(p) * math.prod(p.shape[:-2]) * width_out * self.compute
         return Again(forward + attention, moved + read)
+
+
+def _name(path: str) -> str:
+    """Gives the name of a linear: q, gate, token_kernel."""
+    return path.removesuffix("/kernel").rpartition("/")[2]

@@ -73,10 +73,22 @@ def _splash(i: Instruction) -> int | None:
 
 
 def _splash_flops(i: Instruction, operands: list[Array]) -> float:
-    """Counts all pairs of tokens; which blocks are skipped is decided while it runs."""
+    """Counts the pairs of tokens in the blocks that are computed.
+
+    A kernel that is given a mask skips blocks without a visible pair. Which these are is decided
+    while it runs, but no token sees a later one (model/cache.py), so blocks above the diagonal count
+    none, and all others whole.
+    """
     # q [heads, S, d], k [heads, K, d], perhaps after the rows of a batch
     q, k = [a for a in operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")][:2]
-    return 2.0 * q.elements * k.dims[-2] * (_splash(i) or 0)
+    pairs = q.dims[-2] * k.dims[-2]
+    # the mask's blocks: [blocks, queries, keys]
+    mask = next((a for a in operands if len(a.dims) >= 3 and a.dtype == "s32"), None)
+    if mask is not None:
+        queries, keys = mask.dims[-2:]
+        seen = (min(first + queries, k.dims[-2]) for first in range(0, q.dims[-2], queries))
+        pairs = sum(queries * keys * math.ceil(last / keys) for last in seen)
+    return 2.0 * q.elements / q.dims[-2] * pairs * (_splash(i) or 0)
 
 
 def _estimate(i: Instruction) -> float | None:

@@ -347,11 +347,14 @@ def traffic(here: Computation, i: Instruction) -> float:
     return float(sum(a.traffic for a in (*operands, *results)))
 
 
-def trip_count(module: Module, here: Computation, loop: Instruction) -> int | None:
+def trip_count(module: Module, here: Computation, loop: Instruction) -> float | None:
     """Finds how often a loop runs: as the compiler noted it, or from a comparison with a constant.
 
-    None if that is decided while it runs.
+    A loop whose length is decided while it runs may have its largest in its name, at_most_2.5_times;
+    else None.
     """
+    if found := re.search(r"/at_most_([\d.]+)_times/while$", loop.op_name):
+        return float(found[1])
     if found := re.search(r'"known_trip_count":\s*\{"n":"?(\d+)', loop.attributes):
         return int(found[1])
     (name,) = loop.called("condition")

@@ -1,22 +1,23 @@
-"""Builds the programs that are planned: the training step, a pass over prompts, one decoding step.
+"""Builds the programs that are planned: the training step, and the engine's two, prefill and decode.
 
 Nothing is allocated: weights, moments and batches are shapes. Sizes are those of one device.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from unimed_jax.config import Config
-from unimed_jax.model import sharding
-from unimed_jax.model.cache import Cache, Span
-from unimed_jax.model.parameters import with_parameters
-from unimed_jax.model.unimed import span_of
+from unimed_jax.model import decoding, sharding, slots
+from unimed_jax.model.parameters import tree_bytes, with_parameters
+from unimed_jax.predict.sizes import Sizes, sizes_for_any
 from unimed_jax.train.loss import task_losses
 from unimed_jax.train.program import Program, batch_shapes, build
 
@@ -30,6 +31,7 @@ class Planned:
     lowered: jax.stages.Lowered
     arguments: dict[str, float]  # kind -> bytes: frozen, trained, optimizer, batch, cache
     activations: float  # bytes that the forward pass keeps for the backward pass
+    sizes: Sizes | None = None  # of the engine's programs
 
 
 def planned(config: Config, mesh: Mesh, program: str) -> Planned:
@@ -98,68 +100,76 @@ def _read_by_backward(config: Config, built: Program, rows: int) -> float:
     return sum(aval.size * aval.dtype.itemsize for aval in made.values())
 
 
-def _answering(config: Config, built: Program, mesh: Mesh) -> tuple[Any, dict[str, float], int, int]:
-    """Returns the model's leaves, their bytes, and the tokens of a prompt and of an answer."""
+def _answering(
+    config: Config, built: Program, mesh: Mesh
+) -> tuple[slots.Parts, slots.Slots, Sizes, dict[str, float]]:
+    """Describes what the engine's programs take (predict/engine.py), for any requests.
+
+    The last one returned are the bytes of the model's leaves.
+    """
     arguments = {"frozen": device_bytes(built.frozen), "trained": device_bytes(built.state.leaves)}
-    return built.leaves, arguments, config.text.max_prompt, config.evaluate.max_new_tokens
+    model = with_parameters(built.model, built.leaves)
+    if decoding.wants_separate(model.decoder):
+        decoding.separate_layers(model.decoder, _described_layer)
+    sizes = sizes_for_any(config, config.evaluate.batch)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    parts = slots.Parts(*nnx.split(model), _everywhere(key, mesh), eos=0, top_p=1.0, draws=False)
+    empty = functools.partial(slots.empty, slots=sizes.slots, prompt=sizes.prompt, answer=sizes.answer)
+    state = jax.tree.map(lambda x: _everywhere(x, mesh), jax.eval_shape(empty, parts))
+    spec = sharding.spec(state.keys.shape, slots.CACHE, dict(mesh.shape))
+    place = jax.sharding.NamedSharding(mesh, spec)
+    cache = jax.ShapeDtypeStruct(state.keys.shape, state.keys.dtype, sharding=place)
+    return parts, state._replace(keys=cache, values=cache), sizes, arguments
+
+
+def _described_layer(leaf: Any, number: int) -> Any:
+    """Describes a layer's part of a stacked leaf, where the stack lies."""
+    place = leaf.sharding
+    if place is not None:
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
 
 def _prefill(config: Config, built: Program, mesh: Mesh) -> Planned:
-    """Lowers the pass over `config.evaluate.batch` prompts of full length, up to their first tokens."""
-    leaves, arguments, prompt, new = _answering(config, built, mesh)
-    rows, side = config.evaluate.batch, config.model.vision.image_size
-    shapes = {
-        "images": ((rows, config.data.row_images, side, side, 3), jnp.uint8),
-        "image_tasks": ((rows, config.data.row_images), jnp.int32),
-    }
-    by_token = ("tokens", "visual", "segments", "prefixes", "positions")
-    shapes |= dict.fromkeys(by_token, ((rows, prompt), jnp.int32))
-    batch = {name: _by_row(shape, dtype, mesh) for name, (shape, dtype) in shapes.items()}
-    dtype = config.model.compute_dtype
-
-    def prefill(leaves, batch):
-        model = with_parameters(built.model, leaves)
-        span = span_of(batch)
-        full = Span(*(jnp.pad(part, ((0, 0), (0, new))) for part in span))  # [B, P + new]
-        x, _ = model.embed(batch)
-        hidden, cache, *_ = model.decoder(x, span, model.decoder.empty_cache(full, dtype), 0)
-        return jnp.argmax(model.decoder.logits(hidden[:, -1]), axis=-1), cache
-
-    arguments["batch"] = device_bytes(batch)
+    """Lowers the engine's pass over rows of prompts, up to their first tokens."""
     with sharding.inside(mesh):
-        lowered = jax.jit(prefill).lower(leaves, batch)
-    return Planned(lowered, arguments, 0.0)
+        parts, state, sizes, arguments = _answering(config, built, mesh)
+        rows, side, questions = sizes.rows, config.model.vision.image_size, sizes.rows * sizes.questions
+        shapes = {
+            "images": ((rows, sizes.images, side, side, 3), jnp.uint8),
+            "image_tasks": ((rows, sizes.images), jnp.int32),
+        }
+        by_token = ("tokens", "visual", "segments", "prefixes", "positions")
+        shapes |= dict.fromkeys(by_token, ((rows, sizes.tokens), jnp.int32))
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        numbers = jax.ShapeDtypeStruct((questions,), jnp.int32)
+        entry = slots.Entry(
+            slots=numbers,
+            places=jax.ShapeDtypeStruct((questions, sizes.prompt), jnp.int32),
+            prompts=numbers,
+            most=numbers,
+            seeds=jax.ShapeDtypeStruct((questions,), jnp.uint32),
+            temperatures=jax.ShapeDtypeStruct((questions,), jnp.float32),
+            first=jax.ShapeDtypeStruct((), jnp.bool_),
+        )
+        lowered = slots.enter.lower(parts, state, batch, entry)
+    arguments |= {"batch": tree_bytes(batch), "cache": device_bytes(state)}
+    return Planned(lowered, arguments, 0.0, sizes)
 
 
 def _decode(config: Config, built: Program, mesh: Mesh) -> Planned:
-    """Lowers the pass of one further token of each row over a full cache."""
-    leaves, arguments, prompt, new = _answering(config, built, mesh)
-    rows, decoder = config.evaluate.batch, config.model.decoder
-    dtype = jnp.dtype(config.model.compute_dtype)
-    places = _by_row((rows, prompt + new), jnp.int32, mesh)
-    shape = (decoder.depth, rows, decoder.kv_heads, prompt + new, decoder.head_dim)
-    names = (None, "batch", "heads", None, None)
-    spec = sharding.spec(shape, names, dict(mesh.shape))
-    stored: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
-    cache = Cache(stored, stored, Span(places, places, places))
-    token, place = _by_row((rows, 1), jnp.int32, mesh), jax.ShapeDtypeStruct((), jnp.int32)
-
-    def decode(leaves, cache, token, place):
-        model = with_parameters(built.model, leaves)
-        here = Span(*(jax.lax.dynamic_slice_in_dim(part, place, 1, axis=1) for part in cache.span))
-        x = model.decoder.embed(token, dtype)
-        hidden, cache, *_ = model.decoder(x, here, cache, place)
-        return jnp.argmax(model.decoder.logits(hidden), axis=-1), cache
-
-    arguments["cache"] = device_bytes(cache)
+    """Lowers the engine's loop that picks one further token of every slot."""
     with sharding.inside(mesh):
-        lowered = jax.jit(decode, donate_argnums=1).lower(leaves, cache, token, place)
-    return Planned(lowered, arguments, 0.0)
+        parts, state, sizes, arguments = _answering(config, built, mesh)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        kept = jax.ShapeDtypeStruct((sizes.slots,), jnp.bool_)
+        lowered = slots.advance.lower(parts, state, number, number, kept)
+    return Planned(lowered, arguments | {"cache": device_bytes(state)}, 0.0, sizes)
 
 
-def _by_row(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
-    """Describes an array that is split by its rows."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.row_sharding(shape, mesh))
+def _everywhere(leaf: Any, mesh: Mesh) -> Any:
+    """Describes an array that every device holds whole."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.everywhere(mesh))
 
 
 _MAKERS: Mapping[str, Callable[[Config, Program, Mesh], Planned]] = {

@@ -19,9 +19,18 @@ from unimed_jax.plan.topology import Topology
 BOUNDS = ("compute", "memory", "network")
 
 
-def costs(config: Any, mesh: dict[str, int], program: str, text: str) -> dict[str, Any]:
-    """Counts a compiled program and its ideal, for one device, as plan.json holds them."""
-    compiled, least = program_cost(text, mesh), ideal(config, mesh, program)
+# Loops of as many turns as there are tokens to pick: one turn is planned.
+_ONE_TURN = ("jit(advance)/while",)
+
+
+def costs(
+    config: Any, mesh: dict[str, int], program: str, text: str, sizes: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Counts a compiled program and its ideal, for one device, as plan.json holds them.
+
+    sizes: of the engine's programs (predict/sizes.py).
+    """
+    compiled, least = program_cost(text, mesh), ideal(config, mesh, program, sizes=sizes)
     pairs = {
         "flops": (compiled.flops, least.flops),
         "bytes": (compiled.bytes, least.bytes),
@@ -38,7 +47,10 @@ def costs(config: Any, mesh: dict[str, int], program: str, text: str) -> dict[st
             for c in compiled.collectives
         ],
         "largest": [dataclasses.asdict(operation) for operation in compiled.largest],
-        "unknown": [*compiled.unknown_loops, *compiled.unknown_calls],
+        "unknown": [
+            *(name for name in compiled.unknown_loops if name not in _ONE_TURN),
+            *compiled.unknown_calls,
+        ],
     }
 
 
@@ -56,9 +68,18 @@ def times(topology: Topology, flops: float, bytes: float, sent: float) -> dict[s
     return {"seconds": found, "step_s": found[bound], "bound": bound}
 
 
-def outlook(config: Any, topology: Topology, program: str, step: float, price: float | None):
+def outlook(
+    config: Any,
+    topology: Topology,
+    program: str,
+    step: float,
+    price: float | None,
+    sizes: dict[str, int] | None = None,
+) -> dict[str, Any]:
     """Says what a step of that many seconds comes to: throughput and, of training, hours and cost."""
     rows = config.data.rows if program == "train" else config.evaluate.batch
+    if sizes:
+        rows = sizes["slots"] if program == "decode" else sizes["rows"] * sizes["images"]
     unit = {"train": "examples", "prefill": "prompts", "decode": "tokens"}[program]
     found: dict[str, Any] = {f"{unit}_per_s": rows / step}
     if program == "train":

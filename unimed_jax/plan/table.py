@@ -10,6 +10,7 @@ from typing import Any
 from unimed_jax import files
 from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import Config, config_hash
+from unimed_jax.model.grouped import SHOWN
 from unimed_jax.plan.compile import Outcome, versions
 from unimed_jax.plan.roofline import costs, outlook, times
 from unimed_jax.provenance import code_version
@@ -36,18 +37,21 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
     row["notes"] = _notes(outcome)
     if not program:
         return row
-    row["cost"] = cost = costs(job.config, row["mesh"], job.program, program)
+    sizes = outcome.result["sizes"]
+    row["cost"] = cost = costs(job.config, row["mesh"], job.program, program, sizes)
     amounts = (cost[name]["compiled"] for name in ("flops", "bytes", "collective_bytes"))
     row["roofline"] = line = times(job.topology, *amounts)
     if line:
         price = prices.get(job.topology.text.partition(":")[0])
-        row["outlook"] = outlook(job.config, job.topology, job.program, line["step_s"], price)
+        row["outlook"] = outlook(job.config, job.topology, job.program, line["step_s"], price, sizes)
     return row
 
 
 def _notes(outcome: Outcome) -> list[str]:
-    """Says in sentences what a compiled program lacks of the one that will run."""
+    """Says in sentences how its experts run, and what it lacks of the program that will run."""
     job, notes = outcome.job, []
+    if chosen := outcome.result.get("experts"):
+        notes.append(f"{job.topology.text}: {SHOWN[chosen]}.")
     if "memory" in outcome.result and not outcome.result["text"]:
         notes.append(
             f"{job.topology.text}: its compiler keeps no text of the program, so FLOPs, bytes and times "

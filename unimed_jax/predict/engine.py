@@ -21,7 +21,8 @@ from unimed_jax.config import Config
 from unimed_jax.data import layout, packing
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.memory import check_answering
+from unimed_jax.memory import answering_bytes, check_answering, spare_for
+from unimed_jax.model import decoding
 from unimed_jax.model import slots as programs
 from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
@@ -90,8 +91,10 @@ class Engine:
         """Takes the requests that will come, which decide the sizes; None: any that the settings allow.
 
         mesh: over which the model lies, unless all calls are made inside `run.inside()`; slots: how
-        many answers are made at once at most (default: `config.evaluate.batch`). Raises UserError
-        for an announced request that cannot be asked, and if memory cannot hold the answers.
+        many answers are made at once at most (default: `config.evaluate.batch`). The layers of a large
+        model get arrays of their own, if that is worth it (model/decoding.py) and memory holds both.
+        Raises UserError for an announced request that cannot be asked, and if memory cannot hold the
+        answers.
         """
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
         # What comes unannounced comes from others, and nothing of it is kept.
@@ -102,9 +105,13 @@ class Engine:
                 self.sizes = sizes_for_any(config, slots)
             else:
                 self.sizes = sizes_for(map(self._prompts, announced), slots)
-        s = self.sizes
-        entering = s.rows * (s.tokens + s.questions * s.prompt)
-        check_answering(config.model, model, s.slots, s.prompt + s.answer, entering)
+            s = self.sizes
+            entering = s.rows * (s.tokens + s.questions * s.prompt)
+            needs = (config.model, model, s.slots, s.prompt + s.answer, entering)
+            check_answering(*needs)
+            worth = decoding.wants_separate(model.decoder, s.turns)
+            if worth and spare_for(model.decoder.layers, answering_bytes(*needs)):
+                model = decoding.prepared(model)
         # Where requests are announced, the first one that draws says so when it is put in (`_put`).
         self._parts = programs.Parts.of(
             model, tokenizer.eos, config.evaluate.top_p, config.seed, draws=announced is None

@@ -58,7 +58,7 @@ class PlainLoop:
 
     def _rows(self, prompts: Sequence[Prompt], batch: int) -> layout.Batch:
         groups = [layout.Group((prompt.encoded,), self._prompts.pixels(prompt)) for prompt in prompts]
-        rows = _batch(groups, self._config, self._tokenizer.pad, batch)
+        rows = rows_of(groups, self._config, self._tokenizer.pad, batch)
         count, tokens = rows["tokens"].shape
         check_answering(self._config.model, self._model, count, tokens + prompts[0].most)
         return rows
@@ -100,11 +100,14 @@ def prompt_batch(
         )
         for example, own in zip(examples, pixels, strict=True)
     ]
-    return _batch(groups, config, pad, batch or config.evaluate.batch)
+    return rows_of(groups, config, pad, batch or config.evaluate.batch)
 
 
-def _batch(groups: list[layout.Group], config: Config, pad: int, batch: int) -> layout.Batch:
-    """Lays prompts with their images into rows, as `prompt_batch` says."""
+def rows_of(groups: list[layout.Group], config: Config, pad: int, batch: int) -> layout.Batch:
+    """Lays prompts with their images into rows, as `prompt_batch` says.
+
+    batch: the most rows; there are so many, or the next power of two.
+    """
     rows = min(batch, 1 << (len(groups) - 1).bit_length())
     groups = groups + groups[:1] * (rows - len(groups))
     longest = max(group.questions[0].tokens for group in groups)

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
-import jax
-
 from unimed_jax.config import Config
+from unimed_jax.model.attention import hardware
 from unimed_jax.model.sharding import rows_multiple
 from unimed_jax.predict.request import Prompt, shared_by
 
@@ -28,21 +27,23 @@ class Sizes(NamedTuple):
     tokens: int  # S: of a row
     images: int  # of a row
     questions: int  # of a row
+    turns: int  # tokens that a slot picks for all requests, one after another, at most
 
 
 def slots_of(batch: int) -> int:
     """Returns how many answers are made at once on these devices where `batch` are wanted."""
-    return min(batch, MOST_SLOTS.get(jax.devices()[0].platform, batch))
+    return min(batch, MOST_SLOTS.get(hardware(), batch))
 
 
 def sizes_for(prompts: Iterable[Prompt], slots: int) -> Sizes:
     """Chooses sizes for requests that are known."""
     known: set[Hashable] = set()  # of what is shared
-    count = total = longest = answer = images = 0
+    count = total = longest = answer = images = new = 0
     with_images = shown = 0  # tokens beside images, and images, what is shared counted once
     for prompt in prompts:
         tokens, own, shared = prompt.encoded.tokens, len(prompt.images), shared_by(prompt)
         count += 1
+        new += prompt.most
         longest, answer, images = max(longest, tokens), max(answer, prompt.most), max(images, own)
         more = tokens if shared not in known else tokens - len(prompt.encoded.prefix)
         total += more
@@ -57,7 +58,7 @@ def sizes_for(prompts: Iterable[Prompt], slots: int) -> Sizes:
         return max(images, round(shown / with_images * tokens)) if shown else 0
 
     slots = min(slots, 1 << (count - 1).bit_length())
-    return _rows(slots, longest, answer, total, total / count, images_of)
+    return _rows(slots, longest, answer, new, total, total / count, images_of)
 
 
 def sizes_for_any(config: Config, slots: int) -> Sizes:
@@ -65,29 +66,30 @@ def sizes_for_any(config: Config, slots: int) -> Sizes:
     longest = config.text.max_prompt
     mean = min(longest, config.model.tokens_per_image + 2 * PLACES)
     answer = config.evaluate.max_new_tokens
-    return _rows(slots, longest, answer, ENDLESS, mean, lambda tokens: max(1, tokens // mean))
+    return _rows(slots, longest, answer, ENDLESS, ENDLESS, mean, lambda tokens: max(1, tokens // mean))
 
 
 def _rows(
     slots: int,
     longest: int,
     answer: int,
+    new: int,
     total: int,
     mean: float,
     images_of: Callable[[int], int],
 ) -> Sizes:
     """Chooses rows: for a share of the slots, as far as the device takes so much at once.
 
-    total, mean: tokens of all prompts and of one, what they share counted once; images_of:
-    gives the images of a row from its tokens.
+    new: tokens of all answers; total, mean: of all prompts and of one, what they share counted once;
+    images_of: gives the images of a row from its tokens.
     """
-    platform, slots = jax.devices()[0].platform, slots_of(slots)
+    slots = slots_of(slots)
     prompt = -(-longest // PLACES) * PLACES
-    wanted = min(total, CALL.get(platform, LARGEST_CALL), int(mean * max(1, slots // SHARE)))
+    wanted = min(total, CALL.get(hardware(), LARGEST_CALL), int(mean * max(1, slots // SHARE)))
     tokens = max(prompt, min(ROW, -(-wanted // PLACES) * PLACES))
     multiple = rows_multiple()
     rows = max(1, round(wanted / tokens))
     if slots >= multiple:
         rows = min(-(-rows // multiple) * multiple, slots)
     questions = max(1, min(-(-tokens * 5 // int(4 * mean)), slots // rows))
-    return Sizes(slots, prompt, answer, rows, tokens, images_of(tokens), questions)
+    return Sizes(slots, prompt, answer, rows, tokens, images_of(tokens), questions, -(-new // slots))

@@ -14,7 +14,7 @@ from unimed_jax.serve import measures
 from unimed_jax.serve.events import Events, event
 from unimed_jax.serve.fields import Fields, text
 from unimed_jax.serve.limits import Limits, Refused, wrong
-from unimed_jax.serve.question import Asked, question_of, sampling_of, task_of
+from unimed_jax.serve.question import NEEDS_TEXT, Asked, question_of, sampling_of, task_of
 from unimed_jax.serve.service import Service, Spoken, unless_gone
 
 TITLES = {
@@ -22,7 +22,7 @@ TITLES = {
     "refer": ("Find a structure", "left hippocampus"),
     "identify": ("Name what a box holds", "{<40><35><60><55>}"),
     "caption": ("Report", ""),
-    "cls": ("Classify", ""),
+    "cls": ("Classify", "Axial, coronal or sagittal?"),
     "qa": ("Question without an image", "What is the hippocampus?"),
 }
 FIELDS = (
@@ -62,6 +62,7 @@ async def describe(http: Http) -> JSONResponse:
             "needs_image": task != "qa",
             "needs_box": task == "identify",
             "gives_box": task == "refer",
+            "needs_question": task in NEEDS_TEXT and task != "identify",  # whose box is the question
             "example": TITLES[task][1],
         }
         for task in TASKS
@@ -72,6 +73,7 @@ async def describe(http: Http) -> JSONResponse:
             "tasks": tasks,
             "experts": connector.experts if connector.is_moe else 0,
             "grid": list(token_grid(service.config)),
+            "fit": service.config.data.fit,  # which part of an image the grid covers
             "limits": {
                 "bytes": limits.bytes,
                 "pixels": limits.pixels,

@@ -16,6 +16,8 @@ from unimed_jax.errors import UserError
 from unimed_jax.finite import named
 from unimed_jax.interruption import Interruption, claims_end
 from unimed_jax.model import sharding
+from unimed_jax.model.dispatch import way_of
+from unimed_jax.model.grouped import SHOWN
 from unimed_jax.model.parameters import parameters
 from unimed_jax.rules import leaf_rules
 from unimed_jax.runs.checkpoint import Checkpoints
@@ -207,11 +209,15 @@ class Reporter:
 
 
 def describe(start: Start) -> None:
-    """Prints the devices, what trains, and where every leaf came from."""
+    """Prints the devices, how experts run there, what trains, and where every leaf came from."""
     mesh, rules = start.program.mesh, start.program.rules
     if mesh is not None:
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         processes.say(f"{mesh.size} devices ({axes}) of {jax.process_count()} processes")
+    with sharding.inside(mesh):
+        chosen = way_of(start.config.model)
+    if chosen:
+        processes.say(SHOWN[chosen])
     groups: dict[tuple[str, str, str], list[int]] = {}
     for path, leaf in start.program.leaves.items():
         action = "trains" if rules[path].train else "frozen"

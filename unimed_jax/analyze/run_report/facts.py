@@ -46,9 +46,11 @@ class Facts:
 
     @property
     def reliance_is_its_own(self) -> bool:
-        """Says whether reliance was measured with the settings that were scored."""
+        """Says whether reliance was measured after the step and on the data that were scored."""
         found = self.reliance or {}
-        return "config_hash" in found and found["config_hash"] == self.metrics.get("config_hash")
+        return all(
+            key in found and found[key] == self.metrics.get(key) for key in ("step", "data_checksum")
+        )
 
 
 def gather(

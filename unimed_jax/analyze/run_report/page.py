@@ -9,7 +9,7 @@ from unimed_jax.analyze.run_report.facts import Data, Facts, gather, names_of
 from unimed_jax.analyze.run_report.markup import Markup, joined, tag
 from unimed_jax.config import Config
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.report.markdown import MEDICAL, caveats, rows_of
+from unimed_jax.evaluate.report.markdown import MEDICAL, rows_of
 
 NAME = "report.html"
 MOST_RUNS = 8  # colours that can be told apart
@@ -126,7 +126,12 @@ def _runs(runs: Sequence[Facts]) -> Markup:
 
 
 def _summary(runs: Sequence[Facts]) -> Markup:
-    notes = dict.fromkeys(note for run in runs for note in caveats(run.metrics))
+    notes = {
+        name: entry["note"]
+        for run in runs
+        for name, entry in run.metrics["data"].items()
+        if entry.get("note")
+    }
     warned: dict[str, list[str]] = {}
     for run in runs:
         said = [*run.metrics.get("notes", ())]
@@ -147,7 +152,7 @@ def _summary(runs: Sequence[Facts]) -> Markup:
     return joined(
         (
             shown,
-            *(tag("p", tag("b", name), f": {note}", class_="note") for name, note in notes),
+            *(tag("p", tag("b", name), f": {note}", class_="note") for name, note in notes.items()),
             tag("details", tag("summary", f"{len(lines)} notes"), tag("ul", *lines)) if lines else "",
         )
     )
