@@ -220,7 +220,12 @@ def test_a_found_box_and_the_routing_lie_on_the_image(page):
     page.run("document.getElementById('stage').focus()")
     page.press("0")
     assert view_of(page) == [0, 0, WIDTH, HEIGHT]
-    ask(page, "vqa", "Which plane?", 2)
+    x, y = at(page, 4, 4)
+    page.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=-600)
+    page.wait("document.getElementById('zoom-level').innerText !== '100\\u00a0%'")
+    ask(page, "refer", "right hippocampus", 2)
+    assert view_of(page) == [0, 0, WIDTH, HEIGHT]  # a box that is found comes into view
+    ask(page, "vqa", "Which plane?", 3)
     assert page.run("document.querySelectorAll('rect.found').length") == 0
     page.click(".turn:nth-child(2) .turn-head button")
     assert box_of(page, "found") == [20, 30, 40, 30]  # and its tab is back
@@ -280,7 +285,7 @@ def test_a_refused_file_is_said_and_the_image_stays(page, server, event):
     before = page.run(SHOWN)
     page.drop("notes.txt", b"no picture at all", event)
     page.wait("document.getElementById('picture-trouble').innerText")
-    assert page.run("document.getElementById('picture-trouble').innerText").endswith(".")
+    assert page.text("#picture-trouble").startswith("notes.txt: ")
     assert page.run(SHOWN) == before
     page.drop("huge.png", bytes(BYTES), event)
     page.wait("document.getElementById('picture-trouble').innerText.includes('choose a smaller file')")
@@ -305,6 +310,7 @@ def test_a_stream_is_stopped_and_refusals_are_said(page, server):
     page.type("#question", SLOW)
     page.press("Enter")
     page.wait("document.querySelector('.turn .answer')?.innerText.split(' ').length > 3")
+    assert page.run("document.querySelector('.turn').classList.contains('on-image')")
     assert page.visible("#stop") and page.run("document.querySelector('.turn').ariaBusy") == "true"
     page.click("#stop")
     page.wait("document.querySelector('.turn.stopped')")
@@ -316,7 +322,7 @@ def test_a_stream_is_stopped_and_refusals_are_said(page, server):
     page.type("#question", FULL)
     page.press("Enter")
     page.wait("document.querySelector('.turn.failed')")
-    assert "the server is full" in page.text(".turn.failed")
+    assert "The server is full" in page.text(".turn.failed")
     ask(page, "vqa", "Which plane?")  # and it goes on
 
 

@@ -53,7 +53,10 @@ class Chromium:
             *(["--no-sandbox"] if os.geteuid() == 0 else []),  # the sandbox refuses root
         ]
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen([program, *flags, "about:blank"], stdout=quiet, stderr=quiet)
+        own = os.environ | {"TMPDIR": self._profile}  # what it leaves there goes with the profile
+        self._process = subprocess.Popen(
+            [program, *flags, "about:blank"], stdout=quiet, stderr=quiet, env=own
+        )
         file, end = Path(self._profile, "DevToolsActivePort"), time.monotonic() + START
         while not file.exists() or not file.read_text().strip():
             if self._process.poll() is not None or time.monotonic() > end:

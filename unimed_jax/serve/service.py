@@ -19,6 +19,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.model import decoding
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.engine import Engine, Piece
+from unimed_jax.predict.one_by_one import OneByOne
 from unimed_jax.predict.request import Request
 from unimed_jax.runs.open import Run
 from unimed_jax.serve.counts import Counts
@@ -49,27 +50,28 @@ class Service:
     """Answers with one run's model. Its methods belong to the event loop."""
 
     def __init__(self, run: Run, name: str, limits: Limits, slots: int | None = None):
-        """Opens the engine; raises UserError for a run that cannot be served.
+        """Opens the engine; raises UserError if memory cannot hold the answers.
 
         name: of the model, for clients; slots: how many answers are made at once at most.
         """
         config = run.config
-        if config.model.answers_depend_on_batch:
-            raise UserError(
-                f"{run.folder}: its answers depend on which questions are answered together (experts "
-                "of limited capacity), so it cannot be served; use predict or evaluate."
-            )
         run.tokenizer.keep_no_words()
         evaluate = dataclasses.replace(config.evaluate, max_new_tokens=limits.max_tokens)
         self.run = dataclasses.replace(run, config=dataclasses.replace(config, evaluate=evaluate))
         self.name, self.counts = name, Counts()
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
-        with run.inside():
-            decoding.prepare(run.model)  # it only answers from here on
-        self.engine = EngineThread(
-            lambda: Engine(run.model, self.run.config, run.tokenizer, run.mesh, slots=slots)
-        )
+        self.failed = ""  # why the first answers could not be made
+
+        def made() -> Engine | OneByOne:
+            with run.inside():
+                decoding.prepare(run.model)  # it only answers from here on
+            parts = run.model, self.run.config, run.tokenizer, run.mesh
+            if config.model.answers_depend_on_batch:  # then each is made alone
+                return OneByOne(*parts)
+            return Engine(*parts, slots=slots)
+
+        self.engine = EngineThread(made)
         sizes = self.engine.sizes
         fitting = (config.text.max_prompt - 1) // config.model.tokens_per_image
         self.limits = dataclasses.replace(
@@ -86,7 +88,18 @@ class Service:
         return self.run.tokenizer
 
     async def warm(self) -> None:
-        """Compiles all programs by first questions, after which the server is ready."""
+        """Compiles all programs by first questions, after which the server is ready.
+
+        What goes wrong is kept in `failed`, at which the server stops.
+        """
+        try:
+            await self._first_answers()
+        except Exception as error:
+            self.failed = str(error)
+        else:
+            self.ready = True
+
+    async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
         shown = Request("vqa", "?", (black,), max_new_tokens=2)
@@ -96,7 +109,6 @@ class Service:
             pass
         await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
         await self.engine.call(lambda: routing_of(self.run, request))
-        self.ready = True
 
     def close(self) -> None:
         self.engine.close()

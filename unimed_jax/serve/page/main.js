@@ -275,6 +275,7 @@ async function ask() {
       turn.write();
       updateHistory();
       overlay();
+      if (active === turn) turn.result?.boxes?.forEach((box) => viewer.reveal(box));
       say(spoken(turn));
     }
   }
@@ -309,6 +310,7 @@ function showTurn(turn) {
   if (turn.box) editor.set(turn.box);
   active = turn;
   overlay();
+  for (const box of [turn.box, ...(turn.result?.boxes ?? [])]) if (box) viewer.reveal(box);
   $("stage").focus();
 }
 
