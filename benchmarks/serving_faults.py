@@ -102,6 +102,8 @@ def faults(limits: Mapping[str, int]) -> dict[str, Fault]:
         "no text": (CHAT, b"\xff\xfe\x00", 400, "not UTF-8"),
         "empty body": (CHAT, b"", 400, "is not JSON"),
         "deep": (CHAT, b"[" * 100_000 + b"]" * 100_000, 400, "nested too deep"),
+        "many values": (CHAT, b"[" + b"[]," * 150_000 + b"0]", 400, "values; send fewer"),
+        "a head without end": (IMAGES, {"image": "data:" + ";" * 300_000}, 400, "never opened"),
         "NaN": (TASKS, b'{"temperature": NaN}', 400, "NaN is not a number"),
         "infinite": (TASKS, b'{"temperature": 1e999}', 400, "too large"),
         "a key twice": (TASKS, b'{"task": "qa", "task": "vqa"}', 400, "twice"),

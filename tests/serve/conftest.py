@@ -36,7 +36,14 @@ __all__ = ["serving"]
 NEW = 12  # tokens of an answer
 # Small, so that what exceeds one is made quickly.
 LIMITS = Limits(
-    NEW, bytes=1 << 20, pixels=1 << 16, queue=24, header_seconds=1, body_seconds=2, send_seconds=2
+    NEW,
+    bytes=1 << 20,
+    pixels=1 << 16,
+    queue=24,
+    connections=60,
+    header_seconds=1,
+    body_seconds=1,
+    send_seconds=1,
 )
 
 

@@ -144,6 +144,9 @@ def test_draws_are_repeated_by_their_seed_and_bounded_by_max_tokens(live, client
 def test_what_is_refused_is_the_clients_own_kind_of_error(live, client):
     create = client.chat.completions.create
     assert [model.id for model in client.models.list()] == ["squares"]
+    assert client.models.retrieve("squares").owned_by == "unimed_jax"
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        client.models.retrieve("lab/other")
     with pytest.raises(openai.NotFoundError, match="is not served here") as error:
         create(model="gpt-4", messages=[user("Why?")])
     assert error.value.code == "model_not_found" and error.value.type == "not_found_error"

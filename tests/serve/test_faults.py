@@ -1,5 +1,8 @@
 """Every fault has its status and one sentence; nothing is executed, fetched, opened, logged or kept."""
 
+import asyncio
+import copy
+import dataclasses
 import json
 import socket
 import sys
@@ -7,8 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from serve.conftest import LIMITS
 
+from unimed_jax.errors import UserError
 from unimed_jax.serve.app import application, names_of
+from unimed_jax.serve.limits import Refused
+from unimed_jax.serve.server import server_of
+from unimed_jax.serve.service import Service
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -28,6 +36,7 @@ from serving_faults import (
 )
 
 
+@pytest.mark.filterwarnings("ignore:Image size")  # of Pillow, whose warnings the server silences
 def test_every_fault_has_its_status_and_one_sentence(live, trace, capfd):
     wrong = []
     with trace as events:
@@ -87,6 +96,24 @@ def test_a_fault_of_ours_says_nothing_of_the_request(live, capfd, monkeypatch):
     assert "RuntimeError at" in err and "secret" not in out + err + json.dumps(found)
 
 
+def test_the_tokenizers_own_store_of_words_can_be_emptied(live):
+    """A release of the package without these calls, which are its own, would have to be looked at."""
+    tokenizer = live.run.tokenizer
+    assert hasattr(tokenizer._rust.model, "_resize_cache")
+    assert hasattr(tokenizer._rust.model, "_clear_cache")
+    before = tokenizer.encode("hippocampus")
+    tokenizer.keep_no_words()
+    assert tokenizer.encode("hippocampus") == before
+
+
+def test_a_run_whose_answers_depend_on_their_batch_is_refused(live):
+    moe = dataclasses.replace(live.run.config.model.moe, experts=2, eval_capacity_factor=1.0)
+    model = dataclasses.replace(live.run.config.model, moe=moe)
+    run = dataclasses.replace(live.run, config=dataclasses.replace(live.run.config, model=model))
+    with pytest.raises(UserError, match="cannot be served; use predict"):
+        Service(run, "it", live.service.limits)
+
+
 # ---- who asks ----------------------------------------------------------------------------------
 
 
@@ -110,7 +137,6 @@ def test_browsers_of_other_sites_are_kept_out(live, headers, status, words):
 
 def test_a_token_is_asked_for_where_it_is_set(live):
     """The guard by itself, which no request passes without the token."""
-    import asyncio
 
     app = application(live.service, names_of("0.0.0.0"), token="s3cret-s3cret-s3cret")
 
@@ -148,6 +174,15 @@ def test_slow_and_broken_clients_are_let_go(live):
     assert live.get("/health")[0] == 200
 
 
+def test_more_connections_than_the_limit_are_closed(live):
+    clients = [connected(live.port) for _ in range(LIMITS.connections + 5)]
+    assert received(clients[-1]) == b""
+    for client in clients:
+        client.close()
+    live.until(lambda: live.get("/health")[0] == 200, 10)
+
+
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_let_go(live):
     """It asks again and again, until what it was answered fills all buffers on the way."""
     with socket.socket() as client:
@@ -187,3 +222,24 @@ def test_bodies_in_memory_are_bounded_together(live):
         found.append(client.recv(1000)[9:12])
         client.close()
     assert set(found) == {b"400", b"429"} and found.count(b"429") <= 3
+
+
+def test_a_model_that_cannot_answer_stops_the_server(live, capfd):
+    """Found while the first answers are made, before anybody asks."""
+    service = copy.copy(live.service)
+    service.ready = False
+
+    class Broken:
+        async def ask(self, request):
+            raise Refused(500, "the model failed on this request; ask again.", "internal_error")
+
+    service.engine = Broken()
+    asyncio.run(service.warm())
+    assert service.failed.startswith("the model failed") and not service.ready
+
+    async def one_look() -> bool:
+        return await server_of(application(service), service.limits).on_tick(1)
+
+    assert asyncio.run(one_look())
+    service.failed = ""
+    assert not asyncio.run(one_look())

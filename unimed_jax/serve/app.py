@@ -66,6 +66,7 @@ def application(service: Service, hosts: Sequence[str] = (), token: str = "") ->
             Route("/ready", _ready, methods=["GET"]),
             Route("/metrics", _metrics, methods=["GET"]),
             Route("/v1/models", chat.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", chat.models, methods=["GET"]),
             Route("/v1/chat/completions", chat.chat, methods=["POST"]),
             Route("/v1/tasks", tasks.describe, methods=["GET"]),
             Route("/v1/tasks", tasks.answer, methods=["POST"]),

@@ -58,11 +58,13 @@ class Service:
                 f"{run.folder}: its answers depend on which questions are answered together (experts "
                 "of limited capacity), so it cannot be served; use predict or evaluate."
             )
+        run.tokenizer.keep_no_words()
         evaluate = dataclasses.replace(config.evaluate, max_new_tokens=limits.max_tokens)
         self.run = dataclasses.replace(run, config=dataclasses.replace(config, evaluate=evaluate))
         self.name, self.counts = name, Counts()
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
+        self.failed = ""  # why the first answers could not be made
         self.engine = EngineThread(
             lambda: Engine(run.model, self.run.config, run.tokenizer, run.mesh, slots=slots)
         )
@@ -82,7 +84,18 @@ class Service:
         return self.run.tokenizer
 
     async def warm(self) -> None:
-        """Compiles all programs by first questions, after which the server is ready."""
+        """Compiles all programs by first questions, after which the server is ready.
+
+        What goes wrong is kept in `failed`, at which the server stops.
+        """
+        try:
+            await self._first_answers()
+        except Exception as error:
+            self.failed = str(error)
+        else:
+            self.ready = True
+
+    async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
         shown = Request("vqa", "?", (black,), max_new_tokens=2)
@@ -92,7 +105,6 @@ class Service:
             pass
         await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
         await self.engine.call(lambda: routing_of(self.run, request))
-        self.ready = True
 
     def close(self) -> None:
         self.engine.close()
@@ -164,12 +176,20 @@ class Service:
         try:
             ticket = self.enter()
             try:
-                return await self.aside(lambda: understand(_parsed(content))), ticket
+                return await self.aside(lambda: understand(self._parsed(content))), ticket
             except BaseException:
                 ticket.leave()
                 raise
         finally:
             self.held -= len(content)
+
+    def _parsed(self, content: bytes) -> Any:
+        if sum(map(content.count, (b",", b"[", b"{"))) > self.limits.values:
+            raise wrong(f"the body has more than {self.limits.values} values; send fewer.", "too_many")
+        try:
+            return parse_json(content, "the body", "send JSON")
+        except UserError as error:
+            raise wrong(str(error), "invalid_json") from None
 
     async def aside(self, function: Callable[[], Result]) -> Result:
         """Runs a function that takes a while in one of the threads that decode."""
@@ -280,13 +300,6 @@ async def unless_gone(http: Http, work: Awaitable[Result]) -> Result:
 async def _left(http: Http) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _parsed(content: bytes) -> Any:
-    try:
-        return parse_json(content, "the body", "send JSON")
-    except UserError as error:
-        raise wrong(str(error), "invalid_json") from None
 
 
 def new_id(kind: str) -> str:

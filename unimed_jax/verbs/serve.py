@@ -111,6 +111,8 @@ def run(arguments: list[str]) -> None:
         print(f"Every machine that reaches this address may ask: set {TOKEN} for a token.", flush=True)
     stops = stopped_by_signal()
     server_of(application(service, names_of(known.host), token), service.limits, stops).run([place])
+    if service.failed:
+        raise UserError(f"{known.run}: its first answer could not be made: {service.failed}")
     if Stoppable.current is not None and Stoppable.current.number is not None:
         answers = sum(service.counts.answers.values())
         raise Stopped(Stoppable.current.number, f", after {answers} answers", "serves again")
