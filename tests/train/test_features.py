@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import shutil
 import signal
 import threading
@@ -372,6 +374,25 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
 def test_a_place_that_cannot_be_written_is_refused(opened, tmp_path):
     (tmp_path / "features").write_text("")
     refused(r"features cannot be kept in .*; set config\.data\.cache", opened, tmp_path)
+
+
+def test_a_disk_that_becomes_full_leaves_no_half_file(opened, tmp_path, monkeypatch):
+    class Full(features.ArrayRecordWriter):
+        def write(self, record):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features, "ArrayRecordWriter", Full)
+    refused(r"No space left on device.* nothing of it was kept; free some", opened, tmp_path)
+    assert [path.name for path in tmp_path.glob("features/*/*")] == ["lock"]
+
+
+def test_processes_that_share_no_folder_are_refused(opened, cache, tmp_path, monkeypatch):
+    sentence = r"do not find the same files in .*; set config\.data\.cache to a folder that all"
+    with monkeypatch.context() as patch:  # what the others have found differs
+        patch.setattr(processes, "gathered", lambda value: [value, "another"])
+        refused(sentence, opened, cache)
+    monkeypatch.setattr(features, "_compute", lambda *arguments: None)  # the others' files are elsewhere
+    refused(sentence, opened, tmp_path / "new")
 
 
 @pytest.mark.parametrize("part", ["cut", "empty", "first record", "features"])
