@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from support.fake_brain import tiny_config
 
 from unimed_jax import features, processes
+from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -75,11 +76,11 @@ def settings(cache, images=24, fit="stretch", **train):
 @pytest.fixture(scope="module")
 def started(on_one_device, tmp_path_factory):
     """The same run before its first step, from features and from images; tests read its cache."""
-    made, place = {}, tmp_path_factory.mktemp("started")
-    for cached in (True, False):
-        config = settings(place / "cache", cache_features=cached)
-        made[cached] = prepare(from_config_dict(config), place / f"run{cached}")
-    return made
+    place = tmp_path_factory.mktemp("started")
+    cached = prepare(from_config_dict(settings(place / "cache")), place / "run")
+    config = from_config_dict(settings(place / "cache", cache_features=False))
+    pipeline = Pipeline(cached.datasets, config, cached.tokenizer)
+    return {True: cached, False: dataclasses.replace(cached, config=config, pipeline=pipeline)}
 
 
 @pytest.fixture
@@ -286,6 +287,17 @@ def test_a_second_run_waits_and_finds_what_the_first_has_made(opened, cache, enc
         assert len(second.result(60)) == 24 and not encoded
 
 
+def test_files_of_other_processes_that_show_late_are_awaited(opened, cache, tmp_path, monkeypatch):
+    (path,) = files_of(cache)
+
+    def elsewhere(*arguments):
+        hidden = shutil.copy(path, arguments[-1].folder / "hidden")
+        threading.Timer(1.0, lambda: os.rename(hidden, hidden.with_name(path.name))).start()
+
+    monkeypatch.setattr(features, "_compute", elsewhere)
+    assert len(opened(tmp_path / "new")) == 24
+
+
 def test_only_new_images_are_encoded(cache, tmp_path, encoded):
     start = prepare(from_config_dict(settings(cache, images=30)), tmp_path / "run")
     assert encoded == [6] and len(start.pipeline._features) == 30
@@ -392,6 +404,7 @@ def test_processes_that_share_no_folder_are_refused(opened, cache, tmp_path, mon
         patch.setattr(processes, "gathered", lambda value: [value, "another"])
         refused(sentence, opened, cache)
     monkeypatch.setattr(features, "_compute", lambda *arguments: None)  # the others' files are elsewhere
+    monkeypatch.setattr(features, "LATE", 1.0)
     refused(sentence, opened, tmp_path / "new")
 
 
