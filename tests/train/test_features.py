@@ -54,7 +54,7 @@ class Dying(features.ArrayRecordWriter):
 def get_config(fate=""):
     if fate == "dies":
         features.ArrayRecordWriter = Dying
-    config = tiny_config(steps=6, save_every=2, cache_features=True)
+    config = tiny_config(steps=3, save_every=3, cache_features=True)
     config.train.rules = (dict(match="vision/*", train=False), dict(match="*", train=True))
     return config
 """
@@ -343,7 +343,7 @@ def test_killed_processes_go_on_together_and_train_to_the_losses_of_one(tmp_path
         [line["train/loss"] for line in test_processes.lines(tmp_path, run)] for run in ("alone", "both")
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert len(losses[0]) == 6
+    assert len(losses[0]) == 3
 
 
 def start_processes(place, run, count, fate=""):
