@@ -68,6 +68,20 @@ def test_way_of_a_platform(monkeypatch, platform, expected):
     assert way(jnp.bfloat16, 2048, 5632) == expected
 
 
+def test_rows_of_a_block(monkeypatch):
+    """Those that four experts may leave empty are at most half of the tokens, once these are many."""
+    cases = {
+        ("cpu", "blocks"): {8: 8, 64: 32, 2048: 64, 65536: 64},
+        ("nvidia", "experts"): {8: 8, 64: 32, 2048: 256, 8192: 512, 16384: 1024, 1 << 20: 1024},
+        ("tpu", "megablox"): {8: 128, 1024: 256, 65536: 256},
+    }
+    for (platform, name), sizes in cases.items():
+        monkeypatch.setattr(grouped, "hardware", lambda platform=platform: platform)
+        assert {n: grouped.block_rows(n, 4, name) for n in sizes} == sizes
+        for n, size in sizes.items():
+            assert n < 2048 or 4 * size <= n / 2
+
+
 def test_way_of_a_model(monkeypatch):
     """A mesh that splits the hidden units leaves parts that megablox may not be able to take."""
     model = dataclasses.replace(tiny.CONFIG, compute_dtype="bfloat16")
