@@ -286,6 +286,7 @@ def test_script(torch, tmp_path, script, sides):
         assert list(found) == expected
         for f in found.values():
             assert len(f["round_seconds"]) == 3 and f["peak_gib"] > 0.1
+            assert f["processor_seconds_per_step"]["min"] > 0 and f["processor_ratio"]["median"] > 0
             assert f["examples_per_second"]["min"] <= f["examples_per_second"]["median"]
     assert "| padded  | ours " in ran.stdout and "useful examples/s" in ran.stdout
 
