@@ -17,6 +17,7 @@ from starlette.requests import Request as Http
 from unimed_jax.config import Config
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.model import decoding
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.engine import Engine, Piece
 from unimed_jax.predict.one_by_one import OneByOne
@@ -64,6 +65,8 @@ class Service:
         self.failed = ""  # why the first answers could not be made
 
         def made() -> Engine | OneByOne:
+            with run.inside():
+                decoding.prepare(run.model)  # it only answers from here on
             parts = run.model, self.run.config, run.tokenizer, run.mesh
             if config.model.answers_depend_on_batch:  # then each is made alone
                 return OneByOne(*parts)
