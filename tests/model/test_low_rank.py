@@ -8,7 +8,7 @@ from flax import nnx
 
 from unimed_jax.config import LoraConfig
 from unimed_jax.model import low_rank
-from unimed_jax.model.layers import ACTIVATIONS, Linear
+from unimed_jax.model.layers import ACTIVATIONS, REMAT, Linear
 from unimed_jax.model.quantised import quantise
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -76,6 +76,21 @@ def test_many_channels_take_the_plain_form(on_gpu, monkeypatch):
     values_and_gradients(layer, jnp.ones((1, 2, 64)), None)
     with pytest.raises(TypeError):
         values_and_gradients(linear(rank=low_rank.MOST), jnp.ones((1, 2, 64)), None)
+
+
+def test_remat_does_not_compute_the_small_product_again(on_gpu):
+    layer, x = linear(), jnp.ones((4, 64))
+
+    def products(policy):
+        def run(b):
+            own = nnx.clone(layer)
+            own.lora_b = nnx.Param(b)
+            return jnp.sin(own(x)).sum()
+
+        run = jax.checkpoint(run, policy=policy)
+        return str(jax.make_jaxpr(jax.grad(run))(layer.lora_b[...])).count("dot_general")
+
+    assert products(REMAT["full"]) == products(None) - 1
 
 
 def test_gelu_in_16_bits_is_the_exact_one_rounded():
