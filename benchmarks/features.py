@@ -61,11 +61,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/brain_frozen.py")
+    parser.add_argument("--freeze", action="store_true", help="the encoder; pictures then do not vary")
     parser.add_argument("--steps", type=int, default=30, help="of each side in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     known, overrides = parser.parse_known_args()
     settings = load_config_file(known.config)
+    if known.freeze:
+        settings.train.rules = (dict(match="vision/*", train=False), *settings.train.rules)
+        settings.data.sources = tuple(
+            {key: value for key, value in source.items() if key != "augment"}
+            for source in settings.data.sources
+        )
     with tempfile.TemporaryDirectory() as folder:
         sides, sizes = {}, {}
         for name, cached in SIDES.items():

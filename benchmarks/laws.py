@@ -213,16 +213,16 @@ def draw(file: Path, found: Sequence[dict[str, Any]], points: dict[str, Any]) ->
     for axes, title in zip(grid.flat, points, strict=False):
         values = points[title]
         x = np.array([point["x"] for point in values], float)
-        fine = np.geomspace(x[0], x[-1], 100)
+        fine = np.linspace(x[0], x[-1], 200)
         for law in (law for law in found if law["grows"] == title):
             name, unit = QUANTITIES[law["quantity"]]
             y = np.array([point[law["quantity"]]["compiled"] / unit for point in values])
             axes.plot(fine, law["compiled"](fine) / y[0], color=colours[law["quantity"]], linewidth=1)
             axes.plot(x, y / y[0], "o", color=colours[law["quantity"]], label=name, markersize=5)
-        axes.set(xscale="log", title=title)
+        axes.set(xscale="log" if title == GROWTHS["chips"].title else "linear", title=title)
         axes.set_xticks(x, [f"{value:.0f}" for value in x])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(points) :]:

@@ -71,7 +71,7 @@ def cached(
     maker = maker_of(config, encoder)
     folder = config.data.cache_folder / "features" / hashlib.sha256(maker.encode()).hexdigest()[:16]
     shape = (config.model.vision.patches, config.model.vision.width)
-    with _alone(folder):
+    with processes.explain_lost_process(), _alone(folder):
         features = Features(folder, maker, shape)
         missing = list(_missing(features, pipeline.pictures()))
         digests = np.array([picture.digest for picture in missing], DIGEST)
@@ -79,12 +79,14 @@ def cached(
         if len(set(processes.gathered(hashlib.sha256(digests.tobytes()).hexdigest()))) > 1:
             raise _not_shared(folder)
         if missing:
+            begun = time.monotonic()
             _check_space(folder, features, len(missing))
             _compute(missing, config, pipeline, model, encoder, mesh, features)
             processes.gathered(0)  # all files are there now
             features = Features(folder, maker, shape)
             if not features.has(digests).all():
                 raise _not_shared(folder)
+            processes.say(f"encoded {len(missing):,} images in {time.monotonic() - begun:.0f} s")
     return features
 
 
@@ -257,7 +259,6 @@ def _compute(
 
     As many images are encoded at once as in a training step, so that they fit into memory.
     """
-    begun = time.monotonic()
     together = config.data.rows // config.train.accumulation * config.data.row_images
     share, shares = sharding.rows_of_process(mesh, together)
     own = together // shares
@@ -283,7 +284,6 @@ def _compute(
     parts = [mine[step * own : (step + 1) * own] for step in range(steps)]
     with (
         concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool,
-        processes.explain_lost_process(),
         tqdm(
             desc="encoding images", total=len(missing), unit=" images", leave=False,
             disable=None if processes.leads() else True,
@@ -311,7 +311,6 @@ def _compute(
             _write(mine, rows, features)
         for _ in rows:  # the steps of the others
             pass
-    processes.say(f"encoded {len(missing):,} images in {time.monotonic() - begun:.0f} s")
 
 
 def _ahead(

@@ -32,8 +32,8 @@ class Stopped(BaseException):
     `where` continues the sentence after the signal's name, as in ", saved after step 6".
     """
 
-    def __init__(self, number: int, where: str = ""):
-        super().__init__(f"stopped by {_name(number)}{where}; the same command continues.")
+    def __init__(self, number: int, where: str = "", then: str = "continues"):
+        super().__init__(f"stopped by {_name(number)}{where}; the same command {then}.")
         self.status = 128 + number
 
 

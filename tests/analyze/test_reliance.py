@@ -16,6 +16,7 @@ from unimed_jax.evaluate import baselines, tasks
 from unimed_jax.evaluate.metrics import captions
 from unimed_jax.evaluate.run import records_of
 from unimed_jax.predict.request import Picture, Request
+from unimed_jax.verdicts import reliance_verdict
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,7 @@ def test_a_model_that_ignores_the_image_has_no_sensitivity(tmp_path):
             assert scores["hallucinated_visual_reasoning_rate"] == scores["dangerous"] == 1.0
             assert scores["text_only_drop"] == scores["blank_drop"] == scores["flip_rate"] == 0.0
             assert entry["scores"]["image_sensitivity"]["ci95"] == [0.0, 0.0]
-            assert reliance_report.verdict(entry["scores"]["visual_reliance_score"]) == "undecided"
+            assert reliance_verdict(entry["scores"]["visual_reliance_score"]) == "undecided"
             assert entry["passes"][TEXT] == entry["passes"][OWN]
 
 
@@ -112,7 +113,7 @@ def test_a_model_that_reads_the_image_has_more(tmp_path):
                 e["value"] for name, e in entry["passes"].items() if name in (TEXT, BLANK, OTHER)
             } == {0}
             assert entry["quadrants"]["ideal"]["value"] == 1.0
-            verdict = reliance_report.verdict(entry["scores"]["visual_reliance_score"])
+            verdict = reliance_verdict(entry["scores"]["visual_reliance_score"])
             assert verdict == "relies on the image"
             assert entry["best_blind"] in entry["blind"] and entry["blind"]
     assert found["vqa"]["templates"]["what"]["image_sensitivity"]["value"] == 1.0

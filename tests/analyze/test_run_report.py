@@ -111,7 +111,8 @@ def evil(tmp_path_factory):
     }  # fmt: skip
     (one / "reliance").mkdir()
     content = {"split": "test", "definitions": {"a": EVIL}, "sets": {"toy": {"vqa": reliance}}}
-    content["config_hash"] = json.loads((one / "metrics.json").read_text())["config_hash"]
+    metrics = json.loads((one / "metrics.json").read_text())
+    content |= {key: metrics[key] for key in ("step", "data_checksum")}
     write_json(one / "reliance" / "reliance.json", content)
     units = {"names": ["vqa", EVIL], "absent": ["qa"], "cos": [[1.0, -0.5], [-0.5, 1.0]]}
     units |= {"magnitude": [[1.0, None], [0.5, 1.0]], "indices": {"mean_cos": entry}}
@@ -231,7 +232,7 @@ def test_curves_are_thinned_and_axes_named():
     assert text.count("<circle") == plots.POINTS and ">step 10<" in text
     flat = plots.curve("flat", [plots.Series(0, "", steps[:1], np.zeros(1))])
     assert "nan" not in flat and flat.count("<circle") == 1
-    assert [plots.short(v) for v in (0, 0.12345, 5e-4, 123456)] == ["0", "0.123", "0.0005", "1.2e+05"]
+    assert [plots.short(v) for v in (0, 0.12345, 5e-4, 123456)] == ["0", "0.123", "5e-4", "1.2e5"]
     assert plots._ticks(0.0, 1.0) == [0.0, 0.5, 1.0]
 
 
@@ -255,6 +256,21 @@ def test_mistakes_are_one_sentence(evil, tmp_path, capsys):
         write_json(tmp_path / "other" / "metrics.json", metrics)
         with pytest.raises(UserError, match="another form|different splits"):
             page.write([two, tmp_path / "other"], tmp_path / "x.html")
+
+
+def test_an_evaluation_stands_without_its_page(evil, monkeypatch, capsys):
+    (_, two), _ = evil
+    page.write_page(two, toy_config())
+    assert (two / "report.html").is_file() and "wrote" in capsys.readouterr().out
+    monkeypatch.setattr(page, "write", lambda *arguments, **named: raised("the disk is full."))
+    page.write_page(two, toy_config())
+    assert "was not written: the disk is full." in capsys.readouterr().out
+    page.write_page(two / "none", toy_config())
+    assert capsys.readouterr().out == ""
+
+
+def raised(sentence):
+    raise UserError(sentence)
 
 
 def test_the_verb_writes_the_page(evil, capsys):

@@ -8,8 +8,8 @@ from support.toy import SIZE, Model, Says, Toy, evaluated, sets_of, toy_config
 from unimed_jax.config import TASKS
 from unimed_jax.evaluate import scores
 from unimed_jax.evaluate.metrics import captions
-from unimed_jax.evaluate.report.markdown import verdict
 from unimed_jax.evaluate.run import _about
+from unimed_jax.verdicts import verdict
 
 
 @pytest.fixture

@@ -254,6 +254,11 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
                             "corrected": {"exact": {"value": 0.5, "ci95": [0.25, 0.75]}},
                         },
                         "margin": {"value": 0.125, "ci95": [-0.25, 0.5], "baseline": "majority"},
+                        "peer_margin": {"value": -0.5, "ci95": [-0.75, -0.25], "baseline": "tfidf"},
+                        "templates": {
+                            "plain": {"margin": {"value": 0.5, "ci95": [0.25, 0.75]}},
+                            "odd": {"margin": {"value": 0.0, "ci95": [-0.25, 0.25]}},
+                        },
                     },
                     "cls": {
                         "n": 3,
@@ -266,13 +271,21 @@ def test_the_card(exported, tokenizer_folder, tmp_path):
         },
     }
     scratch = dataclasses.replace(config, init=(("seed", ""),))
-    export_unimed_hf(tmp_path / "out", scratch, parameters(model), tokenizer_folder, metrics)
+    score = {"visual_reliance_score": {"value": 0.5, "ci95": [0.25, 0.75]}}
+    reliance = {"sets": {"slake": {"vqa": {"scores": score}}}}
+    about = metrics, (), None, reliance
+    export_unimed_hf(tmp_path / "out", scratch, parameters(model), tokenizer_folder, *about)
     card = (tmp_path / "out" / "README.md").read_text()
+    row = "| slake | vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) | "
+    assert f"{row}undecided |" in card
     assert (
-        "| slake | vqa | 24 | exact | 0.500 [0.250, 0.750] | +0.125 [-0.250, +0.500] (majority) |"
-        in card
+        "- slake, vqa: not shown to be better than the best guess without the image; of its question "
+        "templates not shown to be better: odd; tfidf, which reads the same text, answers better; "
+        "relies on the image." in card
     )
-    assert "| slake | cls | 3 | exact | 0.500 | - |" in card and "config_hash `abc`" in card
+    assert "- slake, cls: not compared with a guess without the image" in card
+    assert "serve --run=FOLDER" in card and "**Not for** diagnosis" in card
+    assert "| slake | cls | 3 | exact | 0.500 | - | no verdict |" in card and "config_hash `abc`" in card
     assert "Slices of 642 patients." in card
     assert "trained from random numbers" in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["unimed"] == json.loads(

@@ -1,11 +1,16 @@
 """Products of blocks with the kernels of their owners: every platform's way against the plain loop."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import tiny
 
-from unimed_jax.model import grouped
+from unimed_jax.config import MeshConfig, MoeConfig
+from unimed_jax.model import grouped, sharding
+from unimed_jax.model.dispatch import way_of
 from unimed_jax.model.grouped import block_product, gradient_tiles, tiles, way
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -61,6 +66,35 @@ def test_ways_agree(monkeypatch, small_tiles):
 def test_way_of_a_platform(monkeypatch, platform, expected):
     monkeypatch.setattr(grouped, "hardware", lambda: platform)
     assert way(jnp.bfloat16, 2048, 5632) == expected
+
+
+def test_rows_of_a_block(monkeypatch):
+    """Those that four experts may leave empty are at most half of the tokens, once these are many."""
+    cases = {
+        ("cpu", "blocks"): {8: 8, 64: 32, 2048: 64, 65536: 64},
+        ("nvidia", "experts"): {8: 8, 64: 32, 2048: 256, 8192: 512, 16384: 1024, 1 << 20: 1024},
+        ("tpu", "megablox"): {8: 128, 1024: 256, 65536: 256},
+    }
+    for (platform, name), sizes in cases.items():
+        monkeypatch.setattr(grouped, "hardware", lambda platform=platform: platform)
+        assert {n: grouped.block_rows(n, 4, name) for n in sizes} == sizes
+        for n, size in sizes.items():
+            assert n < 2048 or 4 * size <= n / 2
+
+
+def test_way_of_a_model(monkeypatch):
+    """A mesh that splits the hidden units leaves parts that megablox may not be able to take."""
+    model = dataclasses.replace(tiny.CONFIG, compute_dtype="bfloat16")
+    assert way_of(model) is None  # it has no experts
+    decoder = dataclasses.replace(model.decoder, width=128, mlp_width=256)
+    with_experts = dataclasses.replace(model, decoder=decoder, moe=MoeConfig(experts=2))
+    assert way_of(with_experts) == "blocks"
+    dense = dataclasses.replace(with_experts, moe=MoeConfig(experts=2, path="dense"))
+    assert way_of(dense) is None
+    monkeypatch.setattr(grouped, "hardware", lambda: "tpu")
+    assert way_of(with_experts) == "megablox"
+    with sharding.inside(sharding.make_mesh(MeshConfig(auto=False, data=2, tensor=4), rows=8)):
+        assert way_of(with_experts) == "experts"
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,13 @@ def test_dispatches_agree(case, monkeypatch):
     # enough for all, except in the cases "full"
     moe = {"capacity_factor": float(moe.get("experts", 4)), **moe}
     results = {}
-    for path in ("dense", "capacity", *WAYS):
+    ways = WAYS if case in ("one idle", "full, top-2") else ("grouped",)  # test_grouped.py has more
+    for path in ("dense", "capacity", *ways):
         by(WAYS.get(path), monkeypatch)
         config = settings(decoder, path="grouped" if path in WAYS else path, **moe)
         noise = draw_noise(jax.random.key(3), x.shape[0] * x.shape[1], D, config.moe, training=True)
         results[path] = value_and_gradients(layer(config, skew), x, used, noise, cotangent)
-    for path in ("capacity", *WAYS):
+    for path in ("capacity", *ways):
         same(results[path], results["dense"], path)
     routing, gradient = results["grouped"][1:]
     counts = np.asarray(routing.counts)
@@ -146,14 +147,11 @@ MESHES = {
 
 PATHS = ("grouped", "capacity", "dense")
 # Experts over the axis of the rows with split hidden units, and experts over another axis.
+FAST = ("5 on 2", "4 on 2, 3 rows")
 OTHER_WAYS = [
-    (name, path) for name in ("5 on 2", "4 on 2, 3 rows") for path in ("by experts", "by megablox")
-]
-SLOW = [
-    pytest.param(name, path, marks=pytest.mark.slow)
+    pytest.param(name, path, marks=() if name in FAST else pytest.mark.slow)
     for name in MESHES
     for path in ("by experts", "by megablox")
-    if (name, path) not in OTHER_WAYS
 ]
 
 

@@ -53,7 +53,10 @@ class Chromium:
             *(["--no-sandbox"] if os.geteuid() == 0 else []),  # the sandbox refuses root
         ]
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen([program, *flags, "about:blank"], stdout=quiet, stderr=quiet)
+        own = os.environ | {"TMPDIR": self._profile}  # what it leaves there goes with the profile
+        self._process = subprocess.Popen(
+            [program, *flags, "about:blank"], stdout=quiet, stderr=quiet, env=own
+        )
         file, end = Path(self._profile, "DevToolsActivePort"), time.monotonic() + START
         while not file.exists() or not file.read_text().strip():
             if self._process.poll() is not None or time.monotonic() > end:
@@ -227,7 +230,7 @@ class Page:
         file.write_bytes(base64.b64decode(out["data"]))
 
     def roles(self) -> list[tuple[str, str]]:
-        """Returns the accessibility tree's (role, name) in reading order, without plain text."""
+        """Returns the accessibility tree's (role, name), without plain text."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [
             (node["role"]["value"], node.get("name", {}).get("value", ""))

@@ -1,9 +1,12 @@
 """The cache of a frozen encoder's features, on coloured squares: what it holds, and what it refuses."""
 
+import concurrent.futures
 import dataclasses
+import fcntl
 import json
 import shutil
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import test_processes
 from array_record.python.array_record_module import ArrayRecordReader
 from support.fake_brain import tiny_config
 
-from unimed_jax import features
+from unimed_jax import features, processes
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -202,7 +205,9 @@ class Killed(Exception):
 
 @pytest.mark.slow
 def test_a_run_from_features_stops_and_continues_bit_for_bit(cache, tmp_path, monkeypatch, encoded):
-    config = from_config_dict(settings(cache))
+    given = settings(cache)
+    given.evaluate.entries = (dict(source="squares", task="vqa", split="val", every=3),)
+    config = from_config_dict(given)
     straight = loop.train(config, tmp_path / "straight")
     write = Log.write
 
@@ -217,6 +222,11 @@ def test_a_run_from_features_stops_and_continues_bit_for_bit(cache, tmp_path, mo
             loop.train(config, tmp_path / "run")
     ours = loop.train(config, tmp_path / "run")
     assert ours.step == straight.step == 6 and not encoded
+    held_out = [
+        [line["val/squares/vqa/loss"] for line in test_processes.lines(tmp_path, run) if len(line) == 2]
+        for run in ("straight", "run")
+    ]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 2  # measured on images
     for path, leaf in parameters(straight.model).items():
         np.testing.assert_array_equal(parameters(ours.model)[path], leaf, err_msg=path)
 
@@ -257,6 +267,23 @@ def test_a_kill_loses_one_file_and_the_rest_is_computed_later(
     assert encoded == [24, 10]
 
 
+def test_a_second_run_waits_and_finds_what_the_first_has_made(opened, cache, encoded, monkeypatch):
+    (path,) = files_of(cache)
+    hidden, said = path.with_suffix(".hidden"), threading.Event()
+    path.rename(hidden)
+    monkeypatch.setattr(processes, "say", lambda text: said.set())
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        (path.parent / "lock").open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(opened, cache)
+        assert said.wait(60) and not second.done()
+        hidden.rename(path)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert len(second.result(60)) == 24 and not encoded
+
+
 def test_only_new_images_are_encoded(cache, tmp_path, encoded):
     start = prepare(from_config_dict(settings(cache, images=30)), tmp_path / "run")
     assert encoded == [6] and len(start.pipeline._features) == 30
@@ -288,6 +315,7 @@ def test_killed_processes_go_on_together_and_train_to_the_losses_of_one(tmp_path
 
     started = start_processes(tmp_path, "both", 2, "dies")
     assert [process.wait(timeout=240) for process in started][1] == -signal.SIGKILL
+    assert "process 0 of 2 has lost another one" in test_processes.said(tmp_path, "both", 0)
     left = files_of(cache)
     assert 0 < len(left) < 8 and list((cache / "features").glob("*/.*"))  # and half a file
     test_processes.finish(tmp_path, "both", start_processes(tmp_path, "both", 2))

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from unimed_jax.analyze.drawing import heat, said_about
-from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
+from unimed_jax.evaluate.report.markdown import markdown_table
+from unimed_jax.verdicts import with_interval
 
 
 def page(content: Mapping[str, Any]) -> str:

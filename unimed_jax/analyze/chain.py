@@ -17,7 +17,7 @@ from unimed_jax.analyze.run_report.page import write_page
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.report.markdown import markdown_table, with_interval
+from unimed_jax.evaluate.report.markdown import markdown_table
 from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.interruption import claim
 from unimed_jax.parsing import read_json
@@ -28,6 +28,7 @@ from unimed_jax.runs.folder import missing_inputs, write_config
 from unimed_jax.settings import from_config_dict
 from unimed_jax.train import router
 from unimed_jax.train.loop import train
+from unimed_jax.verdicts import with_interval
 
 Read = Callable[[ml_collections.ConfigDict], Config]
 # Heading of the table, task, where metrics.json has the score.

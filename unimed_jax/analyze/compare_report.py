@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax import files, processes
-from unimed_jax.evaluate.report.markdown import markdown_table, number, with_interval
+from unimed_jax.evaluate.report.markdown import markdown_table
+from unimed_jax.verdicts import number, with_interval
 
 NAMES = ("compare.md", "compare.png", "compare.json")
 MOST_ROWS = 80  # of the picture; beyond them templates are left to the page

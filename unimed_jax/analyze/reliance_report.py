@@ -7,7 +7,8 @@ from typing import Any
 
 from unimed_jax import files, processes
 from unimed_jax.evaluate.report import link_pages
-from unimed_jax.evaluate.report.markdown import markdown_table, number, with_interval
+from unimed_jax.evaluate.report.markdown import markdown_table
+from unimed_jax.verdicts import number, reliance_verdict, with_interval
 
 NAMES = ("reliance.jsonl", "reliance.md", "reliance.png", "reliance.json")
 PASSES = {  # pass -> its name in tables, colour and sign in the picture
@@ -88,18 +89,10 @@ def scores_table(metrics: Mapping[str, Any]) -> str:
                 with_interval(scores.get("visual_reliance_score"), "+"),
                 with_interval(scores.get("image_sensitivity")),
                 with_interval(scores.get("hallucinated_visual_reasoning_rate")),
-                verdict(scores.get("visual_reliance_score")),
+                reliance_verdict(scores.get("visual_reliance_score")),
             ]
         )  # fmt: skip
     return markdown_table(head, rows)
-
-
-def verdict(reliance: Mapping[str, Any] | None) -> str:
-    """Says what a Visual Reliance Score shows."""
-    if reliance is None:
-        return "-"
-    low, high = reliance["ci95"] or (0, 0)
-    return "relies on the image" if low > 0 else "misled by the image" if high < 0 else "undecided"
 
 
 def _wordings(metrics: Mapping[str, Any]) -> str:
@@ -127,7 +120,8 @@ def _templates(metrics: Mapping[str, Any]) -> str:
     rows = [
         [name, task, kind, part["n"], with_interval(part["own_image"]),
          with_interval(part.get("visual_reliance_score"), "+"),
-         with_interval(part.get("image_sensitivity")), verdict(part.get("visual_reliance_score"))]
+         with_interval(part.get("image_sensitivity")),
+         reliance_verdict(part.get("visual_reliance_score"))]
         for name, task, entry in rows_of(metrics)
         for kind, part in entry["templates"].items()
     ]  # fmt: skip

@@ -10,8 +10,9 @@ import numpy as np
 from unimed_jax.analyze.conflict import INDICES, Measured, difference
 from unimed_jax.analyze.drawing import heat
 from unimed_jax.analyze.tug_of_war import Analysis
-from unimed_jax.evaluate.report.markdown import markdown_table, number, with_interval
+from unimed_jax.evaluate.report.markdown import markdown_table
 from unimed_jax.provenance import code_version
+from unimed_jax.verdicts import number, with_interval
 
 BARS = 24  # groups of parameters that the picture shows
 TITLES = {

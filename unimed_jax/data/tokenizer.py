@@ -351,6 +351,14 @@ class Tokenizer:
         made.encode_special_tokens = True
         return made
 
+    def keep_no_words(self) -> None:
+        """Lets the package forget the words that it has seen, and keep none from now on."""
+        if self._rust is not None:
+            for rust in {self._rust, self._going_on}:
+                if hasattr(rust.model, "_resize_cache"):  # models of the kind that keeps some
+                    rust.model._resize_cache(0)
+                    rust.model._clear_cache()
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` without control tokens.
 

@@ -13,6 +13,7 @@ from unimed_jax.data.datasets import path_of, reader_of
 from unimed_jax.data.info import NO_LICENCE, Info, described
 from unimed_jax.errors import UserError
 from unimed_jax.interop.sources import SOURCES
+from unimed_jax.verdicts import reliance_verdict, verdict
 
 # task -> (the text that it takes, what it answers)
 ASKED = {
@@ -32,6 +33,17 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 print(model.answer(tokenizer, Image.open("image.png"), task="vqa", text="Which plane is this?"))
 ```"""
+COMMANDS = """```bash
+python -m unimed_jax.main predict --run=FOLDER --task=vqa --image=image.png --text="Which plane is this?"
+python -m unimed_jax.main serve --run=FOLDER  # a page and an API on this machine
+```"""
+# What a verdict over the best blind baseline means for who uses the model.
+MEANING = {
+    "above blind": "better than the best guess without the image",
+    "undecided": "not shown to be better than the best guess without the image",
+    "below blind": "worse than the best guess without the image",
+    "no verdict": "not compared with a guess without the image, or on too few independent cases",
+}
 
 
 def model_card(
@@ -41,12 +53,13 @@ def model_card(
     notes: Sequence[str] = (),
     inputs: Mapping[str, str] | None = None,
     passports: Mapping[str, Info] | None = None,
+    reliance: Mapping[str, Any] | None = None,
 ) -> str:
     """Writes the card as Markdown, with the header that the Hugging Face Hub reads.
 
     size: number of parameters. metrics: the content of metrics.json. notes: what changed of data
     and tokenizer since the training began. inputs: the states of both (runs/inputs.py). passports:
-    those of the training sources, by name.
+    those of the training sources, by name. reliance: the content of reliance.json (analyze/reliance.py).
     """
     what = {kind: source.what for kind, source in SOURCES.items()} | {
         "run": "the folder of a run of unimed_jax"
@@ -81,7 +94,8 @@ def model_card(
         "RGB; for DICOM, pass the windowed pixels as a uint8 array [H, W, 3]; for a question about "
         "several images, pass a list of them, in their order. Prompts are those of "
         "the evaluation and decoding is greedy; `model.answers` takes several questions at "
-        "once.\n\n"
+        "once. `unimed_jax` opens the folder as it opens a run, for its own commands:\n\n"
+        f"{COMMANDS}\n\n"
         "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
@@ -89,9 +103,12 @@ def model_card(
         *(f"**Note:** {note}." for note in notes),
         f"## Scores\n\n{_scores(metrics)}",
         "## Intended use\n\nResearch on multi-task medical vision-language models: comparison, "
-        "ablation, teaching.",
-        "## Limitations\n\n"
-        "Answers can be wrong and sound sure; nobody has checked them, and no score above says how "
+        "ablation, teaching, by people who can judge the answers. **Not for** diagnosis, treatment, "
+        "triage or any decision about a patient, nor for images, tasks or languages other than those "
+        "above.",
+        "## Limits\n\n"
+        + _limits(metrics, reliance)
+        + "Answers can be wrong and sound sure; nobody has checked them, and no score above says how "
         "the model does on other patients, devices, hospitals or kinds of images than those of its "
         "data. Questions outside the six tasks, more images in a question than the data has and "
         "languages other than that of the data were not trained. What is unfair in the data is "
@@ -152,32 +169,67 @@ def _states(inputs: Mapping[str, str]) -> str:
     return f"\n\nTrained with {listed}." if listed else ""
 
 
-def _scores(metrics: Mapping[str, Any] | None) -> str:
+def _units(metrics: Mapping[str, Any] | None) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Lists (set, task, scores) of the split that leads."""
     split = (metrics or {}).get("split", "test")
-    scored = [
+    return [
         (name, task, entry)
         for name, splits in (metrics or {}).get("sets", {}).items()
         for task, entry in splits.get(split, {}).items()
     ]
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> str:
+    scored = _units(metrics)
     if not metrics or not scored:
         return "Not evaluated."
-    lines = ["| set | task | n | metric | value [95 % interval] | margin over the best blind baseline |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines = [
+        "| set | task | n | metric | value [95 % interval] | margin over the best blind baseline "
+        "| verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name, task, entry in scored:
         margin = entry.get("margin")
         over = f"{_interval(margin, '+')} ({margin['baseline']})" if margin else "-"
         primary = entry["primary"]
         value = _interval(entry["corrected"].get(primary))
-        lines.append(f"| {name} | {task} | {entry['n']} | {primary} | {value} | {over} |")
+        cells = (name, task, entry["n"], primary, value, over, verdict(margin))
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     made = ", ".join(
         f"{key} `{metrics[key]}`"
         for key in ("config_hash", "data_checksum", "code_version")
         if key in metrics
     )
     return (
-        f"On the {split} split, corrected scores; a blind baseline answers without seeing the "
-        "image.\n\n" + "\n".join(lines) + (f"\n\nMade with {made}." if made else "")
+        f"On the {metrics.get('split', 'test')} split, corrected scores; a blind baseline answers "
+        "without seeing the image. *Above blind*: the whole interval of the margin is above 0.\n\n"
+        + "\n".join(lines)
+        + (f"\n\nMade with {made}." if made else "")
     )
+
+
+def _limits(metrics: Mapping[str, Any] | None, reliance: Mapping[str, Any] | None) -> str:
+    """Says for each set and task what the scores do not allow; empty without scores."""
+    lines = []
+    for name, task, entry in _units(metrics):
+        said = [MEANING[verdict(entry.get("margin"))]]
+        weak = [
+            template
+            for template, part in entry.get("templates", {}).items()
+            if len(entry["templates"]) > 1 and verdict(part.get("margin")) != "above blind"
+        ]
+        if weak:
+            said.append(f"of its question templates not shown to be better: {', '.join(weak)}")
+        peer = entry.get("peer_margin")
+        if peer and verdict(peer) == "below blind":
+            said.append(f"{peer['baseline']}, which reads the same text, answers better")
+        kept = (reliance or {}).get("sets", {}).get(name, {}).get(task)
+        if kept and (score := kept["scores"].get("visual_reliance_score")):
+            words = reliance_verdict(score)
+            undecided = words == "undecided"
+            said.append("not shown to rely on the image" if undecided else words)
+        lines.append(f"- {name}, {task}: {'; '.join(said)}.")
+    return "\n".join(lines) + "\n\n" if lines else ""
 
 
 def _interval(score: Mapping[str, Any] | None, sign: str = "") -> str:

@@ -29,6 +29,7 @@ class Content:
     # Adam's state of each of them (fields count, mean, square); only for a target that wants it
     moments: Any = None
     metrics: Mapping[str, Any] | None = None  # the run's metrics.json, for the model card
+    reliance: Mapping[str, Any] | None = None  # the run's reliance.json, for the card
     notes: Sequence[str] = ()  # sentences about changed data or a changed tokenizer, for the card
     # states of both, for the card (runs/inputs.py)
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -67,7 +68,7 @@ def _model_refuses(config: Config) -> str | None:
 
 
 def _write_model(out: str | Path, content: Content) -> None:
-    about = content.metrics, content.notes, content.inputs
+    about = content.metrics, content.notes, content.inputs, content.reliance
     export_unimed_hf(out, content.config, content.leaves, content.tokenizer, *about)
 
 

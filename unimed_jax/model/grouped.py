@@ -36,9 +36,6 @@ SHOWN: dict[Way, str] = {
     "experts": "grouped experts run one after the other, by blocks of their tokens",
     "megablox": "grouped experts run by megablox, the Pallas kernels for TPUs that come with JAX",
 }
-# Rows of a block at most: large enough for a product to be fast, small enough to leave few rows empty.
-_LARGEST: dict[Way, int] = {"blocks": 256, "experts": 256, "megablox": 256}
-_LARGEST_ON_CPU = 64
 _LANES = 128  # TPUs compute on tiles of so many columns
 _INNER = 512  # channels that a product sums over at least before it adds to what it has
 # Bytes of a TPU core's memory that a kernel may plan with; libtpu gives it 16 MiB on v5e.
@@ -74,14 +71,26 @@ class Blocks(NamedTuple):
     starts: Array  # [E] int32: the first row of each expert
 
 
+def block_rows(choices: int, count: int, chosen_way: Way) -> int:
+    """Chooses the rows of a block: enough for a product to be fast, few enough to leave few empty.
+
+    `choices` over `count` experts. On GPUs every block reads its kernel, and reads and writes the sum
+    of the kernel's gradient, so that blocks grow with the experts' tokens.
+    """
+    all_ = 1 << (choices // count).bit_length()  # a block for nearly all tokens of an expert
+    if hardware() == "cpu":
+        return min(64, max(8, all_))
+    if chosen_way == "megablox":
+        return min(256, max(_LANES, all_))
+    return min(max(256, min(1024, all_ // 8)), max(8, all_))
+
+
 def make_blocks(
     chosen: Int[Array, "N K"], kept: Bool[Array, "N K"], count: int, chosen_way: Way
 ) -> Blocks:
     """Gives each of `count` experts whole blocks for its kept choices; no block has two owners."""
     choices = chosen.size
-    largest = _LARGEST_ON_CPU if hardware() == "cpu" else _LARGEST[chosen_way]
-    smallest = _LANES if chosen_way == "megablox" else 8
-    size = max(smallest, min(largest, 1 << (choices // count).bit_length()))
+    size = block_rows(choices, count, chosen_way)
     mask = jax.nn.one_hot(chosen, count, dtype=jnp.int32) * kept[..., None]  # [N, K, E]
     tokens = mask.sum(axis=(0, 1))  # [E]
     ends = jnp.cumsum(-(-tokens // size))  # [E], in blocks

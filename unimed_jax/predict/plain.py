@@ -24,9 +24,10 @@ BUCKET = 32  # prompt lengths are rounded up to multiples, so that few shapes ar
 class PlainLoop:
     """Answers requests with one model, in batches that begin and end together."""
 
-    def __init__(self, model: UniMed, config: Config, tokenizer: Tokenizer):
+    def __init__(self, model: UniMed, config: Config, tokenizer: Tokenizer, keeps: bool = True):
+        """Takes whether the ids of texts are kept for the next time."""
         self._model, self._config, self._tokenizer = model, config, tokenizer
-        self._prompts = Prompts(config, tokenizer)
+        self._prompts = Prompts(config, tokenizer, keeps)
 
     def answers(self, requests: Sequence[Request], batch: int) -> list[str]:
         """Answers all requests, in order, `batch` at a time.
@@ -58,7 +59,7 @@ class PlainLoop:
 
     def _rows(self, prompts: Sequence[Prompt], batch: int) -> layout.Batch:
         groups = [layout.Group((prompt.encoded,), self._prompts.pixels(prompt)) for prompt in prompts]
-        rows = _batch(groups, self._config, self._tokenizer.pad, batch)
+        rows = rows_of(groups, self._config, self._tokenizer.pad, batch)
         count, tokens = rows["tokens"].shape
         check_answering(self._config.model, self._model, count, tokens + prompts[0].most)
         return rows
@@ -100,11 +101,14 @@ def prompt_batch(
         )
         for example, own in zip(examples, pixels, strict=True)
     ]
-    return _batch(groups, config, pad, batch or config.evaluate.batch)
+    return rows_of(groups, config, pad, batch or config.evaluate.batch)
 
 
-def _batch(groups: list[layout.Group], config: Config, pad: int, batch: int) -> layout.Batch:
-    """Lays prompts with their images into rows, as `prompt_batch` says."""
+def rows_of(groups: list[layout.Group], config: Config, pad: int, batch: int) -> layout.Batch:
+    """Lays prompts with their images into rows, as `prompt_batch` says.
+
+    batch: the most rows; there are so many, or the next power of two.
+    """
     rows = min(batch, 1 << (len(groups) - 1).bit_length())
     groups = groups + groups[:1] * (rows - len(groups))
     longest = max(group.questions[0].tokens for group in groups)

@@ -1,5 +1,6 @@
 """Puts the server together: routes, the guard in front of them, and the page."""
 
+import asyncio
 import contextlib
 import hmac
 import ipaddress
@@ -52,8 +53,6 @@ def application(service: Service, hosts: Sequence[str] = (), token: str = "") ->
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        import asyncio
-
         warming = asyncio.create_task(service.warm())
         yield
         warming.cancel()
@@ -67,6 +66,7 @@ def application(service: Service, hosts: Sequence[str] = (), token: str = "") ->
             Route("/ready", _ready, methods=["GET"]),
             Route("/metrics", _metrics, methods=["GET"]),
             Route("/v1/models", chat.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", chat.models, methods=["GET"]),
             Route("/v1/chat/completions", chat.chat, methods=["POST"]),
             Route("/v1/tasks", tasks.describe, methods=["GET"]),
             Route("/v1/tasks", tasks.answer, methods=["POST"]),
@@ -94,11 +94,19 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        started, unread = False, scope["method"] == "POST"
+
+        async def receiving() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         async def sending(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
+                if unread and message["status"] != 408:
+                    await self._drop_rest(scope, receiving)
                 started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -109,15 +117,30 @@ class Guard:
         try:
             try:
                 self._check(scope)
-                await self._app(scope, receive, sending)
+                await self._app(scope, receiving, sending)
             except Refused as refused:
-                await refused.response()(scope, receive, sending)
+                await refused.response()(scope, receiving, sending)
         except Exception as error:
             print_fault(error)
             if started:
                 raise
             fault = Refused(500, "the server failed on this request; ask again.", "internal_error")
-            await fault.response()(scope, receive, sending)
+            await fault.response()(scope, receiving, sending)
+
+    async def _drop_rest(self, scope: Scope, receive: Receive) -> None:
+        """Reads a refused body to its end, if that is near: a client that sends cannot read why."""
+        limits = self._service.limits
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > 2 * limits.bytes:
+            return
+        dropped = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(5.0, limits.body_seconds)):
+                while dropped <= 2 * limits.bytes:
+                    message = await receive()
+                    dropped += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
 
     def _check(self, scope: Scope) -> None:
         """Raises Refused for a request that does not come from where it should."""

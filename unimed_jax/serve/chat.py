@@ -68,11 +68,19 @@ async def chat(http: Http) -> Response:
 
 
 async def models(http: Http) -> Response:
-    """Lists the one model that is served."""
+    """Lists the one model that is served, or describes it under its name."""
     service: Service = http.app.state.service
+    name = http.path_params.get("name", service.name)
+    if name != service.name:
+        raise _unknown_model(name, service)
     created = int(service.counts.started)
     model = {"id": service.name, "object": "model", "created": created, "owned_by": "unimed_jax"}
-    return JSONResponse({"object": "list", "data": [model]})
+    return JSONResponse(model if http.path_params else {"object": "list", "data": [model]})
+
+
+def _unknown_model(name: str, service: Service) -> Refused:
+    words = f"the model {name[:100]!r} is not served here; ask for {service.name!r}."
+    return Refused(404, words, "model_not_found")
 
 
 def understood(service: Service, body: Any) -> Chat:
@@ -80,11 +88,7 @@ def understood(service: Service, body: Any) -> Chat:
     fields, limits = Fields(body, "the body"), service.limits
     model = fields.text("model", 500, service.name)
     if model != service.name:
-        raise Refused(
-            404,
-            f"the model {model[:100]!r} is not served here; ask for {service.name!r}.",
-            "model_not_found",
-        )
+        raise _unknown_model(model, service)
     for name, harmless in NEUTRAL.items():
         if fields.has(name) and fields.get(name) not in harmless:
             raise wrong(f"{name!r} is not supported; leave it out.", "unsupported_field")

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -17,10 +18,12 @@ from typing import Any, TypeVar
 from unimed_jax.data.layout import PromptTooLong
 from unimed_jax.errors import UserError
 from unimed_jax.predict.engine import Engine, Piece
+from unimed_jax.predict.one_by_one import OneByOne
 from unimed_jax.predict.request import Request
 from unimed_jax.serve.limits import Refused, wrong
 
 Result = TypeVar("Result")
+RETRY_SECONDS = 1.0  # until an engine that could not be made is tried again
 STEP = 8  # tokens of each answer between two looks at what has come
 
 
@@ -68,7 +71,7 @@ class Answer:
 class EngineThread:
     """Owns an engine; `ask` and `call` may be awaited by any task of the event loop."""
 
-    def __init__(self, make: Callable[[], Engine]):
+    def __init__(self, make: Callable[[], Engine | OneByOne]):
         """Takes what makes the engine: once at the start, and again if it ever fails."""
         self._make = make
         self._engine = make()
@@ -149,9 +152,9 @@ class EngineThread:
             pieces = self._engine.step(STEP)
         except Exception as error:
             failed, self._answers = list(self._answers.values()), {}
-            self._engine = self._make()
             for answer in failed:
                 answer.tell(_failed(error))
+            self._engine = self._again()
             return
         for piece in pieces:
             waiting = self._answers.get(piece.number)
@@ -159,6 +162,15 @@ class EngineThread:
                 if piece.ended:
                     del self._answers[piece.number]
                 waiting.tell(piece)
+
+    def _again(self) -> Engine | OneByOne:
+        """Makes another engine, as the state of one that failed is lost; tries until it succeeds."""
+        while True:
+            try:
+                return self._make()
+            except Exception as error:
+                print_fault(error)
+                time.sleep(RETRY_SECONDS)
 
     def _submit(self, request: Request, answer: Answer) -> None:
         if answer.over:

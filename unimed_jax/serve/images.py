@@ -5,7 +5,7 @@ from typing import Any
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse
 
-from unimed_jax.config import ImageConfig
+from unimed_jax.config import Config, ImageConfig
 from unimed_jax.data.dicom_display import WINDOWS
 from unimed_jax.data.images import check_header
 from unimed_jax.errors import UserError, nearest
@@ -18,20 +18,21 @@ from unimed_jax.serve.service import Service
 async def show(http: Http) -> JSONResponse:
     """Decodes one picture; nothing of it is kept."""
     service: Service = http.app.state.service
-    found, ticket = await service.read(http, lambda body: shown(service.limits, body))
+    found, ticket = await service.read(http, lambda body: shown(service.config, service.limits, body))
     ticket.leave()
     return JSONResponse(found)
 
 
-def shown(limits: Limits, body: Any) -> dict[str, Any]:
+def shown(config: Config, limits: Limits, body: Any) -> dict[str, Any]:
     """Makes the answer to a body; raises Refused."""
     fields = Fields(body, "the body", ("image", "window", "frame"))
     if not fields.has("image"):
         raise wrong("'image' of the body is missing; send a data URL.", "missing_field")
     content = content_of(fields.get("image"), "'image'", limits)
     frame = fields.whole("frame", 0, (1 << 31) - 1)
-    view = ImageConfig(frame=frame, window=_window(fields))
-    picture = picture_of(content, "'image'", limits, view)
+    chosen = {"frame": frame, "window": _window(fields)}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    picture = picture_of(content, "'image'", config, limits, **chosen)
     height, width, _ = picture.pixels.shape
     return {
         "image": png_url(picture.pixels),

@@ -26,8 +26,10 @@ class Limits:
     images: int = 4
     pixels: int = 1 << 25  # of one image, by its header
     bytes: int = 32 << 20  # of a request's body
+    values: int = 200_000  # of a body's JSON, whose objects in memory are larger than their text
     held: int = 8  # bodies of that size which are in memory at once, over all requests
     queue: int = 64  # requests that wait or are answered
+    connections: int = 512  # more are closed at once
     seconds: float = 120.0  # from the last byte of a request to the last of its answer
     header_seconds: float = 10.0
     body_seconds: float = 60.0

@@ -2,20 +2,20 @@
 
 import base64
 import binascii
+import dataclasses
 import io
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from unimed_jax.config import ImageConfig
+from unimed_jax.config import Config
 from unimed_jax.data import images
 from unimed_jax.errors import UserError
 from unimed_jax.serve.fields import text
 from unimed_jax.serve.limits import Limits, wrong
 
-_URL = re.compile(r"data:([^;,]*)((?:;[^;,]*)*),", re.I)
+_HEAD = 200  # characters of a data URL in which its comma must stand
 _MEDIA = ("", "application/dicom", "application/octet-stream")  # beside image/...
 
 
@@ -29,31 +29,34 @@ class Picture(NamedTuple):
 def content_of(url: Any, name: str, limits: Limits) -> bytes:
     """Returns the bytes of a data URL; name: of the field, in sentences."""
     url = text(url, name, 2 * limits.bytes)
-    found = _URL.match(url)
-    if not found:
+    head, comma, _ = url[:_HEAD].partition(",")
+    if not (comma and head[:5].lower() == "data:"):
         raise wrong(
             f"{name} is not a data URL; send the picture itself as data:image/png;base64,... (addresses "
             "and paths are never opened).",
             "invalid_image_url",
         )
-    media, parameters = found[1].strip().lower(), found[2].lower().split(";")
+    media, *parameters = (part.strip().lower() for part in head[5:].split(";"))
     if not (media.startswith("image/") or media in _MEDIA):
         raise wrong(
             f"{name} is a data URL of {media[:60]!r}; send a picture (image/png, image/jpeg, image/tiff "
             "or application/dicom).",
             "invalid_image_format",
         )
-    if "base64" not in [parameter.strip() for parameter in parameters]:
+    if "base64" not in parameters:
         raise wrong(f"{name} is not base64; write data:{media};base64,....", "invalid_base64")
     try:
-        return base64.b64decode(url[found.end() :].encode("ascii"), validate=True)
+        return base64.b64decode(url[len(head) + 1 :].encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
         raise wrong(f"{name} is damaged: what follows base64, is not base64; encode it again.",
                     "invalid_base64") from None  # fmt: skip
 
 
-def picture_of(content: bytes, name: str, limits: Limits, view: ImageConfig = images.PLAIN) -> Picture:
-    """Decodes a picture whose header says that it is not too large; raises Refused with a sentence."""
+def picture_of(content: bytes, name: str, config: Config, limits: Limits, **chosen: Any) -> Picture:
+    """Decodes a picture whose header says that it is not too large; raises Refused with a sentence.
+
+    It is read as those of the run's sources are, or with the frame and window that are chosen.
+    """
     try:
         header = images.read_header(content, f"of {len(content)} bytes")
         if header.width * header.height > limits.pixels:
@@ -62,7 +65,10 @@ def picture_of(content: bytes, name: str, limits: Limits, view: ImageConfig = im
                 f"{limits.pixels} that are read; scale it down.",
                 "image_too_large",
             )
-        return Picture(images.read_image(content, view), header)
+        view = config.data.common_image or images.PLAIN
+        if header.kind != "dicom":
+            view = dataclasses.replace(view, window=None)  # which fits DICOM alone
+        return Picture(images.read_image(content, dataclasses.replace(view, **chosen)), header)
     except UserError as error:
         raise wrong(f"{name}: {error}", "invalid_image") from error
 

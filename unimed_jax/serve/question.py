@@ -105,7 +105,7 @@ def question_of(
     pictures, sizes = [], []
     for number, url in enumerate(urls):
         name = f"image {number}"
-        found = picture_of(content_of(url, name, limits), name, limits)
+        found = picture_of(content_of(url, name, limits), name, config, limits)
         height, width, _ = found.pixels.shape
         sizes.append((width, height))
         pictures.append(images.fit(found.pixels, config.data.fit, config.model.vision))

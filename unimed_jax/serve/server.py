@@ -16,7 +16,7 @@ from unimed_jax.interruption import Stoppable
 from unimed_jax.serve.limits import Limits
 from unimed_jax.serve.service import Service
 
-LOOK_SECONDS = 1.0  # between two looks at what a connection waits for
+LOOK_SECONDS = 0.5  # between two looks at what a connection waits for
 
 
 class Protocol(H11Protocol):
@@ -26,6 +26,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > self.limits.connections:
+            self.transport.abort()
         self._stage, self._since = "", time.monotonic()
         self._look = self.loop.call_later(LOOK_SECONDS, self._check)
 
@@ -68,7 +70,7 @@ class Server(uvicorn.Server):
         self._service, self._stops = service, stops
 
     async def on_tick(self, counter: int) -> bool:
-        self.should_exit |= self._stops()
+        self.should_exit |= self._stops() or bool(self._service.failed)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -19,6 +18,7 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.engine import Engine, Piece
+from unimed_jax.predict.one_by_one import OneByOne
 from unimed_jax.predict.request import Request
 from unimed_jax.runs.open import Run
 from unimed_jax.serve.counts import Counts
@@ -49,24 +49,26 @@ class Service:
     """Answers with one run's model. Its methods belong to the event loop."""
 
     def __init__(self, run: Run, name: str, limits: Limits, slots: int | None = None):
-        """Opens the engine; raises UserError for a run that cannot be served.
+        """Opens the engine; raises UserError if memory cannot hold the answers.
 
         name: of the model, for clients; slots: how many answers are made at once at most.
         """
         config = run.config
-        if config.model.answers_depend_on_batch:
-            raise UserError(
-                f"{run.folder}: its answers depend on which questions are answered together (experts "
-                "of limited capacity), so it cannot be served; use predict or evaluate."
-            )
+        run.tokenizer.keep_no_words()
         evaluate = dataclasses.replace(config.evaluate, max_new_tokens=limits.max_tokens)
         self.run = dataclasses.replace(run, config=dataclasses.replace(config, evaluate=evaluate))
         self.name, self.counts = name, Counts()
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
-        self.engine = EngineThread(
-            lambda: Engine(run.model, self.run.config, run.tokenizer, run.mesh, slots=slots)
-        )
+        self.failed = ""  # why the first answers could not be made
+
+        def made() -> Engine | OneByOne:
+            parts = run.model, self.run.config, run.tokenizer, run.mesh
+            if config.model.answers_depend_on_batch:  # then each is made alone
+                return OneByOne(*parts)
+            return Engine(*parts, slots=slots)
+
+        self.engine = EngineThread(made)
         sizes = self.engine.sizes
         fitting = (config.text.max_prompt - 1) // config.model.tokens_per_image
         self.limits = dataclasses.replace(
@@ -83,17 +85,27 @@ class Service:
         return self.run.tokenizer
 
     async def warm(self) -> None:
-        """Compiles all programs by first questions, after which the server is ready."""
+        """Compiles all programs by first questions, after which the server is ready.
+
+        What goes wrong is kept in `failed`, at which the server stops.
+        """
+        try:
+            await self._first_answers()
+        except Exception as error:
+            self.failed = str(error)
+        else:
+            self.ready = True
+
+    async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
         shown = Request("vqa", "?", (black,), max_new_tokens=2)
-        for request in (Request("qa", "?", max_new_tokens=2), shown)[: 1 + bool(self.limits.images)]:
-            answer, _ = await self.engine.ask(request)
-            async for _ in answer.pieces():
-                pass
-            await self.engine.call(functools.partial(likelihood_of, self.run, request, ["?"]))
-        await self.engine.call(lambda: routing_of(self.run, shown))
-        self.ready = True
+        request = shown if self.limits.images else Request("qa", "?", max_new_tokens=2)
+        answer, _ = await self.engine.ask(request)
+        async for _ in answer.pieces():
+            pass
+        await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
+        await self.engine.call(lambda: routing_of(self.run, request))
 
     def close(self) -> None:
         self.engine.close()
@@ -151,6 +163,7 @@ class Service:
                     408,
                     f"the body did not come within {limits.body_seconds:g} seconds; send it faster.",
                     "timeout",
+                    {"Connection": "close"},
                 ) from None
             raise
         return bytes(found)
@@ -164,12 +177,20 @@ class Service:
         try:
             ticket = self.enter()
             try:
-                return await self.aside(lambda: understand(_parsed(content))), ticket
+                return await self.aside(lambda: understand(self._parsed(content))), ticket
             except BaseException:
                 ticket.leave()
                 raise
         finally:
             self.held -= len(content)
+
+    def _parsed(self, content: bytes) -> Any:
+        if sum(map(content.count, (b",", b"[", b"{"))) > self.limits.values:
+            raise wrong(f"the body has more than {self.limits.values} values; send fewer.", "too_many")
+        try:
+            return parse_json(content, "the body", "send JSON")
+        except UserError as error:
+            raise wrong(str(error), "invalid_json") from None
 
     async def aside(self, function: Callable[[], Result]) -> Result:
         """Runs a function that takes a while in one of the threads that decode."""
@@ -280,13 +301,6 @@ async def unless_gone(http: Http, work: Awaitable[Result]) -> Result:
 async def _left(http: Http) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _parsed(content: bytes) -> Any:
-    try:
-        return parse_json(content, "the body", "send JSON")
-    except UserError as error:
-        raise wrong(str(error), "invalid_json") from None
 
 
 def new_id(kind: str) -> str:

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> None:
     reason = target.refuse(run.config)
     if reason:
         raise UserError(f"--format={known.format}: {reason}")
-    scores = run.folder / "metrics.json"
+    scores, reliance = run.folder / "metrics.json", run.folder / "reliance" / "reliance.json"
     trained, moments = saved_state(run) if target.moments else ({}, None)
     content = Content(
         config=run.config,
@@ -52,6 +52,7 @@ def run(arguments: list[str]) -> None:
         notes=run.notes,
         inputs=kept(run.folder).inputs,
         metrics=read_json(scores, "evaluate the run again") if scores.is_file() else None,
+        reliance=read_json(reliance, "analyze it again") if reliance.is_file() else None,
     )
     target.write(known.out, content)
     quantised = any(isinstance(leaf, Quantised) for leaf in content.leaves.values())

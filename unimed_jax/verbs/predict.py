@@ -4,14 +4,16 @@ A box may be in the question or in the answer.
 
 --run names the folder of a run, or one that `export --format=model` wrote. --config takes its place
 if config.init names all weights (those of an original checkpoint and its base model, say).
---config.text.changed=accept answers with a tokenizer that changed since the run was trained.
+--decoder names a server that has the run's exported decoder (vLLM, see docs/vllm.md); images are encoded
+here. --config.text.changed=accept answers with a tokenizer that changed since the run was trained.
 """
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unimed_jax.config import TASKS, DataConfig, ImageConfig
 from unimed_jax.errors import UserError, nearest
@@ -20,6 +22,10 @@ from unimed_jax.paths import check_output_file
 from unimed_jax.processes import start
 from unimed_jax.settings import checked
 from unimed_jax.verbs.options import ACCEPTING, CONFIG_HELP, changed, parser, read_config
+
+if TYPE_CHECKING:
+    from unimed_jax.predict.request import Request
+    from unimed_jax.runs.open import Run
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
@@ -46,6 +52,7 @@ def run(arguments: list[str]) -> None:
     options.add_argument(
         "--out", help="refer, identify: where to draw the box (default: in the run's folder)"
     )
+    options.add_argument("--decoder", metavar="URL", help="up to and with /v1: who decodes the answer")
     known, overrides = options.parse_known_args(arguments)
     others = [word for word in overrides if not word.startswith(ACCEPTING)]
     if (known.run is None) == (known.config is None) or (others and known.run):
@@ -72,7 +79,6 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.data.box_text import valid_box
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
-    from unimed_jax.predict.predictor import Predictor
     from unimed_jax.predict.request import Request
     from unimed_jax.runs.open import open_config, open_run, settings_of
 
@@ -87,10 +93,9 @@ def run(arguments: list[str]) -> None:
     run = open_config(own) if config else open_run(known.run, changed=own.text.changed)
     for note in run.notes:
         print(f"{known.run}: {note}", file=sys.stderr)
-    predictor = Predictor(run.model, run.config, run.tokenizer, run.mesh)
     request = Request(known.task, known.text, images, id="--text")
     text = ""
-    for piece in predictor.stream(request):
+    for piece in _answer(run, request, known.decoder):
         print(piece, end="", flush=True)
         text += piece
     print()
@@ -103,6 +108,17 @@ def run(arguments: list[str]) -> None:
     if box and picture is not None:
         draw_box(picture, images[0], box, known.text if known.task == "refer" else text)
         print(f"drew {picture}")
+
+
+def _answer(run: "Run", request: "Request", decoder: str | None) -> Iterable[str]:
+    """Yields the answer in pieces, or whole where another server decodes it."""
+    from unimed_jax.predict.predictor import Predictor
+    from unimed_jax.predict.remote import RemoteDecoder
+
+    parts = run.model, run.config, run.tokenizer
+    if decoder is None:
+        return Predictor(*parts, run.mesh).stream(request)
+    return RemoteDecoder(*parts, decoder, run.mesh).answers([request])
 
 
 def _view(known: argparse.Namespace, data: DataConfig) -> ImageConfig:

@@ -63,6 +63,10 @@ def run(arguments: list[str]) -> None:
         value = getattr(known, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')}={value} must lie from {least} to {most}.")
+    for word in overrides:
+        if not word.startswith(ACCEPTING):
+            kept = f" (a token goes into {TOKEN} or --token-file)" if word.startswith("--token") else ""
+            raise UserError(f"argument {word.partition('=')[0]!r} is unknown{kept}; see --help.")
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve needs {' and '.join(missing)}; run pip install 'unimed_jax[serve]'.")
@@ -71,7 +75,7 @@ def run(arguments: list[str]) -> None:
 
     import jax
 
-    from unimed_jax.interruption import Stopped
+    from unimed_jax.interruption import Stoppable, Stopped
     from unimed_jax.runs.open import open_run, settings_of
     from unimed_jax.serve.app import application, names_of
     from unimed_jax.serve.limits import Limits
@@ -107,12 +111,11 @@ def run(arguments: list[str]) -> None:
         print(f"Every machine that reaches this address may ask: set {TOKEN} for a token.", flush=True)
     stops = stopped_by_signal()
     server_of(application(service, names_of(known.host), token), service.limits, stops).run([place])
-    from unimed_jax.interruption import Stoppable
-
+    if service.failed:
+        raise UserError(f"{known.run}: its first answer could not be made: {service.failed}")
     if Stoppable.current is not None and Stoppable.current.number is not None:
-        raise Stopped(
-            Stoppable.current.number, f", after {sum(service.counts.answers.values())} answers"
-        )
+        answers = sum(service.counts.answers.values())
+        raise Stopped(Stoppable.current.number, f", after {answers} answers", "serves again")
 
 
 def _token(file: str | None) -> str:

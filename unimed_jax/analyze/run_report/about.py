@@ -11,7 +11,8 @@ from unimed_jax.analyze.run_report.scores import cases, number_of, signed
 from unimed_jax.analyze.tug_of_war_report import TITLES
 from unimed_jax.audit.report import MEANING
 from unimed_jax.config import VISUAL_TASKS
-from unimed_jax.evaluate.report.markdown import ABOUT_PROTOCOLS, routing_line, with_interval
+from unimed_jax.evaluate.report.markdown import ABOUT_PROTOCOLS, routing_line
+from unimed_jax.verdicts import with_interval
 
 MOST_CURVES = 36
 # what a log holds that is drawn at once, in this order; the rest of the log is behind a click

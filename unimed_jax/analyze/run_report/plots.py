@@ -101,7 +101,10 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def short(value: float) -> str:
     """Writes a number with three digits that matter."""
-    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2g}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 class Mark(NamedTuple):

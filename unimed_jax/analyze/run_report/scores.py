@@ -1,5 +1,6 @@
 """Writes the sections about scores: what they say in words, the tables, and reliance on the image."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,16 +27,15 @@ from unimed_jax.evaluate.report.markdown import (
     FURTHER,
     GAINS,
     PEERS,
+    POOLED,
     PUBLISHED,
     TEMPLATES,
     Table,
     about_margin,
     about_published,
-    number,
     rows_of,
-    verdict,
-    with_interval,
 )
+from unimed_jax.verdicts import number, reliance_verdict, verdict, with_interval
 
 LETTER = "run"  # the head of the column that tells several runs apart
 
@@ -53,18 +53,24 @@ def number_of(run: Facts) -> int:
 
 
 def cases(runs: Sequence[Facts]) -> list[tuple[str, str, list[tuple[Facts, Mapping[str, Any]]]]]:
-    """Lists (set, task, scores of each run that has them), in the order of the first run."""
+    """Lists (set, task, scores of each run that has them), in the order of the first run.
+
+    All sets together stand there only for tasks that several of them have.
+    """
     found: dict[tuple[str, str], list[tuple[Facts, Mapping[str, Any]]]] = {}
     for run in runs:
-        for name, task, entry in rows_of(run.metrics, run.split):
-            found.setdefault((name, task), []).append((run, entry))
+        rows = rows_of(run.metrics, run.split)
+        tasks = Counter(task for _, task, _ in rows)
+        for name, task, entry in rows:
+            if name != POOLED or tasks[task] > 2:
+                found.setdefault((name, task), []).append((run, entry))
     return [(name, task, scored) for (name, task), scored in found.items()]
 
 
 # ---- in words --------------------------------------------------------------------------------------
 def summary(run: Facts) -> Markup:
     """Says in a few sentences what the scores of a run allow."""
-    rows = rows_of(run.metrics, run.split)
+    rows = [row for row in rows_of(run.metrics, run.split) if row[0] != POOLED]
     several = len({name for name, *_ in rows}) > 1
     verdicts: dict[str, list[str]] = {}
     ahead: list[str] = []
@@ -95,7 +101,7 @@ def summary(run: Facts) -> Markup:
     if run.reliance and run.reliance_is_its_own:
         relies: dict[str, list[str]] = {}
         for name, task, entry in reliance_report.rows_of(run.reliance):
-            said = reliance_report.verdict(entry["scores"].get("visual_reliance_score"))
+            said = reliance_verdict(entry["scores"].get("visual_reliance_score"))
             if said != "-":
                 relies.setdefault(said, []).append(f"{task} ({name})" if several else task)
         lines += [_sentence(f"{said[0].upper()}{said[1:]}", titles) for said, titles in relies.items()]
@@ -109,7 +115,7 @@ def _sentence(said: str, titles: Sequence[str]) -> Markup:
 def tiles(run: Facts) -> Markup:
     """Shows the primary score of each task large, with the best guess without the image below it."""
     shown = []
-    rows = rows_of(run.metrics, run.split)
+    rows = [row for row in rows_of(run.metrics, run.split) if row[0] != POOLED]
     several = len({name for name, *_ in rows}) > 1
     for name, task, entry in rows:
         primary, margin = entry["primary"], entry["margin"]
@@ -292,7 +298,7 @@ def _passes(run: Facts, found: Mapping[str, Any], several: bool) -> Markup:
         rows.append(
             [_case(name, task, entry["metric"], entry["n"]), axis(marks)]
             + [number(part["value"]) if part else "-" for part in passes.values()]
-            + [with_interval(score, "+"), reliance_report.verdict(score)]
+            + [with_interval(score, "+"), reliance_verdict(score)]
         )
     names = [words for words, *_ in reliance_report.PASSES.values()]
     head = ("set and task", "from 0 to 1", *names, "own less other image [95 %]", "verdict")
@@ -302,7 +308,9 @@ def _passes(run: Facts, found: Mapping[str, Any], several: bool) -> Markup:
     )
     stale = ""
     if not run.reliance_is_its_own:
-        stale = tag("p", "Measured with other settings than the scores above.", class_="note")
+        stale = tag(
+            "p", "Measured after another step, or on other data, than the scores above.", class_="note"
+        )
     title = f"{run.sign} " if several else ""
     return joined(
         (

@@ -92,6 +92,8 @@ def pictures(runs: Sequence[Facts], data: Data) -> Markup:
             f"{budget.refused} pictures were left out, since all together may take "
             f"{BYTES >> 20} MiB of this file."
         )
+    if not any(record["box"] for row in rows for record in row):
+        keys = Markup("")
     return joined((*(tag("p", line) for line in about), switches, keys, *parts))
 
 
@@ -104,7 +106,7 @@ def _figure(record: Mapping[str, Any], runs: Sequence[Facts], data: Data, budget
     answers = [(run, run.records.get(record["id"])) for run in runs]
     seen = [(run, answer, judged(answer)) for run, answer in answers if answer is not None]
     wrong = any(_is_wrong(record["task"], one) for *_, one in seen)
-    images = [data.image(record["set"], key) for key in record["images"]]
+    images = [] if data.missing else [data.image(record["set"], key) for key in record["images"]]
     shown = []
     for place, pixels in enumerate(images):
         url = budget.url(pixels) if pixels is not None else None

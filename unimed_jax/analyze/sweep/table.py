@@ -21,11 +21,12 @@ from unimed_jax.analyze.sweep.plan import Plan, SweepRun
 from unimed_jax.analyze.sweep.run import duration, failure
 from unimed_jax.config import Config
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.report.markdown import markdown_table, number
+from unimed_jax.evaluate.report.markdown import markdown_table
 from unimed_jax.evaluate.statistics import LEVEL
 from unimed_jax.parsing import read_json
 from unimed_jax.provenance import plain
 from unimed_jax.train.flops import useful_flops
+from unimed_jax.verdicts import number
 
 NAMES = ("sweep.png", "sweep.md", "sweep.json")
 EQUAL = 0.005  # relative difference up to which counts are called equal

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from unimed_jax.config import Config
 from unimed_jax.data.forms import form_of
 from unimed_jax.evaluate.classes import BINS
+from unimed_jax.verdicts import number, verdict, with_interval
 
 POOLED = "all sets"
 # (set, task, scores) of one split, pooled ones last.
@@ -15,29 +16,6 @@ Rows = Sequence[tuple[str, str, Mapping[str, Any]]]
 # ---------------------------------------------------------------------------------------------
 # Cells
 # ---------------------------------------------------------------------------------------------
-
-
-def verdict(margin: Mapping | None) -> str:
-    """Says what a margin over the best blind baseline allows."""
-    if margin is None or margin["ci95"] is None:
-        return "no verdict"
-    low, high = margin["ci95"]
-    return "above blind" if low > 0 else "below blind" if high < 0 else "undecided"
-
-
-def number(value, sign: str = "") -> str:
-    """Writes a number with three decimals, None as "-", and any other value as it is."""
-    return f"{value:{sign}.3f}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def with_interval(entry: Mapping | None, sign: str = "") -> str:
-    """Writes a value with its interval like "0.512 [0.401, 0.623]", or a dash without an entry."""
-    if entry is None:
-        return "-"
-    ends = (
-        "no interval" if entry["ci95"] is None else ", ".join(number(end, sign) for end in entry["ci95"])
-    )
-    return f"{number(entry['value'], sign)} [{ends}]"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -276,14 +254,10 @@ def markdown(
 
 
 def data_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Lists each set's own caveat and licence."""
-    return [f"Data `{name}`: {text}" for name, text in caveats(metrics)]
-
-
-def caveats(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Lists each set's name with its caveat and licence, from its passport."""
+    """Lists each set's own caveat and licence, from its passport."""
     return [
-        (name, " ".join(part for part in (entry["note"], _sentence(entry["licence"])) if part))
+        f"Data `{name}`: "
+        f"{' '.join(part for part in (entry['note'], _sentence(entry['licence'])) if part)}"
         for name, entry in metrics.get("data", {}).items()
         if entry.get("note") or entry.get("licence")
     ]

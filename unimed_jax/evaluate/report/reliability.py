@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from unimed_jax.evaluate.report.markdown import number
+from unimed_jax.verdicts import number
 
 _BAR, _LINE, _COUNT = "#56B4E9", "#D55E00", "#999999"  # Okabe-Ito colours, apart on grey too
 _COLUMNS = 3

@@ -61,12 +61,13 @@ def export_unimed_hf(
     metrics: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     inputs: Mapping[str, str] | None = None,
+    reliance: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the folder; adapters are merged into the decoder, and every leaf keeps its dtype.
 
     leaves: all by path, adapters not merged. tokenizer: its folder. metrics: the content of the
-    run's metrics.json, for the model card, as `notes` and `inputs` are. Raises UserError if no
-    Hugging Face decoder has these settings, or if `out` exists already.
+    run's metrics.json, for the model card, as `notes`, `inputs` and `reliance` are. Raises UserError
+    if no Hugging Face decoder has these settings, or if `out` exists already.
     """
     leaves = merged_leaves(config.model, leaves)
     settings = portable(config)
@@ -87,7 +88,7 @@ def export_unimed_hf(
         for name, content in parts.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         size = sum(int(np.prod(s.shape, dtype=np.int64)) for s in stored.values())
-        card = model_card(settings, size, metrics, notes, inputs, passports_of(config))
+        card = model_card(settings, size, metrics, notes, inputs, passports_of(config), reliance)
         (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.copyfile(CODE, folder / CODE.name)
         copy_tokenizer(tokenizer, folder)

@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -237,8 +237,14 @@ def write_torch(path: Path, tree: Any) -> None:
     appears in several places is written once and is one storage when it is read again. Host memory
     holds one tensor at a time.
     """
+    with open(path, "wb") as file:
+        dump_torch(file, tree)
+
+
+def dump_torch(file: BinaryIO, tree: Any) -> None:
+    """Writes what `write_torch` does into an open file, from its beginning."""
     pickled = _Pickled(tree)
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(file, "w") as archive:
 
         def record(name: str, data: Any) -> None:
             # dated 1980, so that the same tree gives the same file

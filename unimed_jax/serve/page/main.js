@@ -190,6 +190,7 @@ function choose(name) {
   shown($("question-field"), !task.needs_box);
   shown($("example-line"), Boolean(task.example) && !task.needs_box);
   $("example").textContent = task.example ?? "";
+  $("example").setAttribute("aria-label", `Fill in the example: ${task.example}`);
   shown($("box-fields"), task.needs_box);
   $("columns").classList.toggle("text-only", !task.needs_image);
   $("form-trouble").textContent = "";
@@ -274,6 +275,7 @@ async function ask() {
       turn.write();
       updateHistory();
       overlay();
+      if (active === turn) turn.result?.boxes?.forEach((box) => viewer.reveal(box));
       say(spoken(turn));
     }
   }
@@ -308,6 +310,7 @@ function showTurn(turn) {
   if (turn.box) editor.set(turn.box);
   active = turn;
   overlay();
+  for (const box of [turn.box, ...(turn.result?.boxes ?? [])]) if (box) viewer.reveal(box);
   $("stage").focus();
 }
 

@@ -34,7 +34,10 @@ export async function develop(server, original, name, { window = null, frame = n
   const body = { image: original };
   if (window !== null) body.window = window;
   if (frame !== null) body.frame = frame;
-  const found = await server.post("v1/images", body, signal);
+  const found = await server.post("v1/images", body, signal).catch((error) => {
+    error.message = error.message.replace(/^'image'/, name); // the field's name says nothing to a person
+    throw error;
+  });
   return {
     original,
     name,

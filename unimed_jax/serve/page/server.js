@@ -42,7 +42,7 @@ export class Server {
         if (text === "[DONE]") return;
         if (!text) continue; // a comment that keeps the connection open
         const found = JSON.parse(text);
-        if (found.error) throw new ServerError(found.error.message);
+        if (found.error) throw new ServerError(capital(found.error.message));
         yield found;
       }
     }
@@ -77,9 +77,11 @@ function posted(body, signal) {
   return { method: "POST", body: JSON.stringify(body), headers, signal };
 }
 
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
 async function sentence(response) {
   try {
-    return (await response.json()).error.message;
+    return capital((await response.json()).error.message);
   } catch {
     return `The server answered with status ${response.status}.`; // a proxy's page, say
   }

@@ -2,6 +2,8 @@
 
 import { make, percent } from "./dom.js";
 
+const STATES = ["streaming", "done", "stopped", "failed"];
+
 /** Writes a box for people. */
 export const boxText = (box) => {
   const [x0, y0, x1, y1] = box.map((value) => +value.toFixed(1));
@@ -23,7 +25,7 @@ export function entry(turn, show) {
   );
   item.append(head, body);
   const write = () => {
-    item.className = `turn ${turn.state}`;
+    for (const state of STATES) item.classList.toggle(state, state === turn.state);
     item.setAttribute("aria-busy", turn.state === "streaming");
     body.replaceChildren(...answer(turn), ...notes(turn), ...sure(turn), ...compared(turn));
   };

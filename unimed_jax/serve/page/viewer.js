@@ -3,6 +3,7 @@
 import { draw } from "./dom.js";
 
 const MOST = 40; // times the size that fits
+const COARSE = 16; // screen pixels to a pixel of the image from which its pixels are seen as they are
 const WRITTEN = 8; // cells a side up to which the weights are written on the map
 // viridis: dark to bright in steps that look equal
 const COLOURS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
@@ -125,6 +126,12 @@ export class Viewer {
     this.#apply();
   }
 
+  /** Shows the whole image if a box does not lie in view. */
+  reveal([x0, y0, x1, y1]) {
+    const { x, y, width, height } = this.#view;
+    if (x0 < x || y0 < y || x1 > x + width || y1 > y + height) this.fit();
+  }
+
   /** Zooms by a factor; the given point of the image, else the middle, stays where it is. */
   zoom(factor, point = null) {
     if (!this.#picture) return;
@@ -161,6 +168,7 @@ export class Viewer {
     view.y = Math.min(Math.max(view.y, 0), height - view.height);
     this.svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
     this.stage.classList.toggle("zoomed", this.zoomed > 1.001);
+    this.stage.classList.toggle("coarse", 1 / this.unit > COARSE);
     this.setBoxes(this.drawn ?? []); // handles and labels keep their size on the screen
     this.#letter();
     this.changed(this.zoomed);

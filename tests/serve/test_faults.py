@@ -1,0 +1,234 @@
+"""Every fault has its status and one sentence; nothing is executed, fetched, opened, logged or kept."""
+
+import asyncio
+import copy
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from serve.conftest import LIMITS
+
+from unimed_jax.serve.app import application, names_of
+from unimed_jax.serve.limits import Refused
+from unimed_jax.serve.server import server_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from serving_faults import (
+    CHAT,
+    IMAGES,
+    SQUARE,
+    TASKS,
+    connected,
+    faults,
+    harmless,
+    head,
+    received,
+    shown,
+    slow_clients,
+    what_slow_clients_got,
+)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")  # of Pillow, whose warnings the server silences
+def test_every_fault_has_its_status_and_one_sentence(live, trace, capfd):
+    wrong = []
+    with trace as events:
+        for name, (path, body, status, words) in faults(live.get(TASKS)[2]["limits"]).items():
+            found, headers, content = live.post(path, body)
+            error = content["error"] if isinstance(content, dict) else {}
+            message = error.get("message", "")
+            if found != status or words not in message or "\n" in message or message[-1:] not in ".?":
+                wrong.append((name, found, message or content))
+            assert set(error) == {"message", "type", "param", "code"} and error["code"], name
+            assert (
+                headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+            )
+            assert "Server" not in headers and "Access-Control-Allow-Origin" not in headers
+    assert not wrong
+    assert [event for event in events if not harmless(event)] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_honest_requests_open_and_keep_nothing(live, trace, capfd):
+    measured = {"routing": True, "confidence": True}
+    bodies = [
+        (TASKS, {"task": "vqa", "question": "Whose?", "images": [SQUARE]} | measured),
+        (TASKS, {"task": "caption", "images": [SQUARE], "stream": True}),
+        (CHAT, shown(SQUARE)),
+        (IMAGES, {"image": SQUARE}),
+    ]  # fmt: skip
+    for path, body in bodies:
+        live.post(path, body)
+    with trace as events:
+        for path, body in bodies:
+            assert live.post(path, body)[0] == 200
+        _, _, metrics = live.get("/metrics")
+    assert [event for event in events if not harmless(event)] == []
+    assert capfd.readouterr() == ("", "")
+    lines = metrics.decode()
+    assert "Whose" not in lines and 'unimed_answers_total{task="caption"' in lines
+    assert 'unimed_responses_total{path="/v1/tasks",status="200"}' in lines
+    assert live.service.engine._engine._prompts._encoder._ids.cache_info().currsize == 0
+
+
+def test_a_fault_of_ours_says_nothing_of_the_request(live, capfd, monkeypatch):
+    engine = live.service.engine._engine
+    body = {"task": "qa", "question": "secret words"}
+
+    def fails(tokens):
+        raise RuntimeError("secret words")
+
+    monkeypatch.setattr(engine, "step", fails)
+    status, _, found = live.post(TASKS, body)
+    assert status == 500 and found["error"]["type"] == "server_error"
+    monkeypatch.setattr("unimed_jax.serve.tasks.question_of", lambda *a: fails(0))
+    assert live.post(TASKS, body)[0] == 500
+    monkeypatch.undo()
+    assert live.service.engine._engine is not engine and live.post(TASKS, body)[0] == 200
+    out, err = capfd.readouterr()
+    assert "RuntimeError at" in err and "secret" not in out + err + json.dumps(found)
+
+
+def test_the_tokenizers_own_store_of_words_can_be_emptied(live):
+    """A release of the package without these calls, which are its own, would have to be looked at."""
+    tokenizer = live.run.tokenizer
+    assert hasattr(tokenizer._rust.model, "_resize_cache")
+    assert hasattr(tokenizer._rust.model, "_clear_cache")
+    before = tokenizer.encode("hippocampus")
+    tokenizer.keep_no_words()
+    assert tokenizer.encode("hippocampus") == before
+
+
+# ---- who asks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers, status, words",
+    [
+        ({"Host": "evil.example"}, 421, "under that name"),
+        ({"Host": "localhost:9"}, 200, ""),
+        ({"Origin": "http://evil.example"}, 403, "another site"),
+        ({"Origin": "null"}, 403, "another site"),
+        ({"Sec-Fetch-Site": "cross-site"}, 403, "another site"),
+        ({"Sec-Fetch-Site": "same-origin"}, 200, ""),
+        ({"Content-Type": "text/plain"}, 415, "must be JSON"),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, 415, "must be JSON"),
+    ],
+)
+def test_browsers_of_other_sites_are_kept_out(live, headers, status, words):
+    found, _, content = live.post(TASKS, {"task": "qa", "question": "?"}, **headers)
+    assert found == status and words in json.dumps(content)
+
+
+def test_a_token_is_asked_for_where_it_is_set(live):
+    """The guard by itself, which no request passes without the token."""
+
+    app = application(live.service, names_of("0.0.0.0"), token="s3cret-s3cret-s3cret")
+
+    def status(path, authorization=None, method="GET"):
+        headers = [(b"host", b"any")]
+        headers += [(b"authorization", authorization.encode("latin-1"))] if authorization else []
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        asyncio.run(app(scope, receive, send))
+        return sent[0]["status"]
+
+    for path in ("/v1/models", "/metrics", "/v1/tasks"):
+        assert status(path) == status(path, "Bearer wrong") == status(path, "Bearer é") == 401
+        assert status(path, "Basic s3cret-s3cret-s3cret") == 401
+        assert status(path, "Bearer s3cret-s3cret-s3cret") == 200
+    assert status("/health") == 200 and status("/v1/images", method="POST") == 401
+    assert names_of("127.0.0.1") and names_of("::1") and names_of("localhost") and not names_of("::")
+
+
+# ---- slow clients ------------------------------------------------------------------------------
+
+
+def test_slow_and_broken_clients_are_let_go(live):
+    """Headers and bodies that do not come, what is no HTTP, and headers without end."""
+    started = time.monotonic()
+    assert what_slow_clients_got(slow_clients(live.port)) == []
+    assert time.monotonic() - started < 15
+    assert live.get("/health")[0] == 200
+
+
+def test_more_connections_than_the_limit_are_closed(live):
+    clients = [connected(live.port) for _ in range(LIMITS.connections + 5)]
+    assert received(clients[-1]) == b""
+    for client in clients:
+        client.close()
+    live.until(lambda: live.get("/health")[0] == 200, 10)
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_is_let_go(live):
+    """It asks again and again, until what it was answered fills all buffers on the way."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", live.port))
+        with pytest.raises((ConnectionError, TimeoutError)) as error:
+            for _ in range(20_000):
+                client.sendall(b"GET /v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
+        assert not isinstance(error.value, TimeoutError)
+
+
+def test_a_body_without_a_length_is_counted_as_it_comes(live):
+    with connected(live.port) as client:
+        lines = "POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall((lines + "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n").encode())
+        piece = b"10000\r\n" + b"a" * 0x10000 + b"\r\n"
+        for _ in range(17):
+            client.sendall(piece)
+        client.sendall(b"0\r\n\r\n")
+        assert b" 413 " in received(client)
+    with connected(live.port) as client:  # and one whose header says too much is refused unread
+        client.sendall(head(TASKS, 1 << 40, "Connection: close"))
+        assert b" 413 " in client.recv(1000)
+
+
+def test_bodies_in_memory_are_bounded_together(live):
+    """Each of them is small enough, but not all at once."""
+    half = b'{"a": "' + b"a" * ((1 << 20) - 4096)
+    clients = [connected(live.port) for _ in range(10)]
+    for client in clients:
+        client.sendall(head(TASKS, len(half) + 2) + half)
+    time.sleep(0.5)
+    found = []
+    for client in clients:
+        client.sendall(b'"}')
+        found.append(client.recv(1000)[9:12])
+        client.close()
+    assert set(found) == {b"400", b"429"} and found.count(b"429") <= 3
+
+
+def test_a_model_that_cannot_answer_stops_the_server(live, capfd):
+    """Found while the first answers are made, before anybody asks."""
+    service = copy.copy(live.service)
+    service.ready = False
+
+    class Broken:
+        async def ask(self, request):
+            raise Refused(500, "the model failed on this request; ask again.", "internal_error")
+
+    service.engine = Broken()
+    asyncio.run(service.warm())
+    assert service.failed.startswith("the model failed") and not service.ready
+
+    async def one_look() -> bool:
+        return await server_of(application(service), service.limits).on_tick(1)
+
+    assert asyncio.run(one_look())
+    service.failed = ""
+    assert not asyncio.run(one_look())
