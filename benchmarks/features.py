@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import harness
 import jax
 import numpy as np
 
@@ -88,10 +89,10 @@ def main() -> None:
     print("| side | s a step | processor s | x images (processor) | useful GFLOP |")
     print("| --- | --- | --- | --- | --- |")
     for name, found in rounds.items():
-        pairs = zip(rounds["images"], found, strict=True)
-        faster = [base["processor"] / ours["processor"] for base, ours in pairs]
+        images, own = ([each["processor"] for each in some] for some in (rounds["images"], found))
+        faster = harness.figure(harness.ratio(images, own))
         columns = [shown([each[what] for each in found]) for what in ("seconds", "processor")]
-        print(f"| {name} | {' | '.join(columns)} | {shown(faster)} | {sizes[name]:.1f} |")
+        print(f"| {name} | {' | '.join(columns)} | {faster} | {sizes[name]:.1f} |")
     print("last losses", {name: f"{found[-1]['loss']:.4f}" for name, found in rounds.items()})
     if known.out:
         known.out.write_text(json.dumps({"rounds": rounds, "load": os.getloadavg()}, indent=1) + "\n")

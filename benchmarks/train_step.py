@@ -30,8 +30,9 @@ ids they have changes no cost, so they are random.
 
 Losses must agree before anything is timed: `padded` trains on its batches and compares every loss,
 which the updates of the steps before have moved; `mixture` compares the mean loss over all answer
-tokens. A figure is the median over rounds (min .. max); the ratio is taken round by round. Memory
-is the peak of each process, or what it has held of the card.
+tokens. Rounds of every side that do not count come first, until none gets much faster. A figure is the
+median over rounds (min .. max); the ratio is taken round by round, of three rounds at least. Memory is
+the peak of each process, or what it has held of the card.
 """
 
 import argparse
@@ -225,8 +226,7 @@ def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 absent[name] = f"does not run here: {error}"
                 del sides[name]
         check(case, losses, TOLERANCE[arguments.device, arguments.dtype])
-        for side in sides.values():
-            side.ask("round")  # warms caches and allocators
+        harness.warm({name: functools.partial(side.ask, "round") for name, side in sides.items()})
         rounds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(arguments.rounds):
             for name, side in sides.items():
@@ -275,7 +275,7 @@ def figures(
         "examples_per_second": harness.spread(count / own),
         "tokens_per_second": harness.spread(sum(tokens) / own),
         "peak_gib": memory,
-        "ratio": harness.spread(reference / own),
+        "ratio": harness.ratio(reference, own),
     }
 
 

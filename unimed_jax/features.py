@@ -48,6 +48,7 @@ DIGEST = "S32"  # numpy's type of an image's 32 bytes
 # One image a record, to be read at random. Compression would save a fifth, and take most of the time.
 WRITING = "group_size:1,uncompressed"
 OVERHEAD = 1.01  # bytes of a file for each byte of features
+LATE = 90.0  # seconds within which a network file system shows the files of other processes
 
 
 class Picture(NamedTuple):
@@ -83,9 +84,12 @@ def cached(
             _check_space(folder, features, len(missing))
             _compute(missing, config, pipeline, model, encoder, mesh, features)
             processes.gathered(0)  # all files are there now
-            features = Features(folder, maker, shape)
-            if not features.has(digests).all():
-                raise _not_shared(folder)
+            features, end = Features(folder, maker, shape), time.monotonic() + LATE
+            while not features.has(digests).all():
+                if time.monotonic() > end:
+                    raise _not_shared(folder)
+                time.sleep(1)
+                features = Features(folder, maker, shape)
             processes.say(f"encoded {len(missing):,} images in {time.monotonic() - begun:.0f} s")
     return features
 

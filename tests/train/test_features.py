@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import shutil
 import signal
 import threading
@@ -17,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from support.fake_brain import tiny_config
 
 from unimed_jax import features, processes
+from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -51,7 +54,7 @@ class Dying(features.ArrayRecordWriter):
 def get_config(fate=""):
     if fate == "dies":
         features.ArrayRecordWriter = Dying
-    config = tiny_config(steps=6, save_every=2, cache_features=True)
+    config = tiny_config(steps=3, save_every=3, cache_features=True)
     config.train.rules = (dict(match="vision/*", train=False), dict(match="*", train=True))
     return config
 """
@@ -73,11 +76,11 @@ def settings(cache, images=24, fit="stretch", **train):
 @pytest.fixture(scope="module")
 def started(on_one_device, tmp_path_factory):
     """The same run before its first step, from features and from images; tests read its cache."""
-    made, place = {}, tmp_path_factory.mktemp("started")
-    for cached in (True, False):
-        config = settings(place / "cache", cache_features=cached)
-        made[cached] = prepare(from_config_dict(config), place / f"run{cached}")
-    return made
+    place = tmp_path_factory.mktemp("started")
+    cached = prepare(from_config_dict(settings(place / "cache")), place / "run")
+    config = from_config_dict(settings(place / "cache", cache_features=False))
+    pipeline = Pipeline(cached.datasets, config, cached.tokenizer)
+    return {True: cached, False: dataclasses.replace(cached, config=config, pipeline=pipeline)}
 
 
 @pytest.fixture
@@ -284,6 +287,17 @@ def test_a_second_run_waits_and_finds_what_the_first_has_made(opened, cache, enc
         assert len(second.result(60)) == 24 and not encoded
 
 
+def test_files_of_other_processes_that_show_late_are_awaited(opened, cache, tmp_path, monkeypatch):
+    (path,) = files_of(cache)
+
+    def elsewhere(*arguments):
+        hidden = shutil.copy(path, arguments[-1].folder / "hidden")
+        threading.Timer(1.0, lambda: os.rename(hidden, hidden.with_name(path.name))).start()
+
+    monkeypatch.setattr(features, "_compute", elsewhere)
+    assert len(opened(tmp_path / "new")) == 24
+
+
 def test_only_new_images_are_encoded(cache, tmp_path, encoded):
     start = prepare(from_config_dict(settings(cache, images=30)), tmp_path / "run")
     assert encoded == [6] and len(start.pipeline._features) == 30
@@ -329,7 +343,7 @@ def test_killed_processes_go_on_together_and_train_to_the_losses_of_one(tmp_path
         [line["train/loss"] for line in test_processes.lines(tmp_path, run)] for run in ("alone", "both")
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert len(losses[0]) == 6
+    assert len(losses[0]) == 3
 
 
 def start_processes(place, run, count, fate=""):
@@ -372,6 +386,26 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
 def test_a_place_that_cannot_be_written_is_refused(opened, tmp_path):
     (tmp_path / "features").write_text("")
     refused(r"features cannot be kept in .*; set config\.data\.cache", opened, tmp_path)
+
+
+def test_a_disk_that_becomes_full_leaves_no_half_file(opened, tmp_path, monkeypatch):
+    class Full(features.ArrayRecordWriter):
+        def write(self, record):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features, "ArrayRecordWriter", Full)
+    refused(r"No space left on device.* nothing of it was kept; free some", opened, tmp_path)
+    assert [path.name for path in tmp_path.glob("features/*/*")] == ["lock"]
+
+
+def test_processes_that_share_no_folder_are_refused(opened, cache, tmp_path, monkeypatch):
+    sentence = r"do not find the same files in .*; set config\.data\.cache to a folder that all"
+    with monkeypatch.context() as patch:  # what the others have found differs
+        patch.setattr(processes, "gathered", lambda value: [value, "another"])
+        refused(sentence, opened, cache)
+    monkeypatch.setattr(features, "_compute", lambda *arguments: None)  # the others' files are elsewhere
+    monkeypatch.setattr(features, "LATE", 1.0)
+    refused(sentence, opened, tmp_path / "new")
 
 
 @pytest.mark.parametrize("part", ["cut", "empty", "first record", "features"])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -16,6 +17,7 @@ from starlette.requests import Request as Http
 from unimed_jax.config import Config
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.model import decoding
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.engine import Engine, Piece
 from unimed_jax.predict.one_by_one import OneByOne
@@ -63,6 +65,8 @@ class Service:
         self.failed = ""  # why the first answers could not be made
 
         def made() -> Engine | OneByOne:
+            with run.inside():
+                decoding.prepare(run.model)  # it only answers from here on
             parts = run.model, self.run.config, run.tokenizer, run.mesh
             if config.model.answers_depend_on_batch:  # then each is made alone
                 return OneByOne(*parts)
@@ -99,13 +103,15 @@ class Service:
     async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
-        shown = Request("vqa", "?", (black,), max_new_tokens=2)
-        request = shown if self.limits.images else Request("qa", "?", max_new_tokens=2)
-        answer, _ = await self.engine.ask(request)
-        async for _ in answer.pieces():
-            pass
-        await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
-        await self.engine.call(lambda: routing_of(self.run, request))
+        requests = [Request("qa", "?", max_new_tokens=2)]
+        if self.limits.images:
+            requests.append(Request("vqa", "?", (black,), max_new_tokens=2))
+        for request in requests:
+            answer, _ = await self.engine.ask(request)
+            async for _ in answer.pieces():
+                pass
+            await self.engine.call(functools.partial(likelihood_of, self.run, request, ["?"]))
+        await self.engine.call(lambda: routing_of(self.run, requests[-1]))
 
     def close(self) -> None:
         self.engine.close()

@@ -163,10 +163,11 @@ def check_count(folders: Sequence[Path]) -> None:
         raise UserError("a run is named twice; name each once.")
 
 
-def write_page(folder: Path, config: Config) -> None:
-    """Writes report.html beside the scores of an evaluation that has ended; says where it is.
+def write_page(folder: Path, config: Config | None = None) -> None:
+    """Writes report.html beside the scores of an evaluation or after an analysis; says where it is.
 
-    It is called on all processes; the leader writes, if there are scores. Whatever hinders it is said
+    config: the settings of a folder that holds none. It is called on all processes; the leader writes,
+    if there are scores. Whatever hinders it is said
     and raises nothing: the scores are there.
     """
     if not (processes.leads() and (folder / "metrics.json").is_file()):
