@@ -156,7 +156,7 @@ def test_a_token_is_asked_for_where_it_is_set(live):
 
 
 def test_slow_and_broken_clients_are_let_go(live):
-    """Headers and bodies that do not come, what is no HTTP, and headers without end."""
+    """Headers and bodies that do not come, bytes that are not HTTP, and headers without end."""
     started = time.monotonic()
     assert what_slow_clients_got(slow_clients(live.port)) == []
     assert time.monotonic() - started < 15

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -102,13 +103,15 @@ class Service:
     async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
-        shown = Request("vqa", "?", (black,), max_new_tokens=2)
-        request = shown if self.limits.images else Request("qa", "?", max_new_tokens=2)
-        answer, _ = await self.engine.ask(request)
-        async for _ in answer.pieces():
-            pass
-        await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
-        await self.engine.call(lambda: routing_of(self.run, request))
+        requests = [Request("qa", "?", max_new_tokens=2)]
+        if self.limits.images:
+            requests.append(Request("vqa", "?", (black,), max_new_tokens=2))
+        for request in requests:
+            answer, _ = await self.engine.ask(request)
+            async for _ in answer.pieces():
+                pass
+            await self.engine.call(functools.partial(likelihood_of, self.run, request, ["?"]))
+        await self.engine.call(lambda: routing_of(self.run, requests[-1]))
 
     def close(self) -> None:
         self.engine.close()
