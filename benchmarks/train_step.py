@@ -288,7 +288,8 @@ def figures(
 
 def rows(case: str, result: dict[str, Any]) -> Iterator[list[str]]:
     for name, f in result["sides"].items():
-        step = harness.figure(f["seconds_per_step"], 4 if f["seconds_per_step"]["median"] < 0.1 else 2)
+        digits = 4 if f["seconds_per_step"]["median"] < 0.1 else 2
+        step = harness.figure(f["seconds_per_step"], digits)
         yield [
             *(
                 case,
@@ -298,7 +299,8 @@ def rows(case: str, result: dict[str, Any]) -> Iterator[list[str]]:
                 step,
             ),
             *(f"{100 * f['padding_waste']:.0f} %", f"{f['peak_gib']:.2f}", harness.figure(f["ratio"])),
-            *(harness.figure(f[f"processor_{n}"]) for n in ("seconds_per_step", "ratio")),
+            harness.figure(f["processor_seconds_per_step"], digits),
+            harness.figure(f["processor_ratio"]),
         ]
     for name, reason in result["absent"].items():
         yield [case, name, reason, *[""] * (len(HEADER) - 3)]
