@@ -27,8 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {"nvidia": {"xla_gpu_dot_merger_threshold_m
 
 LARGE = 64 << 20  # bytes of layers; smaller ones stay in caches
 # Tokens of an answer, one after another, after which separate layers have gained what compiling them
-# took: 8 more seconds for 45 ms a token with SmolLM2-135M on two cores, some 35 s for 8 ms with
-# LLaMA-2-7B on an H100 (docs/speed.md).
+# took, with a margin: on two cores 4 to 7 more seconds for 40 to 54 ms a token (30 layers of 576), on an
+# H100 some 35 s for 8 ms (LLaMA-2-7B, from the compiled program's bytes; docs/speed.md).
 WORTH = {"cpu": 200}
 WORTH_ON_GPU = 4000
 
