@@ -83,6 +83,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         "sides": {
             name: {
                 "first": side.first,
+                "rounds": side.times,
                 "clock": harness.spread([clock for clock, _ in side.times]),
                 "processor": harness.spread([cpu for _, cpu in side.times]),
                 "different": sum(a != b for a, b in zip(side.texts, first.texts, strict=True)),
@@ -155,6 +156,12 @@ class Side:
         return [found[key] for key in sorted(found)]
 
 
+def quotient(plain: dict[str, Any], side: dict[str, Any], which: int) -> str:
+    """Divides the plain loop's times by a side's, of the clock (0) or of the processor (1)."""
+    times = ([pair[which] for pair in one["rounds"]] for one in (plain, side))
+    return harness.figure(harness.ratio(*times))
+
+
 def table(found: dict[str, Any]) -> str:
     """Lays the figures out; ratios are to the first side of the plain loop."""
     plain = next(side for name, side in found["sides"].items() if name.startswith("plain"))
@@ -168,8 +175,8 @@ def table(found: dict[str, Any]) -> str:
                 harness.figure(cpu),
                 f"{found['answers'] / clock['median']:.0f}",
                 f"{found['answers'] / cpu['median']:.0f}",
-                f"{plain['processor']['median'] / cpu['median']:.2f}",
-                f"{plain['clock']['median'] / clock['median']:.2f}",
+                quotient(plain, side, 1),
+                quotient(plain, side, 0),
                 f"{side['first'][0]:.1f}, {side['first'][1]:.1f}",
                 f"{plain['first'][1] / side['first'][1]:.2f}",
                 str(side["different"]),

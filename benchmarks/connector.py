@@ -17,7 +17,7 @@ All hold the same weights; outputs, and a grid of entries of every weight's grad
 before a figure is given. The gradient is by all weights and not by the patches, whose encoder is
 frozen. A side needs 6 GiB and more, so one runs at a time: each round starts every side again,
 warms it and times it. A figure is the median over rounds (min .. max); the ratio is taken round by
-round.
+round, of three rounds at least.
 """
 
 import argparse
@@ -213,7 +213,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     def time(name: str, repeats: int) -> list[float]:
         run = getattr(runner, name)
-        run()
+        harness.warm({name: lambda: harness.seconds(run)})
         return [harness.seconds(run) for _ in range(repeats)]
 
     harness.serve(
@@ -259,15 +259,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 what: {"seconds": harness.spread(times[name][what]), "rounds": times[name][what]}
                 for what in PASSES
             },
-            **{f"{what}_ratio": ratio(times["torch"][what], times[name][what]) for what in PASSES},
+            **{
+                f"{what}_ratio": harness.ratio(times["torch"][what], times[name][what])
+                for what in PASSES
+            },
             "peak_gib": memory[name],
         }
         for name in SIDES
     }
-
-
-def ratio(reference: list[float], own: list[float]) -> dict[str, float]:
-    return harness.spread([r / o for r, o in zip(reference, own, strict=True)])
 
 
 def check(name: str, folder: Path, tolerance: float) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import harness
 import jax
 import numpy as np
 
@@ -61,11 +62,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/brain_frozen.py")
+    parser.add_argument("--freeze", action="store_true", help="the encoder; pictures then do not vary")
     parser.add_argument("--steps", type=int, default=30, help="of each side in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     known, overrides = parser.parse_known_args()
     settings = load_config_file(known.config)
+    if known.freeze:
+        settings.train.rules = (dict(match="vision/*", train=False), *settings.train.rules)
+        settings.data.sources = tuple(
+            {key: value for key, value in source.items() if key != "augment"}
+            for source in settings.data.sources
+        )
     with tempfile.TemporaryDirectory() as folder:
         sides, sizes = {}, {}
         for name, cached in SIDES.items():
@@ -81,10 +89,10 @@ def main() -> None:
     print("| side | s a step | processor s | x images (processor) | useful GFLOP |")
     print("| --- | --- | --- | --- | --- |")
     for name, found in rounds.items():
-        pairs = zip(rounds["images"], found, strict=True)
-        faster = [base["processor"] / ours["processor"] for base, ours in pairs]
+        images, own = ([each["processor"] for each in some] for some in (rounds["images"], found))
+        faster = harness.figure(harness.ratio(images, own))
         columns = [shown([each[what] for each in found]) for what in ("seconds", "processor")]
-        print(f"| {name} | {' | '.join(columns)} | {shown(faster)} | {sizes[name]:.1f} |")
+        print(f"| {name} | {' | '.join(columns)} | {faster} | {sizes[name]:.1f} |")
     print("last losses", {name: f"{found[-1]['loss']:.4f}" for name, found in rounds.items()})
     if known.out:
         known.out.write_text(json.dumps({"rounds": rounds, "load": os.getloadavg()}, indent=1) + "\n")

@@ -9,6 +9,7 @@ in the same round, and the temporary memory that the compiled step asks for.
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -55,19 +56,18 @@ class Side:
 
 
 def measure(file: str, steps: int, rounds: int) -> dict[str, Any]:
-    """Times all strategies in turn, after a first round that does not count."""
+    """Times all strategies in turn, after rounds that do not count."""
     batch = harness.full_rows(read_config(file))
     sides = {name: Side(file, name, batch) for name in STRATEGIES}
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    harness.warm({name: functools.partial(side.round, 1) for name, side in sides.items()})
+    for _ in range(rounds):
         for name, side in sides.items():
-            seconds = side.round(steps if number else 1)
-            if number:
-                taken[name].append(seconds)
+            taken[name].append(side.round(steps))
     return {
         name: {
             "cpu_seconds": harness.spread(values),
-            "x_sum": harness.spread([a / b for a, b in zip(values, taken["sum"], strict=True)]),
+            "x_sum": harness.ratio(values, taken["sum"]),
             "temporary_mib": sides[name].temporary,
         }
         for name, values in taken.items()

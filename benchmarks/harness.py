@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,13 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def times(run: Callable[[], Any]) -> tuple[float, float]:
+    """Returns seconds of the clock and of the processor, all threads, which other work disturbs less."""
+    clock, processor = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - clock, time.process_time() - processor
+
+
 def peak_memory(device: str = "cpu") -> float:
     """Returns the GiB that torch or jax has held of the card at most, or this process of memory.
 
@@ -189,8 +196,32 @@ def peak_memory(device: str = "cpu") -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def warm(sides: Mapping[Any, Callable[[], float]], most: int = 5) -> None:
+    """Runs rounds of every side that do not count, until none is much faster than the one before.
+
+    A round runs every shape of its side and returns its seconds. The first ones compile, fill caches
+    and grow allocators; a side is warm once a round took 0.8 of the one before, or after `most`.
+    """
+    before = {name: run() for name, run in sides.items()}
+    for _ in range(most - 1):
+        now = {name: sides[name]() for name in before}
+        before = {name: now[name] for name, seconds in before.items() if now[name] < 0.8 * seconds}
+        if not before:
+            return
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+LEAST = 3  # rounds without which there is no ratio
+
+
+def ratio(reference: Sequence[float], own: Sequence[float]) -> dict[str, float] | None:
+    """Divides round by round; None if there are too few rounds to say anything."""
+    if len(own) < LEAST:
+        return None
+    return spread([a / b for a, b in zip(reference, own, strict=True)])
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -236,7 +267,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def figure(values: dict[str, float], digits: int = 2) -> str:
+def figure(values: dict[str, float] | None, digits: int = 2) -> str:
+    if values is None:
+        return f"needs {LEAST} rounds"
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} .. {values['max']:.{digits}f})"
 
 

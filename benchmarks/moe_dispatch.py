@@ -25,6 +25,7 @@ a chip's memory is shown.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -183,6 +184,7 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
             print(f"{name} is ready", flush=True)
         first = {name: side.ask("run") for name, side in sides.items()}
         check(first)
+        harness.warm({n: functools.partial(s.ask, "time", repeats=1) for n, s in sides.items()})
         for i in range(arguments.rounds):
             for name, side in sides.items():
                 times.setdefault(name, []).append(side.ask("time", repeats=arguments.repeats))
@@ -190,9 +192,7 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> dict[str, Any]:
         return {
             name: {
                 "seconds": harness.spread(times[name]),
-                "x no experts": harness.spread(
-                    [a / b for a, b in zip(times[name], times[NONE], strict=True)]
-                ),
+                "x no experts": harness.ratio(times[name], times[NONE]),
                 "temporaries_gib": side.ask("temporaries"),
                 "peak_gib": side.ask("memory"),
                 **first[name],

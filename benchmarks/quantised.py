@@ -12,6 +12,7 @@ a noisy linear regression's loss, by how its moments are stored.
 
 import argparse
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -207,20 +208,23 @@ def sides_of(names: list[str]) -> Iterator[tuple[str, Any]]:
 def measure_step(rounds: int) -> dict[str, Any]:
     sides = dict(sides_of(list(STORAGE)))
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):  # the first round does not count
-        for name, (step, state, frozen, batch) in sides.items():
-            start = time.process_time()
-            sides[name][1], metrics = step(state, frozen, batch, np.float32(1e-4))
-            metrics["loss"].block_until_ready()
-            if number:
-                taken[name].append(time.process_time() - start)
+
+    def one(name: str) -> float:
+        step, state, frozen, batch = sides[name]
+        start = time.process_time()
+        sides[name][1], metrics = step(state, frozen, batch, np.float32(1e-4))
+        metrics["loss"].block_until_ready()
+        return time.process_time() - start
+
+    harness.warm({name: functools.partial(one, name) for name in sides})
+    for _ in range(rounds):
+        for name in sides:
+            taken[name].append(one(name))
     found = {}
     for name, (step, state, frozen, _) in sides.items():
         found[name] = {
             "cpu_seconds": harness.spread(taken[name]),
-            "x_float32": harness.spread(
-                [a / b for a, b in zip(taken[name], taken["float32"], strict=True)]
-            ),
+            "x_float32": harness.ratio(taken[name], taken["float32"]),
             "temporary_mib": step.memory_analysis().temp_size_in_bytes / 2**20,
             "frozen_mib": tree_bytes(frozen) / 2**20,
             "state_mib": tree_bytes(state) / 2**20,

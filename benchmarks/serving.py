@@ -295,8 +295,8 @@ def faults(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "faults": len(table),
         "traced events": len(events),
-        "answered while stopping": drained["answered"],
-        "refused while stopping": drained["refused"],
+        "answered around SIGTERM": drained["answered"],
+        "refused around SIGTERM": drained["refused"],
         "wrong": wrong,
     }
 

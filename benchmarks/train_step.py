@@ -30,8 +30,10 @@ ids they have changes no cost, so they are random.
 
 Losses must agree before anything is timed: `padded` trains on its batches and compares every loss,
 which the updates of the steps before have moved; `mixture` compares the mean loss over all answer
-tokens. A figure is the median over rounds (min .. max); the ratio is taken round by round. Memory
-is the peak of each process, or what it has held of the card.
+tokens. Rounds of every side that do not count come first, until none gets much faster. A figure is the
+median over rounds (min .. max); a ratio is taken round by round, of three rounds at least, of seconds of
+the clock and of the processor (all threads), which other work on the machine disturbs less. Memory is
+the peak of each process, or what it has held of the card.
 """
 
 import argparse
@@ -110,8 +112,8 @@ class Ours:
         losses = [float(loss) for loss in self._run(lr)]
         return losses, [float(batch["weights"].sum()) for batch in self.batches]
 
-    def round(self) -> float:
-        return harness.seconds(lambda: [loss.block_until_ready() for loss in list(self._run(RATE))])
+    def round(self) -> tuple[float, float]:
+        return harness.times(lambda: [loss.block_until_ready() for loss in list(self._run(RATE))])
 
     def _run(self, lr: float) -> Iterator[Any]:
         for batch in self.batches:
@@ -160,8 +162,8 @@ class Torch:
             float((batch[4] != -100).sum()) for batch in self.batches
         ]
 
-    def round(self) -> float:
-        return harness.seconds(lambda: [float(loss) for loss in list(self._run(RATE))])
+    def round(self) -> tuple[float, float]:
+        return harness.times(lambda: [float(loss) for loss in list(self._run(RATE))])
 
     def _run(self, lr: float) -> Iterator[Any]:
         for group in self.optimizer.param_groups:
@@ -225,9 +227,8 @@ def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 absent[name] = f"does not run here: {error}"
                 del sides[name]
         check(case, losses, TOLERANCE[arguments.device, arguments.dtype])
-        for side in sides.values():
-            side.ask("round")  # warms caches and allocators
-        rounds: dict[str, list[float]] = {name: [] for name in sides}
+        harness.warm({name: functools.partial(_clock, side) for name, side in sides.items()})
+        rounds: dict[str, list[list[float]]] = {name: [] for name in sides}
         for _ in range(arguments.rounds):
             for name, side in sides.items():
                 rounds[name].append(side.ask("round"))
@@ -242,6 +243,10 @@ def compare(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             name: figures(SIZES[arguments.size], case, name, rounds, memory[name]) for name in sides
         },
     }
+
+
+def _clock(side: harness.Side) -> float:
+    return side.ask("round")[0]
 
 
 def mean_losses(case: str, losses: list[float], weights: list[float]) -> list[float]:
@@ -261,27 +266,30 @@ def check(case: str, losses: dict[str, list[float]], tolerance: float) -> None:
 
 
 def figures(
-    chosen: Size, case: str, name: str, rounds: dict[str, list[float]], memory: float
+    chosen: Size, case: str, name: str, rounds: dict[str, list[list[float]]], memory: float
 ) -> dict[str, Any]:
     made = batches(chosen, case, name)
-    own, reference = np.array(rounds[name]), np.array(rounds["torch_eager"])
+    (own, processor), (reference, theirs) = (np.array(rounds[n]).T for n in (name, "torch_eager"))
     count = BATCH * (len(VISUAL_TASKS) if case == "padded" else sum(MIXTURE.values()))
     tokens = [int((batch["segments"] > 0).sum()) for batch in made]
     return {
-        "round_seconds": rounds[name],
+        "round_seconds": own.tolist(),
+        "processor_seconds_per_step": harness.spread(processor / len(made)),
+        "processor_ratio": harness.ratio(theirs, processor),
         "steps_per_round": len(made),
         "padding_waste": 1 - sum(tokens) / sum(batch["segments"].size for batch in made),
         "seconds_per_step": harness.spread(own / len(made)),
         "examples_per_second": harness.spread(count / own),
         "tokens_per_second": harness.spread(sum(tokens) / own),
         "peak_gib": memory,
-        "ratio": harness.spread(reference / own),
+        "ratio": harness.ratio(reference, own),
     }
 
 
 def rows(case: str, result: dict[str, Any]) -> Iterator[list[str]]:
     for name, f in result["sides"].items():
-        step = harness.figure(f["seconds_per_step"], 4 if f["seconds_per_step"]["median"] < 0.1 else 2)
+        digits = 4 if f["seconds_per_step"]["median"] < 0.1 else 2
+        step = harness.figure(f["seconds_per_step"], digits)
         yield [
             *(
                 case,
@@ -291,6 +299,8 @@ def rows(case: str, result: dict[str, Any]) -> Iterator[list[str]]:
                 step,
             ),
             *(f"{100 * f['padding_waste']:.0f} %", f"{f['peak_gib']:.2f}", harness.figure(f["ratio"])),
+            harness.figure(f["processor_seconds_per_step"], digits),
+            harness.figure(f["processor_ratio"]),
         ]
     for name, reason in result["absent"].items():
         yield [case, name, reason, *[""] * (len(HEADER) - 3)]
@@ -305,6 +315,8 @@ HEADER = (
     "padding",
     "peak GiB",
     "x torch_eager",
+    "processor s/step",
+    "x torch_eager (processor)",
 )
 
 

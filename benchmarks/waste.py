@@ -35,6 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
     parser.add_argument("--attention", default="auto", choices=("auto", "xla"))
+    parser.add_argument("--features", action="store_true", help="train from cached features")
     for axis in ("data", "fsdp", "tensor", "expert"):
         parser.add_argument(f"--{axis}", type=int, default=1, help="size of that axis of the mesh")
     parser.add_argument("--largest", type=int, default=12, help="operations to list")
@@ -70,7 +71,8 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
         row_images=arguments.images,
         row_answers=arguments.answers or arguments.tokens // 4,
     )
-    config = dataclasses.replace(config, data=data)
+    train = dataclasses.replace(config.train, cache_features=arguments.features)
+    config = dataclasses.replace(config, data=data, train=train)
     sizes = {axis: getattr(arguments, axis) for axis in sharding.MESH_AXES}
     devices = np.array(topologies.devices(topology)).reshape(tuple(sizes.values()))
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)

@@ -2,6 +2,7 @@
 does not.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -178,6 +179,29 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
     assert "none.json does not exist; give what" in capsys.readouterr().err
 
 
+def test_sides_are_warm_before_anything_counts():
+    """A side that gets faster runs again, the others with it no longer; never without end."""
+    seconds = {
+        "compiles": [9, 3, 1, 0.95, 0.9],
+        "steady": [1, 0.9, 0.1, 0.1],
+        "falls": [9, 6, 4, 2, 1, 0.5],
+    }
+    ran = {name: 0 for name in seconds}
+
+    def one(name: str) -> float:
+        ran[name] += 1
+        return seconds[name][ran[name] - 1]
+
+    harness.warm({name: functools.partial(one, name) for name in seconds})
+    assert ran == {"compiles": 4, "steady": 2, "falls": 5}
+
+
+def test_two_rounds_give_no_ratio():
+    assert harness.ratio([2, 2], [1, 1]) is None and harness.figure(None) == "needs 3 rounds"
+    found = harness.ratio([2, 4, 6], [1, 1, 1])
+    assert found == {"median": 4, "min": 2, "max": 6} and harness.figure(found) == "4.00 (2.00 .. 6.00)"
+
+
 def test_a_side_that_fails_is_named(tmp_path):
     script = tmp_path / "side.py"
     script.write_text(
@@ -229,7 +253,7 @@ def test_peak_memory_is_of_the_process_itself():
 def test_script(torch, tmp_path, script, sides):
     """The whole script at its smallest size, as a user starts it."""
     out = tmp_path / "out.json"
-    options = ["--size=tiny", "--threads=1", "--rounds=2", f"--out={out}"]
+    options = ["--size=tiny", "--threads=1", "--rounds=3", f"--out={out}"]
     if script == "train_step":
         options += ["--sides", "ours", "ours_shared"]  # compiling takes minutes
     if script == "moe_dispatch":
@@ -261,7 +285,8 @@ def test_script(torch, tmp_path, script, sides):
         found = result["cases"][case]["sides"]
         assert list(found) == expected
         for f in found.values():
-            assert len(f["round_seconds"]) == 2 and f["peak_gib"] > 0.1
+            assert len(f["round_seconds"]) == 3 and f["peak_gib"] > 0.1
+            assert f["processor_seconds_per_step"]["min"] > 0 and f["processor_ratio"]["median"] > 0
             assert f["examples_per_second"]["min"] <= f["examples_per_second"]["median"]
     assert "| padded  | ours " in ran.stdout and "useful examples/s" in ran.stdout
 

@@ -113,12 +113,14 @@ def test_flags_are_known_to_jaxlib_and_leave_the_users_own(place, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
     program = "import jax, os; print(jax.device_count(), os.environ['XLA_FLAGS'])"
     exports = "".join(
-        f'eval "$({LAUNCH}/xla_flags.sh {platform})"; ' for platform in ("cpu", "gpu-exact", "tpu")
+        f'eval "$({LAUNCH}/xla_flags.sh {platform})"; '
+        for platform in ("cpu", "gpu-exact", "gpu-overlap", "tpu")
     )
     done = run("bash", "-c", f'{exports} exec python -c "{program}"')
     assert done.returncode == 0, done.stderr[:500]
     devices, *flags = done.stdout.split()
-    assert devices == "3" and [flag[:9] for flag in flags] == ["--xla_gpu", "--xla_cpu", "--xla_for"]
+    assert devices == "3"
+    assert [flag[:9] for flag in flags] == ["--xla_gpu"] * 7 + ["--xla_cpu", "--xla_for"]
 
 
 def test_memory_of_a_card_is_the_users_to_set(place, monkeypatch):
@@ -130,7 +132,10 @@ def test_memory_of_a_card_is_the_users_to_set(place, monkeypatch):
 def test_an_unknown_platform_is_refused():
     done = run(LAUNCH / "xla_flags.sh", "gpus")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "xla_flags.sh: gpus is not a platform; give cpu, gpu, gpu-exact or tpu.\n"
+    assert (
+        done.stderr
+        == "xla_flags.sh: gpus is not a platform; give cpu, gpu, gpu-exact, gpu-overlap or tpu.\n"
+    )
 
 
 # --- local_processes.sh

@@ -211,7 +211,7 @@ class DataConfig:
     reencode: ReencodeConfig = ReencodeConfig()
     # whether a record that cannot be used is an error; if not, it is left out and counted
     strict: bool = False
-    # decoded images kept in memory, in MiB; 0: none
+    # decoded images (or their features) kept in memory, in MiB; 0: none
     image_cache_mib: Annotated[int, AtLeast(0), AtMost(2**20)] = 256
     # If a data set is another one than the run was trained with. refuse: an error; accept: every
     # result says so.

@@ -48,6 +48,7 @@ DIGEST = "S32"  # numpy's type of an image's 32 bytes
 # One image a record, to be read at random. Compression would save a fifth, and take most of the time.
 WRITING = "group_size:1,uncompressed"
 OVERHEAD = 1.01  # bytes of a file for each byte of features
+LATE = 90.0  # seconds within which a network file system shows the files of other processes
 
 
 class Picture(NamedTuple):
@@ -71,7 +72,7 @@ def cached(
     maker = maker_of(config, encoder)
     folder = config.data.cache_folder / "features" / hashlib.sha256(maker.encode()).hexdigest()[:16]
     shape = (config.model.vision.patches, config.model.vision.width)
-    with _alone(folder):
+    with processes.explain_lost_process(), _alone(folder):
         features = Features(folder, maker, shape)
         missing = list(_missing(features, pipeline.pictures()))
         digests = np.array([picture.digest for picture in missing], DIGEST)
@@ -79,12 +80,17 @@ def cached(
         if len(set(processes.gathered(hashlib.sha256(digests.tobytes()).hexdigest()))) > 1:
             raise _not_shared(folder)
         if missing:
+            begun = time.monotonic()
             _check_space(folder, features, len(missing))
             _compute(missing, config, pipeline, model, encoder, mesh, features)
             processes.gathered(0)  # all files are there now
-            features = Features(folder, maker, shape)
-            if not features.has(digests).all():
-                raise _not_shared(folder)
+            features, end = Features(folder, maker, shape), time.monotonic() + LATE
+            while not features.has(digests).all():
+                if time.monotonic() > end:
+                    raise _not_shared(folder)
+                time.sleep(1)
+                features = Features(folder, maker, shape)
+            processes.say(f"encoded {len(missing):,} images in {time.monotonic() - begun:.0f} s")
     return features
 
 
@@ -257,7 +263,6 @@ def _compute(
 
     As many images are encoded at once as in a training step, so that they fit into memory.
     """
-    begun = time.monotonic()
     together = config.data.rows // config.train.accumulation * config.data.row_images
     share, shares = sharding.rows_of_process(mesh, together)
     own = together // shares
@@ -283,7 +288,6 @@ def _compute(
     parts = [mine[step * own : (step + 1) * own] for step in range(steps)]
     with (
         concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool,
-        processes.explain_lost_process(),
         tqdm(
             desc="encoding images", total=len(missing), unit=" images", leave=False,
             disable=None if processes.leads() else True,
@@ -311,7 +315,6 @@ def _compute(
             _write(mine, rows, features)
         for _ in rows:  # the steps of the others
             pass
-    processes.say(f"encoded {len(missing):,} images in {time.monotonic() - begun:.0f} s")
 
 
 def _ahead(

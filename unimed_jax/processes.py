@@ -274,10 +274,11 @@ def explain_lost_process() -> Iterator[None]:
     """Ends this process with one sentence if another one has died: no step can finish then."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         import jax
 
-        if not isinstance(error, jax.errors.JaxRuntimeError):
+        # What fails while it is started, not while it runs, is a ValueError with the same words.
+        if not isinstance(error, jax.errors.JaxRuntimeError) and not re.match("[A-Z]+: ", str(error)):
             raise
         if jax.process_count() == 1 or not re.search(
             "Gloo|NCCL|UNAVAILABLE|ABORTED|[Cc]oordination|peer",

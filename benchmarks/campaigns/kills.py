@@ -57,7 +57,7 @@ FILES = {
 RESULTS = ("predictions.jsonl", "predictions.png", "routing.png", "report.md", "metrics.json")
 LEFT = re.compile(r"\..+\.\d+(-\d+)?|.*orbax-checkpoint-tmp|.*\.deleted|.*\.partial\.jsonl|.*\.tmp")
 # files that are compared in another way, or not at all
-OTHER = ("lock", "log.jsonl", "cost.json", "__pycache__")
+OTHER = ("lock", "log.jsonl", "cost.json", "environment.json", "report.html", "__pycache__")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -258,6 +258,21 @@ def test_mistakes_are_one_sentence(evil, tmp_path, capsys):
             page.write([two, tmp_path / "other"], tmp_path / "x.html")
 
 
+def test_an_evaluation_stands_without_its_page(evil, monkeypatch, capsys):
+    (_, two), _ = evil
+    page.write_page(two, toy_config())
+    assert (two / "report.html").is_file() and "wrote" in capsys.readouterr().out
+    monkeypatch.setattr(page, "write", lambda *arguments, **named: raised("the disk is full."))
+    page.write_page(two, toy_config())
+    assert "was not written: the disk is full." in capsys.readouterr().out
+    page.write_page(two / "none", toy_config())
+    assert capsys.readouterr().out == ""
+
+
+def raised(sentence):
+    raise UserError(sentence)
+
+
 def test_the_verb_writes_the_page(evil, capsys):
     (one, two), _ = evil
     assert cli.main(["report", str(one), str(two)]) == 0

@@ -1,15 +1,20 @@
 """Adapters as GPUs compute them equal the plain form, in values and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support import tiny
 
-from unimed_jax.config import LoraConfig
+from unimed_jax.config import LoraConfig, LossConfig
 from unimed_jax.model import low_rank
-from unimed_jax.model.layers import ACTIVATIONS, Linear
+from unimed_jax.model.layers import ACTIVATIONS, REMAT, Linear
+from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.quantised import quantise
+from unimed_jax.train.loss import loss_sums
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -76,6 +81,46 @@ def test_many_channels_take_the_plain_form(on_gpu, monkeypatch):
     values_and_gradients(layer, jnp.ones((1, 2, 64)), None)
     with pytest.raises(TypeError):
         values_and_gradients(linear(rank=low_rank.MOST), jnp.ones((1, 2, 64)), None)
+
+
+def test_remat_does_not_compute_the_small_product_again(on_gpu):
+    layer, x = linear(), jnp.ones((4, 64))
+
+    def products(policy):
+        def run(b):
+            own = nnx.clone(layer)
+            own.lora_b = nnx.Param(b)
+            return jnp.sin(own(x)).sum()
+
+        run = jax.checkpoint(run, policy=policy)
+        return str(jax.make_jaxpr(jax.grad(run))(layer.lora_b[...])).count("dot_general")
+
+    assert products(REMAT["full"]) == products(None) - 1
+
+
+@pytest.mark.slow
+def test_gradients_of_a_decoder_with_remat(monkeypatch):
+    """Of adapters, kernels and what lies below the decoder, with dropout, layers computed again."""
+    settings = dataclasses.replace(tiny.config(vision={"depth": 1}, lora={"dropout": 0.5}), remat="full")
+    leaves = parameters(tiny.model(settings))
+    parts = ("decoder/layers/attention/q/", "decoder/layers/mlp/", "connector/experts/bias")
+    given = {path: leaf for path, leaf in leaves.items() if path.startswith(parts)}
+    batch = tiny.mixed_batch(np.random.default_rng(0))
+
+    def gradients():
+        def loss(given):
+            model = with_parameters(tiny.abstract(settings), {**leaves, **given})
+            return loss_sums(model, batch, LossConfig(reduction="token"), None, jax.random.key(0))[0]
+
+        return jax.jit(jax.grad(loss))(given)
+
+    expected = gradients()
+    monkeypatch.setattr(low_rank, "hardware", lambda: "nvidia")
+    assert low_rank.separate(settings.lora.rank)
+    for path, own in gradients().items():
+        scale = np.abs(np.asarray(expected[path])).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(own, expected[path], rtol=0, atol=1e-5 * scale, err_msg=path)
 
 
 def test_gelu_in_16_bits_is_the_exact_one_rounded():

@@ -188,6 +188,17 @@ def test_separate_layers_pick_the_same_tokens(family, asked, monkeypatch):
     assert stacked() is None and plain(model, asked) == rows
 
 
+def test_options_for_gpus_are_known_to_jaxlib():
+    """jaxlib for CPU reads the options of GPUs too, and refuses an unknown one."""
+    for options in (*decoding.OPTIONS.values(), {"xla_gpu_no_such_option": 1}):
+        run = jax.jit(lambda x: 2 * x, compiler_options=options)
+        if "xla_gpu_no_such_option" in options:
+            with pytest.raises(Exception, match="xla_gpu_no_such_option"):
+                run(1)
+        else:
+            assert run(1) == 2
+
+
 def test_answers_end_at_the_end_of_text_or_at_their_own_length(model, asked, expected):
     lengths = [1 + i % NEW for i in range(len(asked.groups))]
     requests = [

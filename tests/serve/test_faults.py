@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import dataclasses
 import json
 import socket
 import sys
@@ -12,11 +11,9 @@ from pathlib import Path
 import pytest
 from serve.conftest import LIMITS
 
-from unimed_jax.errors import UserError
 from unimed_jax.serve.app import application, names_of
 from unimed_jax.serve.limits import Refused
 from unimed_jax.serve.server import server_of
-from unimed_jax.serve.service import Service
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -106,14 +103,6 @@ def test_the_tokenizers_own_store_of_words_can_be_emptied(live):
     assert tokenizer.encode("hippocampus") == before
 
 
-def test_a_run_whose_answers_depend_on_their_batch_is_refused(live):
-    moe = dataclasses.replace(live.run.config.model.moe, experts=2, eval_capacity_factor=1.0)
-    model = dataclasses.replace(live.run.config.model, moe=moe)
-    run = dataclasses.replace(live.run, config=dataclasses.replace(live.run.config, model=model))
-    with pytest.raises(UserError, match="cannot be served; use predict"):
-        Service(run, "it", live.service.limits)
-
-
 # ---- who asks ----------------------------------------------------------------------------------
 
 
@@ -167,7 +156,7 @@ def test_a_token_is_asked_for_where_it_is_set(live):
 
 
 def test_slow_and_broken_clients_are_let_go(live):
-    """Headers and bodies that do not come, what is no HTTP, and headers without end."""
+    """Headers and bodies that do not come, bytes that are not HTTP, and headers without end."""
     started = time.monotonic()
     assert what_slow_clients_got(slow_clients(live.port)) == []
     assert time.monotonic() - started < 15

@@ -59,7 +59,7 @@ def finished(on_one_device, built_once):
 def test_the_campaign_of_faults_finds_nothing(finished):
     """Every fault, dropped streams and SIGTERM under load; traced in a process of its own."""
     found = serving.faults(argparse.Namespace(run=finished, clients=6, quick=True))
-    assert found["wrong"] == [] and found["answered while stopping"] > 6 and found["faults"] > 70
+    assert found["wrong"] == [] and found["answered around SIGTERM"] > 6 and found["faults"] > 70
 
 
 @pytest.mark.slow

@@ -52,7 +52,9 @@ def test_boxes_go_in_and_out_as_pixels_of_the_image_as_sent(live):
     )
 
 
-def test_likelihoods_are_those_that_evaluation_measures(live):
+@pytest.mark.parametrize("few_programs", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_likelihoods_are_those_that_evaluation_measures(live, few_programs):
+    """Evaluation's own rows, which hold several questions, compile a program of their own."""
     history = [{"question": "Is it clear?", "answer": "no"}]
     options = ["red", "green square", "blue"]
     common = {"task": "vqa", "question": "Which colour?", "images": [url(WIDE)], "history": history}
@@ -62,7 +64,8 @@ def test_likelihoods_are_those_that_evaluation_measures(live):
     texts = (*options, answer["answer"])
     batch = [Asked(as_example(request), texts, request.history)]
     run = live.service.run
-    found = Likelihoods(run.model, run.config, run.tokenizer, [batch]).of(batch, [[WIDE]])[0]
+    measure = Likelihoods(run.model, run.config, run.tokenizer, [batch], few_programs)
+    found = measure.of(batch, [[WIDE]])[0]
     sums = [option["log_likelihood"] for option in answer["options"]]
     np.testing.assert_allclose(sums, found.sums[:3], rtol=1e-4)
     shares = np.exp(sums) / np.exp(sums).sum()

@@ -1,9 +1,14 @@
 """The cache of a frozen encoder's features, on coloured squares: what it holds, and what it refuses."""
 
+import concurrent.futures
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import shutil
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +18,8 @@ import test_processes
 from array_record.python.array_record_module import ArrayRecordReader
 from support.fake_brain import tiny_config
 
-from unimed_jax import features
+from unimed_jax import features, processes
+from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -48,7 +54,7 @@ class Dying(features.ArrayRecordWriter):
 def get_config(fate=""):
     if fate == "dies":
         features.ArrayRecordWriter = Dying
-    config = tiny_config(steps=6, save_every=2, cache_features=True)
+    config = tiny_config(steps=3, save_every=3, cache_features=True)
     config.train.rules = (dict(match="vision/*", train=False), dict(match="*", train=True))
     return config
 """
@@ -70,11 +76,11 @@ def settings(cache, images=24, fit="stretch", **train):
 @pytest.fixture(scope="module")
 def started(on_one_device, tmp_path_factory):
     """The same run before its first step, from features and from images; tests read its cache."""
-    made, place = {}, tmp_path_factory.mktemp("started")
-    for cached in (True, False):
-        config = settings(place / "cache", cache_features=cached)
-        made[cached] = prepare(from_config_dict(config), place / f"run{cached}")
-    return made
+    place = tmp_path_factory.mktemp("started")
+    cached = prepare(from_config_dict(settings(place / "cache")), place / "run")
+    config = from_config_dict(settings(place / "cache", cache_features=False))
+    pipeline = Pipeline(cached.datasets, config, cached.tokenizer)
+    return {True: cached, False: dataclasses.replace(cached, config=config, pipeline=pipeline)}
 
 
 @pytest.fixture
@@ -202,7 +208,9 @@ class Killed(Exception):
 
 @pytest.mark.slow
 def test_a_run_from_features_stops_and_continues_bit_for_bit(cache, tmp_path, monkeypatch, encoded):
-    config = from_config_dict(settings(cache))
+    given = settings(cache)
+    given.evaluate.entries = (dict(source="squares", task="vqa", split="val", every=3),)
+    config = from_config_dict(given)
     straight = loop.train(config, tmp_path / "straight")
     write = Log.write
 
@@ -217,6 +225,11 @@ def test_a_run_from_features_stops_and_continues_bit_for_bit(cache, tmp_path, mo
             loop.train(config, tmp_path / "run")
     ours = loop.train(config, tmp_path / "run")
     assert ours.step == straight.step == 6 and not encoded
+    held_out = [
+        [line["val/squares/vqa/loss"] for line in test_processes.lines(tmp_path, run) if len(line) == 2]
+        for run in ("straight", "run")
+    ]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 2  # measured on images
     for path, leaf in parameters(straight.model).items():
         np.testing.assert_array_equal(parameters(ours.model)[path], leaf, err_msg=path)
 
@@ -257,6 +270,34 @@ def test_a_kill_loses_one_file_and_the_rest_is_computed_later(
     assert encoded == [24, 10]
 
 
+def test_a_second_run_waits_and_finds_what_the_first_has_made(opened, cache, encoded, monkeypatch):
+    (path,) = files_of(cache)
+    hidden, said = path.with_suffix(".hidden"), threading.Event()
+    path.rename(hidden)
+    monkeypatch.setattr(processes, "say", lambda text: said.set())
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        (path.parent / "lock").open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(opened, cache)
+        assert said.wait(60) and not second.done()
+        hidden.rename(path)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert len(second.result(60)) == 24 and not encoded
+
+
+def test_files_of_other_processes_that_show_late_are_awaited(opened, cache, tmp_path, monkeypatch):
+    (path,) = files_of(cache)
+
+    def elsewhere(*arguments):
+        hidden = shutil.copy(path, arguments[-1].folder / "hidden")
+        threading.Timer(1.0, lambda: os.rename(hidden, hidden.with_name(path.name))).start()
+
+    monkeypatch.setattr(features, "_compute", elsewhere)
+    assert len(opened(tmp_path / "new")) == 24
+
+
 def test_only_new_images_are_encoded(cache, tmp_path, encoded):
     start = prepare(from_config_dict(settings(cache, images=30)), tmp_path / "run")
     assert encoded == [6] and len(start.pipeline._features) == 30
@@ -288,6 +329,7 @@ def test_killed_processes_go_on_together_and_train_to_the_losses_of_one(tmp_path
 
     started = start_processes(tmp_path, "both", 2, "dies")
     assert [process.wait(timeout=240) for process in started][1] == -signal.SIGKILL
+    assert "process 0 of 2 has lost another one" in test_processes.said(tmp_path, "both", 0)
     left = files_of(cache)
     assert 0 < len(left) < 8 and list((cache / "features").glob("*/.*"))  # and half a file
     test_processes.finish(tmp_path, "both", start_processes(tmp_path, "both", 2))
@@ -301,7 +343,7 @@ def test_killed_processes_go_on_together_and_train_to_the_losses_of_one(tmp_path
         [line["train/loss"] for line in test_processes.lines(tmp_path, run)] for run in ("alone", "both")
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert len(losses[0]) == 6
+    assert len(losses[0]) == 3
 
 
 def start_processes(place, run, count, fate=""):
@@ -344,6 +386,26 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
 def test_a_place_that_cannot_be_written_is_refused(opened, tmp_path):
     (tmp_path / "features").write_text("")
     refused(r"features cannot be kept in .*; set config\.data\.cache", opened, tmp_path)
+
+
+def test_a_disk_that_becomes_full_leaves_no_half_file(opened, tmp_path, monkeypatch):
+    class Full(features.ArrayRecordWriter):
+        def write(self, record):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features, "ArrayRecordWriter", Full)
+    refused(r"No space left on device.* nothing of it was kept; free some", opened, tmp_path)
+    assert [path.name for path in tmp_path.glob("features/*/*")] == ["lock"]
+
+
+def test_processes_that_share_no_folder_are_refused(opened, cache, tmp_path, monkeypatch):
+    sentence = r"do not find the same files in .*; set config\.data\.cache to a folder that all"
+    with monkeypatch.context() as patch:  # what the others have found differs
+        patch.setattr(processes, "gathered", lambda value: [value, "another"])
+        refused(sentence, opened, cache)
+    monkeypatch.setattr(features, "_compute", lambda *arguments: None)  # the others' files are elsewhere
+    monkeypatch.setattr(features, "LATE", 1.0)
+    refused(sentence, opened, tmp_path / "new")
 
 
 @pytest.mark.parametrize("part", ["cut", "empty", "first record", "features"])

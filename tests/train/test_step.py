@@ -25,6 +25,7 @@ from unimed_jax.data import layout
 from unimed_jax.model.layers import Linear
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import leaf_rules
+from unimed_jax.train import step
 from unimed_jax.train.loss import answer_logits, cross_entropy
 from unimed_jax.train.optimizer import Optimizer
 from unimed_jax.train.step import TrainState, make_step
@@ -330,3 +331,13 @@ def test_soft_coordinates_have_finite_gradients(sd):
         expected = np.asarray(jax.nn.softmax(random_logits()[b, a])).copy()
         expected[int(TARGETS[b, a])] -= 1
         np.testing.assert_allclose(gradient[b, a], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("here", ["cpu", "tpu"])
+def test_the_options_of_the_compiler_are_those_of_the_hardware(monkeypatch, here):
+    given = []
+    monkeypatch.setattr(step, "hardware", lambda: here)
+    monkeypatch.setattr(jax, "jit", lambda function, **how: given.append(how["compiler_options"]))
+    _compiled.__wrapped__(1, ADAPT, 0.0, 0)
+    assert given == [step.OPTIONS.get(here)]
+    assert (given[0] is None) == (here == "cpu")

@@ -61,7 +61,9 @@ def measure_units(
                         pixels = [
                             [unit.source.data.image(k) for k in one.example.images] for one in batch
                         ]
-                        measured = dict(zip(names, measure(batch, pixels), strict=True))
+                        found_now = zip(names, measure(batch, pixels), strict=True)
+                        # those of single tokens are arrays, which no score needs and no journal takes
+                        measured = {name: dataclasses.replace(one, each=[]) for name, one in found_now}
                         found |= measured
                         journal.add(measured)
                     bar.update(len(places))

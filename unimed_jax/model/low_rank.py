@@ -9,11 +9,13 @@ CPUs the plain form is as good.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unimed_jax.model.attention import hardware
 
 MOST = 16  # channels; with more, a product of matrices costs less than reading its result
+SAVED = "low_rank"  # the name of x A, which remat saves: it is small, and x need not be read again
 
 
 def add_low_rank(
@@ -28,7 +30,8 @@ def add_low_rank(
         return y + x @ a * scale @ b
     # Without the barrier the compiler would write the sum's other term whole, so that the kernel's
     # product can add to it.
-    return jax.lax.optimization_barrier(y) + _widen(_narrow(x, a) * scale, b)
+    low = checkpoint_name(_narrow(x, a) * scale, SAVED)
+    return jax.lax.optimization_barrier(y) + _widen(low, b)
 
 
 def separate(rank: int) -> bool:

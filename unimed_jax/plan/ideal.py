@@ -319,7 +319,7 @@ class _Count:
 
     def _residual(self) -> None:
         """Adds the residual streams: where they are added to, and what their gradients read."""
-        model, data = self.config.model, self.config.data
+        model = self.config.model
         decoder, vision = model.decoder, model.vision
         adds = 1 if decoder.parallel_block else 2
         norms = adds + 2 * decoder.post_norms

@@ -82,9 +82,9 @@ class Likelihoods:
     ):
         """Takes all batches that will be measured, since they decide the shape of the rows.
 
-        few_programs: rounds the shape up to a power of two and measures row by row, so that a server
-        which asks again and again soon compiles nothing any more, and keeps no ids of texts. Raises
-        UserError for a prompt of more than config.text.max_prompt tokens.
+        few_programs: measures row by row, in rows of a power of two that have place for most questions,
+        so that a server which asks again and again compiles hardly anything, and keeps no ids of texts.
+        Raises UserError for a prompt of more than config.text.max_prompt tokens.
         """
         self._model, self._config, self._pad = model, config, tokenizer.pad
         self._encoder = layout.Encoder(
@@ -95,7 +95,9 @@ class Likelihoods:
         alone = max(prefix + max(texts) for prefix, texts, *_ in every)
         together = max(prefix + sum(texts) for prefix, texts, *_ in every)
         tokens = -(-max(alone, min(together, ROW)) // BUCKET) * BUCKET
-        tokens = 1 << (tokens - 1).bit_length() if few_programs else tokens
+        if few_programs:
+            longest = config.text.max_prompt + config.evaluate.max_new_tokens
+            tokens = 1 << (max(tokens, min(ROW, longest)) - 1).bit_length()
         seen = [len(asked.example.images) for batch in batches for asked in batch]
         mean = sum(min(prefix + sum(texts), tokens) for prefix, texts, *_ in every) / len(every)
         # As many slots for images as rows of questions of the mean length need.

@@ -24,9 +24,10 @@ BUCKET = 32  # prompt lengths are rounded up to multiples, so that few shapes ar
 class PlainLoop:
     """Answers requests with one model, in batches that begin and end together."""
 
-    def __init__(self, model: UniMed, config: Config, tokenizer: Tokenizer):
+    def __init__(self, model: UniMed, config: Config, tokenizer: Tokenizer, keeps: bool = True):
+        """Takes whether the ids of texts are kept for the next time."""
         self._model, self._config, self._tokenizer = model, config, tokenizer
-        self._prompts = Prompts(config, tokenizer)
+        self._prompts = Prompts(config, tokenizer, keeps)
 
     def answers(self, requests: Sequence[Request], batch: int) -> list[str]:
         """Answers all requests, in order, `batch` at a time.

@@ -209,7 +209,7 @@ def _type(name: str) -> str:
 def _file(page: dict[str, tuple[bytes, str]], name: str) -> Response:
     if name not in page:
         raise Refused(
-            404, "there is no such page; open / for the page, or see docs/serving.md.", "not_found"
+            404, "that page does not exist; open / instead, or see docs/serving.md.", "not_found"
         )
     content, kind = page[name]
     return Response(content, media_type=kind)

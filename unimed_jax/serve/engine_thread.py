@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from unimed_jax.data.layout import PromptTooLong
 from unimed_jax.errors import UserError
 from unimed_jax.predict.engine import Engine, Piece
+from unimed_jax.predict.one_by_one import OneByOne
 from unimed_jax.predict.request import Request
 from unimed_jax.serve.limits import Refused, wrong
 
@@ -70,7 +71,7 @@ class Answer:
 class EngineThread:
     """Owns an engine; `ask` and `call` may be awaited by any task of the event loop."""
 
-    def __init__(self, make: Callable[[], Engine]):
+    def __init__(self, make: Callable[[], Engine | OneByOne]):
         """Takes what makes the engine: once at the start, and again if it ever fails."""
         self._make = make
         self._engine = make()
@@ -162,7 +163,7 @@ class EngineThread:
                     del self._answers[piece.number]
                 waiting.tell(piece)
 
-    def _again(self) -> Engine:
+    def _again(self) -> Engine | OneByOne:
         """Makes another engine, as the state of one that failed is lost; tries until it succeeds."""
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Measures what stands behind an answer: likelihoods of texts, and where the connector's experts look.
+"""Measures what an answer rests on: likelihoods of texts, and where the connector's experts look.
 
 All of it calls the model, so it runs in the engine's thread.
 """

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -16,8 +17,10 @@ from starlette.requests import Request as Http
 from unimed_jax.config import Config
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.model import decoding
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.engine import Engine, Piece
+from unimed_jax.predict.one_by_one import OneByOne
 from unimed_jax.predict.request import Request
 from unimed_jax.runs.open import Run
 from unimed_jax.serve.counts import Counts
@@ -48,16 +51,11 @@ class Service:
     """Answers with one run's model. Its methods belong to the event loop."""
 
     def __init__(self, run: Run, name: str, limits: Limits, slots: int | None = None):
-        """Opens the engine; raises UserError for a run that cannot be served.
+        """Opens the engine; raises UserError if memory cannot hold the answers.
 
         name: of the model, for clients; slots: how many answers are made at once at most.
         """
         config = run.config
-        if config.model.answers_depend_on_batch:
-            raise UserError(
-                f"{run.folder}: its answers depend on which questions are answered together (experts "
-                "of limited capacity), so it cannot be served; use predict or evaluate."
-            )
         run.tokenizer.keep_no_words()
         evaluate = dataclasses.replace(config.evaluate, max_new_tokens=limits.max_tokens)
         self.run = dataclasses.replace(run, config=dataclasses.replace(config, evaluate=evaluate))
@@ -65,9 +63,16 @@ class Service:
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
         self.failed = ""  # why the first answers could not be made
-        self.engine = EngineThread(
-            lambda: Engine(run.model, self.run.config, run.tokenizer, run.mesh, slots=slots)
-        )
+
+        def made() -> Engine | OneByOne:
+            with run.inside():
+                decoding.prepare(run.model)  # it only answers from here on
+            parts = run.model, self.run.config, run.tokenizer, run.mesh
+            if config.model.answers_depend_on_batch:  # then each is made alone
+                return OneByOne(*parts)
+            return Engine(*parts, slots=slots)
+
+        self.engine = EngineThread(made)
         sizes = self.engine.sizes
         fitting = (config.text.max_prompt - 1) // config.model.tokens_per_image
         self.limits = dataclasses.replace(
@@ -98,13 +103,15 @@ class Service:
     async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
-        shown = Request("vqa", "?", (black,), max_new_tokens=2)
-        request = shown if self.limits.images else Request("qa", "?", max_new_tokens=2)
-        answer, _ = await self.engine.ask(request)
-        async for _ in answer.pieces():
-            pass
-        await self.engine.call(lambda: likelihood_of(self.run, request, ["?"]))
-        await self.engine.call(lambda: routing_of(self.run, request))
+        requests = [Request("qa", "?", max_new_tokens=2)]
+        if self.limits.images:
+            requests.append(Request("vqa", "?", (black,), max_new_tokens=2))
+        for request in requests:
+            answer, _ = await self.engine.ask(request)
+            async for _ in answer.pieces():
+                pass
+            await self.engine.call(functools.partial(likelihood_of, self.run, request, ["?"]))
+        await self.engine.call(lambda: routing_of(self.run, requests[-1]))
 
     def close(self) -> None:
         self.engine.close()

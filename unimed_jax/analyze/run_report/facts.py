@@ -16,8 +16,13 @@ from unimed_jax.parsing import json_lines, read_json, read_text
 from unimed_jax.runs import environment
 from unimed_jax.runs.folder import read_config
 
-LARGEST = 4 << 30  # bytes of a file of answers or a log
-COUNTED = 200_000  # examples of a split whose tasks are counted
+LARGEST = 1 << 30  # bytes of a file of answers or a log
+COUNTED = 50_000  # examples of a split whose tasks are counted
+# of a line of predictions.jsonl
+KEPT = (
+    *("id", "set", "task", "template", "question", "images", "reference", "prediction"),
+    *("box", "image_size", "blind", "peers"),
+)
 AUDIT = "check/check.json"  # in a run's folder: where `data check --out=RUN/check` puts it
 
 
@@ -71,7 +76,7 @@ def gather(
             f"{file} is not of this version of the program; score it again (evaluate --run={folder})."
         )
     records = {
-        line["id"]: line
+        line["id"]: {key: line[key] for key in KEPT}
         for line in _lines(folder / "predictions.jsonl")
         if line.get("split") == metrics["split"]
     }

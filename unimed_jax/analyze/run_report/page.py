@@ -30,27 +30,24 @@ def write(
 
     out: the file (default: report.html in the folder of a single run, reports.html in the first of
     several); audit: a check.json to take in place of that of the first run; config: the settings of a
-    folder that holds none. Raises UserError for a run
-    that was not scored, and for damaged files.
+    folder that holds none. Raises UserError for a run that was not scored, and for damaged files.
     """
     signs = [chr(ord("A") + i) for i in range(len(folders))] if len(folders) > 1 else [""]
-    runs = [
-        gather(folder, name, sign, None if number else audit, config)
-        for number, (folder, name, sign) in enumerate(
-            zip(folders, names_of(folders), signs, strict=True)
-        )
-    ]
-    splits = {run.split for run in runs}
-    if len(splits) > 1:
-        raise UserError(
-            f"the runs are scored on different splits ({', '.join(sorted(splits))}); score them on one."
-        )
-    config = next((run.config for run in runs if run.config is not None), None)
+    named = zip(folders, names_of(folders), signs, strict=True)
     try:
-        text = page(runs, Data(config))
+        runs = [
+            gather(folder, name, sign, None if number else audit, config)
+            for number, (folder, name, sign) in enumerate(named)
+        ]
+        splits = sorted({run.split for run in runs})
+        if len(splits) > 1:
+            raise UserError(
+                f"the runs are scored on different splits ({', '.join(splits)}); score them on one."
+            )
+        text = page(runs, Data(next((run.config for run in runs if run.config is not None), None)))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration) as error:
         raise UserError(
-            f"{', '.join(str(run.folder) for run in runs)}: a file of the results has another form than "
+            f"{', '.join(map(str, folders))}: a file of the results has another form than "
             f"this version writes ({error!r}); score and analyse the run again."
         ) from error
     place = out or folders[0] / (NAME if len(folders) == 1 else "reports.html")
@@ -166,10 +163,16 @@ def check_count(folders: Sequence[Path]) -> None:
         raise UserError("a run is named twice; name each once.")
 
 
-def write_page(folder: Path, config: Config) -> None:
-    """Writes report.html beside the scores of an evaluation that has ended; says where it is.
+def write_page(folder: Path, config: Config | None = None) -> None:
+    """Writes report.html beside the scores of an evaluation or after an analysis; says where it is.
 
-    It is called on all processes; the leader writes, if there are scores.
+    config: the settings of a folder that holds none. It is called on all processes; the leader writes,
+    if there are scores. Whatever hinders it is said
+    and raises nothing: the scores are there.
     """
-    if processes.leads() and (folder / "metrics.json").is_file():
+    if not (processes.leads() and (folder / "metrics.json").is_file()):
+        return
+    try:
         processes.say(f"wrote {write([folder], config=config)}")
+    except UserError as error:
+        processes.say(f"{folder / NAME} was not written: {error}")

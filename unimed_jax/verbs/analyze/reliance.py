@@ -28,6 +28,7 @@ def run(arguments: list[str]) -> None:
     start()
 
     from unimed_jax.analyze.reliance import measure_reliance
+    from unimed_jax.analyze.run_report.page import write_page
     from unimed_jax.runs.open import open_run, settings_of
 
     config = changed(settings_of(Path(folder)), overrides, CHANGEABLE)
@@ -36,3 +37,5 @@ def run(arguments: list[str]) -> None:
     )
     with opened.inside():
         measure_reliance(opened, config, out, known.split)
+    if out.parent == folder:
+        write_page(folder)

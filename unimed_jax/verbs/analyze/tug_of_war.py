@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> None:
     start()
 
     from unimed_jax.analyze import drawing
+    from unimed_jax.analyze.run_report.page import write_page
     from unimed_jax.analyze.tug_of_war import analyse
     from unimed_jax.analyze.tug_of_war_report import content, draw, page
     from unimed_jax.runs.checkpoint import Checkpoints
@@ -64,6 +65,8 @@ def run(arguments: list[str]) -> None:
                 with opened.inside():
                     found.append(analyse(opened, known.split, known.match, known.batches, known.planted))
     drawing.write(out, "tug_of_war", content(found), page(found), lambda path: draw(path, found))
+    if out.parent == folders[0]:
+        write_page(folders[0])
 
 
 def _checkpoint(word: str) -> list[str | int]:
