@@ -304,6 +304,32 @@ def test_dispatch_compiles_for_tpu(tmp_path):
     assert list(sides) == moe_dispatch.names((4,)) and all(f["temporaries"] > 0 for f in sides.values())
 
 
+SMALL_EXPERTS = ("--rows=256", "--width=128", "--hidden=256")
+
+
+def _grouped_kernels(*options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / "grouped_kernels.py"), *SMALL_EXPERTS, *options]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.slow
+def test_grouped_kernels_are_compared_and_timed():
+    out = _grouped_kernels("--ways", "blocks", "experts", "ragged_dot", "megablox")
+    assert all(f"| {name}" in out for name in ("blocks", "experts", "ragged_dot"))
+    assert "megablox" not in out and "differs" not in out and "does not run" not in out
+
+
+@pytest.mark.slow
+def test_megablox_compiles_for_tpu():
+    pytest.importorskip("libtpu", reason="compiling for TPUs: pip install libtpu")
+    out = _grouped_kernels("--ways", "megablox", "--topology=v5e:2x2")
+    forward = next(line for line in out.splitlines() if "| forward " in line)
+    # 256 rows fill a block, and each of four experts may have one more: five times the useful FLOPs
+    assert " 5.00 " in forward and "does not compile" not in out
+
+
 @pytest.mark.slow
 def test_waste_of_a_tiny_step():
     script = str(BENCHMARKS / "waste.py")
