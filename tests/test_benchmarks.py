@@ -375,8 +375,7 @@ def test_laws_of_a_toy(tmp_path):
         (law,) = laws.laws(growth, points)
         assert law["compiled"].worst < 0.01 and [point["x"] for point in points] == list(growth.values)
         found[growth.title] = law
-    assert 1 < found["chips"]["ratio"] < 2
-    # plain attention multiplies all pairs, of which the ideal counts half; remat computes them again
-    assert 1 < found["tokens"]["ratio"] < 4
+    # Plain attention multiplies all pairs, of which the ideal counts half, and remat adds a third.
+    assert 1 < found["chips"]["ratio"] < 8 / 3 and 1 < found["tokens"]["ratio"] < 8 / 3
     laws.draw(tmp_path / "laws.png", [found["chips"]], {"chips": points})
     assert (tmp_path / "laws.png").stat().st_size > 5000
