@@ -60,7 +60,7 @@ REFER = {"task": "refer", "question": "a"}
 TEXT = {"task": "qa", "question": "a"}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://127.0.0.1:1/x.png"/></svg>'
 HTML = b"<!doctype html><html><script>alert(1)</script></html>"
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/owned) (w) file closefile\nshowpage\n"
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(owned) (w) file closefile\nshowpage\n"
 WEBP = b"RIFF\x24\0\0\0WEBPVP8 \x18\0\0\0"  # cut off there
 
 

@@ -15,7 +15,7 @@ from unimed_jax.evaluate.report.markdown import ABOUT_PROTOCOLS, routing_line
 from unimed_jax.verdicts import with_interval
 
 MOST_CURVES = 36
-# what a log holds that is drawn at once, in this order; the rest of the log is behind a click
+# what a log holds that is drawn in the open, in this order; the rest is folded
 _FIRST = ("train/loss", "loss/", "valid/", "train/grad_norm", "train/lr")
 
 

@@ -39,7 +39,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 
 def joined(parts: Iterable[Any]) -> Markup:
-    """Puts parts behind each other, each escaped unless it is markup."""
+    """Joins parts in their order, each escaped unless it is markup."""
     return Markup("".join(map(escaped, parts)))
 
 

@@ -12,7 +12,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report.markdown import MEDICAL, rows_of
 
 NAME = "report.html"
-MOST_RUNS = 8  # colours that can be told apart
+MOST_RUNS = 8  # colours that an eye can distinguish
 # Nothing is fetched, nothing runs: the page needs only its own styles and the pictures inside it.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

@@ -132,7 +132,7 @@ def _figure(record: Mapping[str, Any], runs: Sequence[Facts], data: Data, budget
     for run, answer, one in seen:
         words = tag("q", _cut(answer["prediction"].strip() or "(nothing)", SHORT))
         said.append(tag("p", signed(run), " ", words, " ", _chip(record["task"], one), class_="said"))
-    if _told(seen):
+    if _gives_reference(seen):
         said.append(tag("p", f"reference: {_cut(record['reference'], SHORT)}", class_="question"))
     return tag(
         "figure",
@@ -155,21 +155,21 @@ def _text(record: Mapping[str, Any], seen: Seen) -> Markup:
         for run, answer, _ in seen
         if len(answer["prediction"]) > SHORT
     ]
-    told = _told(seen) and len(record["reference"]) <= SHORT
+    given = _gives_reference(seen) and len(record["reference"]) <= SHORT
     name = _best_guess(record, seen[0][0]) if seen else ""
     guess = {**record.get("blind", {}), **record.get("peers", {})}.get(name)
     return facts(
         [
             ("Question", _cut(record["question"]) if len(record["question"]) > SHORT else ""),
             *answers,
-            ("Reference", "" if told else _cut(record["reference"]) or "(nothing)"),
+            ("Reference", "" if given else _cut(record["reference"]) or "(nothing)"),
             (f"Best guess without the image ({name})", _cut(guess) if guess else ""),
             ("Example", " · ".join(filter(None, (record["id"], record.get("template"))))),
         ]
     )
 
 
-def _told(seen: Seen) -> bool:
+def _gives_reference(seen: Seen) -> bool:
     """Says whether the caption gives the reference, because an answer is wrong."""
     return any(one.right is False for *_, one in seen)
 
