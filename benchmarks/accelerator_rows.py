@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from train_step_rows import TRAINING
 
 from unimed_jax.config import (
     Config,
@@ -44,10 +45,8 @@ from unimed_jax.config import (
     DataConfig,
     DecoderConfig,
     LoraConfig,
-    LossConfig,
     ModelConfig,
     MoeConfig,
-    OptimizerConfig,
     RuleConfig,
     TrainConfig,
     VisionConfig,
@@ -195,15 +194,7 @@ def training(scale: Scale, rows: int, tokens: int, **model: Any) -> Config:
         data=DataConfig(
             rows=rows, row_tokens=tokens, row_images=images, row_answers=images * scale.image_every // 4
         ),
-        loss=LossConfig(reduction="token"),
-        optimizer=OptimizerConfig(skip_unused=True),
-        train=TrainConfig(
-            rules=(
-                RuleConfig("decoder/*/lora_?", True),
-                RuleConfig("connector/*", True),
-                RuleConfig("*", False),
-            )
-        ),
+        **TRAINING,
     )
 
 

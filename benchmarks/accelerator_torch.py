@@ -112,19 +112,9 @@ def _batch(config: Any) -> dict[str, Any]:
 
 
 def decode(scale: Scale, known: Values, emit: Emit) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    d = scale.model.decoder
-    settings = LlamaConfig(
-        vocab_size=d.vocab,
-        hidden_size=d.width,
-        intermediate_size=d.mlp_width,
-        num_hidden_layers=d.depth,
-        num_attention_heads=d.heads,
-        num_key_value_heads=d.kv_heads,
-        head_dim=d.head_dim,
-        rms_norm_eps=d.norm_eps,
-    )
+    settings = torch_unimed.llama_settings(scale.model.decoder)
     with torch.device(DEVICE):
         torch.set_default_dtype(torch.bfloat16)
         model = LlamaForCausalLM(settings).eval()
@@ -133,7 +123,7 @@ def decode(scale: Scale, known: Values, emit: Emit) -> None:
     for rows in BATCHES:
         generator = torch.Generator(DEVICE).manual_seed(0)
         shape = (rows, scale.prompt)
-        ids = torch.randint(3, d.vocab, shape, device=DEVICE, generator=generator)
+        ids = torch.randint(3, scale.model.decoder.vocab, shape, device=DEVICE, generator=generator)
         how = {"max_new_tokens": scale.new, "do_sample": False, "pad_token_id": 0}
         how |= {"attention_mask": torch.ones_like(ids)}
         values: Values = {}

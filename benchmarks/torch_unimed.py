@@ -9,11 +9,13 @@ Modules are named so that a state dict holds the names of
 `load_state_dict` is strict.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unimed_jax.config import VISUAL_TASKS, ModelConfig
+from unimed_jax.config import VISUAL_TASKS, DecoderConfig, ModelConfig
 from unimed_jax.interop.families.hf import linear_names
 
 
@@ -124,12 +126,29 @@ class Connector(nn.Module):
         return sum(weights[..., e : e + 1] * expert(x) for e, expert in enumerate(self.moe_layers))
 
 
+def llama_settings(decoder: DecoderConfig, **more: Any) -> Any:
+    """Describes the decoder to transformers, as a LlamaConfig."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=decoder.vocab,
+        hidden_size=decoder.width,
+        intermediate_size=decoder.mlp_width,
+        num_hidden_layers=decoder.depth,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        rms_norm_eps=decoder.norm_eps,
+        **more,
+    )
+
+
 class UniMed(Connector):
     """Holds the whole model: encoder and decoder frozen, adapters and connector trainable."""
 
     def __init__(self, config: ModelConfig):
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
         super().__init__(config)
         d, lora = config.decoder, config.lora
@@ -137,15 +156,8 @@ class UniMed(Connector):
         self.ln_vision = nn.LayerNorm(
             config.vision.width, eps=config.vision.output_norm_eps
         ).requires_grad_(False)
-        settings = LlamaConfig(
-            vocab_size=d.vocab,
-            hidden_size=d.width,
-            intermediate_size=d.mlp_width,
-            num_hidden_layers=d.depth,
-            num_attention_heads=d.heads,
-            num_key_value_heads=d.kv_heads,
-            head_dim=d.head_dim,
-            rms_norm_eps=d.norm_eps,
+        settings = llama_settings(
+            d,
             rope_parameters={"rope_type": "default", "rope_theta": d.rope_theta},
             max_position_embeddings=2048,
             use_cache=False,

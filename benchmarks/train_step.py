@@ -48,15 +48,12 @@ from typing import Any
 
 import harness
 import numpy as np
-from train_step_rows import BATCH, MIXTURE, SIZES, Size, batches, write_weights
+from train_step_rows import BATCH, MIXTURE, SIZES, TRAINING, Size, batches, write_weights
 
 from unimed_jax.config import (
     VISUAL_TASKS,
     Config,
-    LossConfig,
     OptimizerConfig,
-    RuleConfig,
-    TrainConfig,
 )
 
 SIDES = ("ours", "ours_shared", "torch_eager", "torch_compiled")
@@ -84,18 +81,7 @@ class Ours:
         from unimed_jax.train.program import build
         from unimed_jax.train.step import first_state
 
-        config = Config(
-            model=chosen.model,
-            loss=LossConfig(reduction="token"),
-            optimizer=OptimizerConfig(skip_unused=True),
-            train=TrainConfig(
-                rules=(
-                    RuleConfig("decoder/*/lora_?", True),
-                    RuleConfig("connector/*", True),
-                    RuleConfig("*", False),
-                )
-            ),
-        )
+        config = Config(model=chosen.model, **TRAINING)
         # Its step also takes batches of other shapes than those that it describes.
         program = build(config, None)
         leaves = {

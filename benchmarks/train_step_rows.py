@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,28 @@ from unimed_jax.config import (
     ConnectorConfig,
     DecoderConfig,
     LoraConfig,
+    LossConfig,
     ModelConfig,
+    OptimizerConfig,
+    RuleConfig,
+    TrainConfig,
     VisionConfig,
 )
 from unimed_jax.data import layout, packing
 from unimed_jax.settings import check_model
+
+# How the published training does it: adapters and connector train, a token is a token.
+TRAINING: dict[str, Any] = dict(
+    loss=LossConfig(reduction="token"),
+    optimizer=OptimizerConfig(skip_unused=True),
+    train=TrainConfig(
+        rules=(
+            RuleConfig("decoder/*/lora_?", True),
+            RuleConfig("connector/*", True),
+            RuleConfig("*", False),
+        )
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
+from support import tiny
 from support.fake_brain import tiny_config
 
 from unimed_jax.errors import UserError
-from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.one_by_one import OneByOne
 from unimed_jax.predict.predictor import Predictor
 from unimed_jax.predict.request import Request
@@ -34,8 +33,7 @@ def config():
 
 def test_answers_are_those_of_predict_alone(config, tokenizer):
     assert config.model.answers_depend_on_batch
-    model = UniMed(config.model, nnx.Rngs(0))
-    model.decoder.head[...] = model.decoder.head[...] * 8
+    model = tiny.sharp_model(config.model)
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     requests = [
         Request("qa", "Why?"),

@@ -6,8 +6,8 @@ import io
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
+from support import tiny
 from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.config import TASKS
@@ -20,7 +20,6 @@ from unimed_jax.model import sharding
 from unimed_jax.model import slots as programs
 from unimed_jax.model.generate import generate
 from unimed_jax.model.parameters import parameters, with_parameters
-from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.plain import prompt_batch
 from unimed_jax.predict.predictor import Predictor
 from unimed_jax.predict.request import Request, as_example
@@ -40,10 +39,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
-    """A random model whose head is sharp, so that no near tie decides a greedy answer."""
-    model = UniMed(config.model, nnx.Rngs(0))
-    model.decoder.head[...] = model.decoder.head[...] * 8
-    return model
+    return tiny.sharp_model(config.model)
 
 
 @pytest.fixture(scope="module")

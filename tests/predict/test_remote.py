@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from support import tiny
 from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.config import MoeConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.torch_file import TorchFile
 from unimed_jax.model.cache import Span
-from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.predictor import Predictor
 from unimed_jax.predict.remote import RemoteDecoder
 from unimed_jax.predict.request import Request
@@ -41,9 +40,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
-    model = UniMed(config.model, nnx.Rngs(0))
-    model.decoder.head[...] = model.decoder.head[...] * 8
-    return model
+    return tiny.sharp_model(config.model)
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):

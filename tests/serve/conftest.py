@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
+from support import tiny
 from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.data.tokenizer import Tokenizer, corpus, train_tokenizer
-from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.engine import Engine
 from unimed_jax.runs.open import Run
 from unimed_jax.serve.app import application, names_of
@@ -101,8 +100,7 @@ def live(tmp_path_factory):
     settings.text.max_prompt = 160
     config = from_config_dict(settings)
     train_tokenizer(corpus(Squares().examples("train"), config.text), config.text, folder)
-    model = UniMed(config.model, nnx.Rngs(0))
-    model.decoder.head[...] = model.decoder.head[...] * 8  # sharp: no near tie decides an answer
+    model = tiny.sharp_model(config.model)
     jax.config.update("jax_disable_most_optimizations", True)
     found = Live(Run(Path("runs/squares"), config, Tokenizer.load(folder), model, step=0))
     jax.config.update("jax_disable_most_optimizations", False)
