@@ -1,6 +1,7 @@
 """Our own form: boxes in pixels, likelihoods, routing, and pictures as the model sees them."""
 
 import base64
+import dataclasses
 import io
 import json
 
@@ -10,12 +11,14 @@ from PIL import Image
 from serve.conftest import png, square, url
 from support.dicom_files import dicom_file
 
-from unimed_jax.config import TASKS, VISUAL_TASKS
+from unimed_jax.config import TASKS, VISUAL_TASKS, ImageConfig
 from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.images import fit, read_image
 from unimed_jax.evaluate.routing import weights_by_task
 from unimed_jax.predict.likelihood import Asked, Likelihoods
 from unimed_jax.predict.request import Request, as_example
+from unimed_jax.serve.images import shown
+from unimed_jax.serve.limits import Refused
 from unimed_jax.serve.tasks import _boxes
 
 WIDE = np.random.default_rng(1).integers(0, 256, (40, 100, 3)).astype(np.uint8)
@@ -103,6 +106,7 @@ def test_pictures_come_back_as_the_model_sees_them(live):
     values = np.linspace(-1000, 1000, 48 * 32).reshape(48, 32).astype(np.int16)
     ct = dicom_file(values, Modality="CT", RescaleSlope=1, RescaleIntercept=0, RescaleType="HU")
     film = png(WIDE, "GIF", save_all=True, append_images=[Image.fromarray(255 - WIDE)])
+    pages = png(WIDE[:6, :8], "TIFF", save_all=True, append_images=[Image.fromarray(WIDE)])
     upright = Image.Exif()
     upright[274] = 6
     for content, kind, size, frames, view in (
@@ -111,6 +115,8 @@ def test_pictures_come_back_as_the_model_sees_them(live):
         (png(WIDE, "TIFF"), "tiff", (100, 40), 1, {}),
         (png(WIDE, "WEBP"), "webp", (100, 40), 1, {}),
         (film, "gif", (100, 40), 2, {"frame": 1}),
+        (pages, "tiff", (8, 6), 2, {}),
+        (pages, "tiff", (100, 40), 2, {"frame": 1}),
         (ct, "dicom", (32, 48), 1, {}),
         (ct, "dicom", (32, 48), 1, {"window": "bone"}),
         (ct, "dicom", (32, 48), 1, {"window": [40, 400.5]}),
@@ -127,6 +133,22 @@ def test_pictures_come_back_as_the_model_sees_them(live):
         assert np.array_equal(np.asarray(shown.convert("RGB")), read_image(content, settings))
     assert {"name": "brain", "centre": 40.0, "width": 80.0} in found["windows"]
     assert shown.mode == "L"
+
+
+def test_each_page_of_a_film_has_its_own_size(live):
+    """The limit of pixels holds for the page that is read, and the answer says which one it is."""
+    large = Image.new("L", (300, 300))
+    pages = png(WIDE[:6, :8], "TIFF", save_all=True, append_images=[large])
+    status, _, found = live.post("/v1/images", {"image": url(pages, "image/tiff"), "frame": 1})
+    assert status == 400 and "300 x 300 pixels by its header" in found["error"]["message"]
+    last = dataclasses.replace(live.run.config.data.sources[0], image=ImageConfig(frame="last"))
+    data = dataclasses.replace(live.run.config.data, sources=(last,))
+    config = dataclasses.replace(live.run.config, data=data)
+    with pytest.raises(Refused, match="300 x 300 pixels by its header"):
+        shown(config, live.service.limits, {"image": url(pages, "image/tiff")})
+    small = png(WIDE[:6, :8], "TIFF", save_all=True, append_images=[Image.fromarray(WIDE)])
+    found = shown(config, live.service.limits, {"image": url(small, "image/tiff")})
+    assert (found["frame"], found["width"], found["height"]) == (1, 100, 40)
 
 
 @pytest.mark.parametrize("path", ["/", "/page/none.js", "/page/..%2f..%2fapp.py", "/page/../app.py"])

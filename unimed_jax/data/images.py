@@ -143,22 +143,29 @@ class Header(NamedTuple):
     """Says what a picture's header does."""
 
     kind: str  # "png", "jpeg", "tiff", ..., "dicom"
-    width: int  # upright, of the first frame
+    width: int  # upright, of one frame
     height: int
     frames: int
+    frame: int  # which one, from 0
 
 
-def read_header(data: bytes, name: str) -> Header:
-    """Reads the header of a picture's bytes; nothing is decoded. Raises UserError as `check_header`."""
+def read_header(data: bytes, name: str, view: ImageConfig = PLAIN) -> Header:
+    """Reads the header of a picture's bytes; nothing is decoded.
+
+    The size is that of the frame that `view` names, as the pages of a TIFF have sizes of their own.
+    Raises UserError as `check_header`.
+    """
     frames = check_header(data, name)
+    frame = chosen_frame(view, frames, name)
     with _explained(name, data[:132]):
         if _is_dicom(data[:132], name):
             from unimed_jax.data.dicom import read_header
 
-            return Header("dicom", *read_header(io.BytesIO(data), name, PLAIN)[1], frames)
+            return Header("dicom", *read_header(io.BytesIO(data), name, PLAIN)[1], frames, frame)
         with _picture(io.BytesIO(data), name) as image:
-            kind = str(image.format).lower()
-        return Header(kind, *_upright_size(io.BytesIO(data), name), frames)
+            if image.format == "TIFF" and view != PLAIN:
+                _show(image, view, name)
+            return Header(str(image.format).lower(), *_upright_size(image), frames, frame)
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
@@ -174,17 +181,17 @@ def upright_size(path: str | Path) -> tuple[int, int]:
             from unimed_jax.data.dicom import read_header
 
             return read_header(file, name, PLAIN)[1]
-        return _upright_size(file, name)
+        with _picture(file, name) as image:
+            return _upright_size(image)
 
 
-def _upright_size(file: BinaryIO, name: str) -> tuple[int, int]:
-    with _picture(file, name) as image:
-        width, height = image.size
-        if image.format == "TIFF":  # whose size Pillow may have turned already
-            width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
-        turned = False
-        with contextlib.suppress(Exception):  # as in `_pixels`
-            turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
+def _upright_size(image: ImageFile.ImageFile) -> tuple[int, int]:
+    width, height = image.size
+    if image.format == "TIFF":  # whose size Pillow may have turned already
+        width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
+    turned = False
+    with contextlib.suppress(Exception):  # as in `_pixels`
+        turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 

@@ -29,8 +29,7 @@ def shown(config: Config, limits: Limits, body: Any) -> dict[str, Any]:
     if not fields.has("image"):
         raise wrong("'image' of the body is missing; send a data URL.", "missing_field")
     content = content_of(fields.get("image"), "'image'", limits)
-    frame = fields.whole("frame", 0, (1 << 31) - 1)
-    chosen = {"frame": frame, "window": _window(fields)}
+    chosen = {"frame": fields.whole("frame", 0, (1 << 31) - 1), "window": _window(fields)}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     picture = picture_of(content, "'image'", config, limits, **chosen)
     height, width, _ = picture.pixels.shape
@@ -39,7 +38,7 @@ def shown(config: Config, limits: Limits, body: Any) -> dict[str, Any]:
         "width": width,
         "height": height,
         "frames": picture.header.frames,
-        "frame": frame or 0,
+        "frame": picture.header.frame,
         "windows": _presets(content) if picture.header.kind == "dicom" else [],
         "kind": picture.header.kind,
     }
@@ -61,12 +60,12 @@ def _window(fields: Fields) -> Any:
         raise wrong(
             "'window' must be the name of a preset or [centre, width]; change it.", "invalid_type"
         )
-    centre, width = map(float, value)
+    centre, width = value
     if not (abs(centre) <= 1e6 and 1e-6 <= width <= 1e6):
         raise wrong(
             "'window' must have a centre from -1e6 to 1e6 and a width from 1e-6 to 1e6; change it."
         )
-    return centre, width
+    return float(centre), float(width)
 
 
 def _presets(content: bytes) -> list[dict[str, Any]]:

@@ -48,8 +48,11 @@ def content_of(url: Any, name: str, limits: Limits) -> bytes:
     try:
         return base64.b64decode(url[len(head) + 1 :].encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
-        raise wrong(f"{name} is damaged: what follows base64, is not base64; encode it again.",
-                    "invalid_base64") from None  # fmt: skip
+        raise wrong(
+            f"{name} is damaged: what follows base64, is not base64; encode it again, "
+            "without line breaks.",
+            "invalid_base64",
+        ) from None
 
 
 def picture_of(content: bytes, name: str, config: Config, limits: Limits, **chosen: Any) -> Picture:
@@ -58,17 +61,18 @@ def picture_of(content: bytes, name: str, config: Config, limits: Limits, **chos
     It is read as those of the run's sources are, or with the frame and window that are chosen.
     """
     try:
-        header = images.read_header(content, f"of {len(content)} bytes")
+        view = dataclasses.replace(config.data.common_image or images.PLAIN, **chosen)
+        frame = dataclasses.replace(view, window=None)
+        header = images.read_header(content, f"of {len(content)} bytes", frame)
         if header.width * header.height > limits.pixels:
             raise wrong(
                 f"{name} has {header.width} x {header.height} pixels by its header, more than the "
                 f"{limits.pixels} that are read; scale it down.",
                 "image_too_large",
             )
-        view = config.data.common_image or images.PLAIN
-        if header.kind != "dicom":
-            view = dataclasses.replace(view, window=None)  # which fits DICOM alone
-        return Picture(images.read_image(content, dataclasses.replace(view, **chosen)), header)
+        if header.kind != "dicom" and "window" not in chosen:
+            view = frame  # the window of the run's sources fits DICOM alone
+        return Picture(images.read_image(content, view), header)
     except UserError as error:
         raise wrong(f"{name}: {error}", "invalid_image") from error
 
