@@ -52,7 +52,7 @@ class Live:
     def __init__(self, run: Run):
         self.run, self.stops = run, False
         self.service = Service(run, "squares", LIMITS)
-        self.app = application(self.service, names_of("127.0.0.1"))
+        self.app = application(self.service, names_of("127.0.0.1", "127.0.0.1"))
         self.socket = listening("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -38,7 +38,9 @@ def test_mistakes_are_sentences(arguments, environment, words, tmp_path, monkeyp
     assert words in said and said.count("\n") == 1
 
 
-def test_a_port_in_use_is_a_sentence(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("host", ["127.0.0.1", "a" * 70, "", "no\0name"])
+def test_where_nobody_can_listen_is_a_sentence(host, tmp_path, capsys, monkeypatch):
+    """A port in use, or what is no name of a machine."""
     from unimed_jax.config import Config
 
     monkeypatch.setattr("unimed_jax.runs.open.settings_of", lambda folder: Config())
@@ -46,8 +48,9 @@ def test_a_port_in_use_is_a_sentence(tmp_path, capsys, monkeypatch):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert cli.main(["serve", f"--run={tmp_path}", f"--port={port}"]) == 2
-    assert "cannot listen there" in capsys.readouterr().err
+        assert cli.main(["serve", f"--run={tmp_path}", f"--host={host}", f"--port={port}"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot listen there" in said and said.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ class PageServer:
 
     def __init__(self, run: Run, token: str = ""):
         self.service, self._stops = Script(run), False
-        app = application(self.service, names_of("127.0.0.1"), token)
+        app = application(self.service, names_of("127.0.0.1", "127.0.0.1"), token)
         self._socket = listening("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/"
         server = server_of(app, self.service.limits, lambda: self._stops)

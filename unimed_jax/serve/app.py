@@ -5,6 +5,7 @@ import contextlib
 import hmac
 import ipaddress
 import mimetypes
+import re
 from collections.abc import AsyncIterator, Sequence
 from importlib import resources
 
@@ -79,6 +80,7 @@ def application(service: Service, hosts: Sequence[str] = (), token: str = "") ->
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a path is written in one way
     app.add_middleware(Guard, service=service, hosts=tuple(hosts), token=token)
     app.state.service = service
     return app
@@ -176,19 +178,20 @@ class Guard:
 
 
 def _name_of(host: str) -> str:
-    """Returns the name in a Host header, without its port."""
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0].lower()
+    """Returns the name in a Host header, without its port; empty for what is no such header."""
+    found = re.fullmatch(r"(\[[\da-f:.]+\]|[^\[\]:]*)(:\d*)?", host.lower())
+    return found[1] if found else ""
 
 
-def names_of(host: str) -> tuple[str, ...]:
-    """Returns the names that a server bound to `host` answers to: few on this machine, else any."""
-    try:
-        here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        here = host == "localhost"
-    return ("127.0.0.1", "localhost", "[::1]", host.lower()) if here else ()
+def names_of(host: str, address: str) -> tuple[str, ...]:
+    """Returns the names that a server answers to: few on this machine, any on a network.
+
+    host: as it was asked to listen; address: the one at which it does.
+    """
+    found = ipaddress.ip_address(address)
+    here = (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    own = f"[{address}]" if ":" in address else address
+    return ("127.0.0.1", "localhost", "[::1]", own, host.lower()) if here else ()
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:

@@ -96,21 +96,22 @@ def run(arguments: list[str]) -> None:
     )
     try:
         place = listening(known.host, known.port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for what no name can be
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host={known.host} --port={known.port}: this process cannot listen there "
-            f"({error.strerror or error}); choose another."
+            f"--host={known.host} --port={known.port}: this process cannot listen there ({reason}); "
+            "choose another."
         ) from error
     opened = open_run(known.run, changed=config.text.changed)
     name = known.name or Path(known.run).resolve().name
     service = Service(opened, name, limits, known.slots)
     host, port = place.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    shown, names = f"[{host}]" if ":" in host else host, names_of(known.host, host)
     print(f"serving {name} at http://{shown}:{port} (Ctrl-C ends it)", flush=True)
-    if not names_of(known.host) and not token:
+    if not names and not token:
         print(f"Every machine that reaches this address may ask: set {TOKEN} for a token.", flush=True)
     stops = stopped_by_signal()
-    server_of(application(service, names_of(known.host), token), service.limits, stops).run([place])
+    server_of(application(service, names, token), service.limits, stops).run([place])
     if service.failed:
         raise UserError(f"{known.run}: its first answer could not be made: {service.failed}")
     if Stoppable.current is not None and Stoppable.current.number is not None:
