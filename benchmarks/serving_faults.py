@@ -1,6 +1,7 @@
 """Lists faulty requests to a server, each with the status and the words that must answer it."""
 
 import base64
+import math
 import socket
 import struct
 import zlib
@@ -88,13 +89,18 @@ def faults(limits: Mapping[str, int]) -> dict[str, Fault]:
         "base64 of another alphabet": (CHAT, shown("data:image/png;base64,é"), 400, "not base64"),
         "base64 without its end": (CHAT, shown("data:image/png;base64,abc"), 400, "not base64"),
         "percent": (CHAT, shown("data:image/png,%89PNG"), 400, "not base64"),
+        "base64 in lines": (IMAGES, {"image": SQUARE.replace("A", "A\n")}, 400, "without line breaks"),
         "too many pixels": (CHAT, shown(url(bomb(12_000))), 400, "12000 x 12000"),
+        "a few pixels too many": (
+            CHAT, shown(url(bomb(math.isqrt(limits["pixels"]) + 1))), 400, "by its header, more than",
+        ),
         "far too many pixels": (IMAGES, {"image": url(bomb(60_000))}, 400, "3600000000 pixels"),
         "too many images": (TASKS, {"images": [SQUARE] * most, "question": "?"}, 400, "images, more"),
         "an image that is a number": (TASKS, {"images": [7], "question": "?"}, 400, "is a number"),
         "a frame that is not there": (IMAGES, {"image": SQUARE, "frame": 3}, 400, "no frame 3"),
         "a window of a png": (IMAGES, {"image": SQUARE, "window": "lung"}, 400, "fits DICOM alone"),
         "an unknown window": (IMAGES, {"image": SQUARE, "window": "lungs"}, 400, "did you mean 'lung'"),
+        "an endless window": (IMAGES, {"image": SQUARE, "window": [10**400, 1]}, 400, "a centre from"),
         "a window of no width": (IMAGES, {"image": SQUARE, "window": [1, 0]}, 400, "width"),
         "no image": (IMAGES, {}, 400, "is missing"),
         # bodies
@@ -159,11 +165,16 @@ def faults(limits: Mapping[str, int]) -> dict[str, Fault]:
         "options twice": (TASKS, {**TEXT, "options": ["a", "a"]}, 400, "different texts"),
         "too many options": (TASKS, {**TEXT, "options": ["a"] * 33}, 400, "more than the 32"),
         "history of texts": (TASKS, {**TEXT, "history": ["a"]}, 400, "turn 0 of 'history'"),
+        "history of another task": (
+            TASKS, {**SEEN, "history": [{"question": "[qa] a", "answer": "b"}]}, 400, "0 begins with",
+        ),
+        "history of an image": (CHAT, said("[vqa] a", "b", "c"), 400, "[vqa], which needs an image"),
         "history without an answer": (
             TASKS, {"task": "qa", "question": "a", "history": [{"question": "b"}]}, 400, "is missing",
         ),
         # paths
         "another path": ("/v1/completions", {}, 404, "nothing at this path"),
+        "a path with a slash more": ("/v1/tasks/", {}, 404, "nothing at this path"),
         "a path out": ("/page/..%2f..%2f..%2fetc%2fpasswd", {}, 404, "nothing at this path"),
         "another method": ("/v1/models", {}, 405, "does not take that method"),
     }  # fmt: skip

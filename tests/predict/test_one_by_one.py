@@ -65,7 +65,8 @@ def test_answers_are_those_of_predict_alone(config, tokenizer):
 
     async def served() -> list[str]:
         service = Service(Run(Path("run"), config, tokenizer, model, 0), "it", Limits(12))
-        spoken = [await service.ask(Asked(request, ())) for request in requests[:2]]
+        asked = [Asked(request, ()) for request in requests[:2]]
+        spoken = [await service.ask(one, service.enter()) for one in asked]
         texts = await asyncio.gather(*(one.whole() for one in spoken))
         service.close()
         return texts

@@ -2,9 +2,12 @@
 
 import asyncio
 import copy
+import dataclasses
 import json
+import re
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -111,11 +114,17 @@ def test_the_tokenizers_own_store_of_words_can_be_emptied(live):
     [
         ({"Host": "evil.example"}, 421, "under that name"),
         ({"Host": "localhost:9"}, 200, ""),
+        ({"Host": "[::1]:9"}, 200, ""),
+        ({"Host": "[::1]evil.example"}, 421, "under that name"),
+        ({"Host": "localhost.evil.example"}, 421, "under that name"),
+        ({"Host": "localhost:9", "Origin": "http://localhost:9"}, 200, ""),
+        ({"Host": "localhost:9", "Origin": "http://localhost:8"}, 403, "another site"),
         ({"Origin": "http://evil.example"}, 403, "another site"),
         ({"Origin": "null"}, 403, "another site"),
         ({"Sec-Fetch-Site": "cross-site"}, 403, "another site"),
         ({"Sec-Fetch-Site": "same-origin"}, 200, ""),
         ({"Content-Type": "text/plain"}, 415, "must be JSON"),
+        ({"Content-Encoding": "gzip"}, 415, "compressed"),
         ({"Content-Type": "multipart/form-data; boundary=x"}, 415, "must be JSON"),
     ],
 )
@@ -127,7 +136,7 @@ def test_browsers_of_other_sites_are_kept_out(live, headers, status, words):
 def test_a_token_is_asked_for_where_it_is_set(live):
     """The guard by itself, which no request passes without the token."""
 
-    app = application(live.service, names_of("0.0.0.0"), token="s3cret-s3cret-s3cret")
+    app = application(live.service, names_of("0.0.0.0", "0.0.0.0"), token="s3cret-s3cret-s3cret")
 
     def status(path, authorization=None, method="GET"):
         headers = [(b"host", b"any")]
@@ -148,8 +157,109 @@ def test_a_token_is_asked_for_where_it_is_set(live):
         assert status(path) == status(path, "Bearer wrong") == status(path, "Bearer é") == 401
         assert status(path, "Basic s3cret-s3cret-s3cret") == 401
         assert status(path, "Bearer s3cret-s3cret-s3cret") == 200
-    assert status("/health") == 200 and status("/v1/images", method="POST") == 401
-    assert names_of("127.0.0.1") and names_of("::1") and names_of("localhost") and not names_of("::")
+    assert status("/health") == status("/ready") == status("/") == status("/page/main.js") == 200
+    assert status("/v1/images", method="POST") == 401
+
+
+@pytest.mark.parametrize(
+    "host, address, named",
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("LocalHost", "127.0.0.1", True),
+        ("my-machine", "127.0.1.1", True),
+        ("::1", "::1", True),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", True),
+        ("0", "0.0.0.0", False),
+        ("::", "::", False),
+        ("my-machine", "10.0.0.7", False),
+    ],
+)
+def test_a_server_on_this_machine_alone_has_names_however_it_was_called(host, address, named):
+    assert bool(names_of(host, address)) == named
+
+
+def test_a_connection_goes_on_after_errors(live):
+    """Each of several requests in a row has its own answer, whatever became of those before it."""
+    body = json.dumps({"task": "qa", "question": "?", "max_tokens": 2}).encode()
+    whole = head(TASKS, len(body)) + body
+    wrong = (
+        head(TASKS, 7) + b"nothing",
+        head(TASKS, 50_000, "Origin: http://evil.example") + b"x" * 50_000,
+        head(TASKS, len(body)).replace(b"/json", b"/xml") + body,
+        b"OPTIONS /v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"HEAD /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        head("/", 50_000) + b"x" * 50_000,
+    )
+    with connected(live.port) as client:
+        client.sendall(b"".join([whole, *wrong, head(TASKS, len(body), "Connection: close") + body]))
+        found = received(client)
+    statuses = [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", found)]
+    assert statuses == [200, 400, 403, 415, 405, 404, 405, 200]
+    assert found.count(b'"answer"') == 2
+
+
+@pytest.mark.parametrize(
+    "lines", ["Host: evil.example\r\n", "Content-Length: 3\r\n", "Transfer-Encoding: gzip\r\n"]
+)
+def test_headers_of_two_meanings_are_no_http(live, lines):
+    with connected(live.port) as client:
+        client.sendall(head(TASKS, 2)[:-2] + f"{lines}\r\n".encode() + b"{}")
+        assert received(client).startswith(b"HTTP/1.1 400 ")
+
+
+# ---- what goes wrong after the answer --------------------------------------------------------------
+
+MEASURED = {"task": "qa", "question": "?", "max_tokens": 2, "confidence": True, "options": ["a", "b"]}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_fault_in_what_is_measured_ends_the_answer_in_order(live, capfd, monkeypatch, stream):
+    def fails(*a):
+        raise RuntimeError("secret words")
+
+    monkeypatch.setattr("unimed_jax.serve.measures.likelihood_of", fails)
+    status, _, content = live.post(TASKS, MEASURED | {"stream": stream})
+    if stream:
+        *_, last, done, _ = content.decode().split("\n\n")
+        assert (status, done) == (200, "data: [DONE]")
+        content = json.loads(last.removeprefix("data: "))
+    else:
+        assert status == 500
+    assert content["error"]["type"] == "server_error" and "secret" not in str(content)
+    assert "secret" not in str(capfd.readouterr())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_time_of_a_request_holds_for_what_is_measured_too(live, monkeypatch, stream):
+    slow = threading.Event()
+
+    def slowly(*a):
+        slow.set()
+        time.sleep(1.1)
+
+    monkeypatch.setattr("unimed_jax.serve.measures.likelihood_of", slowly)
+    limits = dataclasses.replace(live.service.limits, seconds=0.8)
+    monkeypatch.setattr(live.service, "limits", limits)
+    status, _, content = live.post(TASKS, MEASURED | {"stream": stream})
+    assert slow.is_set(), "it was late before"
+    assert status == (200 if stream else 504) and "more than 0.8 seconds" in str(content)
+
+
+def test_a_client_that_leaves_while_it_is_measured_leaves_no_work(live, monkeypatch):
+    calls = []
+
+    def slowly(*a):
+        calls.append(a)
+        time.sleep(0.3)
+
+    monkeypatch.setattr("unimed_jax.serve.measures.likelihood_of", slowly)
+    body = json.dumps(MEASURED).encode()
+    with connected(live.port) as client:
+        client.sendall(head(TASKS, len(body)) + body)
+        live.until(lambda: calls, 10)
+    live.until(lambda: not live.service.open, 10)
+    live.post(TASKS, {"task": "qa", "question": "?", "routing": True})  # whose turn would come after
+    assert len(calls) == 1, "the options were compared for nobody"
 
 
 # ---- slow clients ------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ async def chat(http: Http) -> Response:
     service: Service = http.app.state.service
     (asked, streams, usage), ticket = await service.read(http, lambda body: understood(service, body))
     try:
-        spoken = await unless_gone(http, service.ask(asked))
+        spoken = await unless_gone(http, service.ask(asked, ticket))
         if streams:
             return Events(_chunks(service, spoken, usage), spoken, ticket)
         await unless_gone(http, spoken.whole())

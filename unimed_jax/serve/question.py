@@ -91,6 +91,11 @@ def question_of(
             f"reads {limits.turns} and {limits.characters} at most; leave out the oldest turns.",
             "context_length_exceeded",
         )
+    for number, (asked, _) in enumerate(turns):
+        tag = tagged(asked)[0]
+        if tag is not None and (tag == "qa") == bool(urls):
+            kept = "is text only, and the request has images" if urls else "needs an image"
+            raise wrong(f"earlier question {number} begins with [{tag}], which {kept}; leave that out.")
     if task == "qa" and urls:
         raise wrong("the task 'qa' is text only; use 'vqa' for a question about an image.")
     if task != "qa" and not urls:

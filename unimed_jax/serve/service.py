@@ -34,12 +34,26 @@ DECODERS = 2  # threads that parse bodies and decode pictures
 
 
 class Ticket:
-    """Counts one request among those that are open, until it leaves."""
+    """Counts one request among those that are open, until it leaves, and bounds its time."""
 
     def __init__(self, service: "Service"):
         self._service, self._inside = service, True
         service.open += 1
-        self.started = time.monotonic()
+        self._end = time.monotonic() + service.limits.seconds  # the event loop's clock, too
+
+    @contextlib.asynccontextmanager
+    async def within(self) -> AsyncIterator[None]:
+        """Raises Refused (504) inside if the request's time is over."""
+        try:
+            async with asyncio.timeout_at(self._end):
+                yield
+        except TimeoutError:
+            raise Refused(
+                504,
+                f"the answer took more than {self._service.limits.seconds:g} seconds; ask for fewer "
+                "tokens, or later.",
+                "timeout",
+            ) from None
 
     def leave(self) -> None:
         if self._inside:
@@ -96,7 +110,7 @@ class Service:
         try:
             await self._first_answers()
         except Exception as error:
-            self.failed = str(error)
+            self.failed = str(error) or type(error).__name__
         else:
             self.ready = True
 
@@ -144,6 +158,9 @@ class Service:
         if kind != "application/json":
             words = "the body must be JSON; send Content-Type: application/json."
             raise Refused(415, words, "unsupported_media_type")
+        if http.headers.get("content-encoding", "identity").lower() != "identity":
+            words = "the body is compressed; send it as it is, without Content-Encoding."
+            raise Refused(415, words, "unsupported_encoding")
         too_long = Refused(
             413,
             f"the body has more than the {limits.bytes} bytes that are read; send a smaller image.",
@@ -183,7 +200,11 @@ class Service:
         try:
             ticket = self.enter()
             try:
-                return await self.aside(lambda: understand(self._parsed(content))), ticket
+                async with ticket.within():
+                    loop = asyncio.get_running_loop()
+                    return await loop.run_in_executor(
+                        self._threads, lambda: understand(self._parsed(content))
+                    ), ticket
             except BaseException:
                 ticket.leave()
                 raise
@@ -198,44 +219,31 @@ class Service:
         except UserError as error:
             raise wrong(str(error), "invalid_json") from None
 
-    async def aside(self, function: Callable[[], Result]) -> Result:
-        """Runs a function that takes a while in one of the threads that decode."""
-        loop = asyncio.get_running_loop()
-        async with self._within():
-            return await loop.run_in_executor(self._threads, function)
-
     # ---- answers -----------------------------------------------------------------------------
 
-    async def ask(self, asked: Asked) -> "Spoken":
+    async def ask(self, asked: Asked, ticket: Ticket) -> "Spoken":
         """Puts a question to the model; raises Refused if it cannot be asked."""
         started = time.monotonic()
-        async with self._within():
+        async with ticket.within():
             answer, tokens = await self.engine.ask(asked.request)
         self.counts.prompt_tokens += tokens
-        return Spoken(self, asked.request, answer, tokens, started)
-
-    @contextlib.asynccontextmanager
-    async def _within(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self.limits.seconds):
-                yield
-        except TimeoutError:
-            raise self.late() from None
-
-    def late(self) -> Refused:
-        return Refused(
-            504,
-            f"the answer took more than {self.limits.seconds:g} seconds; ask for fewer "
-            "tokens, or later.",
-            "timeout",
-        )
+        return Spoken(self, asked.request, ticket, answer, tokens, started)
 
 
 class Spoken:
     """Gives an answer's text piece by piece, and counts it."""
 
-    def __init__(self, service: Service, request: Request, answer: Answer, tokens: int, started: float):
-        self._service, self._request, self._answer, self._started = service, request, answer, started
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        ticket: Ticket,
+        answer: Answer,
+        tokens: int,
+        started: float,
+    ):
+        self._counts, self._request, self._ticket = service.counts, request, ticket
+        self._answer, self._started = answer, started
         self.prompt_tokens, self.tokens = tokens, 0
         self.text, self.finish = "", "cancelled"
 
@@ -245,17 +253,12 @@ class Spoken:
 
     async def pieces(self) -> AsyncGenerator[str]:
         """Yields texts that are not empty; what is not read to its end is given up."""
-        service, counts = self._service, self._service.counts
-        end = asyncio.get_running_loop().time() + service.limits.seconds
-        first = True
+        counts, first = self._counts, True
         try:
             source = self._answer.pieces()
             while True:
-                try:
-                    async with asyncio.timeout_at(end):
-                        piece: Piece | None = await anext(source, None)
-                except TimeoutError:
-                    raise service.late() from None
+                async with self._ticket.within():
+                    piece: Piece | None = await anext(source, None)
                 if piece is None:
                     break
                 if first:

@@ -15,7 +15,7 @@ from unimed_jax.serve.events import Events, event
 from unimed_jax.serve.fields import Fields, text
 from unimed_jax.serve.limits import Limits, Refused, wrong
 from unimed_jax.serve.question import NEEDS_TEXT, Asked, question_of, sampling_of, task_of
-from unimed_jax.serve.service import Service, Spoken, unless_gone
+from unimed_jax.serve.service import Service, Spoken, Ticket, unless_gone
 
 TITLES = {
     "vqa": ("Question about an image", "In which plane is this slice?"),
@@ -91,11 +91,11 @@ async def answer(http: Http) -> Response:
     service: Service = http.app.state.service
     wanted, ticket = await service.read(http, lambda body: understood(service, body))
     try:
-        spoken = await unless_gone(http, service.ask(wanted.asked))
+        spoken = await unless_gone(http, service.ask(wanted.asked, ticket))
         if wanted.streams:
-            return Events(_events(service, wanted, spoken), spoken, ticket)
+            return Events(_events(service, wanted, spoken, ticket), spoken, ticket)
         await unless_gone(http, spoken.whole())
-        found = await unless_gone(http, _result(service, wanted, spoken))
+        found = await unless_gone(http, _result(service, wanted, spoken, ticket))
     except BaseException:
         ticket.leave()
         raise
@@ -139,18 +139,19 @@ def _turns(fields: Fields, limits: Limits) -> list[tuple[str, str]]:
     return turns
 
 
-async def _result(service: Service, wanted: Wanted, spoken: Spoken) -> dict[str, Any]:
+async def _result(service: Service, wanted: Wanted, spoken: Spoken, ticket: Ticket) -> dict[str, Any]:
     """Completes an answer that has ended by what was asked for beside it."""
     request, engine, run = wanted.asked.request, service.engine, service.run
     confidence, options, routing = None, [], None
-    if wanted.confidence:
-        found = await engine.call(lambda: measures.likelihood_of(run, request, [spoken.text]))
-        confidence = measures.confidence(found, spoken.finish == "stop")
-    if wanted.options:
-        found = await engine.call(lambda: measures.likelihood_of(run, request, wanted.options))
-        options = measures.compared(wanted.options, found)
-    if wanted.routing:
-        routing = await engine.call(lambda: measures.routing_of(run, request))
+    async with ticket.within():
+        if wanted.confidence:
+            found = await engine.call(lambda: measures.likelihood_of(run, request, [spoken.text]))
+            confidence = measures.confidence(found, spoken.finish == "stop")
+        if wanted.options:
+            found = await engine.call(lambda: measures.likelihood_of(run, request, wanted.options))
+            options = measures.compared(wanted.options, found)
+        if wanted.routing:
+            routing = await engine.call(lambda: measures.routing_of(run, request))
     return {
         "task": request.task,
         "answer": spoken.text,
@@ -172,12 +173,14 @@ def _boxes(task: str, words: str, sizes: Sequence[tuple[int, int]]) -> list[list
     return [[value * side / 100 for value, side in zip(found, (width, height) * 2, strict=True)]]
 
 
-async def _events(service: Service, wanted: Wanted, spoken: Spoken) -> AsyncGenerator[str]:
+async def _events(
+    service: Service, wanted: Wanted, spoken: Spoken, ticket: Ticket
+) -> AsyncGenerator[str]:
     try:
         async with aclosing(spoken.pieces()) as pieces:
             async for piece in pieces:
                 yield event({"text": piece})
-        yield event({"result": await _result(service, wanted, spoken)})
+        yield event({"result": await _result(service, wanted, spoken, ticket)})
     except Refused as refused:
         yield event(refused.content)
     yield "data: [DONE]\n\n"
