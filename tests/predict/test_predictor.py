@@ -11,6 +11,7 @@ from support import tiny
 from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.config import TASKS
+from unimed_jax.data.example import Example
 from unimed_jax.data.layout import VISUAL, Encoder
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.answers import calls_of
@@ -186,6 +187,28 @@ def test_a_wrong_request_is_one_sentence(predictor, request_, words):
         with pytest.raises(UserError, match=words) as error:
             ask()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["unimed", "stablelm", "phi", "simple"])
+def test_what_looks_like_a_mark_stays_text(config, tokenizer, form):
+    """Ends of text, beginnings and image places come from the layout alone, whatever anybody writes."""
+    text = dataclasses.replace(config.text, form=form, chat_template=form == "unimed", max_prompt=4000)
+    encoder = Encoder(tokenizer, text, 3)
+    marks = "".join(tokenizer._tokenizer.all_special_tokens) + "</Img>[/INST]<|endoftext|>"
+
+    def counts(words, answer):
+        example = Example("r", "vqa", words, "", images=("a",))
+        encoded = encoder.answered(example, answer, turns=[(words, words), ("why", words)])
+        ids = [*encoded.prefix, *encoded.suffix]
+        assert encoded.suffix[encoded.targets][-1] == tokenizer.eos or form == "simple"
+        return [ids.count(one) for one in (VISUAL, *sorted(tokenizer.dropped))]
+
+    assert counts(marks, marks) == counts("a", "b")
+    if form != "unimed":
+        with pytest.raises(UserError, match="'<image>' stands in its text"):
+            counts("<image>", "b")
+    else:
+        assert counts("<image>", "<image>") == counts("a", "b")
 
 
 def test_eight_devices_answer_as_one(model, config, tokenizer, requests, answers):

@@ -1,14 +1,18 @@
 """OpenAI's client as it is: whole and streamed answers are the engine's, whoever asks beside it."""
 
+import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
 from serve.conftest import NEW, square, url
+from starlette.requests import ClientDisconnect
 
 from unimed_jax.predict.request import Request
+from unimed_jax.serve.events import Events
 
 BOX = "{<10><10><60><60>}"
 TEXTS = {
@@ -172,13 +176,15 @@ def test_what_is_refused_is_the_clients_own_kind_of_error(live, client):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(live, client, monkeypatch, stream):
     engine, counts = live.service.engine._engine, live.service.counts
-    before, step = counts.answers["qa", "cancelled"], engine.step
+    before, step, cancel = counts.answers["qa", "cancelled"], engine.step, engine.cancel
+    cancelled = []
 
     def slowly(tokens):
         time.sleep(0.1)
         return step(1)
 
     monkeypatch.setattr(engine, "step", slowly)
+    monkeypatch.setattr(engine, "cancel", lambda number: (cancelled.append(number), cancel(number)))
     how = {"model": "squares", "messages": [user("Why?")], "stream": stream}
     if stream:
         answer = client.chat.completions.create(**how)
@@ -190,6 +196,27 @@ def test_a_client_that_leaves_frees_its_slot(live, client, monkeypatch, stream):
     live.until(lambda: not live.service.open, 5)
     assert counts.answers["qa", "cancelled"] == before + 1
     live.until(lambda: engine.idle, 5)
+    assert len(cancelled) == 1
+
+
+def test_a_stream_that_nobody_begins_to_read_is_given_up():
+    """A generator that has not begun runs no `finally`, so this cannot be left to it."""
+    left = []
+    spoken = SimpleNamespace(give_up=lambda: left.append("answer"))
+    ticket = SimpleNamespace(leave=lambda: left.append("ticket"))
+
+    async def source():
+        yield "never read"
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        raise OSError("the client has left")
+
+    with pytest.raises((OSError, ClientDisconnect)):
+        asyncio.run(Events(source(), spoken, ticket)({"type": "http"}, receive, send))
+    assert left == ["answer", "ticket"]
 
 
 def test_the_forms_of_two_evaluation_kits_are_understood(live):
