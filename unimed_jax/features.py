@@ -72,7 +72,7 @@ def cached(
     maker = maker_of(config, encoder)
     folder = config.data.cache_folder / "features" / hashlib.sha256(maker.encode()).hexdigest()[:16]
     shape = (config.model.vision.patches, config.model.vision.width)
-    with processes.explain_lost_process(), _alone(folder):
+    with processes.explain_lost_process(), _alone(folder) as hindrance:
         features = Features(folder, maker, shape)
         missing = list(_missing(features, pipeline.pictures()))
         digests = np.array([picture.digest for picture in missing], DIGEST)
@@ -80,6 +80,8 @@ def cached(
         if len(set(processes.gathered(hashlib.sha256(digests.tobytes()).hexdigest()))) > 1:
             raise _not_shared(folder)
         if missing:
+            if hindrance:
+                raise _unwritable(folder, hindrance)
             begun = time.monotonic()
             _check_space(folder, features, len(missing))
             _compute(missing, config, pipeline, model, encoder, mesh, features)
@@ -144,16 +146,24 @@ def _not_shared(folder: Path) -> UserError:
     )
 
 
+def _unwritable(folder: Path, reason: str) -> UserError:
+    return UserError(f"features cannot be kept in {folder} ({reason}); set config.data.cache.")
+
+
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Lets one run at a time work in a folder; a second one waits, and finds what the first has made."""
+def _alone(folder: Path) -> Iterator[str]:
+    """Lets one run at a time work in a folder; a second one waits, and finds what the first has made.
+
+    Yields why nothing can be written there, if that is so: the folder may hold all that is wanted.
+    """
+    lock, hindrance = None, ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w") if processes.leads() else None
     except OSError as error:
-        raise UserError(
-            f"features cannot be kept in {folder} ({error.strerror or error}); set config.data.cache."
-        ) from error
+        hindrance = error.strerror or str(error)
+        if not folder.is_dir():
+            raise _unwritable(folder, hindrance) from error
     with lock or contextlib.nullcontext():
         if lock:
             try:
@@ -164,8 +174,7 @@ def _alone(folder: Path) -> Iterator[None]:
             except OSError:  # some file systems have no locks
                 pass
             files.remove_leftovers(folder)
-        processes.gathered(0)  # the others look when the leader may
-        yield
+        yield processes.from_leader(hindrance)  # the others look when the leader may
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +225,13 @@ class Features:
         try:
             (data,) = self._shards.read([number])
         except (OSError, IndexError, ValueError, RuntimeError) as error:
-            raise _damaged(self._shards.path_of(number), error) from error
+            path = self._shards.path_of(number)
+            if not path.exists():
+                raise UserError(
+                    f"file of features {path} was removed while a run used it; start the run again, and "
+                    "those of its images are computed again."
+                ) from error
+            raise _damaged(path, error) from error
         return np.frombuffer(data, jnp.bfloat16).reshape(self.shape)  # [patches, width]
 
     def _images_of(self, path: Path) -> np.ndarray:
