@@ -1,16 +1,19 @@
 """report.html: what it holds, what it never holds, and mistakes."""
 
 import dataclasses
+import errno
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from support.toy import Says, Toy, evaluated, sets_of, toy_config
 
+from unimed_jax import files, processes
 from unimed_jax import main as cli
-from unimed_jax.analyze.run_report import facts, page, plots, tiles
+from unimed_jax.analyze.run_report import examples, facts, page, plots
 from unimed_jax.analyze.run_report.markup import Markup, cell, escaped, joined, prose, tag
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import scores, tasks
@@ -18,7 +21,7 @@ from unimed_jax.evaluate.metrics import captions
 from unimed_jax.evaluate.report import write_report
 from unimed_jax.evaluate.run import _about, _reader
 from unimed_jax.files import write_json
-from unimed_jax.runs import environment
+from unimed_jax.runs.folder import write_config
 
 EVIL = "</style></title></svg><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;b&gt;\u202e"
 WORDS = (
@@ -97,6 +100,7 @@ def evil(tmp_path_factory):
             scored(top / "two", toy),
         ]
     one = folders[0]
+    write_config(one, toy_config())
     log = [{"step": n, "train/loss": 5 / (n + 1), EVIL: n, "off": float("nan")} for n in range(100)]
     (one / "log.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in log).replace("NaN", "null")
@@ -128,7 +132,7 @@ def evil(tmp_path_factory):
         "sets": {"toy": {**leaks, "checksum": "other", "by_design": {"image": EVIL}, "cluster": EVIL}}
     }
     write_json(one / "check" / "check.json", content)
-    data = facts.Data(None)
+    data = facts.Data([])
     data.sets, data.missing = sets_of(toy), ""
     return folders, data
 
@@ -154,7 +158,10 @@ def test_what_data_says_never_becomes_markup(evil, count):
     said = "".join(found.said)
     assert said.count(EVIL[:60]) > 10  # it is there, as text
     policy = next(a["content"] for n, a in found.elements if n == "meta" and "http-equiv" in a)
-    assert policy.startswith("default-src 'none'") and "script" not in policy
+    assert policy.split("; ") == [
+        "default-src 'none'", "style-src 'unsafe-inline'", "img-src data:", "base-uri 'none'",
+        "form-action 'none'",
+    ]  # fmt: skip
 
 
 def test_a_page_shows_all_that_is_known(evil):
@@ -198,22 +205,22 @@ def test_runs_side_by_side_share_pictures_and_differ_in_answers(evil):
 
 
 def test_pictures_have_a_budget(evil, monkeypatch):
-    monkeypatch.setattr(tiles, "BYTES", 2000)
+    monkeypatch.setattr(examples, "BYTES", 2000)
     text = read(evil)
     images = re.findall(r"data:image/png;base64,[^\"]*", text)
     assert images and sum(map(len, images)) <= 2000
     assert f"{5 * 6 - len(images)} pictures were left out" in text
-    large = tiles._Budget()
-    monkeypatch.setattr(tiles, "BYTES", 1 << 20)
+    large = examples._Budget()
+    monkeypatch.setattr(examples, "BYTES", 1 << 20)
     noise = np.random.default_rng(0).integers(0, 255, (900, 700, 3), np.uint8)
     assert large.url(noise).startswith("data:image/jpeg") and large.used < 200_000
 
 
 def test_without_its_data_a_page_says_so(evil, tmp_path):
-    (folder, _), _ = evil
+    (_, folder), _ = evil
     place = page.write([folder], tmp_path / "page.html")
     text = place.read_text()
-    assert "There are no pictures" in text and "<img" not in text
+    assert "Pictures are missing" in text and "<img" not in text
 
 
 def test_markup_is_escaped_once():
@@ -245,6 +252,7 @@ def test_mistakes_are_one_sentence(evil, tmp_path, capsys):
         tuple(map(str, [one] * 9)): "too many for one page",
         (str(one), f"--check={tmp_path / 'no.json'}"): "does not exist",
         (str(one), f"--out={tmp_path}"): "is a folder",
+        (str(one), f"--out={one / 'metrics.json'}"): "is not the name of a page",
     }
     for words, said in cases.items():
         assert cli.main(["report", *words]) == 2
@@ -279,15 +287,156 @@ def test_the_verb_writes_the_page(evil, capsys):
     assert (one / "reports.html").is_file() and "reports.html (0." in capsys.readouterr().out
 
 
-def test_the_environment_is_kept_once_a_change(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/x/unimed_jax/main.py", "train", "--config=a b.py"])
-    environment.keep(tmp_path)
-    environment.keep(tmp_path)
-    (only,) = environment.kept(tmp_path)
-    assert only["command"] == "python -m unimed_jax.main train '--config=a b.py'"
-    assert only["devices"].endswith("cpu") and only["packages"]["jax"]
-    monkeypatch.setattr("sys.argv", ["pytest"])
-    environment.keep(tmp_path)
-    assert [one["command"] for one in environment.kept(tmp_path)][1:] == [""]
-    (tmp_path / environment.FILE).write_text("{}")
-    assert environment.kept(tmp_path) == []
+# ---- folders that are not whole --------------------------------------------------------------------
+@pytest.fixture
+def copied(evil, tmp_path):
+    """A copy of the first run, and the data."""
+    folders, data = evil
+    return shutil.copytree(folders[0], tmp_path / "a < b"), data
+
+
+def shown(folder, data):
+    return page.page([facts.gather(folder, folder.name, "")], data)
+
+
+def test_what_is_not_there_is_left_out(copied):
+    folder, data = copied
+    for name in ("log.jsonl", "environment.json", "inputs.json", "predictions.jsonl", "config.json"):
+        (folder / name).unlink()
+    for name in ("reliance", "analysis", "check"):
+        shutil.rmtree(folder / name)
+    said = "".join(Reader(shown(folder, data)).said)
+    for words in ("No log of the training", "No answers were kept", "Not measured.", "Not audited: "):
+        assert words in said, words
+    assert f"'--out={folder}/check'" in said  # as a shell takes a name with spaces
+    assert "To score again" not in said and "--run=" not in said  # no model lies there
+
+
+def test_damaged_files_are_one_sentence(copied):
+    folder, _ = copied
+    log = (folder / "log.jsonl").read_text()
+    (folder / "log.jsonl").write_text(log + '{"step": 100, "late": 1}\n{"step": 101, "tra')  # killed
+    assert ">late<" in page.write([folder]).read_text()  # the cut line alone is left out
+    before = (folder / "report.html").read_bytes()
+    line = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name, content, said in (
+        ("log.jsonl", '{"step": 1, "loss": NaN}\n', "NaN is not a number"),
+        ("log.jsonl", '{"step": 1, "loss": 1' + "0" * 400 + "}\n", "another form"),
+        ("metrics.json", '{"sets": ', "is not JSON"),
+        ("metrics.json", "[]", "is not a JSON object"),
+        ("metrics.json", '{"sets": {}}', "not of this version"),
+        ("metrics.json", json.dumps(metrics | {"routing": {"mean_weights": [[0, 0]]}}), "another form"),
+        ("predictions.jsonl", '{"id": ', "is not JSON"),
+        ("predictions.jsonl", json.dumps({"id": line["id"], "split": "test"}), "another form"),
+        ("check/check.json", "3", "is not a JSON object"),
+        ("reliance/reliance.json", "{", "is not JSON"),
+    ):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match=said):
+            page.write([folder])
+        (folder / name).write_bytes(kept)
+    (folder / "predictions.jsonl").write_text(json.dumps(line | {"unknown": 1}) + "\n")
+    (folder / "environment.json").write_text("{")
+    assert (folder / "report.html").read_bytes() == before
+    page.write([folder])
+
+
+def test_on_a_full_disk_the_old_page_stays(copied, monkeypatch, capsys):
+    folder, _ = copied
+    (folder / "report.html").write_text("old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_flush", full)
+    page.write_page(folder, toy_config())
+    assert "report.html was not written: " in capsys.readouterr().out
+    assert (folder / "report.html").read_text() == "old"
+    monkeypatch.setattr(processes, "leads", lambda: False)
+    page.write_page(folder, toy_config())
+    assert capsys.readouterr().out == ""  # one process of several writes
+
+
+def test_only_what_was_measured_after_the_scored_step_is_concluded_from(copied):
+    folder, data = copied
+    file = folder / "reliance" / "reliance.json"
+    write_json(file, json.loads(file.read_text()) | {"step": 8})
+    text = shown(folder, data)
+    assert "Relies on the image" not in text and "Measured after another step" in text
+
+
+def test_pictures_that_cannot_be_read_are_said_to_be_missing(copied, monkeypatch):
+    folder, data = copied
+    assert "another state" not in shown(folder, data).replace("The audit is of another state", "")
+    monkeypatch.setattr(data.sets["toy"].data, "checksum", "d" * 64)
+    monkeypatch.setattr(data.sets["toy"].data, "image", lambda key: raised(f"{key} is damaged."))
+    text = shown(folder, data)
+    assert text.count(">no picture<") == 5 * 6 and "<img" not in text
+    assert "Pictures of toy may differ" in text and "The data here is in another state" in text
+
+
+def test_long_texts_are_cut_and_the_rest_is_folded(copied):
+    folder, data = copied
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["prediction"] = "x" * 100_000
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = Reader(shown(folder, data))
+    longest = max(len(word) for word in found.said if word.startswith("x"))
+    assert longest == examples.LONGEST and max(map(len, found.said)) < 2000
+
+
+# ---- side by side ----------------------------------------------------------------------------------
+def changed(folder, out, metrics, line):
+    """A copy of a run whose metrics and lines of predictions.jsonl two functions change."""
+    shutil.copytree(folder, out)
+    content = json.loads((out / "metrics.json").read_text())
+    metrics(content)
+    write_json(out / "metrics.json", content)
+    lines = [json.loads(text) for text in (out / "predictions.jsonl").read_text().splitlines()]
+    kept = [json.dumps(made) + "\n" for made in map(line, lines) if made]
+    (out / "predictions.jsonl").write_text("".join(kept))
+    return out
+
+
+def test_runs_of_different_data_stand_side_by_side(evil, tmp_path):
+    (_, two), data = evil
+
+    def renamed(metrics):
+        metrics["sets"] = {"other": metrics["sets"]["toy"]}
+        metrics["data"] = {"other": metrics["data"]["toy"]}
+
+    first = changed(
+        two,
+        tmp_path / "first",
+        lambda metrics: metrics["sets"]["toy"]["test"].pop("caption"),
+        lambda line: line if line["task"] != "caption" else None,
+    )
+    second = changed(two, tmp_path / "second", renamed, lambda line: line | {"set": "other"})
+    both = facts.Data([])
+    both.sets, both.missing = data.sets | {"other": data.sets["toy"]}, ""
+    runs = [facts.gather(f, f.name, s) for f, s in ((first, "A"), (second, "B"))]
+    text = page.page(runs, both)
+    said = Reader(text).said
+    assert {"other: caption", "toy: refer"} <= set(said) and "toy: caption" not in said
+    assert text.count("<img") == 4 * 6 + 5 * 6 and "other protocols" not in text
+
+
+def test_another_question_of_the_same_id_is_no_answer_and_another_protocol_is_marked(evil, tmp_path):
+    (_, two), data = evil
+
+    def protocol(metrics):
+        metrics["sets"]["toy"]["test"]["vqa"]["protocol"] = "another"
+
+    def asked(line):
+        return line | {"reference": "?"} if line["task"] == "cls" else line
+
+    other = changed(two, tmp_path / "changed", protocol, asked)
+    runs = [facts.gather(f, f.name, s) for f, s in ((two, "A"), (other, "B"))]
+    text = page.page(runs, data)
+    assert text.count("other protocols") == 2
+    answers = [text.count(f'class="sign run{n}" title="{r.name}">{r.sign}</span> <q>')
+               for n, r in enumerate(runs)]  # fmt: skip
+    assert answers == [36, 30]

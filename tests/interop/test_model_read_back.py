@@ -43,6 +43,7 @@ from unimed_jax.interop.families.unimed_hf import (
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.settings import from_config_dict
+from unimed_jax.verbs import export
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -331,3 +332,16 @@ def test_the_card_says_what_the_passports_say(exported, tokenizer_folder, tmp_pa
     ):
         assert words in card, words
     assert str(tmp_path) not in card
+
+
+def test_the_card_takes_only_reliance_that_belongs_to_the_scores(tmp_path):
+    assert export._scores(tmp_path) == (None, None)
+    metrics, measured = {"step": 3, "data_checksum": "a"}, {"step": 3, "data_checksum": "a"}
+    (tmp_path / "reliance").mkdir()
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    for other in ({}, {"step": 2}, {"data_checksum": "b"}):
+        (tmp_path / "reliance" / "reliance.json").write_text(json.dumps(measured | other))
+        assert export._scores(tmp_path) == (metrics, None if other else measured)
+    assert export._stale(metrics, 3) == export._stale(None, 3) == export._stale({"step": None}, 3) == []
+    (note,) = export._stale(metrics, 4)
+    assert "after step 3" in note and "step 4" in note

@@ -1,10 +1,13 @@
 """A decoder elsewhere gives the engine's answers: a stand-in decodes the embeddings that it is sent."""
 
 import base64
+import contextlib
 import dataclasses
 import http.server
 import json
+import socket
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from unimed_jax.config import MoeConfig
 from unimed_jax.errors import UserError
 from unimed_jax.interop.tensors.torch_file import TorchFile
 from unimed_jax.model.cache import Span
+from unimed_jax.predict import remote as remote_module
 from unimed_jax.predict.predictor import Predictor
 from unimed_jax.predict.remote import RemoteDecoder
 from unimed_jax.predict.request import Request
@@ -61,6 +65,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
             file.write_bytes(base64.b64decode(asked["prompt_embeds"]))
             sent = TorchFile(file)
             embeddings = sent.read(sent.tree)
+            assert embeddings.dtype == np.float32
             return self.server.decode(embeddings, asked["max_tokens"], asked["stop_token_ids"])
 
     def reply(self, content):
@@ -71,7 +76,10 @@ class StandIn(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "http://127.0.0.1:1/v1/models")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(OSError):  # the other side need not wait for all of it
+            for start in range(0, len(body), self.server.piece):
+                time.sleep(self.server.pause)
+                self.wfile.write(body[start : start + self.server.piece])
 
     def log_message(self, *arguments):
         pass
@@ -109,6 +117,7 @@ def server(model, config, tmp_path_factory):
 @pytest.fixture
 def url(server):
     server.fault = server.answer = None
+    server.piece, server.pause = 1 << 30, 0.0
     server.seen.clear()
     return f"http://127.0.0.1:{server.server_address[1]}/v1"
 
@@ -124,28 +133,81 @@ def test_answers_are_those_of_the_engine(model, config, tokenizer, server, url):
     assert {one["model"] for one in asked} == {"it"} and {one["temperature"] for one in asked} == {0.0}
 
 
-def test_faults_are_one_sentence(model, config, tokenizer, server, url):
-    def refused(match, address=url):
+def test_faults_are_one_sentence(model, config, tokenizer, server, url, monkeypatch):
+    def refused(match, address=url, seconds=5.0, key=""):
         with pytest.raises(UserError, match=match) as error:
-            RemoteDecoder(model, config, tokenizer, address, seconds=5).answers(REQUESTS[:1])
+            remote = RemoteDecoder(model, config, tokenizer, address, key=key, seconds=seconds)
+            remote.answers(REQUESTS[:1])
         assert str(error.value).endswith(".") and "\n" not in str(error.value)
+        assert "secret" not in str(error.value)
 
-    refused("does not start with http://", "file:///etc/passwd")
-    refused("refused", "http://127.0.0.1:1/v1")
+    for address, match in (
+        ("file:///etc/secret", "does not start with http://"),
+        ("http:///v1", "does not start with http://"),
+        ("http://127.0.0.1:secret/v1", "no host and port"),
+        ("http://[secret/v1", "no host and port"),
+        (url.replace("//", "//user:secret@"), "holds a user"),
+        (f"{url}?key=secret", "holds a user or a query"),
+        (f"{url} secret", "characters that none can have"),
+        ("http://127.0.0.1:1/v1", "Connection refused"),
+    ):
+        refused(match, address)
+    refused("key has characters", key="secret\n")
+    server.seen.clear()
     for server.fault, match in (
         ((503, b"not\nready"), "status 503: not ready"),
         ((302, b""), "status 302"),
         (b"<html>", "Expecting value"),
+        (b"[" * 5000, "nested too deep"),
+        ((204, b""), "status 204"),
         ({"data": []}, "lists no model"),
     ):
         refused(match)
+    assert {path for path, *_ in server.seen} == {"/v1/models"}  # none was followed elsewhere
     server.fault = None
     for server.answer, match in (
         ((400, {"error": {"message": "enable it"}}), "status 400.*enable it"),
         ({"choices": []}, "no token_ids"),
-        ({"choices": [{"token_ids": [1 << 20]}]}, "vocabulary does not have"),
+        ({"choices": [{"token_ids": None}]}, "no token_ids"),
+        ({"choices": [{"token_ids": [config.model.decoder.vocab]}]}, "vocabulary does not have"),
+        ({"choices": [{"token_ids": [-1]}]}, "vocabulary does not have"),
+        ({"choices": [{"token_ids": [1.5]}]}, "vocabulary does not have"),
+        ({"choices": [{"token_ids": [9] * 6}]}, "returned 6 tokens, where 5"),
     ):
         refused(match)
+    server.answer = None
+    monkeypatch.setattr(remote_module, "LARGEST", 10)
+    refused("more than 0 MiB")
+    server.piece, server.pause = 1, 0.1  # 25 bytes: no piece is late, but all together are
+    refused("did not answer within 0.4 s", seconds=0.4)
+
+
+@pytest.mark.parametrize(
+    "said", [b"no http at all\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000]
+)
+def test_what_does_not_speak_http_is_one_sentence(model, config, tokenizer, said):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            there, _ = listening.accept()
+            with there, contextlib.suppress(OSError):
+                there.recv(1 << 16)
+                there.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with pytest.raises(UserError, match="does not answer as it should"):
+            RemoteDecoder(model, config, tokenizer, url, seconds=5)
+        thread.join()
+
+
+def test_tokens_end_with_the_end_of_text(model, config, tokenizer, server, url):
+    remote = RemoteDecoder(model, config, tokenizer, url)
+    server.answer = {"choices": [{"token_ids": [9, tokenizer.eos, 9]}]}
+    assert remote.tokens(REQUESTS[:1]) == [[9, tokenizer.eos]]
+    server.answer = {"choices": [{"token_ids": []}]}
+    assert remote.tokens(REQUESTS[:1]) == [[]]
 
 
 def test_a_decoder_with_experts_is_refused(model, config, tokenizer, url):

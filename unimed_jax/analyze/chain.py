@@ -22,7 +22,6 @@ from unimed_jax.evaluate.run import evaluate_run
 from unimed_jax.interruption import claim
 from unimed_jax.parsing import read_json
 from unimed_jax.paths import check_run_folder
-from unimed_jax.runs import environment
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.folder import missing_inputs, write_config
 from unimed_jax.settings import from_config_dict
@@ -186,7 +185,6 @@ def train_and_evaluate(config: Config, folder: Path) -> None:
     claim(folder)  # from here to the end of the evaluation, which writes there, too
     with measured(folder):
         run = train(config, folder)
-        environment.keep(folder)
         with run.inside():
             evaluate_run(run, config)
     write_page(folder, config)

@@ -73,6 +73,12 @@ def page(metrics: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def of_the_same(reliance: Mapping[str, Any], metrics: Mapping[str, Any]) -> bool:
+    """Says whether reliance was measured after the step and on the data of an evaluation's scores."""
+    keys = ("step", "data_checksum")
+    return all(key in reliance and reliance[key] == metrics.get(key) for key in keys)
+
+
 def scores_table(metrics: Mapping[str, Any]) -> str:
     """Makes the table of the image: a row for each task, its passes, best blind baseline and scores."""
     head = ("set", "task", "n", "metric", *(name for name, *_ in PASSES.values()), "best blind baseline",

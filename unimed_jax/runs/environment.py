@@ -23,8 +23,8 @@ def keep(folder: Path) -> None:
     """Adds this session's environment to environment.json in a run's folder, if it is another one.
 
     {"sessions": [{command, code_version, python, system, devices, packages}]}, the newest one last;
-    nothing about the machine's name, its user or the time. It is called on all processes; the leader
-    writes.
+    nothing about the machine's name, its user or the time but what the command says. It is called on
+    all processes; the leader writes.
     """
     if not processes.leads():
         return

@@ -20,6 +20,7 @@ from unimed_jax.model.dispatch import way_of
 from unimed_jax.model.grouped import SHOWN
 from unimed_jax.model.parameters import parameters
 from unimed_jax.rules import leaf_rules
+from unimed_jax.runs import environment
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.open import Run
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
@@ -38,6 +39,8 @@ def train(config: Config, folder: Path) -> Run:
     """
     start = prepare(config, folder)
     describe(start)
+    if not start.finished:
+        environment.keep(folder)
     if start.done == 0 and processes.leads():
         contact_sheet(start.datasets, folder / "contact_sheet.png")
     with sharding.inside(start.program.mesh):

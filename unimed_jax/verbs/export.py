@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.parsing import read_json
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> None:
     reason = target.refuse(run.config)
     if reason:
         raise UserError(f"--format={known.format}: {reason}")
-    scores, reliance = run.folder / "metrics.json", run.folder / "reliance" / "reliance.json"
+    metrics, reliance = _scores(run.folder)
     trained, moments = saved_state(run) if target.moments else ({}, None)
     content = Content(
         config=run.config,
@@ -49,10 +50,10 @@ def run(arguments: list[str]) -> None:
         tokenizer=tokenizer_folder(run.folder, run.config),
         trained=frozenset(trained),
         moments=moments,
-        notes=run.notes,
+        notes=(*run.notes, *_stale(metrics, run.step)),
         inputs=kept(run.folder).inputs,
-        metrics=read_json(scores, "evaluate the run again") if scores.is_file() else None,
-        reliance=read_json(reliance, "analyze it again") if reliance.is_file() else None,
+        metrics=metrics,
+        reliance=reliance,
     )
     target.write(known.out, content)
     quantised = any(isinstance(leaf, Quantised) for leaf in content.leaves.values())
@@ -65,3 +66,23 @@ def run(arguments: list[str]) -> None:
     for note in run.notes:
         print(f"{known.run}: {note}")
     print(f"wrote {known.out}")
+
+
+def _scores(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Reads the content of metrics.json and of the reliance.json that belongs to it, where they are."""
+    from unimed_jax.analyze.reliance_report import of_the_same
+
+    scores, measured = folder / "metrics.json", folder / "reliance" / "reliance.json"
+    if not scores.is_file():
+        return None, None
+    metrics = read_json(scores, "evaluate the run again")
+    reliance = read_json(measured, "analyze it again") if measured.is_file() else None
+    return metrics, reliance if reliance and of_the_same(reliance, metrics) else None
+
+
+def _stale(metrics: dict[str, Any] | None, step: int) -> list[str]:
+    """Says for the model card that scores are of another state than the one that is written."""
+    scored = (metrics or {}).get("step", step)
+    if scored in (step, None):
+        return []
+    return [f"the scores below were measured after step {scored}, the weights are those of step {step}"]

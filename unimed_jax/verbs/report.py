@@ -25,13 +25,15 @@ def run(arguments: list[str]) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; name the folder of a scored run.")
     out = None if known.out is None else check_output_file(known.out, "--out")
+    if out is not None and out.suffix != ".html":  # which no other file of a run has
+        raise UserError(f"--out={out} is not the name of a page; give one that ends with .html.")
     audit = None if known.check is None else Path(known.check)
     if audit is not None and (reason := no_file(audit)):
         raise UserError(f"--check={audit} {reason}; give a check.json that `data check` wrote.")
     start()
 
-    from unimed_jax.analyze.run_report.page import check_count, write
+    from unimed_jax.analyze.run_report.page import check_runs, write
 
-    check_count(folders)
+    check_runs(folders)
     place = write(folders, out, audit)
     print(f"wrote {place} ({place.stat().st_size / 2**20:.1f} MiB)")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from unimed_jax.analyze.reliance_report import of_the_same
 from unimed_jax.config import Config
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.tasks import Source, open_sets
@@ -52,10 +54,7 @@ class Facts:
     @property
     def reliance_is_its_own(self) -> bool:
         """Says whether reliance was measured after the step and on the data that were scored."""
-        found = self.reliance or {}
-        return all(
-            key in found and found[key] == self.metrics.get(key) for key in ("step", "data_checksum")
-        )
+        return self.reliance is not None and of_the_same(self.reliance, self.metrics)
 
 
 def gather(
@@ -88,7 +87,12 @@ def gather(
         sign=sign,
         metrics=metrics,
         records=records,
-        log=[line for line in _lines(folder / "log.jsonl") if isinstance(line.get("step"), int)],
+        # of a run that was killed the last line may be cut short
+        log=[
+            line
+            for line in _lines(folder / "log.jsonl", whole=False)
+            if isinstance(line.get("step"), int)
+        ],
         config=read_config(folder) if has_settings else config,
         settings=_object(folder / "config.json", "restore it") if has_settings else {},
         inputs=_maybe(folder / "inputs.json"),
@@ -113,10 +117,14 @@ def _maybe(file: Path) -> dict[str, Any] | None:
     return _object(file, "restore it, or remove it") if file.is_file() else None
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Reads the objects of a file of JSON lines; nothing if there is none."""
+def _lines(file: Path, whole: bool = True) -> Iterator[dict[str, Any]]:
+    """Reads the objects of a file of JSON lines; nothing if there is none.
+
+    whole: whether a last line without its end is read, too.
+    """
     if file.is_file():
         text = read_text(file, "restore it, or remove it", LARGEST)
+        text = text if whole else text[: text.rfind("\n") + 1]
         yield from (line for _, line in json_lines(text, str(file)) if isinstance(line, dict))
 
 
@@ -133,23 +141,27 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 class Data:
     """Gives images and counts of the sets that were scored, as far as they are on this machine."""
 
-    def __init__(self, config: Config | None):
-        self.missing = ""  # why there are none
+    def __init__(self, configs: Sequence[Config]):
+        self.missing = ""  # why some are not there
         self.sets: dict[str, Source] = {}
-        if config is None:
+        if not configs:
             self.missing = "the folder has no config.json, which names the data"
-            return
-        try:
-            self.sets = open_sets(config.held_out)
-        except UserError as error:
-            self.missing = str(error).rstrip(".")
+        for settings in dict.fromkeys(config.held_out for config in configs):
+            try:
+                self.sets = open_sets(settings) | self.sets
+            except UserError as error:
+                self.missing = str(error).rstrip(".")
 
     def image(self, name: str, key: str) -> np.ndarray | None:
         """Returns an image, uint8 [H, W, 3], or None where it cannot be read."""
         try:
             return self.sets[name].data.image(key) if name in self.sets else None
-        except (UserError, KeyError):
+        except (UserError, KeyError, OSError):
             return None
+
+    def changed(self, name: str, entry: Mapping[str, Any]) -> bool:
+        """Says whether a set is in another state here than in an entry of a run's metrics."""
+        return name in self.sets and self.sets[name].data.checksum != entry.get("checksum")
 
     def counts(self, name: str) -> list[list[Any]]:
         """Lists [split, examples, tasks] of a set; of a very large split only how many there are."""
@@ -162,6 +174,11 @@ class Data:
             tasks = Counter(example.task for example in examples) if few else {}
             rows.append([split, len(examples), ", ".join(f"{task} {n}" for task, n in tasks.items())])
         return rows
+
+
+def command(*words: str) -> str:
+    """Writes a command of this program as a shell takes it."""
+    return shlex.join(["python", "-m", "unimed_jax.main", *words])
 
 
 def flat(settings: Mapping[str, Any], place: str = "") -> dict[str, str]:

@@ -60,7 +60,7 @@ def cell(value: Any) -> Markup:
     return escaped(value)
 
 
-# The verdicts of evaluate/report/markdown.py and analyze/reliance_report.py, and how they look.
+# The verdicts of unimed_jax/verdicts.py, and how they look.
 VERDICTS = {
     "above blind": "good",
     "relies on the image": "good",
@@ -122,7 +122,7 @@ def details(title: Any, *children: Any, opened: bool = False) -> Markup:
     return tag("details", tag("summary", title), tag("div", inside), open=opened)
 
 
-def facts(pairs: Iterable[tuple[Any, Any]]) -> Markup:
+def named(pairs: Iterable[tuple[Any, Any]]) -> Markup:
     """Makes a list of names with what is known of each; empty values are left out."""
     shown = [(name, value) for name, value in pairs if value not in (None, "", ())]
     return tag("dl", *(joined((tag("dt", name), tag("dd", cell(value)))) for name, value in shown))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from unimed_jax import files, processes
-from unimed_jax.analyze.run_report import about, scores, tiles
+from unimed_jax.analyze.run_report import examples, provenance, scores, training
 from unimed_jax.analyze.run_report.facts import Data, Facts, gather, names_of
 from unimed_jax.analyze.run_report.markup import Markup, joined, tag
 from unimed_jax.config import Config
@@ -17,6 +17,8 @@ MOST_RUNS = 8  # colours that an eye can distinguish
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 )
+# what reading one kind of value as another raises
+_OTHER_FORM = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, StopIteration)
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -29,23 +31,20 @@ def write(
     """Writes the page of one run, or of several side by side, and returns its path.
 
     out: the file (default: report.html in the folder of a single run, reports.html in the first of
-    several); audit: a check.json to take in place of that of the first run; config: the settings of a
+    several); audit: a check.json to take in place of those of the runs; config: the settings of a
     folder that holds none. Raises UserError for a run that was not scored, and for damaged files.
     """
     signs = [chr(ord("A") + i) for i in range(len(folders))] if len(folders) > 1 else [""]
     named = zip(folders, names_of(folders), signs, strict=True)
     try:
-        runs = [
-            gather(folder, name, sign, None if number else audit, config)
-            for number, (folder, name, sign) in enumerate(named)
-        ]
+        runs = [gather(folder, name, sign, audit, config) for folder, name, sign in named]
         splits = sorted({run.split for run in runs})
         if len(splits) > 1:
             raise UserError(
                 f"the runs are scored on different splits ({', '.join(splits)}); score them on one."
             )
-        text = page(runs, Data(next((run.config for run in runs if run.config is not None), None)))
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration) as error:
+        text = page(runs, Data([run.config for run in runs if run.config is not None]))
+    except _OTHER_FORM as error:
         raise UserError(
             f"{', '.join(map(str, folders))}: a file of the results has another form than "
             f"this version writes ({error!r}); score and analyse the run again."
@@ -61,12 +60,12 @@ def page(runs: Sequence[Facts], data: Data) -> Markup:
         ("summary", "Summary", lambda: _summary(runs)),
         ("scores", "Scores", lambda: scores.scores(runs)),
         ("reliance", "Does it need the image?", lambda: scores.reliance(runs)),
-        ("pictures", "Examples", lambda: tiles.pictures(runs, data)),
-        ("curves", "Training", lambda: about.curves(runs)),
-        ("routing", "Routing", lambda: about.routing(runs)),
-        ("tug", "Tug-of-war", lambda: about.tug_of_war(runs)),
-        ("data", "Data sheet", lambda: about.sheet(runs, data)),
-        ("made", "How it was made", lambda: about.made(runs)),
+        ("pictures", "Examples", lambda: examples.pictures(runs, data)),
+        ("curves", "Training", lambda: training.curves(runs)),
+        ("routing", "Routing", lambda: training.routing(runs)),
+        ("tug", "Tug-of-war", lambda: training.tug_of_war(runs)),
+        ("data", "Data sheet", lambda: provenance.sheet(runs, data)),
+        ("made", "How it was made", lambda: provenance.made(runs)),
     ]
     title = _title(runs)
     head = tag(
@@ -155,7 +154,7 @@ def _summary(runs: Sequence[Facts]) -> Markup:
     )
 
 
-def check_count(folders: Sequence[Path]) -> None:
+def check_runs(folders: Sequence[Path]) -> None:
     """Raises UserError for more runs than the page can tell apart, or one named twice."""
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs are too many for one page; give at most {MOST_RUNS}.")
@@ -167,8 +166,7 @@ def write_page(folder: Path, config: Config | None = None) -> None:
     """Writes report.html beside the scores of an evaluation or after an analysis; says where it is.
 
     config: the settings of a folder that holds none. It is called on all processes; the leader writes,
-    if there are scores. Whatever hinders it is said
-    and raises nothing: the scores are there.
+    if there are scores. Whatever hinders it is said and raises nothing: the scores are there.
     """
     if not (processes.leads() and (folder / "metrics.json").is_file()):
         return

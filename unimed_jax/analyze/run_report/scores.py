@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unimed_jax.analyze import reliance_report
-from unimed_jax.analyze.run_report.facts import Facts
+from unimed_jax.analyze.run_report.facts import Facts, command
 from unimed_jax.analyze.run_report.markup import (
     VERDICTS,
     Markup,
@@ -47,19 +47,30 @@ def signed(run: Facts) -> Markup:
     return tag("span", run.sign, class_=f"sign run{number_of(run)}", title=run.name)
 
 
+def not_measured(run: Facts, analysis: str) -> Markup:
+    """Says that an analysis was not made and, of a folder that holds a model, what makes it."""
+    if not run.settings:
+        return tag("p", signed(run), " Not measured.")
+    words = command("analyze", analysis, f"--run={run.folder}")
+    return tag("p", signed(run), " Not measured; ", tag("code", words), " measures it.")
+
+
 def number_of(run: Facts) -> int:
     """Returns the place of a run on the page, from 0."""
     return ord(run.sign) - ord("A") if run.sign else 0
 
 
-def cases(runs: Sequence[Facts]) -> list[tuple[str, str, list[tuple[Facts, Mapping[str, Any]]]]]:
+def cases(
+    runs: Sequence[Facts], split: str | None = None
+) -> list[tuple[str, str, list[tuple[Facts, Mapping[str, Any]]]]]:
     """Lists (set, task, scores of each run that has them), in the order of the first run.
 
-    All sets together stand there only for tasks that several of them have.
+    split: default the one that leads. All sets together stand there only for tasks that several of
+    them have.
     """
     found: dict[tuple[str, str], list[tuple[Facts, Mapping[str, Any]]]] = {}
     for run in runs:
-        rows = rows_of(run.metrics, run.split)
+        rows = rows_of(run.metrics, split or run.split)
         tasks = Counter(task for _, task, _ in rows)
         for name, task, entry in rows:
             if name != POOLED or tasks[task] > 2:
@@ -171,7 +182,7 @@ def scores(runs: Sequence[Facts]) -> Markup:
             _more("As published", PUBLISHED, runs, _about_published(runs)),
             _more("Further corrected scores", FURTHER, runs),
             _choices(runs),
-            *(_other_split(split, runs) for split in _others(runs)),
+            *(_more(f"Split {split}", CORRECTED, runs, split=split) for split in _others(runs)),
         )
     )
 
@@ -194,26 +205,18 @@ def _others(runs: Sequence[Facts]) -> list[str]:
     return [split for split in splits if split != runs[0].split]
 
 
-def _other_split(split: str, runs: Sequence[Facts]) -> Markup:
-    rows = [
-        line[:2] + [*_sign(run, runs)] + line[2:]
-        for run in runs
-        for line in CORRECTED.lines(rows_of(run.metrics, split))
-    ]
-    head = ("set", "task", *_head(runs), *CORRECTED.head)
-    return details(f"Split {split}", table(head, rows, f"Corrected scores on {split}"))
-
-
-def _more(title: str, one: Table, runs: Sequence[Facts], about: str = "") -> Markup:
-    found = _table(one, runs, title)
+def _more(
+    title: str, one: Table, runs: Sequence[Facts], about: str = "", split: str | None = None
+) -> Markup:
+    found = _table(one, runs, title, split)
     return details(title, found, prose(about)) if found and about else details(title, found)
 
 
-def _table(one: Table, runs: Sequence[Facts], caption: str = "") -> Markup:
+def _table(one: Table, runs: Sequence[Facts], caption: str = "", split: str | None = None) -> Markup:
     """Writes a table of report.md with the lines of all runs, those of one task together."""
     rows = [
         [name, task, *_sign(run, runs), *line]
-        for name, task, scored in cases(runs)
+        for name, task, scored in cases(runs, split)
         for run, entry in scored
         for line in one.cells(entry)
     ]
@@ -267,12 +270,10 @@ def reliance(runs: Sequence[Facts]) -> Markup:
     """Writes what answers do without the image, with a blank one and with another case's."""
     parts = []
     for run in runs:
-        found = run.reliance
-        if found is None:
-            command = f"python -m unimed_jax.main analyze reliance --run={run.folder}"
-            parts.append(tag("p", signed(run), " Not measured; ", tag("code", command), " measures it."))
-            continue
-        parts.append(_passes(run, found, len(runs) > 1))
+        if run.reliance is None:
+            parts.append(not_measured(run, "reliance"))
+        else:
+            parts.append(_passes(run, run.reliance, len(runs) > 1))
     kept = next((run.reliance for run in runs if run.reliance), None)
     if kept:
         said = [tag("li", text) for text in kept["definitions"].values()]

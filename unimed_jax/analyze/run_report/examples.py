@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from unimed_jax.analyze.run_report.facts import Data, Facts
-from unimed_jax.analyze.run_report.markup import Markup, facts, joined, tag
+from unimed_jax.analyze.run_report.markup import Markup, joined, named, tag
 from unimed_jax.analyze.run_report.scores import number_of, signed
 from unimed_jax.evaluate.report.pictures import Judged, judged, shown_rows
 
@@ -50,7 +50,8 @@ Seen = Sequence[tuple[Facts, Mapping[str, Any], Judged]]
 
 def pictures(runs: Sequence[Facts], data: Data) -> Markup:
     """Shows the same examples for all runs, chosen evenly spaced, so that success plays no part."""
-    rows = shown_rows(list(runs[0].records.values()), EACH)
+    every = _examples(runs)
+    rows = shown_rows(every, EACH)
     several = len({row[0]["set"] for row in rows}) > 1
     budget, parts = _Budget(), []
     for row in rows:
@@ -86,15 +87,40 @@ def pictures(runs: Sequence[Facts], data: Data) -> Markup:
         "it with the Tab key, to read the reference and all of the text; a box says what it is."
     ]
     if data.missing:
-        about.append(f"There are no pictures, since the data did not open: {data.missing}.")
+        about.append(f"Pictures are missing, since their data did not open: {data.missing}.")
     if budget.refused:
         about.append(
             f"{budget.refused} pictures were left out, since all together may take "
             f"{BYTES >> 20} MiB of this file."
         )
+    left = len({(record["set"], record["task"]) for record in every}) - len(rows)
+    if left:
+        about.append(f"{left} more tasks of sets have no place here.")
+    changed = {
+        name for run in runs for name, entry in run.metrics["data"].items() if data.changed(name, entry)
+    }
+    if changed:
+        about.append(
+            f"Pictures of {', '.join(sorted(changed))} may differ from those that the model saw: the "
+            "data here is in another state than the one that was scored."
+        )
     if not any(record["box"] for row in rows for record in row):
         keys = Markup("")
     return joined((*(tag("p", line) for line in about), switches, keys, *parts))
+
+
+def _examples(runs: Sequence[Facts]) -> list[Mapping[str, Any]]:
+    """Lists the first run's examples, then those of sets and tasks that only a later run has."""
+    found: list[Mapping[str, Any]] = []
+    for run in runs:
+        before = {(record["set"], record["task"]) for record in found}
+        found += [r for r in run.records.values() if (r["set"], r["task"]) not in before]
+    return found
+
+
+def _asks_the_same(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Says whether two runs' lines of one id are of one example: a set may have changed between."""
+    return all(record[key] == other[key] for key in ("task", "question", "images", "reference", "box"))
 
 
 def _switch(name: str, words: str) -> Markup:
@@ -104,9 +130,15 @@ def _switch(name: str, words: str) -> Markup:
 def _figure(record: Mapping[str, Any], runs: Sequence[Facts], data: Data, budget: _Budget) -> Markup:
     """Makes one example: picture with boxes, a line for each run's answer, and all text."""
     answers = [(run, run.records.get(record["id"])) for run in runs]
-    seen = [(run, answer, judged(answer)) for run, answer in answers if answer is not None]
+    seen = [
+        (run, answer, judged(answer))
+        for run, answer in answers
+        if answer is not None and _asks_the_same(record, answer)
+    ]
     wrong = any(_is_wrong(record["task"], one) for *_, one in seen)
-    images = [] if data.missing else [data.image(record["set"], key) for key in record["images"]]
+    images = []
+    if record["set"] in data.sets:
+        images = [data.image(record["set"], key) for key in record["images"]]
     shown = []
     for place, pixels in enumerate(images):
         url = budget.url(pixels) if pixels is not None else None
@@ -158,7 +190,7 @@ def _text(record: Mapping[str, Any], seen: Seen) -> Markup:
     given = _gives_reference(seen) and len(record["reference"]) <= SHORT
     name = _best_guess(record, seen[0][0]) if seen else ""
     guess = {**record.get("blind", {}), **record.get("peers", {})}.get(name)
-    return facts(
+    return named(
         [
             ("Question", _cut(record["question"]) if len(record["question"]) > SHORT else ""),
             *answers,
