@@ -98,10 +98,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--width", type=int, default=576, help="a multiple of 64")
-    parser.add_argument("--rows", type=int, nargs="+", default=(1, 32))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=harness.at_least(1), default=30)
+    parser.add_argument("--width", type=harness.at_least(64, 64), default=576, help="a multiple of 64")
+    parser.add_argument("--rows", type=harness.at_least(1), nargs="+", default=(1, 32))
+    parser.add_argument("--rounds", type=harness.at_least(1), default=3)
     parser.add_argument("--threads", type=int, default=2)
     known = parser.parse_args()
     harness.pin(known.threads)
