@@ -12,8 +12,9 @@ A row is written as soon as it is measured: a JSON line to --out, and the table 
 with the ending .md. A row that was not measured says why. A part that would not end within --budget is
 left out.
 
-What the rows are, and what their limits mean, is said by accelerator_rows.py (ours; it needs jax, flax,
-optax and numpy) and accelerator_torch.py (the peers; torch, and for its rows transformers and peft).
+What the rows are, and what their limits mean, is said by accelerator_rows.py, accelerator_decode.py and
+accelerator_kernels.py (ours; they need jax, flax, optax and numpy) and by accelerator_torch.py (the
+peers; torch, and for its rows transformers and peft).
 Weights and batches are random, made on the device.
 """
 

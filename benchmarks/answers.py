@@ -97,14 +97,14 @@ def read(run, config, calls) -> None:
     import jax
     import numpy as np
 
-    from unimed_jax.data import images, layout
+    from unimed_jax.data import fitting, layout
 
     encoder = layout.Encoder(run.tokenizer, config.text, config.model.tokens_per_image)
     for call in calls:
         for question in call.own:
             encoder.prompt(question.example)
             for picture in question.images:
-                images.fit(picture.read(), config.data.fit, config.model.vision)
+                fitting.fit(picture.read(), config.data.fit, config.model.vision)
     jax.jit(lambda x: jax.numpy.exp(x @ x))(np.ones((64, 64), np.float32)).block_until_ready()
 
 

@@ -36,7 +36,7 @@ class Side:
 
 def measure(layers: int, width: int, rows: int, rounds: int) -> list[list[str]]:
     """Measures both forms with so many rows; returns lines of the table."""
-    import accelerator_rows
+    import accelerator_scales
     import jax
     import numpy as np
 
@@ -62,7 +62,7 @@ def measure(layers: int, width: int, rows: int, rounds: int) -> list[list[str]]:
     shapes = {
         p: jax.ShapeDtypeStruct(x.shape, np.float32) for p, x in parameters(abstract(config)).items()
     }
-    stacked = with_parameters(abstract(config), accelerator_rows.random_leaves(shapes))
+    stacked = with_parameters(abstract(config), accelerator_scales.random_leaves(shapes))
     ones = np.ones((rows, PROMPT), np.int32)
     side = config.vision.image_size
     batch = {

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None:
-    import accelerator_rows
+    import accelerator_scales
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
@@ -65,8 +65,8 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     from unimed_jax.plan.program_cost import program_cost
     from unimed_jax.train.program import build
 
-    scale = accelerator_rows.SCALES["toy" if arguments.tiny else "full"]
-    config = accelerator_rows.training(
+    scale = accelerator_scales.SCALES["toy" if arguments.tiny else "full"]
+    config = accelerator_scales.training(
         scale,
         arguments.rows,
         arguments.tokens,
