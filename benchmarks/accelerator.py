@@ -12,12 +12,14 @@ A row is written as soon as it is measured: a JSON line to --out, and the table 
 with the ending .md. A row that was not measured says why. A part that would not end within --budget is
 left out.
 
-What the rows are, and what their limits mean, is said by accelerator_rows.py (ours; it needs jax, flax,
-optax and numpy) and accelerator_torch.py (the peers; torch, and for its rows transformers and peft).
+What the rows are, and what their limits mean, is said by accelerator_rows.py, accelerator_decode.py and
+accelerator_kernels.py (ours; they need jax, flax, optax and numpy) and by accelerator_torch.py (the
+peers; torch, and for its rows transformers and peft).
 Weights and batches are random, made on the device.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +31,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import harness
 
 HERE = Path(__file__).parent
 BUDGET = 480  # seconds
@@ -67,7 +71,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="file of JSON lines; the table is written next to it"
+        "--out",
+        type=harness.output(),
+        required=True,
+        help="file of JSON lines; the table is written next to it",
     )
     parser.add_argument("--size", choices=("full", "toy"), default="full")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds, for all parts together")
@@ -142,23 +149,35 @@ def run(part: Part, size: str, report: Report, limit: float) -> str:
     )
     assert process.stdout
     end, rest, failed = time.monotonic() + limit, b"", ""
-    with selectors.DefaultSelector() as ready:
-        ready.register(process.stdout, selectors.EVENT_READ)
-        while (left := end - time.monotonic()) > 0:
-            if not ready.select(left):
-                break
-            read = os.read(process.stdout.fileno(), 1 << 16)
-            if not read:
-                status = process.wait()
-                return failed or f"its process ended with status {status}; what it said stands above"
-            *lines, rest = (rest + read).split(b"\n")
-            for line in map(json.loads, lines):
-                failed = line.get("failed", failed)
-                if "failed" not in line:
-                    report.add(line)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return f"its process was ended after {limit:.0f} s"
+    try:
+        with selectors.DefaultSelector() as ready:
+            ready.register(process.stdout, selectors.EVENT_READ)
+            while (left := end - time.monotonic()) > 0:
+                if not ready.select(left):
+                    break
+                read = os.read(process.stdout.fileno(), 1 << 16)
+                if not read:
+                    status = process.wait()
+                    return failed or f"its process ended with status {status}; what it said stands above"
+                *lines, rest = (rest + read).split(b"\n")
+                for line in map(_parsed, lines):
+                    failed = line.get("failed", failed)
+                    if line and "failed" not in line:
+                        report.add(line)
+        return f"its process was ended after {limit:.0f} s"
+    finally:  # also where someone stops this one
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _parsed(line: bytes) -> Values:
+    """Reads a line of a part; what a library printed in place of a row is passed on and left out."""
+    try:
+        return dict(json.loads(line))
+    except (TypeError, ValueError):
+        print(line.decode(errors="replace"), file=sys.stderr)
+        return {}
 
 
 def table(about: Values, rows: Any) -> str:
@@ -176,4 +195,4 @@ def table(about: Values, rows: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

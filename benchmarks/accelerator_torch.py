@@ -16,22 +16,19 @@ compares the two models, and tests/interop their tokens.
 import functools
 import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"  # the settings are read with jax, which must not take the card
 
-import accelerator_rows
+import accelerator_scales
 import harness
 import numpy as np
 import torch
 import torch_unimed
-from accelerator_rows import BATCHES, Emit, Scale, Values
+from accelerator_scales import BATCHES, Emit, Scale, Values
 
 from unimed_jax.config import VISUAL_TASKS, OptimizerConfig
 
@@ -51,7 +48,7 @@ def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
 
 def train(scale: Scale, known: Values, emit: Emit) -> None:
     rows, tokens = scale.batch
-    config = accelerator_rows.training(scale, rows, tokens)
+    config = accelerator_scales.training(scale, rows, tokens)
     adam = OptimizerConfig()
     with torch.device(DEVICE):
         torch.set_default_dtype(torch.bfloat16)
@@ -151,4 +148,4 @@ def about() -> Values:
 if __name__ == "__main__":
     warnings.simplefilter("ignore", FutureWarning)  # transformers warns PEFT
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    harness.report({"torch_train": train, "torch_decode": decode}, accelerator_rows.SCALES, about)
+    harness.report({"torch_train": train, "torch_decode": decode}, accelerator_scales.SCALES, about)

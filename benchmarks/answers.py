@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -33,13 +32,13 @@ def main() -> None:
     )
     options.add_argument("--slots", type=int, nargs="*", help="of the engine; several: each is a side")
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--out")
+    options.add_argument("--out", type=harness.output())
     given = options.parse_args()
     harness.pin(given.threads)
     found = measured(given)
     print(table(found))
     if given.out:
-        Path(given.out).write_text(json.dumps(found, indent=1))
+        given.out.write_text(json.dumps(found, indent=1))
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
@@ -98,14 +97,14 @@ def read(run, config, calls) -> None:
     import jax
     import numpy as np
 
-    from unimed_jax.data import images, layout
+    from unimed_jax.data import fitting, layout
 
     encoder = layout.Encoder(run.tokenizer, config.text, config.model.tokens_per_image)
     for call in calls:
         for question in call.own:
             encoder.prompt(question.example)
             for picture in question.images:
-                images.fit(picture.read(), config.data.fit, config.model.vision)
+                fitting.fit(picture.read(), config.data.fit, config.model.vision)
     jax.jit(lambda x: jax.numpy.exp(x @ x))(np.ones((64, 64), np.float32)).block_until_ready()
 
 

@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=3, help="timed runs of a pass in a round; their median counts"
     )
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--out", type=harness.output(), help="where the figures go as JSON")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

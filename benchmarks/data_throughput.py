@@ -30,8 +30,9 @@ from PIL import Image
 from unimed_jax.config import DataConfig, ReencodeConfig, SourceConfig, VisionConfig
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
+from unimed_jax.data.fitting import fit
 from unimed_jax.data.image_shards import processes
-from unimed_jax.data.images import fit, read_image
+from unimed_jax.data.images import read_image
 from unimed_jax.data.info import Info
 
 HEADER = ("what", "count", "a wall second", "a CPU second", "wall s", "CPU s", "MiB held")

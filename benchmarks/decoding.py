@@ -36,7 +36,7 @@ class Side:
 
 def measure(layers: int, width: int, rows: int, rounds: int) -> list[list[str]]:
     """Measures both forms with so many rows; returns lines of the table."""
-    import accelerator_rows
+    import accelerator_scales
     import jax
     import numpy as np
 
@@ -62,7 +62,7 @@ def measure(layers: int, width: int, rows: int, rounds: int) -> list[list[str]]:
     shapes = {
         p: jax.ShapeDtypeStruct(x.shape, np.float32) for p, x in parameters(abstract(config)).items()
     }
-    stacked = with_parameters(abstract(config), accelerator_rows.random_leaves(shapes))
+    stacked = with_parameters(abstract(config), accelerator_scales.random_leaves(shapes))
     ones = np.ones((rows, PROMPT), np.int32)
     side = config.vision.image_size
     batch = {
@@ -98,10 +98,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--width", type=int, default=576, help="a multiple of 64")
-    parser.add_argument("--rows", type=int, nargs="+", default=(1, 32))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=harness.at_least(1), default=30)
+    parser.add_argument("--width", type=harness.at_least(64, 64), default=576, help="a multiple of 64")
+    parser.add_argument("--rows", type=harness.at_least(1), nargs="+", default=(1, 32))
+    parser.add_argument("--rounds", type=harness.at_least(1), default=3)
     parser.add_argument("--threads", type=int, default=2)
     known = parser.parse_args()
     harness.pin(known.threads)

@@ -63,9 +63,9 @@ def main() -> None:
     )
     parser.add_argument("--config", default="configs/brain_frozen.py")
     parser.add_argument("--freeze", action="store_true", help="the encoder; pictures then do not vary")
-    parser.add_argument("--steps", type=int, default=30, help="of each side in a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="file for the figures as JSON")
+    parser.add_argument("--steps", type=harness.at_least(1), default=30, help="of each side in a round")
+    parser.add_argument("--rounds", type=harness.at_least(1), default=5)
+    parser.add_argument("--out", type=harness.output(), help="file for the figures as JSON")
     known, overrides = parser.parse_known_args()
     settings = load_config_file(known.config)
     if known.freeze:
@@ -104,4 +104,4 @@ def shown(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

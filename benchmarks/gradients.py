@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -81,7 +80,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/brain_tiny.py")
     parser.add_argument("--steps", type=int, default=5, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--out", type=harness.output(), help="where the figures go as JSON")
     arguments = parser.parse_args()
     found = measure(arguments.config, arguments.steps, arguments.rounds)
     rows = [

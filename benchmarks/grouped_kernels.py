@@ -23,13 +23,9 @@ import argparse
 import importlib
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import harness
 
@@ -216,8 +212,8 @@ def timed(arguments: argparse.Namespace) -> list[list[str]]:
     for name in arguments.ways:
         if ONLY_ON.get(name, jax.default_backend()) != jax.default_backend():
             continue
-        program = jax.jit(jax.value_and_grad(experts_loss(name), (0, 1, 2, 3)))
         try:
+            program = jax.jit(jax.value_and_grad(experts_loss(name), (0, 1, 2, 3)))
             found = jax.block_until_ready(program(*given))
         except Exception as error:  # each library has its own
             rows.append([name, f"does not run: {' '.join(str(error).split())[:90]}"])
@@ -245,9 +241,14 @@ def main() -> None:
     )
     parser.add_argument("--topology", help="such as v5e:2x2, h100:1; nothing is run")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--rows", type=int, default=2048, help=f"tokens, a multiple of {BLOCK}")
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=5632)
+    parser.add_argument(
+        "--rows",
+        type=harness.at_least(BLOCK, BLOCK),
+        default=2048,
+        help=f"tokens, a multiple of {BLOCK}",
+    )
+    parser.add_argument("--width", type=harness.at_least(1), default=2048)
+    parser.add_argument("--hidden", type=harness.at_least(1), default=5632)
     arguments = parser.parse_args()
     if arguments.topology is None:
         print(harness.table(("way", "forward and gradients"), timed(arguments)))

@@ -21,17 +21,50 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# A checkout is enough: nothing has to be installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from unimed_jax.errors import UserError
+from unimed_jax.paths import check_output_file
+
 
 class Failed(Exception):
     """Reports that a side could not do what it was asked."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main; a failure ends it with one sentence."""
+    """Runs a script's main; a failure ends it with one sentence, as does a mistake of its user."""
     try:
         main()
     except Failed as error:
         sys.exit(str(error))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.status)
+
+
+def output(option: str = "--out") -> Callable[[str], Path]:
+    """Makes the type of an argument that names a file to write, which is checked before any work."""
+
+    def read(given: str) -> Path:
+        file = check_output_file(given, option)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
+    return read
+
+
+def at_least(least: int, multiple: int = 1) -> Callable[[str], int]:
+    """Makes the type of an argument that is a whole number, large enough and a multiple of one."""
+
+    def read(given: str) -> int:
+        number = int(given)
+        if number < least or number % multiple:
+            of = f" and a multiple of {multiple}" if multiple > 1 else ""
+            raise argparse.ArgumentTypeError(f"{number} is not at least {least}{of}")
+        return number
+
+    return read
 
 
 class Side:

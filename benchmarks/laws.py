@@ -1,6 +1,6 @@
 """Fits laws to how the cost of a training step grows, on programs compiled ahead of time.
 
-    python benchmarks/laws.py --out=laws.json --picture=docs/laws.png
+    python benchmarks/laws.py --out=laws.json --picture=docs/pictures/laws.png
 
 It needs jax's CUDA plugin, but no GPU. One thing grows at a time; everything else stays as in
 configs/cmoe.py (full-size Uni-Med) or, for the decoder's experts, configs/med_moe/moe.py:stablelm,
@@ -16,12 +16,9 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import harness
 import numpy as np
@@ -144,7 +141,7 @@ def measured(growth: Growth, cache: Path, minutes: float) -> Iterator[dict[str, 
         )
     topology.check_compiler([job.topology for job in jobs])
     for x, outcome in zip(
-        growth.values, compile_all(jobs, cache, Limits(60 * minutes, 6e9)), strict=True
+        growth.values, compile_all(jobs, cache, Limits(60 * minutes, MEMORY)), strict=True
     ):
         if not outcome.text:
             raise harness.Failed(outcome.failed or f"{outcome.job.shown}: its compiler keeps no text.")
@@ -243,8 +240,8 @@ def main() -> None:
     parser.add_argument("--grows", nargs="+", choices=GROWTHS, default=list(GROWTHS))
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/unimed_jax/plans").expanduser())
     parser.add_argument("--minutes", type=float, default=20, help="that one compilation may take")
-    parser.add_argument("--out", type=Path, help="where points and laws go as JSON")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--out", type=harness.output(), help="where points and laws go as JSON")
+    parser.add_argument("--picture", type=harness.output("--picture"))
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # only the compiling processes need more
     points: dict[str, Any] = {}

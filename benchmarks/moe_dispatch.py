@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument(
         "--compile-for", metavar="TOPOLOGY", help="a TPU slice, as v5e:4x4; nothing is timed"
     )
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--out", type=harness.output(), help="where the figures go as JSON")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if len(arguments.paths) <= len(PATHS) and not arguments.compile_for:

@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--parts", default="error,nll,step,moments")
     parser.add_argument("--tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--rounds", type=int, default=3, help="of steps")
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--out", type=harness.output(), help="where the figures go as JSON")
     arguments = parser.parse_args()
     measures = {
         "error": measure_error,

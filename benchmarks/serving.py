@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
 
+import harness
 import serving_faults as hostile
 
 HERE = Path(__file__).parents[1]
@@ -76,7 +77,9 @@ class Served:
         assert self._process.stdout is not None
         found = re.search(r":(\d+) ", line := self._process.stdout.readline())
         if not found:
-            sys.exit(f"the server did not start: {line} {self._process.communicate()[1]}")
+            said = (line + self._process.communicate()[1]).splitlines()
+            said = [line for line in said if line and not line.startswith("[")]  # but what it opened
+            raise harness.Failed(f"The server did not start: {said[-1] if said else 'it said nothing.'}")
         self.port = int(found[1])
         while self.get("/ready")[0] != 200:
             time.sleep(0.05)
@@ -357,15 +360,14 @@ def main() -> None:
     options.add_argument("--alone", type=int, default=100, help="questions asked one after the other")
     options.add_argument("--memory", type=int, default=2000, help="requests while memory is watched")
     options.add_argument("--quick", action="store_true", help="do not wait for slow clients' ends")
-    options.add_argument("--out")
+    options.add_argument("--out", type=harness.output())
     given = options.parse_args()
     found = (load if given.campaign == "load" else faults)(given)
     print(json.dumps(found, indent=1))
     if given.out:
-        Path(given.out).write_text(json.dumps(found, indent=1))
+        given.out.write_text(json.dumps(found, indent=1))
     sys.exit(bool(found["wrong"]))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
-    main()
+    harness.run(main)

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from unimed_jax.config import TASKS, Config
-from unimed_jax.data import images, layout
+from unimed_jax.data import fitting, layout
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.model.generate import generate
@@ -68,7 +68,7 @@ class Ours:
             given = dataclasses.replace(
                 prompt, suffix=suffix, targets=np.arange(len(suffix) - len(answer), len(suffix))
             )
-            groups.append(layout.Group((given,), tuple(images.resize(image, size) for image in shown)))
+            groups.append(layout.Group((given,), tuple(fitting.resize(image, size) for image in shown)))
         shape = layout.RowShape(
             # one shape for all batches
             tokens=self.config.text.max_prompt + self.config.evaluate.max_new_tokens,

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 import harness
 from torch_answers import Ours, chosen, ended
@@ -28,7 +27,7 @@ def main() -> None:
     options.add_argument("--url", required=True, help="of vLLM, up to and with /v1")
     options.add_argument("--examples", type=int, default=50, help="test examples, spread over the tasks")
     options.add_argument("--batch", type=int, default=8, help="examples that are answered together")
-    options.add_argument("--out", help="a JSON file for the records")
+    options.add_argument("--out", type=harness.output(), help="a JSON file for the records")
     known = options.parse_args()
 
     from unimed_jax.data.datasets import distinct, open_sources
@@ -68,7 +67,7 @@ def main() -> None:
     print(f"{seconds:.1f} s for the answers of the other side")
     if known.out:
         content = {"machine": harness.machine(1), "seconds": seconds, "records": records}
-        Path(known.out).write_text(json.dumps(content, indent=1) + "\n")
+        known.out.write_text(json.dumps(content, indent=1) + "\n")
     if wrong := [record["id"] for record in records if not record["same"]]:
         sys.exit(f"{len(wrong)} of {len(records)} examples differ: {', '.join(wrong[:5])} ...")
 

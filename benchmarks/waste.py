@@ -5,19 +5,20 @@
 
 It compiles the step of benchmarks/accelerator.py (Uni-Med with LLaMA-2-7B, LoRA on all linears) ahead
 of time, counts the compiled program by its text (unimed_jax/plan/program_cost.py), and divides by the
-ideal (unimed_jax/plan/ideal.py); then come the operations that move most. `--out` keeps the text.
+ideal (unimed_jax/plan/ideal.py); then come the collectives, how many of them start and end apart with
+products between the two, and the operations that move most. `--out` keeps the text, `--flags` are added
+to XLA_FLAGS (for TPUs to LIBTPU_INIT_ARGS).
 
 GPUs get cuDNN's attention, although no card is here; `--attention=xla` compiles the plain form.
 """
 
 import argparse
 import dataclasses
+import math
 import os
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import harness
 
 from unimed_jax.plan import topology as topologies
 
@@ -27,7 +28,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", required=True, help="such as h100:1, h100:8, v5e:4x4")
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=harness.at_least(1), default=16)
     parser.add_argument("--tokens", type=int, default=256, help="of a row")
     parser.add_argument("--images", type=int, default=1, help="of a row")
     parser.add_argument(
@@ -37,19 +38,25 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", choices=("auto", "xla"))
     parser.add_argument("--features", action="store_true", help="train from cached features")
     for axis in ("data", "fsdp", "tensor", "expert"):
-        parser.add_argument(f"--{axis}", type=int, default=1, help="size of that axis of the mesh")
+        parser.add_argument(
+            f"--{axis}", type=harness.at_least(1), default=1, help="size of that axis of the mesh"
+        )
+    parser.add_argument("--flags", default="", help='for the compiler: --flags="--xla_... --xla_..."')
     parser.add_argument("--largest", type=int, default=12, help="operations to list")
     parser.add_argument("--tiny", action="store_true", help="a toy model, for a test")
-    parser.add_argument("--out", type=Path, help="file for the text of the compiled program")
+    parser.add_argument("--out", type=harness.output(), help="file for the text of the compiled program")
     arguments = parser.parse_args()
     topology = topologies.parse(arguments.topology)
     topologies.check_compiler([topology])
-    os.environ |= topologies.environment(topology)  # before jax starts
+    environment = topologies.environment(topology)
+    kept = "LIBTPU_INIT_ARGS" if topology.platform == "tpu" else "XLA_FLAGS"
+    environment[kept] = f"{environment.get(kept, '')} {arguments.flags}".strip()
+    os.environ |= environment  # before jax starts
     report(arguments, topology)
 
 
 def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None:
-    import accelerator_rows
+    import accelerator_scales
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
@@ -58,8 +65,8 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     from unimed_jax.plan.program_cost import program_cost
     from unimed_jax.train.program import build
 
-    scale = accelerator_rows.SCALES["toy" if arguments.tiny else "full"]
-    config = accelerator_rows.training(
+    scale = accelerator_scales.SCALES["toy" if arguments.tiny else "full"]
+    config = accelerator_scales.training(
         scale,
         arguments.rows,
         arguments.tokens,
@@ -74,7 +81,13 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
     train = dataclasses.replace(config.train, cache_features=arguments.features)
     config = dataclasses.replace(config, data=data, train=train)
     sizes = {axis: getattr(arguments, axis) for axis in sharding.MESH_AXES}
-    devices = np.array(topologies.devices(topology)).reshape(tuple(sizes.values()))
+    devices = np.array(topologies.devices(topology))
+    if math.prod(sizes.values()) != len(devices):
+        raise harness.Failed(
+            f"--topology={arguments.topology} has {len(devices)} devices, and the mesh "
+            f"{math.prod(sizes.values())}: give --fsdp or other axes whose product is {len(devices)}."
+        )
+    devices = devices.reshape(tuple(sizes.values()))
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     start = time.perf_counter()
     with topologies.as_on_the_card(topology):
@@ -102,6 +115,7 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
         print(f"| {name} | {ours / unit:.2f} | {needed / unit:.2f} | {ratios} |")
     for c in found.collectives:
         print(f"{c.kind} over {'+'.join(c.axes)}: {c.bytes / 1e6:.0f} MB in {c.count:.0f}")
+    print("{} of {} collectives with a start and an end have products between".format(*overlapped(text)))
     for field, unit, name in (("flops", 1e12, "TFLOP"), ("bytes", 1e9, "GB"), ("network", 1e6, "MB")):
         for o in found.by(field)[: arguments.largest]:
             if getattr(o, field):
@@ -111,5 +125,29 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
         print(f"not counted: {unknown}")
 
 
+def overlapped(text: str) -> tuple[int, int]:
+    """Counts the collectives between whose start and end products run, and all that have both."""
+    from unimed_jax.plan import collectives, hlo
+    from unimed_jax.plan.products import flops_of_product
+
+    module = hlo.parse(text)
+
+    def multiplies(here: hlo.Computation, i: hlo.Instruction) -> bool:
+        inner = [module.computations[name] for name in i.called("calls")]
+        return flops_of_product(here, i) > 0 or any(multiplies(c, j) for c in inner for j in c)
+
+    hidden = apart = 0
+    for here in module.computations.values():
+        lines = list(here)
+        place = {i.name: number for number, i in enumerate(lines)}
+        for number, i in enumerate(lines):
+            if not i.opcode.endswith("-start") or collectives.kind_of(i.opcode) is None:
+                continue
+            end = min((place[user.name] for user, _ in here.users[i.name]), default=number)
+            apart += 1
+            hidden += any(multiplies(here, j) for j in lines[number + 1 : end])
+    return hidden, apart
+
+
 if __name__ == "__main__":
-    main()
+    harness.run(main)

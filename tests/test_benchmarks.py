@@ -3,7 +3,9 @@ does not.
 """
 
 import functools
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ import harness
 import laws
 import moe_dispatch
 import train_step
+import waste
 
 BENCHMARKS = Path(train_step.__file__).parent
 NEEDS = "a peer of the extra `parity`: pip install -e '.[parity]'"
@@ -202,6 +205,38 @@ def test_two_rounds_give_no_ratio():
     assert found == {"median": 4, "min": 2, "max": 6} and harness.figure(found) == "4.00 (2.00 .. 6.00)"
 
 
+MISTAKES = {
+    "waste --topology=h9:1": (2, "the chip 'h9' is unknown"),
+    "waste --topology=cpu:8 --fsdp=4": (1, "cpu:8 has 8 devices, and the mesh 4"),
+    "grouped_kernels --rows=100": (2, "--rows: 100 is not at least 256 and a multiple of 256"),
+    "decoding --width=100": (2, "--width: 100 is not at least 64 and a multiple of 64"),
+    "decoding --rows 0": (2, "--rows: 0 is not at least 1"),
+    "laws --out=/proc/laws.json": (2, "--out=/proc/laws.json cannot be written"),
+    "laws --grows=nothing": (2, "invalid choice: 'nothing'"),
+    "accelerator --out=/proc/x.jsonl": (2, "--out=/proc/x.jsonl cannot be written"),
+    "accelerator --out={here}/x.jsonl --only nopart": (2, "--only=nopart is no part; choose from"),
+    "features --nosuch": (2, "argument '--nosuch' is unknown"),
+    "features --config=none.py": (2, "--config=none.py does not exist"),
+    "answers --run={here}/none": (2, "config.json does not exist; --run names"),
+    "serving load --run={here}/none": (2, "config.json does not exist; --run names"),
+    "vllm_answers --url=http://127.0.0.1:9/v1 --run={here}/none": (2, "config.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_a_sentence(command, tmp_path, monkeypatch, capsys):
+    """No traceback, no figures, and the status of a mistake."""
+    script, *arguments = command.format(here=tmp_path).split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    monkeypatch.setattr(harness, "pin", lambda *_: None)  # this process keeps its cores
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    with pytest.raises(SystemExit) as ended:
+        harness.run(importlib.import_module(script).main)
+    status, words = MISTAKES[command]
+    said = capsys.readouterr().err + (ended.value.code if isinstance(ended.value.code, str) else "")
+    assert (1 if isinstance(ended.value.code, str) else ended.value.code) == status and words in said
+
+
 def test_a_side_that_fails_is_named(tmp_path):
     script = tmp_path / "side.py"
     script.write_text(
@@ -340,6 +375,35 @@ def test_waste_of_a_tiny_step():
     }
     assert float(table["| TFLOP"]) > 1 and float(table["| GB sent"]) > 0.9
     assert "all-gather over fsdp" in out.stdout and "not counted" not in out.stdout
+    assert "0 of 0 collectives" in out.stdout  # a CPU runs them one after the other
+
+
+OVERLAP = """
+HloModule jit_step, is_scheduled=true
+
+%inner (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  ROOT %dot = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[16,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %first = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), dimensions={0}
+  %product = f32[8,8]{1,0} fusion(%x, %x), kind=kOutput, calls=%inner
+  %first-done = f32[16,8]{1,0} all-gather-done(%first)
+  %second = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%product), dimensions={0}
+  %negated = f32[8,8]{1,0} negate(%x)
+  %second-done = f32[16,8]{1,0} all-gather-done(%second)
+  ROOT %sum = f32[16,8]{1,0} add(%first-done, %second-done)
+}
+"""
+
+
+def test_a_collective_overlaps_where_a_product_runs_before_its_end():
+    assert waste.overlapped(OVERLAP) == (1, 2)
+    negates = OVERLAP.replace("fusion(%x, %x), kind=kOutput, calls=%inner", "negate(%x)")
+    assert waste.overlapped(negates) == (0, 2)
 
 
 def test_laws_are_fitted():

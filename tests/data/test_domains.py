@@ -49,7 +49,7 @@ def test_a_source_belongs_to_one_split(data):
 
 def test_no_two_sources_are_the_same_picture():
     """Nor one a copy of another in colours, size or encoding: correlation of 16 x 16 grey pictures."""
-    from unimed_jax.data.images import resize
+    from unimed_jax.data.fitting import resize
 
     small = [resize(domains_images.pixels(s.file), 16).mean(-1).ravel() for s in domains_images.SOURCES]
     likeness = np.corrcoef(small) - np.eye(len(small))

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 from support.picture_files import png, tiff
 
 from unimed_jax.config import VisionConfig
-from unimed_jax.data import images
+from unimed_jax.data import fitting, images
 from unimed_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
@@ -424,10 +424,10 @@ def test_decoders_say_nothing_on_the_screen(capfd):
 
 def test_resize_is_antialiased_bicubic_to_a_square():
     noise = np.random.default_rng(0).integers(0, 256, (200, 100, 3), dtype=np.uint8)
-    small = images.resize(noise, 10)
+    small = fitting.resize(noise, 10)
     assert small.shape == (10, 10, 3) and small.dtype == np.uint8
     assert small.std() < noise.std() / 4  # without antialiasing the spread would stay
-    np.testing.assert_array_equal(images.resize(small, 10), small)
+    np.testing.assert_array_equal(fitting.resize(small, 10), small)
 
 
 VISION = VisionConfig(image_size=32)
@@ -440,14 +440,14 @@ def test_ordinary_pictures_fit_as_published(shape):
     long = max(shape)
     padded = ImageOps.pad(Image.fromarray(noise), (long, long), color=fill, centering=(0.5, 0.5))
     right = np.asarray(padded.resize((32, 32), Image.Resampling.BICUBIC))
-    np.testing.assert_allclose(images.fit(noise, "pad", VISION).astype(int), right, atol=2)
+    np.testing.assert_allclose(fitting.fit(noise, "pad", VISION).astype(int), right, atol=2)
     scale = 32 / min(shape)
     whole = Image.fromarray(noise).resize(
         (int(shape[1] * scale), int(shape[0] * scale)), Image.Resampling.BICUBIC
     )
     left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
     right = np.asarray(whole.crop((left, top, left + 32, top + 32)))
-    np.testing.assert_array_equal(images.fit(noise, "crop", VISION), right)
+    np.testing.assert_array_equal(fitting.fit(noise, "crop", VISION), right)
 
 
 @pytest.mark.parametrize("shape", [(1, 60000), (60000, 1), (3, 9000)])
@@ -460,14 +460,14 @@ def test_strips_fit_in_bounded_memory(shape, monkeypatch):
         "resize",
         lambda self, size, *rest: made.append(np.prod(size)) or plain(self, size, *rest),
     )
-    monkeypatch.setattr(images, "MOST_PIXELS", 1 << 18)  # a side of 512
+    monkeypatch.setattr(fitting, "MOST_PIXELS", 1 << 18)  # a side of 512
     strip = np.full((*shape, 3), 250, np.uint8)
     made.clear()
     for how in ("pad", "crop", "stretch"):
-        image = images.fit(strip, how, VISION)
+        image = fitting.fit(strip, how, VISION)
         assert image.shape == (32, 32, 3)
         assert how == "pad" or (image == 250).all()
     assert max(made) <= 3 << 18
-    padded = images.fit(strip, "pad", VISION)
+    padded = fitting.fit(strip, "pad", VISION)
     middle, edge = (padded[16], padded[0]) if shape[0] < shape[1] else (padded[:, 16], padded[:, 0])
     assert middle.mean() > edge.mean() + 3 and edge.std(0).max() == 0

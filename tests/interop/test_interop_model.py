@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import torch_answers
 
 from unimed_jax.config import TASKS, VISUAL_TASKS
-from unimed_jax.data import images, layout
+from unimed_jax.data import fitting, images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.interop.families import unimed_hf
@@ -196,7 +196,7 @@ def test_pixels_are_those_of_evaluation(exported, torch, tmp_path):
         for mode, picture in pictures.items():
             file = tmp_path / "image.png"
             picture.save(file)
-            pixels = images.resize(images.read_image(file), 16)
+            pixels = fitting.resize(images.read_image(file), 16)
             expected = np.asarray(normalise(jnp.asarray(pixels)[None], config.model.vision, "float32"))[
                 0
             ]

@@ -9,7 +9,7 @@ from flax import nnx
 from support.fake_brain import COLOURS, Squares, tiny_config
 
 from unimed_jax.config import LossConfig
-from unimed_jax.data import images, layout
+from unimed_jax.data import fitting, layout
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -60,7 +60,7 @@ def training_row(config, tokenizer, asked, text):
     encoder = layout.Encoder(tokenizer, config.text, config.model.tokens_per_image)
     encoded = encoder.training(dataclasses.replace(asked.example, answer=text), 0)
     pixels = [Squares().image(key) for key in asked.example.images]
-    fitted = tuple(images.fit(image, config.data.fit, config.model.vision) for image in pixels)
+    fitted = tuple(fitting.fit(image, config.data.fit, config.model.vision) for image in pixels)
     shape = layout.RowShape(64, 1, 12, config.model.tokens_per_image, config.model.vision.image_size)
     return layout.training_batch([[layout.Group((encoded,), fitted)]], shape, tokenizer.pad, "token")
 

@@ -11,7 +11,7 @@ from support.dicom_files import dicom_file
 from support.page_server import BYTES, FULL, SAID, SLOW, PageServer
 
 from unimed_jax.config import TASKS, ImageConfig
-from unimed_jax.data import images
+from unimed_jax.data import fitting, images
 from unimed_jax.data.box_text import box_to_text
 
 pytestmark = pytest.mark.skipif(bool(chromium.missing()), reason=chromium.missing())
@@ -273,7 +273,7 @@ def test_a_dicom_has_windows_and_frames(page, server):
     expected = images.read_image(scan(), view)
     shown = Image.open(io.BytesIO(base64.b64decode(page.run(SHOWN).partition(",")[2]))).convert("RGB")
     np.testing.assert_array_equal(np.asarray(shown), expected)
-    seen = images.fit(expected, config.data.fit, config.model.vision)
+    seen = fitting.fit(expected, config.data.fit, config.model.vision)
     np.testing.assert_array_equal(server.service.asked[-1].images[0], seen)
     assert len(np.unique(seen)) > 2
 

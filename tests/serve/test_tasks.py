@@ -13,7 +13,8 @@ from support.dicom_files import dicom_file
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, ImageConfig
 from unimed_jax.data.box_text import box_to_text
-from unimed_jax.data.images import fit, read_image
+from unimed_jax.data.fitting import fit
+from unimed_jax.data.images import read_image
 from unimed_jax.evaluate.routing import weights_by_task
 from unimed_jax.predict.likelihood import Asked, Likelihoods
 from unimed_jax.predict.request import Request, as_example

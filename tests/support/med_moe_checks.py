@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from support import golden_med_moe as golden_files
 
 from unimed_jax.config import TextConfig
-from unimed_jax.data import forms, images, layout
+from unimed_jax.data import fitting, forms, layout
 from unimed_jax.evaluate.metrics import published
 from unimed_jax.interop.families import med_moe
 from unimed_jax.interop.tensors.load import Destination
@@ -82,10 +82,10 @@ def check_image_preprocess(folder, entry):
     stored = {key.split(".")[0]: value for key, value in arrays.items() if key.endswith(".image_u8")}
     assert stored and len(arrays) == 4 * len(stored)
     for key, image in stored.items():
-        square = images.pad_square(image, tuple(settings["pad_fill"]))
+        square = fitting.pad_square(image, tuple(settings["pad_fill"]))
         np.testing.assert_array_equal(square, arrays[f"{key}.pad_square_u8"])
         for how, name in (("pad", "pixels_pad"), ("crop", "pixels_nopad")):
-            pixels = normalise(jnp.asarray(images.fit(image, how, vision)), vision, "float32")
+            pixels = normalise(jnp.asarray(fitting.fit(image, how, vision)), vision, "float32")
             close(
                 np.asarray(pixels).transpose(2, 0, 1),
                 arrays[f"{key}.{name}"],

@@ -9,7 +9,7 @@ import pytest
 from support import golden_uni_med as golden_files
 
 from unimed_jax.config import OptimizerConfig
-from unimed_jax.data import forms, images
+from unimed_jax.data import fitting, forms
 from unimed_jax.data.order import source_order
 from unimed_jax.evaluate.metrics import published
 from unimed_jax.evaluate.metrics import text as text_scores
@@ -40,7 +40,7 @@ def aux_preprocess(rows, tensors, entries):
     for row in rows:
         image = tensors[f"{row['key']}.uint8_hwc"]
         assert list(image.shape[:2]) == row["in_hw"]
-        out = normalise(jnp.asarray(images.resize(image, row["image_size"])), vision, "float32")
+        out = normalise(jnp.asarray(fitting.resize(image, row["image_size"])), vision, "float32")
         close(np.asarray(out).transpose(2, 0, 1), tensors[f"{row['key']}.out_chw"], 1e-5, row["key"])
     for key in tensors:
         if key.endswith("posembed.in") or key == "posembed.in":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import accelerator
 import accelerator_rows
+import accelerator_scales
 import harness
 
 from unimed_jax.config import VISUAL_TASKS, Config, DataConfig, LossConfig, RuleConfig, TrainConfig
@@ -28,7 +29,7 @@ from unimed_jax.train.flops import useful_flops
 from unimed_jax.train.program import build
 
 BENCHMARKS = Path(accelerator.__file__).parent
-SCALE = accelerator_rows.SCALES["toy"]
+SCALE = accelerator_scales.SCALES["toy"]
 
 
 def bench(folder: Path, *arguments: str, **environment: str) -> tuple[int, list[dict], str]:
@@ -113,23 +114,23 @@ def test_all_parts_end_within_eight_minutes():
     assert sum(part.estimate for part in accelerator.PARTS[:6]) <= 430 <= accelerator.BUDGET == 480
     assert all(part.estimate < part.limit for part in accelerator.PARTS)
     names = {part.name for part in accelerator.PARTS if part.script != accelerator.TORCH}
-    assert names == set(accelerator_rows.PARTS) and accelerator.BATCHES == accelerator_rows.BATCHES
+    assert names == set(accelerator_rows.PARTS) and accelerator.BATCHES == accelerator_scales.BATCHES
 
 
 def test_its_model_is_that_of_the_published_config():
     published = from_config_dict(load_config_file(str(BENCHMARKS.parent / "configs" / "cmoe.py")))
     # Set to the paper's by `fidelity`, though there are no experts in this decoder.
     unused = {"moe": published.model.moe, "remat": published.model.remat}
-    assert dataclasses.replace(accelerator_rows.FULL, **unused) == published.model
+    assert dataclasses.replace(accelerator_scales.FULL, **unused) == published.model
     assert (
-        accelerator_rows.training(accelerator_rows.SCALES["full"], 4, 1024).train.rules
+        accelerator_scales.training(accelerator_scales.SCALES["full"], 4, 1024).train.rules
         == published.train.rules
     )
 
 
 @pytest.mark.parametrize("rows, tokens", [(2, 64), (3, 128)])
 def test_full_rows_are_what_the_layout_makes(rows, tokens):
-    config = accelerator_rows.training(SCALE, rows, tokens)
+    config = accelerator_scales.training(SCALE, rows, tokens)
     batch = harness.full_rows(config)
     data, per_image, images = config.data, config.model.tokens_per_image, config.data.row_images
     length, answer = tokens // images, data.row_answers // images

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from support.fake_brain import COLOURS, Squares, tiny_config
 
 from unimed_jax import main as cli
-from unimed_jax.data import images, layout
+from unimed_jax.data import fitting, layout
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
@@ -186,7 +186,7 @@ def test_an_embedding_is_the_mean_over_states_and_tokens(dense):
         prompt = encoder.prompt(example)
         lengths.add(prompt.tokens)
         shape = layout.RowShape(prompt.tokens, 1, 0, config.model.tokens_per_image, 32)
-        pixels = images.fit(dataset.image(example.images[0]), config.data.fit, config.model.vision)
+        pixels = fitting.fit(dataset.image(example.images[0]), config.data.fit, config.model.vision)
         batch = layout.prompt_batch([layout.Group((prompt,), (pixels,))], shape, dense.tokenizer.pad)
         x, _ = dense.model.embed(batch)
         states = dense.model.decoder(x, span_of(batch), states=True).states

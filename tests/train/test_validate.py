@@ -12,7 +12,7 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax.analyze.chain import Stage, trained
 from unimed_jax.config import LossConfig, MeshConfig
-from unimed_jax.data import images, layout
+from unimed_jax.data import fitting, layout
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.run import quick_scores
 from unimed_jax.evaluate.tasks import open_sets, select, units_of
@@ -119,7 +119,7 @@ def test_the_losses_are_those_of_the_examples_and_training_stays_the_same(tmp_pa
         groups = []
         for example in chosen:
             pixels = tuple(
-                images.fit(data.image(k), config.data.fit, config.model.vision) for k in example.images
+                fitting.fit(data.image(k), config.data.fit, config.model.vision) for k in example.images
             )
             groups.append([layout.Group((encoder.training(example, 0),), pixels)])
         batch = layout.training_batch(groups, shape, tokenizer.pad, str(config.loss.reduction))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, Config
-from unimed_jax.data import images
+from unimed_jax.data import fitting
 from unimed_jax.data.example import Example
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.evaluate.tasks import Unit, open_sets, units_of
@@ -62,7 +62,7 @@ class Shown:
     def fitted(self, config: Config) -> np.ndarray:
         """Reads the image at the model's size: uint8 [size, size, 3]."""
         pixels = self.unit.source.data.image(self.key)
-        return images.fit(pixels, config.data.fit, config.model.vision)
+        return fitting.fit(pixels, config.data.fit, config.model.vision)
 
 
 def cluster_of(unit: Unit, example: Example) -> str:

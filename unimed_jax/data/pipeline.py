@@ -21,7 +21,7 @@ import numpy as np
 
 from unimed_jax import processes
 from unimed_jax.config import TASKS, AugmentConfig, Config, SourceConfig
-from unimed_jax.data import augment, images, layout, lengths, packing
+from unimed_jax.data import augment, fitting, layout, lengths, packing
 from unimed_jax.data.columns import NONE, Columns, columns_of
 from unimed_jax.data.example import Dataset, Example, Features
 from unimed_jax.data.forms import form_of
@@ -122,7 +122,7 @@ class Pipeline:
 
     def fitted(self, dataset: Dataset, key: str) -> np.ndarray:
         """Decodes an image and fits it to the encoder, uint8 [image_size, image_size, 3]."""
-        return images.fit(dataset.image(key), self._config.data.fit, self._config.model.vision)
+        return fitting.fit(dataset.image(key), self._config.data.fit, self._config.model.vision)
 
     def plan(self, step: int) -> list[list[Draw]]:
         """Lists the draws in each row of the global batch of `step`."""
@@ -283,7 +283,7 @@ class Pipeline:
             ):
                 return None
         pixels = tuple(
-            augment.lit(images.fit(augment.seen(picture, by), config.data.fit, vision), drawn)
+            augment.lit(fitting.fit(augment.seen(picture, by), config.data.fit, vision), drawn)
             for picture, by in zip(pictures, maps, strict=True)
         )
         return Group(tuple(encoded), pixels)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimed_jax.config import VISUAL_TASKS, Config
-from unimed_jax.data import images
+from unimed_jax.data import fitting
 from unimed_jax.evaluate.statistics import Measure, with_interval
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import UniMed
@@ -69,7 +69,7 @@ def routing_report(
     total: np.ndarray = np.zeros(())
     for start in range(0, len(keys), batch):
         fitted = [
-            images.fit(read(key), config.data.fit, config.model.vision)
+            fitting.fit(read(key), config.data.fit, config.model.vision)
             for key in keys[start : start + batch]
         ]
         pixels = np.stack(fitted)  # [N, H, W, 3]

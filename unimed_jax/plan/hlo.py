@@ -132,6 +132,14 @@ class Computation:
     def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions.values())
 
+    @property
+    def roots(self) -> list[Instruction]:
+        """Lists the results one by one."""
+        assert self.root is not None
+        if self.root.opcode != "tuple":
+            return [self.root]
+        return [self.operand(self.root, number) for number in range(len(self.root.operands))]
+
     def operand(self, instruction: Instruction, number: int) -> Instruction:
         """Finds the instruction that makes an operand."""
         return self.instructions[instruction.operands[number]]

@@ -17,12 +17,12 @@ A kernel whose operations are not known counts none, and is named in `unknown_ca
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from unimed_jax.plan import collectives
 from unimed_jax.plan.hlo import Computation, Instruction, Module, parse
+from unimed_jax.plan.loops import trip_count
 from unimed_jax.plan.products import flops_of_product, unknown_kernel
 
 # Instructions that move nothing: they name what is there already.
@@ -242,7 +242,7 @@ class _Counter:
         for number, operand in enumerate(i.operands):
             arrays = here.instructions[operand].results
             total += read.get(number, 0.0) * sum(a.traffic for a in arrays)
-        written = [self._written(inner, root) for root in _roots(inner)]
+        written = [self._written(inner, root) for root in inner.roots]
         if len(written) == len(i.results):
             return total + sum(0 if a.on_chip else w for a, w in zip(i.results, written, strict=True))
         return total + sum(a.traffic for a in i.results)
@@ -269,7 +269,7 @@ class _Counter:
         here = self.module.computations[name]
         needed: dict[str, float] = dict.fromkeys(here.instructions, 0.0)
         in_place = set()
-        for root in _roots(here):
+        for root in here.roots:
             if root.opcode != "parameter":  # else it is only handed on
                 needed[root.name] = 1.0
             update = _in_place(here, root)
@@ -347,80 +347,6 @@ def traffic(here: Computation, i: Instruction) -> float:
     return float(sum(a.traffic for a in (*operands, *results)))
 
 
-def trip_count(module: Module, here: Computation, loop: Instruction) -> float | None:
-    """Finds how often a loop runs: as the compiler noted it, or from a comparison with a constant.
-
-    A loop whose length is decided while it runs may have its largest in its name, at_most_2.5_times;
-    else None.
-    """
-    if found := re.search(r"/at_most_([\d.]+)_times/while$", loop.op_name):
-        return float(found[1])
-    if found := re.search(r'"known_trip_count":\s*\{"n":"?(\d+)', loop.attributes):
-        return int(found[1])
-    (name,) = loop.called("condition")
-    condition = module.computations[name]
-    compare, scope, outer = condition.root, condition, None
-    if compare is not None and compare.opcode == "fusion":
-        outer = compare
-        scope = module.computations[compare.called("calls")[0]]
-        compare = scope.root
-    if compare is None or compare.opcode != "compare" or compare.attribute("direction") != "LT":
-        return None
-
-    def resolve(number: int) -> Instruction:
-        found = scope.operand(compare, number)
-        if found.opcode == "parameter" and outer is not None:
-            return condition.operand(outer, int(found.literal))
-        return found
-
-    counter, limit = resolve(0), resolve(1)
-    if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
-        return None
-    place, start = int(counter.attribute("index")), here.operand(loop, 0)
-    if start.opcode != "tuple":
-        return None
-    first = _unmoved(here, here.operand(start, place))
-    step = _step(module, module.computations[loop.called("body")[0]], place)
-    if first.opcode != "constant" or step is None:
-        return None
-    return max(0, math.ceil((int(limit.literal) - int(first.literal)) / step))
-
-
-def _step(module: Module, body: Computation, place: int) -> int | None:
-    """Finds what a loop's body adds to the value at that place of what it carries."""
-    if body.root is None or body.root.opcode != "tuple":
-        return None
-    last, scope = _unmoved(body, body.operand(body.root, place)), body
-    number = 0
-    if last.opcode == "get-tuple-element":  # of a fusion with several results
-        number, last = int(last.attribute("index")), body.operand(last, 0)
-    if last.opcode == "fusion":
-        scope = module.computations[last.called("calls")[0]]
-        last = list(_roots(scope))[number]
-    if last.opcode != "add":
-        return None
-    values = [_unmoved(scope, scope.operand(last, n)) for n in range(2)]
-    steps = [int(v.literal) for v in values if v.opcode == "constant"]
-    return steps[0] if len(steps) == 1 and steps[0] > 0 else None
-
-
-def _unmoved(here: Computation, i: Instruction) -> Instruction:
-    """Follows copies of a value back to where it comes from."""
-    while i.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
-        i = here.operand(i, 0)
-    return i
-
-
-def _roots(here: Computation) -> Iterator[Instruction]:
-    """Lists the results of a computation one by one."""
-    assert here.root is not None
-    if here.root.opcode != "tuple":
-        yield here.root
-        return
-    for number in range(len(here.root.operands)):
-        yield here.operand(here.root, number)
-
-
 def _in_place(here: Computation, root: Instruction) -> Instruction | None:
     """Finds the update of a part that `root` is, if the rest of the array can stay where it is."""
     while root.opcode in ("bitcast", "copy", "convert", "reshape"):
@@ -455,7 +381,7 @@ def _key(i: Instruction, module: Module) -> tuple[str, str]:
     name = i.op_name or i.target or i.opcode
     if name == "fusion":
         inner = module.computations[i.called("calls")[0]]
-        results = list(_roots(inner))
+        results = inner.roots
         first = results[0].target or results[0].opcode
         name = next((result.op_name for result in results if result.op_name), first)
     array = i.array

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimed_jax.config import Config
-from unimed_jax.data import images, layout, packing
+from unimed_jax.data import fitting, layout, packing
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.memory import check_answering
@@ -114,7 +114,7 @@ class Likelihoods:
     def of(self, batch: Sequence[Asked], pixels: Sequence[Sequence[np.ndarray]]) -> list[Likelihood]:
         """Measures the questions of a batch, in order; pixels: of each its images, uint8 [H, W, 3]."""
         fit, vision = self._config.data.fit, self._config.model.vision
-        fitted = [tuple(images.fit(image, fit, vision) for image in own) for own in pixels]
+        fitted = [tuple(fitting.fit(image, fit, vision) for image in own) for own in pixels]
         encoded = [self._encoded(asked) for asked in batch]
         rows = self._packed(batch, [_size(texts) for texts in encoded])
         each: list[list[np.ndarray]] = [[np.zeros(0)] * len(asked.texts) for asked in batch]

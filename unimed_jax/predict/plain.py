@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from unimed_jax.config import Config
-from unimed_jax.data import images, layout
+from unimed_jax.data import fitting, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.memory import check_answering
@@ -97,7 +97,7 @@ def prompt_batch(
     vision = config.model.vision
     groups = [
         layout.Group(
-            (encoder.prompt(example),), tuple(images.fit(one, config.data.fit, vision) for one in own)
+            (encoder.prompt(example),), tuple(fitting.fit(one, config.data.fit, vision) for one in own)
         )
         for example, own in zip(examples, pixels, strict=True)
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from unimed_jax.config import Config, ImageConfig
-from unimed_jax.data import images, layout
+from unimed_jax.data import fitting, images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
@@ -121,7 +121,7 @@ class Prompts:
         """
         fit, vision = self._config.data.fit, self._config.model.vision
         read = (self._read(image, prompt.name) for image in prompt.images)
-        return tuple(images.fit(image, fit, vision) for image in read)
+        return tuple(fitting.fit(image, fit, vision) for image in read)
 
     def _read(self, image: Image, name: str) -> np.ndarray:
         if isinstance(image, Picture):

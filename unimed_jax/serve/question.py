@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unimed_jax.config import TASKS, Config
-from unimed_jax.data import images
+from unimed_jax.data import fitting
 from unimed_jax.data.box_text import box_to_text, valid_box
 from unimed_jax.data.forms import tagged
 from unimed_jax.errors import UserError, nearest
@@ -113,7 +113,7 @@ def question_of(
         found = picture_of(content_of(url, name, limits), name, config, limits)
         height, width, _ = found.pixels.shape
         sizes.append((width, height))
-        pictures.append(images.fit(found.pixels, config.data.fit, config.model.vision))
+        pictures.append(fitting.fit(found.pixels, config.data.fit, config.model.vision))
     if task == "identify":
         question = _box_question(question, box, sizes[0])
     request = Request(

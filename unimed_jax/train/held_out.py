@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from unimed_jax.config import Config
-from unimed_jax.data import images, layout, packing
+from unimed_jax.data import fitting, layout, packing
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
@@ -81,4 +81,4 @@ class HeldOut:
         stored = (self.unit.source.data.image(key) for key in example.images)
         # Instruction 0, always: batches must not differ from one measurement to the next.
         question = self._encoder.training(example, 0)
-        return layout.Group((question,), tuple(images.fit(image, fit, vision) for image in stored))
+        return layout.Group((question,), tuple(fitting.fit(image, fit, vision) for image in stored))
