@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unimed_jax import processes
 from unimed_jax.config import TASKS, Config, ModelConfig
 from unimed_jax.errors import UserError
 from unimed_jax.model.parameters import tree_bytes
@@ -23,18 +24,26 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def available_bytes() -> float:
-    """Returns the bytes of all devices together or, on CPU, those that a process may have here."""
-    devices = jax.devices()
+    """Returns the bytes of all devices together or, on CPU, those that all processes may have.
+
+    All processes call it and get the same: as many times what the one with the least has, since what
+    they choose by it is part of one program.
+    """
+    return min(processes.gathered(_own_bytes())) * jax.process_count()
+
+
+def _own_bytes() -> float:
+    """Returns the bytes of this process's devices or, on CPU, those that it may have."""
+    devices = jax.local_devices()
     if devices[0].platform != "cpu":
-        limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-        known = [limit for limit in limits if limit]
-        return sum(known) * len(devices) / len(limits) if known else math.inf
+        limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+        return sum(limit for limit in limits if limit) or math.inf
     found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     found += [float(word) for file in LIMITS if (word := _read(file)).isdecimal()]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         found.append(float(limit))
-    return min(found) * jax.process_count()
+    return min(found)
 
 
 def _read(file: str) -> str:

@@ -332,6 +332,13 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
         memory.refuse_too_large(2**30, "this", "that")
 
 
+def test_the_process_with_the_least_memory_counts_for_all(monkeypatch):
+    alone = memory.available_bytes()
+    monkeypatch.setattr(memory.processes, "gathered", lambda own: [own, own / 4])
+    monkeypatch.setattr(memory.jax, "process_count", lambda: 2)
+    assert memory.available_bytes() == alone / 2
+
+
 # ---- parameters that are not finite ------------------------------------------------------------------
 def test_an_update_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):
     """Also the very last one, after which no loss would show it."""

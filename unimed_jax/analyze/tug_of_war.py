@@ -261,7 +261,8 @@ def gram_by_group(run: Run, batches: Batches, chosen: Sequence[str]) -> dict[str
         f"{len(turns)} {'pass' if len(turns) == 1 else 'passes'}"
     )
     of_part: dict[Part, np.ndarray] = {}
-    with tqdm(total=len(turns) * copies, desc="gradients", leave=False, disable=None) as bar:
+    hidden = None if processes.leads() else True  # None: shown on a terminal
+    with tqdm(total=len(turns) * copies, desc="gradients", leave=False, disable=hidden) as bar:
         for turn in turns:
             pieces = [piece for _, piece in turn]
             program = Gradients(run, pieces)
