@@ -230,6 +230,39 @@ def test_several_passes_give_what_one_gives(run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_killed_analysis_goes_on_after_its_last_pass(run, tmp_path, monkeypatch):
+    matches = ["connector/router/*", "decoder/layers/norm1/scale"]
+    size = sum(leaf.size for path, leaf in parameters(run.model).items() if "router/" in path)
+    monkeypatch.setattr(tug_of_war, "available_bytes", lambda: 4 * 4 * 12 * size * 0.6)
+    passes, most = [], 99
+
+    class Counted(tug_of_war.Gradients):
+        def __init__(self, run, pieces):
+            if len(passes) == most:
+                raise KeyboardInterrupt
+            passes.append(repr(pieces))
+            super().__init__(run, pieces)
+
+    monkeypatch.setattr(tug_of_war, "Gradients", Counted)
+
+    def measured(partial, batches=2):
+        with run.inside():
+            found = tug_of_war.analyse(run, "val", matches, batches, partial=partial)
+        return json.dumps(found.plain())
+
+    whole, expected = measured(None), list(passes)
+    assert len(expected) > 1
+    passes.clear()
+    most = 1
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path)
+    most = 99
+    assert measured(tmp_path) == whole and passes == expected  # each pass once
+    measured(tmp_path, batches=1)  # other examples, so passes of their own
+    assert len(passes) > len(expected)
+
+
+@pytest.mark.slow
 def test_a_mesh_gives_what_one_device_gives(run, folders, monkeypatch):
     alone = grams(run)
     monkeypatch.setattr(sharding, "make_mesh", MAKE_MESH)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,8 @@ from unimed_jax.analyze.parts import Part, groups_of, matching, parts_of
 from unimed_jax.config import Config
 from unimed_jax.data.layout import Batch
 from unimed_jax.errors import UserError
+from unimed_jax.evaluate.answers import Journal
+from unimed_jax.evaluate.run import fingerprint_of
 from unimed_jax.evaluate.tasks import Unit, open_sets, units_of
 from unimed_jax.memory import available_bytes
 from unimed_jax.model import sharding
@@ -37,6 +40,7 @@ from unimed_jax.train.optimizer import Leaves
 # Of the memory there is, that gradients may take: weights, activations and a copy need the rest.
 SHARE_OF_MEMORY = 0.25
 EXAMPLES_OF_A_ROW = 4  # are looked at, at most; more than that seldom share a row
+PARTIAL = "tug_of_war.partial"  # folder of what was measured so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,13 @@ class Side:
     unit: Unit
     factor: float = 1.0
     planted: bool = False  # a copy of a task, whose similarities to it are known
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Holds the inner products [copies, copies] of one pass, by group of parts."""
+
+    groups: dict[str, list[list[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +83,18 @@ class Analysis:
 
 
 def analyse(
-    run: Run, split: str, matches: Sequence[str], batches: int, planted: bool = False
+    run: Run,
+    split: str,
+    matches: Sequence[str],
+    batches: int,
+    planted: bool = False,
+    partial: Path | None = None,
 ) -> Analysis:
     """Measures a run; call it inside the run's mesh.
 
     planted: also measure the first task beside itself, beside itself with its loss negated, and with
     its loss times ten. Cosines must be 1, -1, 1, and magnitude similarities 1, 1, 20 / 101.
+    partial: folder in which each pass is kept, so that a killed analysis goes on after the last one.
     """
     sides = sides_of(run.config, split, batches)
     if planted:
@@ -87,7 +104,7 @@ def analyse(
         ]
     chosen = chosen_leaves(run, matches)
     rows = Batches(sides, run, batches)
-    grams = gram_by_group(run, rows, chosen)
+    grams = gram_by_group(run, rows, chosen, _journal(run, rows, partial) if partial else None)
     kinds = {
         kind: {group: Measured(gram, joined, names) for group, gram in grams.items()}
         for kind, names, joined in joins(sides)
@@ -108,6 +125,15 @@ def analyse(
         "batches": rows.fingerprint,  # runs with the same one were measured on the same examples
     }
     return Analysis(about, kinds)
+
+
+def _journal(run: Run, batches: "Batches", partial: Path) -> Journal:
+    """Opens the file of a run's passes, which no other run, examples or code share."""
+    sets = {side.unit.source.id: side.unit.source for side in batches.sides}
+    factors = [side.factor for side in batches.sides]
+    facts = (run.folder.resolve(), fingerprint_of(run, run.config, sets), batches.fingerprint, factors)
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return Journal(partial, name, f"{name}.jsonl", Products)
 
 
 def _clusters(unit: Unit) -> int:
@@ -240,49 +266,72 @@ class Batches:
 
 
 # ---- gradients and their inner products ------------------------------------------------------------
-def gram_by_group(run: Run, batches: Batches, chosen: Sequence[str]) -> dict[str, np.ndarray]:
+def gram_by_group(
+    run: Run, batches: Batches, chosen: Sequence[str], journal: Journal | None = None
+) -> dict[str, np.ndarray]:
     """Computes, for each group of parts, inner products float64 [U, B, U, B] of gradients.
 
     They are gradients of the mean loss over the answers of a batch, without dropout. Where those of
     all batches do not fit into a share of the memory, pieces of the leaves take turns, and each turn
-    goes through the batches again. Raises UserError for a gradient that is not finite.
+    goes through the batches again; turns that the journal holds are read from there. Raises UserError
+    for a gradient that is not finite.
     """
     leaves = parameters(run.model)
     shapes = {path: leaves[path].shape for path in chosen}
-    groups = groups_of(parts_of(shapes, run.config.model))
+    parts = parts_of(shapes, run.config.model)
+    groups = groups_of(parts)
     sides, count = len(batches.sides), batches.count
     copies = sides * count
     allowed = SHARE_OF_MEMORY * available_bytes()
-    turns = turns_of(shapes, parts_of(shapes, run.config.model), allowed / (4 * copies))
+    turns = turns_of(shapes, parts, allowed / (4 * copies))
     held = max(sum(piece.count(shapes[piece.leaf]) for _, piece in turn) for turn in turns)
     processes.say(
         f"{run.folder}, step {run.step}: {sides} tasks x {count} batches; their gradients take "
         f"{4 * held * copies / 2**20:,.0f} MiB at once ({allowed / 2**20:,.0f} may be), in "
         f"{len(turns)} {'pass' if len(turns) == 1 else 'passes'}"
     )
-    of_part: dict[Part, np.ndarray] = {}
+    found = {group: np.zeros((copies, copies)) for group in groups}
     hidden = None if processes.leads() else True  # None: shown on a terminal
     with tqdm(total=len(turns) * copies, desc="gradients", leave=False, disable=hidden) as bar:
         for turn in turns:
-            pieces = [piece for _, piece in turn]
-            program = Gradients(run, pieces)
-            columns: list[list[jax.Array]] = [[] for _ in pieces]
-            for side, batch in batches:
-                for column, gradient in zip(columns, program.of(batch, side.factor), strict=True):
-                    column.append(gradient)
-                bar.update()
-            for part, _ in turn:
-                values = np.asarray(program.products(columns.pop(0)), np.float64)
-                of_part[part] = of_part[part] + values if part in of_part else values
-    found = {
-        group: np.sum([of_part[part] for part in parts], axis=0).reshape(sides, count, sides, count)
-        for group, parts in groups.items()
-    }
-    if not all(np.isfinite(gram).all() for gram in found.values()):
-        raise UserError(
-            f"{run.folder}: gradients at step {run.step} are not finite, so that they have no "
-            "direction; choose another checkpoint."
-        )
+            name = hashlib.sha256(repr(turn).encode()).hexdigest()[:16]
+            if journal is not None and name in journal.found:
+                of_turn = {g: np.array(rows) for g, rows in journal.found[name].groups.items()}
+                bar.update(copies)
+            else:
+                of_turn = _of_turn(run, batches, turn, groups, bar)
+                if journal is not None:
+                    journal.add({name: Products({g: rows.tolist() for g, rows in of_turn.items()})})
+            for group, values in of_turn.items():
+                found[group] += values
+    return {group: values.reshape(sides, count, sides, count) for group, values in found.items()}
+
+
+def _of_turn(
+    run: Run,
+    batches: Batches,
+    turn: Sequence[tuple[Part, Part]],
+    groups: Mapping[str, Sequence[Part]],
+    bar: tqdm,
+) -> dict[str, np.ndarray]:
+    """Goes through the batches once and computes the products [copies, copies] of a turn, by group."""
+    program = Gradients(run, [piece for _, piece in turn])
+    columns: list[list[jax.Array]] = [[] for _ in turn]
+    for side, batch in batches:
+        for column, gradient in zip(columns, program.of(batch, side.factor), strict=True):
+            column.append(gradient)
+        bar.update()
+    found: dict[str, np.ndarray] = {}
+    for part, _ in turn:
+        values = np.asarray(program.products(columns.pop(0)), np.float64)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{run.folder}: gradients at step {run.step} are not finite, so that they have no "
+                "direction; choose another checkpoint."
+            )
+        for group, parts in groups.items():
+            if part in parts:
+                found[group] = found[group] + values if group in found else values
     return found
 
 

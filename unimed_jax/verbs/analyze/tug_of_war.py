@@ -4,6 +4,7 @@ It writes tug_of_war.json, tug_of_war.md and tug_of_war.png: direction similarit
 magnitude similarity of each two tasks, with intervals over batches; the share of pairs in conflict in
 each expert, the router and each layer; spectral entropy and the ratio of the dominant eigenvalue.
 Several runs, for example with other connectors, and several checkpoints of a run stand side by side.
+A killed analysis goes on with the same command.
 """
 
 from collections.abc import Sequence
@@ -47,14 +48,17 @@ def run(arguments: list[str]) -> None:
     wanted = [checkpoint for word in known.which or ["newest"] for checkpoint in _checkpoint(word)]
     start()
 
+    from unimed_jax import files, processes
     from unimed_jax.analyze import drawing
     from unimed_jax.analyze.run_report.page import write_page
-    from unimed_jax.analyze.tug_of_war import analyse
+    from unimed_jax.analyze.tug_of_war import PARTIAL, analyse
     from unimed_jax.analyze.tug_of_war_report import content, draw, page
+    from unimed_jax.evaluate.run import claim_results
     from unimed_jax.runs.checkpoint import Checkpoints
     from unimed_jax.runs.open import open_run
 
-    found = []
+    claim_results(out)
+    found, partial = [], out / PARTIAL
     for folder in folders:
         for which in wanted:
             every: Sequence = [which]
@@ -63,8 +67,13 @@ def run(arguments: list[str]) -> None:
             for one in every:
                 opened = open_run(folder, which=one)
                 with opened.inside():
-                    found.append(analyse(opened, known.split, known.match, known.batches, known.planted))
+                    one_run = analyse(
+                        opened, known.split, known.match, known.batches, known.planted, partial
+                    )
+                found.append(one_run)
     drawing.write(out, "tug_of_war", content(found), page(found), lambda path: draw(path, found))
+    if processes.leads():
+        files.remove_folder(partial)
     if out.parent == folders[0]:
         write_page(folders[0])
 
