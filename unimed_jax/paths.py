@@ -94,6 +94,10 @@ def _existing(path: str | Path, option: str) -> Path:
     given = f"{option}={path}"
     if not str(path):
         raise UserError(f"{option} is empty; give a path, or leave {option} out.")
+    if "://" in str(path):
+        raise UserError(
+            f"{given} is not a folder or file here; mount the bucket, and give its path there."
+        )
     whole = os.path.abspath(path)
     try:
         encoded = whole.encode()

@@ -140,6 +140,8 @@ def test_runs_whose_scores_are_not_comparable_are_refused(scored, tmp_path, name
 def test_mistakes_are_one_sentence(scored, tmp_path, capsys):
     other = changed(scored, tmp_path / "other", lambda r: r | {"id": r["id"] + "x"})
     (tmp_path / "empty").mkdir()
+    silent = changed(scored, tmp_path / "silent")
+    (silent / "predictions.jsonl").write_text("")
     file = tmp_path / "file.jsonl"
     file.write_text('{"id": "a", "prediction": "b"}\n')
     for words, sentence in {
@@ -148,6 +150,7 @@ def test_mistakes_are_one_sentence(scored, tmp_path, capsys):
         (scored, tmp_path / "empty"): "holds no scores; score the run first",
         (scored, tmp_path / "nowhere"): "does not exist; name a scored run's folder",
         (scored, file): "share no item: none of its 1 ids is known",
+        (silent, file): "silent/predictions.jsonl holds no answer; score it again",
         (file, file): "none is a scored folder",
         (scored, scored, "--resamples=1"): "--resamples=1 is out of bounds",
         (scored, scored, "--split=tset"): "share no item of split 'tset'",
@@ -170,3 +173,17 @@ def test_the_verb_writes_numbers_page_and_picture(scored, tmp_path, capsys):
     page = (tmp_path / "out" / "compare.md").read_text()
     assert "# Compared with first" in page and "## Question templates on test" in page
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+
+
+def test_a_score_that_is_not_computed_here_is_named_and_the_others_stand(scored, tmp_path):
+    """The runs were scored where the weights of a metric were; here are none."""
+    texts = ("bleu4_regex_tokens", "green")
+    places = [changed(scored, tmp_path / name, metrics=texts) for name in ("one", "two")]
+    found = compare(places)
+    assert any("toy/test/caption: green is not computed: needs" in note for note in found["notes"])
+    assert len(found["tasks"]) == 5 and ("caption", "") not in rows(found)
+    for place in places:
+        lines = [json.dumps(r) + "\n" for r in answers(place) if r["task"] == "caption"]
+        (place / "predictions.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="nothing is left to compare: toy/test/caption: green is not"):
+        compare(places)

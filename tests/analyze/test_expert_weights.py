@@ -6,7 +6,7 @@ import pytest
 from support import tiny
 from support.toy_run import toy_run, toy_units
 
-from unimed_jax.analyze import expert_weights, updates
+from unimed_jax.analyze import expert_weights, experts_report, updates
 from unimed_jax.analyze.examples import shown_images
 from unimed_jax.model.parameters import parameters, with_parameters
 
@@ -65,7 +65,10 @@ def test_norms_and_moves_are_those_that_were_planted():
     np.testing.assert_allclose(found["moved"], [0, moved, 0], rtol=1e-5)
     np.testing.assert_allclose(found["leaves"]["up"]["moved"], [0, moved, 0], rtol=1e-5)
     assert found["leaves"]["down"]["moved"] == [0, 0, 0]
-    assert found["move_cosine"][1][1] == pytest.approx(1) and found["move_cosine"][0][1] == 0
+    assert found["move_cosine"][1][1] == pytest.approx(1)
+    assert np.isnan(found["move_cosine"][0][1])  # expert 0 did not move, and so has no direction
+    made = {"ci95": None, "relative_distance": np.zeros((3, 3))}
+    assert experts_report._pairs(found, made)[0][-1] == "-"
     router = found["others"]["router"]
     assert router["moved"] == pytest.approx(np.sqrt(start["connector/router/bias"].size), rel=1e-5)
     assert found["others"]["task tokens"]["moved"] == 0
@@ -89,6 +92,11 @@ def test_updates_that_were_planted_agree_as_much_as_they_should():
     assert np.diagonal(cosine)[:2] == pytest.approx(1) and abs(cosine[2, 2]) < 0.1
     low, high = found["ci95"][0][2]
     assert low <= cosine[0, 2] <= high and low < high and abs(cosine[0, 2]) < 0.2
+    still = gram.copy()  # an expert that the second task never reaches in its first repeat
+    still[1, 0], still[:, :, 1, 0] = 0, 0
+    there = updates.similarity(still, seed=0)
+    assert [there["cos"][u][1] for u in range(3)] == [None] * 3 == there["cos"][1]
+    assert there["ci95"][0][1] is None and there["cos"][0][2] == found["cos"][0][2]
     alone = updates.similarity(gram[:, :1, :, :1], seed=0)
     assert alone["cos"][0][0] is None and alone["ci95"] is None and found["ci95"][0][0] is None
     assert alone["cos"][0][1] == pytest.approx(-1)

@@ -13,7 +13,7 @@ from unimed_jax.data.example import Example
 from unimed_jax.data.forms import INSTRUCTIONS
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, tasks
-from unimed_jax.evaluate.metrics import captions
+from unimed_jax.evaluate.metrics import captions, find
 from unimed_jax.evaluate.run import records_of
 from unimed_jax.predict.request import Picture, Request
 from unimed_jax.verdicts import reliance_verdict
@@ -229,3 +229,16 @@ def test_page_and_picture(tmp_path):
         "score by wording",
     ):
         assert piece in page
+
+
+def test_a_metric_that_is_not_computed_is_one_sentence(tmp_path):
+    toy = Toy(per_task=12, left_out=("vqa", "refer", "identify", "caption", "qa"))
+    (unit,), answers, *_ = asked(reads, tmp_path, toy)
+    unit, records = (
+        dataclasses.replace(unit, metrics=(find("green"),)),
+        records_of(unit, answers[OWN], {}),
+    )
+    with pytest.raises(
+        UserError, match="metric 'green' leads the scores of toy but is not computed: needs"
+    ):
+        reliance.scores_of(unit, records, reliance.texts_of(unit, answers), {}, toy_config())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unimed_jax.analyze import params
+from unimed_jax.analyze.sweep import plan as planning
 from unimed_jax.analyze.sweep.plan import check_folders, of_shard, planned
 from unimed_jax.analyze.sweep.table import size
 from unimed_jax.config_file import load_config_file, load_sweep_file
@@ -164,6 +165,9 @@ def two(name="b", **changes):
         ),
         ({"base": "configs/med_moe/all.py:tiny"}, "is a chain; name its stages one by one"),
         ({"scores": {"vqa": ()}}, "sweep.scores['vqa'] is empty"),
+        ({"scores": {"vqa": ("exact",)}}, "scores of sweep 's': 'exact' is not a metric; did you mean"),
+        ({"scores": {"vqa": ("miou",)}}, "scores of sweep 's': metric 'miou' reads answers of refer"),
+        ({"variants": {"cmoe": {}}}, "compares variants with its baseline, and 'cmoe' is alone; add"),
         ({"settings": {"evaluate.splits": ()}}, "scores nothing"),
         ({"settings": {"job": "router", "router_fit.key": "x"}}, "trains a router alone"),
     ],
@@ -179,7 +183,9 @@ def test_mistakes_in_what_is_asked_for():
         small(only=("hart",))
     with pytest.raises(UserError, match="the baseline 'cmoe' of sweep 's' is not among --variants=hard"):
         small(only=("hard",))
-    for shard in ("3/2", "0/2", "1", "a/b", "/", "1/0"):
+    with pytest.raises(UserError, match="'cmoe' is alone; add another one to --variants"):
+        small(only=("cmoe",))
+    for shard in ("3/2", "0/2", "1", "a/b", "/", "1/0", "\u0661/\u0662", "1/9999999999"):
         with pytest.raises(UserError, match=f"--shard={shard}: write which part of how many"):
             of_shard(small(), shard)
     with pytest.raises(UserError, match="--shard=1/9: there are 4 runs"):
@@ -214,3 +220,14 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         check_folders(plan)
     with pytest.raises(UserError, match="still needs the finished run runs/nowhere"):
         check_folders(small(tmp_path, settings={"init": (("seed", ""), ("run", "runs/nowhere"))}))
+
+
+def test_finished_runs_are_compared_where_their_data_are_not(tmp_path, monkeypatch):
+    """Their folders may come from other machines; who trains one of them still needs what it lacks."""
+    plan = small(tmp_path, settings={"init": (("seed", ""), ("run", "runs/nowhere"))})
+    check_folders(plan, trains=False)
+    monkeypatch.setattr(planning, "finished", lambda run: True)
+    check_folders(plan)
+    monkeypatch.setattr(planning, "finished", lambda run: run.title != "hard/seed7")
+    with pytest.raises(UserError, match="still needs the finished run runs/nowhere"):
+        check_folders(plan)

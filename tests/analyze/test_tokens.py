@@ -46,6 +46,17 @@ def test_clouds_far_apart_score_near_one_and_mixed_ones_near_zero():
     assert points.shape == (120, 2) and sum(shares) > 0.95
 
 
+def test_a_classifier_is_fitted_on_every_label():
+    """Patients of one modality each, of sizes by which a fold would take both of one modality."""
+    labels, sizes = np.repeat(["ct", "mr"], 11), {"a": 10, "b": 1, "c": 9, "d": 2}
+    clusters = np.repeat(list(sizes), list(sizes.values()))
+    apart = np.random.default_rng(0).standard_normal((22, 4)) + 20.0 * (labels == "mr")[:, None]
+    found = tokens.classified(tokens.Tokens(apart, labels, clusters), 50, 0)
+    assert found["value"] == 1  # and 0 where a fold's classifier has never seen the label
+    alone = np.where(labels == "mr", "c", clusters)
+    assert tokens.classified(tokens.Tokens(apart, labels, alone), 50, 0) is None
+
+
 def test_tokens_of_an_image_keep_one_label_when_labels_are_shuffled():
     shuffled = clouds(1.0, each=4).shuffled(np.random.default_rng(0)).reshape(-1, 4)
     assert (shuffled == shuffled[:, :1]).all() and len(set(shuffled[:, 0])) == 3

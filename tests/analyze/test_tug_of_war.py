@@ -385,8 +385,16 @@ def test_mistakes_are_one_sentence(folders, tmp_path, capsys):
         [folder, "--which=0", "--match=conector/*"], capsys
     )
     assert "has no example in split 'tset'" in refused([folder, "--which=0", "--split=tset"], capsys)
+    assert "names no checkpoint" in refused([folder, "--which=" + 5000 * "9"], capsys)
+    nowhere = tmp_path / "nowhere"
+    for words in ([f"--run={nowhere}"], [folder, f"--run={nowhere}", "--which=0"]):
+        assert "nowhere/config.json does not exist" in refused(words, capsys)
+        assert not nowhere.exists()
     other = tmp_path / "other"
     shutil.copytree(folders / "cmoe", other)
+    (other / "checkpoints").mkdir()  # killed before the first was saved
+    sentence = refused([f"--run={other}", "--which=all"], capsys)
+    assert "other holds no checkpoint; train it first, or measure it before its training" in sentence
     settings = json.loads((other / "config.json").read_text())
     settings["model"]["gates"] = 3
     (other / "config.json").write_text(json.dumps(settings))

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_rel
 
-from unimed_jax.evaluate.statistics import Difference, Measure, holm, mcnemar, paired, verdicts
+from unimed_jax.evaluate.statistics import (
+    Difference,
+    Measure,
+    Ranked,
+    holm,
+    mcnemar,
+    paired,
+    resample,
+    verdicts,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -96,3 +105,33 @@ def test_only_shares_of_right_items_are_exact():
     assert Measure.mean([1, 0, 1]).where([True, True, False]).right.tolist() == [True, False]
     assert Measure.mean([0.5, 1]).right is None
     assert Measure(np.ones((2, 2)), lambda sums: sums[..., 0]).right is None
+
+
+def test_scores_of_ranks_hold_a_bounded_part_of_the_draws_at_once():
+    """200,000 items in two clusters: not all draws of all items at once."""
+    shapes = []
+
+    def score(weights):
+        shapes.append(weights.shape)
+        return weights.mean(-1)
+
+    ranked, clusters = Ranked(np.ones((200_000, 1)), score), ["a", "b"] * 100_000
+    (draws,) = resample([ranked], clusters, 50, 0)
+    assert np.allclose(draws, 1) and len(draws) == sum(rows for rows, _ in shapes) == 50
+    assert max(rows for rows, _ in shapes) == 2**22 // 200_000
+
+
+def test_scores_of_ranks_are_paired_within_samples_that_share_no_cluster():
+    """One of ranks that is a mean in truth gives what the mean gives, in one sample and in two."""
+    rng = np.random.default_rng(4)
+    values, clusters = rng.random((2, 60)), [str(i % 20) for i in range(60)]
+
+    def ranked(own):
+        return Ranked(np.ones((60, 1)), lambda weights: weights @ own / weights.sum(-1))
+
+    for groups in ((), [int(name) // 10 for name in clusters]):
+        one, other = (
+            paired([make(values[0])], [make(values[1])], clusters, 200, 0, groups)
+            for make in (Measure.mean, ranked)
+        )
+        assert other.value == pytest.approx(one.value) and other.ci95 == pytest.approx(one.ci95)

@@ -153,6 +153,10 @@ MISTAKES = {
         ("toy", "vqa", "test", dict(metrics=("exact",))),
         "'exact' is not a metric; did you mean",
     ),
+    "metric of boxes": (
+        ("toy", "vqa", "test", dict(metrics=("exact_match", "miou"))),
+        "metric 'miou' reads answers of refer alone, not of 'vqa'; name another one",
+    ),
 }
 
 
@@ -174,3 +178,12 @@ def test_a_split_of_no_set_is_refused(config):
         units(config, Toy(per_task=0))
     with pytest.raises(UserError, match="did you mean 'test'"):
         units(config, Toy(), splits=("tset", "test"))
+
+
+def test_where_nothing_is_left_to_score_it_is_said(config):
+    sets = sets_of(Toy(left_out=("cls",)))
+    sets["toy"] = dataclasses.replace(sets["toy"], tasks=("cls",))
+    with pytest.raises(
+        UserError, match=r"nothing is left to score on test \(toy/test: no example of task"
+    ):
+        tasks.units_of(config, sets)

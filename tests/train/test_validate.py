@@ -197,9 +197,8 @@ def test_evaluate_scores_the_checkpoint_that_which_names(constant, monkeypatch, 
 def test_metrics_that_an_entry_names_are_scored_and_may_pick_the_best(tmp_path):
     """The same as scoring the finished model; the train step is not compiled again (the loop counts)."""
     config = settings(best="token_f1/squares/val/cls", steps=6)
-    entry = dict(
-        source="squares", task="cls", split="val", every=3, limit=10, metrics=("exact_match", "token_f1")
-    )
+    metrics = ("exact_match", "unimed_jax.evaluate.metrics.text:token_f1")  # as one's own are named
+    entry = dict(source="squares", task="cls", split="val", every=3, limit=10, metrics=metrics)
     config.evaluate.entries = (entry, dict(entry, task="qa", metrics=()))
     ended = run(config, tmp_path)
     names = {name for line in lines(tmp_path) for name in line if name.startswith("val/")}
@@ -284,6 +283,8 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
     missing = settings((("vqa", "nowhere", 1),))
     name = "recal/squares/val/vqa"
     best = settings(best=name)
+    needy = settings()
+    needy.evaluate.entries = (dict(needy.evaluate.entries[0], metrics=("exact_match", "green")),)
     for number, (config, sentence) in enumerate(
         [
             (
@@ -292,6 +293,10 @@ def test_what_cannot_be_measured_is_said_before_training(tmp_path):
             ),
             (missing, r"config.evaluate.entries: data set 'squares' has no example in split 'nowhere'"),
             (best, rf"config.train.best='{name}' is not measured during training.*loss/squares/val/vqa"),
+            (
+                needy,
+                r"config.evaluate.entries: 'green' of squares/val/vqa is not computed: needs weights",
+            ),
         ]
     ):
         with pytest.raises(UserError, match=sentence):

@@ -9,9 +9,10 @@ from PIL import Image
 from support import fake_brain
 
 from unimed_jax import main as cli
-from unimed_jax.analyze import ablation, decoder_routing
+from unimed_jax.analyze import ablation, decoder_routing, drawing
 from unimed_jax.analyze.examples import held_out_units
 from unimed_jax.config import VISUAL_TASKS
+from unimed_jax.errors import UserError
 from unimed_jax.evaluate import answers
 from unimed_jax.model import sharding
 
@@ -93,6 +94,13 @@ def test_an_ablation_that_was_killed_goes_on(run, monkeypatch):
     assert (out / ablation.PARTIAL).is_dir() and not (out / "ablation.json").exists()
     more = []
     monkeypatch.setattr(answers, "_answered", lambda *given: more.append(given) or answered(*given))
+    with monkeypatch.context() as patch:
+
+        def full(*given):
+            raise UserError("the disk is full.")
+
+        patch.setattr(drawing, "write", full)
+        assert cli.main(words) == 2 and (out / ablation.PARTIAL).is_dir()  # what was answered stays
     assert cli.main(words) == 0
     found = files(out, "ablation")
     assert len(more) == 6 - 4 and not (out / ablation.PARTIAL).exists()

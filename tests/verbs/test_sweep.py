@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -160,6 +161,57 @@ def test_what_breaks_a_run_is_kept_with_it(tmp_path, capsys, monkeypatch):
     assert not any(map(running.failure, plan.runs))
 
 
+def test_what_failed_after_its_scores_is_tried_again_without_training(tmp_path, trains, monkeypatch):
+    plan = planned(
+        load_sweep_file("configs/sweeps/router_input.py"), tmp_path, with_overrides, seeds=(0,)
+    )
+    run, tried = plan.runs[0], []
+    monkeypatch.setattr(running, "finished", lambda run: True)
+    monkeypatch.setattr(running, "write_expert_load", lambda run, stages: tried.append(run))
+    running.run_all(plan, plan.runs)
+    assert not tried
+    run.folder.mkdir(parents=True)
+    (run.folder / "failed.json").write_text('{"sentence": "the disk is full."}')
+    running.run_all(plan, plan.runs)
+    assert tried == [run] and not trains and not running.failure(run)
+
+
+def test_a_run_that_is_trained_by_hand_has_not_failed(tmp_path, monkeypatch):
+    (tmp_path / "failed.json").write_text('{"sentence": "the disk is full."}')
+
+    def ends(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chain, "claim", ends)
+    with pytest.raises(KeyboardInterrupt):
+        chain.train_and_evaluate(planned_config(), tmp_path)
+    assert not (tmp_path / "failed.json").exists()
+
+
+def planned_config():
+    sweep = load_sweep_file("configs/sweeps/router_input.py")
+    return planned(sweep, Path("unused"), with_overrides, seeds=(0,)).runs[0].config
+
+
+def test_a_shard_without_the_baseline_ends_well_and_a_failed_baseline_does_not(
+    tmp_path, capsys, monkeypatch
+):
+    """No table yet is no mistake of a shard; where runs failed the status is 1, with a table or not."""
+    command = ["sweep", "--config=configs/sweeps/router_input.py", f"--workdir={tmp_path}", "--seeds=0"]
+    monkeypatch.setattr(running, "train_and_evaluate", lambda config, folder: None)
+    assert cli.main([*command, "--shard=2/3"]) == 0
+    ended = capsys.readouterr()
+    assert "no table: sweep 'router_input' in" in ended.out and not ended.err
+
+    def broken(config, folder):
+        raise UserError("the loss is not finite.")
+
+    monkeypatch.setattr(running, "train_and_evaluate", broken)
+    assert cli.main([*command, "--shard=1/3"]) == 1
+    monkeypatch.setattr(running, "train_and_evaluate", lambda config, folder: None)
+    assert cli.main([*command, "--shard=3/3"]) == 0  # another shard's failure is not this one's
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [
@@ -167,6 +219,9 @@ def test_what_breaks_a_run_is_kept_with_it(tmp_path, capsys, monkeypatch):
         (["--variants=token,token"], "--variants=token,token has 'token' twice"),
         (["--seeds=0,,1"], "--seeds=0,,1 has an empty name"),
         (["--seeds=0,x"], "'x' is not a seed"),
+        (["--seeds=1,01"], "--seeds=1,01 has 1 twice"),
+        (["--seeds=" + 5000 * "9"], "is not a seed; write whole numbers"),
+        (["--workdir=gs://bucket/sweep"], "is not a folder or file here; mount the bucket"),
         (["--variants=toke"], "'toke' is not a variant of sweep 'router_input'; did you mean 'token'?"),
         (["--baseline=toke"], "the baseline 'toke' is not among the variants"),
         (["--config.seed=3"], "'--config.seed=3' cannot change a sweep"),

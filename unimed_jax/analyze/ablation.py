@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from unimed_jax import files, processes
+from unimed_jax import processes
 from unimed_jax.analyze.routing import has_mixture
 from unimed_jax.config import VISUAL_TASKS, Config, to_dict
 from unimed_jax.errors import UserError
@@ -84,7 +84,8 @@ def without_each(model: UniMed, config: Config) -> dict[str, UniMed]:
 def analyse(run: Run, units: Sequence[Unit], folder: Path) -> dict[str, Any]:
     """Answers the units' questions with all experts and without each of them.
 
-    folder: where answers are kept until all are there, so that a killed analysis goes on. Returned:
+    folder: where answers are kept (`PARTIAL`), so that a killed analysis goes on; the caller removes
+    them once what follows from them is written. Returned:
     "experts" (names), "units" name -> {task, set, n, clusters, metric, whole, off: for each expert
     {value (the loss: with all experts minus without this one), ci95, p, score, p_holm, verdict}}.
     Raises UserError if only the connector has experts and no unit has an image.
@@ -104,10 +105,7 @@ def analyse(run: Run, units: Sequence[Unit], folder: Path) -> dict[str, Any]:
         processes.say(f"{name} ({number + 1} of {len(models)})")
         journal = Journal(partial / str(number), fingerprint(run, units, name))
         answered[name] = answered_records(model, run.config, run.tokenizer, units, journal)
-    found = {"experts": list(experts), "units": losses(units, answered, run.config)}
-    if processes.leads():
-        files.remove_folder(partial)
-    return found
+    return {"experts": list(experts), "units": losses(units, answered, run.config)}
 
 
 def losses(
@@ -124,7 +122,7 @@ def losses(
     lost: list[Difference] = []
     for unit in units:
         metric = unit.metrics[0]
-        measures: list[Measure] = [metric(answered[name][unit.name]) for name in (whole, *off)]
+        measures: list[Measure] = [metric.needed(answered[name][unit.name]) for name in (whole, *off)]
         clusters = [record["cluster"] for record in answered[whole][unit.name]]
         own = [paired(measures[:1], [each], clusters, resamples, seed) for each in measures[1:]]
         lost += own

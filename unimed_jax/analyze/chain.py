@@ -29,6 +29,7 @@ from unimed_jax.train import router
 from unimed_jax.train.loop import train
 from unimed_jax.verdicts import with_interval
 
+FAILED = "failed.json"  # in a run's folder: why the last try of a sweep to train it ended
 Read = Callable[[ml_collections.ConfigDict], Config]
 # Heading of the table, task, where metrics.json has the score.
 SCORES = (
@@ -177,6 +178,8 @@ def write_expert_load(stage: Stage, earlier: Sequence[Stage]) -> None:
 
 def train_and_evaluate(config: Config, folder: Path) -> None:
     """Trains one run in `folder`, from where it was left, and writes its scores there."""
+    if processes.leads():
+        (folder / FAILED).unlink(missing_ok=True)
     if config.job == "router":
         with measured(folder):
             report = router.train_router(config, folder)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.metrics import Metric, Record, of_task
+from unimed_jax.evaluate.metrics import Metric, NotComputed, Record, of_task
 from unimed_jax.evaluate.metrics.registry import find
 from unimed_jax.evaluate.run import LARGEST_PREDICTIONS, read_predictions
 from unimed_jax.evaluate.scores import SCHEMA
@@ -64,12 +64,18 @@ def compare(
         for unit, (ours, theirs) in shared.items():
             metric = first.metrics[unit]
             row = {"run": other.name, "set": unit[0], "task": unit[2], "metric": metric.name}
-            measured = _Pair(metric, ours, theirs, resamples, seed)
+            try:
+                measured = _Pair(metric, ours, theirs, resamples, seed)
+            except NotComputed as missing:  # such as Java, which was there where the runs were scored
+                notes.append(f"{'/'.join(unit)}: {metric.name} is {missing}")
+                continue
             tasks.append({**row, "template": "", **measured.row()})
             kinds = sorted({record["template"] for record in ours})
             for template in kinds if len(kinds) > 1 else ():  # a single one is the task itself
                 mask = np.array([record["template"] == template for record in ours])
                 templates.append({**row, "template": template, **measured.row(mask)})
+    if not tasks:
+        raise UserError(f"nothing is left to compare: {'; '.join(dict.fromkeys(notes))}.")
     for rows in (tasks, templates):
         _judge(rows)
     return plain(
@@ -266,6 +272,8 @@ def read_folder(folder: Path, name: str) -> Side:
             raise UserError(f"{folder / 'predictions.jsonl'}, line {number}: not an answer; {advice}.")
         unit = line["set"], line["split"], line["task"]
         records.setdefault(unit, {})[line["id"]] = cast(Record, line)
+    if not records:
+        raise UserError(f"{folder / 'predictions.jsonl'} holds no answer; {advice}.")
     scores = {
         (name, split, task): entry
         for name, splits in metrics["sets"].items()

@@ -67,7 +67,8 @@ def weights(now: Mapping[str, Any], start: Mapping[str, Any] | None, experts: in
     "norm" [E], "distance" [E, E] and "relative_distance" [E, E] (over the root of the mean of the two
     squared norms: 0 for equal experts, 1.41 for unrelated ones of equal norm); with a start "moved"
     [E], "moved_relative" [E] (over the norm at the start), "distance_at_start" [E, E], and
-    "move_cosine" [E, E] (whether two experts moved the same way). "leaves": norm and moved of each
+    "move_cosine" [E, E] (whether two experts moved the same way; NaN where one did not move). "leaves":
+    norm and moved of each
     kind of leaf; "others": of router and task tokens as a whole.
     """
     norms, distances, moves = np.zeros(experts), np.zeros((experts,) * 2), np.zeros((experts,) * 2)
@@ -100,7 +101,7 @@ def weights(now: Mapping[str, Any], start: Mapping[str, Any] | None, experts: in
             "moved": moved.tolist(),
             "moved_relative": (moved / np.sqrt(np.where(first > 0, first, 1))).tolist(),
             "distance_at_start": np.sqrt(apart).tolist(),
-            "move_cosine": np.where(length > 0, moves / np.where(length > 0, length, 1), 0.0).tolist(),
+            "move_cosine": (moves / np.where(length > 0, length, np.nan)).tolist(),
         }
     return found
 

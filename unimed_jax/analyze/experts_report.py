@@ -10,6 +10,7 @@ import numpy as np
 from unimed_jax.analyze.drawing import dots, heat, said_about
 from unimed_jax.analyze.updates import WHOLE
 from unimed_jax.evaluate.report.markdown import markdown_table
+from unimed_jax.verdicts import number
 
 COLUMNS = 4  # matrices of updates in a row of the picture
 
@@ -69,7 +70,7 @@ def _pairs(weights: Mapping[str, Any], made: Mapping[str, Any]) -> list[list[str
     rows = []
     for a, b in combinations(range(len(weights["norm"])), 2):
         ends = "" if made["ci95"] is None else " [{:.3f}, {:.3f}]".format(*made["ci95"][a][b])
-        moves = [f"{weights['move_cosine'][a][b]:+.3f}"] if "moved" in weights else []
+        moves = [number(_known(weights["move_cosine"][a][b]), "+")] if "moved" in weights else []
         rows.append(
             [
                 f"{a} - {b}",
@@ -79,6 +80,10 @@ def _pairs(weights: Mapping[str, Any], made: Mapping[str, Any]) -> list[list[str
             ]
         )
     return rows
+
+
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _update_rows(updates: Mapping[str, Any]) -> list[list[str]]:

@@ -288,7 +288,7 @@ def scores_of(
 
     def measured(texts: Sequence[str]) -> Measure:
         given = [{**record, "prediction": text} for record, text in zip(records, texts, strict=True)]
-        return metric(cast(Sequence[Record], given))
+        return metric.needed(cast(Sequence[Record], given))
 
     table = _Table([record["cluster"] for record in records], config)
     for name, texts in passes.items():

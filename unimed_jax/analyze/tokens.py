@@ -189,10 +189,11 @@ def classified(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any] | No
     It is the mean over labels of the share of a label's tokens that get it right (balanced accuracy),
     with "ci95" over clusters; "chance" is one over the number of labels. The classifier is a ridge
     regression in FOLDS folds of clusters. Unlike the silhouette it also sees labels whose tokens are
-    spread widely, but apart. None if some label lies in too few clusters.
+    spread widely, but apart. None if some label lies in too few clusters to be in what each fold is
+    fitted on.
     """
     from sklearn.linear_model import RidgeClassifier
-    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -200,12 +201,18 @@ def classified(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any] | No
     folds = min(FOLDS, *(len(set(tokens.clusters[tokens.labels == name])) for name in names))
     if folds < 2:
         return None
+    # Where clusters have few labels each, as patients of one modality, a fold may take all of a label.
+    for ways in (GroupKFold(folds), StratifiedGroupKFold(folds)):
+        parts = list(ways.split(tokens.values, tokens.labels, tokens.clusters))
+        if all(len(set(tokens.labels[fitted])) == len(names) for fitted, _ in parts):
+            break
+    else:
+        return None
     said = cross_val_predict(
         make_pipeline(StandardScaler(), RidgeClassifier(class_weight="balanced")),
         tokens.values.astype(np.float64),
         tokens.labels,
-        groups=tokens.clusters,
-        cv=GroupKFold(folds),
+        cv=parts,
     )
     own = (tokens.labels[:, None] == names).astype(np.float64)  # [n, labels]
     right = own * (said == tokens.labels)[:, None]

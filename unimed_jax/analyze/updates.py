@@ -160,16 +160,20 @@ def similarity(gram: np.ndarray, seed: int) -> dict[str, Any]:
     that of a unit's own updates in different repeats, None for one repeat. So all are means over
     single updates, and what the choice of batches alone changes can be read off the diagonal. "ci95"
     [U, U] of [low, high] over resampled repeats, None on the diagonal, and as a whole for one repeat.
-    "norm" [U]: the root mean square norm of a unit's updates.
+    Both are None where an update is zero, which has no direction (an expert that a task's tokens never
+    reach). "norm" [U]: the root mean square norm of a unit's updates.
     """
     units, repeats = gram.shape[:2]
     squares = np.maximum(np.einsum("urur->ur", gram), 0)
     length = np.sqrt(squares)[:, :, None, None] * np.sqrt(squares)[None, None]
     cosine = np.where(length > 0, gram / np.where(length > 0, length, 1), 0.0)  # [U, R, U, R]
-    found: list[list[float | None]] = cosine.mean(axis=(1, 3)).tolist()
+    moves = (squares > 0).all(axis=1)  # [U]
+    both = moves[:, None] & moves[None]
+    mean = cosine.mean(axis=(1, 3))
+    found = [[float(mean[u, v]) if both[u, v] else None for v in range(units)] for u in range(units)]
     for u in range(units):
         others = cosine[u, :, u, :][~np.eye(repeats, dtype=bool)]
-        found[u][u] = float(others.mean()) if repeats > 1 else None
+        found[u][u] = float(others.mean()) if repeats > 1 and moves[u] else None
     ends: list[list[list[float] | None]] | None = None
     if repeats > 1:
         rng = np.random.default_rng(seed)
@@ -178,7 +182,10 @@ def similarity(gram: np.ndarray, seed: int) -> dict[str, Any]:
         drawn = np.einsum("nur,urvs,nvs->nuv", weights, cosine, weights, optimize=True)
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
         ends = [
-            [None if u == v else [float(low[u, v]), float(high[u, v])] for v in range(units)]
+            [
+                None if u == v or not both[u, v] else [float(low[u, v]), float(high[u, v])]
+                for v in range(units)
+            ]
             for u in range(units)
         ]
     return {"cos": found, "ci95": ends, "norm": np.sqrt(squares.mean(axis=1)).tolist()}

@@ -19,7 +19,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.evaluate import baselines, likelihood
 from unimed_jax.evaluate.answers import Answered, Answerer, Journal, answer_units
 from unimed_jax.evaluate.labels import Labels
-from unimed_jax.evaluate.metrics import Record
+from unimed_jax.evaluate.metrics import NotComputed, Record
 from unimed_jax.evaluate.metrics.registry import LabelLikelihoods
 from unimed_jax.evaluate.model_answers import model_answers, together
 from unimed_jax.evaluate.protocol import protocols
@@ -205,14 +205,20 @@ def quick_scores(
 ) -> dict[str, float]:
     """Scores units while training, without baselines, intervals or files.
 
-    Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process.
+    Returns "<metric>/<set>/<split>/<task>" -> value, the same on every process; NaN where a metric is
+    not computed, which is said.
     """
     found = answered_records(model, config, tokenizer, units)
-    return {
-        f"{metric.name}/{unit.name}": metric(found[unit.name]).value
-        for unit in units
-        for metric in unit.metrics
-    }
+    values = {}
+    for unit in units:
+        for metric in unit.metrics:
+            try:
+                value = metric(found[unit.name]).value
+            except NotComputed as missing:
+                processes.say(f"{metric.name}/{unit.name} is {missing}")
+                value = float("nan")
+            values[f"{metric.name}/{unit.name}"] = value
+    return values
 
 
 def answered_records(

@@ -14,7 +14,6 @@ import numpy as np
 from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import VISUAL_TASKS, Config, TextConfig, config_hash, to_dict
 from unimed_jax.data.forms import cut_words, form_of
-from unimed_jax.errors import UserError
 from unimed_jax.evaluate.classes import class_scores
 from unimed_jax.evaluate.labels import TRAINING
 from unimed_jax.evaluate.metrics import Metric, NotComputed, Record, of_task
@@ -125,10 +124,7 @@ class _Table:
         self.lacking: dict[str, str] = {}  # metric -> why it is not computed
         every = self._measured([record["prediction"] for record in records])
         if self.primary in self.lacking:
-            raise UserError(
-                f"metric {self.primary!r} leads the scores of {records[0]['set']} but is "
-                f"{self.lacking[self.primary]}; name another one first in config.evaluate.entries."
-            )
+            raise metrics[0].cannot_lead(records, self.lacking[self.primary])
         # A metric that no record counts for (open questions, if all are closed) is left out.
         counted = [name for name, measure in every.items() if np.isfinite(measure.value)]
         self.model = {name: every[name] for name in every if name in (self.primary, *counted)}

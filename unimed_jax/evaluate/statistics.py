@@ -90,8 +90,10 @@ def resample(
     for start in range(0, resamples, block):
         counts = rng.multinomial(len(names), share, size=min(block, resamples - start))  # [b, G]
         blocks.append(counts @ sums)
-        for i, measure in ranked.items():
-            ranks[i].append(measure.score(counts[:, index] * measure.items[:, 0]))
+        few = max(1, 2**22 // len(index))  # draws at once whose weights of single items are held
+        for part in (counts[at : at + few] for at in range(0, len(counts), few)) if ranked else ():
+            for i, measure in ranked.items():
+                ranks[i].append(measure.score(part[:, index] * measure.items[:, 0]))
     drawn = np.concatenate(blocks)  # [resamples, sum K]
     ends = np.cumsum([measure.items.shape[1] for measure in summed])
     parts = iter(np.split(drawn, ends[:-1], axis=1))
@@ -196,6 +198,15 @@ def _resampled_part(measure: Measure, own: np.ndarray) -> Measure:
     """Returns the measure as one of some of its items, bool [n], the others being as they are."""
     if own.all():
         return measure
+    if isinstance(measure, Ranked):
+
+        def score(weights: np.ndarray) -> np.ndarray:
+            """Scores weights [..., items of own], beside those of the others."""
+            every = np.empty((*weights.shape[:-1], len(own)))
+            every[..., own], every[..., ~own] = weights, measure.items[~own, 0]
+            return measure.score(every)
+
+        return Ranked(measure.items[own], score)
     rest = measure.items[~own].sum(0)
     return Measure(measure.items[own], lambda sums: measure.score(sums + rest))
 

@@ -91,7 +91,7 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
     entry without an example, raise UserError. By default every task of every set is scored on each
     of config.evaluate.splits; there a split or task that a set lacks is left out with a note,
     unless no set has any of the splits, or none has one that is neither val nor test, which is a
-    misspelling as a rule.
+    misspelling as a rule, and unless nothing is left.
     """
     if config.evaluate.entries:
         return [_named(entry, config, sets) for entry in config.evaluate.entries], []
@@ -124,6 +124,12 @@ def units_of(config: Config, sets: Mapping[str, Source]) -> tuple[list[Unit], li
                 units.append(
                     _unit(EntryConfig(source.id, cast(Any, task), split), config, source, examples)
                 )
+    if config.evaluate.splits and not units:
+        raise UserError(
+            f"config.evaluate.splits: nothing is left to score on {', '.join(config.evaluate.splits)} "
+            f"({'; '.join(notes) or 'no source lets a task through'}); choose another split, or the "
+            "tasks of the sources that it has."
+        )
     return units, notes
 
 

@@ -12,6 +12,7 @@ The folder holds:
 - contact_sheet.png: images with their boxes.
 - lock: says who trains here.
 - cost.json: seconds of work and bytes on the disk (analyze/cost.py).
+- failed.json: why the last try of a sweep ended, if it failed (analyze/sweep/run.py).
 - environment.json: what it was trained on, and by which command (environment.py).
 - metrics.json, predictions.jsonl, report.md and other *.png: the results of the evaluation.
 - report.html: all of this on one page (analyze/run_report).

@@ -15,6 +15,9 @@ import numpy as np
 from unimed_jax.config import Config
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.evaluate.answers import Answered
+from unimed_jax.evaluate.metrics import NotComputed
+from unimed_jax.evaluate.records import records_of
 from unimed_jax.evaluate.run import quick_scores
 from unimed_jax.evaluate.tasks import Unit, open_sets, units_of
 from unimed_jax.model import sharding
@@ -53,9 +56,14 @@ class Validation:
         self._config, self._tokenizer, self._program = config, tokenizer, program
         # Metrics need generated answers, which take long: only those that an entry names are measured.
         every = [entry for entry in config.evaluate.entries if entry.every]
-        self._metrics = {f"{entry.source}/{entry.split}/{entry.task}": entry.metrics for entry in every}
-        units = units_of(config, open_sets(config.held_out))[0] if self._metrics else []
+        named = {f"{entry.source}/{entry.split}/{entry.task}" for entry in every if entry.metrics}
+        units = units_of(config, open_sets(config.held_out))[0] if every else []
         self.units = [unit for unit in units if unit.every]
+        self._metrics = {
+            unit.name: [metric.name for metric in unit.metrics] if unit.name in named else []
+            for unit in self.units
+        }
+        self._check_computed()
         self._held_out = {unit.name: HeldOut(unit, config, tokenizer) for unit in self.units}
         self._check_best()
         mesh = program.mesh
@@ -98,6 +106,23 @@ class Validation:
     def compiled(self) -> int:
         """Counts the programs that were compiled for the losses."""
         return self._sums._cache_size()
+
+    def _check_computed(self) -> None:
+        """Raises UserError for a metric that lacks something here, by scoring two references."""
+        for unit in self.units:
+            if not self._metrics[unit.name]:
+                continue
+            two = dataclasses.replace(unit, examples=unit.examples[:2])
+            said = {unit.id_of(e): Answered(e.answer, [100, 100]) for e in two.examples}
+            records = records_of(two, said, {})
+            for metric in unit.metrics:
+                try:
+                    metric(records)
+                except NotComputed as missing:
+                    raise UserError(
+                        f"config.evaluate.entries: {metric.name!r} of {unit.name} is {missing}; leave "
+                        "it out, or set `every` to 0, and it is tried after training alone."
+                    ) from missing
 
     def _check_best(self) -> None:
         known = [

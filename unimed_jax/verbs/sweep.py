@@ -1,10 +1,12 @@
 """Trains variants of one config over several seeds, and compares them in one table.
 
 Finished runs are skipped, so the same command continues. A run that fails is named and kept, and the
-others go on; the exit status is then 1.
+others go on; the exit status is then 1. There is no table before a run of the baseline and one of
+another variant are finished, which may be those of other shards.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from unimed_jax.config_file import load_sweep_file
@@ -20,7 +22,7 @@ FOR_ALL = ("--config.data.root=", "--config.data.cache=")
 def run(arguments: list[str]) -> int:
     """Reads the arguments, checks every run before the first begins, trains, and writes the table.
 
-    Returns 1 if a run failed.
+    Returns 1 if a run of this command failed.
     """
     options = parser(__name__, __doc__)
     options.add_argument(
@@ -51,17 +53,23 @@ def run(arguments: list[str]) -> int:
     variants, seeds = _names(known.variants, "--variants"), _numbers(known.seeds)
     start()
 
+    from unimed_jax import processes
     from unimed_jax.analyze.sweep.plan import check_folders, of_shard, planned
     from unimed_jax.analyze.sweep.run import failure, run_all
-    from unimed_jax.analyze.sweep.table import write_table
+    from unimed_jax.analyze.sweep.table import nothing_to_compare, write_table
 
     plan = planned(sweep, folder, with_overrides, words, variants, seeds)
     mine = of_shard(plan, known.shard) if known.shard is not None else plan.runs
-    check_folders(plan)
+    check_folders(plan, trains=not known.only_table)
     if not known.only_table:
         run_all(plan, mine)
-    write_table(plan)
-    return int(any(failure(run) for run in plan.runs))
+    failed = any(failure(run) for run in mine)
+    lacks = nothing_to_compare(plan)
+    if lacks and (failed or known.shard is not None):
+        processes.say(f"no table: {lacks}")
+    else:
+        write_table(plan)
+    return int(failed)
 
 
 def _names(given: str | None, option: str) -> list[str]:
@@ -75,8 +83,11 @@ def _names(given: str | None, option: str) -> list[str]:
 
 
 def _numbers(given: str | None) -> Sequence[int]:
-    names = _names(given, "--seeds")
-    for name in names:
-        if not name.isdecimal() or int(name) >= 2**32:
+    seeds: list[int] = []
+    for name in _names(given, "--seeds"):
+        if not re.fullmatch("[0-9]{1,10}", name) or int(name) >= 2**32:
             raise UserError(f"--seeds={given}: {name!r} is not a seed; write whole numbers (0,1,2).")
-    return [int(name) for name in names]
+        if int(name) in seeds:  # as 01 and 1
+            raise UserError(f"--seeds={given} has {int(name)} twice; write each seed once.")
+        seeds.append(int(name))
+    return seeds

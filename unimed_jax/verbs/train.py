@@ -25,10 +25,6 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--workdir", help="the run's folder (default: runs/<config name>)")
     options.epilog = "--config.key=value changes a setting."
     known, overrides = options.parse_known_args(arguments)
-    if "://" in (known.workdir or ""):
-        raise UserError(
-            f"--workdir={known.workdir} is not a folder; mount the bucket, and give its path there."
-        )
     settings = load_config_file(known.config)
     if "stages" in settings:
         _check_for_all(overrides, settings.stages)

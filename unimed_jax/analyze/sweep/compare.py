@@ -14,9 +14,8 @@ from unimed_jax.analyze.compare import Side, UnitKey, check_comparable, read_fol
 from unimed_jax.analyze.sweep.plan import Plan
 from unimed_jax.config import Task
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.metrics import Metric, Record
-from unimed_jax.evaluate.metrics.registry import find
-from unimed_jax.evaluate.statistics import LEVEL, Difference, Measure, paired, verdicts
+from unimed_jax.evaluate.metrics import Metric, NotComputed, Record, of_task
+from unimed_jax.evaluate.statistics import LEVEL, Difference, Measure, Ranked, paired, verdicts
 
 RESAMPLES = 2000  # of the clusters, for every difference
 # The five pairs of columns of the published ablation: one task of two sets, by name or reader.
@@ -69,7 +68,10 @@ def read_scores(plan: Plan, finished: Mapping[str, Sequence[int]]) -> Scores:
 def score_sides(
     sides: Mapping[tuple[str, int], Side], baseline: str, metrics: Mapping[Task, Sequence[str]]
 ) -> Scores:
-    """Scores the items that all sides answered; metrics: of a task, if not its primary one."""
+    """Scores the items that all sides answered; metrics: of a task, if not its primary one.
+
+    Raises UserError if no item and metric is left.
+    """
     first = next(side for (name, _), side in sides.items() if name == baseline)
     units, notes = _shared_items(list(sides.values()), first)
     columns: list[Column] = []
@@ -81,14 +83,17 @@ def score_sides(
     for unit, names in units.items():
         rows = np.array([clusters[_cluster(unit, record)] for record in kept[unit]])
         answers = {key: [side.records[unit][name] for name in names] for key, side in sides.items()}
-        for metric in [find(name) for name in metrics.get(cast(Task, unit[2]), ())] or [
-            first.metrics[unit]
-        ]:
+        named = metrics.get(cast(Task, unit[2]), ())
+        for metric in of_task(unit[2], named) if named else (first.metrics[unit],):
             column = Column(unit, metric.name)
-            measured = {
-                key: _by_cluster(metric, records, rows, len(clusters))
-                for key, records in answers.items()
-            }
+            try:
+                measured = {
+                    key: _by_cluster(metric, records, rows, len(clusters))
+                    for key, records in answers.items()
+                }
+            except NotComputed as missing:
+                notes.append(f"{column.label} is left out: {missing}")
+                continue
             if not all(np.isfinite(measure.value) for measure in measured.values()):
                 notes.append(f"{column.label} is left out, because no item counts for it")
                 continue
@@ -96,6 +101,8 @@ def score_sides(
             items[column] = len(names)
             for key, measure in measured.items():
                 found[key].append(measure)
+    if not columns:
+        raise UserError(f"no score is left to compare: {'; '.join(notes)}.")
     of_variant: dict[str, dict[int, tuple[Measure, ...]]] = {}
     for (name, seed), of_run in found.items():
         of_variant.setdefault(name, {})[seed] = tuple(of_run)
@@ -144,6 +151,11 @@ def _cluster(unit: UnitKey, record: Record) -> str:
 def _by_cluster(metric: Metric, records: Sequence[Record], rows: np.ndarray, count: int) -> Measure:
     """Scores records with one row for each cluster; `rows` are the records' clusters."""
     measure = metric(records)
+    if isinstance(measure, Ranked):
+        weights = measure.items[:, 0]
+        there = np.zeros((count, 1))
+        there[rows[weights != 0]] = 1
+        return Ranked(there, lambda drawn: measure.score(drawn[..., rows] * weights))
     sums = np.zeros((count, measure.items.shape[1]))
     np.add.at(sums, rows, measure.items)
     return Measure(sums, measure.score)
@@ -233,6 +245,17 @@ def _mean(scores: Scores, variant: str, i: int) -> float:
 def _joined(run: Sequence[Measure], places: Sequence[int], weights: Sequence[float]) -> Measure:
     """Makes one measure of several: their weighted sum."""
     parts = [run[i] for i in places]
+    if any(isinstance(part, Ranked) for part in parts):
+
+        def of_drawn(drawn: np.ndarray) -> np.ndarray:
+            """Scores how often each cluster was drawn: [..., clusters] -> [...]."""
+            scored = [
+                part.score(drawn * part.items[:, 0] if isinstance(part, Ranked) else drawn @ part.items)
+                for part in parts
+            ]
+            return np.sum([weight * own for weight, own in zip(weights, scored, strict=True)], axis=0)
+
+        return Ranked(np.ones((len(parts[0].items), 1)), of_drawn)
     ends = np.cumsum([part.items.shape[1] for part in parts])[:-1]
 
     def score(sums: np.ndarray) -> np.ndarray:

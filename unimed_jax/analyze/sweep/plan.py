@@ -5,6 +5,7 @@ A run lives in <workdir>/<variant>/seed<N>, a stage that variants share in <work
 
 import copy
 import dataclasses
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from unimed_jax.config_file import load_config_file
 from unimed_jax.config_sweep import SweepConfig
 from unimed_jax.effects import REFUSED, SAID, refuse_without_effect
 from unimed_jax.errors import UserError, nearest
+from unimed_jax.evaluate.metrics import of_task
 from unimed_jax.paths import check_run_folder
 from unimed_jax.runs.folder import read_config, write_config
 from unimed_jax.settings import FIDELITY
@@ -69,6 +71,11 @@ def planned(
     _check_names(sweep, variants)
     seeds = tuple(seeds or sweep.seeds)
     chosen = tuple(name for name in sweep.variants if not variants or name in variants)
+    if len(chosen) < 2:
+        raise UserError(
+            f"sweep {sweep.name!r} compares variants with its baseline, and {chosen[0]!r} is alone; add "
+            f"another one{' to --variants' if variants else ''}."
+        )
     base = load_config_file(sweep.base)
     stages = {name: load_config_file(file) for name, file in sweep.stages.items()}
     for name, settings in {sweep.base: base, **stages}.items():
@@ -120,6 +127,8 @@ def _check_names(sweep: SweepConfig, variants: Sequence[str]) -> None:
         raise UserError(
             f"{where}: a stage and a variant are both called {doubled[0]!r}; give one another name."
         )
+    for task, names in sweep.scores.items():
+        of_task(task, names, f"scores of {where}")  # refuses what is no metric, or not of this task
     for name, changes in sweep.variants.items():
         for key in {**sweep.settings, **changes}:
             if key in ("seed", "name"):
@@ -192,14 +201,16 @@ def _check_different(plan: Plan) -> None:
         seen[run.config] = run.name
 
 
-def check_folders(plan: Plan) -> None:
+def check_folders(plan: Plan, trains: bool = True) -> None:
     """Raises UserError for what a run lacks to start, and for a folder that holds other settings.
 
-    So no sweep begins that could not end.
+    So no sweep begins that could not end. A finished run lacks nothing, and no run does where none is
+    trained: their folders may have come from machines that had their data.
     """
     made = [run.folder for run in plan.runs if run.is_stage]
     for run in plan.runs:
-        refuse_missing(run.config, made)
+        if trains and not finished(run):
+            refuse_missing(run.config, made)
         check_run_folder(run.folder, "--workdir")
         if (run.folder / "config.json").exists() and not _moved_here(run, plan.folder):
             write_config(run.folder, run.config)  # refuses other settings
@@ -230,14 +241,15 @@ def of_shard(plan: Plan, shard: str) -> tuple[SweepRun, ...]:
     Runs are dealt out in turn; where variants share stages, seeds are. Raises UserError for a part
     that does not exist.
     """
-    number, slash, count = shard.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", shard)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
         raise UserError(
             f"--shard={shard}: write which part of how many: 1/3, 2/3 and 3/3 for three machines."
         )
     units: Sequence[Any] = plan.seeds if plan.sweep.stages else plan.runs
-    if int(count) > len(units):
+    if count > len(units):
         what = "seeds, by which a sweep with stages is divided" if plan.sweep.stages else "runs"
         raise UserError(f"--shard={shard}: there are {len(units)} {what}; divide them into fewer parts.")
-    mine = units[int(number) - 1 :: int(count)]
+    mine = units[number - 1 :: count]
     return tuple(run for run in plan.runs if (run.seed if plan.sweep.stages else run) in mine)

@@ -7,23 +7,21 @@ from collections.abc import Sequence
 
 from unimed_jax import files, processes
 from unimed_jax.analyze import cost
-from unimed_jax.analyze.chain import finished, train_and_evaluate, write_expert_load
+from unimed_jax.analyze.chain import FAILED, finished, train_and_evaluate, write_expert_load
 from unimed_jax.analyze.sweep.plan import Plan, SweepRun
 from unimed_jax.errors import UserError
 from unimed_jax.interruption import claims_end, owner
 from unimed_jax.parsing import read_json
 from unimed_jax.runs.folder import missing_inputs, read_config, tokenizer_folder
 
-FAILED = "failed.json"
-
 
 def run_all(plan: Plan, runs: Sequence[SweepRun]) -> None:
-    """Trains and scores those runs that are not finished.
+    """Trains and scores those runs that are not finished, and tries again what failed after that.
 
     What fails is kept with its sentence (failed.json), and the others go on. A run that another
     process trains is left to that.
     """
-    left = [run for run in runs if not finished(run)]
+    left = [run for run in runs if not finished(run) or failure(run)]
     for i, run in enumerate(left):
         busy = owner(run.folder)
         head = f"{run.title}, {i + 1} of {len(left)} that are left{_time_left(plan, left[i:])}"
@@ -40,10 +38,11 @@ def _run_one(plan: Plan, run: SweepRun) -> None:
         (run.folder / FAILED).unlink(missing_ok=True)
     try:
         with claims_end():
-            if lacks := missing_inputs(run.config):
-                raise UserError(lacks)
-            _share_tokenizer(plan, run)
-            train_and_evaluate(run.config, run.folder)
+            if not finished(run):
+                if lacks := missing_inputs(run.config):
+                    raise UserError(lacks)
+                _share_tokenizer(plan, run)
+                train_and_evaluate(run.config, run.folder)
             write_expert_load(run, [r for r in plan.runs if r.is_stage and r.seed == run.seed])
     except UserError as error:
         sentence = str(error)

@@ -35,7 +35,7 @@ EQUAL = 0.005  # relative difference up to which counts are called equal
 def write_table(plan: Plan) -> None:
     """Compares the finished runs and writes sweep.md, sweep.json and sweep.png into the sweep's folder.
 
-    Raises UserError if a run of the baseline or of every other variant is missing.
+    Raises UserError if there is `nothing_to_compare`.
     """
     found = result(plan)
     if not processes.leads():
@@ -48,17 +48,29 @@ def write_table(plan: Plan) -> None:
     processes.say(f"wrote {', '.join(str(plan.folder / name) for name in NAMES)}")
 
 
+def _finished_seeds(plan: Plan) -> dict[str, list[int]]:
+    """Returns the seeds of each variant that has a finished run."""
+    done = {name: [run.seed for run in plan.of(name) if finished(run)] for name in plan.variants}
+    return {name: seeds for name, seeds in done.items() if seeds}
+
+
+def nothing_to_compare(plan: Plan) -> str:
+    """Says what is missing if no run of the baseline, or of any other variant, is finished; else ""."""
+    done, baseline = _finished_seeds(plan), plan.sweep.baseline
+    if baseline in done and len(done) > 1:
+        return ""
+    lacking = "the baseline" if baseline not in done else "another variant than the baseline"
+    return (
+        f"sweep {plan.sweep.name!r} in {plan.folder} has no finished run of {lacking} {baseline!r}; "
+        "there is nothing to compare yet."
+    )
+
+
 def result(plan: Plan) -> dict[str, Any]:
     """Gathers the content of sweep.json from the runs that are finished."""
-    done = {name: [run.seed for run in plan.of(name) if finished(run)] for name in plan.variants}
-    seeds = {name: of for name, of in done.items() if of}
-    baseline = plan.sweep.baseline
-    if baseline not in seeds or len(seeds) < 2:
-        lacking = "the baseline" if baseline not in seeds else "another variant than the baseline"
-        raise UserError(
-            f"sweep {plan.sweep.name!r} in {plan.folder} has no finished run of {lacking} {baseline!r}; "
-            "there is nothing to compare yet."
-        )
+    if lacks := nothing_to_compare(plan):
+        raise UserError(lacks)
+    seeds, baseline = _finished_seeds(plan), plan.sweep.baseline
     scores = read_scores(plan, seeds)
     pairs = published_pairs(scores.columns)
     shown = {name: next(run for run in plan.of(name)).config for name in plan.variants}
@@ -167,8 +179,7 @@ def main_table(found: Mapping[str, Any]) -> str:
         change = entry.get("change")
         row = [name, str(len(entry["seeds"])), *cells(entry)]
         if change is None:
-            said = ["baseline" if name == found["baseline"] else "no common seed"]
-            rows.append([*row, "", "", *said, ""])
+            rows.append([*row, "", "", _without_change(name, found), ""])
             continue
         value = _percent(change)
         rows.append([
@@ -182,6 +193,14 @@ def main_table(found: Mapping[str, Any]) -> str:
         rows.append([title, "0", *[""] * (len(heads) + 2), f"failed: {sentence}", ""])
     head = ("variant", "seeds", *heads, "change, % [95 %]", "p (Holm)", "verdict", "detectable")
     return markdown_table(head, rows)
+
+
+def _without_change(name: str, found: Mapping[str, Any]) -> str:
+    """Says why a variant has no change in per cent."""
+    if name == found["baseline"]:
+        return "baseline"
+    # a variant that shares seeds with the baseline has differences at least
+    return "the baseline scores 0" if "columns" in found["variants"][name] else "no common seed"
 
 
 def _failed_variants(found: Mapping[str, Any]) -> dict[str, str]:
@@ -225,6 +244,8 @@ def power(found: Mapping[str, Any]) -> str:
         name: entry["change"] for name, entry in found["variants"].items()
         if entry.get("change") and entry["change"]["detectable"] is not None
     }  # fmt: skip
+    if not found["counted"]:
+        return "Power: not known; no change in per cent can be taken of a baseline that scores 0."
     if not known:
         return (
             "Power: not known; it takes two seeds and two clusters to say how large a change could have "

@@ -58,19 +58,19 @@ def _overlaps(records: Sequence[Record]) -> np.ndarray:
     return np.array([iou(box, truth) if box and truth else 0.0 for box, truth in found])
 
 
-@metric("miou", primary_for=("refer",))
+@metric("miou", primary_for=("refer",), only=("refer",))
 def miou(records: Sequence[Record]) -> Measure:
     """Computes the mean intersection over union; an answer without a valid box counts 0."""
     return Measure.mean(_overlaps(records).tolist())
 
 
-@metric("accuracy_iou50", tasks=("refer",))
+@metric("accuracy_iou50", tasks=("refer",), only=("refer",))
 def accuracy_iou50(records: Sequence[Record]) -> Measure:
     """Computes the share of boxes with an IoU above 0.5."""
     return Measure.mean((_overlaps(records) > 0.5).tolist())
 
 
-@metric("parsed", tasks=("refer",))
+@metric("parsed", tasks=("refer",), only=("refer",))
 def parsed(records: Sequence[Record]) -> Measure:
     """Computes the share of answers that begin with a valid box: with an area, within the image."""
     return Measure.mean([_found(record) is not None for record in records])

@@ -59,6 +59,7 @@ class Metric:
     normaliser: str  # what it does to both texts, for the protocol id; empty: nothing
     score: Scorer
     baselines: bool = True  # whether it is measured for baselines too; not, if that takes long
+    only: tuple[str, ...] = ()  # tasks whose records it can read; (): any
 
     def __call__(self, records: Sequence[Record]) -> Measure:
         """Scores the records of a task.
@@ -74,7 +75,25 @@ class Metric:
             )
         return measure
 
+    def needed(self, records: Sequence[Record]) -> Measure:
+        """Scores records of which nothing else can be said.
 
+        Raises UserError where the metric is not computed.
+        """
+        try:
+            return self(records)
+        except NotComputed as missing:
+            raise self.cannot_lead(records, str(missing)) from missing
+
+    def cannot_lead(self, records: Sequence[Record], why: str) -> UserError:
+        """Makes the error for a metric that leads the scores of records but is not computed."""
+        return UserError(
+            f"metric {self.name!r} leads the scores of {records[0]['set']} but is {why}; name another "
+            f"one first in {ENTRIES}."
+        )
+
+
+ENTRIES = "config.evaluate.entries"  # where metrics are named
 _METRICS: dict[str, Metric] = {}
 
 
@@ -84,14 +103,16 @@ def metric(
     primary_for: Sequence[str] = (),
     normaliser: str = "",
     baselines: bool = True,
+    only: Sequence[str] = (),
 ) -> Callable[[Scorer], Scorer]:
     """Registers the decorated function `(records) -> Measure` as the metric `name`.
 
     `tasks` are scored with it by default; without tasks it is computed only if an entry of
-    config.evaluate.entries names it. A task has one metric in whose `primary_for` it stands. Raises
-    UserError for an unknown task, a name that is taken, and a second primary metric.
+    config.evaluate.entries names it. `only`: the tasks whose records it can read, if not any. A task
+    has one metric in whose `primary_for` it stands. Raises UserError for an unknown task, a name that
+    is taken, and a second primary metric.
     """
-    for task in (*tasks, *primary_for):
+    for task in (*tasks, *primary_for, *only):
         if task not in TASKS:
             raise UserError(f"metric {name!r}: {task!r} is not a task{nearest(task, TASKS)}")
 
@@ -116,16 +137,19 @@ def metric(
                     "name yours first in the entry's metrics in place of primary_for."
                 )
         every = tuple(dict.fromkeys((*tasks, *primary_for)))
-        _METRICS[name] = Metric(name, every, tuple(primary_for), normaliser, score, baselines)
+        _METRICS[name] = Metric(
+            name, every, tuple(primary_for), normaliser, score, baselines, tuple(only)
+        )
         return score
 
     return register
 
 
-def find(name: str) -> Metric:
+def find(name: str, where: str = ENTRIES) -> Metric:
     """Returns the metric called `name`, or `module:name` after importing that module.
 
-    Raises UserError if there is none of that name, or if the module cannot be imported.
+    where: the setting that names it. Raises UserError if there is none of that name, or if the module
+    cannot be imported.
     """
     module, colon, short = name.rpartition(":")
     if colon:
@@ -133,21 +157,32 @@ def find(name: str) -> Metric:
             importlib.import_module(module)
         except Exception as error:  # whatever somebody's module raises, or no name of a module
             raise UserError(
-                f"config.evaluate.entries: metric {name!r}: module {module!r} does not import "
+                f"{where}: metric {name!r}: module {module!r} does not import "
                 f"({error}); install it or put its folder on PYTHONPATH."
             ) from error
     if short not in _METRICS:
         raise UserError(
-            f"config.evaluate.entries: {name!r} is not a metric{nearest(short, _METRICS)} Choose from "
+            f"{where}: {name!r} is not a metric{nearest(short, _METRICS)} Choose from "
             f"{', '.join(_METRICS)}, or name your own as module:name (docs/your_metric.md)."
         )
     return _METRICS[short]
 
 
-def of_task(task: str, names: Sequence[str] = ()) -> tuple[Metric, ...]:
-    """Returns the metrics in `names`, or all of the task; the primary one comes first."""
+def of_task(task: str, names: Sequence[str] = (), where: str = ENTRIES) -> tuple[Metric, ...]:
+    """Returns the metrics in `names`, or all of the task; the primary one comes first.
+
+    where: the setting that holds `names`. Raises UserError for a name that `find` refuses, and for a
+    metric that cannot read records of the task.
+    """
     if names:
-        return tuple(dict.fromkeys(find(name) for name in names))
+        named = tuple(dict.fromkeys(find(name, where) for name in names))
+        for known in named:
+            if known.only and task not in known.only:
+                raise UserError(
+                    f"{where}: metric {known.name!r} reads answers of {' and '.join(known.only)} alone, "
+                    f"not of {task!r}; name another one."
+                )
+        return named
     chosen = [known for known in _METRICS.values() if task in known.tasks]
     # stable: in order of registration
     return tuple(sorted(chosen, key=lambda known: task not in known.primary_for))

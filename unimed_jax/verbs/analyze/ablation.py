@@ -19,6 +19,7 @@ def run(arguments: list[str]) -> None:
     out = folder_of(known)
     config = settings(known)
 
+    from unimed_jax import files, processes
     from unimed_jax.analyze import ablation, ablation_report, drawing
     from unimed_jax.analyze.routing import refuse_without_mixture
     from unimed_jax.evaluate.run import claim_results
@@ -36,3 +37,5 @@ def run(arguments: list[str]) -> None:
         ablation_report.page(content),
         lambda path: ablation_report.draw(path, content),
     )
+    if processes.leads():
+        files.remove_folder(out / ablation.PARTIAL)

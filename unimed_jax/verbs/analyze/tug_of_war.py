@@ -7,6 +7,7 @@ Several runs, for example with other connectors, and several checkpoints of a ru
 A killed analysis goes on with the same command.
 """
 
+import re
 from collections.abc import Sequence
 
 from unimed_jax.errors import UserError
@@ -55,8 +56,10 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.analyze.tug_of_war_report import content, draw, page
     from unimed_jax.evaluate.run import claim_results
     from unimed_jax.runs.checkpoint import Checkpoints
-    from unimed_jax.runs.open import open_run
+    from unimed_jax.runs.open import open_run, settings_of
 
+    for folder in folders:
+        settings_of(folder)  # refuses what is no run, before the first is measured
     claim_results(out)
     found, partial = [], out / PARTIAL
     for folder in folders:
@@ -64,6 +67,11 @@ def run(arguments: list[str]) -> None:
             every: Sequence = [which]
             if which == "all":
                 every = Checkpoints(folder / "checkpoints", read_only=True).steps()
+                if not every:
+                    raise UserError(
+                        f"{folder} holds no checkpoint; train it first, or measure it before its "
+                        "training (--which=0)."
+                    )
             for one in every:
                 opened = open_run(folder, which=one)
                 with opened.inside():
@@ -82,6 +90,6 @@ def _checkpoint(word: str) -> list[str | int]:
     """Reads a word of --which."""
     if word in ("newest", "best", "all"):
         return [word]
-    if word.isdecimal():
+    if re.fullmatch("[0-9]{1,18}", word):
         return [int(word)]
     raise UserError(f"--which={word} names no checkpoint; give newest, best, all or a number of steps.")
