@@ -236,6 +236,12 @@ def test_every_setting_that_a_page_names_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_settings_between_backticks_have_an_effect(page):
+    for span in re.findall(r"`(--config\.[^`]*=[^`]*)`", text_of(page)):
+        with_overrides(default_config(), words_of(span))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_in_python_are_understood(page):
     """Runs blocks that fill in a config; whole files of code have tests of their own."""
     for language, block in BLOCK.findall(text_of(page)):
