@@ -234,11 +234,7 @@ def test_page_and_picture(tmp_path):
 def test_a_metric_that_is_not_computed_is_one_sentence(tmp_path):
     toy = Toy(per_task=12, left_out=("vqa", "refer", "identify", "caption", "qa"))
     (unit,), answers, *_ = asked(reads, tmp_path, toy)
-    unit, records = (
-        dataclasses.replace(unit, metrics=(find("green"),)),
-        records_of(unit, answers[OWN], {}),
-    )
-    with pytest.raises(
-        UserError, match="metric 'green' leads the scores of toy but is not computed: needs"
-    ):
+    unit = dataclasses.replace(unit, metrics=(find("green"),))
+    records = records_of(unit, answers[OWN], {})
+    with pytest.raises(UserError, match="'green' leads the scores of toy but is not computed: needs"):
         reliance.scores_of(unit, records, reliance.texts_of(unit, answers), {}, toy_config())

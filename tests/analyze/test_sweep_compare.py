@@ -10,8 +10,8 @@ from unimed_jax.analyze.compare import Side
 from unimed_jax.analyze.sweep import compare, table
 from unimed_jax.analyze.sweep.compare import Column, Scores, differences, score_sides
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.metrics import NotComputed, metric, registry
-from unimed_jax.evaluate.metrics.registry import find
+from unimed_jax.evaluate.metrics import registry
+from unimed_jax.evaluate.metrics.registry import NotComputed, find
 from unimed_jax.evaluate.statistics import Measure, Ranked
 
 TASKS = (("vqa", "yes"), ("cls", "CT"))
@@ -105,6 +105,51 @@ def test_named_metrics_and_columns_without_items():
     )
     assert [column.metric for column in scores.columns] == ["closed_accuracy", "exact_match"]
     assert scores.notes == ("a vqa open_recall is left out, because no item counts for it",)
+
+
+def test_a_score_of_ranks_is_compared_like_one_of_sums(monkeypatch):
+    """Its items are kept apart within clusters: here a mean, written as a score of weights."""
+
+    def ranked(records):
+        right = np.array([float(r["prediction"] == r["reference"]) for r in records])
+        return Ranked(np.ones((len(right), 1)), lambda w: (w * right).sum(-1) / w.sum(-1))
+
+    def more(of_set, task, c, i):
+        return i == 0 or task == "cls" and c % 6 > 0
+
+    sides = sides_of(base=half, more=more)
+    plain = differences(score_sides(sides, "base", {}), "base")["variants"]["more"]
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    registry.metric("ranked")(ranked)
+    for chosen in ({"vqa": ("ranked",), "cls": ("ranked",)}, {"cls": ("ranked",)}):
+        found = differences(score_sides(sides, "base", chosen), "base")["variants"]["more"]
+        for name in ("value", "p", "detectable"):
+            assert found["change"][name] == pytest.approx(plain["change"][name])
+        ours, theirs = (entry["columns"] for entry in (found, plain))
+        assert ours["a cls ranked"]["ci95"] == pytest.approx(theirs["a cls exact_match"]["ci95"])
+
+
+def test_a_score_that_cannot_be_computed_here_is_left_out(monkeypatch):
+    def lacks(records):
+        raise NotComputed("not computed: needs Java")
+
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    registry.metric("lacks")(lacks)
+    sides = sides_of(base=half, other=half)
+    scores = score_sides(sides, "base", {"vqa": ("lacks",)})
+    assert [column.metric for column in scores.columns] == ["exact_match"]
+    assert scores.notes == ("a vqa lacks is left out, because it is not computed: needs Java",)
+    with pytest.raises(UserError, match="needs Java, and there is no other score to compare"):
+        score_sides(sides, "base", {"vqa": ("lacks",), "cls": ("lacks",)})
+
+
+def test_a_baseline_of_zero_on_the_shared_seeds_has_no_change_in_per_cent():
+    """The baseline answers nothing of cls with seed 0, which is the only one of the other variant."""
+    sides = sides_of(base=(lambda *item: item[1] == "vqa", half), other=half)
+    del sides["other", 1]
+    found = differences(score_sides(sides, "base", {}), "base")
+    assert found["counted"] == ["a vqa exact_match"]
+    assert found["variants"]["other"]["change"]["value"] == pytest.approx(-50)
 
 
 # ---- planted: many sweeps --------------------------------------------------------------------------
@@ -228,49 +273,6 @@ def test_the_published_pairs_stand_in_one_column():
     assert "mimic_cxr / medpix caption | dermamnist / organsmnist cls | medqa qa" in head
     assert len(found["counted"]) == 10 and "medqa qa m" not in found["counted"]
     assert "without medqa qa m" in table.page(found)
-
-
-# ---- scores of other kinds ---------------------------------------------------------------------------
-@pytest.fixture
-def registered(monkeypatch):
-    """A registry of its own, so that a test's metrics are gone afterwards."""
-    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
-
-
-def test_a_score_that_is_not_computed_is_left_out_and_named(registered):
-    @metric("needy")
-    def needy(records):
-        raise NotComputed("not computed: needs Java")
-
-    sides = sides_of(base=half, other=half)
-    scores = score_sides(sides, "base", {"vqa": ("needy", "exact_match")})
-    assert [column.label for column in scores.columns] == ["a vqa exact_match", "a cls exact_match"]
-    assert scores.notes == ("a vqa needy is left out: not computed: needs Java",)
-    with pytest.raises(UserError, match="no score is left to compare: a vqa needy is left out: not"):
-        score_sides(sides, "base", {"vqa": ("needy",), "cls": ("needy",)})
-    with pytest.raises(UserError, match="no score is left to compare: a vqa open_recall is left out"):
-        score_sides(sides, "base", {"vqa": ("open_recall",), "cls": ("open_recall",)})
-
-
-def test_a_score_of_ranks_is_compared_as_one_of_sums_is(registered):
-    """One that is a mean in truth, beside a mean: equal changes, with equal intervals."""
-
-    @metric("by_rank")
-    def by_rank(records):
-        right = np.array([r["prediction"] == r["reference"] for r in records], float)
-        return Ranked(np.ones((len(right), 1)), lambda weights: weights @ right / weights.sum(-1))
-
-    def more(of_set, task, c, i):
-        return i == 0 or c % 6 > 0
-
-    sides = sides_of(base=half, more=(more, half))
-    changes = [
-        differences(score_sides(sides, "base", {"vqa": (name,)}), "base")["variants"]["more"]["change"]
-        for name in ("exact_match", "by_rank")
-    ]
-    assert changes[1]["value"] == pytest.approx(changes[0]["value"])
-    assert changes[1]["ci95"] == pytest.approx(changes[0]["ci95"])
-    assert changes[1]["error"] > 0
 
 
 def test_a_baseline_that_scores_nothing_has_no_change_in_per_cent(tmp_path):

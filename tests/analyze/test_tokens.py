@@ -46,15 +46,14 @@ def test_clouds_far_apart_score_near_one_and_mixed_ones_near_zero():
     assert points.shape == (120, 2) and sum(shares) > 0.95
 
 
-def test_a_classifier_is_fitted_on_every_label():
-    """Patients of one modality each, of sizes by which a fold would take both of one modality."""
-    labels, sizes = np.repeat(["ct", "mr"], 11), {"a": 10, "b": 1, "c": 9, "d": 2}
-    clusters = np.repeat(list(sizes), list(sizes.values()))
-    apart = np.random.default_rng(0).standard_normal((22, 4)) + 20.0 * (labels == "mr")[:, None]
-    found = tokens.classified(tokens.Tokens(apart, labels, clusters), 50, 0)
-    assert found["value"] == 1  # and 0 where a fold's classifier has never seen the label
-    alone = np.where(labels == "mr", "c", clusters)
-    assert tokens.classified(tokens.Tokens(apart, labels, alone), 50, 0) is None
+def test_every_fold_learns_every_label():
+    """Folds of equal size would hold both clusters of "few" in one, and never learn that label."""
+    labels = np.repeat(["few", "many"], [20, 40])
+    clusters = np.repeat(["f1", "f2", "m1", "m2", "m3"], [10, 10, 15, 9, 16])
+    values = np.random.default_rng(0).standard_normal((60, 3)) + 20.0 * (labels == "few")[:, None]
+    assert tokens.classified(tokens.Tokens(values, labels, clusters), 20, 0)["value"] == 1
+    alone = dataclasses.replace(clouds(1.0), clusters=clouds(1.0).labels)
+    assert tokens.classified(alone, 20, 0) is None
 
 
 def test_tokens_of_an_image_keep_one_label_when_labels_are_shuffled():

@@ -66,8 +66,8 @@ def compare(
             row = {"run": other.name, "set": unit[0], "task": unit[2], "metric": metric.name}
             try:
                 measured = _Pair(metric, ours, theirs, resamples, seed)
-            except NotComputed as missing:  # such as Java, which was there where the runs were scored
-                notes.append(f"{'/'.join(unit)}: {metric.name} is {missing}")
+            except NotComputed as missing:
+                notes.append(f"{'/'.join(unit)} is not compared: its {metric.name} is {missing}")
                 continue
             tasks.append({**row, "template": "", **measured.row()})
             kinds = sorted({record["template"] for record in ours})
@@ -75,7 +75,7 @@ def compare(
                 mask = np.array([record["template"] == template for record in ours])
                 templates.append({**row, "template": template, **measured.row(mask)})
     if not tasks:
-        raise UserError(f"nothing is left to compare: {'; '.join(dict.fromkeys(notes))}.")
+        raise UserError(f"{first.place}: {notes[-1]}; install it, or score the runs by another metric.")
     for rows in (tasks, templates):
         _judge(rows)
     return plain(
@@ -114,7 +114,10 @@ class _Pair:
         ours, theirs = self._ours.where(chosen), self._theirs.where(chosen)
         found = paired([ours], [theirs], self._clusters, self._resamples, self._seed)
         right, wrong = ours.right, theirs.right
-        exact = None if right is None or wrong is None else mcnemar(right, wrong)
+        exact = None
+        # A metric of the answers that say something, say, may count other items for each model.
+        if right is not None and wrong is not None and np.array_equal(ours.counts, theirs.counts):
+            exact = mcnemar(right, wrong)
         return {
             "n": int(chosen.sum()),
             "clusters": len({name for name, c in zip(self._clusters, chosen, strict=True) if c}),

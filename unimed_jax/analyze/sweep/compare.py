@@ -68,10 +68,7 @@ def read_scores(plan: Plan, finished: Mapping[str, Sequence[int]]) -> Scores:
 def score_sides(
     sides: Mapping[tuple[str, int], Side], baseline: str, metrics: Mapping[Task, Sequence[str]]
 ) -> Scores:
-    """Scores the items that all sides answered; metrics: of a task, if not its primary one.
-
-    Raises UserError if no item and metric is left.
-    """
+    """Scores the items that all sides answered; metrics: of a task, if not its primary one."""
     first = next(side for (name, _), side in sides.items() if name == baseline)
     units, notes = _shared_items(list(sides.values()), first)
     columns: list[Column] = []
@@ -92,7 +89,7 @@ def score_sides(
                     for key, records in answers.items()
                 }
             except NotComputed as missing:
-                notes.append(f"{column.label} is left out: {missing}")
+                notes.append(f"{column.label} is left out, because it is {missing}")
                 continue
             if not all(np.isfinite(measure.value) for measure in measured.values()):
                 notes.append(f"{column.label} is left out, because no item counts for it")
@@ -102,7 +99,7 @@ def score_sides(
             for key, measure in measured.items():
                 found[key].append(measure)
     if not columns:
-        raise UserError(f"no score is left to compare: {'; '.join(notes)}.")
+        raise UserError(f"{first.place}: {notes[-1]}, and there is no other score to compare.")
     of_variant: dict[str, dict[int, tuple[Measure, ...]]] = {}
     for (name, seed), of_run in found.items():
         of_variant.setdefault(name, {})[seed] = tuple(of_run)
@@ -152,10 +149,11 @@ def _by_cluster(metric: Metric, records: Sequence[Record], rows: np.ndarray, cou
     """Scores records with one row for each cluster; `rows` are the records' clusters."""
     measure = metric(records)
     if isinstance(measure, Ranked):
-        weights = measure.items[:, 0]
-        there = np.zeros((count, 1))
-        there[rows[weights != 0]] = 1
-        return Ranked(there, lambda drawn: measure.score(drawn[..., rows] * weights))
+        there = np.bincount(rows[measure.counts], minlength=count) > 0  # [count]
+        return Ranked(
+            there[:, None].astype(np.float64),
+            lambda drawn: np.apply_along_axis(lambda row: measure.drawn(row[rows]), -1, drawn),
+        )
     sums = np.zeros((count, measure.items.shape[1]))
     np.add.at(sums, rows, measure.items)
     return Measure(sums, measure.score)
@@ -174,7 +172,13 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
     verdict, detectable}}}}; the baseline has seeds and scores alone. change: the mean over columns of
     the change in per cent of the baseline's score.
     """
-    counted = tuple(i for i in _counted(scores.columns) if _mean(scores, baseline, i) > 0)
+    # A change in per cent needs a baseline's score above 0, on the seeds of each comparison too.
+    common = [[s for s in seeds if s in scores.measures[baseline]] for seeds in scores.measures.values()]
+    counted = tuple(
+        i
+        for i in _counted(scores.columns)
+        if all(_mean(scores, baseline, i, some) > 0 for some in common if some)
+    )
     found: dict[str, Any] = {}
     changes: dict[str, Difference] = {}
     for variant, seeds in scores.measures.items():
@@ -182,7 +186,7 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
             "seeds": list(seeds),
             "scores": {
                 column.label: {
-                    "value": _mean(scores, variant, i),
+                    "value": _mean(scores, variant, i, list(seeds)),
                     "seeds": [measures[i].value for measures in seeds.values()],
                 }
                 for i, column in enumerate(scores.columns)
@@ -199,7 +203,7 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
             for i, column in enumerate(scores.columns)
         }
         if counted:
-            means = [float(np.mean([run[i].value for run in theirs])) for i in counted]
+            means = [_mean(scores, baseline, i, shared) for i in counted]
             weights = [100 / (len(counted) * mean) for mean in means]
             new, old = ([_joined(run, counted, weights) for run in side] for side in (ours, theirs))
             changes[variant] = _paired(new, old, scores, _groups(theirs[0], counted))
@@ -238,24 +242,21 @@ def published_pairs(columns: Sequence[Column]) -> list[tuple[int, int]]:
     return [(places[one], places[two]) for one, two in wanted]
 
 
-def _mean(scores: Scores, variant: str, i: int) -> float:
-    return float(np.mean([measures[i].value for measures in scores.measures[variant].values()]))
+def _mean(scores: Scores, variant: str, i: int, seeds: Sequence[int]) -> float:
+    return float(np.mean([scores.measures[variant][seed][i].value for seed in seeds]))
 
 
 def _joined(run: Sequence[Measure], places: Sequence[int], weights: Sequence[float]) -> Measure:
     """Makes one measure of several: their weighted sum."""
     parts = [run[i] for i in places]
     if any(isinstance(part, Ranked) for part in parts):
-
-        def of_drawn(drawn: np.ndarray) -> np.ndarray:
-            """Scores how often each cluster was drawn: [..., clusters] -> [...]."""
-            scored = [
-                part.score(drawn * part.items[:, 0] if isinstance(part, Ranked) else drawn @ part.items)
-                for part in parts
-            ]
-            return np.sum([weight * own for weight, own in zip(weights, scored, strict=True)], axis=0)
-
-        return Ranked(np.ones((len(parts[0].items), 1)), of_drawn)
+        counts = np.any([part.counts for part in parts], axis=0)  # [n]
+        return Ranked(
+            counts[:, None].astype(np.float64),
+            lambda drawn: np.sum(
+                [weight * part.drawn(drawn) for weight, part in zip(weights, parts, strict=True)], axis=0
+            ),
+        )
     ends = np.cumsum([part.items.shape[1] for part in parts])[:-1]
 
     def score(sums: np.ndarray) -> np.ndarray:
