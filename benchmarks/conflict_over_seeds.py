@@ -5,7 +5,7 @@
 Each file is what `analyze tug-of-war` wrote of one seed's runs, in folders VARIANT/seedN, the same
 variants in each; two files or more. An index is that of the whole connector, averaged over seeds. Its
 difference from the first variant is paired by seed; the interval is Student's t over seeds (95 %), not
-corrected for the number of lines.
+corrected for the number of lines. "-" is an index that some seed does not define.
 """
 
 import argparse
@@ -24,29 +24,49 @@ from unimed_jax.parsing import read_json
 PART = "connector"
 
 
-def indices(file: Path) -> dict[str, dict[str, float]]:
-    """Reads the indices of each variant of one seed; raises UserError for a file of another kind."""
+def indices(file: Path) -> tuple[str, dict[str, dict[str, float]]]:
+    """Reads the seed's name of a file, and the indices of each variant.
+
+    NaN stands for what is not defined. Raises UserError for a file of another kind, for one of several
+    seeds, and for one that holds a variant twice.
+    """
     content = read_json(file, "give what analyze tug-of-war wrote")
     found: dict[str, dict[str, float]] = {}
+    seeds: set[str] = set()
     try:
         for run in content["runs"]:
-            measured = run["units"][PART]["indices"]
-            found[Path(run["run"]).parent.name] = {key: measured[key]["value"] for key in TITLES}
+            measured, folder = run["units"][PART]["indices"], Path(run["run"])
+            values = {key: measured[key]["value"] for key in TITLES}
+            if folder.parent.name in found:
+                raise UserError(
+                    f"{file} holds two runs of {folder.parent.name!r}, {folder} among them; analyse one "
+                    "checkpoint of each variant, and each seed by itself."
+                )
+            found[folder.parent.name] = {k: np.nan if v is None else v for k, v in values.items()}
+            seeds.add(folder.name)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file} holds no indices of a connector (lacks {error}); give what analyze tug-of-war "
             "wrote."
         ) from error
-    return found
+    if len(seeds) != 1:
+        raise UserError(
+            f"{file} holds runs of {', '.join(sorted(seeds)) or 'no seed'}; analyse each seed by itself."
+        )
+    return seeds.pop(), found
 
 
 def cell(values: Sequence[float], against: Sequence[float] | None) -> str:
     """Writes a mean over seeds and, beside another variant, the paired difference with its interval."""
+    if not np.isfinite([*values, *(against or ())]).all():
+        return "-"
     mean = f"{np.mean(values):.3f}"
     if against is None:
         return f"{mean} ({min(values):.3f} .. {max(values):.3f})"
     difference = np.subtract(values, against)
     spread = difference.std(ddof=1) / len(difference) ** 0.5
+    if spread < 1e-12 < abs(difference.mean()):  # which says nothing of other seeds
+        return f"{mean}: {difference.mean():+.3f} in every seed"
     reach = stats.t.ppf(0.975, len(difference) - 1) * spread
     low, high = difference.mean() - reach, difference.mean() + reach
     return f"{mean}: {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -79,10 +99,12 @@ def main() -> None:
     if len(files) < 2:
         options.error("one file holds one seed; give those of two or more.")
     try:
-        seeds = [indices(file) for file in files]
+        names, seeds = zip(*(indices(file) for file in files), strict=True)
     except UserError as error:
         options.error(str(error))
-    for file, seed in zip(files, seeds, strict=True):
+    for file, name, seed in zip(files, names, seeds, strict=True):
+        if names.count(name) > 1:
+            options.error(f"{file} holds {name}, as another file does; give each seed once.")
         if seed.keys() != seeds[0].keys():
             options.error(f"{file} holds {', '.join(seed)}, and {files[0]} {', '.join(seeds[0])}.")
     print(table(["variant", *TITLES.values()], lines(seeds)))

@@ -9,22 +9,27 @@ the other head's files, also says how far the boxes of the two atlases agree on 
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import run as run_script
 from harness import table
 
 from unimed_jax.config import VISUAL_TASKS
 from unimed_jax.data.datasets import brain, colin
 from unimed_jax.data.datasets.brain import icbm152
+from unimed_jax.errors import UserError
 from unimed_jax.evaluate.metrics.boxes import iou
+from unimed_jax.evaluate.run import LARGEST_PREDICTIONS
 from unimed_jax.evaluate.scores import score
+from unimed_jax.parsing import json_lines, read_text
 from unimed_jax.runs.folder import read_config
+from unimed_jax.verdicts import with_interval
 
 LACKS = ("ventricle", "brainstem", "callosum")  # words of structures that the other atlas lacks
+ADVICE = "score the run on both heads (docs/evidence.md)"
 HEADS = {"own head": "brain", "brain alone": "colin", "with skull": "colin_skull"}
 
 
@@ -40,7 +45,8 @@ def askable(record: Mapping[str, Any]) -> bool:
 def records(run: Path, head: str) -> list[dict[str, Any]]:
     """Reads the kept answers of a run about one head."""
     file = run / "predictions.jsonl" if head == "own head" else run / "colin" / "predictions.jsonl"
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    text = read_text(file, ADVICE, LARGEST_PREDICTIONS)
+    found = [record for _, record in json_lines(text, str(file), ADVICE)]
     found = [r for r in found if (r["set"], r["split"]) == (HEADS[head], "test")]
     return [r for r in found if askable(r)] if head == "own head" else found
 
@@ -57,14 +63,16 @@ def row(task: str, head: str, scores: Sequence[Mapping[str, Any]], own: Sequence
         found["blind"][margin["baseline"]][primary]
         for found, margin in zip(scores, margins, strict=True)
     ]
+    # without a margin on the own head there is none to keep
+    kept = [m["value"] / whole if whole > 0 else None for m, whole in zip(margins, own, strict=True)]
     return [
         f"`{task}`, {primary}",
         head,
         str(scores[0]["n"]),
         each(f"{found['corrected'][primary]['value']:.3f}" for found in scores),
         f"{each(f'{value:.3f}' for value in blind)} ({', '.join(names)})",
-        each("{:+.3f} [{:+.3f}, {:+.3f}]".format(m["value"], *m["ci95"]) for m in margins),
-        each(f"{m['value'] / whole:.0%}" for m, whole in zip(margins, own, strict=True)),
+        each(with_interval(margin, "+") for margin in margins),
+        each("-" if share is None else f"{share:.0%}" for share in kept),
     ]
 
 
@@ -97,6 +105,12 @@ def main() -> None:
         own: list[float] = []
         for head in HEADS:
             chosen = [[r for r in records(run, head) if r["task"] == task] for run in runs]
+            for run, some in zip(runs, chosen, strict=True):
+                if not some or not set.intersection(*(set(record["blind"]) for record in some)):
+                    raise UserError(
+                        f"{run} has no answers beside blind ones about task {task} of {HEADS[head]!r}; "
+                        f"{ADVICE}."
+                    )
             scores = [
                 score(task, some, read_config(run)) for run, some in zip(runs, chosen, strict=True)
             ]
@@ -109,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

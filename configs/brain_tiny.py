@@ -1,4 +1,4 @@
-"""A small Uni-Med, trained from scratch on one average brain: the ten-minute run of the README.
+"""A small Uni-Med, trained from scratch on one average brain: the first run of the README.
 
 Six tasks on slices of the ICBM152 template (see unimed_jax/data/datasets/brain); every parameter trains.
 `:colin` scores another head too, which nothing trains on, where its files are (docs/real_data.md);

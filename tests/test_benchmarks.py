@@ -166,8 +166,12 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
         conflict_over_seeds.main()
     assert "give those of two or more" in capsys.readouterr().err
     other = json.loads(files[0].read_text())
+    another = json.loads(files[0].read_text().replace("seed0", "seed7"))
     for content, words in (
-        ({"runs": other["runs"][:1]}, "holds cmoe, and"),
+        ({"runs": another["runs"][:1]}, "holds cmoe, and"),
+        (other, "holds seed0, as another file does; give each seed once"),
+        ({"runs": [*other["runs"], other["runs"][0]]}, "holds two runs of 'cmoe'"),
+        ({"runs": [other["runs"][0], another["runs"][1]]}, "holds runs of seed0, seed7; analyse"),
         ({"runs": [{"run": "w/a/seed0", "units": {}}]}, "no indices of a connector (lacks 'connector')"),
         ([], "other.json holds no indices of a connector"),
     ):
@@ -180,6 +184,12 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         conflict_over_seeds.main()
     assert "none.json does not exist; give what" in capsys.readouterr().err
+    another["runs"][1]["units"]["connector"]["indices"]["mean_cos_without_noise"]["value"] = None
+    (tmp_path / "other.json").write_text(json.dumps(another))
+    monkeypatch.setattr(sys, "argv", ["it", *map(str, files), str(tmp_path / "other.json")])
+    conflict_over_seeds.main()  # an index that one seed does not define has no mean
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "linear" in line[:12]]
+    assert [cell.strip() for cell in line.split("|")][3] == "-" and line.count("0.200: ") == 5
 
 
 def test_sides_are_warm_before_anything_counts():

@@ -1,7 +1,7 @@
-"""Med-MoE from an aligned projector to its experts, all stages in turn: with :stablelm, :phi2, :tiny or
-:real.
+"""Med-MoE, all stages in turn, from an aligned projector to its experts.
 
-A stage that is finished is skipped, so the same command continues a chain. Each stage lives in a
+The sizes are :stablelm and :phi2 (published), :tiny (the brain set and other pictures) and :real (real
+patients). A stage that is finished is skipped, so the same command continues a chain. Each stage has a
 folder of its own (runs/med_moe_tiny/align ...); stages.md beside them compares their scores on one
 held-out set.
 """

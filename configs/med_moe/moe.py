@@ -1,6 +1,4 @@
-"""Med-MoE, stage 3: experts in every second layer, each a copy of the MLP of stage 2, next to the
-meta expert.
-"""
+"""Med-MoE, stage 3: experts in every second layer, copies of stage 2's MLP, beside the meta expert."""
 
 import common
 

@@ -1,5 +1,4 @@
-"""Med-MoE, between stages 2 and 3: the router learns to tell modalities apart, from the hidden
-states of stage 2.
+"""Med-MoE, between stages 2 and 3: the router learns modalities from the hidden states of stage 2.
 
 Nothing else trains. The run's folder gets `router/` (for config.init 'router'), router.json and
 router.png.

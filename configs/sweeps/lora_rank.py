@@ -1,4 +1,4 @@
-"""The rank of the decoder's adapters (a published block; LoRA experts in the decoder are held back).
+"""The rank of the decoder's adapters (a published block, without its LoRA experts in the decoder).
 
     python -m unimed_jax.main sweep --config=configs/sweeps/lora_rank.py
 

@@ -5,11 +5,14 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 from support import tiny
 from support.toy import Toy, sets_of, toy_config
 
 from unimed_jax.analyze import ablation, ablation_report
 from unimed_jax.config import VISUAL_TASKS
+from unimed_jax.errors import UserError
+from unimed_jax.evaluate.metrics import NotComputed
 from unimed_jax.evaluate.tasks import units_of
 from unimed_jax.model.parameters import parameters, with_parameters
 
@@ -81,6 +84,10 @@ def test_without_its_only_expert_a_task_sees_nothing(form):
     np.testing.assert_allclose(np.delete(tokens, 3, 0), np.delete(whole, 3, 0), atol=1e-6)
 
 
+def lacks(metric, records):
+    raise NotComputed("not computed: needs Java")
+
+
 def test_losses_are_those_that_were_planted():
     config, toy = toy_config(), Toy()
     units = [unit for unit in units_of(config, sets_of(toy))[0] if unit.task in ("cls", "identify")]
@@ -91,6 +98,7 @@ def test_losses_are_those_that_were_planted():
             unit.name: [
                 {"cluster": e.cluster, "reference": e.answer, "meta": e.meta, "task": unit.task}
                 | {"prediction": e.answer if right(unit.task, i) else "nothing", "template": ""}
+                | {"set": "toy"}
                 for i, e in enumerate(unit.examples)
             ]
             for unit in units
@@ -112,7 +120,14 @@ def test_losses_are_those_that_were_planted():
     low, high = found["toy/test/cls"]["off"][1]["ci95"]
     assert low < 0.25 < high
     assert [off["verdict"] for off in found["toy/test/identify"]["off"]] == ["undecided"] * 2 + ["helps"]
-    assert found["toy/test/identify"]["off"][2]["ci95"] == [1, 1] and set(VISUAL_TASKS) > {"cls"}
+    # All six clusters lose all, which tells nothing of others; a seventh that loses nothing gives t = 6.
+    gone = found["toy/test/identify"]["off"][2]
+    assert gone["ci95"] is None and gone["p"] == pytest.approx(ttest_1samp([1] * 6 + [0], 0).pvalue)
+    assert set(VISUAL_TASKS) > {"cls"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(units[0].metrics[0]), "__call__", lacks)
+        with pytest.raises(UserError, match="leads the scores of toy but is not computed: needs Java"):
+            ablation.losses(units, answered, config)
 
 
 def hidden(model):

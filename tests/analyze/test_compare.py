@@ -1,5 +1,6 @@
 """Scored runs and another tool's answers beside the first run: planted differences and refusals."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from unimed_jax import main
 from unimed_jax.analyze.compare import compare
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import scores, tasks
-from unimed_jax.evaluate.metrics import captions
+from unimed_jax.evaluate.metrics import Measure, NotComputed, captions, registry
 from unimed_jax.evaluate.run import _about
 from unimed_jax.provenance import plain
 
@@ -116,6 +117,50 @@ def test_answers_of_another_tool_stand_beside_a_run(scored, tmp_path):
     ]
     assert any("first was asked form=unimed fit=stretch" in note for note in found["notes"])
     assert compare([file, scored])["tasks"][0]["difference"] == pytest.approx(-row["difference"])
+
+
+@pytest.fixture
+def leading(monkeypatch):
+    """Lets a function of the records lead the scores of a task of all runs."""
+
+    def make(task, score):
+        every = dict(registry._METRICS)
+        (name,) = (n for n, metric in every.items() if task in metric.primary_for)
+        every[name] = dataclasses.replace(every[name], score=score)
+        monkeypatch.setattr(registry, "_METRICS", every)
+
+    return make
+
+
+def test_a_metric_that_counts_other_items_of_each_run_has_no_mcnemar(scored, tmp_path, leading):
+    """The share of right ones among the answers that say something."""
+
+    def answered(records):
+        right = [r["prediction"] == r["reference"] for r in records]
+        return Measure.mean(right).where([bool(r["prediction"]) for r in records])
+
+    leading("qa", answered)
+    wrong = changed(scored, tmp_path / "wrong", lambda r: r | {"prediction": r["prediction"] or "?"})
+    row = rows(compare([scored, wrong]))["qa", ""]
+    assert row["p_mcnemar"] is None and row["first"] == 1.0 and row["value"] < 1.0 and row["p"] < 1
+
+
+def test_a_task_whose_metric_cannot_be_computed_here_is_said(scored, tmp_path, leading):
+    def lacks(records):
+        raise NotComputed("not computed: needs Java")
+
+    same = changed(scored, tmp_path / "same")
+    leading("caption", lacks)
+    found = compare([scored, same])
+    assert "caption" not in {row["task"] for row in found["tasks"]} and len(found["tasks"]) == 5
+    sentence = "toy/test/caption is not compared: its bleu4_regex_tokens is not computed: needs Java"
+    assert found["notes"] == [sentence]
+    captions_only = [changed(scored, tmp_path / name) for name in ("one", "two")]
+    for folder in captions_only:
+        lines = [line for line in answers(folder) if line["task"] == "caption"]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="needs Java; install it, or score the runs by another metric"):
+        compare(captions_only)
 
 
 REFUSED = {

@@ -10,8 +10,9 @@ from unimed_jax.analyze.compare import Side
 from unimed_jax.analyze.sweep import compare, table
 from unimed_jax.analyze.sweep.compare import Column, Scores, differences, score_sides
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.metrics.registry import find
-from unimed_jax.evaluate.statistics import Measure
+from unimed_jax.evaluate.metrics import registry
+from unimed_jax.evaluate.metrics.registry import NotComputed, find
+from unimed_jax.evaluate.statistics import Measure, Ranked
 
 TASKS = (("vqa", "yes"), ("cls", "CT"))
 
@@ -104,6 +105,51 @@ def test_named_metrics_and_columns_without_items():
     )
     assert [column.metric for column in scores.columns] == ["closed_accuracy", "exact_match"]
     assert scores.notes == ("a vqa open_recall is left out, because no item counts for it",)
+
+
+def test_a_score_of_ranks_is_compared_like_one_of_sums(monkeypatch):
+    """Its items are kept apart within clusters: here a mean, written as a score of weights."""
+
+    def ranked(records):
+        right = np.array([float(r["prediction"] == r["reference"]) for r in records])
+        return Ranked(np.ones((len(right), 1)), lambda w: (w * right).sum(-1) / w.sum(-1))
+
+    def more(of_set, task, c, i):
+        return i == 0 or task == "cls" and c % 6 > 0
+
+    sides = sides_of(base=half, more=more)
+    plain = differences(score_sides(sides, "base", {}), "base")["variants"]["more"]
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    registry.metric("ranked")(ranked)
+    for chosen in ({"vqa": ("ranked",), "cls": ("ranked",)}, {"cls": ("ranked",)}):
+        found = differences(score_sides(sides, "base", chosen), "base")["variants"]["more"]
+        for name in ("value", "p", "detectable"):
+            assert found["change"][name] == pytest.approx(plain["change"][name])
+        ours, theirs = (entry["columns"] for entry in (found, plain))
+        assert ours["a cls ranked"]["ci95"] == pytest.approx(theirs["a cls exact_match"]["ci95"])
+
+
+def test_a_score_that_cannot_be_computed_here_is_left_out(monkeypatch):
+    def lacks(records):
+        raise NotComputed("not computed: needs Java")
+
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    registry.metric("lacks")(lacks)
+    sides = sides_of(base=half, other=half)
+    scores = score_sides(sides, "base", {"vqa": ("lacks",)})
+    assert [column.metric for column in scores.columns] == ["exact_match"]
+    assert scores.notes == ("a vqa lacks is left out, because it is not computed: needs Java",)
+    with pytest.raises(UserError, match="needs Java, and there is no other score to compare"):
+        score_sides(sides, "base", {"vqa": ("lacks",), "cls": ("lacks",)})
+
+
+def test_a_baseline_of_zero_on_the_shared_seeds_has_no_change_in_per_cent():
+    """The baseline answers nothing of cls with seed 0, which is the only one of the other variant."""
+    sides = sides_of(base=(lambda *item: item[1] == "vqa", half), other=half)
+    del sides["other", 1]
+    found = differences(score_sides(sides, "base", {}), "base")
+    assert found["counted"] == ["a vqa exact_match"]
+    assert found["variants"]["other"]["change"]["value"] == pytest.approx(-50)
 
 
 # ---- planted: many sweeps --------------------------------------------------------------------------

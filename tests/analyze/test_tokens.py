@@ -46,6 +46,16 @@ def test_clouds_far_apart_score_near_one_and_mixed_ones_near_zero():
     assert points.shape == (120, 2) and sum(shares) > 0.95
 
 
+def test_every_fold_learns_every_label():
+    """Folds of equal size would hold both clusters of "few" in one, and never learn that label."""
+    labels = np.repeat(["few", "many"], [20, 40])
+    clusters = np.repeat(["f1", "f2", "m1", "m2", "m3"], [10, 10, 15, 9, 16])
+    values = np.random.default_rng(0).standard_normal((60, 3)) + 20.0 * (labels == "few")[:, None]
+    assert tokens.classified(tokens.Tokens(values, labels, clusters), 20, 0)["value"] == 1
+    alone = dataclasses.replace(clouds(1.0), clusters=clouds(1.0).labels)
+    assert tokens.classified(alone, 20, 0) is None
+
+
 def test_tokens_of_an_image_keep_one_label_when_labels_are_shuffled():
     shuffled = clouds(1.0, each=4).shuffled(np.random.default_rng(0)).reshape(-1, 4)
     assert (shuffled == shuffled[:, :1]).all() and len(set(shuffled[:, 0])) == 3

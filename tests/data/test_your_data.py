@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.config_file import load_config_file
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.evaluate.tasks import open_sets, units_of
@@ -56,6 +57,22 @@ def test_the_config_of_the_docs_opens_its_records(config):
         "squares/test/vqa",
         "squares/test/qa",
     }
+
+
+def test_the_jsonl_records_of_the_docs_are_read(tmp_path):
+    (lines,) = re.findall(r"```jsonl\n(.*?)```", PAGE, re.S)
+    (tmp_path / "case7").mkdir()
+    (tmp_path / "records.jsonl").write_text(lines)
+    for name in ("a", "b"):
+        Image.new("RGB", (100, 80)).save(tmp_path / "case7" / f"{name}.png")
+    source = SourceConfig("jsonl", path=str(tmp_path))
+    (data,) = open_sources(DataConfig((source,), cache=str(tmp_path / "cache")))
+    found = data.examples("train")
+    assert [(e.task, len(e.images), e.cluster) for e in found] == [
+        ("vqa", 1, "case7"),
+        ("refer", 1, "case7"),
+        ("caption", 2, "case7"),
+    ]
 
 
 def test_the_validation_settings_of_the_docs_are_understood(config):

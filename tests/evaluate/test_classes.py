@@ -125,6 +125,32 @@ def test_intervals_draw_whole_clusters_and_are_paired():
     assert alone["sum"]["auc"]["ci95"] is None is alone["gain"]["ci95"]
 
 
+def test_beliefs_next_to_certainty_keep_their_order():
+    """Log-odds of 40 and 45: the beliefs of both are 1, their area is that of the log-odds."""
+    odds = [40 + 0.1 * i + (5 if i % 3 else -5) * (i % 2) for i in range(40)]
+    labels = ("no", "yes")
+    records = [record(labels[i % 2], (-odds[i], -0.01), labels, cluster=f"c{i}") for i in range(40)]
+    found = class_scores(records, 20, 0)["sum"]["auc"]["value"]
+    assert found == pytest.approx(peer.roc_auc_score([i % 2 for i in range(40)], odds))
+    assert 0.55 < found < 0.95
+
+
+def test_spellings_of_a_label_are_one_class():
+    """Templates may write "Yes" and "yes"; the mean over classes is still one over two."""
+    truth = ["yes", "Yes", "yes", "no", "No", "no", "no"]
+    chosen = [0, 0, 1, 1, 1, 0, 1]
+    records = [
+        record(word, (-1, -2) if place == 0 else (-2, -1), labels, group="yes/no", rule=YES_NO)
+        for word, place in zip(truth, chosen, strict=True)
+        for labels in [("Yes", "No") if word[0].isupper() else ("yes", "no")]
+    ]
+    found = values(class_scores(records, 20, 0)["sum"])
+    there = [0 if word.lower() == "yes" else 1 for word in truth]
+    assert found["balanced_accuracy"] == pytest.approx(peer.balanced_accuracy_score(there, chosen))
+    assert found["macro_f1"] == pytest.approx(peer.f1_score(there, chosen, average="macro"))
+    assert found["auc"] == pytest.approx(peer.roc_auc_score(there, chosen))
+
+
 def test_scores_of_ranks_and_of_sums_share_their_draws():
     values, clusters = np.arange(12.0), [str(i % 4) for i in range(12)]
     ranked = Ranked(np.ones((12, 1)), lambda weights: (weights * values).sum(-1) / weights.sum(-1))

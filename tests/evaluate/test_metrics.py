@@ -262,6 +262,12 @@ def test_a_metric_that_does_not_fit_is_refused(registered):
         UserError, match=r"metric 'half' must return a Measure with one row per record \(2\)"
     ):
         metrics.find("half")([record("a"), record("b")])
+    metrics.metric("odd")(lambda records: Measure.mean([1.0, np.nan]))
+    rows = [record(name) | {"id": name, "set": "toy"} for name in "ab"]
+    with pytest.raises(UserError, match="metric 'odd' gives b no finite number; weigh records"):
+        metrics.find("odd")(rows)
+    metrics.metric("open")(lambda records: Measure.mean([1.0, np.nan]).where([True, False]))
+    assert metrics.find("open")(rows).value == 1.0
 
 
 # ------------------------------------------------------------------------------ bootstrap

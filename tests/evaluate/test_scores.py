@@ -7,7 +7,7 @@ from support.toy import SIZE, Model, Says, Toy, evaluated, sets_of, toy_config
 
 from unimed_jax.config import TASKS
 from unimed_jax.evaluate import scores
-from unimed_jax.evaluate.metrics import captions
+from unimed_jax.evaluate.metrics import captions, of_task
 from unimed_jax.evaluate.run import _about
 from unimed_jax.verdicts import verdict
 
@@ -178,6 +178,26 @@ def test_chat_forms_are_scored_as_med_moe_publishes(config):
     )
     assert ours["open_recall"]["value"] == 0.5 and ours["closed_accuracy"]["value"] == 0.5
     assert "open_recall" not in scores.score("vqa", records, config)["published"]  # Uni-Med's rules
+
+
+def test_a_metric_of_one_cluster_has_no_interval(config):
+    """All closed questions are of one patient, whose answers tell nothing of other patients."""
+    rows = [
+        {
+            **{"id": f"toy/test/{i}", "set": "toy", "task": "vqa", "template": "", "cluster": cluster},
+            **{"question": "?", "reference": "yes", "prediction": said, "box": None},
+            **{"image_size": None, "meta": {"answer_type": kind}, "peers": {}},
+            "blind": {"always": "no"},
+        }
+        for i, (cluster, kind, said) in enumerate(
+            [("a", "CLOSED", "yes"), ("a", "CLOSED", "no"), ("b", "OPEN", "yes"), ("c", "OPEN", "")]
+        )
+    ]
+    found = scores.score("vqa", rows, config)["corrected"]
+    assert found["closed_accuracy"] == {"value": 0.5, "ci95": None}
+    assert found["open_exact_match"]["ci95"] is not None and found["exact_match"]["ci95"] is not None
+    (first, *_) = of_task("vqa", ("closed_accuracy",))
+    assert scores.score("vqa", rows, config, [first])["margin"]["ci95"] is None
 
 
 def test_published_references_are_cut_under_max_words(config):

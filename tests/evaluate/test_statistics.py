@@ -1,10 +1,22 @@
 """Two models on the same items: differences, exact tests, and verdicts corrected for their number."""
 
+import warnings
+
 import numpy as np
 import pytest
-from scipy.stats import binom, ttest_rel
+from scipy.stats import binom, ttest_1samp, ttest_rel
 
-from unimed_jax.evaluate.statistics import Difference, Measure, holm, mcnemar, paired, verdicts
+from unimed_jax.evaluate.statistics import (
+    Difference,
+    Measure,
+    Ranked,
+    holm,
+    mcnemar,
+    paired,
+    resample,
+    verdicts,
+    with_interval,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -71,6 +83,73 @@ def test_seeds_that_disagree_widen_the_interval():
     calm, wild = (paired(ours, theirs, clusters, 300, 0) for ours in (steady, torn))
     assert calm.p < 0.001 < 0.05 < wild.p and wild.freedom < 4
     assert wild.detectable() > 10 * calm.detectable() > 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_clusters_that_are_all_alike_do_not_make_sure(count):
+    """One with another difference may come next: p is that with one cluster more, which shows none."""
+    clusters = [str(i // 5) for i in range(5 * count)]
+    ours, theirs = (Measure.mean(np.full(5 * count, share)) for share in (0.9, 0.4))
+    found = paired([ours, ours], [theirs, theirs], clusters, 50, 0)
+    assert found.p == pytest.approx(ttest_1samp([0.5] * count + [0], 0).pvalue)
+    assert (found.ci95, found.detectable()) == (None, None) and found.value == pytest.approx(0.5)
+    assert verdicts([found])[0]["verdict"] == ("better" if count == 8 else "undecided")
+    # two samples: the smaller one counts
+    items = np.stack([np.arange(5 * count) < 10, np.arange(5 * count) >= 10], 1) * 1.0
+
+    def both(level):
+        joined = np.concatenate([level * items, items], axis=1)
+        return Measure(joined, lambda s: (s[..., :2] / np.maximum(s[..., 2:], 1)).sum(-1))
+
+    if count == 8:
+        groups = items[:, 1].astype(int)
+        again = paired([both(0.9)], [both(0.4)], clusters, 50, 0, groups.tolist())
+        assert again.p == pytest.approx(ttest_1samp([1, 1, 0], 0).pvalue)
+
+
+def test_where_one_cluster_counts_there_is_no_interval():
+    few = Measure.mean([1, 0, 1, 0, np.nan]).where([True, True, False, False, False])
+    assert few.value == 0.5 and few.counts.tolist() == [True, True, False, False, False]
+    assert with_interval(few, list("aabcd"), 50, 0) == {"value": 0.5, "ci95": None}
+    assert with_interval(few, list("abbcd"), 50, 0)["ci95"] is not None
+
+
+def test_a_score_of_ranks_is_compared_as_one_of_sums():
+    """Means, written as scores of all weights: alone, and as one of two samples."""
+    rng = np.random.default_rng(5)
+    values, clusters = rng.random((2, 60)), [str(i // 3) for i in range(60)]
+    sums = [Measure.mean(row) for row in values]
+    ranks = [Ranked(np.ones((60, 1)), lambda w, v=row: (w * v).sum(-1) / w.sum(-1)) for row in values]
+    for groups in ((), [int(i < 24) for i in range(60)]):
+        one, other = (paired([a], [b], clusters, 200, 0, groups) for a, b in (sums, ranks))
+        assert other.p == pytest.approx(one.p) and other.ci95 == pytest.approx(one.ci95)
+        assert other.freedom == pytest.approx(one.freedom)
+
+
+def test_draws_of_ranks_take_bounded_memory():
+    """Few clusters of very many items: a draw weighs each item, so a few draws are made at once."""
+    items, shapes = 2**20 + 1, []
+
+    def score(weights):
+        shapes.append(weights.shape)
+        return weights[..., :2].sum(-1)
+
+    clusters = np.arange(items) % 3
+    (draws,) = resample([Ranked(np.ones((items, 1)), score)], clusters, 8, 0)
+    assert shapes == [(3, items), (3, items), (2, items)]
+    counts = np.random.default_rng(0).multinomial(3, np.full(3, 1 / 3), size=8)
+    assert draws.tolist() == counts[:, :2].sum(1).tolist()
+
+
+def test_without_a_draw_that_has_a_score_there_is_no_verdict():
+    one, other = (
+        Ranked(np.ones((4, 1)), lambda w, v=v: np.where((w == 1).all(-1), v, np.nan)) for v in (0.9, 0.1)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy says that no number is left
+        found = paired([one], [other], list("abcd"), 2, 0)
+    assert found == Difference(found.value) and found.value == pytest.approx(0.8)
+    assert verdicts([found]) == [{"p_holm": None, "verdict": "undecided"}]
 
 
 def test_mcnemar_is_the_exact_binomial():

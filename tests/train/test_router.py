@@ -4,6 +4,7 @@ colours, experts.
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from support.fake_brain import COLOURS, Squares, tiny_config
 
 from unimed_jax import main as cli
 from unimed_jax.data import fitting, layout
+from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.model import sharding
@@ -112,6 +114,23 @@ def test_colours_are_told_apart(routed):
         "fc1.weight": ((4, 32), np.float32),
         "fc1.bias": ((4,), np.float32),
     }
+
+
+def test_a_router_scored_on_one_cluster_has_no_interval(routed, tmp_path):
+    _, folder = routed
+    report = json.loads((folder / "router.json").read_text())
+    examples = [Example("x", "cls", "?", "a", cluster="one")] * 2
+    some = SimpleNamespace(
+        classes=np.array([0, 1]), examples=examples, datasets=[SimpleNamespace(id="s")] * 2
+    )
+    config = SimpleNamespace(evaluate=SimpleNamespace(bootstrap=20), seed=0)
+    found = router._accuracy(np.array([0, 0]), some, config)
+    assert found == {"value": 0.5, "ci95": None}
+    for entry in report["splits"]["val"]["accuracy"]:
+        entry |= found
+    assert "val: 50.0% (no interval) with 4 labels" in router.summary(report)
+    router._draw(tmp_path / "router.png", report)
+    assert (tmp_path / "router.png").stat().st_size > 10_000
 
 
 def test_the_stored_router_is_the_scored_one(routed, dense):

@@ -124,7 +124,7 @@ def losses(
     lost: list[Difference] = []
     for unit in units:
         metric = unit.metrics[0]
-        measures: list[Measure] = [metric(answered[name][unit.name]) for name in (whole, *off)]
+        measures: list[Measure] = [metric.leading(answered[name][unit.name]) for name in (whole, *off)]
         clusters = [record["cluster"] for record in answered[whole][unit.name]]
         own = [paired(measures[:1], [each], clusters, resamples, seed) for each in measures[1:]]
         lost += own

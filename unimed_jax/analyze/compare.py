@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.metrics import Metric, Record, of_task
+from unimed_jax.evaluate.metrics import Metric, NotComputed, Record, of_task
 from unimed_jax.evaluate.metrics.registry import find
 from unimed_jax.evaluate.run import LARGEST_PREDICTIONS, read_predictions
 from unimed_jax.evaluate.scores import SCHEMA
@@ -64,12 +64,18 @@ def compare(
         for unit, (ours, theirs) in shared.items():
             metric = first.metrics[unit]
             row = {"run": other.name, "set": unit[0], "task": unit[2], "metric": metric.name}
-            measured = _Pair(metric, ours, theirs, resamples, seed)
+            try:
+                measured = _Pair(metric, ours, theirs, resamples, seed)
+            except NotComputed as missing:
+                notes.append(f"{'/'.join(unit)} is not compared: its {metric.name} is {missing}")
+                continue
             tasks.append({**row, "template": "", **measured.row()})
             kinds = sorted({record["template"] for record in ours})
             for template in kinds if len(kinds) > 1 else ():  # a single one is the task itself
                 mask = np.array([record["template"] == template for record in ours])
                 templates.append({**row, "template": template, **measured.row(mask)})
+    if not tasks:
+        raise UserError(f"{first.place}: {notes[-1]}; install it, or score the runs by another metric.")
     for rows in (tasks, templates):
         _judge(rows)
     return plain(
@@ -108,7 +114,10 @@ class _Pair:
         ours, theirs = self._ours.where(chosen), self._theirs.where(chosen)
         found = paired([ours], [theirs], self._clusters, self._resamples, self._seed)
         right, wrong = ours.right, theirs.right
-        exact = None if right is None or wrong is None else mcnemar(right, wrong)
+        exact = None
+        # A metric of the answers that say something, say, may count other items for each model.
+        if right is not None and wrong is not None and np.array_equal(ours.counts, theirs.counts):
+            exact = mcnemar(right, wrong)
         return {
             "n": int(chosen.sum()),
             "clusters": len({name for name, c in zip(self._clusters, chosen, strict=True) if c}),

@@ -288,7 +288,7 @@ def scores_of(
 
     def measured(texts: Sequence[str]) -> Measure:
         given = [{**record, "prediction": text} for record, text in zip(records, texts, strict=True)]
-        return metric(cast(Sequence[Record], given))
+        return metric.leading(cast(Sequence[Record], given))
 
     table = _Table([record["cluster"] for record in records], config)
     for name, texts in passes.items():
@@ -395,14 +395,13 @@ class _Table:
         self._draws = dict(zip(self.measures, draws, strict=True))
 
     def estimate(self, name: str) -> dict[str, Any]:
-        return self._entry(name, self.measures[name].value, self._draws[name])
+        measure = self.measures[name]
+        return self._entry(measure, measure.value, self._draws[name])
 
     def difference(self, name: str, other: str) -> dict[str, Any]:
         """Subtracts one measure from another."""
         value = self.measures[name].value - self.measures[other].value
-        return self._entry(name, value, self._draws[name] - self._draws[other])
+        return self._entry(self.measures[name], value, self._draws[name] - self._draws[other])
 
-    def _entry(self, name: str, value: float, draws: np.ndarray) -> dict[str, Any]:
-        counted = (self.measures[name].items != 0).any(1)
-        several = len(set(np.array(self._names)[counted].tolist())) > 1
-        return {"value": value, "ci95": interval(draws) if several else None}
+    def _entry(self, measure: Measure, value: float, draws: np.ndarray) -> dict[str, Any]:
+        return {"value": value, "ci95": interval(draws) if measure.varies(self._names) else None}

@@ -189,10 +189,10 @@ def classified(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any] | No
     It is the mean over labels of the share of a label's tokens that get it right (balanced accuracy),
     with "ci95" over clusters; "chance" is one over the number of labels. The classifier is a ridge
     regression in FOLDS folds of clusters. Unlike the silhouette it also sees labels whose tokens are
-    spread widely, but apart. None if some label lies in too few clusters.
+    spread widely, but apart. None if some label lies in too few clusters to be in every fold's training.
     """
     from sklearn.linear_model import RidgeClassifier
-    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -200,12 +200,24 @@ def classified(tokens: Tokens, resamples: int, seed: int) -> dict[str, Any] | No
     folds = min(FOLDS, *(len(set(tokens.clusters[tokens.labels == name])) for name in names))
     if folds < 2:
         return None
+    data = tokens.values, tokens.labels, tokens.clusters
+    # Folds that only balance sizes may hold all clusters of a label, which is then never learned.
+    splits = next(
+        (
+            splits
+            for how in (GroupKFold, StratifiedGroupKFold)
+            for splits in [list(how(folds).split(*data))]
+            if all(len(np.unique(tokens.labels[train])) == len(names) for train, _ in splits)
+        ),
+        None,
+    )
+    if splits is None:
+        return None
     said = cross_val_predict(
         make_pipeline(StandardScaler(), RidgeClassifier(class_weight="balanced")),
         tokens.values.astype(np.float64),
         tokens.labels,
-        groups=tokens.clusters,
-        cv=GroupKFold(folds),
+        cv=splits,
     )
     own = (tokens.labels[:, None] == names).astype(np.float64)  # [n, labels]
     right = own * (said == tokens.labels)[:, None]

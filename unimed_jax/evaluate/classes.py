@@ -16,6 +16,7 @@ import numpy as np
 from unimed_jax.evaluate.labels import OPTIONS, named, place_of
 from unimed_jax.evaluate.metrics import Record
 from unimed_jax.evaluate.statistics import Measure, Ranked, interval, resample
+from unimed_jax.evaluate.words import canonical
 
 KINDS = ("sum", "per_token")
 BINS = 15  # of equal width, of the expected calibration error
@@ -51,13 +52,10 @@ def class_scores(records: Sequence[Record], resamples: int, seed: int) -> dict[s
     defined = [key for key, value in values.items() if np.isfinite(value)]
     drawn = resample([measures[key] for key in defined], clusters, resamples, seed)
     draws = dict(zip(defined, drawn, strict=True))
-    several = {
-        group: len({name for name, inside in zip(clusters, mask, strict=True) if inside}) > 1
-        for group, mask in masks.items()
-    }
 
     def estimate(key: tuple[str, str, str]) -> dict[str, Any]:
-        return {"value": values[key], "ci95": interval(draws[key]) if several[key[0]] else None}
+        several = measures[key].varies(clusters)
+        return {"value": values[key], "ci95": interval(draws[key]) if several else None}
 
     def of_group(group: str) -> dict[str, Any]:
         return {
@@ -79,7 +77,7 @@ def class_scores(records: Sequence[Record], resamples: int, seed: int) -> dict[s
         },
         "gain": {
             "value": values[ours] - values[theirs],
-            "ci95": interval(draws[ours] - draws[theirs]) if several[""] else None,
+            "ci95": interval(draws[ours] - draws[theirs]) if measures[ours].varies(clusters) else None,
         },
         "groups": {group: of_group(group) for group in masks if group},
         "bins": {kind: judged[kind].bins() for kind in KINDS},
@@ -95,7 +93,8 @@ class _Judged:
         own = [one["labels"] for one in given]
         truth = [place_of(r["reference"], labels) for r, labels in zip(records, own, strict=True)]
         # [n][labels], none for generated answers
-        self.beliefs = [] if kind == "generated" else [_softmax(one, kind) for one in given]
+        logs = [] if kind == "generated" else [_logs(one, kind) for one in given]
+        self.beliefs, self._odds = [_softmax(one) for one in logs], [_log_odds(one) for one in logs]
         if self.beliefs:
             said = [int(belief.argmax()) for belief in self.beliefs]
         else:
@@ -105,15 +104,18 @@ class _Judged:
             ]
         self.named = np.array(said) >= 0  # [n]
         self.correct = np.array([a == b >= 0 for a, b in zip(said, truth, strict=True)])  # [n]
-        # classes: (group, label), numbered; options of a single question are none
+        # classes: (group, label), numbered; options of a single question are none. "Yes" of one template
+        # and "yes" of another are one class.
         self._classes: dict[tuple[str, str], int] = {}
         for one in given:
             if one["rule"] != OPTIONS:
                 for label in one["labels"]:
-                    self._classes.setdefault((one["group"], label), len(self._classes))
+                    self._classes.setdefault((one["group"], canonical(label)), len(self._classes))
         # [n][labels]
         self._numbers = [
-            [self._classes[one["group"], label] for label in one["labels"] if one["rule"] != OPTIONS]
+            [self._classes[one["group"], canonical(label)] for label in one["labels"]]
+            if one["rule"] != OPTIONS
+            else []
             for one in given
         ]
         self._truth, self._said = (
@@ -143,10 +145,13 @@ class _Judged:
         }
 
     def _ranks(self) -> list["_Ranks"]:
-        """Sorts the items of each class by the belief in it."""
+        """Sorts the items of each class by the belief in it.
+
+        As log-odds, since beliefs next to 0 and 1 are rounded to these.
+        """
         of_class: dict[int, list[tuple[int, float]]] = {}
-        for i, (row, belief) in enumerate(zip(self._numbers, self.beliefs, strict=True)):
-            for number, value in zip(row, belief, strict=False):
+        for i, (row, odds) in enumerate(zip(self._numbers, self._odds, strict=True)):
+            for number, value in zip(row, odds, strict=False):
                 of_class.setdefault(number, []).append((i, float(value)))
         return [
             _Ranks(
@@ -185,12 +190,21 @@ class _Judged:
         return out
 
 
-def _softmax(one: Mapping[str, Any], kind: str) -> np.ndarray:
+def _logs(one: Mapping[str, Any], kind: str) -> np.ndarray:
+    """Returns the log-likelihoods of a record's labels, or their means per token, float64 [labels]."""
     logs = np.array(one["log_likelihoods"], np.float64)
-    if kind == "per_token":
-        logs = logs / np.array(one["tokens"])
+    return logs / np.array(one["tokens"]) if kind == "per_token" else logs
+
+
+def _softmax(logs: np.ndarray) -> np.ndarray:
     powers = np.exp(logs - logs.max())
     return powers / powers.sum()
+
+
+def _log_odds(logs: np.ndarray) -> np.ndarray:
+    """Computes log(p / (1 - p)) of the softmax p of log-likelihoods [labels], without rounding p."""
+    others = np.where(np.eye(len(logs), dtype=bool), -np.inf, logs)  # [labels, labels]
+    return logs - np.logaddexp.reduce(others, axis=1)
 
 
 def _balanced(sums: np.ndarray) -> np.ndarray:
@@ -217,15 +231,15 @@ def _ece(sums: np.ndarray) -> np.ndarray:
 
 
 class _Ranks:
-    """Sorts the items to which a class is offered by the belief in it; equal beliefs share a place."""
+    """Sorts the items to which a class is offered by its log-odds; equal ones share a place."""
 
-    def __init__(self, items: np.ndarray, beliefs: np.ndarray, truth: np.ndarray):
-        beliefs = np.round(beliefs, 12)  # what differs by rounding alone is equal
-        order = np.argsort(beliefs, kind="stable")
+    def __init__(self, items: np.ndarray, odds: np.ndarray, truth: np.ndarray):
+        odds = np.round(odds, 9)  # what differs by rounding alone is equal
+        order = np.argsort(odds, kind="stable")
         self.items = items[order]
         self.positive = truth[self.items]  # [k], 1 or 0
-        beliefs = beliefs[order]
-        self.starts = np.flatnonzero(np.concatenate([[True], beliefs[1:] != beliefs[:-1]]))
+        odds = odds[order]
+        self.starts = np.flatnonzero(np.concatenate([[True], odds[1:] != odds[:-1]]))
 
 
 def _auc(classes: Sequence[_Ranks], weights: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ import numpy as np
 from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import VISUAL_TASKS, Config, TextConfig, config_hash, to_dict
 from unimed_jax.data.forms import cut_words, form_of
-from unimed_jax.errors import UserError
 from unimed_jax.evaluate.classes import class_scores
 from unimed_jax.evaluate.labels import TRAINING
 from unimed_jax.evaluate.metrics import Metric, NotComputed, Record, of_task
@@ -52,9 +51,10 @@ def score(
     peers: {baseline: {metric: value}}, margin and peer_margin: {baseline, value, ci95}, protocol (of
     the primary metric), protocols (protocol.protocols, which is given), notes: [str], templates:
     {template: {n, value, ci95, blind: {baseline: value}, margin}}}, the last on the primary metric.
-    ci95 is None for fewer than two clusters, a margin without a baseline. What cannot be computed has
-    the value None and `why`. vqa also counts n_open and n_closed; where labels were measured there is
-    `likelihood` (classes.class_scores). Raises UserError if the primary metric cannot be computed.
+    ci95 is None where fewer than two clusters count, a margin without a baseline. What cannot be
+    computed has the value None and `why`. vqa also counts n_open and n_closed; where labels were
+    measured there is `likelihood` (classes.class_scores). Raises UserError if the primary metric cannot
+    be computed.
     """
     metrics = metrics or of_task(task)
     table = _Table(records, metrics, config)
@@ -119,21 +119,15 @@ class _Table:
     def __init__(self, records: Sequence[Record], metrics: Sequence[Metric], config: Config):
         self._records, self._metrics = records, metrics
         self._resamples, self._seed = config.evaluate.bootstrap, config.seed
-        self._names = np.array([record["cluster"] for record in records])
-        self.clusters = len(set(self._names.tolist()))
+        self._names = [record["cluster"] for record in records]
+        self.clusters = len(set(self._names))
         self.primary = metrics[0].name
         self.lacking: dict[str, str] = {}  # metric -> why it is not computed
         every = self._measured([record["prediction"] for record in records])
-        if self.primary in self.lacking:
-            raise UserError(
-                f"metric {self.primary!r} leads the scores of {records[0]['set']} but is "
-                f"{self.lacking[self.primary]}; name another one first in config.evaluate.entries."
-            )
         # A metric that no record counts for (open questions, if all are closed) is left out.
         counted = [name for name, measure in every.items() if np.isfinite(measure.value)]
         self.model = {name: every[name] for name in every if name in (self.primary, *counted)}
         self._measures: dict[tuple[str, ...], Measure] = {}
-        self._several: dict[tuple[str, ...], bool] = {}  # whether more than one cluster counts
         self._draws: dict[tuple[str, ...], np.ndarray] = {}
 
     def _measured(self, predictions: Sequence[str], baseline: bool = False) -> Measures:
@@ -145,7 +139,8 @@ class _Table:
             if baseline and not metric.baselines and metric.name != self.primary:
                 continue
             try:
-                found[metric.name] = metric(given)
+                scorer = metric.leading if metric.name == self.primary else metric
+                found[metric.name] = scorer(given)
             except NotComputed as missing:
                 self.lacking[metric.name] = str(missing)
         return found
@@ -180,30 +175,27 @@ class _Table:
         for kind, name, measures in baselines:
             self._add((kind, name), measures[self.primary])
             for template, mask in templates.items():
-                self._add((kind, name, template), measures[self.primary].where(mask), mask)
+                self._add((kind, name, template), measures[self.primary].where(mask))
         for template, mask in templates.items():
-            self._add(("model", self.primary, template), self.model[self.primary].where(mask), mask)
+            self._add(("model", self.primary, template), self.model[self.primary].where(mask))
 
-    def _add(self, key: tuple[str, ...], measure: Measure, mask: np.ndarray | None = None) -> None:
+    def _add(self, key: tuple[str, ...], measure: Measure) -> None:
         self._measures[key] = measure
-        counted = self._names if mask is None else self._names[mask]
-        self._several[key] = len(set(counted.tolist())) > 1
 
     def draw(self) -> None:
         """Draws all entered measures together."""
-        draws = resample(
-            list(self._measures.values()), self._names.tolist(), self._resamples, self._seed
-        )
+        draws = resample(list(self._measures.values()), self._names, self._resamples, self._seed)
         self._draws = dict(zip(self._measures, draws, strict=True))
 
     def value(self, key: tuple[str, ...]) -> float:
         return self._measures[key].value
 
     def estimate(self, key: tuple[str, ...]) -> dict[str, Any]:
-        return {
-            "value": self.value(key),
-            "ci95": interval(self._draws[key]) if self._several[key] else None,
-        }
+        return {"value": self.value(key), "ci95": self._interval(key, self._draws[key])}
+
+    def _interval(self, key: tuple[str, ...], draws: np.ndarray) -> list[float] | None:
+        """Returns the interval of draws; None if fewer than two clusters count for the measure."""
+        return interval(draws) if self._measures[key].varies(self._names) else None
 
     def margin(self, kind: str, names: Sequence[str], *template: str) -> dict[str, Any] | None:
         """Subtracts the best baseline from the model on the primary metric.
@@ -223,7 +215,7 @@ class _Table:
         return {
             "baseline": best,
             "value": self.value(ours) - self.value(theirs),
-            "ci95": interval(self._draws[ours] - self._draws[theirs]) if self._several[ours] else None,
+            "ci95": self._interval(ours, self._draws[ours] - self._draws[theirs]),
         }
 
 

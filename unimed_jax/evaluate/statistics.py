@@ -36,11 +36,29 @@ class Measure:
 
     def where(self, chosen: Sequence[bool] | np.ndarray) -> "Measure":
         """Restricts the score to the chosen items; the others stay in the rows, with weight 0."""
-        return Measure(self.items * np.asarray(chosen, np.float64)[:, None], self.score)
+        return Measure(_weighed(self.items, chosen), self.score)
+
+    def drawn(self, times: np.ndarray) -> np.ndarray:
+        """Scores draws, given how often each item was drawn: [..., n] -> [...]."""
+        return self.score(times @ self.items)
+
+    def within(self, own: np.ndarray) -> "Measure":
+        """Makes a measure of the items of a mask, bool [n], in which the others stay as they are."""
+        rest = self.items[~own].sum(0)
+        return Measure(self.items[own], lambda sums: self.score(sums + rest))
 
     @property
     def value(self) -> float:
         return float(self.score(self.items.sum(0)))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Says which items count, bool [n]."""
+        return (self.items != 0).any(1)
+
+    def varies(self, clusters: Sequence[str]) -> bool:
+        """Says whether items of more than one cluster count, without which there is no interval."""
+        return len(set(np.asarray(clusters)[self.counts].tolist())) > 1
 
     @property
     def right(self) -> np.ndarray | None:
@@ -63,11 +81,30 @@ class Ranked(Measure):
     """
 
     def where(self, chosen: Sequence[bool] | np.ndarray) -> "Ranked":
-        return Ranked(self.items * np.asarray(chosen, np.float64)[:, None], self.score)
+        return Ranked(_weighed(self.items, chosen), self.score)
+
+    def drawn(self, times: np.ndarray) -> np.ndarray:
+        return self.score(times * self.items[:, 0])
+
+    def within(self, own: np.ndarray) -> "Ranked":
+        rest = np.where(own, 0.0, self.items[:, 0])  # [n]
+
+        def score(weights: np.ndarray) -> np.ndarray:
+            every = np.broadcast_to(rest, (*weights.shape[:-1], len(rest))).copy()
+            every[..., own] = weights
+            return self.score(every)
+
+        return Ranked(self.items[own], score)
 
     @property
     def value(self) -> float:
         return float(self.score(self.items[:, 0]))
+
+
+def _weighed(items: np.ndarray, chosen: Sequence[bool] | np.ndarray) -> np.ndarray:
+    """Gives the rows that are not chosen the weight 0, also where they hold no number (NaN)."""
+    weights = np.asarray(chosen, np.float64)[:, None]
+    return np.where(weights != 0, items * weights, 0.0)
 
 
 def resample(
@@ -91,7 +128,9 @@ def resample(
         counts = rng.multinomial(len(names), share, size=min(block, resamples - start))  # [b, G]
         blocks.append(counts @ sums)
         for i, measure in ranked.items():
-            ranks[i].append(measure.score(counts[:, index] * measure.items[:, 0]))
+            few = max(1, 2**22 // len(index))  # draws at once: here each takes a row of all items
+            for first in range(0, len(counts), few):
+                ranks[i].append(measure.drawn(counts[first : first + few][:, index]))
     drawn = np.concatenate(blocks)  # [resamples, sum K]
     ends = np.cumsum([measure.items.shape[1] for measure in summed])
     parts = iter(np.split(drawn, ends[:-1], axis=1))
@@ -111,9 +150,12 @@ def interval(draws: np.ndarray) -> list[float] | None:
 
 
 def with_interval(measure: Measure, clusters: Sequence[str], resamples: int, seed: int) -> dict:
-    """Returns {"value", "ci95": [low, high]} of a measure; ci95 is None below two clusters."""
+    """Returns {"value", "ci95": [low, high]} of a measure.
+
+    ci95 is None below two clusters with items that count.
+    """
     (draws,) = resample([measure], clusters, resamples, seed)
-    return {"value": measure.value, "ci95": interval(draws) if len(set(clusters)) > 1 else None}
+    return {"value": measure.value, "ci95": interval(draws) if measure.varies(clusters) else None}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,7 +167,8 @@ def with_interval(measure: Measure, clusters: Sequence[str], resamples: int, see
 class Difference:
     """Holds how far one model is ahead of another, and how sure that is.
 
-    What cannot be said is None: all but the value below two clusters.
+    What cannot be said is None: all but the value below two clusters, and the interval where all
+    clusters of all seeds show one and the same difference.
     """
 
     value: float  # ours - theirs
@@ -159,13 +202,14 @@ def paired(
     variance over clusters comes from a bootstrap of the mean over seeds (times G / (G - 1) for G
     clusters of a sample that count), that over seeds from the seeds' differences, and they are added.
     Interval and p-value are those of Student's t with Satterthwaite's degrees of freedom: few
-    clusters or seeds give wide intervals.
+    clusters or seeds give wide intervals. Where every cluster shows one difference, which tells
+    nothing of how others vary, p is what it would be if one more cluster showed none.
     """
     pairs = [*ours, *theirs]
     sides = np.repeat([1.0, -1.0], [len(ours), len(theirs)]) / len(ours)
     apart = np.array([a.value - b.value for a, b in zip(ours, theirs, strict=True)])
     value = float(apart.mean())
-    counted = np.any([(measure.items != 0).any(1) for measure in pairs], axis=0)
+    counted = np.any([measure.counts for measure in pairs], axis=0)
     names, samples = np.asarray(clusters), np.asarray(groups if len(groups) else [0] * len(clusters))
     parts = []
     for sample in np.unique(samples[counted]):
@@ -173,31 +217,28 @@ def paired(
         several = len(set(names[own & counted].tolist()))
         if several < 2:
             return Difference(value)
-        within = [_resampled_part(measure, own) for measure in pairs]
+        within = [measure if own.all() else measure.within(own) for measure in pairs]
         drawn = sides @ np.array(resample(within, names[own].tolist(), resamples, seed))  # [resamples]
         parts.append((float(np.nanvar(drawn)) * several / (several - 1), several - 1))
     if not parts or not np.isfinite(value):
         return Difference(value)
-    few = sum(degrees for _, degrees in parts)
+    every, fewest = (choose(degrees for _, degrees in parts) for choose in (sum, min))
     if len(apart) > 1:
         parts.append((float(apart.var(ddof=1)) / len(apart), len(apart) - 1))
     variance = sum(part for part, _ in parts)
+    if not np.isfinite(variance):  # no draw has a score
+        return Difference(value)
     error = variance**0.5
-    if error < 1e-12:  # no item, or every cluster alike, sets the models apart
-        return Difference(value, [value, value], float(abs(value) < 1e-12), 0.0, float(few))
+    if error < 1e-12:  # no item sets the models apart, or every cluster does so alike
+        if abs(value) < 1e-12:
+            return Difference(value, [value, value], 1.0, 0.0, float(every))
+        few = fewest + 1  # clusters; with one more of difference 0, t and its degrees are their number
+        return Difference(value, None, _two_sided(few, few), 0.0, float(every))
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     wide = error * _t(0.975, freedom)
     return Difference(
         value, [value - wide, value + wide], _two_sided(value / error, freedom), error, freedom
     )
-
-
-def _resampled_part(measure: Measure, own: np.ndarray) -> Measure:
-    """Returns the measure as one of some of its items, bool [n], the others being as they are."""
-    if own.all():
-        return measure
-    rest = measure.items[~own].sum(0)
-    return Measure(measure.items[own], lambda sums: measure.score(sums + rest))
 
 
 def mcnemar(ours: Sequence[bool] | np.ndarray, theirs: Sequence[bool] | np.ndarray) -> float:

@@ -24,7 +24,7 @@ from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.layout import Encoder
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.statistics import Measure, interval, resample
+from unimed_jax.evaluate.statistics import Measure, with_interval
 from unimed_jax.evaluate.tasks import open_held_out
 from unimed_jax.finite import refuse_not_finite
 from unimed_jax.interop.families.med_moe import export_router
@@ -135,10 +135,9 @@ def summary(report: dict[str, Any]) -> str:
     lines = []
     for split, result in report["splits"].items():
         for entry in result["accuracy"]:
-            low, high = entry["ci95"]
-            lines.append(
-                f"{split}: {entry['value']:.1%} ({low:.1%} to {high:.1%}) with {entry['labels']} labels"
-            )
+            ends = entry["ci95"]
+            shown = "no interval" if ends is None else f"{ends[0]:.1%} to {ends[1]:.1%}"
+            lines.append(f"{split}: {entry['value']:.1%} ({shown}) with {entry['labels']} labels")
     return "\n".join(lines)
 
 
@@ -289,11 +288,10 @@ def _by_set(guessed: np.ndarray, some: Labelled, classes: int) -> dict[str, np.n
 
 
 def _accuracy(guessed: np.ndarray, some: Labelled, config: Config) -> dict[str, Any]:
-    """Measures accuracy and its bootstrap 95 % interval over clusters."""
+    """Measures accuracy and its bootstrap 95 % interval over clusters, None below two."""
     measure = Measure.mean((guessed == some.classes).astype(float))
     clusters = [f"{d.id}/{e.cluster or e.id}" for d, e in zip(some.datasets, some.examples, strict=True)]
-    (draws,) = resample([measure], clusters, config.evaluate.bootstrap, config.seed)
-    return {"value": measure.value, "ci95": interval(draws)}
+    return with_interval(measure, clusters, config.evaluate.bootstrap, config.seed)
 
 
 def _draw(path: Path, report: dict[str, Any]) -> None:
@@ -311,9 +309,10 @@ def _draw(path: Path, report: dict[str, Any]) -> None:
     curve, *matrices = figure.subplots(1, 1 + len(splits))
     for split, result in splits.items():
         labels, values = zip(*((e["labels"], e["value"]) for e in result["accuracy"]), strict=True)
-        low, high = zip(*(e["ci95"] for e in result["accuracy"]), strict=True)
         curve.plot(labels, values, marker="o", label=split)
-        curve.fill_between(labels, low, high, alpha=0.2)
+        if result["accuracy"][0]["ci95"] is not None:  # the same clusters for every number of labels
+            low, high = zip(*(e["ci95"] for e in result["accuracy"]), strict=True)
+            curve.fill_between(labels, low, high, alpha=0.2)
     curve.set(xscale="log", ylim=(0, 1.02), xlabel="labelled images", ylabel="accuracy", title="router")
     curve.legend()
     for axes, (split, result) in zip(matrices, splits.items(), strict=True):

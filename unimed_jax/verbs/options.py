@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser(module: str, description: str | None) -> Parser:
     """Returns the parser of the verb whose file is `module` (give __name__ and __doc__)."""
-    verb = module.partition(".verbs.")[2].replace(".", " ")  # "data check" for verbs/data/check.py
+    # "analyze tug-of-war" for verbs/analyze/tug_of_war.py
+    verb = module.partition(".verbs.")[2].replace(".", " ").replace("_", "-")
     return Parser(
         prog=f"python -m unimed_jax.main {verb}",
         description=description,

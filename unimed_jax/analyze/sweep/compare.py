@@ -14,9 +14,9 @@ from unimed_jax.analyze.compare import Side, UnitKey, check_comparable, read_fol
 from unimed_jax.analyze.sweep.plan import Plan
 from unimed_jax.config import Task
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.metrics import Metric, Record
+from unimed_jax.evaluate.metrics import Metric, NotComputed, Record
 from unimed_jax.evaluate.metrics.registry import find
-from unimed_jax.evaluate.statistics import LEVEL, Difference, Measure, paired, verdicts
+from unimed_jax.evaluate.statistics import LEVEL, Difference, Measure, Ranked, paired, verdicts
 
 RESAMPLES = 2000  # of the clusters, for every difference
 # The five pairs of columns of the published ablation: one task of two sets, by name or reader.
@@ -85,10 +85,14 @@ def score_sides(
             first.metrics[unit]
         ]:
             column = Column(unit, metric.name)
-            measured = {
-                key: _by_cluster(metric, records, rows, len(clusters))
-                for key, records in answers.items()
-            }
+            try:
+                measured = {
+                    key: _by_cluster(metric, records, rows, len(clusters))
+                    for key, records in answers.items()
+                }
+            except NotComputed as missing:
+                notes.append(f"{column.label} is left out, because it is {missing}")
+                continue
             if not all(np.isfinite(measure.value) for measure in measured.values()):
                 notes.append(f"{column.label} is left out, because no item counts for it")
                 continue
@@ -96,6 +100,8 @@ def score_sides(
             items[column] = len(names)
             for key, measure in measured.items():
                 found[key].append(measure)
+    if not columns:
+        raise UserError(f"{first.place}: {notes[-1]}, and there is no other score to compare.")
     of_variant: dict[str, dict[int, tuple[Measure, ...]]] = {}
     for (name, seed), of_run in found.items():
         of_variant.setdefault(name, {})[seed] = tuple(of_run)
@@ -144,6 +150,12 @@ def _cluster(unit: UnitKey, record: Record) -> str:
 def _by_cluster(metric: Metric, records: Sequence[Record], rows: np.ndarray, count: int) -> Measure:
     """Scores records with one row for each cluster; `rows` are the records' clusters."""
     measure = metric(records)
+    if isinstance(measure, Ranked):
+        there = np.bincount(rows[measure.counts], minlength=count) > 0  # [count]
+        return Ranked(
+            there[:, None].astype(np.float64),
+            lambda drawn: np.apply_along_axis(lambda row: measure.drawn(row[rows]), -1, drawn),
+        )
     sums = np.zeros((count, measure.items.shape[1]))
     np.add.at(sums, rows, measure.items)
     return Measure(sums, measure.score)
@@ -162,7 +174,13 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
     verdict, detectable}}}}; the baseline has seeds and scores alone. change: the mean over columns of
     the change in per cent of the baseline's score.
     """
-    counted = tuple(i for i in _counted(scores.columns) if _mean(scores, baseline, i) > 0)
+    # A change in per cent needs a baseline's score above 0, on the seeds of each comparison too.
+    common = [[s for s in seeds if s in scores.measures[baseline]] for seeds in scores.measures.values()]
+    counted = tuple(
+        i
+        for i in _counted(scores.columns)
+        if all(_mean(scores, baseline, i, some) > 0 for some in common if some)
+    )
     found: dict[str, Any] = {}
     changes: dict[str, Difference] = {}
     for variant, seeds in scores.measures.items():
@@ -170,7 +188,7 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
             "seeds": list(seeds),
             "scores": {
                 column.label: {
-                    "value": _mean(scores, variant, i),
+                    "value": _mean(scores, variant, i, list(seeds)),
                     "seeds": [measures[i].value for measures in seeds.values()],
                 }
                 for i, column in enumerate(scores.columns)
@@ -187,7 +205,7 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
             for i, column in enumerate(scores.columns)
         }
         if counted:
-            means = [float(np.mean([run[i].value for run in theirs])) for i in counted]
+            means = [_mean(scores, baseline, i, shared) for i in counted]
             weights = [100 / (len(counted) * mean) for mean in means]
             new, old = ([_joined(run, counted, weights) for run in side] for side in (ours, theirs))
             changes[variant] = _paired(new, old, scores, _groups(theirs[0], counted))
@@ -226,13 +244,21 @@ def published_pairs(columns: Sequence[Column]) -> list[tuple[int, int]]:
     return [(places[one], places[two]) for one, two in wanted]
 
 
-def _mean(scores: Scores, variant: str, i: int) -> float:
-    return float(np.mean([measures[i].value for measures in scores.measures[variant].values()]))
+def _mean(scores: Scores, variant: str, i: int, seeds: Sequence[int]) -> float:
+    return float(np.mean([scores.measures[variant][seed][i].value for seed in seeds]))
 
 
 def _joined(run: Sequence[Measure], places: Sequence[int], weights: Sequence[float]) -> Measure:
     """Makes one measure of several: their weighted sum."""
     parts = [run[i] for i in places]
+    if any(isinstance(part, Ranked) for part in parts):
+        counts = np.any([part.counts for part in parts], axis=0)  # [n]
+        return Ranked(
+            counts[:, None].astype(np.float64),
+            lambda drawn: np.sum(
+                [weight * part.drawn(drawn) for weight, part in zip(weights, parts, strict=True)], axis=0
+            ),
+        )
     ends = np.cumsum([part.items.shape[1] for part in parts])[:-1]
 
     def score(sums: np.ndarray) -> np.ndarray:

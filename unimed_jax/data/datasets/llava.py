@@ -1,6 +1,6 @@
 """Conversations about images in the JSON of LLaVA-Med and Med-MoE.
 
-A list of {"id", "image": name or list of one, "conversations": [{"from": "human" or "gpt",
+A list of {"id", "image": name or list of names, "conversations": [{"from": "human" or "gpt",
 "value"}]}, with "answer_type" and "modality" (or LLaVA-Med's "domain") where a file has them; or
 such records one a line. `path` is a file of them, all of it for training, or a folder with
 train.json, val.json and test.json, or some of them (.jsonl, too); images lie in `images` next to

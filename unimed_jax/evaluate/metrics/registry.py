@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
+
 from unimed_jax.config import TASKS
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.evaluate.statistics import Measure
@@ -63,8 +65,8 @@ class Metric:
     def __call__(self, records: Sequence[Record]) -> Measure:
         """Scores the records of a task.
 
-        Raises UserError if the metric returns another number of items than it was given, and
-        NotComputed if something is missing here that it needs.
+        Raises UserError if the metric returns another number of items than it was given, or what is
+        no number, and NotComputed if something is missing here that it needs.
         """
         measure = self.score(records)
         if not isinstance(measure, Measure) or len(measure.items) != len(records):
@@ -72,7 +74,27 @@ class Metric:
                 f"metric {self.name!r} must return a Measure with one row per record ({len(records)}); "
                 "weigh records that do not count with Measure.where."
             )
+        finite = np.isfinite(measure.items).all(1)  # [n]
+        if not finite.all():
+            where = records[int(finite.argmin())]["id"]
+            raise UserError(
+                f"metric {self.name!r} gives {where} no finite number; weigh records that do not count "
+                "with Measure.where."
+            )
         return measure
+
+    def leading(self, records: Sequence[Record]) -> Measure:
+        """Scores records by the metric that leads their scores, which cannot be left out.
+
+        Raises UserError where calling the metric raises NotComputed.
+        """
+        try:
+            return self(records)
+        except NotComputed as missing:
+            raise UserError(
+                f"metric {self.name!r} leads the scores of {records[0]['set']} but is {missing}; name "
+                "another one first in config.evaluate.entries."
+            ) from missing
 
 
 _METRICS: dict[str, Metric] = {}

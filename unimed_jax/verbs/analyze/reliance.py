@@ -19,7 +19,9 @@ def run(arguments: list[str]) -> None:
     """Opens the run, asks all passes and writes the files."""
     options = parser(__name__, __doc__)
     options.add_argument("--run", required=True, help="a run's folder")
-    options.add_argument("--which", choices=("newest", "best"), default="newest")
+    options.add_argument(
+        "--which", choices=("newest", "best"), default="newest", help="checkpoint (default: newest)"
+    )
     options.add_argument("--split", default="", help="a split (default: test, or else the first scored)")
     options.add_argument("--out", help="folder of the files (default: reliance/ in the run's folder)")
     known, overrides = options.parse_known_args(arguments)

@@ -12,8 +12,12 @@ def run(arguments: list[str]) -> None:
     """Opens the run, computes the tokens of its held-out images, and writes the files."""
     options = of_one_run(__name__, __doc__, limit=100)
     options.add_argument("--by", default="task", help="task, set, or a key of meta (default: task)")
-    options.add_argument("--projection", choices=("pca", "tsne"), default="pca")
-    options.add_argument("--tokens", type=int, default=1500, help="at most (default: 1500)")
+    options.add_argument(
+        "--projection", choices=("pca", "tsne"), default="pca", help="into the plane (default: pca)"
+    )
+    options.add_argument(
+        "--tokens", type=int, default=1500, help="that are shown at most (default: 1500)"
+    )
     known = options.parse_args(arguments)
     within(known.tokens, "--tokens", 4, 20_000)
     out = folder_of(known)

@@ -20,7 +20,10 @@ def run(arguments: list[str]) -> int:
     options.add_argument("--config", required=True, help=CONFIG_HELP)
     options.add_argument("--out", required=True, help="the folder of the report")
     options.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="that look at images"
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="that look at images (default: one a core)",
     )
     known, overrides = options.parse_known_args(arguments)
     if not 1 <= known.processes <= MOST:

@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     )
     options.add_argument("--strict", action="store_true", help="short for --config.data.strict=True")
     for argument, setting in SHORT.items():
-        options.add_argument(argument, dest=setting, help=f"short for --{setting}")
+        options.add_argument(argument, dest=setting, metavar="VALUE", help=f"short for --{setting}")
     known, overrides = options.parse_known_args(arguments)
     if not 0 <= known.workers <= 1024:
         raise UserError(f"--workers={known.workers} cannot be; give 0 to 1024.")

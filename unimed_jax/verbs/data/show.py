@@ -14,9 +14,9 @@ def run(arguments: list[str]) -> None:
     options.add_argument("--path", help="folder of the raw files, for a reader")
     options.add_argument("--config", help=CONFIG_HELP)
     options.add_argument("--out", required=True, help="the picture, a PNG")
-    options.add_argument("--split", default="train")
-    options.add_argument("--task", default="", help="of this task only")
-    options.add_argument("--n", type=int, default=12, help="examples")
+    options.add_argument("--split", default="train", help="a split (default: train)")
+    options.add_argument("--task", default="", help="of this task only (default: all)")
+    options.add_argument("--n", type=int, default=12, help="examples (default: 12)")
     known, overrides = options.parse_known_args(arguments)
     if not 1 <= known.n <= MOST:
         raise UserError(f"--n={known.n} is not a number of examples from 1 to {MOST}; give another.")

@@ -13,8 +13,10 @@ def run(arguments: list[str]) -> None:
     options.add_argument("name", help="a reader (unimed_jax/data/twins)")
     options.add_argument("--out", required=True, help="the new folder")
     options.add_argument("--layout", default="", help="one of the set's layouts (default: its first)")
-    options.add_argument("--n", type=int, default=24, help="records of the training split, about")
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument(
+        "--n", type=int, default=24, help="records of the training split, about (default: 24)"
+    )
+    options.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     known = options.parse_args(arguments)
     if not 1 <= known.n <= MOST:
         raise UserError(f"--n={known.n} is not a number of records from 1 to {MOST}; give another.")
