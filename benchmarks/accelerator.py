@@ -123,10 +123,11 @@ class Report:
         """Takes a row, or what is said about the machine."""
         if "row" in line:
             self.rows[line["row"]] = line
-        elif self.about:  # every process says it
-            return
-        else:
-            self.about = line
+        else:  # every process says it; those of torch have another version to say
+            line = {key: value for key, value in line.items() if key not in self.about}
+            if not line:
+                return
+            self.about |= line
         text = json.dumps(line)
         with self.out.open("a") as lines:
             lines.write(text + "\n")

@@ -224,6 +224,7 @@ class Features:
         number = int(self._numbers[np.searchsorted(self._digests, np.array(digest, DIGEST))])
         try:
             (data,) = self._shards.read([number])
+            return np.frombuffer(data, jnp.bfloat16).reshape(self.shape)  # [patches, width]
         except (OSError, IndexError, ValueError, RuntimeError) as error:
             path = self._shards.path_of(number)
             if not path.exists():
@@ -232,7 +233,6 @@ class Features:
                     "those of its images are computed again."
                 ) from error
             raise _damaged(path, error) from error
-        return np.frombuffer(data, jnp.bfloat16).reshape(self.shape)  # [patches, width]
 
     def _images_of(self, path: Path) -> np.ndarray:
         """Reads the first record of a file, and returns the digests of its images."""

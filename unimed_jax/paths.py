@@ -59,18 +59,26 @@ def check_output_file(path: str | Path, option: str) -> Path:
     return file
 
 
-def check_run_folder(path: str | Path, option: str) -> Path:
-    """Returns a run's folder, new or old; raises UserError where a run could not write in it.
+def check_output_folder(path: str | Path, option: str, who: str = "a folder belongs") -> Path:
+    """Returns a folder, new or old, to write files in; raises UserError where none can be written.
 
-    A folder in the place of one of its files is refused, and the reverse.
+    who: ends the part of an error's sentence that says why a file will not do.
     """
     given, place = f"{option}={path}", _existing(path, option)
     there = place == Path(os.path.abspath(path))
     if not place.is_dir():
         what = "is a file" if there else f"lies below {place}, which is a file"
-        raise UserError(f"{given} {what}, where a run needs a folder; choose another.")
+        raise UserError(f"{given} {what}, where {who}; choose another.")
     _check_writable(place, given)
-    folder = Path(path)
+    return Path(path)
+
+
+def check_run_folder(path: str | Path, option: str) -> Path:
+    """Returns a run's folder, new or old; raises UserError where a run could not write in it.
+
+    A folder in the place of one of its files is refused, and the reverse.
+    """
+    folder = check_output_folder(path, option, "a run needs a folder")
     for name in FILES:
         if (folder / name).exists() and not (folder / name).is_file():
             what = "folder" if (folder / name).is_dir() else "pipe or a device"

@@ -1,6 +1,7 @@
 """Scores as published keep their flaws, corrected scores mend them, and intervals cover."""
 
 import os
+import re
 import stat
 import subprocess
 
@@ -11,6 +12,7 @@ from unimed_jax.config import TASKS
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import metrics
 from unimed_jax.evaluate.metrics import boxes, captions, published, registry, text
+from unimed_jax.evaluate.report.markdown import about_margin
 from unimed_jax.evaluate.statistics import Measure, interval, resample, with_interval
 
 
@@ -301,6 +303,17 @@ def test_bootstrap_interval_covers():
         )
         covered += low < 0.5 < high
     assert 0.89 <= covered / 200 <= 0.98  # taking items for independent would give about 0.7
+
+
+@pytest.mark.parametrize("count, said", [(2, 0.50), (3, 0.73), (10, 0.90)])
+def test_few_clusters_give_narrow_intervals_as_the_report_says(count, said):
+    rng, covered = np.random.default_rng(count), 0
+    for trial in range(400):
+        values = Measure.mean(rng.standard_normal(count))
+        low, high = interval(resample([values], list(map(str, range(count))), 400, trial)[0])
+        covered += low < 0 < high
+    assert covered / 400 == pytest.approx(said, abs=0.05)
+    assert re.search(rf"{100 * said:.0f} % (of cases )?with {count}\b", about_margin(9))
 
 
 def test_bootstrap_of_corpus_bleu_recomputes_from_summed_counts():

@@ -96,6 +96,27 @@ def test_a_split_and_frozen_base_is_gathered_forward_and_backward(config, sizes)
     assert found.collective_terms["gradients"] == pytest.approx(2 * 7 / 8 * B * (adapters + whole))
 
 
+def test_codes_are_gathered_as_codes_and_split_by_whole_blocks(config, sizes):
+    model = tiny.config(
+        vision={"width": 64, "mlp_width": 64, "depth": 1},
+        decoder={"width": 64, "head_dim": 16, "mlp_width": 128, "depth": 1},
+    )
+    coded = dataclasses.replace(config, model=dataclasses.replace(model, frozen_kernels="nf4"))
+    found = ideal(coded, {**ONE, "fsdp": 2}, "train").collective_terms["gather"]
+    number = {path: math.prod(shape) for path, shape in leaf_shapes(model).items()}
+    # 64 inputs are one block, which is not split; of these the outputs are, or two blocks
+    decoder = sum(number[f"decoder/layers/{name}/kernel"] for name in ("attention/o", "mlp/down"))
+    vision = sum(
+        number[p]
+        for p in number
+        if p.startswith("vision/") and p.endswith(("out/kernel", "down/kernel"))
+    )
+    looked_up = ROWS // 2 * config.data.row_tokens * 64
+    code = 4.25 / 8  # bytes of a number
+    expected = code * (2 * decoder + vision) + B * (2 * number["decoder/head"] + looked_up)
+    assert found == pytest.approx(expected / 2)
+
+
 def test_the_connectors_inputs_are_gathered_and_not_its_weights(config, sizes):
     found = ideal(config, {**ONE, "data": 2}, "train")
     tokens = ROWS * config.data.row_images * config.model.tokens_per_image
@@ -164,6 +185,10 @@ def test_a_decoded_token_reads_all_weights_and_the_cache_once(config, sizes):
     assert found.byte_terms["weights"] == B * decoder
     assert found.byte_terms["cache"] == B * 4 * (40 + 24) * 2 * c.kv_heads * c.head_dim * c.depth
     assert "optimizer" not in found.byte_terms and found.again.flops == 0
+    # what is frozen may be stored in two bytes; what has trained is not, while it answers either
+    half = dataclasses.replace(answering.model, frozen_dtype="bfloat16")
+    halved = ideal(dataclasses.replace(answering, model=half), ONE, "decode").byte_terms["weights"]
+    assert halved == B * adapters + B // 2 * (decoder - adapters)
     prefill = ideal(answering, ONE, "prefill")
     assert prefill.byte_terms["cache"] == B * 4 * 40 * 2 * c.kv_heads * c.head_dim * c.depth
     assert prefill.byte_terms["weights"] > found.byte_terms["weights"]  # the encoder's, too

@@ -112,6 +112,7 @@ def test_answering_is_planned_with_its_cache(cache, tmp_path, program):
         pairs = 4 * math.prod(shape)
     assert flops["compiled"] == pytest.approx(flops["useful"] + pairs, rel=0.1)
     assert row["cost"]["unknown"] == []
+    assert sum(row["gib_by_kind"].values()) == pytest.approx(row["gib_needed"])
     assert f"jit({'enter' if program == 'prefill' else 'advance'})" in outcome.text
     assert set(row["gib_by_kind"]).isdisjoint({"optimizer"}) and row["gib_by_kind"]["activations"] == 0
 

@@ -4,19 +4,29 @@ import dataclasses
 import json
 import math
 
+import jax
 import pytest
 from support import tiny
 
 from unimed_jax import main as cli
+from unimed_jax.config import MeshConfig
 from unimed_jax.errors import UserError
 from unimed_jax.plan import compile as compiling
 from unimed_jax.plan import roofline, suggest, table, topology
 from unimed_jax.plan.chips import CHIPS
+from unimed_jax.plan.programs import device_bytes
 from unimed_jax.plan.topology import parse
 from unimed_jax.settings import from_config_dict
+from unimed_jax.train.program import build, make_mesh
 from unimed_jax.verbs import options
 
 V5E = parse("v5e:2x2")
+# what codes need: 64 inputs are one block, 128 are two
+BLOCKS = {
+    "vision": {"width": 64, "mlp_width": 64, "depth": 1},
+    "decoder": {"width": 64, "head_dim": 16, "mlp_width": 128},
+}
+COSTS = ("flops", "bytes", "collective_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,26 @@ def test_the_fastest_that_is_expected_to_fit_comes_first(config, found):
         suggest.ranked(odd, parse("v5e:4x4"))
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_what_is_held_is_counted_as_it_is_stored(config, moments):
+    """Blocks of codes, of which a mesh divides fewer than numbers, and moments of two bytes."""
+    model = dataclasses.replace(tiny.config(**BLOCKS), frozen_kernels="nf4", frozen_dtype="bfloat16")
+    sizes = {"data": 1, "fsdp": 1, "tensor": 4, "expert": 1}
+    wanted = dataclasses.replace(
+        config,
+        model=model,
+        mesh=MeshConfig(auto=False, **sizes),
+        optimizer=dataclasses.replace(config.optimizer, moments_dtype=moments),
+        data=dataclasses.replace(config.data, row_tokens=0, row_answers=0),
+    )
+    estimate = suggest._Estimate(wanted, V5E)
+    estimate.activations = lambda remat: 0.0
+    built = build(wanted, make_mesh(wanted, jax.devices()[:4]))
+    trained, frozen = device_bytes(built.state.leaves), device_bytes(built.frozen)
+    each = {"float32": 4, "bfloat16": 3}[moments]  # itself, its gradient and two moments
+    assert estimate._memory(wanted, sizes) == frozen + each * trained
+
+
 def test_settings_to_copy_are_those_that_were_compiled(config, found):
     best = found[-1].config
     words = suggest.settings(best)
@@ -100,7 +130,12 @@ def test_suggest_compiles_three_and_names_the_fastest_that_fits(found, tmp_path,
             yield compiling.Outcome(job, {}, tmp_path, 1.0, False)
 
     monkeypatch.setattr(topology, "check_compiler", lambda topologies: None)
-    monkeypatch.setattr(suggest, "ranked", lambda config, topology: suggest.best(found, topology))
+    ranked = suggest.ranked
+
+    def known(config, topology):
+        return suggest.best(found, topology) if topology.chip else ranked(config, topology)
+
+    monkeypatch.setattr(suggest, "ranked", known)
     monkeypatch.setattr(compiling, "compile_all", outcomes)
     monkeypatch.setattr(table, "row_of", row_of)
     words = [
@@ -115,6 +150,13 @@ def test_suggest_compiles_three_and_names_the_fastest_that_fits(found, tmp_path,
     expected = " ".join(suggest.settings(compiled[2].config))
     assert f"v5e:2x2, the fastest that fits: {expected}\n" in said and "about GiB" in said
     assert cli.main(["plan", *words, "--suggest", "--programs=decode"]) == 2
+    # what cannot be suggested for one topology stops no other
+    assert cli.main(["plan", *words, "--suggest", "--topology=cpu:8"]) == 1
+    said = capsys.readouterr().out
+    assert len(compiled) == 6 and "the fastest that fits" in said
+    assert "--suggest cannot rank for --topology=cpu:8" in said and "cpu:8: none of" not in said
+    alone = [word for word in words if "topology" not in word]
+    assert cli.main(["plan", *alone, "--suggest", "--topology=cpu:8", "--topology=cpu:4"]) == 2
     assert suggest.fastest([], V5E).startswith("v5e:2x2: none of the compiled suggestions fits")
 
 
@@ -135,6 +177,25 @@ def test_the_longest_of_three_times_bounds_a_step(config):
     assert roofline.outlook(config, V5E, "decode", 0.5, price=2.0) == {"tokens_per_s": 2 * rows}
 
 
+def test_a_chip_without_a_price_is_said(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "costs", lambda *_: {n: {"compiled": 1} for n in COSTS})
+    monkeypatch.setattr(compiling.Outcome, "text", "a program")
+    memory = dict.fromkeys(("argument", "output", "alias", "temp", "generated_code"), 1)
+    result = {
+        "device": "", "mesh": {}, "seconds": {}, "activations": 0, "arguments": {}, "memory": memory,
+        "text": True, "sizes": None,
+    }  # fmt: skip
+
+    def row(prices):
+        job = compiling.Job(config, V5E, "train")
+        return table.row_of(compiling.Outcome(job, result, tmp_path, 1.0, False), prices)
+
+    without = row({"h100": 1.0})
+    assert without["notes"] == ["v5e:2x2: there is no price of v5e, so none of training."]
+    assert "cost" not in without["outlook"] and row({"v5e": 2.0})["outlook"]["cost"] > 0
+    assert row({"v5e": 2.0})["notes"] == row({})["notes"] == []
+
+
 def test_prices(tmp_path):
     file = tmp_path / "prices.json"
     file.write_text('{"v5e": 1.2, "h100": 3}')
@@ -146,6 +207,7 @@ def test_prices(tmp_path):
         '{"v5e": "1"}': "'v5e': '1' is not a chip and its price",
         '{"v5e": -1}': "is not a chip and its price",
         '{"v5e": true}': "is not a chip and its price",
+        '{"v5e": 1e300}': "write numbers up to 1,000,000",
     }.items():
         file.write_text(text)
         with pytest.raises(UserError, match=words):

@@ -335,6 +335,57 @@ def test_answers_go_on_while_a_long_queue_enters(model, asked):
     assert True in kinds and not any(a and b for a, b in zip(kinds, kinds[1:], strict=False))
 
 
+def test_answers_grow_between_two_calls_of_which_others_enter(model, asked, expected):
+    """Also where the next ones would find free slots at once."""
+    requests = asked.requests()
+    made = engine(model, requests)
+    number = next(i for i, row in enumerate(expected) if len(row) == NEW)
+    made.submit(requests[number])
+    made.step(2)
+    made.submit(requests[number - 1])
+    (piece,) = made.step(2)
+    assert not made._entered and piece.tokens == 3
+    made.step(2)
+    assert made._entered
+
+
+def test_those_that_join_others_keep_nobody_waiting(model, asked):
+    """A question about an image comes to its turn however many texts are asked after it."""
+    requests = asked.requests()
+    words = next(r for r in requests if r.task == "qa")
+    made = engine(model, None, slots=2)
+    for _ in range(200):  # more than a plan looks at
+        made.submit(words)
+    late = made.submit(next(r for r in requests if r.task == "refer"))
+    entered: list[int] = []
+    while late not in entered:
+        assert len(entered) < 250
+        plan = made._planned()
+        new = [one.number for row in plan.rows for part in row for one in part.asked]
+        entered += new
+        made._take(plan)
+        made._slots = [None] * len(made._slots)  # as if they had been answered at once
+        for _ in new:
+            made.submit(words)
+    assert sorted(entered)[:201] == list(range(201))
+
+
+def test_steps_are_counted_for_as_long_as_a_server_lives(model, asked, expected):
+    requests = asked.requests()
+    made = engine(model, requests)
+    pieces: dict[int, list] = {}
+    numbers = [made.submit(request) for request in requests]
+    drained(made, pieces, steps=2)
+    answer, steps = made.sizes.answer, int(made._state.steps)
+    # the same place in the ring, years later
+    more = (2**31 - 4) // answer * answer - steps // answer * answer
+    made._state = made._state._replace(steps=made._state.steps + np.int32(more))
+    drained(made, pieces, steps=60)
+    assert made.idle
+    for number, row in zip(numbers, expected, strict=True):
+        assert "".join(piece.text for piece in pieces[number]) == TOKENIZER.decode(row)
+
+
 def test_a_slot_takes_the_next_question_while_others_are_answered(model, asked, expected):
     requests = asked.requests(max_new_tokens=2)
     alone = [r for r in requests if r.task in ("qa", "refer", "cls")]

@@ -73,7 +73,7 @@ def test_every_row_is_measured_and_written(tmp_path):
 
 PART = """
 import sys, time, json
-print(json.dumps({"device": "none"}), flush=True)
+print(json.dumps({"device": "none", **({"torch": "2"} if sys.argv[1] == "dies" else {})}), flush=True)
 print(json.dumps({"row": "first", "known": json.loads(sys.argv[3].partition("=")[2])}), flush=True)
 if sys.argv[1] == "hangs":
     time.sleep(60)
@@ -108,6 +108,7 @@ def test_a_part_that_hangs_fails_or_dies_costs_its_own_rows_alone(tmp_path, caps
     assert capsys.readouterr().out.startswith("planned: 100 s of at most 100")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert lines[0] == {"device": "none"} and sum("device" in line for line in lines) == 1
+    assert {"torch": "2"} in lines and "device none, torch 2\n" in (tmp_path / "out.md").read_text()
 
 
 def test_all_parts_end_within_eight_minutes():

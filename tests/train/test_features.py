@@ -408,7 +408,9 @@ def test_processes_that_share_no_folder_are_refused(opened, cache, tmp_path, mon
     refused(sentence, opened, tmp_path / "new")
 
 
-@pytest.mark.parametrize("part", ["cut", "empty", "first record", "features", "a record too few"])
+@pytest.mark.parametrize(
+    "part", ["cut", "empty", "first record", "features", "a record too few", "short"]
+)
 def test_a_damaged_file_is_named_and_computed_again_once_it_is_removed(
     started, opened, cache, encoded, part
 ):
@@ -416,11 +418,12 @@ def test_a_damaged_file_is_named_and_computed_again_once_it_is_removed(
     content = bytearray(path.read_bytes())
     if part == "features":
         content[content.index(ArrayRecordReader(str(path)).read([9])[0]) + 40] ^= 1
-    elif part == "a record too few":
+    elif part in ("a record too few", "short"):
         reader = ArrayRecordReader(str(path))
         writer = features.ArrayRecordWriter(str(path.with_suffix(".short")), features.WRITING)
-        for record in reader.read(range(reader.num_records() - 1)):
-            writer.write(record)
+        count = reader.num_records()
+        for i, record in enumerate(reader.read(range(count if part == "short" else count - 1))):
+            writer.write(record[:-2] if part == "short" and i else record)
         writer.close()
         content = path.with_suffix(".short").read_bytes()
     elif part == "first record":
@@ -429,7 +432,7 @@ def test_a_damaged_file_is_named_and_computed_again_once_it_is_removed(
         del content[len(content) // 2 if part == "cut" else 0 :]
     path.write_bytes(content)
     sentence = rf"file of features {path} is damaged \(.*\); remove it"
-    if part == "features":  # this shows when they are read
+    if part in ("features", "short"):  # this shows when they are read
         found = opened(cache)
         with pytest.raises(UserError, match=sentence):
             same(found, found, started[True])

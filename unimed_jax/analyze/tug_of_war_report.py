@@ -107,8 +107,8 @@ def _about(label: str, run: Analysis) -> str:
     away = f" No gradient at {group}: {', '.join(measured.absent)}." if measured.absent else ""
     signal = measured.plain()["signal"]
     least = min((value for value in signal if value is not None), default=None)
-    noise = (
-        f" Of a mean gradient's squared length at least {least:.0%} is not noise of batches."
+    noise = (  # an estimate, which falls below 0 where noise is all
+        f" Of a mean gradient's squared length at least {max(least, 0.0):.0%} is not noise of batches."
         if least is not None
         else ""
     )

@@ -143,7 +143,8 @@ def resample(
 def interval(draws: np.ndarray) -> list[float] | None:
     """Returns the 95 % percentile interval [low, high] of draws.
 
-    Draws in which no item counts (NaN) are left out; None if none is left.
+    Draws in which no item counts (NaN) are left out; None if none is left. From few clusters it is too
+    narrow (evaluate/report says how much); `paired` allows for their number.
     """
     draws = draws[np.isfinite(draws)]
     return [float(q) for q in np.percentile(draws, [2.5, 97.5])] if len(draws) else None

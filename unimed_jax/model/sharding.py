@@ -169,10 +169,12 @@ def parameter_shardings(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, Name
     Codes and scales of a quantised kernel have one sharding, that of the kernel if whole blocks can be
     split like its inputs. So no block lies on two devices.
     """
-    return {
-        path: _place(path, leaf.scales.shape if isinstance(leaf, Quantised) else leaf.shape, mesh)
-        for path, leaf in leaves.items()
-    }
+    return {path: _place(path, divided_shape(leaf), mesh) for path, leaf in leaves.items()}
+
+
+def divided_shape(leaf: Any) -> tuple[int, ...]:
+    """Gives the shape that a mesh divides: of a quantised kernel its blocks, else the leaf's own."""
+    return leaf.scales.shape if isinstance(leaf, Quantised) else leaf.shape
 
 
 def placed(tree: Any, places: Any) -> Any:

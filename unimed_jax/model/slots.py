@@ -170,8 +170,10 @@ def advance(
     kept: false for answers that are given up.
     """
     model = parts.model()
-    until = slots.steps + steps
-    slots = slots._replace(live=slots.live & kept)
+    # Of the steps before only the place in the ring matters; counted on they would overflow one day.
+    begun = slots.steps % (slots.out.size // slots.done.size)
+    until = begun + steps
+    slots = slots._replace(live=slots.live & kept, steps=begun)
 
     def unfinished(slots: Slots) -> Array:
         live = slots.live.sum()

@@ -43,7 +43,7 @@ class Chip:
     bandwidth: float  # of the memory, bytes a second
     link: float  # bytes a second that a chip sends to its neighbours, all links together
     source: str
-    joined: int = 2**30  # chips that these links join
+    joined: int  # chips that these links join, at most
     beyond: float = 0.0  # bytes a second that a chip sends to chips further away
     gpu: Gpu | None = None
 
@@ -57,9 +57,19 @@ INFINIBAND = (
 PCIE4 = 32 * GB  # x16, one direction
 
 
-def _tpu(name: str, kind: str, flops: float, memory: float, usable: float, bandwidth: float, ici: float):
+def _tpu(
+    name: str,
+    kind: str,
+    flops: float,
+    memory: float,
+    usable: float,
+    bandwidth: float,
+    ici: float,
+    pod: int,
+) -> Chip:
+    sizes = memory * GIB, usable * GIB
     page = TPU_PAGES.format(name)
-    return Chip(name, kind, "tpu", flops, memory * GIB, usable * GIB, bandwidth * GB, ici * GB / 2, page)
+    return Chip(name, kind, "tpu", flops, *sizes, bandwidth * GB, ici * GB / 2, page, pod)
 
 
 def _gpu(
@@ -108,9 +118,9 @@ _ada = functools.partial(Gpu, capability=(8, 9), shared=100 << 10, threads=1536,
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        _tpu("v5e", "v5 lite", 197e12, 16, 15.75, 819, 400),
-        _tpu("v5p", "v5p", 459e12, 95, 95.74, 2765, 1200),
-        _tpu("v6e", "v6 lite", 918e12, 32, 31.25, 1638, 800),
+        _tpu("v5e", "v5 lite", 197e12, 16, 15.75, 819, 400, 256),
+        _tpu("v5p", "v5p", 459e12, 95, 95.74, 2765, 1200, 8960),
+        _tpu("v6e", "v6 lite", 918e12, 32, 31.25, 1638, 800, 256),
         _gpu(
             "h100", "H100", 989e12, 79.1, 3350, 450 * GB, "NVIDIA H100 data sheet, SXM",
             _hopper("NVIDIA H100 80GB HBM3"),

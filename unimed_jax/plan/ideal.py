@@ -21,7 +21,8 @@ table, so another mesh needs no new case. Moved in a device's memory:
 
 Sent to other devices:
 
-- gather: parameters split over axes that split the rows too, forward, and again backward.
+- gather: parameters split over axes that split the rows too, forward, and again backward; in the
+  compute dtype, or as they are stored if that is smaller.
 - gradients: of trained leaves, all-reduced over the axes of the rows that do not split them, and
   scattered over those that do.
 - inputs: those of the connector are gathered over the devices that split its width and its sums
@@ -37,6 +38,7 @@ layer but the last once more, with its weights, input and output, and attention.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -88,13 +90,14 @@ def ideal(
     place of those of the settings; a row of theirs holds a prompt for each of its images.
     """
     by_axis = {axis: mesh_sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+    leaves = stored_leaves(config)  # while it answers, too, what has trained is float32
     if program != "train":
         examples = 1
         if sizes is not None:
             config = _of_engine(config, program, sizes)
             examples = sizes["images"] if program == "prefill" else 1
         config = _answering(config, program)
-    return _Count(config, by_axis, program, examples).total()
+    return _Count(config, leaves, by_axis, program, examples).total()
 
 
 def _of_engine(config: Config, program: str, sizes: Mapping[str, int]) -> Config:
@@ -128,13 +131,21 @@ def _answering(config: Config, program: str) -> Config:
 class _Count:
     """Adds up the terms, one parameter after another."""
 
-    def __init__(self, config: Config, sizes: dict[str, int], program: str, examples: int):
+    def __init__(
+        self,
+        config: Config,
+        leaves: Mapping[str, Any],
+        sizes: dict[str, int],
+        program: str,
+        examples: int,
+    ):
         self.config, self.sizes, self.program, self.examples = config, sizes, program, examples
         model = config.model
         self.shapes = leaf_shapes(model)
         self.rules = leaf_rules(self.shapes, config.train, config.optimizer)
         # bytes of a number, those of codes with their share of a scale
-        self.stored = {path: tree_bytes(x) / x.size for path, x in stored_leaves(config).items()}
+        self.stored = {path: tree_bytes(x) / x.size for path, x in leaves.items()}
+        self.divided = {path: sharding.divided_shape(leaf) for path, leaf in leaves.items()}
         self.compute = jnp.dtype(model.compute_dtype).itemsize
         self.row_axes = sharding.axes_by_dimension((config.data.rows,), ("batch",), sizes)[0]
         self.shares = self.ways(self.row_axes)
@@ -179,7 +190,7 @@ class _Count:
     def axes(self, path: str) -> list[tuple[str, ...]]:
         """Gives the axes that split the last dimensions of a parameter, those that have names."""
         names = sharding.parameter_names(path)
-        shape = self.shapes[path]
+        shape = self.divided[path]
         return sharding.axes_by_dimension(shape[len(shape) - len(names) :], names, self.sizes)
 
     def stays(self, path: str) -> bool:
@@ -240,7 +251,8 @@ class _Count:
         axes = self.gathered(path)
         self.add("weights", used * size * (1 + backward) * (2 if axes else 1))
         if axes:
-            each = used * self.compute * (1 - 1 / self.ways(axes))
+            # rounded before it is sent, or sent as the codes that it is stored as
+            each = used * min(self.compute, size) * (1 - 1 / self.ways(axes))
             self.send("gather", each * (1 + backward))
         if path.endswith(("/lora_a", "/lora_b")):
             rank = product.shape[-1] if path.endswith("a") else product.shape[-2]

@@ -6,7 +6,6 @@ a program that overlaps the three well comes near it.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from unimed_jax.errors import UserError
@@ -17,6 +16,7 @@ from unimed_jax.plan.program_cost import program_cost
 from unimed_jax.plan.topology import Topology
 
 BOUNDS = ("compute", "memory", "network")
+DEAREST = 1e6  # price of a chip for an hour
 
 
 # Loops of as many turns as there are tokens to pick: one turn is planned.
@@ -98,9 +98,9 @@ def read_prices(file: str | None) -> dict[str, float]:
         raise UserError(f'--prices={file} holds no prices; write {{"v5e": 1.2}}: chip, price an hour.')
     for name, price in found.items():
         number = isinstance(price, (int, float)) and not isinstance(price, bool)
-        if name not in CHIPS or not (number and math.isfinite(price) and price >= 0):
+        if name not in CHIPS or not (number and 0 <= price <= DEAREST):
             raise UserError(
                 f"--prices={file}: {name!r}: {price!r} is not a chip and its price for an hour; choose "
-                f"chips from {', '.join(CHIPS)}, and write numbers."
+                f"chips from {', '.join(CHIPS)}, and write numbers up to {DEAREST:,.0f}."
             )
     return {name: float(price) for name, price in found.items()}

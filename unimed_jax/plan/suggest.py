@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from unimed_jax.config import Config, MeshConfig
@@ -152,13 +153,15 @@ class _Estimate:
         shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
         rows = config.data.rows / config.train.accumulation / shares
         held, largest = 0.0, 0.0
+        moment = jnp.dtype(config.optimizer.moments_dtype).itemsize / 4  # of a parameter's float32
         for path, leaf in self.built.leaves.items():
             names = sharding.parameter_names(path)
-            shape = leaf.shape[len(leaf.shape) - len(names) :]
+            divided = sharding.divided_shape(leaf)
+            shape = divided[len(divided) - len(names) :]
             axes = [axis for some in sharding.axes_by_dimension(shape, names, sizes) for axis in some]
             size = tree_bytes(leaf) / math.prod(sizes[axis] for axis in axes)
             # a leaf that trains, its two moments and its gradient
-            held += 4 * size if path in self.built.state.leaves else size
+            held += (2 + 2 * moment) * size if path in self.built.state.leaves else size
             if not any(name in ("expert_hidden", "router_hidden") for name in names):
                 depth = leaf.shape[0] if len(leaf.shape) > len(names) else 1
                 largest += leaf.size / depth / sizes["tensor"] * 2 if "/layers/" in path else 0.0

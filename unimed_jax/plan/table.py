@@ -42,7 +42,11 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
     amounts = (cost[name]["compiled"] for name in ("flops", "bytes", "collective_bytes"))
     row["roofline"] = line = times(job.topology, *amounts)
     if line:
-        price = prices.get(job.topology.text.partition(":")[0])
+        price = prices.get(chip := job.topology.text.partition(":")[0])
+        if prices and price is None and job.program == "train":
+            row["notes"].append(
+                f"{job.topology.text}: there is no price of {chip}, so none of training."
+            )
         row["outlook"] = outlook(job.config, job.topology, job.program, line["step_s"], price, sizes)
     return row
 
@@ -77,18 +81,22 @@ def _memory(outcome: Outcome) -> Row:
         config = outcome.job.config
         row |= {"remat": config.model.remat, "micro_batches": config.train.accumulation}
     kinds = {name: size for name, size in result["arguments"].items() if size}
+    given = sum(kinds.values())
     usable, memory = topology.usable, result.get("memory")
     if memory is not None:
         needed = sum(memory.values()) - 2 * memory["alias"]
-        # What the backward pass reads may be computed again or lie elsewhere: never more than there is.
-        kept = min(result["activations"], memory["temp"])
-        kinds |= {"activations": kept, "temporaries": memory["temp"] - kept}
+        # What a program does not read is no argument of it, but lies in the device's memory all the
+        # same: the encoder while answers are decoded.
+        needed += max(0.0, given - memory["argument"])
         row["fits"] = needed <= usable
     else:
         exceeds = result["exceeds"]
         needed, usable = exceeds.get("needed"), exceeds.get("usable", usable)
-        kinds["activations"] = result["activations"]
         row["fits"] = False
+    # What the backward pass reads may be computed again or lie elsewhere: never more than there is.
+    rest = result["activations"] if needed is None else max(0.0, needed - given)
+    kept = min(result["activations"], rest)
+    kinds |= {"activations": kept, "temporaries": rest - kept}
     row["gib_by_kind"] = {name: size / 2**30 for name, size in kinds.items()}
     row["gib_needed"] = None if needed is None else needed / 2**30
     row["gib_usable"] = usable / 2**30

@@ -19,7 +19,7 @@ from unimed_jax.plan.chips import CHIPS, Chip, gpu_target
 
 EXAMPLES = "v5e:4x4, v5p:2x2x2, h100:8 or cpu:8"
 CUDNN = 91000  # 9.10, as jax's plugins of CUDA bring it
-MOST = 8960  # devices: the largest TPU pod of the table
+MOST = 8960  # devices, if their links set no bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Topology:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def machines(self) -> int:
+        """Counts the machines over which GPUs are spread evenly; 1 for other devices."""
+        on_gpu = self.chip is not None and self.chip.platform == "gpu"
+        return math.ceil(self.count / self.chip.joined) if self.chip is not None and on_gpu else 1
 
     @property
     def platform(self) -> str:
@@ -58,12 +64,14 @@ def parse(text: str) -> Topology:
         )
     chip = CHIPS.get(name)
     on_tpu = chip is not None and chip.platform == "tpu"
-    form = r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}" if on_tpu else r"[1-9]\d{0,3}"
+    number = "[1-9][0-9]{0,3}"
+    form = f"{number}(x{number}){{1,2}}" if on_tpu else number
     numbers = tuple(map(int, shape.split("x"))) if re.fullmatch(form, shape) else ()
     wanted = "the sides of a slice joined by x" if on_tpu else "a number of devices"
-    if not numbers or math.prod(numbers) > MOST:
+    most = chip.joined if chip is not None and on_tpu else MOST
+    if not numbers or math.prod(numbers) > most:
         raise UserError(
-            f"--topology={text}: {shape!r} is not {wanted}, at most {MOST:,} in all; write it as "
+            f"--topology={text}: {shape!r} is not {wanted}, at most {most:,} in all; write it as "
             f"in {EXAMPLES}."
         )
     if name == "v5p" and len(numbers) != 3 or name in ("v5e", "v6e") and len(numbers) != 2:
@@ -71,7 +79,14 @@ def parse(text: str) -> Topology:
             f"--topology={text}: a slice of {name} has {3 if name == 'v5p' else 2} sides; write it as "
             f"in {EXAMPLES}."
         )
-    return Topology(text, numbers, chip)
+    found = Topology(text, numbers, chip)
+    if found.count % found.machines:
+        assert chip is not None
+        raise UserError(
+            f"--topology={text}: a machine holds {chip.joined} of these GPUs, and {found.machines} "
+            f"machines cannot share {found.count} evenly; choose a multiple of {found.machines}."
+        )
+    return found
 
 
 def check_compiler(topologies: Sequence[Topology]) -> None:
@@ -133,8 +148,7 @@ def devices(topology: Topology) -> list[Any]:
             found = topologies.get_topology_desc(platform="tpu", topology_name=topology.text)
         else:
             # slices x machines x GPUs of a machine
-            machines = math.ceil(topology.count / chip.joined)
-            shape = f"1x{machines}x{topology.count // machines}"
+            shape = f"1x{topology.machines}x{topology.count // topology.machines}"
             found = topologies.get_topology_desc(
                 platform="cuda",
                 topology_name=chip.name,

@@ -97,8 +97,9 @@ class Engine:
         answers.
         """
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
-        # What comes unannounced comes from others, and nothing of it is kept.
-        self._prompts = Prompts(config, tokenizer, keeps=announced is not None)
+        # What comes unannounced comes from others: nothing of it is kept, and nobody waits for ever.
+        self._from_others = announced is None
+        self._prompts = Prompts(config, tokenizer, keeps=not self._from_others)
         slots = slots or config.evaluate.batch
         with inside(mesh):
             if announced is None:
@@ -245,7 +246,8 @@ class Engine:
                 self._first = False
                 self._state = programs.enter(self._parts, self._state, arrays, entry)
             else:
-                enough = plan.needed if plan is not None else ENDLESS
+                # others enter as soon as there is space; where there is already, it is these ones' turn
+                enough = plan.needed if plan is not None and plan.needed > free else ENDLESS
                 most = self.sizes.answer if tokens is None else tokens
                 self._state = programs.advance(self._parts, self._state, most, enough, kept)
             out, done, live = jax.device_get((self._state.out, self._state.done, self._state.live))
@@ -274,7 +276,11 @@ class Engine:
             s = self.sizes
             parts: list[_Part] = []
             tokens = 0
-            for some in self._waiting.values():
+            waiting: Iterable[list[_Asked]] = self._waiting.values()
+            if self._from_others:
+                # Those that join others who wait already must not keep older ones waiting.
+                waiting = sorted(waiting, key=lambda some: some[0].number)
+            for some in waiting:
                 for part in _parts(some, s):
                     parts.append(part)
                     tokens += part.size[0]

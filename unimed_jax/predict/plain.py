@@ -68,7 +68,7 @@ class PlainLoop:
         """Returns the arguments of `generate` for prompts of one kind and copies of the first."""
         key = None
         if prompts[0].temperature:
-            seeds = [prompt.seed for prompt in prompts]
+            seeds = [prompt.seed % 2**32 for prompt in prompts]
             seeds += seeds[:1] * (rows - len(seeds))
             first = jax.random.key(self._config.seed)
             key = jax.vmap(jax.random.fold_in, (None, 0))(first, np.array(seeds, np.uint32))

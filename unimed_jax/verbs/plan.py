@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from unimed_jax.errors import UserError
-from unimed_jax.paths import check_output
+from unimed_jax.paths import check_output_folder
 from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
 
@@ -19,7 +19,10 @@ PROGRAMS = ("train", "prefill", "decode")
 
 
 def run(arguments: list[str]) -> int:
-    """Compiles, prints the tables and writes plan.json and plan.md; 1 if something did not compile."""
+    """Compiles, prints the tables and writes plan.json and plan.md.
+
+    Returns 1 if something did not compile, or if nothing can be suggested for one of several topologies.
+    """
     known, overrides = _options().parse_known_args(arguments)
 
     from unimed_jax.plan import topology as topologies
@@ -36,8 +39,10 @@ def run(arguments: list[str]) -> int:
             f"--config={known.config}: config.job={config.job!r} has no training step to plan; plan a "
             "config that trains the model."
         )
-    folder = check_output(known.out or f"plans/{config.name}", "--out")
-    cache = check_output(known.cache or config.data.cache_folder / "plans", "--cache")
+    folder = check_output_folder(f"plans/{config.name}" if known.out is None else known.out, "--out")
+    cache = check_output_folder(
+        config.data.cache_folder / "plans" if known.cache is None else known.cache, "--cache"
+    )
     topologies.check_compiler(wanted)
     # Only children compile, and this process must not hold a chip that somebody uses.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -49,14 +54,21 @@ def run(arguments: list[str]) -> int:
 
     prices = read_prices(known.prices)
     jobs = [Job(config, topology, program) for topology in wanted for program in programs]
+    refused: list[UserError] = []  # topologies for which nothing can be suggested
     if known.suggest:
         jobs = []
         for topology in wanted:
-            found = suggest.ranked(config, topology)
+            try:
+                found = suggest.ranked(config, topology)
+            except UserError as error:
+                refused.append(error)
+                continue
             print(f"{topology.text}: {len(found)} settings are expected to fit; the best of them")
             print(table.aligned(*suggest.table(found)))
             best = enumerate(found[: suggest.COMPILED], start=1)
             jobs += [Job(s.config, topology, "train", f"suggestion {n}") for n, s in best]
+        if not jobs:
+            raise refused[0]
     memory = known.memory * 2**30 if known.memory else 0.9 * _free_memory()
     rows = []
     for outcome in compile_all(jobs, cache, Limits(60 * known.minutes, memory)):
@@ -66,10 +78,14 @@ def run(arguments: list[str]) -> int:
         rows.append(row)
         table.write(folder, config, rows, known.config)
     print(table.text(rows))
+    planned_for = {row["topology"] for row in rows}
     for topology in wanted if known.suggest else ():
-        print(suggest.fastest(rows, topology))
+        if topology.text in planned_for:
+            print(suggest.fastest(rows, topology))
+    for refusal in refused:
+        print(refusal)
     print(f"wrote {folder}/plan.json and plan.md")
-    return int(any(row["fits"] is None for row in rows))
+    return int(bool(refused) or any(row["fits"] is None for row in rows))
 
 
 def _options() -> argparse.ArgumentParser:

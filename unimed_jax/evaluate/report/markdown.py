@@ -205,7 +205,10 @@ def about_margin(resamples: int) -> str:
     """Says what a margin is and when a model is above blind."""
     return (
         "The margin is the model minus the best blind baseline, a paired bootstrap over clusters "
-        f"of test items ({resamples} resamples); *above blind* means that its lower end is above 0."
+        f"of test items ({resamples} resamples); *above blind* means that its lower end is above 0. "
+        "From few clusters an interval of 95 % is too narrow: it holds the true mean of normally "
+        "distributed differences in 50 % of cases with 2 clusters, 73 % with 3, 85 % with 5, 90 % with "
+        "10, 93 % with 40."
     )
 
 
