@@ -122,6 +122,22 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, trains, capsys, monkey
     assert not trains and "token/seed0, 2 of 3 that are left: process 7" in capsys.readouterr().out
 
 
+def test_a_run_that_another_process_took_first_has_not_failed(tmp_path, capsys, monkeypatch):
+    plan = planned(
+        load_sweep_file("configs/sweeps/router_input.py"), tmp_path, with_overrides, seeds=(0,)
+    )
+    owners = iter(["", "process 7 on host x"])
+
+    def taken(config, folder):
+        raise UserError(f"{folder} is in use by the run of process 7 on host x.")
+
+    monkeypatch.setattr(running, "owner", lambda folder: next(owners))
+    monkeypatch.setattr(running, "train_and_evaluate", taken)
+    running.run_all(plan, plan.runs[:1])
+    assert not running.failure(plan.runs[0])
+    assert f"{plan.runs[0].title}: process 7 on host x trains it" in capsys.readouterr().out
+
+
 def test_runs_with_the_same_text_share_a_tokenizer(tmp_path, monkeypatch):
     sweep = load_sweep_file("configs/sweeps/router_input.py")
     plan = planned(sweep, tmp_path, with_overrides, seeds=(0,))

@@ -50,7 +50,9 @@ def _run_one(plan: Plan, run: SweepRun) -> None:
         traceback.print_exc()
         words = " ".join(str(error).split())
         sentence = f"{type(error).__name__}: {words}"[:500]
-    if sentence:
+    if sentence and (busy := owner(run.folder)):  # which began it at the same moment
+        processes.say(f"{run.title}: {busy} trains it")
+    elif sentence:
         processes.say(f"{run.title} failed: {sentence}")
         if processes.leads():
             files.write_json(run.folder / FAILED, {"sentence": sentence})
