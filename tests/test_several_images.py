@@ -11,7 +11,7 @@ from support.fake_brain import tiny_config
 from unimed_jax import main as cli
 from unimed_jax.analyze.chain import train_and_evaluate
 from unimed_jax.config import VISUAL_TASKS, TextConfig
-from unimed_jax.data import images as pictures
+from unimed_jax.data import fitting
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import IMAGE, form_of, text_of
@@ -99,7 +99,7 @@ def test_images_stand_in_their_order_in_the_slots_of_the_row(folder, tmp_path):
                 expected = np.arange(slot * per_image, last * per_image)
                 np.testing.assert_array_equal(places[places >= 0], expected)
                 for i, key in enumerate(example.images):
-                    pixels = pictures.fit(data.image(key), config.data.fit, vision)
+                    pixels = fitting.fit(data.image(key), config.data.fit, vision)
                     np.testing.assert_array_equal(batch["images"][b, slot + i], pixels)
                     assert batch["image_tasks"][b, slot + i] == VISUAL_TASKS.index(example.task)
                 slot = last
