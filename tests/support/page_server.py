@@ -11,7 +11,7 @@ from unimed_jax.serve.app import application, names_of
 from unimed_jax.serve.limits import Limits, Refused
 from unimed_jax.serve.question import Asked
 from unimed_jax.serve.server import listening, server_of
-from unimed_jax.serve.service import Service, Spoken
+from unimed_jax.serve.service import Service, Spoken, Ticket
 
 SAID = {
     "vqa": "an axial slice",
@@ -36,7 +36,7 @@ class Script(Service):
     async def warm(self) -> None:
         self.ready = True
 
-    async def ask(self, asked: Asked) -> Spoken:
+    async def ask(self, asked: Asked, ticket: Ticket) -> Spoken:
         request = asked.request
         if request.question == FULL:
             raise Refused(429, "the server is full; ask again in a moment.", "rate_limit_exceeded")
@@ -45,7 +45,7 @@ class Script(Service):
         words[-1] = words[-1].rstrip()
         slow = request.question == SLOW
         answer = Words(["word "] * 10_000 if slow else words, 0.03 if slow else 0.0)
-        return Spoken(self, request, answer, 7, time.monotonic())  # type: ignore[arg-type]
+        return Spoken(self, request, ticket, answer, 7, time.monotonic())  # type: ignore[arg-type]
 
 
 class Words:

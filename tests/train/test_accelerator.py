@@ -48,12 +48,15 @@ def bench(folder: Path, *arguments: str, **environment: str) -> tuple[int, list[
 def test_every_row_is_measured_and_written(tmp_path):
     parts = ["limits", "train", "decode", "kernels", "torch_train", "torch_decode"]
     quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
-    status, (about, *rows), said = bench(tmp_path, "--size=toy", "--only", *parts, **quick)
-    assert about["platform"] == "cpu" and said.startswith("planned: 430 s of at most 480")
+    status, lines, said = bench(tmp_path, "--size=toy", "--only", *parts, **quick)
+    rows = [line for line in lines if "row" in line]
+    about = {key: value for line in lines if "row" not in line for key, value in line.items()}
+    assert lines[0]["platform"] == "cpu" and said.startswith("planned: 430 s of at most 480")
     expected = [row for part in accelerator.PARTS if part.name in parts for row in part.rows]
     assert [row["row"] for row in rows] == expected
     without_torch = importlib.util.find_spec("torch") is None
     assert status == without_torch, said
+    assert ("torch" in about) != without_torch
     for row in rows:
         if row["row"].startswith("torch") and without_torch:
             assert "ended with status 1" in row["missing"]
