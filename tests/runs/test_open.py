@@ -93,6 +93,7 @@ def sampled():
     """Samples what the devices hold besides what they held before: after every restored leaf, and
     all the time.
     """
+    already = jax.live_arrays()  # kept, so that none of other tests is freed in between
     before, samples, stop = held(), [], threading.Event()
     make = jax.make_array_from_single_device_arrays
 
@@ -115,6 +116,7 @@ def sampled():
             stop.set()
             watcher.join()
     samples.append(held() - before)
+    del already
 
 
 def share_of(leaves) -> int:
