@@ -65,24 +65,29 @@ class Subject:
     """Describes a command that is killed.
 
     writing: a pattern of what exists in the folder while the command writes. Half of the kills wait for
-    that.
+    that. makes: the folder that it makes at its end, over which it refuses to write.
     """
 
     words: tuple[str, ...]
     writing: str
     needs: str = ""  # the subject whose folder it starts from
     processes: int = 1
+    makes: str = ""
 
 
 TRAIN = ("--config=run.py", "--workdir=run")
 SUBJECTS = {
     "train": Subject(TRAIN, "run/log.jsonl"),
     "save": Subject(TRAIN, "run/checkpoints/*-tmp"),
-    "build": Subject(("data", "export", "--config=run.py", "--out=asked"), "cache/.*.[0-9]*"),
+    "build": Subject(
+        ("data", "export", "--config=run.py", "--out=asked"), "cache/.*.[0-9]*", makes="asked"
+    ),
     "evaluate": Subject(
         ("evaluate", "--run=run", "--config.evaluate.limit=4"), "run/.metrics*", "train"
     ),
-    "export": Subject(("export", "--run=run", "--format=model", "--out=out"), ".out*", "train"),
+    "export": Subject(
+        ("export", "--run=run", "--format=model", "--out=out"), ".out*", "train", makes="out"
+    ),
     "chain": Subject(("--config=chain.py", "--workdir=chain"), "chain/*/checkpoints/*-tmp"),
     "processes": Subject((*TRAIN, "--config.train.steps=6"), "run/checkpoints/*-tmp", processes=2),
 }
@@ -192,6 +197,9 @@ class Campaign:
         for _ in range(kills):
             moments.append(self.kill(name, folder, rng))
             wrong += halves(folder, before, after)
+            if moments[-1] == "after":
+                wrong += [f"{file} is missing" for file in sorted(after.keys() - finals(folder).keys())]
+                self.again(name, folder)
         try:
             self.finish(name, folder)
         except RuntimeError as error:
@@ -205,8 +213,13 @@ class Campaign:
             shutil.rmtree(folder)
         return moments, wrong
 
+    def again(self, name: str, folder: Path) -> None:
+        """Removes what a command made that has ended, or was killed just before its process ended."""
+        shutil.rmtree(folder)
+        self.fresh(name, folder)
+
     def kill(self, name: str, folder: Path, rng: random.Random) -> str:
-        """Starts the command and kills it; returns the moment."""
+        """Starts the command and kills it; returns the moment: before, while or after it wrote."""
         subject, span = SUBJECTS[name], self.seconds["train" if name == "save" else name]
         for _ in range(10):
             used = self.start(name, folder)
@@ -220,11 +233,11 @@ class Campaign:
                 worker.kill()
             statuses = [worker.end() for worker in used]
             if all(status == -9 for status in statuses):
+                if subject.makes and (folder / subject.makes).exists():
+                    return "after"
                 return "writing" if writes else "before"
-            # the command has ended, so what it wrote must be removed first
-            if name in ("export", "build") and not any(statuses):
-                shutil.rmtree(folder)
-                self.fresh(name, folder)
+            if subject.makes and not any(statuses):
+                self.again(name, folder)
         raise RuntimeError(f"{name} always ends before it can be killed")
 
 
