@@ -152,7 +152,9 @@ def test_eight_devices_equal_one(config, axes, batch, alone):
     for path, expected in expected_gradients.items():
         scale = np.abs(expected).max()
         assert scale > 0, path
-        np.testing.assert_allclose(grads[path], expected, rtol=0, atol=1e-5 * scale, err_msg=path)
+        # A sum left out or made twice errs by a share of it. Rounding, which the many norms of OTHER
+        # magnify, reached 1.7e-5 (2.3e-5 on one device) with three instruction sets and two jaxes.
+        np.testing.assert_allclose(grads[path], expected, rtol=0, atol=1e-4 * scale, err_msg=path)
 
 
 def test_an_encoder_with_split_weights_gathers_them_and_shares_out_the_images():
