@@ -36,6 +36,9 @@ def main() -> None:
     )
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
     parser.add_argument("--attention", default="auto", choices=("auto", "xla"))
+    parser.add_argument(
+        "--kernels", default="plain", choices=("plain", "int8", "nf4"), help="storage of frozen ones"
+    )
     parser.add_argument("--features", action="store_true", help="train from cached features")
     for axis in ("data", "fsdp", "tensor", "expert"):
         parser.add_argument(
@@ -78,8 +81,9 @@ def report(arguments: argparse.Namespace, topology: topologies.Topology) -> None
         row_images=arguments.images,
         row_answers=arguments.answers or arguments.tokens // 4,
     )
+    model = dataclasses.replace(config.model, frozen_kernels=arguments.kernels)
     train = dataclasses.replace(config.train, cache_features=arguments.features)
-    config = dataclasses.replace(config, data=data, train=train)
+    config = dataclasses.replace(config, model=model, data=data, train=train)
     sizes = {axis: getattr(arguments, axis) for axis in sharding.MESH_AXES}
     devices = np.array(topologies.devices(topology))
     if math.prod(sizes.values()) != len(devices):

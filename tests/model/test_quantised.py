@@ -31,6 +31,7 @@ from unimed_jax.model.quantised import (
     quantise,
     stored_like,
 )
+from unimed_jax.plan.program_cost import program_cost
 from unimed_jax.runs.checkpoint import Checkpoints
 from unimed_jax.runs.open import base_note
 from unimed_jax.train.program import build
@@ -272,6 +273,67 @@ def test_the_backward_pass_keeps_no_numbers_of_the_kernels(remat):
     assert not [shape for shape in kept if shape[-2:] in inside], kept
     # what remat is about is kept as it is without codes: outputs of linears
     assert any(shape[-2:] == (tokens, 128) for shape in kept) == (remat != "full"), kept
+
+
+def seven_layers(kind: str, **sizes: int):
+    """Leaves of a decoder whose layers are a loop, inputs, and the gradients of its adapters."""
+    decoder = tiny.model(
+        dataclasses.replace(WIDE, decoder=dataclasses.replace(WIDE.decoder, depth=7, **sizes))
+    ).decoder
+    leaves = {
+        path: leaf if kind == "plain" or not path.endswith("kernel") else quantise(leaf, kind, "float32")
+        for path, leaf in parameters(decoder).items()
+    }
+    places = jnp.tile(jnp.arange(6)[None], (ROWS, 1))
+    span = Span(places, jnp.ones_like(places), jnp.zeros_like(places))
+    width = decoder.config.width
+    x = np.random.default_rng(0).standard_normal((ROWS, 6, width)).astype(np.float32)
+
+    def gradients(leaves, x):
+        adapters = {path: leaf for path, leaf in leaves.items() if "lora" in path}
+
+        def loss(adapters):
+            whole = with_parameters(decoder, {**leaves, **adapters})
+            return jnp.square(whole(x, span).hidden[..., 0]).mean()
+
+        return jax.grad(loss)(adapters)
+
+    return leaves, x, gradients
+
+
+@pytest.mark.parametrize("kind", ("plain", *KINDS))
+def test_a_loop_over_layers_neither_copies_kernels_nor_carries_anything_as_large(kind):
+    leaves, x, gradients = seven_layers(kind)
+    jaxpr = jax.make_jaxpr(gradients)(leaves, x)
+    forward, backward = (each for each in jaxpr.eqns if each.primitive.name == "scan")
+    kernel = {(64, 64), (64, 32), (64, 128), (128, 64), (32, 64), (32, 32), (32, 128)}  # or its codes
+    for scan in (forward, backward):
+        constants = [each.aval.shape for each in scan.invars[: scan.params["num_consts"]]]
+        stacked = [each.aval.shape for each in scan.outvars]
+        assert not [shape for shape in (*constants, *stacked) if shape[-2:] in kernel]
+    assert any(each.aval.shape == (7, 8 * 6, 128) for each in forward.outvars)  # activations are stacked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_send_codes_to_each_other(kind):
+    leaves, x, gradients = seven_layers(kind, width=128)  # two blocks of inputs
+    mesh = sharding.make_mesh(MeshConfig(auto=False, data=4, fsdp=2), ROWS)
+    whole = {f"decoder/{path}": leaf for path, leaf in leaves.items()}
+    places = sharding.parameter_shardings(whole, mesh)
+    split = {path: jax.device_put(leaf, places[f"decoder/{path}"]) for path, leaf in leaves.items()}
+    with sharding.inside(mesh):
+        rows = jax.device_put(x, sharding.row_sharding(x.shape, mesh))
+        compiled = jax.jit(gradients).lower(split, rows).compile()
+    sent = program_cost(compiled.as_text(), dict(mesh.shape)).collectives
+    found = sum(each.bytes for each in sent if each.axes == ("fsdp",) and each.kind == "all-gather")
+    # Of each kernel a device sends its half, forward and backward. CPUs send scales as float32.
+    kernels = [leaf for leaf in leaves.values() if isinstance(leaf, Quantised)]
+    expected = sum(leaf.codes.nbytes + 4 * leaf.scales.size for leaf in kernels)
+    assert 0.9 * expected < found < 1.1 * expected
+    alone = jax.jit(gradients)(leaves, x)
+    for path, gradient in compiled(split, rows).items():
+        most = np.abs(alone[path]).max()
+        np.testing.assert_allclose(gradient, alone[path], rtol=0, atol=2e-5 * most, err_msg=path)
 
 
 def test_codes_and_scales_lie_where_their_kernel_does():

@@ -65,7 +65,7 @@ class LayerPlan(NamedTuple):
         return cls(pattern, tuple(stretches))
 
     def cut(self, stacks: Stacks, stretch: Stretch) -> Stacks:
-        """Slices out one stretch; each leaf becomes [repeats, layers of a unit, ...]."""
+        """Slices out one stretch; each leaf becomes what `_cut` makes of it."""
         experts_before = sum(self.pattern[: stretch.first])
         experts_in_unit = sum(stretch.unit)
         mlps_before = stretch.first - experts_before
@@ -86,12 +86,17 @@ def _repeats(pattern: tuple[bool, ...], unit: tuple[bool, ...]) -> int:
 
 
 def _cut(stacked: Any, first: int, size: int, repeats: int) -> Any:
-    """Slices size * repeats layers from `first` on and reshapes them to [repeats, size, ...]."""
+    """Slices size * repeats layers from `first` on: [repeats, size, ...], or [repeats, ...] for size 1.
+
+    A scan stacks what the backward pass reads of each layer. Kernels that its body gets as they are it
+    leaves where they lie, but of parts of what the body gets it makes copies.
+    """
     if size == 0:
         return None
 
     def cut(leaf):
-        return leaf[first : first + size * repeats].reshape(repeats, size, *leaf.shape[1:])
+        leaf = leaf[first : first + size * repeats]
+        return leaf if size == 1 else leaf.reshape(repeats, size, *leaf.shape[1:])
 
     return jax.tree.map(cut, stacked)
 
@@ -120,11 +125,12 @@ def scan_plan(
 
         def body(carry, inputs: Stacks, unit=stretch.unit):
             from_experts, seen = [], []
+            depth, count = len(unit), sum(unit)
             for i, has_experts in enumerate(unit):
                 number = sum(unit[:i])  # its number among the unit's layers with experts
-                experts = _at(inputs.experts, number) if has_experts else None
-                mlp = None if has_experts else _at(inputs.mlps, i - number)
-                carry, output = run_layer(carry, _at(inputs.shared, i), experts, mlp)
+                experts = _at(inputs.experts, number, count) if has_experts else None
+                mlp = None if has_experts else _at(inputs.mlps, i - number, depth - count)
+                carry, output = run_layer(carry, _at(inputs.shared, i, depth), experts, mlp)
                 if has_experts:
                     from_experts.append(output)
                 if watch is not None:
@@ -160,9 +166,9 @@ def loop_layers(
     return carry, _stack(outputs), _stack(watched)
 
 
-def _at(stacked: Any, index: int) -> Any:
-    """Takes one layer out of a stack."""
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
+def _at(part: Any, index: int, size: int) -> Any:
+    """Takes one layer out of what `_cut` made for a unit with `size` such layers."""
+    return part if size == 1 else jax.tree.map(lambda leaf: leaf[index], part)
 
 
 def _stack(parts: list) -> Any:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 from unimed_jax.config import DecoderConfig, LoraConfig, RopeScaling
 from unimed_jax.model.dropout import kept
 from unimed_jax.model.low_rank import SAVED, add_low_rank, kernel_input, separate
-from unimed_jax.model.quantised import product
+from unimed_jax.model.quantised import Quantised
+from unimed_jax.model.sharding import gathered
 
 
 def _gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -88,12 +89,33 @@ class Dropout(NamedTuple):
         return cls() if key is None else cls(*jax.random.split(key, len(cls._fields)))
 
 
+def product(
+    x: Float[Array, "batch in"], kernel: Any, names: tuple[str | None, ...] = ()
+) -> Float[Array, "batch out"]:
+    """Multiplies x with a kernel, quantised or not, in x's dtype.
+
+    The backward pass computes a quantised kernel's numbers again, so that those of one layer exist
+    at a time. names: of the kernel's dimensions (`sharding.parameter_names`).
+    """
+    if not isinstance(kernel, Quantised):
+        return x @ kernel.astype(x.dtype)
+
+    def multiply(x: Array, kernel: Quantised) -> Array:
+        return x @ gathered(kernel, names).astype(x.dtype)
+
+    # Layers are scanned: forward and backward pass are loops of their own, which nothing merges. Where
+    # a layer's backward pass recomputes the layer (remat), both share the numbers.
+    return jax.checkpoint(multiply, prevent_cse=False)(x, kernel)
+
+
 class Linear(nnx.Module):
     """Computes x W + b, and with a LoRA adapter adds (alpha / rank) dropout(x) A B.
 
     LoRA: arXiv 2106.09685. kernel [in, out] (an array, or Quantised if it is frozen), bias [out],
     lora_a [in, rank], lora_b [rank, out].
     """
+
+    names: tuple[str | None, ...] = ()  # of the kernel's dimensions; the whole model sets them
 
     def __init__(
         self,
@@ -121,7 +143,7 @@ class Linear(nnx.Module):
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])  # [batch, in]: one plain product, twice as fast on CPU
         adapted = self.lora_a is not None and separate(self.lora_a.shape[-1])
-        y = product(kernel_input(x) if adapted else x, self.kernel[...])
+        y = product(kernel_input(x) if adapted else x, self.kernel[...], self.names)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None]
         if self.lora_a is not None:

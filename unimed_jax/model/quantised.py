@@ -1,4 +1,4 @@
-"""Stores frozen kernels in 8 or 4 bits a number, and multiplies with them a layer at a time.
+"""Stores frozen kernels in 8 or 4 bits a number.
 
 int8 is symmetric; nf4 is the 4-bit NormalFloat of QLoRA (arXiv 2305.14314), two codes a byte. A
 kernel [..., in, out] is cut into blocks of `BLOCK` numbers along its inputs; each block has one
@@ -133,19 +133,6 @@ def stored_like(leaf: Any, like: Any) -> Any:
     return quantise(leaf.astype(jnp.float32), like.kind, like.dtype)
 
 
-def product(x: Float[Array, "batch in"], kernel: Any) -> Float[Array, "batch out"]:
-    """Multiplies x with a kernel, quantised or not, in x's dtype.
-
-    The backward pass computes a quantised kernel's numbers again, so that those of one layer exist
-    at a time.
-    """
-    if not isinstance(kernel, Quantised):
-        return x @ kernel.astype(x.dtype)
-    # Layers are scanned: forward and backward pass are loops of their own, which nothing merges. Where
-    # a layer's backward pass recomputes the layer (remat), both share the numbers.
-    return jax.checkpoint(lambda x, kernel: x @ kernel.astype(x.dtype), prevent_cse=False)(x, kernel)
-
-
 def leaf_of(name: str) -> str:
     """Gives the path of the leaf that an array of a checkpoint belongs to."""
     path, _, part = name.rpartition("/")
@@ -178,8 +165,13 @@ def _nf4(codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Vector units do that faster than a gather: 2.8 times on CPU.
     """
-    values: list[Any] = list(NF4)
-    for bit in range(4):
+    # The first choice is between constants. As arrays they would not depend on the layer, so that a scan
+    # over layers would make all 16 of them once, in a kernel's shape, and carry them along.
+    ones = jnp.uint32(0) - (codes & 1).astype(jnp.uint32)  # all bits of an odd code
+    bits = NF4.view(np.uint32)
+    chosen = [low ^ (low ^ high) & ones for low, high in zip(bits[::2], bits[1::2], strict=True)]
+    values = [jax.lax.bitcast_convert_type(each, jnp.float32) for each in chosen]
+    for bit in range(1, 4):
         odd = (codes >> bit & 1) != 0
         pairs = zip(values[::2], values[1::2], strict=True)
         values = [jnp.where(odd, high, low) for low, high in pairs]

@@ -218,6 +218,21 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(x.shape, names, dict(mesh.shape)))
 
 
+def gathered(kernel: Quantised, names: tuple[str | None, ...]) -> Quantised:
+    """Fetches the codes of a kernel that other devices hold, for all rows are multiplied with all of it.
+
+    Left to itself, the compiler makes numbers of codes where they lie, and sends those: four or two
+    times the bytes. What is split over axes that do not split the rows stays split.
+    names: of the kernel's dimensions; () leaves the choice to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not names:
+        return kernel
+    kept = tuple(None if {*AXES.get(name or "", ())} & {*AXES["batch"]} else name for name in names)
+    place = spec(divided_shape(kernel), kept, dict(mesh.shape))
+    return jax.tree.map(lambda part: jax.lax.with_sharding_constraint(part, place), kernel)
+
+
 # --------------------------------------------------------------------------------------------------
 # Batches, shared by processes
 # --------------------------------------------------------------------------------------------------

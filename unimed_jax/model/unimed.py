@@ -14,8 +14,9 @@ from unimed_jax.config import ModelConfig
 from unimed_jax.model.cache import Span
 from unimed_jax.model.connector import Connector, ConnectorOutput
 from unimed_jax.model.decoder import Decoder
+from unimed_jax.model.layers import Linear
 from unimed_jax.model.routing import Noise, Routing
-from unimed_jax.model.sharding import constrain
+from unimed_jax.model.sharding import constrain, parameter_names
 from unimed_jax.model.vision import VisionEncoder, normalise
 
 # The arrays of a batch by name, as data/layout.py makes them: images [B, M, H, W, 3], or in their
@@ -52,6 +53,10 @@ class UniMed(nnx.Module):
             attention=config.attention,
             remat=config.remat,
         )
+        # The table of shardings speaks of paths, which a linear does not know by itself.
+        for keys, module in nnx.iter_graph(self):
+            if isinstance(module, Linear):
+                module.names = parameter_names("/".join(map(str, keys)) + "/kernel")
 
     def features(self, images: Array) -> Float[Array, "N patches width"]:
         """Encodes pixels [N, H, W, 3] (uint8, or float if normalised already) for the connector."""
