@@ -301,14 +301,16 @@ def seven_layers(kind: str, **sizes: int):
     return leaves, x, gradients
 
 
-@pytest.mark.parametrize("kind", ("plain", *KINDS))
-def test_a_loop_over_layers_neither_copies_kernels_nor_carries_anything_as_large(kind):
+@pytest.mark.parametrize("kind, dtype", [("plain", "float32"), ("plain", "bfloat16")]
+                         + [(kind, "float32") for kind in KINDS])  # fmt: skip
+def test_a_loop_over_layers_neither_copies_kernels_nor_carries_anything_as_large(kind, dtype):
     leaves, x, gradients = seven_layers(kind)
-    jaxpr = jax.make_jaxpr(gradients)(leaves, x)
-    forward, backward = (each for each in jaxpr.eqns if each.primitive.name == "scan")
+    jaxpr = jax.make_jaxpr(gradients)(leaves, x.astype(dtype))
+    forward, backward = [each for each in jaxpr.eqns if each.primitive.name == "scan"]
     kernel = {(64, 64), (64, 32), (64, 128), (128, 64), (32, 64), (32, 32), (32, 128)}  # or its codes
     for scan in (forward, backward):
-        constants = [each.aval.shape for each in scan.invars[: scan.params["num_consts"]]]
+        shapes = [each.aval.shape for each in scan.invars]
+        constants = [shape for shape in shapes if shape[:1] != (7,)]
         stacked = [each.aval.shape for each in scan.outvars]
         assert not [shape for shape in (*constants, *stacked) if shape[-2:] in kernel]
     assert any(each.aval.shape == (7, 8 * 6, 128) for each in forward.outvars)  # activations are stacked
@@ -334,6 +336,18 @@ def test_devices_send_codes_to_each_other(kind):
     for path, gradient in compiled(split, rows).items():
         most = np.abs(alone[path]).max()
         np.testing.assert_allclose(gradient, alone[path], rtol=0, atol=2e-5 * most, err_msg=path)
+
+
+@pytest.mark.parametrize("rows, whole", [(1, False), (4, False), (8, True)])
+def test_codes_stay_where_they_are_for_fewer_rows_than_devices(rows, whole):
+    mesh = sharding.make_mesh(MeshConfig(auto=False, data=4, fsdp=2), ROWS)
+    kernel = quantise(kernels(), "nf4", "float32")
+    place = jax.sharding.NamedSharding(mesh, P(None, "fsdp", None))
+    with sharding.inside(mesh):
+        layer = jax.device_put(kernel, place)[0]
+        found = jax.jit(functools.partial(sharding.gathered, names=("embed", "mlp"), rows=rows))(layer)
+    for part in (found.codes, found.scales):
+        assert part.sharding.is_fully_replicated == whole
 
 
 def test_codes_and_scales_lie_where_their_kernel_does():

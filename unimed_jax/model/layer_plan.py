@@ -65,7 +65,7 @@ class LayerPlan(NamedTuple):
         return cls(pattern, tuple(stretches))
 
     def cut(self, stacks: Stacks, stretch: Stretch) -> Stacks:
-        """Slices out one stretch; each leaf becomes what `_cut` makes of it."""
+        """Slices a stretch out: each leaf is [repeats, layers of a unit that have it, ...] (`_cut`)."""
         experts_before = sum(self.pattern[: stretch.first])
         experts_in_unit = sum(stretch.unit)
         mlps_before = stretch.first - experts_before
@@ -88,8 +88,8 @@ def _repeats(pattern: tuple[bool, ...], unit: tuple[bool, ...]) -> int:
 def _cut(stacked: Any, first: int, size: int, repeats: int) -> Any:
     """Slices size * repeats layers from `first` on: [repeats, size, ...], or [repeats, ...] for size 1.
 
-    A scan stacks what the backward pass reads of each layer. Kernels that its body gets as they are it
-    leaves where they lie, but of parts of what the body gets it makes copies.
+    A scan stacks what the backward pass reads of each layer. A kernel that its body receives whole stays
+    where it lies; a slice taken inside the body is copied, as of the attention of alternating layers.
     """
     if size == 0:
         return None

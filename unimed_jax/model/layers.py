@@ -94,14 +94,16 @@ def product(
 ) -> Float[Array, "batch out"]:
     """Multiplies x with a kernel, quantised or not, in x's dtype.
 
-    The backward pass computes a quantised kernel's numbers again, so that those of one layer exist
-    at a time. names: of the kernel's dimensions (`sharding.parameter_names`).
+    The backward pass converts the kernel again, so that the numbers of one layer exist at a time.
+    names: of the kernel's dimensions (`sharding.parameter_names`).
     """
-    if not isinstance(kernel, Quantised):
-        return x @ kernel.astype(x.dtype)
+    if kernel.dtype == x.dtype and not isinstance(kernel, Quantised):
+        return x @ kernel
 
-    def multiply(x: Array, kernel: Quantised) -> Array:
-        return x @ gathered(kernel, names).astype(x.dtype)
+    def multiply(x: Array, kernel: Any) -> Array:
+        if isinstance(kernel, Quantised):
+            kernel = gathered(kernel, names, len(x))
+        return x @ kernel.astype(x.dtype)
 
     # Layers are scanned: forward and backward pass are loops of their own, which nothing merges. Where
     # a layer's backward pass recomputes the layer (remat), both share the numbers.

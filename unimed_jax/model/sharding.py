@@ -1,8 +1,9 @@
 """Places arrays on a mesh of devices; no other file names a mesh axis.
 
 Every dimension of a parameter has a logical name (`PARAMETERS`), and each logical name may be split
-over some mesh axes (`AXES`). Activations are constrained only where the compiler would choose badly
-(`constrain`). Outside a mesh all of this does nothing, so the same code runs on one device.
+over some mesh axes (`AXES`). Activations are constrained, and kernels gathered, only where the compiler
+would choose badly (`constrain`, `gathered`). Outside a mesh all of this does nothing, so the same code
+runs on one device.
 """
 
 import contextlib
@@ -126,7 +127,7 @@ def make_mesh(
 
 
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Gives the context in which the model is to be traced, so that `constrain` finds the mesh."""
+    """Gives the context in which the model is to be traced, so that it finds the mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
@@ -218,18 +219,20 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(x.shape, names, dict(mesh.shape)))
 
 
-def gathered(kernel: Quantised, names: tuple[str | None, ...]) -> Quantised:
-    """Fetches the codes of a kernel that other devices hold, for all rows are multiplied with all of it.
+def gathered(kernel: Quantised, names: tuple[str | None, ...], rows: int) -> Quantised:
+    """Makes every device hold the codes that its rows are multiplied with, before they become numbers.
 
     Left to itself, the compiler makes numbers of codes where they lie, and sends those: four or two
-    times the bytes. What is split over axes that do not split the rows stays split.
-    names: of the kernel's dimensions; () leaves the choice to the compiler.
+    times the bytes. A kernel stays split over axes that do not split so many rows: then partial sums
+    of a few rows are sent, which is less. names: of the kernel's dimensions; () changes nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not names:
         return kernel
-    kept = tuple(None if {*AXES.get(name or "", ())} & {*AXES["batch"]} else name for name in names)
-    place = spec(divided_shape(kernel), kept, dict(mesh.shape))
+    sizes = dict(mesh.shape)
+    (split,) = axes_by_dimension((rows,), ("batch",), sizes)
+    kept = tuple(None if {*AXES.get(name or "", ())} & {*split} else name for name in names)
+    place = spec(divided_shape(kernel), kept, sizes)
     return jax.tree.map(lambda part: jax.lax.with_sharding_constraint(part, place), kernel)
 
 

@@ -54,7 +54,7 @@ class UniMed(nnx.Module):
             remat=config.remat,
         )
         # The table of shardings speaks of paths, which a linear does not know by itself.
-        for keys, module in nnx.iter_graph(self):
+        for keys, module in nnx.iter_modules(self):
             if isinstance(module, Linear):
                 module.names = parameter_names("/".join(map(str, keys)) + "/kernel")
 
