@@ -145,9 +145,10 @@ def overlapped(text: str) -> tuple[int, int]:
         lines = list(here)
         place = {i.name: number for number, i in enumerate(lines)}
         for number, i in enumerate(lines):
-            if not i.opcode.endswith("-start") or collectives.kind_of(i.opcode) is None:
+            ends = [place[u.name] for u, _ in here.users[i.name] if u.opcode.endswith("-done")]
+            if not ends or collectives.kind_of(i.opcode) is None:
                 continue
-            end = min((place[user.name] for user, _ in here.users[i.name]), default=number)
+            end = min(ends)
             apart += 1
             hidden += any(multiplies(here, j) for j in lines[number + 1 : end])
     return hidden, apart

@@ -26,6 +26,7 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _END = re.compile(r"\}(, execution_thread.*)?$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_COMMA = re.compile(r", (?:/\*index=\d+\*/)?")  # between the types of a tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,15 +215,31 @@ def _instruction(line: str) -> Instruction | None:
         return None
     closing = _closing(line, opening)
     literal = line[opening + 1 : closing - 1]
+    opcode, type_text = _as_what_it_starts(line[end:opening].strip(), line[start:end])
     return Instruction(
         name=head[2],
-        opcode=line[end:opening].strip(),
-        type=line[start:end],
+        opcode=opcode,
+        type=type_text,
         operands=tuple(_OPERAND.findall(literal)),
         attributes=line[closing:],
         literal=literal,
         is_root=head[1] is not None,
     )
+
+
+def _as_what_it_starts(opcode: str, type_text: str) -> tuple[str, str]:
+    """Reads `X-start` of ((operands), result, context) as X; its `X-done` then only hands it on.
+
+    So a compiler writes what runs beside other work, a fusion as well as a message. Pairs of another
+    form, such as those that copy, keep both names, and so do computations that are started whole.
+    """
+    if opcode.endswith("-start") and opcode != "async-start" and type_text.startswith("(("):
+        start = _COMMA.match(type_text, _closing(type_text, 1))
+        if start is not None:
+            array = _ARRAY.match(type_text, start.end())
+            end = array.end() if array is not None else _closing(type_text, start.end())
+            return opcode.removesuffix("-start"), type_text[start.end() : end]
+    return opcode, type_text
 
 
 _PARENTHESIS = re.compile(r"[()]")

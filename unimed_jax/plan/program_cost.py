@@ -18,10 +18,10 @@ A kernel whose operations are not known counts none, and is named in `unknown_ca
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from unimed_jax.plan import collectives
-from unimed_jax.plan.hlo import Computation, Instruction, Module, parse
+from unimed_jax.plan.hlo import Array, Computation, Instruction, Module, parse
 from unimed_jax.plan.loops import trip_count
 from unimed_jax.plan.products import flops_of_product, unknown_kernel
 
@@ -245,7 +245,7 @@ class _Counter:
         written = [self._written(inner, root) for root in inner.roots]
         if len(written) == len(i.results):
             return total + sum(0 if a.on_chip else w for a, w in zip(i.results, written, strict=True))
-        return total + sum(a.traffic for a in i.results)
+        return total + sum(a.traffic for a in _without_work_space(inner.root, i.results))
 
     def _written(self, here: Computation, root: Instruction) -> float:
         """Counts the bytes that a result of a fusion changes in memory."""
@@ -325,9 +325,7 @@ def _moves_nothing(i: Instruction) -> bool:
 def traffic(here: Computation, i: Instruction) -> float:
     """Counts the bytes that one instruction outside a fusion moves through the device's memory."""
     operands = [a for name in i.operands for a in here.instructions[name].results]
-    results = list(i.results)
-    if i.opcode == "slice-start":  # ((source), destination, context)
-        return results[1].traffic + (0 if results[0].on_chip else results[1].bytes)
+    results = _without_work_space(i, i.results)
     if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
         return float(sum(a.traffic for a in results))  # the operands are named among the results
     if i.opcode in ("dynamic-slice", "slice"):
@@ -342,9 +340,14 @@ def traffic(here: Computation, i: Instruction) -> float:
         return written + operands[-1].traffic + operands[len(operands) // 3].traffic
     if i.opcode in ("iota", "rng-bit-generator", "broadcast"):
         return sum(a.traffic for a in (*operands, *results))
-    if i.opcode == "custom-call" and i.target.startswith("__cu") and len(results) > 1:
-        results = [a for a in results if a.dtype not in ("s8", "u8")]  # the last one is work space
     return float(sum(a.traffic for a in (*operands, *results)))
+
+
+def _without_work_space(kernel: Instruction, results: Sequence[Array]) -> Sequence[Array]:
+    """Leaves out the last result of a GPU library's kernel, bytes for its own use."""
+    if kernel.opcode == "custom-call" and kernel.target.startswith("__cu") and len(results) > 1:
+        return [a for a in results if a.dtype not in ("s8", "u8")]
+    return results
 
 
 def _in_place(here: Computation, root: Instruction) -> Instruction | None:
