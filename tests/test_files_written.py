@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,36 @@ def test_a_set_does_not_replace_a_folder_by_a_file(tmp_path):
         for name in ("a", "b"):
             (made / name).write_text("new")
     assert (tmp_path / "a").read_text() == "old" and (tmp_path / "b").is_dir() and not hidden(tmp_path)
+
+
+def test_a_set_waits_for_another_one_that_changes_places(tmp_path, monkeypatch):
+    names, paused, goes_on = ("a", "b", "c"), threading.Event(), threading.Event()
+    rename = Path.rename
+
+    def pausing(path: Path, target: Path) -> Path:
+        if threading.current_thread().name == "first" and not paused.is_set():
+            paused.set()
+            assert goes_on.wait(60)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", pausing)
+
+    def write() -> None:
+        with files.written_together(tmp_path, names) as made:
+            for name in names:
+                (made / name).write_text(threading.current_thread().name)
+
+    first, second = (threading.Thread(target=write, name=name) for name in ("first", "second"))
+    first.start()
+    assert paused.wait(60)
+    second.start()
+    second.join(0.5)
+    waits = second.is_alive()
+    goes_on.set()
+    for thread in (first, second):
+        thread.join(60)
+    assert waits and not hidden(tmp_path)
+    assert [(tmp_path / name).read_text() for name in names] == ["second"] * 3
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,24 @@ def written_together(folder: str | Path, names: Sequence[str]) -> Iterator[Path]
             if (folder / name).is_dir() and (temporary / name).is_file():
                 raise UserError(f"{folder / name} is a folder, where a file belongs; move it away.")
         _flush_all(temporary)
-        _change_places(folder, names, temporary)
+        with _alone_in(folder):
+            _change_places(folder, names, temporary)
         _flush_folder(folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process changes a set of files in `folder`, and makes others wait.
+
+    It is no folder that this process writes under a temporary name, whose lock it holds already.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _change_places(folder: Path, names: Sequence[str], temporary: Path) -> None:

@@ -67,14 +67,15 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_an_evaluation_is_refused_or_writes_elsewhere(run, tmp_path, monkeypatch, capsys):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"id": "squares/test/nobody", "prediction": "x"}')
     with monkeypatch.context() as patch:  # before the model is opened
         patch.setattr("unimed_jax.runs.open.open_run", None)
-        assert cli.main(["evaluate", f"--run={run}"]) == 2
-    said = capsys.readouterr().err
-    assert (
-        "is in use by the run of process" in said
-        and "write the results elsewhere with --out=FOLDER" in said
-    )
+        for words in ([], [f"--predictions={answers}", f"--out={run}"]):
+            assert cli.main(["evaluate", f"--run={run}", *words]) == 2
+            said = capsys.readouterr().err
+            assert "is in use by the run of process" in said
+            assert "write the results elsewhere with --out=FOLDER" in said
     assert cli.main(["evaluate", f"--run={run}", f"--out={tmp_path / 'scores'}"]) == 0
     assert "damaged" not in capsys.readouterr().err
     assert not any(tmp_path in lock.parents for lock in interruption._claims)  # the command has ended
