@@ -161,6 +161,9 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
     assert "0.400 (0.300 .. 0.500)" in said
     # differences -0.1, -0.3, -0.2: standard error 0.1 / sqrt(3), Student's t with 2 degrees 4.303
     assert "0.200: -0.200 [-0.448, +0.048]" in said and "3 seeds" in said
+    # what all seeds share, also no difference at all, says nothing of other seeds
+    assert conflict_over_seeds.cell([0.1, 0.3], [0.1, 0.3]) == "0.200: +0.000 in every seed"
+    assert conflict_over_seeds.cell([0.2, 0.4], [0.1, 0.3]) == "0.300: +0.100 in every seed"
     monkeypatch.setattr(sys, "argv", ["conflict_over_seeds.py", str(files[0])])
     with pytest.raises(SystemExit):
         conflict_over_seeds.main()

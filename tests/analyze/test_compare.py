@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -179,6 +180,30 @@ def test_runs_whose_scores_are_not_comparable_are_refused(scored, tmp_path, name
     texts, words = REFUSED[name]
     other = changed(scored, tmp_path / "other", metrics=texts)
     with pytest.raises(UserError, match=words):
+        compare([scored, other])
+
+
+DAMAGED = {
+    "no sets": ({"schema": 1}, {}, "is no file of scores that evaluate wrote ('sets')"),
+    "empty sets": ({"sets": None}, {}, "is no file of scores that evaluate wrote"),
+    "sets of text": ({"sets": {"toy": "x"}}, {}, "is no file of scores that evaluate wrote"),
+    "no size": ({}, {"image_size": None}, "not an answer; score it again"),
+    "a size of letters": ({}, {"image_size": "ab"}, "not an answer; score it again"),
+    "a size of 0": ({}, {"image_size": [0, 5]}, "not an answer; score it again"),
+    "half a box": ({}, {"box": [1, 2]}, "not an answer; score it again"),
+    "one id": ({}, {"id": "toy/test/x"}, "'toy/test/x' stands here a second time; score it again"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_scores_are_one_sentence(scored, tmp_path, name):
+    metrics, record, words = DAMAGED[name]
+    other = changed(scored, tmp_path / "other", lambda r: r | record if r["task"] == "refer" else r)
+    kept = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(
+        json.dumps(metrics if "schema" in metrics else {**kept, **metrics})
+    )
+    with pytest.raises(UserError, match=re.escape(words)):
         compare([scored, other])
 
 

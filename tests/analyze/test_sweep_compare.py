@@ -91,6 +91,17 @@ def test_items_that_not_all_answered_are_left_out_and_counted():
     scores = score_sides(sides, "base", {})
     assert scores.items[scores.columns[0]] == 22 and len(scores.clusters) == 11
     assert "a/test/vqa: 2 items that not all runs answered" in scores.notes
+    # others than those that the baseline lacks, and a task that the baseline's first run lacks
+    unit = "a", "test", "vqa"
+    for name, lost in (("base", slice(0, 3)), ("other", slice(5, 9))):
+        sides[name, 0] = side(f"{name}/seed0", half)
+        for key in list(sides[name, 0].records[unit])[lost]:
+            del sides[name, 0].records[unit][key]
+    del sides["base", 0].records["a", "test", "cls"]
+    scores = score_sides(sides, "base", {})
+    assert scores.items[scores.columns[0]] == 24 - 3 - 4 - 2 and len(scores.columns) == 1
+    assert "a/test/vqa: 9 items that not all runs answered" in scores.notes
+    assert "a/test/cls: 24 items that not all runs answered" in scores.notes
     sides["other", 1] = side("other/seed1", half, sets=("b",))
     with pytest.raises(
         UserError, match="runs/base/seed0 and runs/other/seed1 share no item of split 'test'"
@@ -150,6 +161,61 @@ def test_a_baseline_of_zero_on_the_shared_seeds_has_no_change_in_per_cent():
     found = differences(score_sides(sides, "base", {}), "base")
     assert found["counted"] == ["a vqa exact_match"]
     assert found["variants"]["other"]["change"]["value"] == pytest.approx(-50)
+
+
+def test_the_intervals_of_changes_from_a_low_score_hold_the_truth():
+    """A change in per cent divides by a score that is itself measured: here .03, and .3 with it."""
+    rng, held, sweeps = np.random.default_rng(5), 0, 60
+    column = Column(("a", "test", "cls"), "exact_match")
+    for _ in range(sweeps):
+        item = rng.random((20, 10))  # [clusters, items]
+        measures = {
+            name: {
+                seed: (Measure.mean(np.where(rng.random((20, 10)) < 0.3, rng.random((20, 10)), item)
+                                    .__lt__(level).mean(1)),)
+                for seed in range(5)
+            }
+            for name, level in (("base", 0.03), ("other", 0.3))
+        }  # fmt: skip
+        scores = Scores((column,), tuple(map(str, range(20))), measures, {column: 200}, ())
+        change = found_in(scores)["other"]
+        low, high = change["ci95"]
+        held += low <= 900 <= high
+        assert change["value"] == pytest.approx((low + high) / 2)
+    assert held / sweeps >= 0.9
+
+
+def test_a_set_of_one_cluster_does_not_take_the_others_intervals():
+    sides = {
+        (name, seed): side(f"{name}/seed{seed}", right, sets=("a", "q"))
+        for name, right in (("base", half), ("all", lambda *item: item[2] % 4 > 0 or half(*item)))
+        for seed in (0, 1)
+    }
+    for one in sides.values():
+        for unit in [unit for unit in one.records if unit[0] == "q"]:
+            for record in one.records[unit].values():
+                record["cluster"] = "the only one"
+    found = result_of(score_sides(sides, "base", {}))
+    assert found["counted"] == ["a vqa exact_match", "a cls exact_match"]
+    assert found["variants"]["all"]["change"]["verdict"] == "better"
+    reason = "(its items are one cluster)"
+    assert f"without q vqa exact_match {reason}, q cls exact_match {reason}. It" in table.page(found)
+
+
+def test_a_cluster_that_one_run_does_not_count_is_no_sample_of_its_own(monkeypatch):
+    def answered(records):
+        right = [float(r["prediction"] == r["reference"]) for r in records]
+        return Measure.mean(right).where([r["prediction"] != "" for r in records])
+
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    registry.metric("answered")(answered)
+    sides = sides_of(base=half, other=lambda *item: item[2] % 4 > 0 or half(*item))
+    for record in sides["base", 0].records["a", "test", "vqa"].values():
+        record["prediction"] *= record["cluster"] != "c3"
+    scores = score_sides(sides, "base", {"vqa": ("answered",), "cls": ("answered",)})
+    del sides["base", 0].records["a", "test", "cls"]  # so that no other task counts that cluster
+    for one in (scores, score_sides(sides, "base", {"vqa": ("answered",)})):
+        assert differences(one, "base")["variants"]["other"]["change"]["verdict"] == "better"
 
 
 # ---- planted: many sweeps --------------------------------------------------------------------------
@@ -215,10 +281,10 @@ def test_a_true_difference_is_found_as_often_as_the_power_line_says():
 
 def test_samples_that_share_no_cluster_are_told_apart():
     scores = planted(np.random.default_rng(2))
-    groups = compare._groups(scores.measures["base"][0], (0, 1, 2))
+    groups = compare._groups([scores.measures["base"][0]], (0, 1, 2))
     assert len(set(groups[:12])) == 1 and len(set(groups[12:])) == 1 and groups[0] != groups[-1]
     assert (
-        len(set(compare._groups(scores.measures["base"][0], (0, 1)))) == 2
+        len(set(compare._groups([scores.measures["base"][0]], (0, 1)))) == 2
     )  # the second: none of theirs
 
 
@@ -256,6 +322,21 @@ def test_the_page_never_ranks_within_noise(tmp_path):
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
+def test_the_page_says_which_seeds_each_number_is_of():
+    """A run failed, so that a variant has other seeds than the baseline."""
+    sides = sides_of(base=(half,) * 3, other=(half,) * 4)
+    del sides["other", 0]
+    found = result_of(score_sides(sides, "base", {}))
+    assert [row.split(" | ")[1] for row in table.main_table(found).splitlines()[2:]] == [
+        "3",
+        "3 (2 shared)",
+    ]
+    assert (
+        "means over seeds (base 0, 1, 2; other 1, 2, 3; a change is over those that a variant shares "
+        "with the baseline)" in table.page(found)
+    )
+
+
 def test_the_published_pairs_stand_in_one_column():
     sets = {task: [of for t, *of in compare.PAIRS if t == task][0] for task, *_ in compare.PAIRS}
     tasks = [(task, name) for task, names in sets.items() for name in names] + [("qa", "medqa")]
@@ -272,7 +353,7 @@ def test_the_published_pairs_stand_in_one_column():
     assert "slake / path_vqa vqa | slake / samed refer | slake / samed identify" in head
     assert "mimic_cxr / medpix caption | dermamnist / organsmnist cls | medqa qa" in head
     assert len(found["counted"]) == 10 and "medqa qa m" not in found["counted"]
-    assert "without medqa qa m" in table.page(found)
+    assert "without medqa qa m (not among the published ten)" in table.page(found)
 
 
 def test_a_baseline_that_scores_nothing_has_no_change_in_per_cent(tmp_path):

@@ -193,6 +193,14 @@ def test_corpus_bleu_by_hand():
     assert corrected_measures("caption", ["b a d c"], ["a b c d"])["bleu4_regex_tokens"].value == 0.0
 
 
+def test_without_any_item_no_measure_has_a_score():
+    """Such as a draw that misses the few clusters of a question template; a score of 0 would count."""
+    for task, answer in (("vqa", "yes"), ("caption", "a b c d e")):
+        for name, measure in corrected_measures(task, [answer] * 3, [answer] * 3).items():
+            nothing = measure.where([False] * 3)
+            assert np.isnan(nothing.value) and not nothing.counts.any(), (task, name)
+
+
 def test_the_primary_metric_exists_and_needs_no_java(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     primary = {"refer": "miou", "caption": "bleu4_regex_tokens"}

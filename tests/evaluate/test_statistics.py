@@ -85,14 +85,18 @@ def test_seeds_that_disagree_widen_the_interval():
     assert wild.detectable() > 10 * calm.detectable() > 0
 
 
+@pytest.mark.parametrize("high, low", [(0.9, 0.4), (7e4 / 3, 1e2)])
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_clusters_that_are_all_alike_do_not_make_sure(count):
-    """One with another difference may come next: p is that with one cluster more, which shows none."""
+def test_clusters_that_are_all_alike_do_not_make_sure(count, high, low):
+    """One with another difference may come next: p is that with one cluster more, which shows none.
+
+    In large numbers, such as changes in per cent of a low score, rounding is no difference.
+    """
     clusters = [str(i // 5) for i in range(5 * count)]
-    ours, theirs = (Measure.mean(np.full(5 * count, share)) for share in (0.9, 0.4))
+    ours, theirs = (Measure.mean(np.full(5 * count, share)) for share in (high, low))
     found = paired([ours, ours], [theirs, theirs], clusters, 50, 0)
-    assert found.p == pytest.approx(ttest_1samp([0.5] * count + [0], 0).pvalue)
-    assert (found.ci95, found.detectable()) == (None, None) and found.value == pytest.approx(0.5)
+    assert found.p == pytest.approx(ttest_1samp([high - low] * count + [0], 0).pvalue)
+    assert (found.ci95, found.detectable()) == (None, None) and found.value == pytest.approx(high - low)
     assert verdicts([found])[0]["verdict"] == ("better" if count == 8 else "undecided")
     # two samples: the smaller one counts
     items = np.stack([np.arange(5 * count) < 10, np.arange(5 * count) >= 10], 1) * 1.0

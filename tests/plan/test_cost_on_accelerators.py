@@ -214,6 +214,40 @@ ENTRY %main (stack: bf16[39,1408,6144], at: s32[], saved: bf16[32,16,256,4096], 
 """  # noqa: E501
 
 
+# A product that is written into a scan's stack (H100, jax 0.12): its work space is a result beside it.
+INTO_A_STACK = """HloModule jit_f, is_scheduled=true
+
+%dynamic-slice-fusion (p0: bf16[2048,2048], p1: bf16[2048,2048], p2: bf16[8,2048,2048], p3: s32[]) -> (bf16[8,2048,2048], s8[33554432]) {
+  %p0 = bf16[2048,2048]{1,0} parameter(0)
+  %p1 = bf16[2048,2048]{1,0} parameter(1)
+  %p2 = bf16[8,2048,2048]{2,1,0} parameter(2)
+  %p3 = s32[] parameter(3)
+  %custom-call.1 = (bf16[2048,2048]{1,0}, s8[33554432]{0}) custom-call(%p0, %p1), custom_call_target="__cublas$lt$matmul", metadata={op_name="dot_general"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  %get-tuple-element.1 = bf16[2048,2048]{1,0} get-tuple-element(%custom-call.1), index=0
+  %bitcast.1 = bf16[1,2048,2048]{2,1,0} bitcast(%get-tuple-element.1)
+  %constant.1 = s32[] constant(0)
+  %dynamic_update_slice.1 = bf16[8,2048,2048]{2,1,0} dynamic-update-slice(%p2, %bitcast.1, %p3, %constant.1, %constant.1)
+  %get-tuple-element.2 = s8[33554432]{0} get-tuple-element(%custom-call.1), index=1
+  ROOT %tuple.1 = (bf16[8,2048,2048]{2,1,0}, s8[33554432]{0}) tuple(%dynamic_update_slice.1, %get-tuple-element.2)
+}
+
+ENTRY %main (x: bf16[2048,2048], w: bf16[2048,2048], stack: bf16[8,2048,2048], at: s32[]) -> bf16[8,2048,2048] {
+  %x = bf16[2048,2048]{1,0} parameter(0)
+  %w = bf16[2048,2048]{1,0} parameter(1)
+  %stack = bf16[8,2048,2048]{2,1,0} parameter(2)
+  %at = s32[] parameter(3)
+  %fusion.1 = (bf16[8,2048,2048]{2,1,0}, s8[33554432]{0}) fusion(%x, %w, %stack, %at), kind=kCustom, calls=%dynamic-slice-fusion
+  ROOT %get-tuple-element.3 = bf16[8,2048,2048]{2,1,0} get-tuple-element(%fusion.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_work_space_beside_an_update_in_place_is_no_traffic():
+    found = program_cost(INTO_A_STACK)
+    assert found.flops == 2 * 2048**3
+    assert found.bytes == pytest.approx(3 * 2 * 2048**2, rel=1e-6)  # x, w and the part that is written
+
+
 def test_fusions_beside_other_work_count_as_others_do():
     found = program_cost(BESIDE_OTHER_WORK)
     layer, x = 2 * 1408 * 6144, 2 * 16 * 256 * 4096

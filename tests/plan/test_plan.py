@@ -255,6 +255,15 @@ ENDS = {
 }
 
 
+def test_a_compiling_process_that_fails_says_its_own_error_last(tmp_path):
+    """And ends by itself, while the process that started it still holds the other end of its input."""
+    (tmp_path / "job.json").write_text("{")
+    command = [sys.executable, "-m", "unimed_jax.plan.child", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        said = child.stderr.read()
+        assert child.wait() == 1 and "JSONDecodeError" in said.splitlines()[-1]
+
+
 @pytest.mark.parametrize("case", ENDS)
 def test_how_a_compiling_process_died_is_one_sentence(cache, case):
     status, said, expected = ENDS[case]

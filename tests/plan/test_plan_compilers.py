@@ -29,11 +29,16 @@ LIMITS = Limits(300, 8e9)
 
 def test_chips_are_found_by_the_name_that_jax_gives_them():
     names = {
-        "TPU v5 lite": "v5e", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100",
-        "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A10": "a10", "NVIDIA L4": "l4", "NVIDIA H200": "h200",
+        "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA A10": "a10", "NVIDIA L4": "l4", "NVIDIA GeForce RTX 4090": "rtx4090",
     }  # fmt: skip
     assert {name: chip_of(name).name for name in names} == names
-    assert chip_of("TFRT_CPU_0") is None and chip_of("NVIDIA L40S") is None
+    for other in (
+        *("TFRT_CPU_0", "TPU v5x", "NVIDIA L40S", "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA A10G"),
+        *("NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090 Laptop GPU"),
+    ):
+        assert chip_of(other) is None, other
     for chip in CHIPS.values():
         assert chip.source and 0.85 * chip.memory < chip.usable < 1.02 * chip.memory
         assert (chip.gpu is not None) == (chip.platform == "gpu")

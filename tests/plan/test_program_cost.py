@@ -140,6 +140,16 @@ def test_update_in_place_writes_the_part():
     assert found.bytes <= 4 * 50 * 20 * 4 + 16
 
 
+def test_an_update_whose_result_has_another_type_writes_the_whole_array():
+    found = cost(
+        lambda stack, x, at: jax.lax.dynamic_update_slice(stack, x, (at, 0)).astype(jnp.bfloat16),
+        shaped(400, 100),
+        shaped(1, 100),
+        shaped(dtype=jnp.int32),
+    )
+    assert found.bytes == pytest.approx((4 + 2) * 400 * 100, rel=0.02)
+
+
 # --------------------------------------------------------------------------------------------------
 # Collectives
 # --------------------------------------------------------------------------------------------------

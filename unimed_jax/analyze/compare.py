@@ -266,33 +266,62 @@ def read_folder(folder: Path, name: str) -> Side:
     records: dict[UnitKey, dict[str, Record]] = {}
     text = read_text(folder / "predictions.jsonl", advice, LARGEST_PREDICTIONS)
     for number, line in json_lines(text, str(folder / "predictions.jsonl")):
-        if not (
-            isinstance(line, dict)
-            and all(isinstance(line.get(key), str) for key in NEEDED)
-            and isinstance(line.get("meta"), dict)
-            and {"box", "image_size"} <= set(line)
-        ):
-            raise UserError(f"{folder / 'predictions.jsonl'}, line {number}: not an answer; {advice}.")
-        unit = line["set"], line["split"], line["task"]
-        records.setdefault(unit, {})[line["id"]] = cast(Record, line)
+        where = f"{folder / 'predictions.jsonl'}, line {number}"
+        if not _is_answer(line):
+            raise UserError(f"{where}: not an answer; {advice}.")
+        of_unit = records.setdefault((line["set"], line["split"], line["task"]), {})
+        if line["id"] in of_unit:
+            raise UserError(f"{where}: {line['id']!r} stands here a second time; {advice}.")
+        of_unit[line["id"]] = cast(Record, line)
     if not records:
         raise UserError(f"{folder / 'predictions.jsonl'} holds no answer; {advice}.")
-    scores = {
-        (name, split, task): entry
-        for name, splits in metrics["sets"].items()
-        for split, tasks in splits.items()
-        for task, entry in tasks.items()
-    }
-    if lost := set(records) - set(scores):
-        raise UserError(f"{file} lacks scores of {'/'.join(min(lost))}; {advice}.")
+    try:
+        scores = {
+            (name, split, task): entry
+            for name, splits in metrics["sets"].items()
+            for split, tasks in splits.items()
+            for task, entry in tasks.items()
+        }
+        if lost := set(records) - set(scores):
+            raise UserError(f"{file} lacks scores of {'/'.join(min(lost))}; {advice}.")
+        ours = {unit: _metric(metrics, unit, scores[unit]["primary"]) for unit in records}
+        protocols = {unit: str(scores[unit]["protocol"]) for unit in records}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is no file of scores that evaluate wrote ({error}); {advice}."
+        ) from error
     about = {key: metrics.get(key) for key in ("step", "seed", "config_hash", "split", "notes")}
     return Side(
         name,
         folder,
         records,
-        {unit: _metric(metrics, unit, scores[unit]["primary"]) for unit in records},
-        {unit: scores[unit]["protocol"] for unit in records},
+        ours,
+        protocols,
         about,
+    )
+
+
+def _is_answer(line: Any) -> bool:
+    """Says whether a line of predictions.jsonl holds all that is read of it."""
+    if not (
+        isinstance(line, dict)
+        and all(isinstance(line.get(key), str) for key in NEEDED)
+        and isinstance(line.get("meta"), dict)
+        and {"box", "image_size"} <= set(line)
+    ):
+        return False
+    return line["task"] != "refer" or (
+        _are_numbers(line["box"], 4)
+        and _are_numbers(line["image_size"], 2)
+        and min(line["image_size"]) > 0
+    )
+
+
+def _are_numbers(found: Any, count: int) -> bool:
+    return (
+        isinstance(found, list)
+        and len(found) == count
+        and all(isinstance(n, int | float) and abs(n) < float("inf") for n in found)
     )
 
 

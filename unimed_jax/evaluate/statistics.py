@@ -230,7 +230,9 @@ def paired(
     if not np.isfinite(variance):  # no draw has a score
         return Difference(value)
     error = variance**0.5
-    if error < 1e-12:  # no item sets the models apart, or every cluster does so alike
+    if error < 1e-12 * max(
+        1.0, abs(value)
+    ):  # no item sets the models apart, or every cluster does so alike
         if abs(value) < 1e-12:
             return Difference(value, [value, value], 1.0, 0.0, float(every))
         few = fewest + 1  # clusters; with one more of difference 0, t and its degrees are their number

@@ -36,7 +36,8 @@ def main(folder: Path) -> None:
 
 def _end_with_starter() -> None:
     """Ends this process when the one that started it is gone, in the middle of a compilation too."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1 << 16):  # a read of `sys.stdin` would abort Python's own end
+        pass
     os._exit(1)
 
 

@@ -35,7 +35,7 @@ class Chip:
     """Holds what a chip can do in a second, and how much it holds."""
 
     name: str  # in a topology, as in v5e:4x4
-    kind: str  # a part of jax's name of the device
+    kind: str  # pattern of jax's name of the device, or of a part of it
     platform: Literal["tpu", "gpu"]
     flops: float  # dense bfloat16, a second
     memory: float  # bytes
@@ -44,7 +44,7 @@ class Chip:
     link: float  # bytes a second that a chip sends to its neighbours, all links together
     source: str
     joined: int  # chips that these links join, at most
-    beyond: float = 0.0  # bytes a second that a chip sends to chips further away
+    beyond: float = 0.0  # bytes a second of a chip's adapter to the network between machines
     gpu: Gpu | None = None
 
 
@@ -119,20 +119,20 @@ CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         _tpu("v5e", "v5 lite", 197e12, 16, 15.75, 819, 400, 256),
-        _tpu("v5p", "v5p", 459e12, 95, 95.74, 2765, 1200, 8960),
+        _tpu("v5p", "v5p|v5$", 459e12, 95, 95.74, 2765, 1200, 8960),
         _tpu("v6e", "v6 lite", 918e12, 32, 31.25, 1638, 800, 256),
         _gpu(
-            "h100", "H100", 989e12, 79.1, 3350, 450 * GB, "NVIDIA H100 data sheet, SXM",
+            "h100", "H100 80GB HBM3", 989e12, 79.1, 3350, 450 * GB, "NVIDIA H100 data sheet, SXM",
             _hopper("NVIDIA H100 80GB HBM3"),
             beyond=INFINIBAND,
         ),
         _gpu(
-            "h200", "H200", 989e12, 139.8, 4800, 450 * GB, "NVIDIA H200 data sheet, SXM",
+            "h200", "H200$", 989e12, 139.8, 4800, 450 * GB, "NVIDIA H200 data sheet, SXM",
             _hopper("NVIDIA H200"),
             beyond=INFINIBAND,
         ),
         _gpu(
-            "a100", "A100", 312e12, 79.2, 2039, 300 * GB, "NVIDIA A100 data sheet, SXM 80 GB",
+            "a100", "A100-SXM4-80GB", 312e12, 79.2, 2039, 300 * GB, "NVIDIA A100 data sheet, SXM 80 GB",
             Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 40 << 20, 164 << 10, 2048, 64),
             beyond=INFINIBAND / 2,
         ),
@@ -141,7 +141,7 @@ CHIPS: dict[str, Chip] = {
             _ada("NVIDIA L4", multiprocessors=58, clock=2.04, l2=48 << 20),
         ),
         _gpu(
-            "rtx4090", "RTX 4090", 165e12, 23.5, 1008, PCIE4,
+            "rtx4090", "RTX 4090$", 165e12, 23.5, 1008, PCIE4,
             "NVIDIA Ada architecture paper, float32 sums, without sparsity",
             _ada("NVIDIA GeForce RTX 4090", multiprocessors=128, clock=2.52, l2=72 << 20),
         ),
@@ -154,10 +154,12 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Finds the chip that jax calls `device_kind`; None if the table lacks it."""
+    """Finds the chip that jax calls `device_kind`; None if the table lacks it.
+
+    An L4 is another card than an L40S, and an H100 for PCIe is slower than the one of the table.
+    """
     for chip in CHIPS.values():
-        # a whole word: an L4 is another card than an L40S
-        if re.search(rf"(?<!\w){chip.kind}(?!\w)", device_kind):
+        if re.search(rf"(?<!\w)({chip.kind})(?!\w)", device_kind):
             return chip
     return None
 

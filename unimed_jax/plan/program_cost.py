@@ -247,17 +247,21 @@ class _Counter:
             return total + sum(0 if a.on_chip else w for a, w in zip(i.results, written, strict=True))
         return total + sum(a.traffic for a in _without_work_space(inner.root, i.results))
 
-    def _written(self, here: Computation, root: Instruction) -> float:
-        """Counts the bytes that a result of a fusion changes in memory."""
+    def _written(self, here: Computation, root: Instruction, dtype: str = "") -> float:
+        """Counts the bytes that a result of a fusion changes in memory; dtype: see `_in_place`."""
         if root.opcode == "parameter" or _continues(root) or root.target == "AsyncCollectiveDone":
             return 0.0  # handed on as it came
-        update = _in_place(here, root)
+        if _is_work_space(here, root):
+            return 0.0
+        update = _in_place(here, root, dtype)
         if update is None:
             return root.array.bytes
         at = 1 if update.opcode == "dynamic-update-slice" else len(update.operands) // 3 * 2 + 1
         part = here.operand(update, min(at, len(update.operands) - 1)).array
         target = here.operand(update, 0)
-        below = self._written(here, target) if _in_place(here, target) is not None else 0.0
+        dtype = dtype or root.array.dtype
+        inner = _in_place(here, target, dtype) is not None
+        below = self._written(here, target, dtype) if inner else 0.0
         return part.elements * root.array.bytes / max(root.array.elements, 1) + below
 
     @functools.cache  # noqa: B019 (the counter lives as long as one call)
@@ -275,7 +279,7 @@ class _Counter:
             update = _in_place(here, root)
             while update is not None:
                 in_place.add(update.name)
-                update = _in_place(here, here.operand(update, 0))
+                update = _in_place(here, here.operand(update, 0), root.array.dtype)
         for i in reversed(list(here)):
             part = needed[i.name]
             if part == 0 or not i.operands:
@@ -350,8 +354,21 @@ def _without_work_space(kernel: Instruction, results: Sequence[Array]) -> Sequen
     return results
 
 
-def _in_place(here: Computation, root: Instruction) -> Instruction | None:
-    """Finds the update of a part that `root` is, if the rest of the array can stay where it is."""
+def _is_work_space(here: Computation, root: Instruction) -> bool:
+    """Says whether one result of several is the work space of a GPU library's kernel."""
+    if root.opcode != "get-tuple-element":
+        return False
+    kernel = here.operand(root, 0)
+    return root.array not in _without_work_space(kernel, kernel.results)
+
+
+def _in_place(here: Computation, root: Instruction, dtype: str = "") -> Instruction | None:
+    """Finds the update of a part that `root` is, if the rest of the array can stay where it is.
+
+    It cannot if the array that is updated has another type of numbers than the result: `dtype`, or
+    that of `root` if none is given.
+    """
+    dtype = dtype or root.array.dtype
     while root.opcode in ("bitcast", "copy", "convert", "reshape"):
         root = here.operand(root, 0)
     if root.opcode not in ("dynamic-update-slice", "scatter"):
@@ -359,9 +376,9 @@ def _in_place(here: Computation, root: Instruction) -> Instruction | None:
     target = here.operand(root, 0)
     while target.opcode in ("bitcast", "copy", "convert", "reshape"):
         target = here.operand(target, 0)
-    if target.opcode == "parameter" or _in_place(here, target) is not None:
-        return root
-    return None
+    if target.opcode == "parameter":
+        return root if target.array.dtype == dtype else None
+    return root if _in_place(here, target, dtype) is not None else None
 
 
 def _continues(i: Instruction) -> bool:

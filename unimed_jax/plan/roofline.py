@@ -62,7 +62,10 @@ def times(topology: Topology, flops: float, bytes: float, sent: float) -> dict[s
     chip = topology.chip
     if chip is None:
         return {}
-    link = chip.link if topology.count <= chip.joined else min(chip.link, chip.beyond or chip.link)
+    link = chip.link
+    if topology.machines > 1 and chip.beyond:
+        # a ring leaves a machine once, and all of the machine's adapters carry what it sends there
+        link = min(link, chip.beyond * topology.count / topology.machines)
     found = dict(zip(BOUNDS, (flops / chip.flops, bytes / chip.bandwidth, sent / link), strict=True))
     bound = max(found, key=lambda name: found[name])
     return {"seconds": found, "step_s": found[bound], "bound": bound}

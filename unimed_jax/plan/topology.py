@@ -84,7 +84,7 @@ def parse(text: str) -> Topology:
         assert chip is not None
         raise UserError(
             f"--topology={text}: a machine holds {chip.joined} of these GPUs, and {found.machines} "
-            f"machines cannot share {found.count} evenly; choose a multiple of {found.machines}."
+            f"machines cannot share {found.count} evenly; choose a multiple of {chip.joined}."
         )
     return found
 

@@ -115,9 +115,12 @@ def _shared_items(sides: Sequence[Side], first: Side) -> tuple[dict[UnitKey, lis
         names = [n for n in first.records[unit] if all(n in s.records.get(unit, {}) for s in sides)]
         if names:
             units[unit] = names
-        most = max(len(side.records.get(unit, {})) for side in sides)
-        if most > len(names):
-            notes.append(f"{'/'.join(unit)}: {most - len(names)} items that not all runs answered")
+    for unit in dict.fromkeys(unit for side in sides for unit in side.records if unit[1] == split):
+        lost = len(set().union(*(side.records.get(unit, {}) for side in sides))) - len(
+            units.get(unit, ())
+        )
+        if lost:
+            notes.append(f"{'/'.join(unit)}: {lost} items that not all runs answered")
     if not units:
         other = _farthest(first, sides, split)
         raise UserError(
@@ -167,18 +170,16 @@ def _by_cluster(metric: Metric, records: Sequence[Record], rows: np.ndarray, cou
 def differences(scores: Scores, baseline: str) -> dict[str, Any]:
     """Compares every variant with the baseline, over the seeds that both have.
 
-    {"counted": labels of the columns in the mean change, "variants": {variant: {seeds, scores: {label:
-    {value, seeds}}, columns: {label: {value, ci95}}, change: {value, ci95, seeds, error, p, p_holm,
-    verdict, detectable}}}}; the baseline has seeds and scores alone. change: the mean over columns of
-    the change in per cent of the baseline's score.
+    {"counted": labels of the columns in the mean change, "outside": {label: why it is not in it},
+    "variants": {variant: {seeds, scores: {label: {value, seeds}}, columns: {label: {value, ci95}},
+    change: {value, ci95, seeds, error, p, p_holm, verdict, detectable}}}}; the baseline has seeds and
+    scores alone. change: the mean over columns of the change in per cent of the baseline's score.
     """
     # A change in per cent needs a baseline's score above 0, on the seeds of each comparison too.
     common = [[s for s in seeds if s in scores.measures[baseline]] for seeds in scores.measures.values()]
-    counted = tuple(
-        i
-        for i in _counted(scores.columns)
-        if all(_mean(scores, baseline, i, some) > 0 for some in common if some)
-    )
+    wanted = _counted(scores.columns)
+    above_0 = [i for i in wanted if all(_mean(scores, baseline, i, some) > 0 for some in common if some)]
+    counted = _in_several_clusters(scores, above_0) or above_0
     found: dict[str, Any] = {}
     changes: dict[str, Difference] = {}
     for variant, seeds in scores.measures.items():
@@ -206,7 +207,14 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
             means = [_mean(scores, baseline, i, shared) for i in counted]
             weights = [100 / (len(counted) * mean) for mean in means]
             new, old = ([_joined(run, counted, weights) for run in side] for side in (ours, theirs))
-            changes[variant] = _paired(new, old, scores, _groups(theirs[0], counted))
+            groups = _groups([*ours, *theirs], counted)
+            change = _paired(new, old, scores, groups)
+            # The baseline's mean, by which is divided, is not known exactly either: to first order its
+            # items weigh as much more as the variant scores more. This spread lies around 0.
+            ratios = [_mean(scores, variant, i, shared) / m for i, m in zip(counted, means, strict=True)]
+            weights = [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
+            moved = _paired(new, [_joined(run, counted, weights) for run in theirs], scores, groups)
+            changes[variant] = _with_wider_interval(change, moved)
             found[variant]["change"] = {
                 **_plain(changes[variant], "value", "ci95", "p", "error", "freedom"),
                 "seeds": [a.value - b.value for a, b in zip(new, old, strict=True)],
@@ -222,7 +230,20 @@ def differences(scores: Scores, baseline: str) -> dict[str, Any]:
             **verdict,
             "detectable": change.detectable(LEVEL / compared) if several else None,
         }
-    return {"counted": [scores.columns[i].label for i in counted], "variants": found}
+    outside = {
+        column.label: "not among the published ten"
+        if i not in wanted
+        else "the baseline scores 0"
+        if i not in above_0
+        else "its items are one cluster"
+        for i, column in enumerate(scores.columns)
+        if i not in counted
+    }
+    return {
+        "counted": [scores.columns[i].label for i in counted],
+        "outside": outside,
+        "variants": found,
+    }
 
 
 def _counted(columns: Sequence[Column]) -> list[int]:
@@ -267,12 +288,33 @@ def _joined(run: Sequence[Measure], places: Sequence[int], weights: Sequence[flo
     return Measure(np.concatenate([part.items for part in parts], axis=1), score)
 
 
-def _groups(run: Sequence[Measure], places: Sequence[int]) -> list[int]:
+def _in_several_clusters(scores: Scores, places: Sequence[int]) -> list[int]:
+    """Leaves out the columns that are a sample of one cluster, from which no interval can be taken."""
+    if not places:
+        return []
+    runs = [run for seeds in scores.measures.values() for run in seeds.values()]
+    groups = np.array(_groups(runs, places))
+    sizes = np.bincount(groups)  # clusters of each group; group 0 has no items
+    own = {i: groups[np.any([run[i].counts for run in runs], axis=0)] for i in places}
+    return [i for i in places if sizes[own[i]].min(initial=2) > 1]
+
+
+def _with_wider_interval(change: Difference, other: Difference) -> Difference:
+    """Makes the interval of a change as wide as that of another difference, if that is wider."""
+    if change.ci95 is None or other.ci95 is None:
+        return change
+    half = max(high - low for low, high in (change.ci95, other.ci95)) / 2
+    return dataclasses.replace(change, ci95=[change.value - half, change.value + half])
+
+
+def _groups(runs: Sequence[Sequence[Measure]], places: Sequence[int]) -> list[int]:
     """Numbers the groups of clusters [n] whose items no column has in common with another group.
 
-    Such as text questions beside images: each group is a sample of its own.
+    Such as text questions beside images: each group is a sample of its own. Clusters without an item
+    that counts in any run have the number 0.
     """
-    having = np.array([(run[i].items != 0).any(1) for i in places])  # [columns, n]
+    # [columns, n]
+    having = np.array([np.any([run[i].counts for run in runs], axis=0) for i in places])
     groups = np.zeros(having.shape[1], int)
     number, left = 0, list(having)
     while left:

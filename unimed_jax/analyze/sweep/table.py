@@ -144,17 +144,16 @@ def _versions(plan: Plan) -> list[str]:
 def page(found: Mapping[str, Any]) -> str:
     """Writes sweep.md."""
     variants, baseline = found["variants"], found["baseline"]
-    seeds = sorted({seed for entry in variants.values() for seed in entry["seeds"]})
     sets = ", ".join(f"{c['set']} {c['task']} {c['n']}" for c in found["columns"])
-    outside = [c["label"] for c in found["columns"] if c["label"] not in found["counted"]]
+    outside = ", ".join(f"{label} ({reason})" for label, reason in found["outside"].items())
     parts = [
         f"# Sweep {found['name']}: variants of `{found['base']}` against {baseline}",
         main_table(found),
         power(found),
-        f"Scores are means over seeds ({', '.join(map(str, seeds))}), on split "
+        f"Scores are means over seeds ({_seeds(variants)}), on split "
         f"{found['columns'][0]['split']!r} (items: {sets}; {found['clusters']} clusters). *Change* is "
         "the mean over the columns of the change in per cent of the baseline's score"
-        + (f", without {', '.join(outside)}" if outside else "")
+        + (f", without {outside}" if outside else "")
         + ". It is paired by seed and item; its interval and p-value count the spread over clusters of "
         f"items ({RESAMPLES} resamples) and over seeds (Student's t). Verdicts are corrected for the "
         f"number of variants (Holm, {100 * found['level']:g} %): *undecided* says that these runs "
@@ -171,13 +170,24 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _seeds(variants: Mapping[str, Any]) -> str:
+    """Lists the seeds, of each variant by itself where they differ: then its change is over fewer."""
+    lists = {name: ", ".join(map(str, entry["seeds"])) for name, entry in variants.items()}
+    if len(set(lists.values())) == 1:
+        return next(iter(lists.values()))
+    each = "; ".join(f"{name} {seeds}" for name, seeds in lists.items())
+    return f"{each}; a change is over those that a variant shares with the baseline"
+
+
 def main_table(found: Mapping[str, Any]) -> str:
     """Makes a row for each variant: mean scores, change against the baseline, and verdict."""
     heads, cells = _score_columns(found)
     rows = []
     for name, entry in found["variants"].items():
         change = entry.get("change")
-        row = [name, str(len(entry["seeds"])), *cells(entry)]
+        shared = len(change["seeds"]) if change else len(entry["seeds"])
+        fewer = f" ({shared} shared)" if shared < len(entry["seeds"]) else ""
+        row = [name, f"{len(entry['seeds'])}{fewer}", *cells(entry)]
         if change is None:
             rows.append([*row, "", "", _without_change(name, found), ""])
             continue
@@ -248,8 +258,8 @@ def power(found: Mapping[str, Any]) -> str:
         return "Power: not known; no change in per cent can be taken of a baseline that scores 0."
     if not known:
         return (
-            "Power: not known; it takes two seeds and two clusters to say how large a change could have "
-            "been seen."
+            "Power: not known; it takes two seeds, and two clusters that do not all show the same "
+            "difference, to say how large a change could have been seen."
         )
     seen = {name: change["detectable"] for name, change in known.items()}
     low, high = min(seen, key=seen.__getitem__), max(seen, key=seen.__getitem__)

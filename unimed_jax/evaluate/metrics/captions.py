@@ -37,9 +37,10 @@ _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"
 
 
 def _corpus_bleu(records: Sequence[Record], order: int) -> Measure:
-    # [n, 10]
-    sums = np.stack([bleu_sums(tokens(said), tokens(wanted)) for said, wanted in pairs(records)])
-    return Measure(sums, functools.partial(bleu, order=order))
+    texts = [(tokens(said), tokens(wanted)) for said, wanted in pairs(records)]
+    # [n, 15]; the last column counts items: without any there is no score, in place of a score of 0
+    sums = np.stack([[*bleu_sums(said, wanted), 1.0] for said, wanted in texts])
+    return Measure(sums, lambda s: np.where(s[..., -1] > 0, bleu(s[..., :-1], order=order), np.nan))
 
 
 @metric("bleu4_regex_tokens", primary_for=("caption",), normaliser=WORDS)
