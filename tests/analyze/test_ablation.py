@@ -187,6 +187,11 @@ def test_each_expert_has_a_name():
             lora={"rank": 0},
         ),
     )
+    assert ablation.has_decoder_experts(of_decoder)
+    # of the only expert there is no next choice, so that none could be switched off
+    moe = dataclasses.replace(of_decoder.model.moe, experts=1, meta=False)
+    alone = dataclasses.replace(of_decoder, model=dataclasses.replace(of_decoder.model, moe=moe))
+    assert not ablation.has_decoder_experts(alone)
     model = tiny.model(of_decoder.model)
     names = ["decoder expert 0", "decoder expert 1", "meta expert"]
     assert list(ablation.without_each(model, of_decoder)) == names

@@ -23,7 +23,8 @@ def clouds(apart: float, each: int = 1) -> tokens.Tokens:
     labels = np.repeat(["a", "b", "c"], 40)
     centres = apart * np.eye(8)[np.repeat(range(3), 40)] / 2**0.5
     values = centres + rng.standard_normal((120, 8)) / 8**0.5
-    return tokens.Tokens(values, labels, np.array([f"c{i % 20}" for i in range(120)]), each)
+    clusters, images = np.array([f"c{i % 20}" for i in range(120)]), np.arange(120) // each
+    return tokens.Tokens(values, labels, clusters, images, each)
 
 
 def test_clouds_far_apart_score_near_one_and_mixed_ones_near_zero():
@@ -51,7 +52,8 @@ def test_every_fold_learns_every_label():
     labels = np.repeat(["few", "many"], [20, 40])
     clusters = np.repeat(["f1", "f2", "m1", "m2", "m3"], [10, 10, 15, 9, 16])
     values = np.random.default_rng(0).standard_normal((60, 3)) + 20.0 * (labels == "few")[:, None]
-    assert tokens.classified(tokens.Tokens(values, labels, clusters), 20, 0)["value"] == 1
+    found = tokens.classified(tokens.Tokens(values, labels, clusters, np.arange(60)), 20, 0)
+    assert found["value"] == 1
     alone = dataclasses.replace(clouds(1.0), clusters=clouds(1.0).labels)
     assert tokens.classified(alone, 20, 0) is None
 
@@ -60,6 +62,39 @@ def test_tokens_of_an_image_keep_one_label_when_labels_are_shuffled():
     shuffled = clouds(1.0, each=4).shuffled(np.random.default_rng(0)).reshape(-1, 4)
     assert (shuffled == shuffled[:, :1]).all() and len(set(shuffled[:, 0])) == 3
     assert (shuffled[:, 0] != clouds(1.0).labels[::4]).any()
+
+
+def test_images_under_every_task_stay_so_when_labels_are_shuffled():
+    """Else what tasks do not change at all would always lie outside of the shuffles' range."""
+    rng, outside = np.random.default_rng(0), 0
+    for seed in range(20):
+        values = np.tile(rng.standard_normal((12, 8)), (4, 1)) + 0.1 * rng.standard_normal((48, 8))
+        labels, images = np.repeat(list("abcd"), 12), np.tile(np.arange(12), 4)
+        every = tokens.Tokens(values, labels, images.astype(str), images)
+        shuffled = every.shuffled(rng)
+        assert all(set(shuffled[images == image]) == set("abcd") for image in range(12))
+        score = tokens.separation(every, resamples=20, seed=seed)
+        low, high = score["shuffled"]
+        outside += not low <= score["value"] <= high
+    assert outside <= 4
+    some = dataclasses.replace(every, labels=labels[:20], images=images[:20])  # eight of two labels
+    shuffled = some.shuffled(rng)
+    assert sorted(shuffled) == sorted(labels[:20])
+    assert all(len(set(shuffled[images[:20] == image])) == 2 for image in range(8))
+
+
+@pytest.mark.parametrize("settings", [{"kind": "linear", "router_hidden": None}, {"router": "constant"}])
+def test_a_connector_that_no_task_changes_has_no_picture_of_the_change(settings):
+    run = toy_run(**settings, hidden=None) if "kind" in settings else toy_run(**settings)
+    shown, labels = labelled(shown_images(toy_units(run)), "task")
+    found, points = tokens.analyse(run, shown, labels, most=40, how="pca")
+    assert list(found["views"]) == list(points) == ["before", "after", "same"]
+    (note,) = found["notes"]
+    assert note.startswith("this connector makes the same tokens under every task")
+    alike = dataclasses.replace(clouds(1.0), values=np.ones((120, 8), np.float32))
+    for how in ("pca", "tsne"):
+        places, shares = tokens.flat(alike, how, 0)
+        assert (places == 0).all() and places.shape == (120, 2) and shares is None
 
 
 def test_one_group_is_refused():

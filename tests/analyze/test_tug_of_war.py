@@ -144,6 +144,25 @@ def test_runs_on_the_same_batches_differ_by_less_than_either_varies():
     assert found["ci95"][1] - found["ci95"][0] < (high - low) / 2
 
 
+def test_pairs_of_noise_alone_are_counted_and_compared_with_nothing():
+    """Of four gradients two have a direction; the others are noise, whose square may seem below 0."""
+    rng = np.random.default_rng(4)
+    signal = np.zeros((4, 1, 30))
+    signal[:2, 0, 0] = 3.0
+    noise = rng.normal(size=(4, 6, 30))
+    noise[2:] -= 0.9 * noise[2:].mean(axis=1, keepdims=True)  # a mean of a tenth of what noise has
+    first = conflict.Measured(gram_of(signal + noise), np.eye(4), "abcd")
+    entry = first.plain()["indices"]["mean_cos_without_noise"]
+    assert entry["pairs"] == [1, 6] and entry["value"] == pytest.approx(
+        first.index("mean_cos_without_noise")
+    )
+    second = conflict.Measured(gram_of(signal + rng.normal(size=(4, 6, 30)) + 1), np.eye(4), "abcd")
+    assert second.known.all()
+    found = conflict.difference(first, second, "mean_cos_without_noise")
+    pair = conflict.cosines(second.apart)[0, 1] - conflict.cosines(first.apart)[0, 1]
+    assert found["value"] == pytest.approx(pair)
+
+
 # ---- parts of parameters ---------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["moe_mlp", "moe_linear", "mlp2x_gelu"])
 def test_every_number_is_in_one_part(kind):
@@ -165,6 +184,20 @@ def test_every_number_is_in_one_part(kind):
     for turn in turns_of(shapes, parts, 200):
         sizes = [piece.count(shapes[piece.leaf]) for _, piece in turn]
         assert sum(sizes) <= 200 or len(sizes) == 1
+
+
+def test_layers_of_a_decoder_with_experts_have_their_own_numbers():
+    """Experts are stacked over the layers that have them, other MLPs over the rest."""
+    experts = {"experts": 2, "placement": "sparse"}
+    config = tiny.config(decoder={"depth": 4}, moe=experts, lora={"targets": ("q", "v")})
+    shapes = {path: leaf.shape for path, leaf in parameters(abstract(config)).items()}
+    layers = {}
+    for part in parts_of(shapes, config):
+        if part.module == "decoder" and part.leaf.startswith("decoder/layers/"):
+            layers.setdefault(part.leaf.split("/")[2], set()).add((part.start, part.name))
+    assert layers["moe"] == {(0, "layer 0"), (1, "layer 2")}
+    assert layers["mlp"] == {(0, "layer 1"), (1, "layer 3")}
+    assert layers["attention"] == {(i, f"layer {i}") for i in range(4)}
 
 
 def test_parts_of_experts_are_the_experts(run):
@@ -416,6 +449,21 @@ def test_a_frozen_connector_is_refused(run):
     with pytest.raises(UserError, match=r"its connector does not train.*--match"):
         chosen_leaves(frozen, [])
     assert chosen_leaves(frozen, ["connector/router/*"])  # but may be named
+
+
+def test_a_task_of_few_examples_says_that_there_are_few_batches(run):
+    """And clusters are counted over the examples that are looked at."""
+    sides = sides_of(run.config, "val", 4, ["refer", "vqa"])
+    assert [side.name for side in sides] == ["vqa", "refer"]
+    few = dataclasses.replace(sides[1].unit, examples=sides[1].unit.examples[:1])
+    batches = Batches([sides[0], dataclasses.replace(sides[1], unit=few)], run, 4)
+    (note,) = batches.notes
+    assert note.startswith("1 batches in place of 4, as squares/val/refer has no more examples")
+    assert batches.clusters[1] == 1 == batches.examples[1]
+    assert batches.clusters[0] <= batches.examples[0] < len(sides[0].unit.examples)
+    assert Batches(sides, run, 4).notes == []
+    with pytest.raises(UserError, match="--task=refr is not a task; did you mean 'refer'"):
+        sides_of(run.config, "val", 4, ["refr"])
 
 
 def test_sides_are_joined_by_task_and_by_set(run):

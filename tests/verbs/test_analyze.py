@@ -1,20 +1,24 @@
 """The analyses of a run, as a person calls them: files, pictures, mistakes, and a kill."""
 
+import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import fake_brain
+from support import fake_brain, tiny
 
 from unimed_jax import main as cli
-from unimed_jax.analyze import ablation, decoder_routing, drawing
+from unimed_jax.analyze import ablation, decoder_routing, drawing, updates
 from unimed_jax.analyze.examples import held_out_units
-from unimed_jax.config import VISUAL_TASKS
+from unimed_jax.config import VISUAL_TASKS, MoeConfig, RuleConfig
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import answers
 from unimed_jax.model import sharding
+from unimed_jax.model.parameters import parameters, with_parameters
+from unimed_jax.runs.open import open_run
 
 KEYS = {"run", "step", "connector", "router", "split", "code_version", "notes"}
 
@@ -112,6 +116,21 @@ def test_an_ablation_that_was_killed_goes_on(run, monkeypatch):
         )
 
 
+def test_what_is_frozen_has_no_update(finished):
+    run = open_run(finished)
+    units = held_out_units(run.config, "val", ["cls", "identify"], limit=4)
+
+    def under(*rules):
+        train = dataclasses.replace(run.config.train, rules=(*rules, *run.config.train.rules))
+        config = dataclasses.replace(run.config, train=train)
+        return updates.analyse(dataclasses.replace(run, config=config), units, 1, 2)
+
+    found = under(RuleConfig("connector/router/*", train=False))
+    assert "connector" in found["groups"] and "router" not in found["groups"] and not found["notes"]
+    with pytest.raises(UserError, match="its connector does not train.*--steps=0"):
+        under(RuleConfig("connector/*", train=False))
+
+
 def edited(run, **connector):
     """Changes the run's settings, as a run of another kind has them."""
     settings = json.loads((run / "config.json").read_text())
@@ -147,15 +166,6 @@ def test_a_mistake_is_one_sentence(run, capsys, words, change, match):
 
 
 def test_experts_of_a_decoder_are_counted_by_group(finished):
-    import dataclasses
-
-    import jax.numpy as jnp
-    from support import tiny
-
-    from unimed_jax.config import MoeConfig
-    from unimed_jax.model.parameters import parameters, with_parameters
-    from unimed_jax.runs.open import open_run
-
     run = open_run(finished)
     settings = dataclasses.replace(run.config.model, moe=MoeConfig(experts=3))
     model = tiny.model(settings)

@@ -62,8 +62,12 @@ def without_meta_expert(model: UniMed) -> UniMed:
 
 
 def has_decoder_experts(config: Config) -> bool:
-    """Says whether a decoder has experts, of which one can be switched off."""
-    return bool(config.model.moe.numbers(config.model.decoder.depth))
+    """Says whether a decoder has experts, of which one can be switched off.
+
+    The only one cannot, as its tokens have no next choice, but for the meta expert.
+    """
+    moe = config.model.moe
+    return bool(moe.numbers(config.model.decoder.depth)) and (moe.experts > 1 or moe.meta)
 
 
 def without_each(model: UniMed, config: Config) -> dict[str, UniMed]:

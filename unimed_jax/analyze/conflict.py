@@ -83,10 +83,12 @@ def _mean_known(values: np.ndarray) -> np.ndarray:
         return np.where(known, values, 0).sum(axis=-1) / known.sum(axis=-1)
 
 
+# The index whose pairs need not all be known: those of a gradient that is noise alone are not.
+WITHOUT_NOISE = "mean_cos_without_noise"
 # Each reads the Gram matrix of mean gradients, and that of pairs of different batches only.
 INDICES: Mapping[str, Callable[[Values, Values], np.ndarray]] = {
     "mean_cos": lambda gram, apart: pairs(cosines(gram)).mean(axis=-1),
-    "mean_cos_without_noise": lambda gram, apart: _mean_known(pairs(cosines(apart))),
+    WITHOUT_NOISE: lambda gram, apart: _mean_known(pairs(cosines(apart))),
     "conflicts": lambda gram, apart: (pairs(gram) < 0).mean(axis=-1),  # arXiv 2001.06782
     "mean_magnitude": lambda gram, apart: pairs(magnitudes(gram)).mean(axis=-1),
     "spectral_entropy": lambda gram, apart: spectral_entropy(gram),
@@ -152,17 +154,30 @@ class Measured:
         """Says whether there are two gradients to compare."""
         return len(self.names) > 1
 
-    def index(self, name: str) -> float:
-        """Returns an index of INDICES; NaN if it is not defined."""
-        return float(INDICES[name](self.gram, self.apart))
+    @property
+    def known(self) -> np.ndarray:
+        """Says of which pairs the cosine without noise is known: bool [pairs]."""
+        return np.isfinite(pairs(cosines(self.apart)))
 
-    def drawn_index(self, name: str) -> np.ndarray:
+    def index(self, name: str, known: np.ndarray | None = None) -> float:
+        """Returns an index of INDICES; NaN if it is not defined.
+
+        known: the pairs that WITHOUT_NOISE is the mean of; by default those that are.
+        """
+        return float(self._index(name, self.gram, self.apart, known))
+
+    def drawn_index(self, name: str, known: np.ndarray | None = None) -> np.ndarray:
         """Returns the index of every draw; empty if there are too few batches."""
-        return INDICES[name](self._drawn, self._drawn_apart)
+        return self._index(name, self._drawn, self._drawn_apart, known)
+
+    def _index(self, name: str, gram: Values, apart: Values, known: np.ndarray | None) -> np.ndarray:
+        if name != WITHOUT_NOISE:
+            return INDICES[name](gram, apart)
+        return _mean_known(pairs(cosines(apart))[..., self.known if known is None else known])
 
     def plain(self) -> dict[str, Any]:
         """Returns what tug_of_war.json holds; null stands for what is not defined."""
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"):
             signal = np.diagonal(self.apart) / np.diagonal(self.gram)
         single = pairs((self.each < 0).mean(axis=(1, 3)))
         return {
@@ -185,13 +200,20 @@ class Measured:
 
     def _entry(self, name: str) -> dict[str, Any]:
         value, drawn = self.index(name), self.drawn_index(name)
-        return {"value": value if np.isfinite(value) else None, "ci95": interval(drawn)}
+        entry = {"value": value if np.isfinite(value) else None, "ci95": interval(drawn)}
+        if name == WITHOUT_NOISE:
+            entry["pairs"] = [int(self.known.sum()), len(self.known)]
+        return entry
 
 
 def difference(one: Measured, other: Measured, name: str) -> dict[str, Any]:
-    """Compares an index of two runs on the same batches: the other's minus the first one's."""
-    value = other.index(name) - one.index(name)
-    drawn = other.drawn_index(name) - one.drawn_index(name)
+    """Compares an index of two runs on the same batches: the other's minus the first one's.
+
+    Without noise it is taken over the pairs that are known of both.
+    """
+    known = one.known & other.known
+    value = other.index(name, known) - one.index(name, known)
+    drawn = other.drawn_index(name, known) - one.drawn_index(name, known)
     return {"value": value if np.isfinite(value) else None, "ci95": interval(drawn)}
 
 

@@ -59,10 +59,22 @@ def parts_of(shapes: Mapping[str, Sequence[int]], config: ModelConfig) -> list[P
             found.append(Part(module, f"layer {rest[0]}", path, 0, 0, shape[0]))
         elif second in ("layers", "blocks"):
             of = "LoRA" if rest[-1].startswith("lora_") else module
-            found += [Part(of, f"layer {i}", path, 0, i, 1) for i in range(shape[0])]
+            numbers = _layers_of(rest[0], config) if module == "decoder" else range(shape[0])
+            found += [Part(of, f"layer {n}", path, 0, i, 1) for i, n in enumerate(numbers)]
         else:
             found.append(Part(module, second.replace("_", " "), path, 0, 0, shape[0]))
     return found
+
+
+def _layers_of(part: str, config: ModelConfig) -> list[int]:
+    """Lists the decoder's layers over which a part of its layers is stacked.
+
+    Experts ("moe") are stacked over the layers that have them, "mlp" over the others, the rest over all.
+    """
+    every = range(config.decoder.depth)
+    with_experts = config.moe.numbers(config.decoder.depth)
+    chosen = {"moe": with_experts, "mlp": [n for n in every if n not in with_experts]}
+    return list(chosen.get(part, every))
 
 
 def groups_of(parts: Sequence[Part]) -> dict[str, list[Part]]:

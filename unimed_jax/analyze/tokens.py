@@ -8,6 +8,7 @@ from each token of each image, which is what the task changes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from unimed_jax.runs.open import Run
 BATCH = 64  # images at once
 PERMUTATIONS = 200
 FOLDS = 5  # of clusters, for the linear classifier
+ROUNDING = 1e-5  # of the largest number: what tasks change less than this is rounding
 # What is drawn and scored -> what it shows.
 VIEWS = {
     "before": "before the connector, own images",
@@ -39,7 +41,7 @@ VIEWS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Holds visual tokens of one view, with the label and the cluster of each.
+    """Holds visual tokens of one view, with the label, the cluster and the image of each.
 
     The tokens of one image under one task stand together, `each` of them.
     """
@@ -47,11 +49,28 @@ class Tokens:
     values: np.ndarray  # float32 [n, channels]
     labels: np.ndarray  # str [n]
     clusters: np.ndarray  # str [n]
+    images: np.ndarray  # int [n]: equal numbers are one image
     each: int = 1
 
+    @functools.cached_property
+    def _by_count(self) -> list[np.ndarray]:
+        """Lists the rows (of `each` tokens) of images: [images, k] for each number k of rows of one."""
+        rows: dict[int, list[int]] = {}
+        for row, image in enumerate(self.images[:: self.each].tolist()):
+            rows.setdefault(image, []).append(row)
+        counts = sorted({len(own) for own in rows.values()})
+        return [np.array([own for own in rows.values() if len(own) == k]) for k in counts]
+
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """Gives the images the labels of others: str [n]; the tokens of an image keep one label."""
-        return np.repeat(rng.permutation(self.labels[:: self.each]), self.each)
+        """Gives the images the labels of others: str [n]; the tokens of a row keep one label.
+
+        An image that stands under several labels gets as many of another one, in any order. So one
+        that stands under every task still does, and only the order within it changes.
+        """
+        labels = self.labels[:: self.each].copy()
+        for rows in self._by_count:
+            labels[rows] = rng.permuted(labels[rows][rng.permutation(len(rows))], axis=1)
+        return np.repeat(labels, self.each)
 
 
 @jax.jit
@@ -74,7 +93,7 @@ def views(run: Run, shown: Sequence[Shown], labels: Sequence[str], most: int) ->
 
     labels: of each of `shown`. Tokens are drawn at random, from as many images as possible. The view
     "same" (one token of each image, under every task) and "shift" are there only if the labels are
-    tasks.
+    tasks, and "shift" only if tasks change tokens by more than rounding.
     """
     if len(shown) > most:
         kept = np.linspace(0, len(shown) - 1, most).round().astype(int)
@@ -94,6 +113,8 @@ def views(run: Run, shown: Sequence[Shown], labels: Sequence[str], most: int) ->
     each = max(1, min(tokens, most // count))
     which = np.stack([rng.permutation(tokens)[:each] for _ in range(count)])  # [n, each]
     clusters = np.array([s.cluster for s in shown])
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(s.image for s in shown))}
+    images = np.array([numbers[s.image] for s in shown])
     out = {}
     for name, values in joined.items():
         picked = np.take_along_axis(values, which[..., None], axis=1)  # [n, each, channels]
@@ -101,6 +122,7 @@ def views(run: Run, shown: Sequence[Shown], labels: Sequence[str], most: int) ->
             picked.reshape(-1, picked.shape[-1]),
             np.repeat(np.array(labels), each),
             np.repeat(clusters, each),
+            np.repeat(images, each),
             each,
         )
     names = list(dict.fromkeys(s.unit.task for s in shown))
@@ -108,7 +130,9 @@ def views(run: Run, shown: Sequence[Shown], labels: Sequence[str], most: int) ->
         out["same"] = _same(run, shown, names, most, rng)
         values = out["same"].values.reshape(len(names), -1, out["same"].values.shape[-1])
         shifts = values - values.mean(axis=0, keepdims=True)  # [tasks, images, channels]
-        out["shift"] = dataclasses.replace(out["same"], values=shifts.reshape(out["same"].values.shape))
+        if np.abs(shifts).max() > ROUNDING * np.abs(values).max():
+            of_all = shifts.reshape(out["same"].values.shape)
+            out["shift"] = dataclasses.replace(out["same"], values=of_all)
     return out
 
 
@@ -135,7 +159,10 @@ def _same(
         values.append(tokens[np.arange(len(some)), place])
     clusters = np.array([s.cluster for s in some])
     return Tokens(
-        np.concatenate(values), np.repeat(np.array(names), len(some)), np.tile(clusters, len(names))
+        np.concatenate(values),
+        np.repeat(np.array(names), len(some)),
+        np.tile(clusters, len(names)),
+        np.tile(np.arange(len(some)), len(names)),
     )
 
 
@@ -236,8 +263,10 @@ def flat(tokens: Tokens, how: str, seed: int) -> tuple[np.ndarray, list[float] |
     """Projects tokens to two dimensions: [n, 2], and the shares of the variance shown (pca alone).
 
     how: pca (linear: distances keep their meaning) or tsne (neighbours stay neighbours, and
-    distances between groups mean nothing).
+    distances between groups mean nothing). Tokens that are all the same lie on one point.
     """
+    if (tokens.values == tokens.values[0]).all():
+        return np.zeros((len(tokens.values), 2)), None
     if how == "tsne":
         from sklearn.manifold import TSNE
 
@@ -261,6 +290,7 @@ def analyse(
     """
     resamples, seed = run.config.evaluate.bootstrap, run.config.seed
     found: dict[str, Any] = {"images": len({s.image for s in shown}), "projection": how, "views": {}}
+    found["notes"] = []
     points = {}
     for name, tokens in views(run, shown, labels, most).items():
         places, shares = flat(tokens, how, seed)
@@ -271,4 +301,6 @@ def analyse(
             "classified": classified(tokens, resamples, seed),
             "variance_shown": shares,
         }
+    if "same" in points and "shift" not in points:
+        found["notes"] = [f"this connector makes the same tokens under every task: no {VIEWS['shift']}"]
     return found, points

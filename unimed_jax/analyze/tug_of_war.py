@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from unimed_jax import processes
 from unimed_jax.analyze.conflict import Measured
+from unimed_jax.analyze.examples import held_out_units
 from unimed_jax.analyze.parts import Part, groups_of, matching, parts_of
-from unimed_jax.config import Config
+from unimed_jax.config import VISUAL_TASKS, Config
 from unimed_jax.data.layout import Batch
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.answers import Journal
 from unimed_jax.evaluate.run import fingerprint_of
-from unimed_jax.evaluate.tasks import Unit, open_sets, units_of
+from unimed_jax.evaluate.tasks import Unit
 from unimed_jax.memory import available_bytes
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters, with_parameters
@@ -89,17 +90,21 @@ def analyse(
     batches: int,
     planted: bool = False,
     partial: Path | None = None,
+    tasks: Sequence[str] = (),
 ) -> Analysis:
     """Measures a run; call it inside the run's mesh.
 
-    planted: also measure the first task beside itself, beside itself with its loss negated, and with
-    its loss times ten. Cosines must be 1, -1, 1, and magnitude similarities 1, 1, 20 / 101.
+    tasks: only these (all by default). planted: also measure a task, the first with images if there is
+    one, beside itself, beside itself with its loss negated, and with its loss times ten. Cosines must
+    be 1, -1, 1, and magnitude similarities 1, 1, 20 / 101.
     partial: folder in which each pass is kept, so that a killed analysis goes on after the last one.
     """
-    sides = sides_of(run.config, split, batches)
+    sides = sides_of(run.config, split, batches, tasks)
     if planted:
+        # texts alone do not touch the connector
+        first = next((side for side in sides if side.unit.task in VISUAL_TASKS), sides[0])
         sides += [
-            Side(f"{sides[0].name} {word}", sides[0].unit, factor, planted=True)
+            Side(f"{first.name} {word}", first.unit, factor, planted=True)
             for word, factor in (("again", 1.0), ("negated", -1.0), ("x 10", 10.0))
         ]
     chosen = chosen_leaves(run, matches)
@@ -120,8 +125,12 @@ def analyse(
             for side, count in zip(sides, rows.examples, strict=True)
             if not side.planted
         },
-        "clusters": {side.name: _clusters(side.unit) for side in sides if not side.planted},
-        "notes": list(run.notes),
+        "clusters": {
+            side.name: count
+            for side, count in zip(sides, rows.clusters, strict=True)
+            if not side.planted
+        },
+        "notes": [*run.notes, *rows.notes],
         "batches": rows.fingerprint,  # runs with the same one were measured on the same examples
     }
     return Analysis(about, kinds)
@@ -136,19 +145,14 @@ def _journal(run: Run, batches: "Batches", partial: Path) -> Journal:
     return Journal(partial, name, f"{name}.jsonl", Products)
 
 
-def _clusters(unit: Unit) -> int:
-    return len({example.cluster or example.id for example in unit.examples})
-
-
 # ---- what is compared ------------------------------------------------------------------------------
-def sides_of(config: Config, split: str, batches: int) -> list[Side]:
-    """Lists each task of each data set that has held-out examples.
+def sides_of(config: Config, split: str, batches: int, tasks: Sequence[str] = ()) -> list[Side]:
+    """Lists each task of each data set that has held-out examples; tasks: only these.
 
     Raises UserError if there are fewer than two.
     """
     limit = batches * config.data.rows * EXAMPLES_OF_A_ROW
-    evaluate = dataclasses.replace(config.evaluate, entries=(), splits=(split,), limit=limit)
-    units = units_of(dataclasses.replace(config, evaluate=evaluate), open_sets(config.held_out))[0]
+    units = held_out_units(config, split, tasks, limit)
     if len(units) < 2:
         names = ", ".join(unit.name for unit in units)
         raise UserError(
@@ -176,7 +180,8 @@ def joins(sides: Sequence[Side]) -> Iterator[tuple[str, list[str], np.ndarray]]:
             rows = np.stack([each[[i for i in real if of[i] == label]].mean(axis=0) for label in labels])
             yield kind, labels, rows
     if len(real) < len(sides):
-        shown = [0, *range(len(real), len(sides))]
+        copied = sides[len(real)].unit
+        shown = [next(i for i in real if sides[i].unit is copied), *range(len(real), len(sides))]
         yield "planted", [sides[i].name for i in shown], each[shown]
 
 
@@ -227,7 +232,12 @@ class Batches:
                 )
             if skipped := len(units[name].examples) - len(each.numbers):
                 processes.say(f"{name}: {skipped} examples fit into no row and are left out")
-        self.count = min(batches, *(len(each.numbers) for each in held_out.values()))
+        fewest = min(held_out, key=lambda name: len(held_out[name].numbers))
+        self.count = min(batches, len(held_out[fewest].numbers))
+        self.notes = [
+            f"{self.count} batches in place of {batches}, as {fewest} has no more examples; for more, "
+            "leave it out (--task) or choose another --split"
+        ] * (self.count < batches)
         dealt = {
             name: [each.plan(each.numbers[i :: self.count])[: data.rows] for i in range(self.count)]
             for name, each in held_out.items()
@@ -245,6 +255,16 @@ class Batches:
     def examples(self) -> list[int]:
         """Counts the examples of each side."""
         return [sum(map(len, sum(self._dealt[side.unit.name], []))) for side in self.sides]
+
+    @property
+    def clusters(self) -> list[int]:
+        """Counts the clusters, such as patients, that the examples of each side come from."""
+        found = []
+        for name in (side.unit.name for side in self.sides):
+            examples = self._held_out[name].unit.examples
+            used = [examples[i] for rows in self._dealt[name] for row in rows for i in row]
+            found.append(len({example.cluster or example.id for example in used}))
+        return found
 
     @property
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unimed_jax.analyze.conflict import INDICES, Measured, difference
+from unimed_jax.analyze.conflict import INDICES, WITHOUT_NOISE, Measured, difference
 from unimed_jax.analyze.drawing import heat
 from unimed_jax.analyze.tug_of_war import Analysis
 from unimed_jax.evaluate.report.markdown import markdown_table
@@ -17,7 +17,7 @@ from unimed_jax.verdicts import number, with_interval
 BARS = 24  # groups of parameters that the picture shows
 TITLES = {
     "mean_cos": "mean cosine",
-    "mean_cos_without_noise": "mean cosine without noise",
+    WITHOUT_NOISE: "mean cosine without noise",
     "conflicts": "share of pairs in conflict",
     "mean_magnitude": "mean magnitude similarity",
     "spectral_entropy": "spectral entropy, nats",
@@ -121,7 +121,11 @@ def _about(label: str, run: Analysis) -> str:
 def _cells(measured: Measured) -> list[str]:
     plain = measured.plain()
     single = plain["conflicts_of_single_batches"]
-    return [*(with_interval(plain["indices"][name]) for name in TITLES), number(single)]
+    cells = {name: with_interval(plain["indices"][name]) for name in TITLES}
+    known, every = plain["indices"][WITHOUT_NOISE]["pairs"]
+    if known < every:
+        cells[WITHOUT_NOISE] += f" ({known} of {every} pairs)"
+    return [*cells.values(), number(single)]
 
 
 def _pairs(measured: Measured) -> list[tuple[str, ...]]:

@@ -35,11 +35,11 @@ WHOLE = "connector"  # the group of all its parts
 
 
 def analyse(run: Run, units: Sequence[Unit], steps: int, repeats: int) -> dict[str, Any]:
-    """Measures the updates of each unit in each part of the connector.
+    """Measures the updates of each unit in each part of the connector that trains.
 
-    Returned: "names" of the units, "steps", "repeats", and "groups" part -> what `similarity` says
-    of its updates. Raises UserError if less than two units have an image, or if one has too few
-    examples.
+    Returned: "names" of the units, "steps", "repeats", "groups" part -> what `similarity` says of its
+    updates, and "notes". Raises UserError if less than two units have an image, if one has too few
+    examples, or if nothing trains.
     """
     units = [unit for unit in units if any(example.images for example in unit.examples)]
     if len(units) < 2:
@@ -49,14 +49,28 @@ def analyse(run: Run, units: Sequence[Unit], steps: int, repeats: int) -> dict[s
             "tasks, so choose another --split, or leave them out with --steps=0."
         )
     config = run.config
-    leaves = {path: x for path, x in parameters(run.model).items() if path.startswith("connector/")}
+    every = parameters(run.model)
+    rules = leaf_rules(every, config.train, config.optimizer)
+    leaves = {
+        path: leaf for path, leaf in every.items() if path.startswith("connector/") and rules[path].train
+    }
+    if not leaves:
+        raise UserError(
+            f"{run.folder}: its connector does not train, so that no task updates it; leave updates out "
+            "with --steps=0."
+        )
     copies = len(units) * repeats
     refuse_too_large(
         4.0 * copies * sum(leaf.size for leaf in leaves.values()),
         f"keeping {copies} updates of the connector",
         "--repeats",
     )
-    held_out = [HeldOut(unit, config, run.tokenizer) for unit in units]
+    held_out = [HeldOut(unit, config, run.tokenizer, skip_long=True) for unit in units]
+    notes = [
+        f"{each.unit.name}: {left_out} examples fit into no row of this run and are left out of updates"
+        for each in held_out
+        if (left_out := len(each.unit.examples) - len(each.numbers))
+    ]
     dealt = [dealt_out(each, config.data.rows, steps, repeats) for each in held_out]
     trainer = _Trainer(run, leaves)
     found: dict[str, list[jax.Array]] = {path: [] for path in leaves}
@@ -87,6 +101,7 @@ def analyse(run: Run, units: Sequence[Unit], steps: int, repeats: int) -> dict[s
         "steps": steps,
         "repeats": repeats,
         "groups": {name: similarity(gram, config.seed) for name, gram in groups.items()},
+        "notes": notes,
     }
 
 

@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> None:
         measured = expert_weights.analyse(found, shown_images(units))
         changes = updates.analyse(found, units, known.steps, known.repeats) if known.steps else None
     content = {**drawing.about(found, known.split), **measured, "updates": changes}
-    content["notes"] = [*found.notes, *measured["notes"]]
+    content["notes"] = [*found.notes, *measured["notes"], *(changes["notes"] if changes else ())]
     drawing.write(
         out,
         "experts",

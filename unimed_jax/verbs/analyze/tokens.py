@@ -31,6 +31,7 @@ def run(arguments: list[str]) -> None:
     with found.inside():
         measured, points = tokens.analyse(found, shown, labels, known.tokens, known.projection)
     content = {**drawing.about(found, known.split), "by": known.by, **measured}
+    content["notes"] = [*found.notes, *measured["notes"]]
     drawing.write(
         out,
         "tokens",

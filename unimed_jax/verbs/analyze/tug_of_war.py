@@ -28,6 +28,9 @@ def run(arguments: list[str]) -> None:
     )
     options.add_argument("--split", default="val", help="whose examples are used (default: val)")
     options.add_argument(
+        "--task", action="append", default=[], help="only this task; may be repeated (default: all)"
+    )
+    options.add_argument(
         "--match",
         action="append",
         default=[],
@@ -37,7 +40,7 @@ def run(arguments: list[str]) -> None:
     options.add_argument(
         "--planted",
         action="store_true",
-        help="beside the first task, show that task again, negated, and times ten, as a check",
+        help="show a task beside itself, beside itself negated, and times ten, as a check",
     )
     options.add_argument(
         "--out", help=f"folder of the files (default: {FOLDER}/ in the first run's folder)"
@@ -76,7 +79,13 @@ def run(arguments: list[str]) -> None:
                 opened = open_run(folder, which=one)
                 with opened.inside():
                     one_run = analyse(
-                        opened, known.split, known.match, known.batches, known.planted, partial
+                        opened,
+                        known.split,
+                        known.match,
+                        known.batches,
+                        known.planted,
+                        partial,
+                        known.task,
                     )
                 found.append(one_run)
     drawing.write(out, "tug_of_war", content(found), page(found), lambda path: draw(path, found))
