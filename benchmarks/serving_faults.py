@@ -124,7 +124,7 @@ def faults(limits: Mapping[str, int]) -> dict[str, Fault]:
         "a part of another type": (CHAT, said([{"type": "input_audio"}]), 400, "send text or image_url"),
         "a part without a type": (CHAT, said([{}]), 400, "'type' of part 0 of message 0 is missing"),
         "a tool": (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "use system, user"),
-        "out of turn": (CHAT, {"messages": said("a")["messages"] * 2}, 400, "out of turn"),
+        "out of turn": (CHAT, {"messages": said("a", "b")["messages"][1:]}, 400, "out of turn"),
         "an answer last": (CHAT, said("a", "b"), 400, "must end with one of the role 'user'"),
         "an image of the assistant": (
             CHAT,

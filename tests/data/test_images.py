@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from support.picture_files import png, tiff
 
-from unimed_jax.config import VisionConfig
+from unimed_jax.config import ImageConfig, VisionConfig
 from unimed_jax.data import fitting, images
 from unimed_jax.errors import UserError
 
@@ -471,3 +471,17 @@ def test_strips_fit_in_bounded_memory(shape, monkeypatch):
     padded = fitting.fit(strip, "pad", VISION)
     middle, edge = (padded[16], padded[0]) if shape[0] < shape[1] else (padded[:, 16], padded[:, 0])
     assert middle.mean() > edge.mean() + 3 and edge.std(0).max() == 0
+
+
+def test_a_tiff_of_too_many_pages_is_refused_before_they_are_counted(tmp_path, monkeypatch):
+    """Pillow needs longer for each page than for the one before: 32,000 of them took 19 seconds."""
+    pages = [Image.fromarray(np.full((4, 5), value, np.uint8)) for value in range(6)]
+    file = tmp_path / "film.tif"
+    pages[0].save(file, save_all=True, append_images=pages[1:])
+    assert (images.read_image(file) == 0).all()
+    assert (images.read_image(file, ImageConfig(frame=5)) == 5).all()
+    monkeypatch.setattr(images, "MOST_PAGES", 5)
+    with pytest.raises(UserError, match="more than 5 pages"):
+        images.read_image(file, ImageConfig(frame=5))
+    monkeypatch.setattr(images, "MOST_PAGES", 6)
+    assert (images.read_image(file, ImageConfig(frame="last")) == 5).all()

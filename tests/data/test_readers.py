@@ -186,6 +186,11 @@ def test_medmnist_streams_any_set_and_names_several_labels(tmp_path):
     for row, example in zip(labels, chest.examples("train"), strict=True):
         named = [name for name, there in zip(medmnist.CLASSES["chestmnist"], row, strict=True) if there]
         assert example.answer == (", ".join(named) or "no finding")
+    # labels of pictures that are not there
+    some = {name: array[1:] if name == "val_images" else array for name, array in stored.items()}
+    np.savez(tmp_path / "set/dermamnist.npz", **some)
+    with pytest.raises(UserError, match="val has [0-9]+ labels but [0-9]+ images; get it again"):
+        opened(tmp_path / "set", "medmnist", id="few", options={"name": "dermamnist", "size": 28})
     with pytest.raises(UserError, match="option name='dermanist' of medmnist is none of 'pathmnist'"):
         opened(tmp_path / "set", "medmnist", options={"name": "dermanist"})
 

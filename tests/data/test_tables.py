@@ -15,6 +15,7 @@ from unimed_jax.data.twins import write_twin
 from unimed_jax.errors import UserError
 
 TRAIN = "data/train-0000{}-of-00002.parquet"
+SUMMED = "data/train-{:05d}-of-00002-{:x}0123456789abcde.parquet"  # as older sets of the hub
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,7 @@ def test_every_form_of_the_folder_gives_the_same_rows(folder, tmp_path):
             "converted",
             {"default/train/0000.parquet": tables[0], "default/train/0001.parquet": tables[1]},
         ),
+        "summed": place("summed", {SUMMED.format(n, 15 - n): tables[n] for n in (0, 1)}),
         "flat": place("flat", {"train.parquet": tables[0], "validation-00000-of-00001.parquet": test}),
         "split": place("split", {"train/0000.parquet": tables[0], "test/0000.parquet": test}),
     }
@@ -80,6 +82,10 @@ def test_every_form_of_the_folder_gives_the_same_rows(folder, tmp_path):
         assert found == expected[: len(found)] and len(found) in (len(expected), whole.metadata.num_rows)
         assert bool(parquet_files(form, "val")) == (name == "flat")
     assert len(parquet_files(forms["converted"], "train")) == 2
+    assert len(parquet_files(forms["summed"], "train")) == 2
+    (forms["summed"] / SUMMED.format(0, 15)).unlink()
+    with pytest.raises(UserError, match="shard 0 of 2 is missing beside train-00001-of-00002-e0123"):
+        parquet_files(forms["summed"], "train")
     os.symlink(blobs / "2", forms["cache"] / "data/test-00000-of-00001.parquet")
     assert opened(forms["cache"], "vqa_rad").checksum == opened(folder, "vqa_rad").checksum
 

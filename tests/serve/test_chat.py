@@ -1,6 +1,9 @@
 """OpenAI's client as it is: whole and streamed answers are the engine's, whoever asks beside it."""
 
 import asyncio
+import contextlib
+import dataclasses
+import itertools
 import threading
 import time
 from types import SimpleNamespace
@@ -12,7 +15,10 @@ from serve.conftest import NEW, square, url
 from starlette.requests import ClientDisconnect
 
 from unimed_jax.predict.request import Request
+from unimed_jax.serve.engine_thread import EngineThread
 from unimed_jax.serve.events import Events
+from unimed_jax.serve.limits import Refused
+from unimed_jax.serve.question import Sampling, question_of
 
 BOX = "{<10><10><60><60>}"
 TEXTS = {
@@ -251,3 +257,59 @@ def test_pixels_are_seen_as_they_were_sent(live, client):
     wide = np.random.default_rng(0).integers(0, 256, (20, 44, 3)).astype(np.uint8)
     answer = client.chat.completions.create(model="squares", messages=[user("What is it?", wide)])
     assert said(answer) == live.expected([Request("vqa", "What is it?", (wide,))])[0]
+
+
+def test_messages_in_other_forms_that_the_api_allows(live):
+    """A long system message is not read, two of 'user' are one turn, top_p is for draws."""
+
+    def said(messages, **more):
+        return live.post("/v1/chat/completions", {"messages": messages, **more})[2]
+
+    user = {"role": "user", "content": "a\nb"}
+    expected = said([user])["choices"][0]["message"]["content"]
+    apart = [{"role": "user", "content": word} for word in "ab"]
+    for messages, more in (
+        ([{"role": "system", "content": "be brief " * 2000}, user], {}),
+        (apart, {}),
+        ([user], {"temperature": 0, "top_p": 0.9}),
+        ([user], {"top_k": -1, "ignore_eos": False, "repetition_penalty": 1.0}),
+    ):
+        assert said(messages, **more)["choices"][0]["message"]["content"] == expected
+    for more in ({"temperature": 1, "top_p": 0.9}, {"top_k": 3}, {"web_search_options": {}}):
+        assert next(iter(set(more) - {"temperature"})) in said([user], **more)["error"]["message"]
+
+
+def test_a_question_that_the_model_would_cut_is_refused(live):
+    """A model of `fidelity="paper"` reads the first words alone: two questions would be one."""
+    text = dataclasses.replace(live.run.config.text, max_words=50)
+    config = dataclasses.replace(live.run.config, text=text)
+    sampling = Sampling(4, 0.0, 0)
+    words = " ".join(["word"] * 49)
+    for turns, question, cut in (
+        ([], words, False),
+        ([], f"{words} and more", True),
+        ([(f"{words} and more", "yes")], "why?", True),
+    ):
+        with contextlib.ExitStack() as stack:
+            if cut:
+                stack.enter_context(pytest.raises(Refused, match="first 50 words of a question"))
+            question_of(config, live.service.limits, "qa", question, [], turns, sampling)
+            question_of(live.run.config, live.service.limits, "qa", question, [], turns, sampling)
+    question_of(live.run.config, live.service.limits, "qa", f"{words} and more", [], [], sampling)
+
+
+def test_who_leaves_late_cancels_nobody_elses_answer():
+    """After an engine has failed the next one counts from 0 again."""
+
+    class Fails:
+        sizes, idle, numbers = None, True, itertools.count()
+
+        def cancel(self, number):
+            raise AssertionError("another answer was cancelled")
+
+    thread = EngineThread(Fails)
+    one, other = SimpleNamespace(number=0), SimpleNamespace(number=0)
+    thread._answers[0] = other
+    thread.forget(one)
+    assert thread._answers == {0: other}
+    thread.close()

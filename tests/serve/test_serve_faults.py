@@ -133,25 +133,43 @@ def test_browsers_of_other_sites_are_kept_out(live, headers, status, words):
     assert found == status and words in json.dumps(content)
 
 
+def status_of(app, path, method="GET", **headers):
+    """What an application answers, without a server."""
+    given = [(name.encode(), words.encode("latin-1")) for name, words in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "headers": given, "query_string": b""}
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"]
+
+
+def test_a_page_behind_a_proxy_is_served_under_the_names_that_were_given(live):
+    """Whether the proxy keeps the name that the browser asked for, or sends its own."""
+    names, origin = names_of("127.0.0.1", "127.0.0.1"), "https://unimed.hospital"
+    behind = application(live.service, names, origins=[origin])
+    for app, expected in ((behind, 415), (application(live.service, names), None)):
+        for host in ("127.0.0.1:8000", "unimed.hospital"):
+            found = status_of(app, TASKS, "POST", host=host, origin=origin)
+            assert found == expected or expected is None and found in (403, 421)
+    for other in ("http://unimed.hospital", "https://unimed.hospital.evil.example"):
+        assert status_of(behind, TASKS, "POST", host="127.0.0.1:8000", origin=other) == 403
+    assert status_of(behind, "/health", host="evil.example") == 421
+
+
 def test_a_token_is_asked_for_where_it_is_set(live):
     """The guard by itself, which no request passes without the token."""
 
     app = application(live.service, names_of("0.0.0.0", "0.0.0.0"), token="s3cret-s3cret-s3cret")
 
     def status(path, authorization=None, method="GET"):
-        headers = [(b"host", b"any")]
-        headers += [(b"authorization", authorization.encode("latin-1"))] if authorization else []
-        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
-        sent = []
-
-        async def receive():
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        async def send(message):
-            sent.append(message)
-
-        asyncio.run(app(scope, receive, send))
-        return sent[0]["status"]
+        headers = {"authorization": authorization} if authorization else {}
+        return status_of(app, path, method, host="any", **headers)
 
     for path in ("/v1/models", "/metrics", "/v1/tasks"):
         assert status(path) == status(path, "Bearer wrong") == status(path, "Bearer é") == 401

@@ -109,6 +109,12 @@ def shorten(words: str, text: TextConfig) -> str:
     return collapse(words) if text.max_words is None else cut_words(words, text.max_words)
 
 
+def is_cut(question: str, has_image: bool, task: str, text: TextConfig) -> bool:
+    """Says whether a model with these settings reads a part of a question only (`text.max_words`)."""
+    whole = question if has_image else f"{TAGS.get(task)} {question}"
+    return shorten(whole, text) != shorten(whole, dataclasses.replace(text, max_words=len(whole) + 1))
+
+
 def answer_text(example: Example, text: TextConfig) -> str:
     """Returns the answer as training and scores use it.
 

@@ -34,6 +34,7 @@ MOST_FILE = 1 << 30  # bytes of a picture's file that are copied into a data set
 # Formats with several frames to choose from; those of a JPEG are previews.
 FILMS = ("TIFF", "GIF", "WEBP", "PNG")
 PLAIN = ImageConfig()  # how pictures are read where nothing is set
+MOST_PAGES = 4096  # of a TIFF
 _COMPOSED = 1 << 30  # pixels that are decoded at most to reach a frame which builds on those before it
 _ADVICE = "give a whole PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, PNM or DICOM file"
 _BLOCK = 1 << 20  # pixels that change their mode at once
@@ -205,8 +206,20 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _frames(image: Image.Image) -> int:
-    """Returns the number of frames or pages that a source may choose from."""
-    return getattr(image, "n_frames", 1) if image.format in FILMS else 1
+    """Returns the number of frames or pages that a source may choose from.
+
+    Raises UserError for a TIFF with more than `MOST_PAGES`, in which each takes longer to find than
+    the one before.
+    """
+    if image.format != "TIFF":
+        return getattr(image, "n_frames", 1) if image.format in FILMS else 1
+    for number in range(1, MOST_PAGES + 1):
+        try:
+            image.seek(number)
+        except EOFError:
+            image.seek(0)
+            return number
+    raise UserError(f"it has more than {MOST_PAGES} pages, the most that are read; cut it into several.")
 
 
 def _show(image: Image.Image, view: ImageConfig, name: str) -> None:

@@ -110,6 +110,12 @@ def without_letters(options: Options) -> Options:
     return bare if all(bare[letter] != options[letter] for letter in options) else options
 
 
+def _has_gap(letters: Sequence[str]) -> bool:
+    """Says whether letters are A, B, C ... in their order, some of them left out."""
+    places = [LETTERS.index(letter) if letter in LETTERS else -1 for letter in letters]
+    return -1 not in places and places == sorted(places) and places != list(range(len(places)))
+
+
 def right_letter(
     options: Options, answer: Any, where: str, form: str = "auto", first: int = 0
 ) -> tuple[str, str]:
@@ -140,8 +146,12 @@ def right_letter(
         at = int(text) - first
         if int(text) < 0:
             return "", f"it has no answer ({text})"
-        if 0 <= at < len(letters):
-            found["index"] = letters[at]
+        # an index counts the options that were left out, too
+        given = LETTERS[: LETTERS.index(letters[-1]) + 1] if _has_gap(letters) else letters
+        if 0 <= at < len(given):
+            if given[at] not in options:
+                return "", f"its right option, {given[at]}, is empty"
+            found["index"] = given[at]
         elif not found:
             raise UserError(
                 f"{where}: answer {text} is none of {first} to {first + len(letters) - 1}, by which its "

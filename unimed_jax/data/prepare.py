@@ -446,9 +446,13 @@ def _check_ids(hashes: np.ndarray, place: Path, info: Info) -> None:
     doubled = values[counts > 1]
     if not len(doubled):
         return
-    first = int(np.nonzero(hashes == doubled[0])[0][0])
-    shard = place / f"examples-{first // SHARD_RECORDS:05d}.array_record"
-    name = unpack(ArrayRecordReader(str(shard)).read([first % SHARD_RECORDS])[0]).id
+    number = int(np.nonzero(hashes == doubled[0])[0][0])
+    for shard in sorted(place.glob("examples-*.array_record")):
+        reader = ArrayRecordReader(str(shard))
+        if number < reader.num_records():
+            break
+        number -= reader.num_records()
+    name = unpack(reader.read([number])[0]).id
     raise UserError(
         f"data set {info.name}: id {name!r} stands twice ({len(doubled)} ids do); its reader must "
         "give each example an id of its own, over all splits."

@@ -24,13 +24,16 @@ LARGEST = 8 << 30  # bytes of a file of records; the largest public ones have on
 FORM = "give a list of records, or one record a line"
 
 
-def records(file: Path, form: str = FORM, spellings: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
+def records(
+    file: Path, form: str = FORM, spellings: Sequence[str] = (), any_key: bool = False
+) -> Iterator[tuple[str, Record]]:
     """Yields the records of a .json, .jsonl, .csv, .tsv or .parquet file, the texts also as .gz.
 
     Before each record come the words that name it in errors. JSON is a list of objects or, whatever
     the file's ending, one object a line. form: how the file should look, for errors. spellings: of
-    one key, that occur side by side. Raises UserError if the file cannot be read or is something
-    else, or if a key of a record looks like a misspelling of one that others have.
+    one key, that occur side by side. any_key: keys are words of the data. Raises UserError if the file
+    cannot be read or is something else, or if a key of a record looks like a misspelling of one that
+    others have, unless any_key.
     """
     if file.suffix == ".parquet":
         yield from parquet_rows(file)
@@ -58,7 +61,7 @@ def records(file: Path, form: str = FORM, spellings: Sequence[str] = ()) -> Iter
             raise UserError(f"{where} is no object, so this is not a list of records; {form}.")
         for key in [key for key in record if key not in seen]:
             other = misspelt(key, [known for known in seen if known not in record])
-            if other and key not in spellings:
+            if other and key not in spellings and not any_key:
                 raise UserError(f"{where}: key {key!r} is unknown; did you mean {other!r}?")
             seen[key] = None
         yield where, record
@@ -296,7 +299,8 @@ def labelled_boxes(file: Path) -> Iterator[tuple[str, str, tuple[int, int, int, 
 
     The file holds [{label: [x, y, width, height]}, ...]; a box is x1, y1, x2, y2 in pixels.
     """
-    for where, record in records(file, "give a list of {label: [x, y, width, height]}"):
+    form = "give a list of {label: [x, y, width, height]}"
+    for where, record in records(file, form, any_key=True):
         for label, sides in record.items():
             if (
                 not isinstance(sides, list)

@@ -1,5 +1,6 @@
 """Selects what the settings take from a data set, by task, template, meta and made splits."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -121,7 +122,8 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
 def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, np.ndarray]:
     """Returns split -> example numbers, int32.
 
-    What a made split takes leaves its origin, unless that is made too.
+    What a made split takes leaves its origin, unless that is made too. Raises UserError for a rule that
+    cannot be followed, and for two made splits that share an example.
     """
     numbers = {split: np.arange(*store.rows(split), dtype=np.int32) for split in store.splits}
     made: dict[str, np.ndarray] = {}
@@ -144,6 +146,13 @@ def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, n
             raise UserError(f"{where}: rule {rule!r} leaves it empty; widen it.")
         made[name] = rows[inside]
         taken[origin] = taken.get(origin, np.zeros(len(rows), bool)) | inside
+    for one, two in itertools.combinations(made, 2):
+        if shared := len(np.intersect1d(made[one], made[two])):
+            raise UserError(
+                f"config.data.sources: data set {id!r}: splits {one!r} ({rules[one]!r}) and {two!r} "
+                f"({rules[two]!r}) share {shared} examples; let their shares not overlap, and both go "
+                "by the same (by cluster, or not)."
+            )
     for origin, gone in taken.items():
         if origin not in made:
             numbers[origin] = numbers[origin][~gone]

@@ -1,7 +1,8 @@
 """Finds and reads parquet tables, the form in which the Hugging Face hub keeps data sets.
 
-A split lies in `data/<split>-00000-of-00002.parquet` and so on, or, as the hub itself converts sets,
-in `<split>/0000.parquet`. Only tables are read: a loading script beside them is never run.
+A split lies in `data/<split>-00000-of-00002.parquet` and so on, of older sets with a checksum at the
+end of each name (`-e9adadb4799f44d3`), or, as the hub itself converts sets, in
+`<split>/0000.parquet`. Only tables are read: a loading script beside them is never run.
 """
 
 import re
@@ -20,7 +21,7 @@ SPELT = {
     "test": ("test", "testing"),
 }
 ROWS = 16  # that are decoded at once; a row may hold a picture of many MB
-_SHARD = re.compile(r"(?P<name>.*?)-?(?P<number>\d{4,5})(-of-(?P<count>\d{4,5}))?")
+_SHARD = re.compile(r"(?P<name>.*?)-?(?P<number>\d{4,5})(-of-(?P<count>\d{4,5})(-[0-9a-f]{8,})?)?")
 
 
 def rows(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

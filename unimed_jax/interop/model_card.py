@@ -77,16 +77,19 @@ def model_card(
     connector = f"`{m.connector.kind}`"
     if m.connector.is_moe:
         connector += f" with {m.connector.experts} experts and a {m.connector.router} router"
-    tasks = [f"| `{task}` | {asked} | {answer} |" for task, (asked, answer) in ASKED.items()]
+    trained = _trained(config, passports)
+    tasks = [f"| `{task}` | {' | '.join(ASKED[task])} |" for task in ASKED if task in trained]
+    others = ", ".join(f"`{task}`" for task in ASKED if task not in trained)
+    lacking = f"\n\nNot trained, so that answers mean nothing: {others}." if others else ""
     parts = [
         header,
         f"# {config.name or 'UniMed model'}",
         "**Research software, not a medical device.** Not for diagnosis, treatment or any clinical "
         "decision.",
-        f"A medical vision-language model of {size / 1e6:.1f} million parameters that answers six "
-        f"kinds of questions: a vision transformer ({m.vision.image_size} pixels, {m.vision.depth} "
-        f"blocks of width {m.vision.width}), a connector ({connector}; Uni-Med, arXiv 2409.17508) "
-        f"that makes {m.tokens_per_image} visual tokens of an image, and a language decoder "
+        f"A medical vision-language model of {size / 1e6:.1f} million parameters that answers "
+        f"{len(tasks)} kind{'s' * (len(tasks) > 1)} of questions: a vision transformer "
+        f"({m.vision.image_size} pixels, {m.vision.depth} blocks of width {m.vision.width}), a connector "
+        f"({connector}; Uni-Med, arXiv 2409.17508) that makes {m.tokens_per_image} visual tokens of an image, and a language decoder "
         f"({m.decoder.depth} layers of width {m.decoder.width}). Trained and exported with "
         "unimed_jax; adapters, if there were any, are merged.",
         f"## How to ask\n\n{USAGE}\n\n"
@@ -96,7 +99,7 @@ def model_card(
         "the evaluation and decoding is greedy; `model.answers` takes several questions at "
         "once. `unimed_jax` opens the folder as it opens a run, for its own commands:\n\n"
         f"{COMMANDS}\n\n"
-        "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks),
+        "| task | text | answer |\n| --- | --- | --- |\n" + "\n".join(tasks) + lacking,
         "## Base weights\n\n"
         + ("\n".join(bases) if bases else "None: every parameter was trained from random numbers."),
         f"## Data\n\n{_data(config, metrics, passports)}{_states(inputs or {})}",
@@ -134,6 +137,15 @@ def passports_of(config: Config) -> dict[str, Info]:
         with contextlib.suppress(UserError):
             info = described(reader_of(source.name).INFO, Path(folder) if folder else None, source.info)
             found.setdefault(source.name, info)
+    return found
+
+
+def _trained(config: Config, passports: Mapping[str, Info] | None) -> set[str]:
+    """Names the tasks of the training sources; all of them, if a source names none and is not known."""
+    found: set[str] = set()
+    for source in config.data.sources:
+        known = (passports or {}).get(source.name)
+        found |= set(source.tasks or (known.tasks if known else ASKED))
     return found
 
 

@@ -38,11 +38,13 @@ HEADERS = {
 PAGE_TYPES = (".html", ".css", ".js", ".svg", ".png", ".ico", ".woff2")
 
 
-def application(service: Service, hosts: Sequence[str] = (), token: str = "") -> Starlette:
+def application(
+    service: Service, hosts: Sequence[str] = (), token: str = "", origins: Sequence[str] = ()
+) -> Starlette:
     """Makes the application.
 
     hosts: the names by which clients may call it, any if there are none; token: which they must send,
-    if it is not empty.
+    if it is not empty; origins: of the page behind a proxy, such as "https://unimed.hospital".
     """
     page = page_files()
 
@@ -81,7 +83,8 @@ def application(service: Service, hosts: Sequence[str] = (), token: str = "") ->
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a path is written in one way
-    app.add_middleware(Guard, service=service, hosts=tuple(hosts), token=token)
+    names = [*hosts, *(_name_of(origin.partition("://")[2]) for origin in origins)] if hosts else []
+    app.add_middleware(Guard, service=service, hosts=names, token=token, origins=frozenset(origins))
     app.state.service = service
     return app
 
@@ -89,8 +92,16 @@ def application(service: Service, hosts: Sequence[str] = (), token: str = "") ->
 class Guard:
     """Looks at the headers of each request, adds those of security to each response, and counts it."""
 
-    def __init__(self, app: ASGIApp, service: Service, hosts: Sequence[str], token: str):
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        hosts: Sequence[str],
+        token: str,
+        origins: frozenset[str] = frozenset(),
+    ):
         self._app, self._service, self._hosts, self._token = app, service, hosts, token.encode()
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -154,8 +165,8 @@ class Guard:
             )
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
-            foreign = origin is not None and origin.partition("://")[2] != host
-            if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            ours = origin is None or origin in self._origins or origin.partition("://")[2] == host
+            if not ours or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
                 raise Refused(
                     403,
                     "a page of another site cannot use this server; open the server's own page.",

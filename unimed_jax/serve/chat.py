@@ -37,6 +37,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "store": (False,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "repetition_penalty": (1,),
+    "web_search_options": (),
 }
 
 
@@ -93,7 +99,8 @@ def understood(service: Service, body: Any) -> Chat:
         if fields.has(name) and fields.get(name) not in harmless:
             raise wrong(f"{name!r} is not supported; leave it out.", "unsupported_field")
     top_p = fields.number("top_p", 0, 1)
-    if top_p not in (None, 1.0, service.config.evaluate.top_p):
+    draws = bool(fields.number("temperature", 0, 2))
+    if draws and top_p not in (None, 1.0, service.config.evaluate.top_p):
         raise wrong(
             f"'top_p' is {service.config.evaluate.top_p:g} on this server; leave it out.",
             "unsupported_field",
@@ -118,15 +125,19 @@ def _conversation(
         where = f"message {number}"
         own = Fields(message, where)
         role = own.text("role", 40, None)
-        words, images = _content(own.get("content"), where, limits)
+        read = role not in ("system", "developer")
+        words, images = _content(own.get("content"), where, limits.question if read else limits.bytes)
         if images and role != "user":
             raise wrong(f"{where} is of the role {role!r} and has an image; only those of 'user' may.")
         urls += images
-        if role in ("system", "developer"):
+        if not read:
             tag = tagged(words)[0]
             if not said and tag is not None:
                 named = named or tag
         elif role in ("user", "assistant"):
+            if said and said[-1][0] == role == "user":  # two messages of one turn
+                said[-1] = (role, f"{said[-1][1]}\n{words}")
+                continue
             if role != ("user", "assistant")[len(said) % 2]:
                 raise wrong(
                     f"{where} is of the role {role!r}, out of turn; 'user' and 'assistant' take "
@@ -150,11 +161,11 @@ def _conversation(
     return task, earlier, question, urls
 
 
-def _content(content: Any, where: str, limits: Limits) -> tuple[str, list[Any]]:
-    """Returns the text of a message and the image URLs in it."""
+def _content(content: Any, where: str, most: int) -> tuple[str, list[Any]]:
+    """Returns the text of a message, of `most` characters at most, and the image URLs in it."""
     name = f"'content' of {where}"
     if content is None or isinstance(content, str):
-        return text(content or "", name, limits.question), []
+        return text(content or "", name, most), []
     if not isinstance(content, list):
         raise wrong(f"{name} is {kind(content)}; send a text or a list of parts.", "invalid_type")
     texts, urls = [], []
@@ -162,7 +173,7 @@ def _content(content: Any, where: str, limits: Limits) -> tuple[str, list[Any]]:
         own = Fields(part, f"part {number} of {where}")
         sort = own.text("type", 40, None)
         if sort == "text":
-            texts.append(own.text("text", limits.question, None))
+            texts.append(own.text("text", most, None))
         elif sort == "image_url":
             given = own.get("image_url")
             urls.append(given.get("url") if isinstance(given, dict) else given)
@@ -171,7 +182,7 @@ def _content(content: Any, where: str, limits: Limits) -> tuple[str, list[Any]]:
                 f"part {number} of {where} is of the type {sort!r}; send text or image_url.",
                 "invalid_messages",
             )
-    return text("\n".join(texts), name, limits.question), urls
+    return text("\n".join(texts), name, most), urls
 
 
 async def _chunks(service: Service, spoken: Spoken, usage: bool) -> AsyncGenerator[str]:

@@ -188,7 +188,9 @@ class EngineThread:
         answer.tell(tokens)
 
     def forget(self, answer: Answer) -> None:
-        if self._answers.pop(answer.number, None) is not None:
+        # another engine may have given its number to another answer
+        if self._answers.get(answer.number) is answer:
+            del self._answers[answer.number]
             self._engine.cancel(answer.number)
 
 

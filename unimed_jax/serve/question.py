@@ -8,7 +8,7 @@ from typing import Any
 from unimed_jax.config import TASKS, Config
 from unimed_jax.data import fitting
 from unimed_jax.data.box_text import box_to_text, valid_box
-from unimed_jax.data.forms import tagged
+from unimed_jax.data.forms import is_cut, tagged
 from unimed_jax.errors import UserError, nearest
 from unimed_jax.predict.request import Request
 from unimed_jax.serve.fields import Fields
@@ -33,7 +33,7 @@ class Asked:
     """Holds one question to the model."""
 
     request: Request  # whose images are fitted to the encoder
-    sizes: tuple[tuple[int, int], ...]  # (width, height) of each picture as it was sent
+    sizes: tuple[tuple[int, int], ...]  # (width, height) of each picture, upright by its EXIF
 
 
 def sampling_of(fields: Fields, limits: Limits, most: str = "max_tokens") -> Sampling:
@@ -105,6 +105,12 @@ def question_of(
     if task in NEEDS_TEXT and not question.strip() and box is None:
         needs = " or a box" if task == "identify" else ""
         raise wrong(f"the task {task!r} needs a question{needs}; send one.", "missing_field")
+    if any(is_cut(words, bool(urls), task, config.text) for words in (question, *(q for q, _ in turns))):
+        raise wrong(
+            f"this model reads the first {config.text.max_words} words of a question, as it was "
+            "trained, and this one, or an earlier one, has more; shorten it.",
+            "context_length_exceeded",
+        )
     if box is not None and task != "identify":
         raise wrong(f"the task {task!r} takes no box; only 'identify' does.")
     pictures, sizes = [], []

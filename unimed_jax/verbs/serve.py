@@ -8,6 +8,7 @@ SIGTERM lets those that wait have their answers.
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from unimed_jax.errors import UserError
@@ -27,6 +28,12 @@ def run(arguments: list[str]) -> None:
     )
     options.add_argument(
         "--port", type=int, default=8000, help="0: any that is free (default: %(default)s)"
+    )
+    options.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        help="of the page behind a proxy, such as https://unimed.hospital; may be repeated",
     )
     options.add_argument("--name", help="of the model, for clients (default: that of the folder)")
     options.add_argument("--token-file", help=f"file with the token that clients send (or in {TOKEN})")
@@ -63,6 +70,12 @@ def run(arguments: list[str]) -> None:
         value = getattr(known, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')}={value} must lie from {least} to {most}.")
+    for origin in known.origin:
+        if not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", origin):
+            raise UserError(
+                f"--origin={origin} is not what a browser sends; write it as https://unimed.hospital, "
+                "in small letters and without a path."
+            )
     for word in overrides:
         if not word.startswith(ACCEPTING):
             kept = f" (a token goes into {TOKEN} or --token-file)" if word.startswith("--token") else ""
@@ -111,7 +124,7 @@ def run(arguments: list[str]) -> None:
     if not names and not token:
         print(f"Every machine that reaches this address may ask: set {TOKEN} for a token.", flush=True)
     stops = stopped_by_signal()
-    server_of(application(service, names, token), service.limits, stops).run([place])
+    server_of(application(service, names, token, known.origin), service.limits, stops).run([place])
     if service.failed:
         raise UserError(f"{known.run}: its first answer could not be made: {service.failed}")
     if Stoppable.current is not None and Stoppable.current.number is not None:

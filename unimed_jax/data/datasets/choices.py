@@ -68,6 +68,7 @@ MODALITY = ("modality", "modalitytype")
 
 INFO = Info(
     name="choices",
+    version="2",
     tasks=("vqa", "qa"),
     cluster_word="image",
     files=tuple(f"{place}*{ending}" for place in ("", "*/", "*/*/", "*/*/*/") for ending in ENDINGS),
@@ -314,6 +315,8 @@ def _image(
     places = (file.parent, root, root / "images", root / "figures")
     paths = [inside(root, place, cell, where) for place in places]
     found = next((path for path in paths if path.exists()), None)
+    if found == paths[0] and file.parent != root:  # other tables may name another picture so
+        return str(found.relative_to(root)), found
     if found is None and (packed := sorted(root.glob("*.zip"))) and not places[2].exists():
         raise UserError(f"{where}: there is no image {paths[1]}; unpack {packed[0].name} there.")
     return cell, found or paths[1]

@@ -24,9 +24,8 @@ INFO = Info(
     cluster_word="image",
     files=(
         *(f"{split}{ending}" for split in ("train", "val", "test") for ending in TABLES),
-        "train",
-        "val",
-        "test",
+        # folders, whose time changes with what lies in them
+        *(f"{split}{below}" for split in ("train", "val", "test") for below in ("", "/*")),
     ),
 )
 OPTIONS = {

@@ -113,6 +113,7 @@ def read(
     try:
         with zipfile.ZipFile(file) as archive:
             labels = np.stack(list(_rows(archive, f"{split}_labels", file)))
+            number = -1
             for number, pixels in enumerate(_rows(archive, f"{split}_images", file)):
                 if number >= len(labels):
                     raise UserError(
@@ -124,6 +125,10 @@ def read(
                 yield (
                     Example(key, "cls", str(chosen["question"]), answer, (key,), None, key, facts),
                     (pixels,),
+                )
+            if number + 1 < len(labels):
+                raise UserError(
+                    f"{file}: {split} has {len(labels)} labels but {number + 1} images; get it again."
                 )
     except UserError:
         raise

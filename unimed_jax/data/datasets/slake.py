@@ -53,7 +53,11 @@ INFO = Info(
     licence="CC BY 4.0",
     citation="Liu et al., SLAKE, ISBI 2021",
     cluster_word="image",
-    files=tuple(name for names in (*LISTS.values(), *TABLES.values()) for name in names) + PARQUET,
+    files=(
+        *(name for names in (*LISTS.values(), *TABLES.values()) for name in names),
+        *("imgs/*/question.json", "imgs/*/detection.json"),
+        *PARQUET,
+    ),
     counts={"train vqa": 4919, "val vqa": 1053, "test vqa": 1061, "test answer_type=CLOSED": 416},
     other_counts={
         "English and Chinese": {"train vqa": 9835, "val vqa": 2099, "test vqa": 2094},

@@ -3,6 +3,7 @@
 Each is made from the twin of the original layout, so that both hold the same questions.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -38,13 +39,22 @@ def write_table(file: Path, rows: Sequence[dict[str, Any]], pictures: Sequence[s
 
 
 def write_shards(
-    folder: Path, split: str, rows: Sequence[dict[str, Any]], pictures: Sequence[str] = ()
+    folder: Path,
+    split: str,
+    rows: Sequence[dict[str, Any]],
+    pictures: Sequence[str] = (),
+    summed: bool = False,
 ) -> None:
-    """Writes the table of a split as data/<split>-00000-of-0000n.parquet and so on."""
+    """Writes the table of a split as data/<split>-00000-of-0000n.parquet and so on.
+
+    summed: with a checksum at the end of each name, as older sets of the hub have it.
+    """
     count = min(SHARDS.get(split, 1), len(rows))
     for number in range(count):
         part = rows[number * len(rows) // count : (number + 1) * len(rows) // count]
-        write_table(folder / f"data/{split}-{number:05d}-of-{count:05d}.parquet", part, pictures)
+        name = f"{split}-{number:05d}-of-{count:05d}"
+        name += f"-{hashlib.sha256(name.encode()).hexdigest()[:16]}" if summed else ""
+        write_table(folder / f"data/{name}.parquet", part, pictures)
 
 
 def _bytes(path: Path) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def path_vqa(folder: Path, records: int, rng: np.random.Generator) -> None:
             {"image": {"bytes": image, "path": None}, "question": question, "answer": answer}
             for image, question, answer in found
         ]
-        write_shards(folder, HUB[split], rows, ["image"])
+        write_shards(folder, HUB[split], rows, ["image"], summed=True)
 
 
 def slake(folder: Path, records: int, rng: np.random.Generator) -> None:

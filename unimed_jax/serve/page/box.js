@@ -91,7 +91,7 @@ export class BoxEditor {
   #typed() {
     const typed = this.fields.map((field) => field.valueAsNumber);
     const [x0, y0, x1, y1] = typed;
-    const valid = typed.every(Number.isFinite) && x0 >= 0 && y0 >= 0 && x0 < x1 && y0 < y1;
+    const valid = this.size && typed.every(Number.isFinite) && x0 >= 0 && y0 >= 0 && x0 < x1 && y0 < y1;
     this.box = valid && x1 <= this.size.width && y1 <= this.size.height ? typed : null;
     this.changed();
   }

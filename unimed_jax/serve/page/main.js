@@ -135,6 +135,7 @@ async function reading(work) {
 function setPicture(found) {
   const another = found?.original !== picture?.original;
   picture = found;
+  updateHistory();
   if (another) editor.set(null);
   active = null;
   viewer.show(picture);
@@ -203,7 +204,7 @@ const isOptional = (known) => !(known.needs_question ?? known.example);
 /** Returns the turns of this tab and picture that can be sent along. */
 function earlier() {
   return turns.filter((turn) => turn.task === task.task && turn.state === "done" && turn.text
-    && turn.picture?.original === (task.needs_image ? picture?.original : undefined));
+    && turn.picture?.url === (task.needs_image ? picture?.url : undefined));
 }
 
 function updateHistory() {
