@@ -88,9 +88,10 @@ def model_card(
         "decision.",
         f"A medical vision-language model of {size / 1e6:.1f} million parameters that answers "
         f"{len(tasks)} kind{'s' * (len(tasks) > 1)} of questions: a vision transformer "
-        f"({m.vision.image_size} pixels, {m.vision.depth} blocks of width {m.vision.width}), a connector "
-        f"({connector}; Uni-Med, arXiv 2409.17508) that makes {m.tokens_per_image} visual tokens of an image, and a language decoder "
-        f"({m.decoder.depth} layers of width {m.decoder.width}). Trained and exported with "
+        f"({m.vision.image_size} pixels, {m.vision.depth} blocks of width {m.vision.width}), a "
+        f"connector ({connector}; Uni-Med, arXiv 2409.17508) that makes {m.tokens_per_image} visual "
+        f"tokens of an image, and a language decoder ({m.decoder.depth} layers of width "
+        f"{m.decoder.width}). Trained and exported with "
         "unimed_jax; adapters, if there were any, are merged.",
         f"## How to ask\n\n{USAGE}\n\n"
         "All code is in `modeling_unimed.py` in this folder, in plain torch. The image is read as "
