@@ -204,7 +204,9 @@ class DataConfig:
     row_tokens: Size = 256  # tokens of a row, visual ones included
     row_images: Annotated[int, AtLeast(0), AtMost(4096)] = 2  # image slots of a row
     row_answers: Size = 128  # answer tokens of a row
-    fit: Literal["stretch", "crop", "pad"] = "stretch"  # how an image becomes square (data/fitting.py)
+    # How an image becomes square (data/fitting.py). Boxes stay in hundredths of the original's sides, so
+    # that only "stretch" shows them where they say; "crop" can cut away what they name.
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
     window: Length = 512  # draws that are packed together
     threads: Annotated[int, Between(0, 1024)] = 2  # that read and decode ahead; 0: none
     cache: Place = ""  # folder of prepared data sets; empty: ~/.cache/unimed_jax
