@@ -280,12 +280,13 @@ def test_grouped_products_count_all_blocks_that_there_may_be():
         shaped(blocks, rows, width),
         shaped(experts, width, hidden),
         shaped(blocks, dtype=jnp.int32),
+        shaped(blocks, rows, hidden),  # a gradient that differs from block to block
     )
 
-    def step(x, kernels, owners, way):
-        return jax.grad(lambda *a: block_product(*a, owners, way).sum(), (0, 1))(x, kernels)
+    def step(x, kernels, owners, weights, way):
+        return jax.grad(lambda *a: (weights * block_product(*a, owners, way)).sum(), (0, 1))(x, kernels)
 
     for way in ("blocks", "experts"):
-        found = cost(step, *arguments, way, static_argnums=3)
+        found = cost(step, *arguments, way, static_argnums=4)
         assert found.flops == 2 * 2 * blocks * rows * width * hidden, way
         assert found.unknown_loops == ()
