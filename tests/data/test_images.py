@@ -481,7 +481,10 @@ def test_a_tiff_of_too_many_pages_is_refused_before_they_are_counted(tmp_path, m
     assert (images.read_image(file) == 0).all()
     assert (images.read_image(file, ImageConfig(frame=5)) == 5).all()
     monkeypatch.setattr(images, "MOST_PAGES", 5)
-    with pytest.raises(UserError, match="more than 5 pages"):
+    with pytest.raises(UserError, match="image .*film.tif has more than 5 pages"):
         images.read_image(file, ImageConfig(frame=5))
+    for header in (images.check_header, images.read_header):  # whichever page is wanted
+        with pytest.raises(UserError, match="image sent has more than 5 pages"):
+            header(file.read_bytes(), "sent")
     monkeypatch.setattr(images, "MOST_PAGES", 6)
     assert (images.read_image(file, ImageConfig(frame="last")) == 5).all()

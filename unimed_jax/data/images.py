@@ -131,9 +131,12 @@ def check_header(data: bytes, name: str, view: ImageConfig = PLAIN) -> int:
         with _picture(io.BytesIO(data), name) as image:
             if view != PLAIN:
                 _show(image, view, name)
-            with contextlib.suppress(Exception):  # damage behind the first frame, which is wanted
-                return _frames(image)
-            return 1
+            try:
+                return _frames(image, name)
+            except UserError:
+                raise
+            except Exception:  # damage behind the first frame, which is wanted
+                return 1
 
 
 class Header(NamedTuple):
@@ -205,7 +208,7 @@ def _check_size(image: Image.Image, name: str) -> None:
     check_size(name, image.height, image.width, samples)
 
 
-def _frames(image: Image.Image) -> int:
+def _frames(image: Image.Image, name: str) -> int:
     """Returns the number of frames or pages that a source may choose from.
 
     Raises UserError for a TIFF with more than `MOST_PAGES`, in which each takes longer to find than
@@ -219,7 +222,9 @@ def _frames(image: Image.Image) -> int:
         except EOFError:
             image.seek(0)
             return number
-    raise UserError(f"it has more than {MOST_PAGES} pages, the most that are read; cut it into several.")
+    raise UserError(
+        f"image {name} has more than {MOST_PAGES} pages, the most that are counted; cut it into several."
+    )
 
 
 def _show(image: Image.Image, view: ImageConfig, name: str) -> None:
@@ -233,7 +238,7 @@ def _show(image: Image.Image, view: ImageConfig, name: str) -> None:
             f"image {name} is {image.format}, and a window fits DICOM alone; leave out the source's "
             "image.window, or this image."
         )
-    number = 0 if view.frame in (None, "first") else chosen_frame(view, _frames(image), name)
+    number = 0 if view.frame in (None, "first") else chosen_frame(view, _frames(image, name), name)
     if number:
         if image.format != "TIFF" and (number + 1) * image.width * image.height > _COMPOSED:
             raise UserError(
