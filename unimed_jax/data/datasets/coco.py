@@ -70,6 +70,7 @@ def read(
         for category in _list(content, "categories", file)
     }
     of_image = _annotations(content, labels, file, skipped)
+    others = {other: found for other in SPELT if other != split and (found := _file(folder, other))}
     for image in _list(content, "images", file):
         where = f"{file}, image {short(image.get('id'))}"
         name = word(image, "file_name", where, required=True)
@@ -82,8 +83,10 @@ def read(
             continue
         found = ((f"{name}: annotation {number}", thing) for number, thing in own)
         things = grounding.usable(found, size, skipped)
-        own_name = f"{split}/{name}" if _other_of_the_name(folder, split, name, path, where) else name
-        for example in grounding.questions(own_name, things, size, chosen, cluster=own_name, meta={}):
+        places = [_path(folder, at, other, name, where) for other, at in others.items()]
+        # other splits may have other pictures of this name
+        key = f"{split}/{name}" if any(p.exists() and not p.samefile(path) for p in places) else name
+        for example in grounding.questions(key, things, size, chosen, cluster=key, meta={}):
             yield example, (path,)
     for image_id, lost in of_image.items():
         skipped += [f"annotation {number}: there is no image {image_id}" for number, _ in lost]
@@ -148,17 +151,6 @@ def _side(image: Record, key: str, where: str) -> int:
     if type(image.get(key)) is not int or image[key] < 1:
         raise UserError(f"{where}: {key!r} is {short(image.get(key))}; give the image's size in pixels.")
     return image[key]
-
-
-def _other_of_the_name(folder: Path, split: str, name: str, path: Path, where: str) -> bool:
-    """Says whether another split has another picture of this name."""
-    for other in SPELT:
-        file = _file(folder, other) if other != split else None
-        if file is not None:
-            there = _path(folder, file, other, name, where)
-            if there.exists() and not there.samefile(path):
-                return True
-    return False
 
 
 def _path(folder: Path, file: Path, split: str, name: str, where: str) -> Path:
