@@ -11,7 +11,7 @@ from support.reading import everything, opened
 
 from unimed_jax.config import DataConfig, SourceConfig
 from unimed_jax.data import prepare
-from unimed_jax.data.datasets import open_sources
+from unimed_jax.data.datasets import classes, open_sources
 from unimed_jax.data.multiple_choice import options_of, right_letter
 from unimed_jax.data.records import labelled_boxes
 from unimed_jax.data.twins import write_twin
@@ -121,6 +121,10 @@ def test_changed_labels_are_noticed(tmp_path):
     for name in "ab":
         later(tmp_path / "classes/train" / name)
     assert sorted(e.answer for _, e in everything(opened(tmp_path / "classes", "classes"))) == [*"abb"]
+    # pictures that a table names lie in one folder, and are not listed one by one
+    picture(tmp_path / "classes/val/4.png", 40)
+    listed = prepare.fingerprint(classes.INFO, tmp_path / "classes")
+    assert sorted(name for name, *_ in listed) == ["a", "b", "train", "val"]
 
     write_twin("slake", tmp_path / "slake", records=6)
     before = opened(tmp_path / "slake", "slake")

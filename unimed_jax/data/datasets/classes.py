@@ -24,8 +24,8 @@ INFO = Info(
     cluster_word="image",
     files=(
         *(f"{split}{ending}" for split in ("train", "val", "test") for ending in TABLES),
-        # folders, whose time changes with what lies in them
-        *(f"{split}{below}" for split in ("train", "val", "test") for below in ("", "/*")),
+        # folders alone (a slash ends them), whose time changes with what lies in them
+        *(f"{split}{below}" for split in ("train", "val", "test") for below in ("", "/*/")),
     ),
 )
 OPTIONS = {
