@@ -100,8 +100,10 @@ def test_an_index_counts_the_options_that_are_empty(tmp_path):
     assert [right_letter(options, i, "w") for i in (0, 2, 3)] == [("A", ""), ("C", ""), ("D", "")]
     assert right_letter(options, 1, "w") == ("", "its right option, B, is empty")
     assert right_letter(options_of(["", "alpha", "beta"], "w"), 2, "w", first=1) == ("B", "")
-    with pytest.raises(UserError, match="answer 4 is none of 0 to 2"):
+    with pytest.raises(UserError, match="answer 4 is none of 0 to 3"):
         right_letter(options, 4, "w")
+    small = options_of({"a": "alpha", "b": "", "c": "gamma"}, "w")
+    assert right_letter(small, 2, "w") == ("c", "")
 
 
 def test_labels_that_are_a_letter_apart(tmp_path):

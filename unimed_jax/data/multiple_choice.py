@@ -110,10 +110,12 @@ def without_letters(options: Options) -> Options:
     return bare if all(bare[letter] != options[letter] for letter in options) else options
 
 
-def _has_gap(letters: Sequence[str]) -> bool:
-    """Says whether letters are A, B, C ... in their order, some of them left out."""
-    places = [LETTERS.index(letter) if letter in LETTERS else -1 for letter in letters]
-    return -1 not in places and places == sorted(places) and places != list(range(len(places)))
+def _with_empty(letters: list[str]) -> list[str]:
+    """Adds the letters whose options are empty, as B to A and C; other names than letters stay alone."""
+    for known in (LETTERS, LETTERS.lower()):
+        if letters and set(letters) <= set(known) and letters == sorted(letters):
+            return list(known[: known.index(letters[-1]) + 1])
+    return letters
 
 
 def right_letter(
@@ -146,15 +148,14 @@ def right_letter(
         at = int(text) - first
         if int(text) < 0:
             return "", f"it has no answer ({text})"
-        # an index counts the options that were left out, too
-        given = LETTERS[: LETTERS.index(letters[-1]) + 1] if _has_gap(letters) else letters
+        given = _with_empty(letters)  # which an index counts, too
         if 0 <= at < len(given):
             if given[at] not in options:
                 return "", f"its right option, {given[at]}, is empty"
             found["index"] = given[at]
         elif not found:
             raise UserError(
-                f"{where}: answer {text} is none of {first} to {first + len(letters) - 1}, by which its "
+                f"{where}: answer {text} is none of {first} to {first + len(given) - 1}, by which its "
                 "options are counted; set the option `first`, or mend the record."
             )
     if len({options[letter] for letter in found.values()}) > 1:
