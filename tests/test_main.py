@@ -343,6 +343,7 @@ def test_a_mistake_is_one_sentence(run, config_file, tmp_path, capsys, name):
     assert len(said.splitlines()) <= 3 and "Traceback" not in said, said
     for word in words:
         assert word in said, said
+    assert not list(tmp_path.glob("*.scores"))  # nor a folder for scores that are none
 
 
 def test_another_tokenizer_than_the_models_is_refused(run, tmp_path, capsys):

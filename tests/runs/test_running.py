@@ -68,7 +68,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_an_evaluation_is_refused_or_writes_elsewhere(run, tmp_path, monkeypatch, capsys):
     answers = tmp_path / "answers.jsonl"
-    answers.write_text('{"id": "squares/test/nobody", "prediction": "x"}')
+    answers.write_text('{"id": "squares/test/test4/vqa", "prediction": "x"}')
     with monkeypatch.context() as patch:  # before the model is opened
         patch.setattr("unimed_jax.runs.open.open_run", None)
         for words in ([], [f"--predictions={answers}", f"--out={run}"]):

@@ -21,6 +21,7 @@ from unimed_jax.parsing import json_lines, no_file, read_json, read_text
 from unimed_jax.provenance import plain
 
 UnitKey = tuple[str, str, str]  # set, split, task
+LARGEST_NUMBER = 1e9  # of a box or a picture's side; far beyond any picture
 NEEDED = ("id", "set", "split", "task", "template", "cluster", "reference", "prediction")
 # Parts of a protocol id that say how a model is asked, not how its answers are scored.
 ASKING = ("form=", "fit=")
@@ -321,7 +322,7 @@ def _are_numbers(found: Any, count: int) -> bool:
     return (
         isinstance(found, list)
         and len(found) == count
-        and all(isinstance(n, int | float) and abs(n) < float("inf") for n in found)
+        and all(type(n) in (int, float) and abs(n) <= LARGEST_NUMBER for n in found)
     )
 
 

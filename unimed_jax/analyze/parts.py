@@ -60,7 +60,8 @@ def parts_of(shapes: Mapping[str, Sequence[int]], config: ModelConfig) -> list[P
         elif second in ("layers", "blocks"):
             of = "LoRA" if rest[-1].startswith("lora_") else module
             numbers = _layers_of(rest[0], config) if module == "decoder" else range(shape[0])
-            found += [Part(of, f"layer {n}", path, 0, i, 1) for i, n in enumerate(numbers)]
+            places = zip(range(shape[0]), numbers, strict=True)
+            found += [Part(of, f"layer {n}", path, 0, i, 1) for i, n in places]
         else:
             found.append(Part(module, second.replace("_", " "), path, 0, 0, shape[0]))
     return found

@@ -148,8 +148,8 @@ def evaluate_predictions(
     A line is {"id": "<set>/<split>/<id within the set>", "prediction": ...}. Missing answers count
     as empty ones; ids that are unknown or doubled (the first line counts) are counted and the first
     five named, in the report too. run: the folder of a run whose data must be as it was. Returns
-    the content of metrics.json. Raises UserError for a file that cannot be read and if no id is
-    known.
+    the content of metrics.json. Raises UserError for a file that cannot be read, if no id is known,
+    and if a run is at work in `folder`.
     """
     sets = open_sets(config.held_out)
     units, notes = units_of(config, sets)
@@ -163,6 +163,7 @@ def evaluate_predictions(
             f"{next(iter(wanted))!r}; ids are <set>/<split>/<id within the set> (see `data "
             "export`)."
         )
+    claim_results(folder)  # not before: what cannot be scored leaves no folder behind
     for what, names in (
         ("unknown", unknown),
         ("missing, counted as wrong", missing),

@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> None:
     start()
 
     from unimed_jax.analyze.run_report.page import write_page
-    from unimed_jax.evaluate.run import claim_results, evaluate_predictions
+    from unimed_jax.evaluate.run import evaluate_predictions
     from unimed_jax.runs.folder import read_config as config_of_run
 
     if known.config is not None:
@@ -73,7 +73,6 @@ def run(arguments: list[str]) -> None:
     else:
         config = changed(config_of_run(Path(known.run)), overrides, CHANGEABLE)
     _refuse_nothing(config)
-    claim_results(out)
     evaluate_predictions(config, file, out, None if known.run is None else Path(known.run))
     write_page(out, config)
 
