@@ -228,6 +228,19 @@ def test_predict_answers_text_alone(run, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_a_question_that_the_model_would_cut_is_refused(run, tmp_path, capsys):
+    """A run of `fidelity="paper"` reads the first 50 words alone."""
+    short = shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((short / "config.json").read_text())
+    settings["text"]["max_words"] = 50
+    (short / "config.json").write_text(json.dumps(settings))
+    words = " ".join(["word"] * 50)
+    for folder, text, status in ((short, words, 2), (short, words[:-5], 0), (run, words, 0)):
+        assert cli.main(["predict", f"--run={folder}", "--task=qa", f"--text={text}"]) == status
+        said = capsys.readouterr().err
+        assert ("the first 50 words of a question" in said) == bool(status)
+
+
 def test_a_run_answers_in_torch_as_here(run, tmp_path, capsys, monkeypatch):
     """benchmarks/torch_answers.py from a run's folder to its table, by way of the exported folder."""
     pytest.importorskip("torch", reason="a peer of the extra `parity`: pip install -e '.[parity]'")

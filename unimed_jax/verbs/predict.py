@@ -77,6 +77,7 @@ def run(arguments: list[str]) -> None:
     start()
 
     from unimed_jax.data.box_text import valid_box
+    from unimed_jax.data.forms import is_cut
     from unimed_jax.data.images import read_image
     from unimed_jax.evaluate.report.pictures import draw_box
     from unimed_jax.predict.request import Request
@@ -88,6 +89,11 @@ def run(arguments: list[str]) -> None:
             "image, with x1 < x2 and y1 < y2, at most 100."
         )
     own = changed(settings_of(Path(known.run)), overrides, ACCEPTING) if config is None else config
+    if is_cut(known.text, bool(known.image), known.task, own.text):
+        raise UserError(
+            f"--text has more than the first {own.text.max_words} words of a question that this model "
+            "reads (config.text.max_words); shorten it."
+        )
     view = _view(known, own.data)
     images = tuple(read_image(path, view) for path in known.image)
     run = open_config(own) if config else open_run(known.run, changed=own.text.changed)
