@@ -152,14 +152,14 @@ def status_of(app, path, method="GET", **headers):
 def test_a_page_behind_a_proxy_is_served_under_the_names_that_were_given(live):
     """Whether the proxy keeps the name that the browser asked for, or sends its own."""
     names, origin = names_of("127.0.0.1", "127.0.0.1"), "https://unimed.hospital"
-    behind = application(live.service, names, origins=[origin])
-    for app, expected in ((behind, 415), (application(live.service, names), None)):
+    named = application(live.service, names, origins=[origin])
+    for app, expected in ((named, 415), (application(live.service, names), None)):
         for host in ("127.0.0.1:8000", "unimed.hospital"):
             found = status_of(app, TASKS, "POST", host=host, origin=origin)
             assert found == expected or expected is None and found in (403, 421)
     for other in ("http://unimed.hospital", "https://unimed.hospital.evil.example"):
-        assert status_of(behind, TASKS, "POST", host="127.0.0.1:8000", origin=other) == 403
-    assert status_of(behind, "/health", host="evil.example") == 421
+        assert status_of(named, TASKS, "POST", host="127.0.0.1:8000", origin=other) == 403
+    assert status_of(named, "/health", host="evil.example") == 421
 
 
 def test_a_token_is_asked_for_where_it_is_set(live):

@@ -15,6 +15,9 @@ from unimed_jax import main as cli
     [
         (["--run=none", "--port=70000"], {}, "--port=70000 must lie from 0 to 65535"),
         (["--run=none", "--queue=0"], {}, "--queue=0 must lie from 1"),
+        (["--run=none", "--origin=unimed.hospital"], {}, "write it as https://unimed.hospital"),
+        (["--run=none", "--origin=https://unimed.hospital/"], {}, "without a path"),
+        (["--run=none", "--origin=https://Unimed.hospital"], {}, "in small letters"),
         (["--run=none"], {}, "none"),
         (["--run=none"], {"UNIMED_SERVE_TOKEN": "short"}, "at least 16 letters"),
         (

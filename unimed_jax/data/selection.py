@@ -150,8 +150,8 @@ def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, n
         if shared := len(np.intersect1d(made[one], made[two])):
             raise UserError(
                 f"config.data.sources: data set {id!r}: splits {one!r} ({rules[one]!r}) and {two!r} "
-                f"({rules[two]!r}) share {shared} examples; let their shares not overlap, and both go "
-                "by the same (by cluster, or not)."
+                f"({rules[two]!r}) share {shared} examples; give them ranges that do not overlap, both "
+                "with `by cluster` or both without."
             )
     for origin, gone in taken.items():
         if origin not in made:

@@ -1,4 +1,4 @@
-"""Pictures, labels, records and splits that look alike are told apart; changed labels are noticed."""
+"""Pictures, labels, records and splits of one name stay separate, and changed labels are noticed."""
 
 import json
 import os
