@@ -276,6 +276,28 @@ def test_a_dicom_has_windows_and_frames(page, server):
     seen = fitting.fit(expected, config.data.fit, config.model.vision)
     np.testing.assert_array_equal(server.service.asked[-1].images[0], seen)
     assert len(np.unique(seen)) > 2
+    # An answer about another frame is no earlier turn of this one.
+    assert page.visible("#history-field")
+    page.run("document.getElementById('frame').focus()")
+    third = page.run(SHOWN)
+    page.press("ArrowRight")
+    page.wait(f"{SHOWN} !== {third!r}")
+    assert not page.visible("#history-field")
+
+
+@pytest.mark.slow
+def test_numbers_that_no_picture_allows_do_not_stop_other_questions(page, server):
+    """Nor do those of a closed tab or part of the page, at which a browser could not point."""
+    page.click("#tab-identify")
+    for name, value in zip(("x0", "y0", "x1", "y1"), ("1.5", "2", "5", "6"), strict=True):
+        page.run(
+            f"(field => {{ field.value = '{value}'; field.dispatchEvent(new Event('input')) }})"
+            f"(document.getElementById('{name}'))"
+        )
+    show(page)
+    page.run("document.getElementById('temperature').value = '0.05'")
+    ask(page, "vqa", "Which plane?")
+    assert server.service.asked[-1].temperature == 0.05
 
 
 @pytest.mark.slow
