@@ -191,7 +191,6 @@ DAMAGED = {
     "a size of letters": ({}, {"image_size": "ab"}, "not an answer; score it again"),
     "a size of 0": ({}, {"image_size": [0, 5]}, "not an answer; score it again"),
     "a size beyond all numbers": ({}, {"image_size": [10**400, 5]}, "not an answer; score it again"),
-    "a box of nothing": ({}, {"box": [float("nan")] * 4}, "predictions.jsonl"),
     "half a box": ({}, {"box": [1, 2]}, "not an answer; score it again"),
     "one id": ({}, {"id": "toy/test/x"}, "'toy/test/x' stands here a second time; score it again"),
 }
