@@ -456,11 +456,14 @@ def test_a_task_of_few_examples_says_that_there_are_few_batches(run):
     sides = sides_of(run.config, "val", 4, ["refer", "vqa"])
     assert [side.name for side in sides] == ["vqa", "refer"]
     few = dataclasses.replace(sides[1].unit, examples=sides[1].unit.examples[:1])
-    batches = Batches([sides[0], dataclasses.replace(sides[1], unit=few)], run, 4)
+    alone = [dataclasses.replace(example, cluster="") for example in sides[0].unit.examples]
+    many = dataclasses.replace(sides[0].unit, examples=alone)  # each example is a cluster of its own
+    new = [dataclasses.replace(s, unit=u) for s, u in zip(sides, (many, few), strict=True)]
+    batches = Batches(new, run, 4)
     (note,) = batches.notes
     assert note.startswith("1 batches in place of 4, as squares/val/refer has no more examples")
-    assert batches.clusters[1] == 1 == batches.examples[1]
-    assert batches.clusters[0] <= batches.examples[0] < len(sides[0].unit.examples)
+    assert batches.clusters == batches.examples and batches.examples[1] == 1
+    assert batches.examples[0] < len(alone)
     assert Batches(sides, run, 4).notes == []
     with pytest.raises(UserError, match="--task=refr is not a task; did you mean 'refer'"):
         sides_of(run.config, "val", 4, ["refr"])
