@@ -70,7 +70,8 @@ def read(
         for category in _list(content, "categories", file)
     }
     of_image = _annotations(content, labels, file, skipped)
-    others = {other: found for other in SPELT if other != split and (found := _file(folder, other))}
+    files = {other: _file(folder, other) for other in SPELT if other != split}
+    others = {other: at for other, at in files.items() if at is not None}
     for image in _list(content, "images", file):
         where = f"{file}, image {short(image.get('id'))}"
         name = word(image, "file_name", where, required=True)
