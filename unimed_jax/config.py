@@ -159,7 +159,9 @@ class SourceConfig:
     path: Place = ""  # folder of its files, relative to data.root; empty: <data.root>/<name>
     tasks: Annotated[tuple[Task, ...], Distinct()] = ()  # (): all that it has
     weight: Weight = 1.0  # share of the draws, relative to the other sources
-    questions: Size = 1  # at most so many questions share one image's tokens (and task) in a row
+    # At most so many questions share one image's tokens (and task) in a row. 1: a draw is an example;
+    # more: a draw is an image with some of its questions, so images are drawn alike
+    questions: Size = 1
     # Keep only examples with one of these values, by template or by a key of Example.meta: {"template":
     # ("where",)}.
     only: Mapping[Name, Annotated[tuple[Text, ...], Filled(), Distinct()]] = FrozenDict()

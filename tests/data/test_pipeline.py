@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import itertools
 import json
@@ -148,12 +149,49 @@ def test_every_draw_is_placed_once():
 
 
 def test_an_epoch_is_every_group_once():
-    pipe = pipeline(sources(((), 1.0, 1)), packing=False, rows=30)
+    pipe = pipeline(sources(((), 1.0, 2)), packing=False, rows=30)
     groups = 40 * 3 + 60
     order = [pipe.draw(k) for k in range(2 * groups)]
     keys = [(pipe.record(draw, 0).split(".")[0], draw.task) for draw in order]
     assert len(set(keys[:groups])) == len(set(keys[groups:])) == groups
     assert keys[:groups] != keys[groups:]  # another order
+
+
+@pytest.mark.parametrize("fidelity", ["default", "paper"])
+def test_an_epoch_of_single_questions_is_every_example_once(fidelity):
+    pipe = pipeline(sources(((), 1.0, 1)), fidelity=fidelity)
+    examples = 40 * 7 + 60
+    asked = [pipe.record(pipe.draw(k), 0) for k in range(2 * examples)]
+    assert len(set(asked[:examples])) == len(set(asked[examples:])) == examples
+    assert asked[:examples] != asked[examples:]
+
+
+@pytest.mark.parametrize("questions", [1, 2, 4])
+@pytest.mark.parametrize("weight", [2.0, 0.5])
+def test_a_weight_says_how_often_an_example_comes(questions, weight):
+    """Where examples of both weights share an image, and where they do not."""
+
+    class Mixed(Fake):
+        def __init__(self):
+            super().__init__(images=0, texts=0)
+            for i in range(30):
+                self._images[f"im{i}"] = np.zeros((8, 8, 3), np.uint8)
+                heavy = i % 3 * 2  # of six: none, two, four
+                self._examples += [
+                    Example(f"{j < heavy:d}/{i}.{j}", "vqa", "is x ?", "yes", images=(f"im{i}",),
+                            meta={"template": "heavy" if j < heavy else "light"})
+                    for j in range(6)
+                ]  # fmt: skip
+
+    source = {"tasks": ("vqa",), "questions": questions, "weights": {"template": {"heavy": weight}}}
+    pipe = Pipeline([Mixed()], config([source]), Words())
+    asked = collections.Counter(
+        name.split("/")[1]
+        for draw in map(pipe.draw, range(1200))
+        for name in (pipe.record(draw, i) for i in range(len(draw.rows)))
+    )
+    heavy, light = 10 * 2 + 10 * 4, 10 * 6 + 10 * 4 + 10 * 2
+    assert asked["1"] / heavy / (asked["0"] / light) == pytest.approx(weight, rel=0.1)
 
 
 def test_weights_are_shares_of_draws():

@@ -15,7 +15,7 @@ from unimed_jax.data.columns import NONE, Columns
 class Groups:
     """Groups examples by (images, task, weight), in the order of their first.
 
-    Text alone stays single.
+    Text alone stays single, as does every example of a source that asks one question a draw.
     """
 
     def __init__(self, members: np.ndarray, starts: np.ndarray):
@@ -30,20 +30,21 @@ class Groups:
 
 
 def group_examples(
-    columns: Columns, weights: np.ndarray
+    columns: Columns, weights: np.ndarray, questions: int
 ) -> tuple[Groups, list[tuple[float, np.ndarray | None]]]:
     """Returns the groups of the examples, and buckets of groups that weigh the same.
 
-    A bucket is (share of the source's draws, numbers of its groups); None as numbers means all
-    groups.
+    A draw asks at most `questions` of a group; if that is 1, each example is a group, so that examples
+    are drawn alike however many questions their image has. A bucket is (share of the source's draws,
+    numbers of its groups); None as numbers means all groups.
     """
     count = len(columns)
     levels, level = np.unique(weights, return_inverse=True)
-    keys = (columns.image_set.astype(np.int64) * len(TASKS) + columns.task) * len(levels) + level
-    alone = columns.image_set == NONE
-    keys[alone] = -1 - np.arange(count)[alone]
+    image = columns.image_set.astype(np.int64) * len(TASKS) + columns.task
+    alone = (columns.image_set == NONE) | (questions == 1)
+    image[alone] = -1 - np.arange(count)[alone]
     # groups in the order of their keys
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    _, first, group = np.unique(image * len(levels) + level, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     group = rank[group]  # [N], in the order of their first
@@ -53,11 +54,16 @@ def group_examples(
     groups = Groups(members, starts)
     if len(levels) == 1:
         return groups, [(1.0, None)]
-    of_group = level[members[starts[:-1]]]
+    # Without weights each draw of an image gives min(questions, n) of its n examples. `draws`: how often
+    # a part of them that has a group of its own must be drawn, for its examples to come as often as then.
+    leads = members[starts[:-1]]
+    _, of_image, sizes = np.unique(image, return_inverse=True, return_counts=True)
+    whole, own = sizes[of_image[leads]], np.diff(starts)
+    draws = np.minimum(questions, whole) / whole * own / np.minimum(questions, own)
     buckets: list[tuple[float, np.ndarray | None]] = []
     for i, value in enumerate(levels):
-        (numbers,) = np.nonzero(of_group == i)
-        buckets.append((float(value * len(numbers)), numbers))
+        (numbers,) = np.nonzero(level[leads] == i)
+        buckets.append((float(value * draws[numbers].sum()), numbers))
     return groups, buckets
 
 

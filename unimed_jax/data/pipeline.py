@@ -402,7 +402,7 @@ class _Source:
             f"{dataset.checksum}/{split}/{_rule(source, split)}/{rows}{kept}",
         )
         lengths.check(self.lengths, self.columns.images, self.examples, dataset.id, shape, config.text)
-        self.groups, self.buckets = group_examples(self.columns, weights[numbers])
+        self.groups, self.buckets = group_examples(self.columns, weights[numbers], source.questions)
 
     def read(self, rows: Sequence[int]) -> list[Example]:
         """Reads examples by number, in one call if they are on disk."""
