@@ -15,7 +15,9 @@ from PIL import Image
 from unimed_jax import main as cli
 from unimed_jax.audit import fingerprints as prints
 from unimed_jax.audit.check import _with_headers, audit
-from unimed_jax.audit.questions import SIMILAR, Asked, _most_similar, text_leaks
+from unimed_jax.audit.questions import LONG, SIMILAR, Asked, _most_similar, text_leaks
+from unimed_jax.audit.report import write_audit
+from unimed_jax.audit.survey import _asked
 from unimed_jax.config import Config, DataConfig, SourceConfig
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
@@ -306,6 +308,108 @@ def audited(root, *names, **settings):
     sources = tuple(SourceConfig("jsonl", id=name, path=name) for name in names)
     data = DataConfig(sources, root=str(root), cache=str(root / "cache"), **settings)
     return audit(Config(data=data), processes=1)[0]
+
+
+def test_patients_in_two_splits_are_a_leak_whatever_clusters_are_called(tmp_path):
+    """Clusters of a table are called images, and those of our own form examples, by default."""
+    (tmp_path / "table").mkdir()
+    lines, pictures = [], {}
+    for start, split in enumerate(("train", "test")):
+        rows = ["path,label,cluster"]
+        for i in range(3):
+            name = f"{split}{i}.png"
+            pictures[name] = scene(3 * start + i)
+            Image.fromarray(pictures[name]).save(tmp_path / "table" / name)
+            rows.append(f"{name},{'clear' if i else 'fluid'},patient{i}")
+            more = {"cluster": "patient7"} if i == 0 else {}
+            lines.append(line(name, split, name, f"Is {name} clear?", **more))
+        (tmp_path / "table" / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    write(tmp_path / "own", lines, pictures)
+    for name, reader, count in (("table", "classes", 3), ("own", "jsonl", 1)):
+        data = DataConfig(
+            (SourceConfig(reader, id="a", path=name),), root=str(tmp_path), cache=str(tmp_path / "cache")
+        )
+        content, pairs, sets = audit(Config(data=data), processes=1)
+        assert content["sets"]["a"]["leaks"]["cluster"] == {"train_test": count}
+        assert content["look"] == [f"a: {count} of test are given away by train (cluster)"]
+        write_audit(tmp_path / name / "out", content, pairs, sets)
+        report = (tmp_path / name / "out/check.md").read_text()
+        assert f"| examples of the same cluster | {count} |" in report
+
+
+def test_clusters_that_are_images_or_examples_are_no_leak_of_their_own(tmp_path):
+    """The image, of which both splits have the name, is the leak; whatever the clusters are called."""
+    lines = [
+        line("t0", "train", "0.png", "Is it clear?"),
+        line("t1", "train", "1.png", "Who is it?", cluster="t1"),
+        line("t2", "train", "2.png", "", "none", "caption", images=["2.png", "3.png"], cluster="3.png"),
+        line("e0", "test", "0.png", "Where is it?"),
+        line("e1", "test", "3.png", "When is it?"),
+    ]
+    write(tmp_path / "a", lines, {f"{i}.png": scene(i) for i in range(4)})
+    (tmp_path / "a" / "info.json").write_text('{"cluster_word": "patient"}')
+    content = audited(tmp_path, "a")
+    assert content["sets"]["a"]["leaks"]["cluster"] == {"train_test": 2}
+    assert content["look"] == ["a: 2 of test are given away by train (image)"]
+
+
+@pytest.mark.parametrize("copy", ["equal", "near"])
+@pytest.mark.parametrize("second", [False, True], ids=["", "with another image"])
+def test_a_question_is_found_about_any_copy_of_its_image(copy, second, tmp_path):
+    """The train split has a picture under two names, each with a question of its own."""
+    image = scene(0)
+    dark = np.clip(image * 0.9, 0, 255).astype(np.uint8)
+    pictures = {
+        "q1.png": image if copy == "equal" else dark,
+        "q2.png": image if copy == "equal" else nearly(image),
+        "q3.png": image,
+        "r1.png": scene(1),
+        "r2.png": scene(1),
+        "r3.png": scene(1),
+    }
+    asked = [("0", "1", "What organ is shown?", "liver"), ("1", "2", "Is there a mass?", "yes")]
+    lines = []
+    for name, number, question, answer in asked:
+        for split, n in (("train", number), ("test", "3")):
+            images = [f"q{n}.png", *[f"r{n}.png"] * second]
+            lines.append(line(f"{split}{name}", split, "", question, answer, images=images))
+    write(tmp_path / "a", lines, pictures)
+    for name, split in (("b", "train"), ("c", "test")):
+        own = [entry for entry in lines if entry["split"] == split]
+        write(tmp_path / name, own, pictures)
+    content = audited(tmp_path, "a")
+    leaks = {kind: counts["train_test"] for kind, counts in content["sets"]["a"]["leaks"].items()}
+    kinds = ("question", "question_answer", "similar_question", "repeating")
+    assert [leaks[kind] for kind in kinds] == [2] * len(kinds)
+    assert content["sets"]["a"]["copier"]["train_test"]["value"] == 1
+    between = audited(tmp_path, "b", "c")["between"]["b/train~c/test"]
+    assert [between[kind] for kind in kinds] == [2] * len(kinds)
+
+
+def test_a_long_question_without_image_is_the_same_without_its_question_mark(tmp_path):
+    """Questions that are only told apart are kept as hashes, and not before their signs are taken."""
+    vignette = "A man of 54 years has " + "pain in the chest, and " * 12 + "what is next"
+    assert len(vignette) > LONG
+    lines = [
+        line("t0", "train", "", f"{vignette}?", "rest", "qa", images=[]),
+        line("e0", "test", "", vignette, "rest", "qa", images=[]),
+    ]
+    write(tmp_path / "a", lines, {})
+    found = audited(tmp_path, "a")["sets"]["a"]["leaks"]
+    kinds = ("question", "question_answer", "repeating")
+    assert [found[kind]["train_test"] for kind in kinds] == [1, 1, 1]
+    earlier = [_asked(Example("t", "qa", f"{vignette}?", "rest"))]
+    later = [_asked(Example("e", "qa", "What now?", "rest"))]
+    leaks = text_leaks(earlier, later, None, {"e": [vignette]})
+    assert leaks.counts == {"rewording": 1, "repeating": 0, "reworded": 1}
+
+
+def test_signs_tell_questions_apart_where_words_do_not():
+    """Boxes whose digits run together to the same number, and questions of signs alone."""
+    one, other = "{<1><11><20><30>}", "{<11><1><20><30>}"
+    for earlier, later, count in ((one, one, 1), (one, other, 0), ("+", "+", 1), ("+", "-", 0)):
+        asked = [_asked(Example(text, "identify", text, "cell", ("x",))) for text in (earlier, later)]
+        assert text_leaks(asked[:1], asked[1:]).counts.get("question", 0) == count
 
 
 def test_other_wordings_that_the_files_give_are_found():

@@ -2,10 +2,11 @@
 
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from unimed_jax.audit.private import of_files, of_headers, of_texts
 from unimed_jax.data.info import Info
@@ -110,6 +111,21 @@ def test_dicom_headers_name_patients_and_say_what_belongs_together():
         dicom(PatientName="Anonymous", PatientID="case 3", PatientIdentityRemoved="YES")
     )
     assert "personal" not in removed and removed["patient"] and removed["study"] == found[0]["study"]
+
+
+def test_a_file_that_is_dicom_and_tiff_is_looked_at_as_both():
+    """The header of a TIFF fits into the 128 bytes before the mark of DICOM, its tags behind all."""
+    plain = dicom(PatientName="DOE^J", PatientID="a")
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    shown = {256: 8, 257: 4, 258: 8, 259: 1, 262: 1, 273: 132, 277: 1, 278: 4, 279: 32}
+    for tag, value in (shown | {0x013B: "Anna"}).items():
+        tags[tag] = value
+    both = b"II*\0" + struct.pack("<L", len(plain)) + plain[8:] + tags.tobytes(len(plain))
+    assert Image.open(io.BytesIO(both)).format == "TIFF"
+    found, expected = of_headers(both), of_headers(plain)
+    assert expected["patient"] and expected["study"] and len(expected["personal"]) == 2
+    assert found == expected | {"personal": [*expected["personal"], "Artist in a header"]}
+    assert of_headers(both[: len(plain)]) == expected  # the tags are cut off
 
 
 def test_raw_files_are_looked_at_beyond_what_a_reader_takes(tmp_path):

@@ -45,6 +45,7 @@ class Split(NamedTuple):
     hashed: Hashed
     mirrored: Hashed
     texts: set[str]  # that other sets may repeat
+    first: np.ndarray  # of each image, the number of the first one with its pixels, int64 [images]
 
     @property
     def rank(self) -> int:
@@ -113,11 +114,35 @@ def _splits(
     for name, surveyed in surveys.items():
         for split, asked in surveyed.asked.items():
             part = prints[name].get(split) or Fingerprints([], np.empty(0, RECORD), {})
-            asked = [_with_headers(one, part.notes) for one in asked] if part.notes else asked
+            first = _first(part)
+            keys = part.keys
+            names = {keys[i]: keys[other] for i, other in enumerate(first.tolist()) if other != i}
+            for number, one in enumerate(asked):  # in place: of many examples there are no two lists
+                asked[number] = _of_pictures(_with_headers(one, part.notes), names)
             shapes = part.records["shape"]
             hashed = hasher.hashed(shapes), hasher.hashed(shapes, mirrored=True)
-            out.append(Split(name, split, asked, part, *hashed, given_by_text(asked)))
+            out.append(Split(name, split, asked, part, *hashed, given_by_text(asked), first))
     return sorted(out, key=lambda split: split.rank), hasher
+
+
+def _first(prints: Fingerprints) -> np.ndarray:
+    """Numbers for each image the first one with the same pixels, int64 [images].
+
+    An image that cannot be read is like no other.
+    """
+    out = np.arange(len(prints.keys))
+    readable = np.flatnonzero(prints.readable)
+    pixels = prints.records["pixels"][readable]
+    _, first, back = np.unique(pixels, return_index=True, return_inverse=True)
+    out[readable] = readable[first][back]
+    return out
+
+
+def _of_pictures(asked: Asked, names: Mapping[str, str]) -> Asked:
+    """Gives an example one name for each picture, however many its split has for it."""
+    if names.keys().isdisjoint(asked.images):
+        return asked
+    return asked._replace(images=tuple(names.get(key, key) for key in asked.images))
 
 
 def _with_headers(asked: Asked, notes: Mapping[str, Mapping[str, Any]]) -> Asked:
@@ -151,6 +176,11 @@ def _set(
     for some in (surveyed.personal, of_images(notes), more):
         for what, places in some.items():
             personal.setdefault(what, []).extend(places)
+    by_design, word = dict(dataset.info.by_design), dataset.info.cluster_word
+    if surveyed.ungrouped:
+        by_design.setdefault("cluster", "each is its own cluster, so the other kinds say this")
+    elif word in ("image", "example"):  # what a cluster is where none is given
+        word = "cluster"
     for split, part in prints.items():
         pixels = part.records["pixels"][part.readable]
         if repeated := len(pixels) - len(np.unique(pixels)):
@@ -159,7 +189,7 @@ def _set(
         "checksum": dataset.checksum,
         "licence": dataset.info.licence,
         "note": dataset.info.note,
-        "cluster": dataset.info.cluster_word,
+        "cluster": word,
         "left_out": left_out(dataset),
         "published": surveyed.published,
         "splits": surveyed.facts,
@@ -169,7 +199,7 @@ def _set(
         },
         "wrong_boxes": {"n": len(boxes), "first": boxes[:SHOWN]},
         "personal": {what: {"n": len(some), "first": some[:SHOWN]} for what, some in personal.items()},
-        "by_design": dict(dataset.info.by_design),
+        "by_design": by_design,
         "blind": blind_scores(dataset),
     }
 
@@ -201,8 +231,9 @@ def _within(
     for earlier, later in itertools.combinations(splits, 2):
         between = f"{earlier.name}_{later.name}"
         images, same = _images(earlier, later, hasher)
-        # An image that cannot be read is still itself, and so is one that is like another.
-        same |= {key: key for key in set(earlier.prints.keys) & set(later.prints.keys)}
+        # An image that cannot be read is still itself.
+        both = earlier.prints.unreadable.keys() & later.prints.unreadable.keys()
+        same |= {key: (key,) for key in both}
         texts = text_leaks(
             earlier.asked, later.asked, same if later.prints.keys else None, wordings(later.name)
         )
@@ -246,27 +277,34 @@ def _between(
 
 def _images(
     earlier: Split, later: Split, hasher: Hasher
-) -> tuple[dict[str, list[Pair]], dict[str, str]]:
+) -> tuple[dict[str, list[Pair]], dict[str, tuple[str, ...]]]:
     """Finds equal, nearly equal and mirrored images of two splits.
 
-    Returns by kind a pair for each image of the later one, the most alike first, and which image of
-    the earlier one it (nearly) is.
+    Returns by kind a pair for each image of the later one, the most alike first, and which images of
+    the earlier one it (nearly) is, the most alike first. Of images with the same pixels the first one
+    stands for all.
     """
+    one, other = earlier.prints.keys, later.prints.keys
     readable = earlier.prints.readable.tolist()
-    first = {
-        value.tobytes(): i for i, value in enumerate(earlier.prints.records["pixels"]) if readable[i]
-    }
-    pixels = [value.tobytes() for value in later.prints.records["pixels"]]
-    equal = [(first[value], j, 1.0) for j, value in enumerate(pixels) if value in first]
+    distinct = np.flatnonzero(earlier.first == np.arange(len(earlier.first)))
+    pixels = earlier.prints.records["pixels"]
+    known = {pixels[i].tobytes(): i for i in distinct.tolist() if readable[i]}
+    values = [value.tobytes() for value in later.prints.records["pixels"]]
+    equal = [(known[value], j, 1.0) for j, value in enumerate(values) if value in known]
     out = {"image": equal}
+    same: dict[str, tuple[str, ...]] = {other[j]: (one[i],) for i, j, _ in equal}
     done = {j for _, j, _ in equal}
     for kind, hashed in (("near", later.hashed), ("mirror", later.mirrored)):
-        matches = hasher.matches(earlier.hashed, hashed)
-        numbers = [int(j) for j in np.nonzero(matches.other >= 0)[0] if int(j) not in done]
-        triples = [(int(matches.other[j]), j, float(matches.likeness[j])) for j in numbers]
+        matches = hasher.matches(earlier.hashed, hashed, distinct)
+        alike = np.flatnonzero(matches.other[:, 0] >= 0).tolist()
+        if kind == "near":
+            for j in alike:
+                near = (one[i] for i in matches.other[j].tolist() if i >= 0)
+                same[other[j]] = tuple(dict.fromkeys((*same.get(other[j], ()), *near)))
+        numbers = [j for j in alike if j not in done]
+        triples = [(int(matches.other[j, 0]), j, float(matches.likeness[j, 0])) for j in numbers]
         out[kind] = sorted(triples, key=lambda triple: -triple[2])
         done |= set(numbers)
-    one, other = earlier.prints.keys, later.prints.keys
     pairs = {
         kind: [
             Pair(kind, f"{earlier.owner}/{one[i]}", f"{later.owner}/{other[j]}", likeness)
@@ -274,7 +312,6 @@ def _images(
         ]
         for kind, found in out.items()
     }
-    same = {other[j]: one[i] for kind in ("near", "image") for i, j, _ in out[kind]}
     return pairs, same
 
 

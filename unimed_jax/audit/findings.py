@@ -43,7 +43,7 @@ def to_look_at(content: Mapping[str, Any]) -> list[str]:
 
 def _of_set(found: Mapping[str, Any]) -> Iterator[str]:
     for kind, counts in found["leaks"].items():
-        if kind in SERIOUS and not by_design(found, kind):
+        if kind in SERIOUS and kind not in found["by_design"]:
             for between, count in counts.items():
                 earlier, _, later = between.partition("_")
                 if count:
@@ -65,10 +65,3 @@ def _of_set(found: Mapping[str, Any]) -> Iterator[str]:
         reasons = found["left_out"]["reasons"]
         most = "; ".join(f"{reason} ({n})" for reason, n in list(reasons.items())[:3])
         yield f"{n} records were left out (skipped.txt): {most}"
-
-
-def by_design(found: Mapping[str, Any], kind: str) -> str:
-    """Says why a set is published with a kind of leak, "" if it is not."""
-    if kind == "cluster" and found["cluster"] in ("image", "example"):
-        return "each is its own cluster, so the other kinds say this"
-    return found["by_design"].get(kind, "")

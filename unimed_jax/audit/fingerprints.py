@@ -26,7 +26,7 @@ from unimed_jax.errors import UserError
 from unimed_jax.files import written_whole
 from unimed_jax.parsing import no_file, parse_json
 
-VERSION = 3  # raise it when a fingerprint changes
+VERSION = 4  # raise it when a fingerprint changes
 PART = 500  # images of a file
 SIDE = 32  # pixels of the thumbnail that the shape is computed from
 WAVES = 16  # of it across and down

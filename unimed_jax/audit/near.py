@@ -1,4 +1,4 @@
-"""Finds nearly equal images among many by hash tables, without comparing all with all."""
+"""Finds nearly equal images, among many by hash tables, without comparing all with all."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,9 +10,11 @@ from unimed_jax.audit.fingerprints import MIRROR, SHAPE
 LIKENESS = 0.96  # cosine of two shapes, from which images count as nearly the same
 TABLES, BITS = 48, 40  # hash tables, and bits of a hash; those that must agree follow from the number
 MOST = 16  # images of a table that one image is compared with on each side
+ALIKE = 16  # earlier images that are found for a later one at most, the most alike ones
 CODE = 256  # bits of the code by which candidates are sifted
 FAR = 88  # of these bits, beyond which candidates are not compared; unlike images differ in 128
 SAMPLE = 5_000  # images that the hashes are fitted on
+FEW = 1_000  # images that are all compared; hashes fitted on few tell apart what is nearly equal
 BLOCK = 1 << 16  # pairs that are compared at a time
 _ROWS = 4_096  # images that are hashed at a time
 
@@ -26,10 +28,13 @@ class Hashed(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """Holds for each image of a later group the most alike one of an earlier group."""
+    """Holds for each image of a later group the nearly equal ones of an earlier group.
 
-    other: np.ndarray  # int64 [n], -1: none was found
-    likeness: np.ndarray  # float32 [n]
+    The most alike stands first, and at most ALIKE are held.
+    """
+
+    other: np.ndarray  # int32 [n, ALIKE], -1: no further one was found
+    likeness: np.ndarray  # float32 [n, ALIKE]
 
 
 class Hasher:
@@ -74,28 +79,38 @@ class Hasher:
             codes[some] = np.packbits(bits[:, TABLES * BITS :], axis=1).view(np.uint64)
         return Hashed(shapes, keys, codes)
 
-    def matches(self, earlier: Hashed, later: Hashed) -> Matches:
-        """Finds for each later image the most alike earlier one.
+    def matches(self, earlier: Hashed, later: Hashed, among: np.ndarray | None = None) -> Matches:
+        """Finds for each later image the nearly equal earlier ones.
+
+        among: numbers of the earlier images that are looked at, int64 [m]; None: all. One of each
+        picture is enough, and many copies of it would take the place of others.
 
         Candidates agree in the first bits of a hash, so many that a table holds a few images of each;
         where more are alike, those next to each other by the other bits are compared. Of planted
         pairs among twice 50,000 shapes with much in common, .98 of those just above LIKENESS are
         found and .997 of those of .97 and more.
         """
-        out = Matches(np.full(len(later.keys), -1, np.int64), np.zeros(len(later.keys), np.float32))
-        if not len(earlier.keys) or not len(later.keys):
+        form = len(later.keys), ALIKE
+        out = Matches(np.full(form, -1, np.int32), np.zeros(form, np.float32))
+        if among is None:
+            among = np.arange(len(earlier.keys))
+        if not len(among) or not len(later.keys):
+            return out
+        if self.total <= FEW:
+            none = np.zeros(len(later.keys), np.int64)
+            self._compare(earlier, later, among, none, none + len(among), CODE, out)
             return out
         agree = int(np.clip(np.ceil(np.log2(max(self.total, 2))) - 3, 4, BITS))
         rest = np.uint64(BITS - agree)
         for table in range(TABLES):
-            order = np.argsort(earlier.keys[:, table], kind="stable")
+            order = among[np.argsort(earlier.keys[among, table], kind="stable")]
             ranked, wanted = earlier.keys[order, table], later.keys[:, table]
             at = np.searchsorted(ranked, wanted)
             first = (wanted >> rest) << rest
             last = first | np.uint64((1 << int(rest)) - 1)
             low = np.maximum(np.searchsorted(ranked, first), at - MOST)
             high = np.minimum(np.searchsorted(ranked, last, "right"), at + MOST)
-            self._compare(earlier, later, order, low, high, out)
+            self._compare(earlier, later, order, low, high, FAR, out)
         return out
 
     def _compare(
@@ -105,6 +120,7 @@ class Hasher:
         order: np.ndarray,
         low: np.ndarray,
         high: np.ndarray,
+        far: int,
         out: Matches,
     ) -> None:
         """Compares each later image with the earlier ones in places low to high of a table."""
@@ -114,13 +130,23 @@ class Hasher:
             offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
             i = order[np.repeat(low[start:stop], counts) + offset]
             apart = np.bitwise_count(earlier.codes[i] ^ later.codes[j]).sum(axis=1)
-            close = (apart <= FAR) & (i != out.other[j])
-            i, j = i[close], j[close]
+            i, j = i[apart <= far], j[apart <= far]
+            new = (i[:, None] != out.other[j]).all(axis=1)
+            i, j = i[new], j[new]
             likeness = likeness_of(earlier.shapes[i], later.shapes[j])
-            better = likeness >= np.maximum(out.likeness[j], LIKENESS)
-            i, j, likeness = i[better], j[better], likeness[better]
-            rising = np.argsort(likeness, kind="stable")  # of several, the most alike is written last
-            out.other[j[rising]], out.likeness[j[rising]] = i[rising], likeness[rising]
+            better = likeness >= np.maximum(out.likeness[j, -1], LIKENESS)
+            _merge(i[better], j[better], likeness[better], out)
+
+
+def _merge(i: np.ndarray, j: np.ndarray, likeness: np.ndarray, out: Matches) -> None:
+    """Puts earlier images i, which are new to the later images j, among their most alike ones."""
+    rows = np.unique(j)
+    i = np.concatenate([out.other[rows].ravel(), i])
+    j = np.concatenate([np.repeat(rows, ALIKE), j])
+    likeness = np.concatenate([out.likeness[rows].ravel(), likeness])
+    order = np.lexsort((-likeness, j))
+    best = order[np.searchsorted(j[order], rows)[:, None] + np.arange(ALIKE)]  # [rows, ALIKE]
+    out.other[rows], out.likeness[rows] = i[best], likeness[best]
 
 
 def likeness_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:

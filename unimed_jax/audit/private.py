@@ -13,6 +13,7 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from unimed_jax.data.columns import hash_of
+from unimed_jax.data.images import READABLE
 from unimed_jax.data.info import Info
 
 # What looks like a person's data; each is a pattern and the words for it.
@@ -82,17 +83,24 @@ def of_headers(data: bytes) -> dict[str, Any]:
     personal: words for what was found. patient, study: hashes of these identifiers in DICOM, which
     tell that two images belong together.
     """
+    # A file may be both: the 128 bytes before the mark of DICOM are free for the header of a TIFF.
+    is_dicom = data[128:132] == b"DICM"
+    picture: dict[str, Any] = {}
+    dicom: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # whatever a damaged header makes a library raise
         try:
-            return _picture(data)
+            picture = _picture(data)
         except UnidentifiedImageError:
-            return _dicom(data)
-    return {}
+            is_dicom = True  # perhaps, as the mark may lack
+    with contextlib.suppress(Exception):
+        dicom = _dicom(data) if is_dicom else {}
+    personal = [*dicom.get("personal", ()), *picture.get("personal", ())]
+    return dicom | ({"personal": personal} if personal else {})
 
 
 def _picture(data: bytes) -> dict[str, Any]:
     found: dict[str, None] = {}
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=READABLE) as image:
         entries = list(image.info.items())
         entries += [(ExifTags.TAGS.get(tag, str(tag)), value) for tag, value in image.getexif().items()]
         entries += [

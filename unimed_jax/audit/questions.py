@@ -1,6 +1,7 @@
 """Finds questions and answers of one split that another already gives away."""
 
 import difflib
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ WORDS = 5  # of a report at least, so that its repetition means something
 LONG = 200  # letters, from which a text is only kept as its hash where equality is all that counts
 DICOM = "DICOM "  # how names of groups begin that are the same in every set
 GROUPS = ("patient", "case", "study")  # of which all examples belong into one split
+COMBINED = 256  # choices of earlier images that several images of one example are compared as
 
 
 class Asked(NamedTuple):
@@ -40,11 +42,11 @@ class Leaks(NamedTuple):
 
 
 def words_of(question: str) -> str:
-    """Keeps only the letters, numbers and blanks of a question.
+    """Keeps of a question only the letters, numbers and blanks, and the brackets in a box.
 
-    Questions that differ only by a question mark are then equal.
+    Questions that differ only by a question mark are then equal. One of signs alone stays as it is.
     """
-    return " ".join(re.sub(r"[^\w\s]", "", question).split())
+    return " ".join(re.sub(r"[^\w\s<>]", "", question).split()) or question
 
 
 def plain(text: str) -> str:
@@ -57,12 +59,17 @@ def kept(text: str) -> str:
     return text if len(text) < LONG else f"{hash_of(text):016x}"
 
 
+def told_by(question: str) -> str:
+    """Returns the words of a question, or their hash, by which the same questions are told."""
+    return kept(words_of(question))
+
+
 def given_by_text(asked: Sequence[Asked]) -> set[str]:
     """Names the questions without image, the reports and the groups that other examples may repeat."""
     found: set[str] = set()
     for one in asked:
         if one.question and not one.images:
-            found.add(f"question {one.task} {words_of(one.question)}")
+            found.add(f"question {one.task} {told_by(one.question)}")
         if _report(one):
             found.add(f"report {one.answer}")
         found.update(f"{kind} {name}" for kind, name in one.groups if name.startswith(DICOM))
@@ -78,7 +85,7 @@ def _report(asked: Asked) -> bool:
 def text_leaks(
     earlier: Sequence[Asked],
     later: Sequence[Asked],
-    same: Mapping[str, str] | None = None,
+    same: Mapping[str, Sequence[str]] | None = None,
     rewordings: Mapping[str, Sequence[str]] | None = None,
     one_set: bool = True,
     shown: int = 20,
@@ -94,9 +101,10 @@ def text_leaks(
     repeating and reworded count the examples of the EARLIER split that ask a question of the later
     one, and that ask it in other words.
 
-    same: image of the later split -> the same one of the earlier split; None: equal keys are the
-    same image. rewordings: id in the later split -> other wordings. one_set: whether both splits are
-    of one set, where clusters and groups of equal name are the same ones.
+    same: image of the later split -> those of the earlier split that are (nearly) the same, the most
+    alike first; None: equal keys are the same image. rewordings: id in the later split -> other
+    wordings. one_set: whether both splits are of one set, where clusters and groups of equal name are
+    the same ones.
     """
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
     by_question: dict[tuple, list[Asked]] = defaultdict(list)
@@ -106,7 +114,7 @@ def text_leaks(
     groups: dict[tuple[str, str], Asked] = {}
     for asked in earlier:
         if asked.question:
-            words = words_of(asked.question)
+            words = told_by(asked.question)
             by_question[asked.task, asked.images, words].append(asked)
             texts.add(words)
             if asked.images:
@@ -120,12 +128,15 @@ def text_leaks(
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for asked in later:
-        images = asked.images
-        if same is not None:  # an image that the earlier split lacks is none of its
-            images = tuple(same.get(key, f"\0{key}") for key in images)
+        images = [asked.images]
+        if same is not None:  # none if the earlier split lacks an image
+            choices = itertools.product(*(same.get(key, ()) for key in asked.images))
+            images = list(itertools.islice(choices, COMBINED))
         if asked.question:
-            words = words_of(asked.question)
-            found = by_question.get((asked.task, images, words), [])
+            words = told_by(asked.question)
+            found = [
+                other for some in images for other in by_question.get((asked.task, some, words), ())
+            ]
             if found:
                 repeated.update(other.id for other in found)
                 pairs["question"].append((found[0].id, asked.id))
@@ -137,7 +148,8 @@ def text_leaks(
         others = [
             other
             for wording in (rewordings or {}).get(asked.id, ())
-            for other in by_question.get((asked.task, images, words_of(plain(wording))), [])
+            for some in images
+            for other in by_question.get((asked.task, some, told_by(plain(wording))), ())
         ]
         if others:
             reworded.update(other.id for other in others)
@@ -149,7 +161,8 @@ def text_leaks(
                 pairs[kind].append((groups[kind, name].id, asked.id))
         if asked.task == "vqa" and asked.question:
             total[asked.template] += 1
-            most, near = _most_similar(asked, by_image.get((asked.task, images), []))
+            about = [other for some in images for other in by_image.get((asked.task, some), ())]
+            most, near = _most_similar(asked, about)
             right[asked.template] += most is not None and most.answer == asked.answer
             if near is not None:
                 pairs["similar_question"].append((near.id, asked.id))

@@ -8,7 +8,6 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from unimed_jax.audit.check import Pair
-from unimed_jax.audit.findings import by_design
 from unimed_jax.data.example import Dataset
 from unimed_jax.evaluate.report.markdown import markdown_table
 from unimed_jax.files import write_text, written_together
@@ -135,7 +134,7 @@ def _leaks(found: Mapping[str, Any]) -> list[str]:
     for kind, counts in found["leaks"].items():
         if not any(counts.values()) and kind in ("patient", "case", "study"):
             continue
-        reason = by_design(found, kind)
+        reason = found["by_design"].get(kind, "")
         meaning = MEANING[kind].format(cluster=found["cluster"])
         rows.append(
             [meaning + (f" (by design: {reason})" if reason else "")]

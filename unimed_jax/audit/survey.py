@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from unimed_jax.audit.private import gathered, of_texts
-from unimed_jax.audit.questions import GROUPS, Asked, kept, plain
+from unimed_jax.audit.questions import GROUPS, Asked, kept, plain, told_by
 from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.grounding import fault
@@ -31,6 +31,7 @@ class Survey(NamedTuple):
     asked: dict[str, list[Asked]]  # split -> its examples
     images: dict[str, list[str]]  # split -> its image keys, each once
     published: dict[str, Any]  # comparison with the published numbers
+    ungrouped: bool  # every example is in a cluster of its own name, or of that of one of its images
 
 
 def survey(dataset: Dataset) -> Survey:
@@ -41,6 +42,7 @@ def survey(dataset: Dataset) -> Survey:
     personal: list[tuple[str, list[str]]] = []
     values: dict[str, Counter[str]] = {}  # split -> "key=value" -> examples
     compared = _keys(dataset.info)
+    ungrouped = True
     for split in dataset.splits:
         counts: dict[str, Counter[str]] = {key: Counter() for key in ("task", *FACTS)}
         values[split] = Counter()
@@ -64,6 +66,7 @@ def survey(dataset: Dataset) -> Survey:
                 cut[example.task] += 1
             cluster = example.cluster or example.id
             clusters.add(cluster)
+            ungrouped = ungrouped and cluster in (example.id, *example.images)
             keys.update(dict.fromkeys(example.images))
             if found := _personal(example):
                 personal.append((f"{split}: {example.id}", found))
@@ -86,7 +89,8 @@ def survey(dataset: Dataset) -> Survey:
             "over_50_words": {"n": cut.total(), **dict(sorted(cut.items()))},
             "repeated": {what: n for what, n in repeated.items() if n},
         }
-    return Survey(facts, gathered(personal), asked, images, _published(dataset, facts, values))
+    published = _published(dataset, facts, values)
+    return Survey(facts, gathered(personal), asked, images, published, ungrouped)
 
 
 def _most(counter: Counter[str]) -> dict[str, int]:
@@ -191,7 +195,7 @@ def _asked(example: Example) -> Asked:
         example.id,
         example.task,
         example.images,
-        question if example.task == "vqa" else kept(question),
+        question if example.task == "vqa" else told_by(question),  # which are compared by letters
         kept(plain(example.answer)),
         example.cluster,
         example.meta.get("template", ""),
