@@ -122,7 +122,8 @@ class AugmentConfig:
     # upper ...) are never turned.
     turns: bool = False
     # Degrees, to either side. At most 15 where a question has a box: it becomes the upright box around
-    # the rotated one, which fits small angles and things that are about round.
+    # the rotated one, which fits small angles and things that are about round. The same where words name
+    # a side, and none where there is a box too.
     rotate: Annotated[float, AtLeast(0), AtMost(180)] = 0.0
     # Smallest and largest factor of the picture's size; less where a box would leave it
     scale: tuple[Zoom, Zoom] = (1.0, 1.0)

@@ -8,7 +8,7 @@ import pytest
 
 from unimed_jax.config import AugmentConfig
 from unimed_jax.data import augment
-from unimed_jax.data.box_text import box_to_text, text_to_box
+from unimed_jax.data.box_text import box_to_text, text_to_box, valid_box
 from unimed_jax.data.example import Example
 from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.effects import without_effect
@@ -257,6 +257,102 @@ def test_words_that_name_a_side_are_never_turned(words):
         for d in [augment.variation(AugmentConfig(**ALL), 0, draw, [free])]
     }
     assert len(turned) == 8
+
+
+@pytest.mark.parametrize("turn", [("Which lung, the left one?", "Yes"), ("Where?", "In the left lung.")])
+def test_a_side_that_an_earlier_turn_names_is_never_turned(turn):
+    given = AugmentConfig(turns=True, rotate=90.0)
+
+    def drawn(*history):
+        example = Example("v", "vqa", "How large is it?", "3 cm", ("a",), history=history)
+        return [augment.variation(given, 0, draw, [example]) for draw in range(60)]
+
+    sided = drawn(turn, ("Sure?", "Yes"))
+    assert {(d.quarter, d.mirrored) for d in sided} == {(0, False)}
+    assert max(abs(d.degrees) for d in sided) <= augment.BOXED_DEGREES
+    assert not any(d.degrees for d in drawn(turn, ("{<1><2><30><40>}", "a mass")))  # with a box
+    free = drawn(("Which lung?", "One."), ("Sure?", "Yes"))
+    assert len({(d.quarter, d.mirrored) for d in free}) == 8
+    assert max(abs(d.degrees) for d in free) > 60
+
+
+def test_a_named_side_without_a_box_is_rotated_a_little_at_most():
+    """Beyond a right angle what is on the left would be on the right."""
+    sided = Example("v", "vqa", "Is the left lung collapsed?", "yes", ("a",))
+    free = dataclasses.replace(sided, question="Is a lung collapsed?")
+    for most in (180.0, 90.0, 10.0):
+        given = AugmentConfig(rotate=most)
+        limit = min(most, augment.BOXED_DEGREES)
+        for draw in range(60):
+            one, other = (augment.variation(given, 0, draw, [e]).degrees for e in (sided, free))
+            assert abs(one) <= limit and one / limit == pytest.approx(other / most)
+
+
+def test_questions_without_sides_and_history_vary_as_ever():
+    """Runs of one seed see the same pictures: these numbers were drawn by the first version."""
+    free = Example("v", "vqa", "how many cells ?", "yes", ("a",))
+    given = AugmentConfig(turns=True, rotate=90.0, scale=(0.6, 1.0), shift=0.2)
+    drawn = [augment.variation(given, 0, draw, [free]) for draw in range(3)]
+    assert [(d.quarter, d.mirrored, d.degrees, d.scale) for d in drawn] == [
+        (0, False, -20.186422416500168, 0.6993945035517284),
+        (0, True, 55.34293410496746, 0.8491761215043016),
+        (0, False, -66.87099933063381, 0.7918932901021499),
+    ]
+
+
+@pytest.mark.parametrize("box", [(100, 100, 103, 103), (58, 99, 59, 110), (114, 115, 118, 117)])
+def test_a_box_keeps_an_area_in_every_draw(box):
+    """Hundredths are rounded down: a box of 3 of 200 pixels, made smaller, could end where it begins."""
+    size = (200, 200)
+    example = Example("r", "refer", "spot", box_to_text(box, *size), ("a",), box)
+    assert valid_box(example.answer)
+    given = AugmentConfig(turns=True, scale=(0.6, 1.0), shift=0.2)
+    kept = 0
+    for draw in range(500):
+        by = augment.map_of(augment.variation(given, 0, draw, [example]), size, [box])
+        answer = augment.moved(example, by, size).answer
+        assert valid_box(answer), (draw, answer)
+        if np.array_equal(by.matrix, np.eye(2)):
+            assert answer == example.answer and not by.offset.any() and by.size == size
+            kept += 1
+        else:
+            assert answer == box_to_text(by.box(box), *by.size)
+    assert 0 < kept < 450  # the others vary
+
+
+def test_boxes_that_keep_their_area_move_as_ever():
+    """These were drawn by the first version."""
+    size, box = (200, 200), (100, 100, 103, 103)
+    example = Example("r", "refer", "spot", "{<50><50><51><51>}", ("a",), box)
+    given = AugmentConfig(scale=(0.6, 1.0), shift=0.2)
+    maps = [augment.map_of(augment.variation(given, 0, d, [example]), size, [box]) for d in range(4)]
+    expected = ["{<33><58><34><59>}", "{<38><65><39><67>}", "{<63><34><64><35>}", "{<40><59><42><61>}"]
+    assert [augment.moved(example, by, size).answer for by in maps] == expected
+
+
+def test_a_box_that_had_no_area_holds_nothing_up():
+    size, box = (200, 200), (100, 100, 101, 101)
+    example = Example("r", "identify", "{<50><50><50><50>}", "spot", ("a",), box)
+    given = AugmentConfig(scale=(0.6, 1.0), shift=0.2)
+    maps = [augment.map_of(augment.variation(given, 0, d, [example]), size, [box]) for d in range(20)]
+    assert len({by.matrix[0, 0] for by in maps}) == 20 and 1.0 not in {by.matrix[0, 0] for by in maps}
+
+
+@pytest.mark.parametrize(
+    "text", ["{<50><50><50><60>}", "{<28><56><29><57>}", "{<100><100><100><100>}", "{<0><99><1><100>}"]
+)
+def test_a_thin_box_in_the_words_of_a_question_is_moved(text):
+    """Its ends are rounded down, so it may be a hundredth wide: it is moved as such a box."""
+    size = (100, 100)
+    example = Example("q", "vqa", f"What is at {text}?", "a spot", ("a",))
+    for given in (AugmentConfig(scale=(0.5, 1.0), shift=0.2), AugmentConfig(brightness=0.1)):
+        for draw in range(200):
+            boxes = list(augment.boxes_of(example, size).values())
+            by = augment.map_of(augment.variation(given, 0, draw, [example]), size, boxes)
+            (found,) = augment.boxes_in(augment.moved(example, by, size))
+            assert valid_box(found), (draw, found)
+            if np.array_equal(by.matrix, np.eye(2)) and valid_box(text):
+                assert found == text
 
 
 def test_room_is_kept_for_the_longest_box():

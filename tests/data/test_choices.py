@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+from string import ascii_lowercase
 
 import numpy as np
 import pytest
@@ -275,6 +276,31 @@ DAMAGE = {
     "another column of options": (ASKED, {"choices": ["A", "Z"]}, "'Z' is missing"),
     "another column of images": (ASKED, {"image": ["x"]}, "'x' is missing"),
     "another column of meta": (ASKED, {"meta": {"a": "x"}}, "'x' is missing"),
+    "more options than letters": (
+        {"options": [f"text {i}" for i in range(30)], "answer": "text 28"},
+        {},
+        "'options' has 30 options, and there are 26 letters; give",
+    ),
+    "more columns of options than letters": (
+        {f"option{i}": f"text {i}" for i in range(1, 31)} | {"answer": "text 28"},
+        {},
+        "has 30 options, and there are 26 letters",
+    ),
+    "more named columns than letters": (
+        {f"wahl{i}": f"text {i}" for i in range(1, 31)} | {"answer": "text 2"},
+        {"choices": [f"wahl{i}" for i in range(1, 31)]},
+        "has 30 options, and there are 26 letters",
+    ),
+    "labels without a text": (
+        {"choices": {"label": ["A", "B", "C"], "text": ["x", "y"]}, "answer": "A"},
+        {},
+        "'choices' is .*; give a text for each letter",
+    ),
+    "one letter for two options": (
+        {"options": [{"key": c, "value": c * 2} for c in "AAB"], "answer": "B"},
+        {},
+        "'options' is .*; give a letter of its own for each text",
+    ),
     "options that are a number": ({"options": 3, "answer": "A"}, {}, "'options' is '?3"),
     "a way to answer that there is not": (
         ASKED,
@@ -305,6 +331,20 @@ def test_a_doubled_id_is_one_sentence(tmp_path):
     write(tmp_path / "set", "train.csv", [row(0, **ASKED), row(0, **ASKED)])
     with pytest.raises(UserError, match="id 'train/q0' stands twice"):
         opened(tmp_path / "set", "choices")
+
+
+@pytest.mark.parametrize("form", ["a list", "columns of numbers", "columns of letters"])
+def test_as_many_options_as_letters(tmp_path, form):
+    """The last one is an option like the others, and empty ones behind it need no letter."""
+    texts = [f"text {i}" for i in range(26)]
+    options = {
+        "a list": {"options": [*texts, "", None]},
+        "columns of numbers": {f"option{i + 1}": text for i, text in enumerate([*texts, "", None])},
+        "columns of letters": {f"op{c}": t for c, t in zip(ascii_lowercase, texts, strict=True)},
+    }[form]
+    write(tmp_path / "set", "train.jsonl", [row(0, **options, answer="text 25")])
+    ((_, example),) = everything(opened(tmp_path / "set", "choices"))
+    assert example.meta["letter"] == "Z" and example.question.endswith("(Y) text 24 (Z) text 25")
 
 
 UNUSABLE = {

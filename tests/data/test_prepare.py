@@ -20,8 +20,10 @@ from unimed_jax import main as cli
 from unimed_jax.config import DataConfig, ImageConfig, ReencodeConfig, SourceConfig
 from unimed_jax.data import image_shards
 from unimed_jax.data import store as store_module
+from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
+from unimed_jax.data.grounding import fault
 from unimed_jax.data.image_shards import encoded, processes
 from unimed_jax.data.images import PLAIN
 from unimed_jax.data.info import Info
@@ -313,6 +315,33 @@ def test_smaller_images_are_another_set_with_fitting_boxes(tmp_path):
             ]
             np.testing.assert_allclose(*shares, atol=0.04)
     assert boxes > 4
+
+
+def test_a_box_at_the_edge_stays_in_its_smaller_image(tmp_path):
+    """Rounded, what lies in the last pixels would begin where the smaller image ends."""
+    boxes = {
+        "right": (1020, 100, 1024, 140), "bottom": (100, 508, 140, 512),
+        "corner": (1023, 511, 1024, 512), "whole": (0, 0, 1024, 512), "dot": (500, 200, 501, 201),
+    }  # fmt: skip
+
+    class Edges:
+        INFO = Info("made", ("refer",), splits=("train",))
+
+        @staticmethod
+        def read(folder, split, options, skipped):
+            for name, box in boxes.items():
+                text = box_to_text(box, 1024, 512)
+                pixels = np.zeros((512, 1024, 3), np.uint8)
+                yield Example(name, "refer", name, text, ("k",), box), (pixels,)
+
+    how = How(reencode=ReencodeConfig(size=64))
+    store = prepared(Edges, Edges.INFO, None, {}, tmp_path / "cache", how)
+    found = {example.id: example.box for example in store.examples("train")}
+    assert found == {
+        "right": (63, 6, 64, 9), "bottom": (6, 31, 9, 32), "corner": (63, 31, 64, 32),
+        "whole": (0, 0, 64, 32), "dot": (31, 12, 32, 13),
+    }  # fmt: skip
+    assert not any(fault(box, 64, 32) for box in found.values())
 
 
 # ---- the command -----------------------------------------------------------------------------------

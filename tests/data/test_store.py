@@ -20,6 +20,7 @@ from support import squares
 
 from unimed_jax import files
 from unimed_jax.config import DataConfig, ImageConfig, SourceConfig
+from unimed_jax.data import selection
 from unimed_jax.data.columns import columns_of
 from unimed_jax.data.datasets import open_sources
 from unimed_jax.data.example import Example
@@ -516,6 +517,27 @@ def test_made_splits_keep_clusters_together_and_take_from_their_origin(tmp_path)
     (by_id,) = opened(tmp_path, splits={"half": "train[:50%]"}, options={"images": 60})
     assert 130 < len(by_id.examples("half")) < 230
     assert len(by_id.examples("half")) + len(by_id.examples("train")) == 360
+
+
+def test_a_made_split_that_replaces_one_of_the_set_is_said_once(tmp_path, capsys):
+    """Its scores are not those of the official split."""
+    selection._say_replaced.cache_clear()
+    for _ in range(2):
+        (data,) = opened(tmp_path, splits={"test": "train[60%:]"})
+        assert all(example.id.startswith("train") for example in data.examples("test"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "in place of" in line]
+    assert "squares: split 'test' is made by the rule 'train[60%:]'" in line and "144 examples" in line
+    # where it is said what becomes of its own, and where it has none
+    (cut,) = opened(tmp_path, splits={"val": "val[:50%]"})
+    assert 0 < len(cut.examples("val")) < 144 == len(cut.examples("test"))
+    (two,) = opened(tmp_path, splits={"test": "train[60%:] by cluster", "official": "test[:]"})
+    ids = {split: {e.id for e in two.examples(split)} for split in two.splits}
+    assert len(ids["official"]) == 144 and all(name.startswith("test") for name in ids["official"])
+    assert ids["test"] and all(name.startswith("train") for name in ids["test"])
+    source = SourceConfig("support.squares_without_val", splits={"val": "train[60%:]"})
+    (made,) = opened(tmp_path, source)
+    assert len(made.examples("val")) + len(made.examples("train")) == 48
+    assert "in place of" not in capsys.readouterr().out
 
 
 MISTAKES = {

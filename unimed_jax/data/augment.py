@@ -2,7 +2,8 @@
 
 A variation is one affine map (turned or mirrored, rotated, scaled, shifted) and a change of light. It
 depends on the seed and the number of the draw alone. No box leaves the picture: where it would, the
-picture is scaled and shifted less. Evaluation never varies anything.
+picture is scaled and shifted less. Where a box would have no area as text, only the light changes.
+Evaluation never varies anything.
 """
 
 import dataclasses
@@ -15,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from unimed_jax.config import AugmentConfig
-from unimed_jax.data.box_text import box_to_text
+from unimed_jax.data.box_text import box_to_text, valid_box
 from unimed_jax.data.example import Example
 
 # A draw with a box is rotated by no more degrees than this. Its new box is the upright one around the
-# rotated one, which grows: at 15 degrees a square's by 22 % a side, and what it holds does not.
+# rotated one, which grows: at 15 degrees a square's by 22 % a side, and what it holds does not. A draw
+# whose words name a side is not rotated by more either: at 180 degrees left is right.
 BOXED_DEGREES = 15.0
 BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 # Words that are no longer true of a picture that is mirrored or turned.
@@ -30,6 +32,8 @@ SIDES = re.compile(
     re.IGNORECASE,
 )
 Box = tuple[float, float, float, float]
+# More than what hundredths lose on their way from text to pixels and back, where 29 are 28.999...
+ROUNDING = 1e-9
 
 
 def is_off(settings: AugmentConfig) -> bool:
@@ -75,8 +79,9 @@ class Variation:
 def variation(settings: AugmentConfig, seed: int, draw: int, examples: Sequence[Example]) -> Variation:
     """Draws the variation of one draw, whose questions are `examples`.
 
-    Where their words name a side, the picture is neither turned nor mirrored, nor rotated if there is a
-    box: what was leftmost or on the left would not be any more.
+    Where their words or those of earlier turns name a side, the picture is neither turned nor mirrored,
+    nor rotated if there is a box: what was leftmost or on the left would not be any more. Without a box
+    it is rotated a little, which leaves the left on the left.
     """
     rng = random.Random(f"augment/{seed}/{draw}")
     low, high = settings.scale
@@ -85,7 +90,7 @@ def variation(settings: AugmentConfig, seed: int, draw: int, examples: Sequence[
     sided = any(map(_names_side, examples))
     boxed = any(example.box is not None or boxes_in(example) for example in examples)
     eighth = int(turn * 8) if settings.turns and not sided else 0
-    most = 0.0 if sided and boxed else min(settings.rotate, BOXED_DEGREES if boxed else 180.0)
+    most = 0.0 if sided and boxed else min(settings.rotate, BOXED_DEGREES if sided or boxed else 180.0)
     return Variation(
         eighth % 4,
         eighth >= 4,
@@ -98,14 +103,18 @@ def variation(settings: AugmentConfig, seed: int, draw: int, examples: Sequence[
     )
 
 
+def _texts(example: Example) -> tuple[str, ...]:
+    """Lists question, answer and earlier turns."""
+    return (example.question, example.answer, *(text for turn in example.history for text in turn))
+
+
 def _names_side(example: Example) -> bool:
-    return bool(SIDES.search(example.question) or SIDES.search(example.answer))
+    return any(map(SIDES.search, _texts(example)))
 
 
 def boxes_in(example: Example) -> list[str]:
     """Lists the boxes in the texts of a question, as they are written there."""
-    texts = (example.question, example.answer, *(text for turn in example.history for text in turn))
-    return [match.group() for text in texts for match in BOX.finditer(text)]
+    return [match.group() for text in _texts(example) for match in BOX.finditer(text)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +136,7 @@ def map_of(drawn: Variation, size: tuple[int, int], boxes: Sequence[Sequence[flo
     """Makes the map of a picture of `size` (width, height) that keeps all `boxes` inside.
 
     The picture stays as large as it was; by an odd number of quarter turns width and height change
-    places.
+    places. If a box would lose its area as text, it is the map that leaves the picture as it is.
     """
     sides = np.array(size, float)
     out = sides[::-1] if drawn.quarter % 2 else sides
@@ -149,7 +158,17 @@ def map_of(drawn: Variation, size: tuple[int, int], boxes: Sequence[Sequence[flo
         low, high = np.clip(low, least, most), np.clip(high, least, most)
     matrix = scale * matrix
     shift = low + np.array(drawn.places) * (high - low)
-    return Map(matrix, out / 2 - matrix @ sides / 2 + shift, (int(out[0]), int(out[1])))
+    by = Map(matrix, out / 2 - matrix @ sides / 2 + shift, (int(out[0]), int(out[1])))
+    # Simpler than to keep each box large enough, which another box at the edge may not allow.
+    if any(_flat(by.box(box), by.size) and not _flat(box, size, ROUNDING) for box in boxes):
+        return Map(np.eye(2), np.zeros(2), size)
+    return by
+
+
+def _flat(box: Sequence[float], size: tuple[int, int], rounding: float = 0.0) -> bool:
+    """Says whether a box has no area in hundredths rounded down, even if it ends `rounding` later."""
+    x1, y1, x2, y2 = (v / side * 100 for v, side in zip(box, size * 2, strict=True))
+    return int(x2 + rounding) <= int(x1) or int(y2 + rounding) <= int(y1)
 
 
 def _around(matrix: np.ndarray, box: Sequence[float]) -> np.ndarray:
@@ -161,11 +180,16 @@ def _around(matrix: np.ndarray, box: Sequence[float]) -> np.ndarray:
 
 
 def boxes_of(example: Example, size: tuple[int, int]) -> dict[str, Sequence[float]]:
-    """Returns the boxes in a question's texts in pixels: `example.box` itself, others by hundredths."""
+    """Returns the boxes in a question's texts in pixels: `example.box` itself, others by hundredths.
+
+    Hundredths are rounded down, so one that ends where it begins is taken to be one hundredth wide.
+    """
     width, height = size
     known: dict[str, Sequence[float]] = {}
     for text in boxes_in(example):
-        numbers = [int(number) for number in BOX.fullmatch(text).groups()]  # type: ignore[union-attr]
+        x1, y1, x2, y2 = map(int, BOX.fullmatch(text).groups())  # type: ignore[union-attr]
+        x1, y1 = min(x1, 99), min(y1, 99)
+        numbers = x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
         known[text] = [n * side / 100 for n, side in zip(numbers, (width, height) * 2, strict=True)]
     if example.box is not None:
         known[box_to_text(example.box, width, height)] = example.box
@@ -174,8 +198,11 @@ def boxes_of(example: Example, size: tuple[int, int]) -> dict[str, Sequence[floa
 
 def moved(example: Example, by: Map, size: tuple[int, int]) -> Example:
     """Writes the boxes in a question's texts as they are after the map; `size` is that before it."""
-    known = boxes_of(example, size)
-    written = {text: box_to_text(by.box(box), *by.size) for text, box in known.items()}
+    written = {}
+    for text, box in boxes_of(example, size).items():
+        again = box_to_text(by.box(box), *by.size)
+        # In a picture left as it is, ROUNDING alone may take the area of a box.
+        written[text] = again if valid_box(again) or not valid_box(text) else text
     return _rewritten(example, written)
 
 

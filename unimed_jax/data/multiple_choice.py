@@ -36,24 +36,40 @@ def options_of(value: Any, where: str, key: str = "options") -> Options:
     """Reads the options of a question as letter -> text; those that are null or empty are left out.
 
     They may be {letter: text}, [text], [{"key": letter, "value": text}], {"label": [], "text": []},
-    or any of these as a text in the syntax of JSON or Python. Raises UserError for anything else.
+    or any of these as a text in the syntax of JSON or Python. Raises UserError for anything else, for
+    two options of one letter, and for a list of more texts than there are letters.
     """
     found = parsed(value)
+    pairs: list[tuple[Any, Any]] | None = None
     if isinstance(found, dict) and found.keys() == {"label", "text"}:
-        found = dict(zip(found["label"], found["text"], strict=False))
+        labels, texts = found["label"], found["text"]
+        if isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts):
+            pairs = list(zip(labels, texts, strict=True))
+    elif isinstance(found, dict):
+        pairs = list(found.items())
     elif isinstance(found, list) and found and all(isinstance(entry, dict) for entry in found):
-        found = {entry.get("key"): entry.get("value") for entry in found}
+        pairs = [(entry.get("key"), entry.get("value")) for entry in found]
     elif isinstance(found, list):
-        found = dict(zip(LETTERS, found, strict=False))
-    if not isinstance(found, dict) or not all(
+        count = 1 + max((i for i, text in enumerate(found) if _text(text)), default=-1)
+        if count > len(LETTERS):
+            raise UserError(
+                f"{where}: {key!r} has {count} options, and there are {len(LETTERS)} letters; give "
+                "fewer, or an object with a name for each."
+            )
+        pairs = list(zip(LETTERS, found, strict=False))
+    if pairs is None or not all(
         isinstance(letter, str) and (text is None or type(text) in (str, int, float))
-        for letter, text in found.items()
+        for letter, text in pairs
     ):
         raise UserError(f"{where}: {key!r} is {short(value)}; give a text for each letter.")
-    given = {
-        str(letter).strip(): "" if text is None else str(text).strip() for letter, text in found.items()
-    }
+    given = {letter.strip(): _text(text) for letter, text in pairs}
+    if len(given) < len(pairs):
+        raise UserError(f"{where}: {key!r} is {short(value)}; give a letter of its own for each text.")
     return {letter: text for letter, text in given.items() if text}
+
+
+def _text(option: Any) -> str:
+    return "" if option is None else str(option).strip()
 
 
 def parsed(value: Any) -> Any:

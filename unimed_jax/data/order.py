@@ -55,7 +55,7 @@ def group_examples(
     if len(levels) == 1:
         return groups, [(1.0, None)]
     # Without weights each draw of an image gives min(questions, n) of its n examples. `draws`: how often
-    # a part of them that has a group of its own must be drawn, for its examples to come as often as then.
+    # a part of them, which is a group of its own, must be drawn for its examples to come as often.
     leads = members[starts[:-1]]
     _, of_image, sizes = np.unique(image, return_inverse=True, return_counts=True)
     whole, own = sizes[of_image[leads]], np.diff(starts)

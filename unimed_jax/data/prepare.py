@@ -48,6 +48,7 @@ SHARD_RECORDS = 100_000
 SHARD_BYTES = 256 << 20
 NAMED = 5  # skipped records that a message names
 UNFINISHED = ".unfinished"  # how the folder ends in which a set is prepared
+BOXES = 2  # how boxes are fitted to smaller images; raise it when that changes: such sets are made again
 KEPT = 7 * 24 * 3600.0  # seconds for which such a folder of another set stays after a kill
 
 
@@ -183,7 +184,8 @@ def _refused(name: str, line: str) -> UserError:
 def _given(how: How) -> list[dict[str, Any]]:
     """Lists settings of images as JSON values; the default ones are those of a set without any."""
     image = [] if how.image == PLAIN else [dataclasses.asdict(how.image)]
-    return image + ([dataclasses.asdict(how.reencode)] if how.reencode.asked else [])
+    fitted = {"boxes": BOXES} if how.reencode.size else {}
+    return image + ([dataclasses.asdict(how.reencode) | fitted] if how.reencode.asked else [])
 
 
 def fingerprint(info: Info, folder: Path | None) -> list[list[Any]]:
@@ -427,6 +429,7 @@ def _scaled(example: Example, images: ImageShards) -> Example:
         return example
     scales = (sizes[2] / sizes[0], sizes[3] / sizes[1]) * 2
     x1, y1, x2, y2 = (round(side * scale) for side, scale in zip(example.box, scales, strict=True))
+    x1, y1 = min(x1, sizes[2] - 1), min(y1, sizes[3] - 1)  # no box begins where the image ends
     return dataclasses.replace(example, box=(x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
 
 

@@ -1,11 +1,13 @@
 """Selects what the settings take from a data set, by task, template, meta and made splits."""
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from unimed_jax import processes
 from unimed_jax.config import TASKS, SourceConfig
 from unimed_jax.data.columns import NONE, Columns, hash_of
 from unimed_jax.data.info import Info
@@ -119,11 +121,21 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
         raise UserError(f"{where}: tasks and filters together match no example; widen them.")
 
 
+@functools.cache  # a set is opened for training and again for its scores
+def _say_replaced(id: str, name: str, rule: str, own: int) -> None:
+    """Says that scores on a made split are not those on the set's own one."""
+    processes.say(
+        f"{id}: split {name!r} is made by the rule {rule!r}, in place of the {own:,} examples that the "
+        f"set itself has as {name!r} (a rule such as 'official': '{name}[:]' keeps them)"
+    )
+
+
 def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, np.ndarray]:
     """Returns split -> example numbers, int32.
 
     What a made split takes leaves its origin, unless that is made too. Raises UserError for a rule that
-    cannot be followed, and for two made splits that share an example.
+    cannot be followed, and for two made splits that share an example. One that replaces a split of the
+    set, from which no rule takes, is said once.
     """
     numbers = {split: np.arange(*store.rows(split), dtype=np.int32) for split in store.splits}
     made: dict[str, np.ndarray] = {}
@@ -153,6 +165,10 @@ def _made_splits(store: Store, rules: Mapping[str, str], id: str) -> dict[str, n
                 f"({rules[two]!r}) share {shared} examples; give them ranges that do not overlap, both "
                 "with `by cluster` or both without."
             )
+    for name in made:
+        own = len(numbers.get(name, ()))
+        if own and name not in taken:
+            _say_replaced(id, name, rules[name], own)
     for origin, gone in taken.items():
         if origin not in made:
             numbers[origin] = numbers[origin][~gone]

@@ -27,6 +27,37 @@ _RIVALS = (
     {"是", "否"},
     {"男", "女"},
 )
+# What questions let choose from: groups of choices, each with all its names. Only where an answer is a
+# bare list do these count as several; a sentence may name another one for the place or the contrast.
+_LISTED = tuple(
+    tuple(frozenset(tuple(tokens(name)) for name in choice.split(", ")) for choice in group)
+    for group in (
+        (
+            "ct, computed tomography",
+            "mr, mri, magnetic resonance",
+            "x-ray, x-rays, xray, chest x-ray, radiograph, chest radiograph, plain film, x线, x光",
+            "ultrasound, us, sonography, ultrasonography, 超声",
+            "pet, positron emission tomography",
+        ),
+        ("t1, t1w, t1wi", "t2, t2w, t2wi", "flair, t2 flair", "dwi, diffusion"),
+        (
+            "brain, 脑, 大脑",
+            "heart, 心, 心脏",
+            "lung, lungs, 肺, 肺部",
+            "liver, 肝, 肝脏",
+            "spleen, 脾, 脾脏",
+            "kidney, kidneys, 肾, 肾脏",
+            "stomach, 胃",
+            "pancreas, 胰, 胰腺",
+            "gallbladder, gall bladder, 胆囊",
+            "bladder, urinary bladder, 膀胱",
+        ),
+    )
+)
+# Words of an item that do not change what it names.
+_BESIDE = {"a", "an", "the", "both", "left", "right", "scan", "scans", "image", "images", "imaging"}
+_BESIDE |= {"weighted", "左", "右"}
+_ITEM_WORDS = 2  # besides those, that any other item of a bare list may have
 _ENGLISH_NEGATIONS = {
     *("no", "non", "not", "none", "without", "never", "neither", "nor", "cannot", "instead", "than"),
     *("absence", "hardly", "lack", "lacks", "negative", "unlikely"),
@@ -46,6 +77,7 @@ _OR = regex.compile(
     r"|或者|或是|或|(?<=\p{Han})(?:还是|還是)"
 )
 _CLAUSE_END = regex.compile(r"[,.;:!?。、](?!\d)| - ")
+_ITEM_END = regex.compile(_CLAUSE_END.pattern + r"|\b(?:and|or)\b|&|(?<=\p{Han})[和与及](?=\p{Han})")
 
 
 def closed_accuracy(prediction: str, reference: str) -> bool:
@@ -57,7 +89,8 @@ def closed_accuracy(prediction: str, reference: str) -> bool:
     * Any other reference: its words stand together in the answer as whole words, are not denied
       ("not on the left") and not one of several ("left or right", "CT/MRI"). Words that exclude
       each other (left and right, axial and coronal) count as several wherever the second one
-      stands, unless it is denied ("left, not right").
+      stands, unless it is denied ("left, not right"); modalities, MR sequences and organs do only
+      where the answer is a bare list ("CT, X-ray", "lung, liver and heart").
     """
     wanted = tokens(_spelled(reference))
     clauses = [tokens(clause) for clause in _CLAUSE_END.split(_spelled(prediction))]
@@ -71,6 +104,8 @@ def closed_accuracy(prediction: str, reference: str) -> bool:
     starts = [i for i in range(len(said) - len(wanted) + 1) if said[i : i + len(wanted)] == wanted]
     stated = [i for i in starts if not (_denied(said, i, ends) or _asked(said, i, len(wanted), ends))]
     if not wanted or not stated or _names_rival(said, wanted, ends):
+        return False
+    if _lists_rival(prediction, reference):
         return False
     return "or" in wanted or not any(_among_several(said, i, len(wanted)) for i in stated)
 
@@ -120,6 +155,26 @@ def _asked(said: list[str], start: int, length: int, clause_starts: set[int]) ->
 def _names_rival(said: list[str], wanted: list[str], clause_starts: set[int]) -> bool:
     rivals = {word for group in _RIVALS if group & set(wanted) for word in group} - set(wanted)
     return any(word in rivals and not _denied(said, i, clause_starts) for i, word in enumerate(said))
+
+
+def _lists_rival(prediction: str, reference: str) -> bool:
+    """Says whether an answer is a bare list that names another choice beside the reference.
+
+    Items that are no known choice ("lung, right lower lobe") are taken for details of the reference.
+    """
+    wanted, items = _items(reference), _items(prediction)
+    for group in _LISTED if len(wanted) == 1 else ():
+        named = [choice for choice in group if choice.intersection(items)]
+        if any(wanted[0] in choice for choice in named):
+            rest = set(items).difference(*named)
+            return len(named) > 1 and all(len(item) <= _ITEM_WORDS for item in rest)
+    return False
+
+
+def _items(text: str) -> list[tuple[str, ...]]:
+    """Splits a text at commas and the like, "and" and "or" into its items without the words beside."""
+    items = [tokens(item) for item in _ITEM_END.split(_spelled(text))]
+    return [found for item in items if (found := tuple(word for word in item if word not in _BESIDE))]
 
 
 def _among_several(said: list[str], start: int, length: int) -> bool:

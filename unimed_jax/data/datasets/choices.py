@@ -68,7 +68,7 @@ MODALITY = ("modality", "modalitytype")
 
 INFO = Info(
     name="choices",
-    version="2",
+    version="3",
     tasks=("vqa", "qa"),
     cluster_word="image",
     files=tuple(f"{place}*{ending}" for place in ("", "*/", "*/*/", "*/*/*/") for ending in ENDINGS),
@@ -220,8 +220,9 @@ def _options(record: Record, chosen: Mapping[str, Any], where: str) -> Options:
         value = parsed(record[one])
         return options_of(value, where, one) if value else {}
     names = given
+    numbers = [str(number) for number in range(1, 2 + max(len(LETTERS), len(record)))]
     for prefix in COLUMNS if not given else ():
-        for marks in (LETTERS.lower(), [str(number) for number in range(1, 1 + len(LETTERS))]):
+        for marks in (LETTERS.lower(), numbers):
             there = [f"{prefix}{mark}" in bare for mark in marks]
             count = there.index(False) if False in there else len(there)
             if any(there[count:]) and sum(there) > 1:
@@ -232,10 +233,11 @@ def _options(record: Record, chosen: Mapping[str, Any], where: str) -> Options:
             if count > 1 and not names:
                 names = [bare[f"{prefix}{mark}"] for mark in marks[:count]]
                 rest = {name: None for name in record if name not in names}
-                optional(rest, f"{prefix}{marks[count]}", where)
+                for mark in marks[count : count + 1]:
+                    optional(rest, f"{prefix}{mark}", where)
     for name in () if names else LISTED:
         optional(record, name, where)
-    cells = dict(zip(LETTERS, (record[name] for name in names), strict=False))
+    cells = [record[name] for name in names]
     return without_letters(options_of(cells, where, ", ".join(names))) if names else {}
 
 

@@ -139,13 +139,13 @@ def closed_exact_match(records: Sequence[Record]) -> Measure:
     return exact_matches(records).where(_closed(records))
 
 
-@metric("closed_accuracy", tasks=("vqa",), normaliser=f"{WORDS}-one-choice")
+@metric("closed_accuracy", tasks=("vqa",), normaliser=f"{WORDS}-one-choice-2")
 def closed_accuracies(records: Sequence[Record]) -> Measure:
     """Computes the share of closed questions whose answer chooses the reference and nothing else.
 
     Of yes and no the first one in the answer decides: "Yes, no fracture is seen" is yes, "No
     evidence of a mass, yes" is no, "yes or no" is neither. Any other reference must stand in the
-    answer as whole words, not denied, and not as one of several: "left or right" is not left
-    (`closed.closed_accuracy`).
+    answer as whole words, not denied, and not as one of several: "left or right" is not left, and
+    "CT, X-ray" is not CT (`closed.closed_accuracy`).
     """
     return per_record(records, closed_accuracy).where(_closed(records))
