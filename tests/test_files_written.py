@@ -88,13 +88,15 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
 
 
 def test_only_names_of_ours_are_leftovers(tmp_path):
-    kept = [".out.12a", "out.12", ".other.12", ".12", ".out."]
-    for name in (*kept, ".out.12", ".out.12-1"):
+    other = ".other.unimed-12"
+    kept = [".out.unimed-12a", "out.unimed-12", other, ".unimed-12", ".out.unimed-", ".out.12"]
+    kept.append(".notes.2024")
+    for name in (*kept, ".out.unimed-12", ".out.unimed-12-1"):
         (tmp_path / name).write_text("")
     files.write_text(tmp_path / "out", "x")
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "out"}
     files.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "out"} - {".other.12"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "out"} - {other}
 
 
 def test_without_locks_age_tells(tmp_path, monkeypatch):
@@ -102,7 +104,7 @@ def test_without_locks_age_tells(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    young, old = tmp_path / ".a.1", tmp_path / ".a.2"
+    young, old = tmp_path / ".a.unimed-1", tmp_path / ".a.unimed-2"
     for path in (young, old):
         path.write_text("")
     os.utime(old, (0, 0))

@@ -1,7 +1,7 @@
 """Writes files and folders completely or not at all.
 
-Everything is written under a temporary name next to its place, `.NAME.PID`, and renamed when it is
-on the disk. The temporary one is locked while its process lives; what a killed process left is
+Everything is written under a temporary name next to its place, `.NAME.unimed-PID`, and renamed when
+it is on the disk. The temporary one is locked while its process lives; what a killed process left is
 removed by whoever writes next.
 """
 
@@ -25,6 +25,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ABANDONED = 24 * 3600.0
 WORTH_KEEPING = 60.0  # seconds of work that are not done again after a mistake in the data is mended
 _PROBE = 64 << 10  # bytes that a disk must take to count as not full
+MARK = ".unimed-"  # in the name of whatever is temporary: nobody else's file is taken for a leftover
 _LONGEST = 200  # bytes of a name that its temporary name repeats; file systems allow 255 in all
 
 
@@ -214,7 +215,7 @@ def _locked_new(path: Path, is_folder: bool) -> tuple[Path, int]:
     Returns its path and the descriptor that holds its lock.
     """
     for attempt in range(1000):
-        name = f".{_shortened(path.name)}.{os.getpid()}" + (f"-{attempt}" if attempt else "")
+        name = f".{_shortened(path.name)}{MARK}{os.getpid()}" + (f"-{attempt}" if attempt else "")
         temporary = path.parent / name
         try:
             if is_folder:
@@ -249,7 +250,8 @@ def remove_leftovers(folder: str | Path, name: str = "") -> None:
     What a living process writes is locked and stays. Where the file system has no locks, the age
     decides (`ABANDONED`).
     """
-    pattern = re.compile(rf"\.{re.escape(_shortened(name)) if name else '.+'}\.\d+(-\d+)?")
+    stem = re.escape(_shortened(name)) if name else ".+"
+    pattern = re.compile(rf"\.{stem}{re.escape(MARK)}\d+(-\d+)?")
     try:
         found = [Path(entry.path) for entry in os.scandir(folder) if pattern.fullmatch(entry.name)]
     except OSError:  # no folder, no leftovers

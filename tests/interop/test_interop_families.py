@@ -3,6 +3,7 @@ export.
 """
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,17 @@ def test_export_reloads_to_the_bit(name, peers, tmp_path):
     ).eval()
     before, after = peer.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
+    # transformers 4 reads these names alone
+    older, rope = json.loads((tmp_path / "out/config.json").read_text()), peer.config.rope_parameters
+    if "full_attention" in rope:
+        assert older["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    assert older["rope_theta"] == rope["rope_theta"]
+    assert older.get("partial_rotary_factor") == rope.get("partial_rotary_factor")
+    scaling = {key: value for key, value in rope.items() if "factor" in key or "original" in key}
+    scaling.pop("partial_rotary_factor", None)
+    assert scaling.items() <= older.get("rope_scaling", {}).items()
+    assert again.config.rope_parameters == peer.config.rope_parameters
     for key in before:
         assert torch.equal(before[key], after[key]), key
     assert again.config.eos_token_id == 2 and again.dtype == torch.float32

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import hf_peers, tiny
+from support.exported_model import TEXTS
 from support.med_moe_published import PHI, STABLELM
 
-from unimed_jax.config import ConnectorConfig, LoraConfig, ModelConfig, MoeConfig
+from unimed_jax.config import Config, ConnectorConfig, LoraConfig, ModelConfig, MoeConfig, TextConfig
+from unimed_jax.data.tokenizer import train_tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.interop.families import hf, hf_config, med_moe
 from unimed_jax.interop.sources import SOURCES
+from unimed_jax.interop.targets import TARGETS, Content
 from unimed_jax.interop.tensors.load import Destination
 from unimed_jax.model.cache import Span
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
@@ -119,6 +122,14 @@ def test_refusals(tmp_path):
         ("connector", {"hidden": 10}, "connector.hidden is always 32 there and 10 here"),
         ("moe", {"meta": False}, "moe.meta"),
         ("vision", {"qkv_bias": "qv"}, "vision.qkv_bias is always 'qkv' there and 'qv' here"),
+        ("vision", {"normalise": "picture"}, "vision.normalise is always 'fixed' there"),
+        ("vision", {"mean": (0.5, 0.5, 0.5)}, "vision.mean is always"),
+        ("connector", {"activation": "silu"}, "connector.activation is always 'gelu' there"),
+        (
+            "moe",
+            {"top_k": 2, "experts": 12},
+            "moe.eval_capacity_factor is always 4.0 there and None here",
+        ),
     ):
         other = dataclasses.replace(
             config, **{part: dataclasses.replace(getattr(config, part), **fields)}
@@ -130,9 +141,36 @@ def test_refusals(tmp_path):
     ):
         med_moe.read_med_moe_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(words))
-    other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=5))
-    with pytest.raises(UserError, match="moe.experts is 3 there and 5 here"):
-        med_moe.load_med_moe(tmp_path, other, Destination(parameters(abstract(other))))
+    for part, fields, match in (
+        ("moe", {"experts": 5}, "moe.experts is 3 there and 5 here"),
+        ("connector", {"activation": "silu"}, "connector.activation is 'gelu' there and 'silu' here"),
+        ("vision", {"feature_layer": -1}, "vision.feature_layer is -2 there and -1 here"),
+    ):
+        other = dataclasses.replace(
+            config, **{part: dataclasses.replace(getattr(config, part), **fields)}
+        )
+        with pytest.raises(UserError, match=match):
+            med_moe.load_med_moe(tmp_path, other, Destination(parameters(abstract(other))))
+
+
+def test_adapters_are_merged(tmp_path):
+    config = dataclasses.replace(
+        settings("stablelm"), lora=LoraConfig(rank=2, alpha=16.0, targets=("q", "v"))
+    )
+    decoder = dataclasses.replace(config.decoder, vocab=480)
+    config = dataclasses.replace(config, decoder=decoder)
+    leaves = parameters(tiny.model(config))
+    train_tokenizer(TEXTS, TextConfig(vocab=480), tmp_path / "tokenizer")
+    content = Content(Config(model=config), leaves, tmp_path / "tokenizer")
+    TARGETS["med_moe"].write(tmp_path / "out", content)
+    plain = dataclasses.replace(config, lora=LoraConfig(rank=0))
+    loaded = med_moe.load_med_moe(tmp_path / "out", plain, Destination(parameters(abstract(plain))))
+    for name in "qkv":
+        path = f"decoder/layers/attention/{name}"
+        kernel = leaves[f"{path}/kernel"]
+        if name != "k":
+            kernel = kernel + 8.0 * leaves[f"{path}/lora_a"] @ leaves[f"{path}/lora_b"]
+        np.testing.assert_allclose(loaded[f"{path}/kernel"], kernel, rtol=1e-5, atol=1e-6)
 
 
 def test_router_files(tmp_path):

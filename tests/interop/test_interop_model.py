@@ -192,10 +192,14 @@ def test_pixels_are_those_of_evaluation(exported, torch, tmp_path):
         pictures = {
             mode: Image.fromarray(colour).convert(mode) for mode in ("RGB", "RGBA", "P", "L", "LA", "1")
         }
+        for mode in ("RGBA", "LA"):
+            pictures[mode].putalpha(Image.fromarray(grey))
+        pictures["turned"] = pictures["RGB"].copy()
+        pictures["turned"].getexif()[0x0112] = 6  # to be turned by a quarter
         pictures["I;16"] = Image.fromarray(grey.astype(np.uint16) * 16)
         for mode, picture in pictures.items():
             file = tmp_path / "image.png"
-            picture.save(file)
+            picture.save(file, exif=picture.getexif())
             pixels = fitting.resize(images.read_image(file), 16)
             expected = np.asarray(normalise(jnp.asarray(pixels)[None], config.model.vision, "float32"))[
                 0

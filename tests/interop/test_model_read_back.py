@@ -73,6 +73,23 @@ def test_read_back_to_the_bit(name, exported):
     Tokenizer.load(folder)
 
 
+def test_no_folder_of_this_machine_is_written():
+    own = "/home/somebody/hospital"
+    there = dict(name="jsonl", path=f"{own}/set", options={"images": f"{own}/pictures", "size": 3})
+    config = from_config_dict(
+        {
+            "data": {"root": own, "cache": f"{own}/cache", "sources": (there,)},
+            "evaluate": {"sources": (dict(there, id="held_out"),)},
+            "text": {"tokenizer": f"{own}/words"},
+            "init": (("seed", ""), ("run", f"{own}/run")),
+        },
+        effects=False,
+    )
+    said = json.dumps(to_dict(portable(config)))
+    assert own in json.dumps(to_dict(config)) and "somebody" not in said
+    assert portable(config).evaluate.sources[0].options == {"images": "pictures", "size": 3}
+
+
 def test_what_is_read_back_answers_the_same(exported, asked, tokenizer_folder):
     """The merged model, opened as `run.open_run` does, gives the texts of the one with adapters."""
     config, model, folder = exported("as published")

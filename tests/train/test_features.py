@@ -262,7 +262,7 @@ def test_a_kill_loses_one_file_and_the_rest_is_computed_later(
             opened(tmp_path)
     whole = {path: path.read_bytes() for path in files_of(tmp_path)}
     assert len(whole) == 2 and encoded == [24]
-    (left := next(iter(whole)).with_name(".half.array_record.4194305")).touch()  # by a SIGKILL
+    (left := next(iter(whole)).with_name(".half.array_record.unimed-4194305")).touch()  # by a SIGKILL
     ours = opened(tmp_path)
     assert not left.exists()
     assert encoded == [24, 10] and len(files_of(tmp_path)) == 4

@@ -2,6 +2,7 @@
 colours, experts.
 """
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -192,6 +193,24 @@ def test_every_layer_with_experts_gets_the_router(routed, dense):
     again = parameters(open_run(run.folder).model)
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
+
+
+def test_an_image_counts_if_one_of_its_records_has_the_label():
+    class Partly(Squares):
+        """Of the records of an image, the last one alone has the label."""
+
+        def examples(self, split):
+            last = {example.images: i for i, example in enumerate(super().examples(split))}
+            return [
+                dataclasses.replace(example, meta={"seen": "yes"} if last[example.images] == i else {})
+                for i, example in enumerate(super().examples(split))
+            ]
+
+    config = tiny_config()
+    config.router_fit.key = "seen"
+    found = router.labelled([Partly()], "train", from_config_dict(config), ["yes"])
+    images = {example.images for example in Squares().examples("train") if example.images}
+    assert len(found.examples) == len(images) and found.left_out == 0
 
 
 def test_an_embedding_is_the_mean_over_states_and_tokens(dense):

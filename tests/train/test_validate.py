@@ -3,6 +3,7 @@ longer.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -179,6 +180,17 @@ def test_a_run_that_patience_ended_is_finished(constant):
     assert again.step == 8 and lines(ended.folder) == before
     stage = Stage("constant", from_config_dict(config), ended.folder)
     assert trained(stage)
+
+
+@pytest.mark.parametrize("longer", ["restart", "stretch"])
+def test_steps_that_are_added_to_a_run_that_patience_ended_are_taken(constant, longer, tmp_path):
+    config, ended = constant
+    folder = shutil.copytree(ended.folder, tmp_path / "run")
+    more = config.copy_and_resolve_references()
+    more.train.steps, more.train.longer = config.train.steps + 2, longer
+    assert run(more, folder).step == config.train.steps + 2 == 14  # where patience runs out again
+    progress = note(folder)
+    assert (progress["waited"], progress["steps"], progress["best_step"]) == (3, 14, 2)
 
 
 def test_evaluate_scores_the_checkpoint_that_which_names(constant, monkeypatch, capsys):

@@ -95,8 +95,9 @@ def model_card(
         "unimed_jax; adapters, if there were any, are merged.",
         f"## How to ask\n\n{USAGE}\n\n"
         "All code is in `modeling_unimed.py` in this folder, in plain torch. The image is read as "
-        "RGB; for DICOM, pass the windowed pixels as a uint8 array [H, W, 3]; for a question about "
-        "several images, pass a list of them, in their order. Prompts are those of "
+        "RGB, turned by its EXIF orientation, with white behind what is transparent; for DICOM, pass "
+        "the windowed pixels as a uint8 array [H, W, 3]; for a question about several images, pass a "
+        "list of them, in their order. Prompts are those of "
         "the evaluation and decoding is greedy; `model.answers` takes several questions at "
         "once. `unimed_jax` opens the folder as it opens a run, for its own commands:\n\n"
         f"{COMMANDS}\n\n"

@@ -28,6 +28,7 @@ class Content:
     trained: frozenset[str] = frozenset()  # paths of the leaves that trained
     # Adam's state of each of them (fields count, mean, square); only for a target that wants it
     moments: Any = None
+    base: str = ""  # name or folder of the decoder that the adapters belong to, for peft
     metrics: Mapping[str, Any] | None = None  # the run's metrics.json, for the model card
     reliance: Mapping[str, Any] | None = None  # the run's reliance.json, for the card
     notes: Sequence[str] = ()  # sentences about changed data or a changed tokenizer, for the card
@@ -49,6 +50,7 @@ class Target(NamedTuple):
     refuse: Callable[[Config], str | None] = lambda config: None
     moments: bool = False  # whether it holds the optimizer's state
     kernels: bool = False  # whether it holds the kernels of the decoder, not only adapters
+    base: bool = False  # whether it names the decoder that its adapters belong to
 
 
 def _dense_only(config: Config) -> str | None:
@@ -80,8 +82,7 @@ def _write_decoder(out: str | Path, content: Content) -> None:
 
 
 def _write_peft(out: str | Path, content: Content) -> None:
-    base = next((path for kind, path in reversed(content.config.init) if kind in ("hf", "gguf")), "")
-    export_peft(out, content.config.model, content.leaves, base)
+    export_peft(out, content.config.model, content.leaves, content.base)
 
 
 def _write_unimed(out: str | Path, content: Content) -> None:
@@ -96,15 +97,18 @@ def _write_unimed(out: str | Path, content: Content) -> None:
 
 
 def _write_med_moe(out: str | Path, content: Content) -> None:
-    export_med_moe(out, content.config.model, content.leaves, content.tokenizer, content.ids())
+    model = content.config.model
+    export_med_moe(out, model, merged_leaves(model, content.leaves), content.tokenizer, content.ids())
 
 
 TARGETS: dict[str, Target] = {
     "model": Target("all of it, for transformers", _write_model, _model_refuses, kernels=True),
     "decoder": Target("the language model, adapters merged", _write_decoder, _dense_only, kernels=True),
-    "peft": Target("only the adapters", _write_peft),
+    "peft": Target("only the adapters", _write_peft, base=True),
     "unimed": Target(
         "a checkpoint file of the original Uni-Med", _write_unimed, _dense_only, moments=True
     ),
-    "med_moe": Target("the folder of a Med-MoE checkpoint", _write_med_moe, kernels=True),
+    "med_moe": Target(
+        "the folder of a Med-MoE checkpoint, adapters merged", _write_med_moe, kernels=True
+    ),
 }

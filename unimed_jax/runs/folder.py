@@ -20,6 +20,8 @@ The folder holds:
 """
 
 import dataclasses
+import filecmp
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -153,17 +155,36 @@ def missing_inputs(config: Config, trains: bool = True) -> str | None:
 def load_text(folder: Path, config: Config, datasets: Sequence[Dataset]) -> Tokenizer:
     """Opens the run's tokenizer (see `tokenizer_folder`).
 
-    A BPE is trained once, on the training texts.
+    A BPE is trained once, on the training texts. Raises UserError if the folder holds the tokenizer of
+    another GGUF file than the one that is named now.
     """
-    path = tokenizer_folder(folder, config)
+    path, named = tokenizer_folder(folder, config), config.text.tokenizer
     if path.exists():
+        if is_gguf(named):
+            _refuse_other_tokenizer(path, named)
         return Tokenizer.load(path)
-    if is_gguf(config.text.tokenizer):
-        write_tokenizer(config.text.tokenizer, path)
+    if is_gguf(named):
+        write_tokenizer(named, path)
     elif path == folder / "tokenizer":
         with files.new_folder(path) as unfinished:
             train_tokenizer(corpus(_training_examples(datasets), config.text), config.text, unfinished)
     return Tokenizer.load(path)
+
+
+def _refuse_other_tokenizer(path: Path, named: str) -> None:
+    """Raises UserError if a tokenizer's folder was not made of this GGUF file, where that is there."""
+    try:
+        find_gguf(named)
+    except UserError:  # what a run needs of it lies in its folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        write_tokenizer(named, Path(place, "tokenizer"))
+        made, kept = (folder / "tokenizer.json" for folder in (Path(place, "tokenizer"), path))
+        if not kept.is_file() or not filecmp.cmp(made, kept, shallow=False):
+            raise UserError(
+                f"{path} is not the tokenizer of {named}; name the file that it was made of, or give "
+                "another --workdir."
+            )
 
 
 def _training_examples(datasets: Sequence[Dataset]) -> Iterator[Example]:

@@ -9,6 +9,7 @@ of a leaf that is sharded.
 import contextlib
 import dataclasses
 import fnmatch
+import tempfile
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -48,6 +49,7 @@ from unimed_jax.runs import inputs
 from unimed_jax.runs.checkpoint import Checkpoints, Replaced, fingerprints
 from unimed_jax.runs.folder import load_text, missing_inputs, read_config, tokenizer_folder, with_changed
 from unimed_jax.runs.inputs import Inputs
+from unimed_jax.runs.origin import refuse_other_model
 
 
 @dataclasses.dataclass
@@ -192,10 +194,14 @@ def _leaves_of_run(
     """Takes from another run the wanted leaves that have the same name and shape there.
 
     If only this model has experts, each of them starts as a copy of the other decoder's MLP of that
-    layer.
+    layer. Raises UserError if what is taken would compute something else here.
     """
     other = _open(folder, mesh, changed="accept" if config.text.changed == "accept" else None)
     theirs, moe, depth = parameters(other.model), config.model.moe, config.model.decoder.depth
+    fitting = {p for p, leaf in theirs.items() if p in to.leaves and leaf.shape == to.leaves[p].shape}
+    refuse_other_model(
+        folder, other.config.model, config.model, fitting & wanted, theirs.keys() - fitting
+    )
     becomes_experts = (
         moe.experts and not other.config.model.moe.experts and other.config.model.decoder.depth == depth
     )
@@ -386,8 +392,9 @@ def open_config(config: Config) -> Run:
     lacks = missing_inputs(config, trains=False)
     if lacks:
         raise UserError(lacks)
-    folder = Path(f"runs/{config.name}")
-    tokenizer = load_text(folder, config, ())
+    # A tokenizer made of a GGUF file is no run's.
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer = load_text(Path(place), config, ())
     mesh = found_mesh(config)
     model, sources = initial_model(config, tokenizer, mesh)
     # An adapter that was never trained adds nothing, and the norm after the encoder is published as
@@ -404,4 +411,4 @@ def open_config(config: Config) -> Run:
             f"config.init gives random numbers for {', '.join(folded(random)[:5])}; name a source "
             f"of trained ones (kinds: {', '.join(SOURCES)}, run)."
         )
-    return Run(folder, config, tokenizer, model, step=0, mesh=mesh)
+    return Run(Path(config.name), config, tokenizer, model, step=0, mesh=mesh)

@@ -164,10 +164,11 @@ def labelled(
         prompts.setdefault((dataset.id, *example.images), []).append((dataset, example))
     chosen, classes_of = [], []
     for some in prompts.values():
-        dataset, example = some[rng.integers(len(some))]
-        label = example.meta.get(key)
-        if label is None:
+        with_label = [pair for pair in some if pair[1].meta.get(key) is not None]
+        if not with_label:
             continue
+        dataset, example = with_label[rng.integers(len(with_label))]
+        label = example.meta[key]
         if label not in classes:
             raise UserError(
                 f"record {dataset.id}/{example.id}: {key}={label!r} is none of "

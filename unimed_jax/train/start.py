@@ -226,7 +226,10 @@ def _continue(start: Start) -> None:
     progress = Progress(**note["progress"])
     if progress.steps != config.train.steps:  # raised: `write_config` allowed it
         begin = start.done if config.train.longer == "restart" else progress.schedule_start
-        progress = dataclasses.replace(progress, steps=config.train.steps, schedule_start=begin)
+        # An early stop was one of the steps that were asked for then.
+        progress = dataclasses.replace(
+            progress, steps=config.train.steps, schedule_start=begin, finished=False, waited=0
+        )
     start.progress = progress
     if progress.steps < start.done:
         raise UserError(

@@ -29,6 +29,7 @@ def run(arguments: list[str]) -> None:
     from unimed_jax.runs.folder import tokenizer_folder
     from unimed_jax.runs.inputs import kept
     from unimed_jax.runs.open import open_run, settings_of
+    from unimed_jax.runs.origin import base_of_adapters
     from unimed_jax.train.loop import saved_state
 
     if known.format not in TARGETS:
@@ -44,12 +45,16 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"--format={known.format}: {reason}")
     metrics, reliance = _scores(run.folder)
     trained, moments = saved_state(run) if target.moments else ({}, None)
+    leaves, base, remark = parameters(run.model), "", ""
+    if target.base:
+        base, remark = base_of_adapters(run.folder, run.config.model, leaves)
     content = Content(
         config=run.config,
-        leaves=parameters(run.model),
+        leaves=leaves,
         tokenizer=tokenizer_folder(run.folder, run.config),
         trained=frozenset(trained),
         moments=moments,
+        base=base,
         notes=(*run.notes, *_stale(metrics, run.step)),
         inputs=kept(run.folder).inputs,
         metrics=metrics,
@@ -63,6 +68,8 @@ def run(arguments: list[str]) -> None:
             f"{known.run}: its frozen kernels are stored as {model.frozen_kernels}; what is written is "
             f"the numbers that these codes stand for, in {model.frozen_dtype}"
         )
+    if remark:
+        print(f"{known.run}: the adapters name no decoder: {remark}")
     for note in run.notes:
         print(f"{known.run}: {note}")
     print(f"wrote {known.out}")

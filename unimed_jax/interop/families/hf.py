@@ -8,6 +8,7 @@ Nothing here needs torch, runs code from a folder or fetches anything.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from unimed_jax.interop.families.hf_config import (
     decoder_to_hf,
     read_hf_config,
     refuse_other_decoder,
+    with_older_names,
 )
 from unimed_jax.interop.tensors.files import open_weights, write_safetensors
 from unimed_jax.interop.tensors.load import Destination, load_leaves
@@ -188,6 +190,9 @@ def export_decoder(
     settings.dtype = widest_dtype(stored)
     with new_folder(out) as folder:
         settings.save_pretrained(folder)
+        file = folder / "config.json"
+        content = with_older_names(json.loads(file.read_text(encoding="utf-8")))
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         copy_tokenizer(tokenizer, folder)
         write_safetensors(folder, stored, each_published(table, leaves))
 

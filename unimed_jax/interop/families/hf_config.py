@@ -388,6 +388,29 @@ def _rope_to_hf(d: DecoderConfig, family: Family) -> dict[str, Any]:
     return rope
 
 
+def with_older_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to a config.json its rotary settings under the names that transformers 4 has for them.
+
+    Version 4, and what is built on it, passes over `rope_parameters` without a word and takes a base
+    of 10,000. Version 5 reads both and gives the same.
+    """
+    rope = content["rope_parameters"]
+    found: dict[str, Any] = {}
+    if "full_attention" in rope:
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    found["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope["rope_type"] != "default":
+        found["rope_scaling"] = {
+            name: value
+            for name, value in rope.items()
+            if name not in ("rope_theta", "partial_rotary_factor")
+        }
+    return {**content, **found}
+
+
 def _is_llama3(scaling: RopeScaling | None) -> TypeGuard[RopeScaling]:
     return scaling is not None and scaling.kind == "llama3"
 

@@ -44,6 +44,11 @@ CLIP_LARGE = VisionConfig(
     feature_layer=-2,
     output_norm=False,
 )
+# Of the encoder, what every checkpoint has as CLIP has it.
+TOWERS = (
+    *("qkv_bias", "patch_bias", "pre_norm", "cls_token", "output_norm", "activation"),
+    *("normalise", "mean", "std"),
+)
 STABLELM, PHI = "moe_llava_stablelm", "moe_llava_phi"  # kinds of checkpoints (model_type)
 
 
@@ -237,15 +242,26 @@ def _refuse_inexpressible(config: ModelConfig, back: ModelConfig) -> None:
         differ.append(("connector", "mlp2x_gelu with rate=1", ours))
     if config.connector.has_hidden and config.connector.hidden not in (None, config.decoder.width):
         differ.append(("connector.hidden", config.decoder.width, config.connector.hidden))
-    for name in ("qkv_bias", "patch_bias", "pre_norm", "cls_token", "output_norm", "activation"):
+    if config.connector.activation != "gelu":
+        differ.append(("connector.activation", "gelu", config.connector.activation))
+    for name in TOWERS:
         there, here = getattr(CLIP_LARGE, name), getattr(config.vision, name)
         if there != here:
             differ.append((f"vision.{name}", there, here))
+    there, here = (_limit(moe) for moe in (back.moe, config.moe))
+    if there != here:
+        differ.append(("moe.eval_capacity_factor", there, here))
     if differ:
         text = ", ".join(
             f"{name} is always {there!r} there and {here!r} here" for name, there, here in differ
         )
         raise UserError(f"config.model cannot be exported as a Med-MoE checkpoint: {text}.")
+
+
+def _limit(moe: MoeConfig) -> float | None:
+    """Returns the capacity at evaluation; None if no token can lie beyond it."""
+    factor = moe.eval_capacity_factor
+    return None if factor is None or factor * moe.top_k >= moe.experts else factor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,6 +364,8 @@ def load_med_moe(folder: str | Path, config: ModelConfig, to: Destination) -> di
             *((f"moe.{name}", getattr(theirs.moe, name), getattr(config.moe, name)) for name in experts),
             ("the layers with experts", theirs.moe.numbers(depth), config.moe.numbers(depth)),
             ("connector.kind", theirs.connector.kind, config.connector.kind),
+            ("connector.activation", "gelu", config.connector.activation),
+            ("vision.feature_layer", theirs.vision.feature_layer, config.vision.feature_layer),
         ]
     )
     if text:

@@ -21,7 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimed_jax.config import TASKS, VISUAL_TASKS, Config, LoraConfig, ModelConfig, VisionConfig, to_dict
+from unimed_jax.bounds import FrozenDict
+from unimed_jax.config import (
+    TASKS,
+    VISUAL_TASKS,
+    Config,
+    LoraConfig,
+    ModelConfig,
+    SourceConfig,
+    VisionConfig,
+    to_dict,
+)
 from unimed_jax.data.example import Example
 from unimed_jax.data.forms import INSTRUCTIONS, TAGS, form_of
 from unimed_jax.data.layout import VISUAL
@@ -29,7 +39,7 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
 from unimed_jax.files import new_folder
 from unimed_jax.interop.families.hf import copy_tokenizer, hf_decoder_table, widest_dtype
-from unimed_jax.interop.families.hf_config import POSITIONS, decoder_to_hf
+from unimed_jax.interop.families.hf_config import POSITIONS, decoder_to_hf, with_older_names
 from unimed_jax.interop.families.towers import hf_tower_table
 from unimed_jax.interop.families.unimed_names import connector_table
 from unimed_jax.interop.model_card import model_card, passports_of
@@ -132,16 +142,33 @@ def portable(config: Config) -> Config:
 
     Of a path only the last part is kept.
     """
-    sources = tuple(
-        dataclasses.replace(source, path=Path(source.path).name) for source in config.data.sources
-    )
+
+    def without_folders(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(
+            dataclasses.replace(
+                source,
+                path=Path(source.path).name,
+                options=FrozenDict({k: _last_part(value) for k, value in source.options.items()}),
+            )
+            for source in sources
+        )
+
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, lora=LoraConfig(), frozen_kernels="plain"),
         text=dataclasses.replace(config.text, tokenizer=""),
-        data=dataclasses.replace(config.data, root="", cache="", sources=sources),
+        data=dataclasses.replace(
+            config.data, root="", cache="", sources=without_folders(config.data.sources)
+        ),
+        evaluate=dataclasses.replace(config.evaluate, sources=without_folders(config.evaluate.sources)),
         init=tuple((kind, Path(path).name) for kind, path in config.init),
     )
+
+
+def _last_part(option: Any) -> Any:
+    """Returns the last part of a reader's option that is an absolute path, else the option itself."""
+    is_place = isinstance(option, str) and option.startswith(("/", "~"))
+    return Path(option).name if is_place else option
 
 
 def hub_config(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored]) -> dict[str, Any]:
@@ -165,7 +192,7 @@ def hub_config(config: Config, tokenizer: Tokenizer, stored: Mapping[str, Stored
         "dropped_token_ids": sorted(tokenizer.dropped),
         "visual_tasks": VISUAL_TASKS,
         "prompts": {task: prompt_parts(task, config) for task in TASKS},
-        "text_config": decoder.to_dict(),
+        "text_config": with_older_names(decoder.to_dict()),
         "unimed": to_dict(config),
     }
 

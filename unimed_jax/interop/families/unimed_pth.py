@@ -88,6 +88,8 @@ def _checked(file: TorchFile, config: ModelConfig, leaves: Mapping[str, Any]) ->
 def _differences(config: ModelConfig, tree: Any) -> list[str]:
     """Describes the settings in a file that change what its tensors mean and that differ from ours."""
     c = config.connector
+    # The original has no word for it.
+    found = [] if c.activation == "gelu" else [f"its activation is 'gelu', not {c.activation!r}"]
     named = ["projector_type", "resample_method", "resample_rate", "lora_r", "lora_alpha"]
     if c.is_moe:
         named += ["router_type", "num_experts"]
@@ -97,8 +99,8 @@ def _differences(config: ModelConfig, tree: Any) -> list[str]:
     for key in ("config", "model"):
         theirs = theirs.get(key) if isinstance(theirs, dict) else None
     if not isinstance(theirs, dict):
-        return []
-    return [
+        return found
+    return found + [
         f"its {n} is {theirs[n]!r}, not {ours[n]!r}"
         for n in named
         if n in theirs and theirs[n] != ours[n]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -529,17 +529,23 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
     def pixels(self, image):
         """Turns an image into normalised float32 pixels [3, size, size]; bicubic with antialiasing.
 
-        image: PIL image or uint8 array [H, W, 3].
+        image: PIL image or uint8 array [H, W, 3]. A picture is turned as its EXIF orientation says, and
+        white lies behind what is transparent.
         """
         vision = self.config.unimed["model"]["vision"]
         size = vision["image_size"]
         if not isinstance(image, Image.Image):
             image = Image.fromarray(image)
+        image = ImageOps.exif_transpose(image)
         # deeper than 8 bits: white is the smallest 2^n - 1 that holds all of it
         if image.mode.startswith("I"):
             deep = np.asarray(image)
             white = max(255, 2 ** int(deep.max()).bit_length() - 1)
             image = Image.fromarray(np.round(np.clip(deep, 0, None) / white * 255).astype(np.uint8))
+        if image.has_transparency_data:
+            clear = image.convert("RGBA")
+            image = Image.new("RGB", clear.size, "white")
+            image.paste(clear, mask=clear)
         image = image.convert("RGB")
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC)
