@@ -301,6 +301,21 @@ def test_models_that_can_be(name):
     )
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_source_of_which_nothing_else_is_evaluated_needs_no_more_experts(named):
+    entry = {"source": "brain", "task": "vqa", "split": "val"}
+    from_config_dict(
+        with_settings(
+            model__connector__router="hard",
+            model__connector__experts=1,
+            data__sources=({"name": "brain", "tasks": ("vqa",)},),
+            evaluate__sources=({"name": "brain"},),
+            evaluate__entries=(entry,) * named,
+            evaluate__splits=(),
+        )
+    )
+
+
 RUNS = {
     "hard routing of a task without its expert": (
         {
@@ -313,6 +328,22 @@ RUNS = {
         {
             **{"model__connector__router": "hard", "model__connector__experts": 4},
             "data__sources": ({"name": "brain"},),
+        },
+        ["'cls' to expert 4"],
+    ),
+    "hard routing of a held-out task without its expert": (
+        {
+            **{"model__connector__router": "hard", "model__connector__experts": 1},
+            "data__sources": ({"name": "brain", "tasks": ("vqa",)},),
+            "evaluate__sources": ({"name": "brain", "tasks": ("vqa", "cls")},),
+        },
+        ["'cls' to expert 4", "there are 1"],
+    ),
+    "hard routing of an evaluated task without its expert": (
+        {
+            **{"model__connector__router": "hard", "model__connector__experts": 1},
+            "data__sources": ({"name": "brain", "tasks": ("vqa",)},),
+            "evaluate__entries": ({"source": "brain", "task": "cls", "split": "val"},),
         },
         ["'cls' to expert 4"],
     ),

@@ -2,7 +2,14 @@
 
 import math
 
-from unimed_jax.config import VISUAL_TASKS, AugmentConfig, Config, DecoderConfig, ModelConfig
+from unimed_jax.config import (
+    VISUAL_TASKS,
+    AugmentConfig,
+    Config,
+    ConnectorConfig,
+    DecoderConfig,
+    ModelConfig,
+)
 from unimed_jax.errors import UserError
 
 
@@ -20,16 +27,24 @@ def check(config: Config) -> None:
 
 
 def _check_experts_of_tasks(config: Config) -> None:
-    connector = config.model.connector
-    if not connector.is_moe or connector.router != "hard":
-        return
-    trained = {task for source in config.data.sources for task in source.tasks or VISUAL_TASKS}
+    connector, evaluate = config.model.connector, config.evaluate
+    sources = config.data.sources
+    if evaluate.splits and not evaluate.entries:  # entries name the only tasks that are scored
+        sources += evaluate.sources
+    tasks = {task for source in sources for task in source.tasks or VISUAL_TASKS}
+    tasks |= {entry.task for entry in evaluate.entries}
     for index, task in enumerate(VISUAL_TASKS):
-        if task in trained and index >= connector.experts:
+        if task in tasks and lacks_expert(connector, task):
             raise UserError(
                 f"config.model.connector: the hard router sends task {task!r} to expert {index}, "
                 f"but there are {connector.experts}; set experts={len(VISUAL_TASKS)}."
             )
+
+
+def lacks_expert(connector: ConnectorConfig, task: str) -> bool:
+    """Says whether the hard router has no expert for a visual task, whose images would become zeros."""
+    hard = connector.is_moe and connector.router == "hard"
+    return hard and VISUAL_TASKS.index(task) >= connector.experts
 
 
 def _check_data(config: Config) -> None:

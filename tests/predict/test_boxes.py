@@ -70,3 +70,9 @@ def test_identify_takes_only_a_valid_box(ask, capsys, box):
     with pytest.raises(UserError, match="is not a box; write"):
         ask("identify", box, "liver", capsys)
     assert ask("identify", "{<10><10><60><60>}", "liver", capsys)[1] == [(10, 10, 60, 60)]
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption", "cls"])
+def test_a_place_for_boxes_is_refused_for_a_task_that_has_none(ask, capsys, task):
+    with pytest.raises(UserError, match=f"--out draws boxes, which task '{task}' has none of; leave it"):
+        ask(task, "why?", "yes", capsys)

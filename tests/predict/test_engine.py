@@ -28,7 +28,12 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NEW = 7
 EOS = 39  # an id that the tiny model says now and then
-TOKENIZER = SimpleNamespace(eos=EOS, pad=tiny.PAD, decode=lambda ids: " ".join(str(int(i)) for i in ids))
+TOKENIZER = SimpleNamespace(
+    eos=EOS,
+    pad=tiny.PAD,
+    encode=lambda text: list(text.encode()),
+    decode=lambda ids: " ".join(str(int(i)) for i in ids),
+)
 
 GEMMA = dict(
     norm="rms_zero", post_norms=True, scaled_embedding=True, tied_head=True, query_scale=0.3,

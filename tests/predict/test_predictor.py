@@ -10,7 +10,7 @@ from PIL import Image
 from support import tiny
 from support.fake_brain import Squares, tiny_config
 
-from unimed_jax.config import TASKS
+from unimed_jax.config import TASKS, MoeConfig
 from unimed_jax.data.example import Example
 from unimed_jax.data.layout import VISUAL, Encoder
 from unimed_jax.errors import UserError
@@ -180,6 +180,12 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(predictor):
         (Request("qa", "Why?", history=(("why " * 900, "b"),), id="r8"), "r8.*text.max_prompt"),
         (Request("vqa", "Why?", (b"nothing",)), "of 7 bytes cannot be read"),
         (Request("qa", "why " * 900), "text.max_prompt"),
+        (Request("qa", "Why?", max_new_tokens=0, id="r9"), "r9: max_new_tokens=0 .* at least 1"),
+        (Request("qa", "Why?", max_new_tokens=-3), ": max_new_tokens=-3 "),
+        (Request("qa", "Why?", temperature=-1.0, id="r9"), "r9 has temperature=-1.0; give 0 "),
+        (Request("qa", "Why?", temperature=float("nan")), "has temperature=nan;"),
+        (Request("qa", "Why?", temperature=float("inf")), "has temperature=inf;"),
+        (Request("qa", "Why?", temperature=1e-3), "has temperature=0.001;"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(predictor, request_, words):
@@ -187,6 +193,20 @@ def test_a_wrong_request_is_one_sentence(predictor, request_, words):
         with pytest.raises(UserError, match=words) as error:
             ask()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("limited", [False, True])
+def test_no_batch_and_no_chunk_are_refused(config, model, tokenizer, number, limited):
+    """By both ways to answer; nothing is asked of the model."""
+    moe = dataclasses.replace(config.model.moe, experts=2, eval_noise=True) if limited else MoeConfig()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    assert config.model.answers_depend_on_batch == limited
+    predictor, request_ = Predictor(model, config, tokenizer), Request("qa", "Why?")
+    with pytest.raises(UserError, match=f"batch={number} .* at least 1"):
+        predictor.answers([request_], number)
+    with pytest.raises(UserError, match=f"chunk={number} .* at least 1"):
+        list(predictor.stream(request_, number))
 
 
 @pytest.mark.parametrize("form", ["unimed", "stablelm", "phi", "simple"])

@@ -210,6 +210,12 @@ def test_tokens_end_with_the_end_of_text(model, config, tokenizer, server, url):
     assert remote.tokens(REQUESTS[:1]) == [[]]
 
 
+@pytest.mark.parametrize("batch", [0, -1])
+def test_no_batch_is_refused(model, config, tokenizer, url, batch):
+    with pytest.raises(UserError, match=f"batch={batch} .* at least 1"):
+        RemoteDecoder(model, config, tokenizer, url).answers(REQUESTS, batch)
+
+
 def test_a_decoder_with_experts_is_refused(model, config, tokenizer, url):
     moe = dataclasses.replace(config.model, moe=MoeConfig(experts=2))
     with pytest.raises(UserError, match="has experts"):

@@ -197,6 +197,7 @@ def _advance(parts: _Parts, span: Span, step: Decoding, until: Array | int) -> D
     """Picks one token after another until `until` are done or all rows have ended."""
     model = parts.model()
     dtype, prompt = model.config.compute_dtype, span.positions.shape[1] - step.out.shape[1]
+    moe = model.config.moe
 
     def unfinished(step: Decoding) -> Array:
         return (step.done < until) & ~jnp.all(step.ended)
@@ -204,6 +205,10 @@ def _advance(parts: _Parts, span: Span, step: Decoding, until: Array | int) -> D
     def decode(step: Decoding) -> Decoding:
         place = prompt + step.done - 1
         here = Span(*(jax.lax.dynamic_slice_in_dim(s, place, 1, axis=1) for s in span))
+        if moe.experts and not moe.route_padding:
+            # What follows an end of text is padding, and takes no place of other rows' tokens.
+            going = (~step.ended)[:, None].astype(here.segments.dtype)  # [B, 1]
+            here = Span(here.positions, here.segments * going, here.prefixes * going)
         x = model.decoder.embed(step.token[:, None], dtype)
         hidden, cache, *_ = model.decoder(x, here, step.cache, place, noise=parts.noise(step.done))
         token, ended = parts.next_token(model, hidden, step.done, step.ended)

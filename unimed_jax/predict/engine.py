@@ -9,6 +9,7 @@ need a third program, in which a row attends to a slot, and `config.text.max_pro
 """
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,14 +21,13 @@ from jax.sharding import Mesh
 from unimed_jax.config import Config
 from unimed_jax.data import layout, packing
 from unimed_jax.data.tokenizer import Tokenizer
-from unimed_jax.errors import UserError
 from unimed_jax.memory import answering_bytes, check_answering, spare_for
 from unimed_jax.model import decoding
 from unimed_jax.model import slots as programs
 from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
-from unimed_jax.predict.request import Picture, Prompt, Prompts, Request, shared_by
-from unimed_jax.predict.sizes import ENDLESS, Sizes, sizes_for, sizes_for_any
+from unimed_jax.predict.request import Picture, Prompt, Prompts, Request, at_least_one, shared_by
+from unimed_jax.predict.sizes import ENDLESS, Sizes, check_room, sizes_for, sizes_for_any
 from unimed_jax.predict.text import Spoken, text_of
 
 
@@ -44,8 +44,10 @@ class Piece(NamedTuple):
 class _Asked:
     """Holds a request on its way: waiting, in a slot, or given up."""
 
-    def __init__(self, number: int, prompt: Prompt, pixels: tuple[np.ndarray, ...] | None):
-        self.number, self.prompt, self.pixels = number, prompt, pixels
+    def __init__(
+        self, number: int, key: Hashable, prompt: Prompt, pixels: tuple[np.ndarray, ...] | None
+    ):
+        self.number, self.key, self.prompt, self.pixels = number, key, prompt, pixels
         self.tokens: list[int] = []
         self.spoken: Spoken | None = None
         self.given_up = False
@@ -70,6 +72,9 @@ class _Plan(NamedTuple):
 
     rows: list[list[_Part]]
     needed: int  # slots
+
+
+_Placed = list[list[tuple[_Part, list[int]]]]  # the parts of each row, with the slots of their questions
 
 
 class Engine:
@@ -100,7 +105,7 @@ class Engine:
         # What comes unannounced comes from others: nothing of it is kept, and nobody waits for ever.
         self._from_others = announced is None
         self._prompts = Prompts(config, tokenizer, keeps=not self._from_others)
-        slots = slots or config.evaluate.batch
+        slots = at_least_one("slots", config.evaluate.batch if slots is None else slots)
         with inside(mesh):
             if announced is None:
                 self.sizes = sizes_for_any(config, slots)
@@ -133,16 +138,21 @@ class Engine:
     ) -> list[str]:
         """Answers all requests, in order; `ended` is called with the place of each as its answer ends.
 
-        The engine must be idle. The answers depend on these requests and the engine's sizes alone,
-        down to rounding.
+        The engine must be idle, and is so again if a request fails. The answers depend on these
+        requests and the engine's sizes alone, down to rounding.
         """
         assert self.idle, "the engine is still answering others"
         self._first = True
-        asked = [self._put(request) for request in requests]
-        while not self.idle:
-            for one, _, over in self._step(None):
-                if over:
-                    ended(one.number - asked[0].number)
+        try:
+            asked = [self._put(request) for request in requests]
+            while not self.idle:
+                for one, _, over in self._step(None):
+                    if over:
+                        ended(one.number - asked[0].number)
+        except BaseException:
+            with self._lock:  # nobody waits for the others any more
+                self._waiting, self._plan, self._slots = {}, None, [None] * len(self._slots)
+            raise
         return [text_of(self._tokenizer, one.tokens) for one in asked]
 
     # ---- for those who answer as they are asked ------------------------------------------------
@@ -172,10 +182,11 @@ class Engine:
         """Runs one program: those that wait enter, or all answers grow by at most `tokens`.
 
         Answers that are being made go on between two calls of which others enter. Returns what is
-        new of each answer.
+        new of each answer. Raises UserError for a picture that cannot be read: no piece comes of the
+        requests about it, and the next steps answer the others.
         """
         pieces = []
-        for asked, new, ended in self._step(tokens):
+        for asked, new, ended in self._step(at_least_one("tokens", tokens)):
             asked.spoken = asked.spoken or Spoken(self._tokenizer)
             text = asked.spoken.add(new)
             if ended:
@@ -204,7 +215,7 @@ class Engine:
         with self._lock:
             if prompt.temperature and not self._parts.draws:
                 self._parts = dataclasses.replace(self._parts, draws=True)
-            asked = _Asked(self._count, prompt, pixels)
+            asked = _Asked(self._count, key, prompt, pixels)
             self._count += 1
             self._waiting.setdefault(key, []).append(asked)
             self._plan = None
@@ -218,14 +229,11 @@ class Engine:
             ("images", len(prompt.images), self.sizes.images),
         )
         for what, has, most in limits:
-            if has > most:
-                raise UserError(
-                    f"request {prompt.name} asks for {has} {what}, and there is space for {most}; "
-                    "ask for less."
-                )
+            check_room(prompt, what, has, most)
 
     def _step(self, tokens: int | None) -> list[tuple[_Asked, list[int], bool]]:
         """Runs one program, and returns each answer that grew, its new tokens, and whether it ended."""
+        placed: _Placed = []
         with self._lock:
             plan = self._planned()
             free = self._slots.count(None)
@@ -237,20 +245,28 @@ class Engine:
                 placed = self._take(plan)
             kept = np.array([one is not None for one in self._slots])
         self._entered = enters
-        with inside(self._mesh):
-            if self._state is None:
-                s = self.sizes
-                self._state = programs.empty(self._parts, s.slots, s.prompt, s.answer)
-            if enters:
-                arrays, entry = self._arrays(placed)
-                self._first = False
-                self._state = programs.enter(self._parts, self._state, arrays, entry)
-            else:
-                # others enter as soon as there is space; where there is already, it is these ones' turn
-                enough = plan.needed if plan is not None and plan.needed > free else ENDLESS
-                most = self.sizes.answer if tokens is None else tokens
-                self._state = programs.advance(self._parts, self._state, most, enough, kept)
-            out, done, live = jax.device_get((self._state.out, self._state.done, self._state.live))
+        try:
+            with inside(self._mesh):
+                if self._state is None:
+                    s = self.sizes
+                    self._state = programs.empty(self._parts, s.slots, s.prompt, s.answer)
+                if enters:
+                    arrays, entry = self._arrays(placed)
+                    self._state = programs.enter(self._parts, self._state, arrays, entry)
+                    self._first = False
+                else:
+                    # others enter as soon as there is space; where there is already, it is their turn
+                    enough = plan.needed if plan is not None and plan.needed > free else ENDLESS
+                    most = self.sizes.answer if tokens is None else tokens
+                    self._state = programs.advance(self._parts, self._state, most, enough, kept)
+                out, done, live = jax.device_get((self._state.out, self._state.done, self._state.live))
+        except BaseException:
+            # Their slots still hold the answers of those before them.
+            self._take_back(placed)
+            raise
+        for part, _ in itertools.chain(*placed):
+            for asked in part.asked:
+                asked.pixels = ()
         return self._grown(out.reshape(len(done), -1), done, live)  # [N, W]
 
     def _grown(
@@ -296,7 +312,7 @@ class Engine:
             self._plan = _Plan(rows, sum(len(part.asked) for row in rows for part in row))
         return self._plan
 
-    def _take(self, plan: _Plan) -> list[list[tuple[_Part, list[int]]]]:
+    def _take(self, plan: _Plan) -> _Placed:
         """Gives the questions of a plan their slots, and takes them from those that wait."""
         free = iter([slot for slot, one in enumerate(self._slots) if one is None])
         placed = []
@@ -314,9 +330,30 @@ class Engine:
         self._plan = None
         return placed
 
-    def _arrays(
-        self, placed: list[list[tuple[_Part, list[int]]]]
-    ) -> tuple[layout.Batch, programs.Entry]:
+    def _take_back(self, placed: _Placed) -> None:
+        """Frees the slots of questions that did not enter; they wait again unless they are given up."""
+        with self._lock:
+            again = [one for some in self._waiting.values() for one in some]
+            for part, numbers in itertools.chain(*placed):
+                again += part.asked
+                for slot in numbers:
+                    self._slots[slot] = None
+            self._waiting = {}
+            for one in sorted(again, key=lambda one: one.number):
+                if not one.given_up:
+                    self._waiting.setdefault(one.key, []).append(one)
+            self._plan = None
+
+    def _read(self, part: _Part) -> tuple[np.ndarray, ...]:
+        """Reads the pictures that the questions of a part share, which are given up if that fails."""
+        try:
+            return self._prompts.pixels(part.asked[0].prompt)
+        except Exception:
+            for asked in part.asked:
+                asked.given_up = True
+            raise
+
+    def _arrays(self, placed: _Placed) -> tuple[layout.Batch, programs.Entry]:
         """Lays questions out in rows, and says where the tokens of each are."""
         s, model = self.sizes, self._config.model
         shape = layout.RowShape(s.tokens, s.images, 0, model.tokens_per_image, model.vision.image_size)
@@ -336,9 +373,10 @@ class Engine:
             groups.append([])
             at = r * s.tokens
             for part, numbers in row:
-                first = part.asked[0]
-                pixels = first.pixels if first.pixels is not None else self._prompts.pixels(first.prompt)
-                groups[-1].append(layout.Group(part.questions, pixels))
+                pixels = part.asked[0].pixels
+                groups[-1].append(
+                    layout.Group(part.questions, self._read(part) if pixels is None else pixels)
+                )
                 prefix = np.arange(at, at + len(part.questions[0].prefix))
                 at += len(prefix)
                 for asked, question, slot in zip(part.asked, part.questions, numbers, strict=True):
@@ -349,7 +387,6 @@ class Engine:
                     entry.places[q, : len(places)] = places
                     entry.most[q], entry.seeds[q] = asked.prompt.most, asked.prompt.seed % 2**32
                     entry.temperatures[q] = asked.prompt.temperature
-                    asked.pixels = ()
                     q += 1
         batch = layout.training_batch(groups, shape, self._tokenizer.pad, "token")
         kept = ("images", "image_tasks", "tokens", "visual", "segments", "prefixes", "positions")

@@ -20,6 +20,7 @@ from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.memory import check_answering
 from unimed_jax.model.sharding import constrain
 from unimed_jax.model.unimed import Batch, UniMed, answer_logits
+from unimed_jax.predict.request import check_expert
 
 ROW = 512  # tokens that a row holds at most, unless one text needs more
 BUCKET = 32  # rows are rounded up to multiples, so that few shapes are compiled
@@ -84,13 +85,17 @@ class Likelihoods:
 
         few_programs: measures row by row, in rows of a power of two that have place for most questions,
         so that a server which asks again and again compiles hardly anything, and keeps no ids of texts.
-        Raises UserError for a prompt of more than config.text.max_prompt tokens.
+        Raises UserError for a prompt of more than config.text.max_prompt tokens, and for images of a
+        task without an expert.
         """
         self._model, self._config, self._pad = model, config, tokenizer.pad
         self._encoder = layout.Encoder(
             tokenizer, config.text, config.model.tokens_per_image, keeps=not few_programs
         )
         sizes = [[self._size(asked) for asked in batch] for batch in batches]
+        for example in (asked.example for batch in batches for asked in batch):
+            if example.images:
+                check_expert(config, example.task, example.id)
         every = [size for batch in sizes for size in batch]
         alone = max(prefix + max(texts) for prefix, texts, *_ in every)
         together = max(prefix + sum(texts) for prefix, texts, *_ in every)

@@ -18,8 +18,8 @@ from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.engine import Piece
 from unimed_jax.predict.plain import PlainLoop
-from unimed_jax.predict.request import Prompts, Request
-from unimed_jax.predict.sizes import sizes_for_any
+from unimed_jax.predict.request import Picture, Prompts, Request, at_least_one
+from unimed_jax.predict.sizes import check_room, sizes_for_any
 from unimed_jax.predict.text import Spoken
 
 
@@ -36,20 +36,31 @@ class OneByOne:
     """Answers requests with one model; `cancel` belongs to the thread of `step`."""
 
     def __init__(self, model: UniMed, config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None):
-        self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
+        self._tokenizer, self._mesh = tokenizer, mesh
         self._prompts = Prompts(config, tokenizer, keeps=False)
         self._plain = PlainLoop(model, config, tokenizer, keeps=False)
         with inside(mesh):
             self.sizes = sizes_for_any(config, 1)
-        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        # the number, the tokens of the answer at most, and what the plain loop is asked
+        self._waiting: collections.deque[tuple[int, int, Request]] = collections.deque()
         self._now: _Answer | None = None
         self._numbers = itertools.count()
 
     def submit(self, request: Request) -> int:
-        """Puts a request at the end of those that wait; raises UserError if it cannot be asked."""
-        self._prompts(request)
+        """Puts a request at the end of those that wait; raises UserError if it cannot be asked.
+
+        Images that are no pictures are read now, as the engine reads them.
+        """
+        prompt = self._prompts(request)
+        check_room(prompt, "tokens in its answer", prompt.most, self.sizes.answer)
+        images = request.images
+        if not all(isinstance(image, Picture) for image in prompt.images):
+            images = self._prompts.pixels(prompt)
+        temperature = request.temperature and max(0.1, round(request.temperature, 1))
+        # One length for all, since the programs are made for it; the answer is cut at its own.
+        whole = dataclasses.replace(request, images=images, max_new_tokens=None, temperature=temperature)
         number = next(self._numbers)
-        self._waiting.append((number, request))
+        self._waiting.append((number, prompt.most, whole))
         return number
 
     def cancel(self, number: int) -> None:
@@ -59,12 +70,19 @@ class OneByOne:
             self._now = None
 
     def step(self, tokens: int = 8) -> list[Piece]:
-        """Grows one answer by at most `tokens`; returns what is new of it."""
-        now = self._now = self._now or self._next(tokens)
+        """Grows one answer by at most `tokens`; returns what is new of it.
+
+        Raises UserError for a picture that cannot be read: no piece comes of the request about it.
+        """
+        now = self._now = self._now or self._next(at_least_one("tokens", tokens))
         if now is None:
             return []
-        with inside(self._mesh):
-            found = next(now.ids, None)
+        try:
+            with inside(self._mesh):
+                found = next(now.ids, None)
+        except BaseException:
+            self._now = None  # what failed would end as an empty answer
+            raise
         new = (found or [])[: now.most - len(now.tokens)]
         stopped = self._tokenizer.eos in new
         if stopped:
@@ -80,12 +98,8 @@ class OneByOne:
     def _next(self, tokens: int) -> _Answer | None:
         if not self._waiting:
             return None
-        number, request = self._waiting.popleft()
-        most = request.max_new_tokens or self._config.evaluate.max_new_tokens
-        temperature = request.temperature and max(0.1, round(request.temperature, 1))
-        # One length for all, since the programs are made for it; the answer is cut at its own.
-        whole = dataclasses.replace(request, max_new_tokens=None, temperature=temperature)
-        return _Answer(number, most, self._plain.pieces(whole, tokens), self._tokenizer)
+        number, most, request = self._waiting.popleft()
+        return _Answer(number, most, self._plain.pieces(request, tokens), self._tokenizer)
 
     @property
     def idle(self) -> bool:

@@ -89,7 +89,7 @@ def prompt_batch(
     pixels: Sequence[Sequence[np.ndarray]],
     batch: int | None = None,
 ) -> layout.Batch:
-    """Makes left-padded prompts, one a row, and copies the first up to a power of two rows.
+    """Makes left-padded prompts, one a row, with copies of the first as `rows_of` adds them.
 
     pixels: of each example its images, uint8 [H, W, 3]; batch: the most rows (default:
     `config.evaluate.batch`).
@@ -105,12 +105,15 @@ def prompt_batch(
 
 
 def rows_of(groups: list[layout.Group], config: Config, pad: int, batch: int) -> layout.Batch:
-    """Lays prompts with their images into rows, as `prompt_batch` says.
+    """Lays prompts with their images into rows, and copies the first up to a power of two rows.
 
-    batch: the most rows; there are so many, or the next power of two.
+    batch: the most rows. There are no copies where experts have a limited capacity at evaluation: those
+    would take places of the prompts' own tokens, and make more of them.
     """
-    rows = min(batch, 1 << (len(groups) - 1).bit_length())
-    groups = groups + groups[:1] * (rows - len(groups))
+    moe = config.model.moe
+    if not moe.experts or moe.eval_capacity_factor is None:
+        rows = min(batch, 1 << (len(groups) - 1).bit_length())
+        groups = groups + groups[:1] * (rows - len(groups))
     longest = max(group.questions[0].tokens for group in groups)
     shape = layout.RowShape(
         tokens=-(-longest // BUCKET) * BUCKET,

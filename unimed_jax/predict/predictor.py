@@ -15,7 +15,7 @@ from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.predict.engine import Engine
 from unimed_jax.predict.plain import PlainLoop
-from unimed_jax.predict.request import Request
+from unimed_jax.predict.request import Request, at_least_one
 from unimed_jax.predict.text import Spoken
 
 
@@ -38,18 +38,20 @@ class Predictor:
         Raises UserError for a request that does not fit its task or whose prompt is longer than
         `text.max_prompt`.
         """
+        batch = at_least_one("batch", self._config.evaluate.batch if batch is None else batch)
         if not requests:
             return []
         if self._plain is None:
             return self._engine(requests, batch).answers(requests)
         with self._inside():
-            return self._plain.answers(requests, batch or self._config.evaluate.batch)
+            return self._plain.answers(requests, batch)
 
     def stream(self, request: Request, chunk: int = 1) -> Iterator[str]:
         """Yields the answer in pieces as its tokens are picked, `chunk` tokens at a time.
 
         Joined, the pieces are `answers([request])[0]`. Raises as `answers` does.
         """
+        at_least_one("chunk", chunk)
         if self._plain is None:
             yield from self._streamed(request, chunk)
             return

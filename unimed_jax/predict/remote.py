@@ -31,7 +31,7 @@ from unimed_jax.model.sharding import inside
 from unimed_jax.model.unimed import Batch, UniMed
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.plain import rows_of
-from unimed_jax.predict.request import Prompt, Prompts, Request
+from unimed_jax.predict.request import Prompt, Prompts, Request, at_least_one
 from unimed_jax.predict.text import text_of
 
 LARGEST = 16 << 20  # bytes of the other side's reply
@@ -84,7 +84,7 @@ class RemoteDecoder:
 
     def tokens(self, requests: Sequence[Request], batch: int | None = None) -> list[list[int]]:
         """Returns the ids of the answers, in order, each up to and with the end of text."""
-        batch = batch or self._config.evaluate.batch
+        batch = at_least_one("batch", self._config.evaluate.batch if batch is None else batch)
         found: list[list[int]] = []
         with ThreadPoolExecutor(batch, "decoder") as threads:
             for start in range(0, len(requests), batch):

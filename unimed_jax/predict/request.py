@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.config import Config, ImageConfig
+from unimed_jax.config import VISUAL_TASKS, Config, ImageConfig
+from unimed_jax.consistency import lacks_expert
 from unimed_jax.data import fitting, images, layout
 from unimed_jax.data.example import Example
 from unimed_jax.data.tokenizer import Tokenizer
@@ -99,29 +100,40 @@ class Prompts:
     def __call__(self, request: Request) -> Prompt:
         """Encodes a request; its images are not read.
 
-        Raises UserError for a request that does not fit its task or is longer than `text.max_prompt`.
+        Raises UserError for a request that does not fit its task, is longer than `text.max_prompt`,
+        or asks for what no answer can have.
         """
         settings = self._config.evaluate
-        temperature = settings.temperature if request.temperature is None else request.temperature
-        return Prompt(
-            self._encoder.prompt(
-                as_example(request), request.wording, request.show_images, request.history
-            ),
-            request.images if request.show_images else (),
-            request.max_new_tokens or settings.max_new_tokens,
-            temperature,
-            request.seed,
-            request.id or repr(request.question),
+        encoded = self._encoder.prompt(
+            as_example(request), request.wording, request.show_images, request.history
         )
+        name = request.id or repr(request.question)
+        shown = request.images if request.show_images else ()
+        if shown:
+            check_expert(self._config, request.task, name)
+        most = settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        temperature = settings.temperature if request.temperature is None else request.temperature
+        if not 0 <= temperature <= 100:  # NaN is neither
+            raise UserError(
+                f"request {name} has temperature={temperature}; give 0 (the most probable token), or "
+                "more, up to 100."
+            )
+        most = at_least_one(f"request {name}: max_new_tokens", most)
+        return Prompt(encoded, shown, most, temperature, request.seed, name)
 
     def pixels(self, prompt: Prompt) -> tuple[np.ndarray, ...]:
         """Reads the images as the encoder takes them, uint8 [size, size, 3] each.
 
-        Raises UserError with the request's name for what is no image.
+        They share no memory with the request's own arrays, which the caller may fill with the next
+        picture while the request waits. Raises UserError with the request's name for what is no image.
         """
         fit, vision = self._config.data.fit, self._config.model.vision
-        read = (self._read(image, prompt.name) for image in prompt.images)
-        return tuple(fitting.fit(image, fit, vision) for image in read)
+        pixels = []
+        for image in prompt.images:
+            fitted = fitting.fit(self._read(image, prompt.name), fit, vision)
+            shares = isinstance(image, np.ndarray) and np.may_share_memory(fitted, image)
+            pixels.append(fitted.copy() if shares else fitted)
+        return tuple(pixels)
 
     def _read(self, image: Image, name: str) -> np.ndarray:
         if isinstance(image, Picture):
@@ -137,6 +149,23 @@ class Prompts:
             return images.read_image(image, self._view)
         except UserError as error:
             raise UserError(f"request {name}: {error}") from error
+
+
+def at_least_one(name: str, number: int) -> int:
+    """Returns the number; raises UserError with its name if it is less than 1."""
+    if number < 1:
+        raise UserError(f"{name}={number} asks for nothing; give at least 1.")
+    return number
+
+
+def check_expert(config: Config, task: str, name: str) -> None:
+    """Raises UserError for a request with images whose task has no expert under the hard router."""
+    connector = config.model.connector
+    if lacks_expert(connector, task):
+        raise UserError(
+            f"request {name}: the hard router sends task {task!r} to expert "
+            f"{VISUAL_TASKS.index(task)}, and this model has {connector.experts}; ask for another task."
+        )
 
 
 def shared_by(prompt: Prompt) -> Hashable:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 from unimed_jax.config import Config
+from unimed_jax.errors import UserError
 from unimed_jax.model.attention import hardware
 from unimed_jax.model.sharding import rows_multiple
 from unimed_jax.predict.request import Prompt, shared_by
@@ -28,6 +29,14 @@ class Sizes(NamedTuple):
     images: int  # of a row
     questions: int  # of a row
     turns: int  # tokens that a slot picks for all requests, one after another, at most
+
+
+def check_room(prompt: Prompt, what: str, has: int, most: int) -> None:
+    """Raises UserError for a prompt that asks for more of something than there is space for."""
+    if has > most:
+        raise UserError(
+            f"request {prompt.name} asks for {has} {what}, and there is space for {most}; ask for less."
+        )
 
 
 def slots_of(batch: int) -> int:

@@ -117,9 +117,10 @@ class Service:
     async def _first_answers(self) -> None:
         size = self.config.model.vision.image_size
         black = np.zeros((size, size, 3), np.uint8)
-        requests = [Request("qa", "?", max_new_tokens=2)]
+        most = min(2, self.limits.max_tokens)
+        requests = [Request("qa", "?", max_new_tokens=most)]
         if self.limits.images:
-            requests.append(Request("vqa", "?", (black,), max_new_tokens=2))
+            requests.append(Request("vqa", "?", (black,), max_new_tokens=most))
         for request in requests:
             answer, _ = await self.engine.ask(request)
             async for _ in answer.pieces():

@@ -153,15 +153,18 @@ def _view(known: argparse.Namespace, data: DataConfig) -> ImageConfig:
 def _picture(known: argparse.Namespace, folder: str) -> Path | None:
     """Returns where the box will be drawn, or None for a task without one.
 
-    Refuses a place that cannot be written.
+    Refuses a place that cannot be written, and one for a task that draws nothing.
 
     It is called before the model is opened, which takes minutes if that is large.
     """
+    boxes = known.task in ("refer", "identify")
+    if known.out is not None and not boxes:
+        raise UserError(f"--out draws boxes, which task {known.task!r} has none of; leave it out.")
     if known.out is not None and Path(known.out).suffix.lower() not in PICTURES:
         raise UserError(
             f"--out={known.out} is not the name of a picture; let it end in {', '.join(PICTURES)}."
         )
-    if known.task not in ("refer", "identify") or not known.image:
+    if not boxes or not known.image:
         return None
     if known.out is not None:
         return check_output_file(known.out, "--out")
