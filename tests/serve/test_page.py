@@ -159,6 +159,17 @@ def test_each_tab_sends_its_task_and_shows_the_answer(page, server):
 
 
 @pytest.mark.slow
+def test_a_task_that_was_not_trained_says_so(opened, server, monkeypatch):
+    monkeypatch.setattr(server.service, "trained", {"cls", "qa"})
+    page = opened(server.url)
+    page.wait(TABS)
+    first = "document.querySelector('[role=tab][aria-selected=true]').dataset.task"
+    assert page.run(first) == "cls" and "not trained" not in page.text("#task-title")
+    page.click("#tab-vqa")
+    assert "was not trained for it" in page.text("#task-title")
+
+
+@pytest.mark.slow
 def test_a_box_is_drawn_by_mouse_and_by_keys(page, server):
     show(page)
     page.click("#tab-identify")

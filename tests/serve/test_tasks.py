@@ -10,17 +10,20 @@ import pytest
 from PIL import Image
 from serve.conftest import png, square, url
 from support.dicom_files import dicom_file
+from support.fake_brain import tiny_config
 
 from unimed_jax.config import TASKS, VISUAL_TASKS, ImageConfig
 from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.fitting import fit
 from unimed_jax.data.images import read_image
 from unimed_jax.evaluate.routing import weights_by_task
+from unimed_jax.interop.model_card import passports_of, trained_tasks
 from unimed_jax.predict.likelihood import Asked, Likelihoods
 from unimed_jax.predict.request import Request, as_example
 from unimed_jax.serve.images import shown
 from unimed_jax.serve.limits import Refused
 from unimed_jax.serve.tasks import _boxes
+from unimed_jax.settings import from_config_dict
 
 WIDE = np.random.default_rng(1).integers(0, 256, (40, 100, 3)).astype(np.uint8)
 
@@ -43,6 +46,18 @@ def test_every_task_is_described_and_answered(live):
         assert answer["answer"] == live.expected([request])[0]
         assert answer["task"] == task["task"] and answer["finish_reason"] in ("stop", "length")
         assert answer["confidence"] is None and answer["routing"] is None and answer["options"] == []
+
+
+def test_tasks_that_were_not_trained_are_named(live, monkeypatch):
+    def trained() -> list[str]:
+        return [task["task"] for task in live.get("/v1/tasks")[2]["tasks"] if task["trained"]]
+
+    assert trained() == list(TASKS)  # what the squares have
+    config = tiny_config()
+    config.data.sources = (dict(name="squares", tasks=("vqa", "cls")), dict(name="lost", tasks=("qa",)))
+    own = from_config_dict(config)
+    monkeypatch.setattr(live.service, "trained", trained_tasks(own, passports_of(own)))
+    assert trained() == [task for task in TASKS if task in ("vqa", "cls", "qa")]
 
 
 def test_boxes_go_in_and_out_as_pixels_of_the_image_as_sent(live):

@@ -77,7 +77,7 @@ def model_card(
     connector = f"`{m.connector.kind}`"
     if m.connector.is_moe:
         connector += f" with {m.connector.experts} experts and a {m.connector.router} router"
-    trained = _trained(config, passports)
+    trained = trained_tasks(config, passports)
     tasks = [f"| `{task}` | {' | '.join(ASKED[task])} |" for task in ASKED if task in trained]
     others = ", ".join(f"`{task}`" for task in ASKED if task not in trained)
     lacking = f"\n\nNot trained, so that answers mean nothing: {others}." if others else ""
@@ -142,7 +142,7 @@ def passports_of(config: Config) -> dict[str, Info]:
     return found
 
 
-def _trained(config: Config, passports: Mapping[str, Info] | None) -> set[str]:
+def trained_tasks(config: Config, passports: Mapping[str, Info] | None) -> set[str]:
     """Names the tasks of the training sources; all of them, if a source names none and is not known."""
     found: set[str] = set()
     for source in config.data.sources:

@@ -17,6 +17,7 @@ from starlette.requests import Request as Http
 from unimed_jax.config import Config
 from unimed_jax.data.tokenizer import Tokenizer
 from unimed_jax.errors import UserError
+from unimed_jax.interop.model_card import passports_of, trained_tasks
 from unimed_jax.model import decoding
 from unimed_jax.parsing import parse_json
 from unimed_jax.predict.engine import Engine, Piece
@@ -74,6 +75,7 @@ class Service:
         evaluate = dataclasses.replace(config.evaluate, max_new_tokens=limits.max_tokens)
         self.run = dataclasses.replace(run, config=dataclasses.replace(config, evaluate=evaluate))
         self.name, self.counts = name, Counts()
+        self.trained = trained_tasks(config, passports_of(config))
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
         self.failed = ""  # why the first answers could not be made

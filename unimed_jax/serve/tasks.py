@@ -59,6 +59,7 @@ async def describe(http: Http) -> JSONResponse:
         {
             "task": task,
             "title": TITLES[task][0],
+            "trained": task in service.trained,
             "needs_image": task != "qa",
             "needs_box": task == "identify",
             "gives_box": task == "refer",

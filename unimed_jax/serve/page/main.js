@@ -5,7 +5,7 @@ import { $, shown } from "./dom.js";
 import { develop, read } from "./picture.js";
 import { Routing } from "./routing.js";
 import { Server, ServerError } from "./server.js";
-import { Tabs, wordsFor } from "./tabs.js";
+import { Tabs, UNTRAINED, wordsFor } from "./tabs.js";
 import { boxText, entry, previous, spoken } from "./turns.js";
 import { Viewer } from "./viewer.js";
 import { ViewForm } from "./view_form.js";
@@ -45,7 +45,8 @@ async function start() {
   if (info.limits?.question) $("question").maxLength = info.limits.question;
   const before = task?.task;
   tabs = new Tabs($("tabs"), $("panel"), info.tasks, choose);
-  const first = info.tasks.find((known) => known.task === before) ?? info.tasks.find(({ needs_image }) => needs_image);
+  const first = info.tasks.find((known) => known.task === before)
+    ?? info.tasks.find((known) => known.needs_image && known.trained !== false);
   tabs.choose((first ?? info.tasks[0]).task);
 }
 
@@ -185,7 +186,7 @@ function choose(name) {
   if (task) drafts[task.task] = $("question").value;
   task = info.tasks.find((known) => known.task === name);
   const words = wordsFor(task), optional = isOptional(task);
-  $("task-title").textContent = words.says;
+  $("task-title").textContent = task.trained === false ? `${words.says} ${UNTRAINED}` : words.says;
   $("question").value = drafts[name] ?? "";
   $("question-label").textContent = optional ? `${words.question} (optional)` : words.question;
   shown($("question-field"), !task.needs_box);

@@ -21,6 +21,9 @@ export const WORDS = {
   qa: { label: "Text", says: "Ask a question without an image.", question: "Question" },
 };
 
+/** What a person must know of a task that the model never saw. */
+export const UNTRAINED = "This model was not trained for it, so its answers mean nothing.";
+
 /** Returns the words for a task of the server's list; one that is not known here has its title. */
 export function wordsFor({ task, title }) {
   return WORDS[task] ?? { label: title ?? task, says: title ?? "", question: "Question" };
