@@ -185,7 +185,6 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(predictor):
         (Request("qa", "Why?", temperature=-1.0, id="r9"), "r9 has temperature=-1.0; give 0 "),
         (Request("qa", "Why?", temperature=float("nan")), "has temperature=nan;"),
         (Request("qa", "Why?", temperature=float("inf")), "has temperature=inf;"),
-        (Request("qa", "Why?", temperature=1e-3), "has temperature=0.001;"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(predictor, request_, words):
