@@ -48,7 +48,7 @@ VARIANTS = {
     },
     "avgpool, hard": {
         "vision": {"qkv_bias": "none", "activation": "gelu_tanh"},
-        "connector": {"aggregation": "avgpool", "router": "hard", "activation": "silu", "experts": 4},
+        "connector": {"aggregation": "avgpool", "router": "hard", "activation": "silu", "experts": 5},
         "decoder": {"attention_bias": ("q", "k", "v"), "kv_heads": 4, "head_dim": 4},
     },
     "maxpool, soft on a narrow task token": {
