@@ -1,6 +1,7 @@
 """GGUF files: the same logits, ids and text as independent readers give, every refusal a sentence."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from unimed_jax.interop.families.gguf import decoder_from_gguf, write_tokenizer
 from unimed_jax.interop.tensors.gguf import GgufFile, find_gguf
 from unimed_jax.model.parameters import parameters
 from unimed_jax.runs.folder import load_text, missing_inputs, tokenizer_folder
-from unimed_jax.runs.open import initial_model
+from unimed_jax.runs.open import initial_model, open_config
 from unimed_jax.settings import from_config_dict
 
 pytest.importorskip(
@@ -419,7 +420,7 @@ def test_tokenizers_that_are_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_starts_from_a_file(plain, tmp_path):
+def test_a_run_starts_from_a_file(plain, tmp_path, monkeypatch):
     """Decoder and tokenizer come from it; the tokenizer is the run's own from then on."""
     _, _, settings, tensors = plain
     tokens = ["</s>", *(gguf_byte for gguf_byte in "abcdefgh")]
@@ -442,6 +443,14 @@ def test_a_run_starts_from_a_file(plain, tmp_path):
     taken = {name for name, source in sources.items() if source == f"gguf {path}"}
     assert taken == {name for name in sources if name.startswith("decoder/") and "lora" not in name}
     np.testing.assert_array_equal(parameters(model)["decoder/embedding"], tensors["token_embd.weight"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="random numbers for"):
+        open_config(config)
+    assert not Path("runs").exists()  # no tokenizer is kept where no run is
+    others = {**said, "tokenizer.ggml.tokens": [tokens[0], *reversed(tokens[1:])]}
+    write(path, settings=settings, tensors=tensors, tokenizer=others)
+    with pytest.raises(UserError, match=f"run/tokenizer is not the tokenizer of {path}; name the file"):
+        load_text(tmp_path / "run", config, [])
     path.unlink()
     assert tokenizer_folder(tmp_path / "run", config) == tmp_path / "run/tokenizer"
     assert load_text(tmp_path / "run", config, []).encode("abc") == [9, 3]

@@ -212,6 +212,8 @@ def test_decoder_and_adapter_mean_the_same_in_torch(run, place):
         with torch.no_grad():
             return model.eval()(torch.tensor(ids, dtype=torch.long)).logits.numpy()
 
+    named = json.loads((place / "peft" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(place / "llama")
     base = AutoModelForCausalLM.from_pretrained(place / "llama", dtype=torch.float32)
     assert np.abs(logits(base) - ours).max() > 0.05  # without the adapters it is another model
     np.testing.assert_allclose(

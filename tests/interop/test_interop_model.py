@@ -177,6 +177,15 @@ def test_what_cannot_be_asked(exported, torch):
             peer.model(places, **words)
 
 
+def test_a_task_without_an_expert_is_refused(exported, torch):
+    peer = torch_answers.Torch(exported("avgpool, hard")[2])
+    pixels = torch.zeros(1, 3, 16, 16)
+    assert peer.model.image_tokens(pixels, "cls").abs().max() > 0
+    peer.model.config.unimed["model"]["connector"]["experts"] = 4
+    with pytest.raises(ValueError, match="'cls' has no expert in this model"):
+        peer.model.image_tokens(pixels, "cls")
+
+
 def test_pixels_are_those_of_evaluation(exported, torch, tmp_path):
     """Every mode that PNG knows, larger, smaller and equal.
 

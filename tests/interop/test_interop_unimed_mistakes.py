@@ -88,6 +88,11 @@ def test_settings_that_shapes_do_not_show(damage, reference):
     )
     assert (f"router_type is '{theirs.router}', not '{router}'" in text) == theirs.is_moe
     assert ("sparse_topk is" in text) == (theirs.is_moe and router == "sparse")
+    silu = dataclasses.replace(theirs, activation="silu")
+    damage(
+        "its activation is 'gelu', not 'silu'",
+        config=dataclasses.replace(reference.config.model, connector=silu),
+    )
 
 
 def test_damaged_files(damage, reference, tmp_path):

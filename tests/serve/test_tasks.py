@@ -1,5 +1,6 @@
 """Our own form: boxes in pixels, likelihoods, routing, and pictures as the model sees them."""
 
+import asyncio
 import base64
 import dataclasses
 import io
@@ -8,7 +9,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from serve.conftest import png, square, url
+from serve.conftest import LIMITS, png, square, url
 from support.dicom_files import dicom_file
 from support.fake_brain import tiny_config
 
@@ -22,6 +23,7 @@ from unimed_jax.predict.likelihood import Asked, Likelihoods
 from unimed_jax.predict.request import Request, as_example
 from unimed_jax.serve.images import shown
 from unimed_jax.serve.limits import Refused
+from unimed_jax.serve.service import Service
 from unimed_jax.serve.tasks import _boxes
 from unimed_jax.settings import from_config_dict
 
@@ -46,6 +48,14 @@ def test_every_task_is_described_and_answered(live):
         assert answer["answer"] == live.expected([request])[0]
         assert answer["task"] == task["task"] and answer["finish_reason"] in ("stop", "length")
         assert answer["confidence"] is None and answer["routing"] is None and answer["options"] == []
+
+
+@pytest.mark.slow
+def test_a_server_of_single_tokens_starts(live):
+    service = Service(live.run, "short", dataclasses.replace(LIMITS, max_tokens=1))
+    asyncio.run(service.warm())
+    service.close()
+    assert service.ready and not service.failed
 
 
 def test_tasks_that_were_not_trained_are_named(live, monkeypatch):

@@ -349,6 +349,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
         task: the name of each image's task, or one for all. If the model normalises each picture by
         itself, it does so here.
         """
+        connector = self.config.unimed["model"]["connector"]
+        hard = connector["kind"].startswith("moe_") and connector["router"] == "hard"
         names = [task] * len(pixel_values) if isinstance(task, str) else list(task or ())
         if len(names) != len(pixel_values):
             raise ValueError(
@@ -359,6 +361,8 @@ class UniMedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"{name!r} is not a task with an image; choose from {self.config.visual_tasks}."
                 )
+            if hard and self.config.visual_tasks.index(name) >= connector["experts"]:
+                raise ValueError(f"{name!r} has no expert in this model; ask for another task.")
         ids = torch.tensor([self.config.visual_tasks.index(name) for name in names], device=self.device)
         if self.config.unimed["model"]["vision"].get("normalise") == "picture":
             pixel_values = by_themselves(
