@@ -387,7 +387,7 @@ def test_a_question_is_found_about_any_copy_of_its_image(copy, second, tmp_path)
 
 
 def test_a_long_question_without_image_is_the_same_without_its_question_mark(tmp_path):
-    """Questions that are only told apart are kept as hashes, and not before their signs are taken."""
+    """Long ones without an image are kept as hashes of their words, without the signs between them."""
     vignette = "A man of 54 years has " + "pain in the chest, and " * 12 + "what is next"
     assert len(vignette) > LONG
     lines = [

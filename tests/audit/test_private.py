@@ -114,7 +114,7 @@ def test_dicom_headers_name_patients_and_say_what_belongs_together():
 
 
 def test_a_file_that_is_dicom_and_tiff_is_looked_at_as_both():
-    """The header of a TIFF fits into the 128 bytes before the mark of DICOM, its tags behind all."""
+    """A DICOM file may begin with 128 free bytes, in which the header of a TIFF has room."""
     plain = dicom(PatientName="DOE^J", PatientID="a")
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     shown = {256: 8, 257: 4, 258: 8, 259: 1, 262: 1, 273: 132, 277: 1, 278: 4, 279: 32}

@@ -342,7 +342,7 @@ def test_a_box_that_had_no_area_holds_nothing_up():
     "text", ["{<50><50><50><60>}", "{<28><56><29><57>}", "{<100><100><100><100>}", "{<0><99><1><100>}"]
 )
 def test_a_thin_box_in_the_words_of_a_question_is_moved(text):
-    """Its ends are rounded down, so it may be a hundredth wide: it is moved as such a box."""
+    """Its corners were rounded down: it may have been a hundredth wide, and is moved like that."""
     size = (100, 100)
     example = Example("q", "vqa", f"What is at {text}?", "a spot", ("a",))
     for given in (AugmentConfig(scale=(0.5, 1.0), shift=0.2), AugmentConfig(brightness=0.1)):

@@ -335,7 +335,7 @@ def test_a_doubled_id_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("form", ["a list", "columns of numbers", "columns of letters"])
 def test_as_many_options_as_letters(tmp_path, form):
-    """The last one is an option like the others, and empty ones behind it need no letter."""
+    """The 26th option is read like the others; empty ones after it need no letter."""
     texts = [f"text {i}" for i in range(26)]
     options = {
         "a list": {"options": [*texts, "", None]},

@@ -318,7 +318,7 @@ def test_smaller_images_are_another_set_with_fitting_boxes(tmp_path):
 
 
 def test_a_box_at_the_edge_stays_in_its_smaller_image(tmp_path):
-    """Rounded, what lies in the last pixels would begin where the smaller image ends."""
+    """A box in the last pixels of an image, rounded, would lie outside of the smaller one."""
     boxes = {
         "right": (1020, 100, 1024, 140), "bottom": (100, 508, 140, 512),
         "corner": (1023, 511, 1024, 512), "whole": (0, 0, 1024, 512), "dot": (500, 200, 501, 201),

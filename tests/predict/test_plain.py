@@ -56,7 +56,7 @@ def test_few_numbers_of_rows_are_compiled_where_experts_take_all(byte_ids, rows)
 
 
 def test_what_follows_an_end_of_text_takes_no_place(byte_ids):
-    """Whatever id stands there: a row that has ended is nobody's rival for experts."""
+    """A row that has ended takes no capacity of experts, whatever the id of padding is."""
     found = []
     for byte_ids.pad in (0, 7):
         found.append(loop_of(byte_ids).answers(REQUESTS, 3))

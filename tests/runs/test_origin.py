@@ -35,7 +35,7 @@ def adapted(quick_compiles, built_once):
         ((), {"lora.rank": 3}, "has adapters of rank 2"),
         ((), {"lora.targets": ("q",)}, r"has adapters of rank 2 on [^q]*, and"),
         ((), {"lora.alpha": 64.0}, "lora.alpha / lora.rank is 8.0 there and 32.0 here"),
-        ((("seed", "*/lora_?"),), {"lora.alpha": 64.0}, None),  # they are drawn anew
+        ((("seed", "*/lora_?"),), {"lora.alpha": 64.0}, None),  # new random adapters take their place
         ((), {"lora.dropout": 0.3}, None),
         ((), {"decoder.rope_theta": 1e6}, "decoder.rope_theta is 10000.0 there and 1000000.0 here"),
         ((("seed", "decoder/*"),), {"decoder.rope_theta": 1e6}, None),

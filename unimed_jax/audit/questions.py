@@ -59,8 +59,8 @@ def kept(text: str) -> str:
     return text if len(text) < LONG else f"{hash_of(text):016x}"
 
 
-def told_by(question: str) -> str:
-    """Returns the words of a question, or their hash, by which the same questions are told."""
+def question_key(question: str) -> str:
+    """Returns what is equal for questions with the same words: these, or their hash if they are long."""
     return kept(words_of(question))
 
 
@@ -69,7 +69,7 @@ def given_by_text(asked: Sequence[Asked]) -> set[str]:
     found: set[str] = set()
     for one in asked:
         if one.question and not one.images:
-            found.add(f"question {one.task} {told_by(one.question)}")
+            found.add(f"question {one.task} {question_key(one.question)}")
         if _report(one):
             found.add(f"report {one.answer}")
         found.update(f"{kind} {name}" for kind, name in one.groups if name.startswith(DICOM))
@@ -114,7 +114,7 @@ def text_leaks(
     groups: dict[tuple[str, str], Asked] = {}
     for asked in earlier:
         if asked.question:
-            words = told_by(asked.question)
+            words = question_key(asked.question)
             by_question[asked.task, asked.images, words].append(asked)
             texts.add(words)
             if asked.images:
@@ -133,7 +133,7 @@ def text_leaks(
             choices = itertools.product(*(same.get(key, ()) for key in asked.images))
             images = list(itertools.islice(choices, COMBINED))
         if asked.question:
-            words = told_by(asked.question)
+            words = question_key(asked.question)
             found = [
                 other for some in images for other in by_question.get((asked.task, some, words), ())
             ]
@@ -149,7 +149,7 @@ def text_leaks(
             other
             for wording in (rewordings or {}).get(asked.id, ())
             for some in images
-            for other in by_question.get((asked.task, some, told_by(plain(wording))), ())
+            for other in by_question.get((asked.task, some, question_key(plain(wording))), ())
         ]
         if others:
             reworded.update(other.id for other in others)

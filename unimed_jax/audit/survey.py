@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from unimed_jax.audit.private import gathered, of_texts
-from unimed_jax.audit.questions import GROUPS, Asked, kept, plain, told_by
+from unimed_jax.audit.questions import GROUPS, Asked, kept, plain, question_key
 from unimed_jax.data.box_text import text_to_box
 from unimed_jax.data.example import Dataset, Example
 from unimed_jax.data.grounding import fault
@@ -195,7 +195,7 @@ def _asked(example: Example) -> Asked:
         example.id,
         example.task,
         example.images,
-        question if example.task == "vqa" else told_by(question),  # which are compared by letters
+        question if example.task == "vqa" else question_key(question),  # compared by letters, too
         kept(plain(example.answer)),
         example.cluster,
         example.meta.get("template", ""),

@@ -135,7 +135,7 @@ def check_header(data: bytes, name: str, view: ImageConfig = PLAIN) -> int:
                 return _frames(image, name)
             except UserError:
                 raise
-            except Exception:  # damage behind the first frame, which is wanted
+            except Exception:  # the first frame is wanted, and only later ones are damaged
                 return 1
 
 

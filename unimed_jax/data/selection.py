@@ -123,7 +123,7 @@ def _check_filters(data: Selection, sources: Sequence[SourceConfig]) -> None:
 
 @functools.cache  # a set is opened for training and again for its scores
 def _say_replaced(id: str, name: str, rule: str, own: int) -> None:
-    """Says that scores on a made split are not those on the set's own one."""
+    """Says that a rule of the settings replaces a split that the data set has."""
     processes.say(
         f"{id}: split {name!r} is made by the rule {rule!r}, in place of the {own:,} examples that the "
         f"set itself has as {name!r} (a rule such as 'official': '{name}[:]' keeps them)"

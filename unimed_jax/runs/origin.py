@@ -1,4 +1,4 @@
-"""Compares a run with the models that its weights come from or go to."""
+"""Says whether a run's weights mean the same in another model, and which decoder its adapters need."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator
@@ -36,14 +36,14 @@ def refuse_other_model(
     if text:
         raise UserError(
             f"config.init: the weights of run {folder} would compute something else here: {text}; set "
-            "what is said there, or draw that part anew by ('seed', 'connector/*') or the like after it."
+            "what is said there, or put ('seed', 'connector/*') or the like after it for random numbers."
         )
 
 
 def _differences(
     theirs: ModelConfig, ours: ModelConfig, taken: Collection[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (setting, value there, value here) of the parts that are taken, equal ones included."""
+    """Yields (setting, value there, value here) of each part whose leaves are taken, equal or not."""
 
     def takes(*parts: str) -> bool:
         return any(path.startswith(parts) for path in taken)

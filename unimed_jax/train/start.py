@@ -226,7 +226,7 @@ def _continue(start: Start) -> None:
     progress = Progress(**note["progress"])
     if progress.steps != config.train.steps:  # raised: `write_config` allowed it
         begin = start.done if config.train.longer == "restart" else progress.schedule_start
-        # An early stop was one of the steps that were asked for then.
+        # A run that `train.patience` ended goes on, since more steps are asked for now.
         progress = dataclasses.replace(
             progress, steps=config.train.steps, schedule_start=begin, finished=False, waited=0
         )
