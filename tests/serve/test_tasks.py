@@ -18,12 +18,11 @@ from unimed_jax.data.box_text import box_to_text
 from unimed_jax.data.fitting import fit
 from unimed_jax.data.images import read_image
 from unimed_jax.evaluate.routing import weights_by_task
-from unimed_jax.interop.model_card import passports_of, trained_tasks
 from unimed_jax.predict.likelihood import Asked, Likelihoods
 from unimed_jax.predict.request import Request, as_example
 from unimed_jax.serve.images import shown
 from unimed_jax.serve.limits import Refused
-from unimed_jax.serve.service import Service
+from unimed_jax.serve.service import Service, trained
 from unimed_jax.serve.tasks import _boxes
 from unimed_jax.settings import from_config_dict
 
@@ -59,15 +58,32 @@ def test_a_server_of_single_tokens_starts(live):
 
 
 def test_tasks_that_were_not_trained_are_named(live, monkeypatch):
-    def trained() -> list[str]:
+    def named() -> list[str]:
         return [task["task"] for task in live.get("/v1/tasks")[2]["tasks"] if task["trained"]]
 
-    assert trained() == list(TASKS)  # what the squares have
+    assert named() == list(TASKS)  # the settings name no source
+    monkeypatch.setattr(live.service, "trained", {"vqa", "cls", "qa"})
+    assert named() == [task for task in TASKS if task in ("vqa", "cls", "qa")]
+
+
+@pytest.mark.parametrize(
+    "sources, expected",
+    [
+        ([("squares", ("vqa", "cls")), ("lost", ("qa",))], {"vqa", "cls", "qa"}),
+        ([("vqa_rad", ())], {"vqa"}),  # what the reader says
+        ([("vqa_rad", ()), ("ran_when_imported.reader", ())], set(TASKS)),
+        ([("ran_when_imported", ())], set(TASKS)),  # no name of a reader of ours
+    ],
+)
+def test_what_was_trained_is_found_without_foreign_code(sources, expected, tmp_path, monkeypatch):
+    """The settings of a model from elsewhere may name any module that is installed."""
+    (tmp_path / "ran_when_imported").mkdir()
+    for name in ("__init__", "reader"):
+        (tmp_path / f"ran_when_imported/{name}.py").write_text("raise SystemExit('it was imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
     config = tiny_config()
-    config.data.sources = (dict(name="squares", tasks=("vqa", "cls")), dict(name="lost", tasks=("qa",)))
-    own = from_config_dict(config)
-    monkeypatch.setattr(live.service, "trained", trained_tasks(own, passports_of(own)))
-    assert trained() == [task for task in TASKS if task in ("vqa", "cls", "qa")]
+    config.data.sources = [dict(name=name, tasks=tasks) for name, tasks in sources]
+    assert trained(from_config_dict(config)) == expected
 
 
 def test_boxes_go_in_and_out_as_pixels_of_the_image_as_sent(live):

@@ -62,6 +62,17 @@ class Ticket:
             self._service.open -= 1
 
 
+def trained(config: Config) -> set[str]:
+    """Names the tasks that a model was trained for; all of them where its sources do not say it.
+
+    Only readers of this library are asked: the module of another one, which a foreign model's settings
+    may name, is not imported.
+    """
+    asked = tuple(s for s in config.data.sources if not s.tasks and "." not in s.name)
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=asked))
+    return trained_tasks(config, passports_of(own))
+
+
 class Service:
     """Answers with one run's model. Its methods belong to the event loop."""
 
@@ -75,7 +86,7 @@ class Service:
         evaluate = dataclasses.replace(config.evaluate, max_new_tokens=limits.max_tokens)
         self.run = dataclasses.replace(run, config=dataclasses.replace(config, evaluate=evaluate))
         self.name, self.counts = name, Counts()
-        self.trained = trained_tasks(config, passports_of(config))
+        self.trained = trained(config)
         self.open = self.held = 0  # requests; bytes of bodies that are in memory
         self.ready = self.stops = False
         self.failed = ""  # why the first answers could not be made
