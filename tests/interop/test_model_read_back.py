@@ -75,7 +75,8 @@ def test_read_back_to_the_bit(name, exported):
 
 def test_no_folder_of_this_machine_is_written():
     own = "/home/somebody/hospital"
-    there = dict(name="jsonl", path=f"{own}/set", options={"images": f"{own}/pictures", "size": 3})
+    options = {"images": f"{own}/pictures", "size": 3, "also": [{"more": [f"~/{own}/set"]}]}
+    there = dict(name="jsonl", path=f"{own}/set", options=options)
     config = from_config_dict(
         {
             "data": {"root": own, "cache": f"{own}/cache", "sources": (there,)},
@@ -87,7 +88,11 @@ def test_no_folder_of_this_machine_is_written():
     )
     said = json.dumps(to_dict(portable(config)))
     assert own in json.dumps(to_dict(config)) and "somebody" not in said
-    assert portable(config).evaluate.sources[0].options == {"images": "pictures", "size": 3}
+    assert portable(config).evaluate.sources[0].options == {
+        "images": "pictures",
+        "size": 3,
+        "also": ({"more": ("set",)},),
+    }
 
 
 def test_what_is_read_back_answers_the_same(exported, asked, tokenizer_folder):

@@ -148,7 +148,7 @@ def portable(config: Config) -> Config:
             dataclasses.replace(
                 source,
                 path=Path(source.path).name,
-                options=FrozenDict({k: _last_part(value) for k, value in source.options.items()}),
+                options=_last_parts(source.options),
             )
             for source in sources
         )
@@ -165,8 +165,12 @@ def portable(config: Config) -> Config:
     )
 
 
-def _last_part(option: Any) -> Any:
-    """Returns the last part of a reader's option that is an absolute path, else the option itself."""
+def _last_parts(option: Any) -> Any:
+    """Cuts each absolute path in an option of a reader, a JSON value, to its last part."""
+    if isinstance(option, Mapping):
+        return FrozenDict({key: _last_parts(value) for key, value in option.items()})
+    if isinstance(option, tuple):
+        return tuple(map(_last_parts, option))
     is_place = isinstance(option, str) and option.startswith(("/", "~"))
     return Path(option).name if is_place else option
 
