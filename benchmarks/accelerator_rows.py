@@ -127,7 +127,7 @@ def time_step(scale: Scale, config: Config, compiled: Any, known: Values) -> Val
         leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))
         state = first_state(leaves, program.optimizer, mesh)
         del leaves
-        batch = sharding.on_devices(harness.full_rows(config), mesh, 1)
+        batch = sharding.on_devices(harness.full_rows(config), mesh)
         lr = jax.device_put(np.float32(1e-5), sharding.everywhere(mesh))
     losses = []
 

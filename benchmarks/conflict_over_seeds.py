@@ -5,7 +5,8 @@
 Each file is what `analyze tug-of-war` wrote of one seed's runs, in folders VARIANT/seedN, the same
 variants in each; two files or more. An index is that of the whole connector, averaged over seeds. Its
 difference from the first variant is paired by seed; the interval is Student's t over seeds (95 %), not
-corrected for the number of lines. "-" is an index that some seed does not define.
+corrected for the number of lines. "-" is an index that some seed does not define. Without noise the mean
+cosine is that over the pairs of tasks that all variants of the seed know.
 """
 
 import argparse
@@ -17,11 +18,13 @@ import numpy as np
 from harness import table
 from scipy import stats
 
+from unimed_jax.analyze.conflict import WITHOUT_NOISE
 from unimed_jax.analyze.tug_of_war_report import TITLES
 from unimed_jax.errors import UserError
 from unimed_jax.parsing import read_json
 
 PART = "connector"
+Pair = tuple[str, str]  # of tasks
 
 
 def indices(file: Path) -> tuple[str, dict[str, dict[str, float]]]:
@@ -32,18 +35,26 @@ def indices(file: Path) -> tuple[str, dict[str, dict[str, float]]]:
     """
     content = read_json(file, "give what analyze tug-of-war wrote")
     found: dict[str, dict[str, float]] = {}
+    cosines: dict[str, dict[Pair, float | None]] = {}
     seeds: set[str] = set()
+    batches: set[str] = set()
     try:
         for run in content["runs"]:
-            measured, folder = run["units"][PART]["indices"], Path(run["run"])
-            values = {key: measured[key]["value"] for key in TITLES}
+            part, folder = run["units"][PART], Path(run["run"])
+            values = {key: part["indices"][key]["value"] for key in TITLES}
             if folder.parent.name in found:
                 raise UserError(
                     f"{file} holds two runs of {folder.parent.name!r}, {folder} among them; analyse one "
                     "checkpoint of each variant, and each seed by itself."
                 )
             found[folder.parent.name] = {k: np.nan if v is None else v for k, v in values.items()}
+            cosines[folder.parent.name] = {
+                (one, other): part["cos_without_noise"][i][j]
+                for i, one in enumerate(part["names"])
+                for j, other in enumerate(part["names"][:i])
+            }
             seeds.add(folder.name)
+            batches.add(run["batches"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file} holds no indices of a connector (lacks {error}); give what analyze tug-of-war "
@@ -53,6 +64,11 @@ def indices(file: Path) -> tuple[str, dict[str, dict[str, float]]]:
         raise UserError(
             f"{file} holds runs of {', '.join(sorted(seeds)) or 'no seed'}; analyse each seed by itself."
         )
+    if len(batches) > 1:
+        raise UserError(f"{file} holds runs that were measured on other examples; analyse them alike.")
+    known = set.intersection(*({p for p, c in of.items() if c is not None} for of in cosines.values()))
+    for variant, of in cosines.items():
+        found[variant][WITHOUT_NOISE] = np.mean([of[pair] for pair in known]) if known else np.nan
     return seeds.pop(), found
 
 

@@ -180,7 +180,7 @@ def pipeline(folder: Path, steps: int) -> Iterator[list[str]]:
 
         yield measured(f"examples of the pipeline, image cache {cached} MiB", run)
     with sharding.inside(start.program.mesh):
-        batch, rate = sharding.on_devices(first[0], start.program.mesh, 1), np.float32(1e-4)
+        batch, rate = sharding.on_devices(first[0], start.program.mesh), np.float32(1e-4)
 
         def step(count: int) -> int:
             for _ in range(count):

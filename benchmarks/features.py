@@ -36,8 +36,8 @@ class Side:
     def __init__(self, start: Start):
         self.start = start
         self._mesh = start.program.mesh
-        self._share, self._shares = sharding.rows_of_process(self._mesh, start.config.data.rows)
-        self._batches = start.pipeline.batches(0, self._share, self._shares)
+        self._share = sharding.share_of_process(self._mesh, start.config.data.rows)
+        self._batches = start.pipeline.batches(0, self._share.rows)
 
     def steps(self, count: int) -> dict[str, float]:
         """Takes steps, and returns the seconds of each by the clock and of the processor."""
@@ -45,7 +45,7 @@ class Side:
         start = self.start
         with sharding.inside(self._mesh):
             for _ in range(count):
-                batch = sharding.on_devices(next(self._batches), self._mesh, self._shares)
+                batch = sharding.on_devices(next(self._batches), self._mesh, self._share)
                 start.state, metrics = start.program.step(
                     start.state, start.frozen, batch, np.float32(1e-4)
                 )

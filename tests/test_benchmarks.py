@@ -148,10 +148,13 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
     files = []
     for seed, (cmoe, linear) in enumerate(((0.3, 0.2), (0.5, 0.2), (0.4, 0.2))):
         runs = [
-            {"run": f"w/{name}/seed{seed}", "units": {"connector": {"indices": {
-                key: {"value": value} for key in conflict_over_seeds.TITLES
-            }}}}
-            for name, value in (("cmoe", cmoe), ("linear", linear))
+            {"run": f"w/{name}/seed{seed}", "batches": "b", "units": {"connector": {
+                "names": ["vqa", "qa", "cls"],
+                "indices": {key: {"value": value} for key in conflict_over_seeds.TITLES},
+                # the third pair, which one variant does not know, is left out of both means
+                "cos_without_noise": [[1, value, value], [value, 1, odd], [value, odd, 1]],
+            }}}
+            for name, value, odd in (("cmoe", cmoe, -0.9), ("linear", linear, None))
         ]  # fmt: skip
         files.append(tmp_path / f"{seed}.json")
         files[-1].write_text(json.dumps({"runs": runs}))
@@ -177,6 +180,11 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
         ({"runs": [other["runs"][0], another["runs"][1]]}, "holds runs of seed0, seed7; analyse"),
         ({"runs": [{"run": "w/a/seed0", "units": {}}]}, "no indices of a connector (lacks 'connector')"),
         ([], "other.json holds no indices of a connector"),
+        ({"runs": []}, "other.json holds runs of no seed"),
+        (
+            {"runs": [other["runs"][0], other["runs"][1] | {"batches": "c"}]},
+            "other.json holds runs that were measured on other examples; analyse them alike",
+        ),
     ):
         (tmp_path / "other.json").write_text(json.dumps(content))
         monkeypatch.setattr(sys, "argv", ["it", str(files[0]), str(tmp_path / "other.json")])
@@ -187,7 +195,7 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         conflict_over_seeds.main()
     assert "none.json does not exist; give what" in capsys.readouterr().err
-    another["runs"][1]["units"]["connector"]["indices"]["mean_cos_without_noise"]["value"] = None
+    another["runs"][1]["units"]["connector"]["cos_without_noise"] = [[None] * 3] * 3
     (tmp_path / "other.json").write_text(json.dumps(another))
     monkeypatch.setattr(sys, "argv", ["it", *map(str, files), str(tmp_path / "other.json")])
     conflict_over_seeds.main()  # an index that one seed does not define has no mean

@@ -65,6 +65,11 @@ class VisionConfig:
     std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
+    def blocks(self) -> int:
+        """Counts the blocks that are run; those after the feature layer are not."""
+        return self.depth + 1 + self.feature_layer
+
+    @property
     def grid(self) -> int:
         """Counts the patches per side."""
         return self.image_size // self.patch_size

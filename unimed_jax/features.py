@@ -279,16 +279,17 @@ def _compute(
     As many images are encoded at once as in a training step, so that they fit into memory.
     """
     together = config.data.rows // config.train.accumulation * config.data.row_images
-    share, shares = sharding.rows_of_process(mesh, together)
-    own = together // shares
-    mine = [
-        picture
-        for first in range(share * own, len(missing), together)
-        for picture in missing[first : first + own]
+    share = sharding.share_of_process(mesh, together)
+    # of every process as many, even if it has no image left
+    parts = [
+        [missing[first + row] for row in share.rows if first + row < len(missing)]
+        for first in range(0, len(missing), together)
     ]
-    steps = -(-len(missing) // together)  # of every process, even if it has no image left
     # Processes whose devices split the model have the same images: the first of them writes.
-    writes = processes.gathered(share).index(share) == jax.process_index()
+    writer: dict[int, int] = {}
+    for process, rows in enumerate(processes.gathered(share.rows)):
+        writer = dict.fromkeys(rows, process) | writer
+    writes = [writer[row] == jax.process_index() for row in share.rows]
 
     out = None if mesh is None else sharding.row_sharding((together, *features.shape), mesh)
     # Of the model's other leaves there are only shapes, which nothing reads.
@@ -300,7 +301,6 @@ def _compute(
     def load(picture: Picture) -> np.ndarray:
         return pipeline.fitted(picture.dataset, picture.key)
 
-    parts = [mine[step * own : (step + 1) * own] for step in range(steps)]
     with (
         concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool,
         tqdm(
@@ -310,13 +310,13 @@ def _compute(
     ):  # fmt: skip
 
         def encoded() -> Iterator[np.ndarray]:
-            """Yields the features of `mine`; a step runs while the next one's images are decoded."""
+            """Yields the features of `parts`; a step runs while the next one's images are decoded."""
             side, before = config.model.vision.image_size, None
             for loaded in _ahead(pool, load, parts):
-                images = np.zeros((own, side, side, 3), np.uint8)
+                images = np.zeros((len(share.rows), side, side, 3), np.uint8)
                 if loaded:
                     images[: len(loaded)] = loaded
-                arrays = sharding.on_devices({"images": images}, mesh, shares)
+                arrays = sharding.on_devices({"images": images}, mesh, share)
                 now = encode(encoder, arrays["images"]), len(loaded)
                 if before is not None:
                     yield from _here(before[0], mesh)[: before[1]]
@@ -325,10 +325,10 @@ def _compute(
             if before is not None:
                 yield from _here(before[0], mesh)[: before[1]]
 
-        rows = encoded()
-        if writes:
-            _write(mine, rows, features)
-        for _ in rows:  # the steps of the others
+        every, own = encoded(), [flag for part in parts for flag in writes[: len(part)]]
+        pictures = itertools.compress(itertools.chain.from_iterable(parts), own)
+        _write(list(pictures), itertools.compress(every, own), features)
+        for _ in every:  # the steps of the others
             pass
 
 

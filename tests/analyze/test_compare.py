@@ -11,6 +11,7 @@ from support.toy import Says, Toy, evaluated, sets_of, toy_config
 
 from unimed_jax import main
 from unimed_jax.analyze.compare import compare
+from unimed_jax.analyze.compare_report import table
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate import scores, tasks
 from unimed_jax.evaluate.metrics import Measure, NotComputed, captions, registry
@@ -86,6 +87,37 @@ def test_a_planted_difference_is_found_with_its_sign(scored, tmp_path):
             ("vqa", "what"),
         }
         assert ("cls", "shape") not in rows(found, "templates")  # it is all of cls
+
+
+def test_n_and_clusters_are_those_that_the_metric_counts(scored, tmp_path, leading):
+    first = sorted({record["cluster"] for record in answers(scored) if record["task"] == "vqa"})[:2]
+
+    def of_two_clusters(records):
+        return Measure.mean([1.0] * len(records)).where([r["cluster"] in first for r in records])
+
+    leading("vqa", of_two_clusters)
+    row = rows(compare([scored, changed(scored, tmp_path / "same")]))["vqa", ""]
+    assert (row["n"], row["clusters"]) == (8, 2)
+
+
+def test_other_settings_of_decoding_are_noted(scored, tmp_path):
+    other = changed(scored, tmp_path / "other")
+    kept = json.loads((other / "metrics.json").read_text())
+    kept["evaluate"]["temperature"] = 0.7
+    (other / "metrics.json").write_text(json.dumps(kept))
+    (note,) = compare([scored, other])["notes"]
+    assert note == "evaluate.temperature is 0.0 for first and 0.7 for other"
+
+
+def test_a_template_without_a_name_has_its_own_cell(scored, tmp_path):
+    def unnamed(record):
+        return record | {"template": "" if record["template"] == "seen" else record["template"]}
+
+    one = changed(scored, tmp_path / "one", unnamed)
+    found = compare([one, changed(scored, tmp_path / "two", unnamed)])
+    lines = [re.split(r" *\| *", line)[1:-1] for line in table(found["templates"]).splitlines()]
+    assert len({len(line) for line in lines}) == 1
+    assert {line[1] for line in lines if line[2] == "vqa"} == {"(none)", "what"}
 
 
 def test_several_runs_are_corrected_together(scored, tmp_path):

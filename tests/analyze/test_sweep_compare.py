@@ -1,7 +1,9 @@
 """Comparison of a sweep's variants: planted differences are found, equal ones left undecided."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,9 +36,8 @@ def side(name, right, clusters=12, sets=("a",), tasks=TASKS):
                         **{"box": None, "image_size": None, "meta": {"answer_type": "CLOSED"}},
                         **{"blind": {}, "peers": {}, "permuted_images": None},
                     }
-    return Side(
-        name, Path(f"runs/{name}"), records, metrics, dict.fromkeys(metrics, "p/q"), {"split": "test"}
-    )
+    protocols = dict.fromkeys(metrics, "p/q")
+    return Side(name, Path(f"runs/{name}"), records, metrics, protocols, {"split": "test"}, {})
 
 
 def sides_of(**variants):
@@ -116,6 +117,50 @@ def test_named_metrics_and_columns_without_items():
     )
     assert [column.metric for column in scores.columns] == ["closed_accuracy", "exact_match"]
     assert scores.notes == ("a vqa open_recall is left out, because no item counts for it",)
+
+
+def test_columns_say_how_many_items_they_count():
+    """Closed questions are half of vqa, and open ones the other."""
+    sides = sides_of(base=half, other=half)
+    for found in sides.values():
+        for i, record in enumerate(found.records["a", "test", "vqa"].values()):
+            record["meta"] = {"answer_type": "CLOSED" if i < 6 else "OPEN"}
+    scores = score_sides(sides, "base", {"vqa": ("open_recall", "closed_accuracy")})
+    assert {column.metric: n for column, n in scores.items.items()} == {
+        **{"open_recall": 18, "closed_accuracy": 6, "exact_match": 24}
+    }
+
+
+def test_runs_that_were_scored_in_unlike_ways_are_refused(monkeypatch):
+    """At other checkpoints, or decoded with other settings; the same other way for all is a choice."""
+    last, best = 300, {"base": 200, "other": 300}
+
+    class Kept(SimpleNamespace):
+        def __init__(self, folder, read_only):
+            self.latest, self.best = (lambda: last), (lambda: best[folder.parents[1].name])
+            self.close = lambda: None
+
+    monkeypatch.setattr(compare, "Checkpoints", Kept)
+    own = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0}
+    config = SimpleNamespace(evaluate=SimpleNamespace(**own))
+    runs = [SimpleNamespace(folder=Path(f"runs/{n}/seed0"), config=config) for n in ("base", "other")]
+
+    def check(*ways):
+        sides = [SimpleNamespace(about={"step": step}, decoding=own | changes) for step, changes in ways]
+        compare._refuse_unlike(runs, sides)
+
+    check((300, {}), (300, {}))  # the last ones
+    check((200, {}), (300, {}))  # the best ones
+    check((300, {"temperature": 1.0}), (300, {"temperature": 1.0}))
+    for ways, words in (
+        (
+            ((300, {}), (250, {})),
+            "runs/other/seed0 was scored at step 250, unlike runs/base/seed0; score",
+        ),
+        (((300, {}), (300, {"top_p": 0.5})), "its best step with config.evaluate {'top_p': 0.5} or at "),
+    ):
+        with pytest.raises(UserError, match=re.escape(words.removesuffix(" or at "))):
+            check(*ways)
 
 
 def test_a_score_of_ranks_is_compared_like_one_of_sums(monkeypatch):

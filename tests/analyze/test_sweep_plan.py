@@ -228,6 +228,12 @@ def test_finished_runs_are_compared_where_their_data_are_not(tmp_path, monkeypat
     check_folders(plan, trains=False)
     monkeypatch.setattr(planning, "finished", lambda run: True)
     check_folders(plan)
+    for i, run in enumerate(plan.runs):  # each was trained where its data lay
+        data = dataclasses.replace(run.config.data, root=f"/data{i}", cache=f"/cache{i}")
+        write_config(run.folder, dataclasses.replace(run.config, data=data))
+    check_folders(plan, trains=False)
+    for run in plan.runs:
+        (run.folder / "config.json").unlink()
     monkeypatch.setattr(planning, "finished", lambda run: run.title != "hard/seed7")
     with pytest.raises(UserError, match="still needs the finished run runs/nowhere"):
         check_folders(plan)

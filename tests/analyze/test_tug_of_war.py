@@ -13,6 +13,7 @@ from support.fake_brain import Squares, tiny_config
 
 from unimed_jax import main as cli
 from unimed_jax.analyze import conflict, tug_of_war
+from unimed_jax.analyze import tug_of_war_report as report
 from unimed_jax.analyze.parts import groups_of, matching, parts_of
 from unimed_jax.analyze.tug_of_war import (
     Batches,
@@ -25,6 +26,7 @@ from unimed_jax.analyze.tug_of_war import (
 from unimed_jax.config import RuleConfig
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.report import link_pages
+from unimed_jax.evaluate.run import fingerprint_of
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import abstract, parameters, with_parameters
 from unimed_jax.runs.folder import load_text, write_config
@@ -303,6 +305,39 @@ def test_a_mesh_gives_what_one_device_gives(run, folders, monkeypatch):
     assert shared.mesh is not None and shared.mesh.size == 8
     for name, gram in grams(shared).items():
         np.testing.assert_allclose(gram, alone[name], rtol=1e-3, atol=1e-5 * alone[name].max())
+
+
+def test_the_picture_of_all_runs_shows_one_group(monkeypatch):
+    """Where a pattern leads to other parts of each run, those of the first are shown."""
+    from matplotlib.figure import Figure
+
+    rng = np.random.default_rng(2)
+    one, other = (
+        conflict.Measured(gram_of(rng.normal(size=(3, 6, 9))), np.eye(3), "abc") for _ in range(2)
+    )
+    runs = [
+        tug_of_war.Analysis({}, {"units": {"connector": one}}),
+        tug_of_war.Analysis({}, {"units": {"decoder": other}}),
+        tug_of_war.Analysis({}, {"units": {"decoder": one, "connector": other}}),
+    ]
+    part = Figure().subfigures()
+    report._indices(part, "xyz", runs)
+    (points,) = [
+        [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
+        for axes in part.axes
+        if axes.get_title() == report.TITLES["conflicts"]
+    ]
+    assert points == [(one.index("conflicts"), 2), (other.index("conflicts"), 0)]
+
+
+def test_answers_of_other_weights_have_another_fingerprint(run):
+    """Of two runs of the same settings, say, trained on unlike devices."""
+    leaves = parameters(run.model)
+    path = next(iter(leaves))
+    other = with_parameters(run.model, leaves | {path: leaves[path].at[(0,) * leaves[path].ndim].add(1)})
+    same, changed = (fingerprint_of(dataclasses.replace(run, model=m), run.config, {})
+                     for m in (with_parameters(run.model, leaves), other))  # fmt: skip
+    assert same == fingerprint_of(run, run.config, {}) != changed
 
 
 # ---- the verb --------------------------------------------------------------------------------------

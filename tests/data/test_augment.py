@@ -224,7 +224,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert same(take(pipeline(ALL, threads=3), 6), expected)
     assert same(take(pipeline(ALL, image_cache_mib=0), 6), expected)
     assert same(take(pipeline(ALL), 2, start_step=4), expected[4:])
-    halves = [take(pipeline(ALL), 6, share=h, shares=2) for h in range(2)]
+    rows = pipeline(ALL)._config.data.rows
+    halves = [take(pipeline(ALL), 6, own=range(*part)) for part in ((0, rows // 2), (rows // 2, rows))]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)]
     assert same(joined, expected)
     assert not same(take(pipeline(None), 6), expected)

@@ -125,7 +125,8 @@ def test_order_and_resume_do_not_depend_on_threads_and_hosts(made, mode):
             made(mode, threads=threads),
             3 * (shares > 1),
         )  # one that resumes, one that does not
-        parts = [take(pipe, 3, start_step=start, share=share, shares=shares) for share in range(shares)]
+        cut = np.split(np.arange(pipe._config.data.rows), shares)
+        parts = [take(pipe, 3, start_step=start, own=own.tolist()) for own in cut]
         for step, expected in enumerate(whole[start : start + 3]):
             for key, array in expected.items():
                 found = np.concatenate([part[step][key] for part in parts])

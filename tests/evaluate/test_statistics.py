@@ -51,6 +51,17 @@ def test_with_a_cluster_for_each_item_p_is_that_of_the_paired_t_test():
     assert found.p == pytest.approx(ttest_rel(ours, theirs).pvalue, rel=0.2) and found.freedom == 299
 
 
+def test_clusters_without_an_item_that_counts_change_nothing():
+    """A column of one set has the same interval beside a large other one."""
+    ours, theirs = shares(0.7, 60), shares(0.5, 60)
+    names = [str(i % 6) for i in range(60)]
+    alone = paired([Measure.mean(ours)], [Measure.mean(theirs)], names, 500, 0)
+    every = np.arange(360) < 60
+    wide = [Measure.mean(np.pad(values, (0, 300))).where(every) for values in (ours, theirs)]
+    beside = paired(wide[:1], wide[1:], names + [f"other {i}" for i in range(300)], 500, 0)
+    assert beside == alone
+
+
 def test_equal_items_within_clusters_count_once():
     """Each item ten times over is no more evidence, if the copies share its cluster."""
     ours, theirs = shares(0.7, 60), shares(0.6, 60)

@@ -176,7 +176,7 @@ def step_of(config, numbers: bool, mesh=None):
     batch = tiny.mixed_batch(np.random.default_rng(0), ROWS)
     if mesh is not None:
         frozen = jax.device_put(frozen, sharding.parameter_shardings(frozen, mesh))
-        batch = sharding.on_devices(batch, mesh, 1)
+        batch = sharding.on_devices(batch, mesh)
         described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), (frozen, batch))
         assert described == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), (program.frozen, program.batch)

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,7 @@ def test_eight_devices_equal_one(config, axes, batch, alone):
     leaves = parameters(model)
     leaves = jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh))
     with sharding.inside(mesh):
-        loss, grads = gradients(with_parameters(model, leaves), sharding.on_devices(batch, mesh, 1))
+        loss, grads = gradients(with_parameters(model, leaves), sharding.on_devices(batch, mesh))
     assert abs(float(loss) - expected_loss) <= 1e-6 * abs(expected_loss)
     for path, expected in expected_gradients.items():
         scale = np.abs(expected).max()
@@ -213,7 +214,7 @@ def training(mesh, batches, rules=TrainConfig.rules):
         before = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = make_step(abstract(MODEL), config, optimizer, None, mesh)
         for batch in batches:
-            state, metrics = step(state, frozen, sharding.on_devices(batch, mesh, 1), np.float32(1e-3))
+            state, metrics = step(state, frozen, sharding.on_devices(batch, mesh), np.float32(1e-3))
             losses.append(float(metrics["loss"]))
         if mesh is not None:
             moved = jax.tree.map(
@@ -301,7 +302,47 @@ def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
 def test_one_device_has_no_mesh(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [object()])
     assert sharding.make_mesh(MeshConfig(), 15) is None
-    assert sharding.rows_of_process(None, 15) == (0, 1)
+    assert sharding.share_of_process(None, 3) == ((0, 1, 2), 3)
+
+
+def test_a_process_reads_the_rows_of_its_devices_wherever_they_lie(monkeypatch):
+    """Chips of a TPU slice are ordered along a ring, of which a host has several pieces."""
+    mesh = sharding.make_mesh(MeshConfig(auto=False, data=8), 16)
+    assert sharding.share_of_process(mesh, 16) == (tuple(range(16)), 16)
+    pieces = {0: slice(0, 2), 1: slice(6, 8), 2: slice(14, 16)}
+    of_host = {device: (piece,) for device, piece in pieces.items()}
+    cut = {}
+
+    def made(shape, sharding, piece):
+        cut.update({device: piece((own, slice(None))) for device, own in pieces.items()})
+        return shape
+
+    with monkeypatch.context() as patch:
+        here = SimpleNamespace(addressable_devices_indices_map=lambda shape: of_host)
+        patch.setattr(sharding, "row_sharding", lambda shape, mesh: here)
+        patch.setattr(jax, "make_array_from_callback", made)
+        share = sharding.share_of_process(mesh, 16)
+        assert share == ((0, 1, 6, 7, 14, 15), 16)
+        rows = np.array(share.rows)[:, None] * np.ones((1, 3))
+        assert sharding.on_devices({"x": rows}, mesh, share) == {"x": (16, 3)}
+    assert {device: part[:, 0].tolist() for device, part in cut.items()} == {
+        **{0: [0, 1], 1: [6, 7], 2: [14, 15]}
+    }
+
+
+def test_sizes_that_divide_a_row_of_chips_are_laid_out_all_the_same(monkeypatch):
+    """jax.make_mesh refuses them on most TPUs, where chips of one axis need not be neighbours."""
+
+    def refuses(*shape, **words):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
+
+    expected = sharding.make_mesh(MeshConfig(auto=False, data=4, fsdp=2), 16)
+    monkeypatch.setattr(jax, "make_mesh", refuses)
+    mesh = sharding.make_mesh(MeshConfig(auto=False, data=4, fsdp=2), 16)
+    assert mesh == expected
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuses)
+    with pytest.raises(UserError, match=r"config.mesh: data=4 x fsdp=2 cannot be laid over these 8"):
+        sharding.make_mesh(MeshConfig(auto=False, data=4, fsdp=2), 16)
 
 
 def test_config_mesh_needs_positive_sizes():

@@ -137,7 +137,7 @@ def test_predicted_memory_is_what_devices_hold(cache):
     with sharding.inside(mesh):
         state = first_state({p: leaves[p] for p in program.state.leaves}, program.optimizer, mesh)
         batch = {name: np.zeros(x.shape, x.dtype) for name, x in program.batch.items()}
-        batch = sharding.on_devices(batch, mesh, 1)
+        batch = sharding.on_devices(batch, mesh)
 
     def held(tree) -> float:
         device = jax.devices()[3]

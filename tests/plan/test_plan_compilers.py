@@ -143,7 +143,7 @@ with sharding.inside(mesh):
     leaves = {p: jax.numpy.zeros(x.shape, x.dtype) for p, x in parameters(program.model).items()}
     state = first_state({p: leaves[p] for p in program.state.leaves}, program.optimizer, mesh)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in program.batch.items()}
-    batch, rate = sharding.on_devices(batch, mesh, 1), np.float32(1e-3)
+    batch, rate = sharding.on_devices(batch, mesh), np.float32(1e-3)
     rate = jax.device_put(rate, sharding.everywhere(mesh))
     # the first step starts threads and loads what the compiler has made
     state, _ = jax.block_until_ready(step(state, {}, batch, rate))

@@ -13,6 +13,7 @@ from support import tiny
 from unimed_jax.config import MeshConfig
 from unimed_jax.model import sharding
 from unimed_jax.model.parameters import parameters
+from unimed_jax.plan.program_cost import program_cost
 from unimed_jax.train.program import build
 from unimed_jax.train.step import first_state
 
@@ -86,7 +87,7 @@ def test_on_a_mesh_every_shape_says_where_it_lies():
         state = first_state(
             {path: leaves[path] for path in program.state.leaves}, program.optimizer, mesh
         )
-        batch = sharding.on_devices(tiny.mixed_batch(np.random.default_rng(0), ROWS), mesh, 1)
+        batch = sharding.on_devices(tiny.mixed_batch(np.random.default_rng(0), ROWS), mesh)
     real = (state, {path: leaves[path] for path in program.frozen}, batch)
     same = jax.tree.map(
         lambda x, shape: (
@@ -99,6 +100,14 @@ def test_on_a_mesh_every_shape_says_where_it_lies():
     assert all(jax.tree.leaves(same)), same
     _, metrics = program.lower().compile()(*real, jnp.float32(1e-3))
     assert np.isfinite(metrics["loss"])
+
+
+def test_micro_batches_leave_rows_on_their_devices():
+    """Each device works on its own rows in every micro-batch, so that no activation is sent."""
+    config = tiny.training(rows=32, accumulation=4)
+    mesh = sharding.make_mesh(MeshConfig(auto=False, data=8), 32)
+    cost = program_cost(build(config, mesh).lower().compile().as_text(), dict(mesh.shape))
+    assert {c.kind for c in cost.collectives}.isdisjoint({"collective-permute", "all-to-all"})
 
 
 def test_leaves_that_do_not_train_are_stored_small_except_the_routers_of_experts():

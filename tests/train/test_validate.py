@@ -274,6 +274,18 @@ def test_more_steps_restart_or_stretch_the_schedule(longer, tmp_path, monkeypatc
     assert not (tmp_path / "metrics.json").exists()
 
 
+def test_a_run_that_goes_on_loses_the_scores_of_fewer_steps(tmp_path, monkeypatch):
+    """They would be taken for those of its last step if the last evaluation were killed."""
+    config = tiny_config(steps=4)
+    killed_at(2, config, tmp_path, monkeypatch)
+    (tmp_path / "metrics.json").write_text("{}")
+    run(config, tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+    (tmp_path / "metrics.json").write_text("{}")
+    run(config, tmp_path)  # no step is left
+    assert (tmp_path / "metrics.json").exists()
+
+
 def test_more_steps_are_refused_unless_it_is_said_what_they_do(tmp_path):
     run(tiny_config(steps=1), tmp_path)
     with pytest.raises(UserError, match="holds no best checkpoint; set config.train.best"):

@@ -1,5 +1,6 @@
 """The verb sweep, from its config to the table: trained, adopted, failed, continued, moved."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from unimed_jax import main as cli
 from unimed_jax.analyze import chain
 from unimed_jax.analyze.sweep import run as running
-from unimed_jax.analyze.sweep.plan import planned
+from unimed_jax.analyze.sweep.plan import check_folders, planned
 from unimed_jax.config_file import load_sweep_file
 from unimed_jax.errors import UserError
 from unimed_jax.runs.folder import write_config
@@ -111,6 +112,43 @@ def test_a_sweep_from_its_config_to_its_table(on_one_device, tmp_path, trains, c
     capsys.readouterr()
     assert cli.main(words) == 2
     assert "linear/seed1 holds a run with other settings" in capsys.readouterr().err
+
+
+def test_no_variant_starts_from_a_stage_that_is_not_trained(tmp_path, capsys, monkeypatch):
+    """Neither where the stage failed, nor where another process trains it."""
+    write_sweep(tmp_path)
+    plan = planned(load_sweep_file(str(tmp_path / "sweep.py")), tmp_path, with_overrides, seeds=(0,))
+    stage, *variants = plan.runs
+    begun = []
+
+    def fails(config, folder):
+        begun.append(folder)
+        write_config(folder, config)
+        raise UserError("the disk is full.")
+
+    monkeypatch.setattr(running, "train_and_evaluate", fails)
+    running.run_all(plan, plan.runs)
+    assert begun == [stage.folder] and running.failure(stage) == "the disk is full."
+    said = capsys.readouterr().out
+    assert "linear/seed0, 4 of 4 that are left: left out, as first/seed0 is not trained" in said
+    assert not any(run.folder.exists() or running.failure(run) for run in variants)
+    monkeypatch.setattr(running, "owner", lambda folder: "process 7" if folder == stage.folder else "")
+    running.run_all(plan, plan.runs)
+    assert begun == [stage.folder]
+    write_config(variants[0].folder, variants[0].config)
+    with pytest.raises(UserError, match="cmoe/seed0 started from another .*first/seed0 than will be"):
+        check_folders(plan)
+
+
+def test_a_stage_that_scores_nothing_is_finished_once_it_is_trained(tmp_path, monkeypatch):
+    write_sweep(tmp_path)
+    plan = planned(load_sweep_file(str(tmp_path / "sweep.py")), tmp_path, with_overrides, seeds=(0,))
+    monkeypatch.setattr(chain, "trained", lambda stage: True)
+    stage = plan.runs[0]
+    assert not chain.finished(stage)
+    silent = dataclasses.replace(stage.config.evaluate, splits=())
+    config = dataclasses.replace(stage.config, evaluate=silent)
+    assert chain.finished(dataclasses.replace(stage, config=config))
 
 
 def test_a_run_of_another_process_is_left_to_it(tmp_path, trains, capsys, monkeypatch):

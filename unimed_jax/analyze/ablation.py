@@ -19,15 +19,14 @@ from flax import nnx
 
 from unimed_jax import processes
 from unimed_jax.analyze.routing import has_mixture
-from unimed_jax.config import VISUAL_TASKS, Config, to_dict
+from unimed_jax.config import VISUAL_TASKS, Config
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.answers import Journal
 from unimed_jax.evaluate.metrics import Record
-from unimed_jax.evaluate.run import answered_records
+from unimed_jax.evaluate.run import answered_records, fingerprint_of
 from unimed_jax.evaluate.statistics import Difference, Measure, paired, verdicts, with_interval
 from unimed_jax.evaluate.tasks import Unit
 from unimed_jax.model.unimed import UniMed
-from unimed_jax.provenance import code_version
 from unimed_jax.runs.open import Run
 
 WHOLE = "all experts"
@@ -151,7 +150,7 @@ def losses(
 
 def fingerprint(run: Run, units: Sequence[Unit], name: str) -> str:
     """Returns a text that names all that the answers of one model depend on."""
-    settings = {key: value for key, value in to_dict(run.config).items() if key != "mesh"}
-    asked = [[unit.name, unit.source.data.checksum, len(unit.examples)] for unit in units]
-    facts = [name, settings, asked, run.step, run.tokenizer.fingerprint, code_version()]
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+    sets = {unit.source.id: unit.source for unit in units}
+    asked = [[unit.name, len(unit.examples)] for unit in units]
+    facts = [name, asked, fingerprint_of(run, run.config, sets)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -146,8 +146,8 @@ def trained(stage: Stage) -> bool:
 
 
 def finished(stage: Stage) -> bool:
-    """Says whether the stage is trained and scored."""
-    return trained(stage) and _result(stage) is not None
+    """Says whether the stage is trained, and scored if it is to be."""
+    return trained(stage) and (not stage.config.evaluates or _result(stage) is not None)
 
 
 def run_chain(settings: ml_collections.ConfigDict, folder: Path, read: Read = from_config_dict) -> None:

@@ -26,6 +26,7 @@ NEEDED = ("id", "set", "split", "task", "template", "cluster", "reference", "pre
 # Parts of a protocol id that say how a model is asked, not how its answers are scored.
 ASKING = ("form=", "fit=")
 CHOSEN = ("limit=", "only=")  # which items were scored: those that both sides have are compared
+DECODING = ("max_new_tokens", "temperature", "top_p")  # settings that change answers, not protocols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Side:
     metrics: Mapping[UnitKey, Metric]  # the primary ones
     protocols: Mapping[UnitKey, str]
     about: Mapping[str, Any]  # step, seed, settings' hash, split and notes
+    decoding: Mapping[str, Any]  # settings of DECODING; not of a file
 
 
 def compare(
@@ -119,9 +121,10 @@ class _Pair:
         # A metric of the answers that say something, say, may count other items for each model.
         if right is not None and wrong is not None and np.array_equal(ours.counts, theirs.counts):
             exact = mcnemar(right, wrong)
+        counts = ours.counts | theirs.counts
         return {
-            "n": int(chosen.sum()),
-            "clusters": len({name for name, c in zip(self._clusters, chosen, strict=True) if c}),
+            "n": int(counts.sum()),
+            "clusters": len(set(np.asarray(self._clusters)[counts].tolist())),
             "first": theirs.value,
             "value": ours.value,
             "difference": found.value,
@@ -158,6 +161,11 @@ def _shared(
     the scores of a common unit are not comparable.
     """
     found: dict[UnitKey, tuple[list[Record], list[Record]]] = {}
+    notes += [
+        f"evaluate.{key} is {value!r} for {first.name} and {other.decoding[key]!r} for {other.name}"
+        for key, value in first.decoding.items()
+        if key in other.decoding and other.decoding[key] != value
+    ]
     for unit in [unit for unit in first.records if unit[1] == split]:
         ours, theirs = first.records[unit], other.records.get(unit, {})
         names = [name for name in ours if name in theirs]
@@ -287,19 +295,13 @@ def read_folder(folder: Path, name: str) -> Side:
             raise UserError(f"{file} lacks scores of {'/'.join(min(lost))}; {advice}.")
         ours = {unit: _metric(metrics, unit, scores[unit]["primary"]) for unit in records}
         protocols = {unit: str(scores[unit]["protocol"]) for unit in records}
+        decoding = {key: metrics["evaluate"][key] for key in DECODING}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is no file of scores that evaluate wrote ({error}); {advice}."
         ) from error
     about = {key: metrics.get(key) for key in ("step", "seed", "config_hash", "split", "notes")}
-    return Side(
-        name,
-        folder,
-        records,
-        ours,
-        protocols,
-        about,
-    )
+    return Side(name, folder, records, ours, protocols, about, decoding)
 
 
 def _is_answer(line: Any) -> bool:
@@ -360,4 +362,4 @@ def _read_file(file: Path, name: str, asked: Side) -> Side:
     }
     about = {"split": asked.about["split"], "notes": notes}
     kept = {unit: of_unit for unit, of_unit in records.items() if of_unit}
-    return Side(name, file, kept, asked.metrics, rules, about)
+    return Side(name, file, kept, asked.metrics, rules, about, {})

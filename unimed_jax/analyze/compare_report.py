@@ -68,16 +68,16 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Makes a table with a row for each comparison."""
-    head = ("set", *HEAD) if not any(row["template"] for row in rows) else ("set", "template", *HEAD)
-    return markdown_table(head, [_cells(row) for row in rows])
+    """Makes a table with a row for each comparison; a template without a name is called (none)."""
+    if not any(row["template"] for row in rows):
+        return markdown_table(("set", *HEAD), [[row["set"], *_cells(row)] for row in rows])
+    named = [[row["set"], row["template"] or "(none)", *_cells(row)] for row in rows]
+    return markdown_table(("set", "template", *HEAD), named)
 
 
 def _cells(row: Mapping[str, Any]) -> list[Any]:
     difference = {"value": row["difference"], "ci95": row["ci95"]}
     return [
-        row["set"],
-        *([row["template"]] if row["template"] else []),
         *(row[key] for key in ("task", "metric", "n", "clusters")),
         number(row["first"]),
         row["run"],

@@ -196,7 +196,8 @@ def _notes(counted: dict, model: ModelConfig) -> dict[str, str]:
         chosen = _chosen(model)
         notes["connector/experts"] = f"{chosen} of {connector.experts} ({connector.router} router)"
     if vision.feature_layer != -1:
-        run = vision.depth + 1 + vision.feature_layer
         tower = counted["tower"]
-        notes["vision"] = f"{run} of {vision.depth} blocks are run; the whole encoder has {tower:,}"
+        notes["vision"] = (
+            f"{vision.blocks} of {vision.depth} blocks are run; the whole encoder has {tower:,}"
+        )
     return notes

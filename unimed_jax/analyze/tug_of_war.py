@@ -247,9 +247,9 @@ class Batches:
         shares = 1 if run.mesh is None else run.mesh.size
         while rows % (2 * shares) == 0 and rows // 2 >= most:
             rows //= 2
-        self.sides, self._dealt, self._held_out, self._rows = sides, dealt, held_out, rows
+        self.sides, self._dealt, self._held_out = sides, dealt, held_out
         self._mesh = run.mesh
-        self._share, self._shares = sharding.rows_of_process(run.mesh, rows)
+        self._share = sharding.share_of_process(run.mesh, rows)
 
     @property
     def examples(self) -> list[int]:
@@ -281,8 +281,8 @@ class Batches:
         for side in self.sides:
             for rows in self._dealt[side.unit.name]:
                 held_out = self._held_out[side.unit.name]
-                batch = held_out.batch(rows, self._share, self._shares, self._rows)
-                yield side, sharding.on_devices(batch, self._mesh, self._shares)
+                batch = held_out.batch(rows, self._share.rows)
+                yield side, sharding.on_devices(batch, self._mesh, self._share)
 
 
 # ---- gradients and their inner products ------------------------------------------------------------

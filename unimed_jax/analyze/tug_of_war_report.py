@@ -231,13 +231,18 @@ def _bars(axes, run: Analysis) -> None:
 
 
 def _indices(part, labels: Sequence[str], runs: Sequence[Analysis]) -> None:
-    """Draws the indices of all runs below each other, with intervals."""
-    part.suptitle(f"All runs, at {runs[0].leading[0]}", fontsize=10, weight="bold")
+    """Draws the indices of all runs below each other, with intervals.
+
+    They are those of the first run's leading group; a run that lacks it has an empty line.
+    """
+    group = runs[0].leading[0]
+    part.suptitle(f"All runs, at {group}", fontsize=10, weight="bold")
     all_axes = part.subplots(1, len(TITLES), sharey=True)
     places = np.arange(len(runs))[::-1]
     for axes, (name, title) in zip(all_axes, TITLES.items(), strict=True):
         for place, run in zip(places, runs, strict=True):
-            entry: Mapping[str, Any] = run.leading[1].plain()["indices"].get(name, {})
+            measured = run.kinds["units"].get(group)
+            entry: Mapping[str, Any] = measured.plain()["indices"].get(name, {}) if measured else {}
             if entry.get("value") is None:
                 continue
             if entry["ci95"] is not None:

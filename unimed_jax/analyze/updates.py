@@ -134,7 +134,7 @@ class _Trainer:
         self._leaves = dict(leaves)
         self._rest = {path: leaf for path, leaf in every.items() if path not in leaves}
         self._mesh = run.mesh
-        self._share, self._shares = sharding.rows_of_process(run.mesh, config.data.rows)
+        self._share = sharding.share_of_process(run.mesh, config.data.rows)
         rules = leaf_rules(every, config.train, config.optimizer)
         rates = {path: config.optimizer.lr * rules[path].lr_scale for path in leaves}
         optimizer = adam(config.optimizer.betas, config.optimizer.eps, skip_unused=False)
@@ -155,8 +155,8 @@ class _Trainer:
         """Returns the leaves after a step on each batch, given as planned rows."""
         now, state = self._leaves, self._init(self._leaves)
         for rows in batches:
-            batch = held_out.batch(rows, self._share, self._shares)
-            arrays = sharding.on_devices(batch, self._mesh, self._shares)
+            batch = held_out.batch(rows, self._share.rows)
+            arrays = sharding.on_devices(batch, self._mesh, self._share)
             now, state = self._step(now, state, self._rest, arrays)
         return now
 

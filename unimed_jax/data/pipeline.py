@@ -166,23 +166,18 @@ class Pipeline:
         source = self._sources[draw.source]
         return f"{source.dataset.id}/{source.examples[draw.rows[i]].id}"
 
-    def batches(self, start_step: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0, own: Sequence[int] | None = None) -> Iterator[Batch]:
         """Yields batches from `start_step` on, without end.
 
-        A batch holds the arrays of `layout.training_batch`, with B = rows / shares. Each holds
-        share number `share` of the global batch's rows, cut into `shares` blocks of neighbours.
+        A batch holds the arrays of `layout.training_batch`, with the B rows of the global batch whose
+        numbers are `own` (by default all).
         """
         rows = self._config.data.rows
-        if rows % shares:
-            raise UserError(
-                f"config.data.rows={rows} cannot be shared by {shares} processes; choose a multiple "
-                f"of {shares}."
-            )
-        own = rows // shares
+        own = range(rows) if own is None else own
         picked = grain.MapDataset.range(packing.ENDLESS).map(
-            lambda i: self._rows[i // own * rows + share * own + i % own]
+            lambda i: self._rows[i // len(own) * rows + own[i % len(own)]]
         )
-        batched = picked.batch(own, drop_remainder=True, batch_fn=self._assemble)
+        batched = picked.batch(len(own), drop_remainder=True, batch_fn=self._assemble)
         threads = self._config.data.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(batched[start_step:].to_iter_dataset(options))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from unimed_jax import files, processes
 from unimed_jax.bounds import FrozenDict
 from unimed_jax.config import Config, to_dict
@@ -30,12 +32,13 @@ from unimed_jax.evaluate.routing import routing_report
 from unimed_jax.evaluate.scores import Scored, leading_split, score, summarise
 from unimed_jax.evaluate.tasks import Source, Training, Unit, data_notes, open_sets, units_of
 from unimed_jax.interruption import claim, claims_end
-from unimed_jax.model.parameters import with_parameters
+from unimed_jax.model.parameters import parameters, with_parameters
 from unimed_jax.model.unimed import UniMed
 from unimed_jax.parsing import json_lines, read_text
 from unimed_jax.predict.likelihood import Likelihood
 from unimed_jax.provenance import code_version, plain
 from unimed_jax.runs import inputs
+from unimed_jax.runs.checkpoint import fingerprints
 from unimed_jax.runs.folder import read_config
 from unimed_jax.runs.open import Run, initial_leaves
 
@@ -251,8 +254,9 @@ def fingerprint_of(run: Run, config: Config, sets: Mapping[str, Source]) -> str:
     That is the settings (not devices), weights, data, tokenizer and code.
     """
     settings = {key: value for key, value in to_dict(config).items() if key != "mesh"}
+    weights = jax.device_get(jax.tree.leaves(fingerprints(parameters(run.model))))
     checksums = {name: source.data.checksum for name, source in sets.items()}
-    facts = [settings, run.step, checksums, run.tokenizer.fingerprint, code_version()]
+    facts = [settings, [*map(int, weights)], checksums, run.tokenizer.fingerprint, code_version()]
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -214,8 +214,8 @@ def paired(
     names, samples = np.asarray(clusters), np.asarray(groups if len(groups) else [0] * len(clusters))
     parts = []
     for sample in np.unique(samples[counted]):
-        own = samples == sample
-        several = len(set(names[own & counted].tolist()))
+        own = (samples == sample) & np.isin(names, names[counted])
+        several = len(set(names[own].tolist()))
         if several < 2:
             return Difference(value)
         within = [measure if own.all() else measure.within(own) for measure in pairs]

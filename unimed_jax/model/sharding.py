@@ -10,10 +10,11 @@ import contextlib
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -107,23 +108,37 @@ def make_mesh(
         if limit and frozen_bytes / sizes["tensor"] > limit / 2:
             sizes["data"], sizes["fsdp"] = 1, wide
     else:
-        sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-        if math.prod(sizes.values()) != count:
-            named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-            product = math.prod(sizes.values())
-            raise UserError(f"config.mesh: {named} makes {product} devices, but there are {count}.")
+        sizes = named_sizes(config, rows, count)
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis would take a part of a row of chips
+        pass
+    try:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as error:
+        named = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        raise UserError(
+            f"config.mesh: {named} cannot be laid over these {count} chips ({error}); choose other "
+            "sizes."
+        ) from error
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def named_sizes(config: MeshConfig, rows: int, count: int) -> dict[str, int]:
+    """Gives the sizes that a config names; raises UserError if they do not suit devices and rows."""
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    if math.prod(sizes.values()) != count:
+        named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        product = math.prod(sizes.values())
+        raise UserError(f"config.mesh: {named} makes {product} devices, but there are {count}.")
     shares = math.prod(sizes[axis] for axis in AXES["batch"])
     if rows % shares:
         raise UserError(
             f"config.data.rows={rows} cannot be shared by {shares} devices; choose a multiple of "
             f"{shares}."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    return sizes
 
 
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -255,30 +270,45 @@ def rows_multiple() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXES["batch"])
 
 
-def rows_of_process(mesh: Mesh | None, rows: int) -> tuple[int, int]:
-    """Says which rows of a batch this process reads: (share, shares).
+class Share(NamedTuple):
+    """Names the rows of a batch that one process reads: those that lie on its devices."""
 
-    These are the rows of part number `share` if the batch is cut into `shares` equal parts.
+    rows: tuple[int, ...]  # in order; not always neighbours, as chips are ordered along rings
+    of: int  # rows of the whole batch
+
+
+def share_of_process(mesh: Mesh | None, rows: int) -> Share:
+    """Says which rows of a batch this process reads.
+
     Processes whose devices split the model instead of the batch read the same rows.
     """
     if mesh is None:
-        return 0, 1
-    sharding = row_sharding((rows,), mesh)
-    slices = sharding.addressable_devices_indices_map((rows,)).values()
-    pieces = [piece[0].indices(rows) for piece in slices if piece]
-    start, stop = min(a for a, _, _ in pieces), max(b for _, b, _ in pieces)
-    return start // (stop - start), rows // (stop - start)
+        return Share(tuple(range(rows)), rows)
+    slices = row_sharding((rows,), mesh).addressable_devices_indices_map((rows,)).values()
+    own = {row for piece in slices if piece for row in range(*piece[0].indices(rows))}
+    return Share(tuple(sorted(own)), rows)
 
 
-def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh | None, shares: int) -> dict[str, Any]:
+def on_devices(
+    batch: Mapping[str, np.ndarray], mesh: Mesh | None, share: Share | None = None
+) -> dict[str, Any]:
     """Puts this process's rows of a batch on its devices, as arrays over the rows of all processes.
 
-    The copies are started, not awaited, so they overlap with the step that still runs.
+    share: which rows `batch` holds; by default all. The copies are started, not awaited, so they
+    overlap with the step that still runs.
     """
     if mesh is None:
         return dict(batch)
     out = {}
     for name, value in batch.items():
-        shape = (value.shape[0] * shares, *value.shape[1:])
-        out[name] = jax.make_array_from_process_local_data(row_sharding(shape, mesh), value, shape)
+        rows, count = (range(len(value)), len(value)) if share is None else share
+        shape = (count, *value.shape[1:])
+        place = {row: i for i, row in enumerate(rows)}
+
+        def piece(index, value=value, place=place, count=count) -> np.ndarray:
+            """Cuts out the rows of one device, which are neighbours here too."""
+            first, last, _ = index[0].indices(count)
+            return value[place[first] : place[last - 1] + 1]
+
+        out[name] = jax.make_array_from_callback(shape, row_sharding(shape, mesh), piece)
     return out

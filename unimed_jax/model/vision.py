@@ -99,8 +99,7 @@ class VisionEncoder(nnx.Module):
         self.positions = nnx.Param(positions)
         self.pre_norm = Norm(width, "layer", config.norm_eps) if config.pre_norm else None
         # Blocks after the feature layer are never run, so they are not built.
-        used = config.depth + 1 + config.feature_layer
-        self.blocks = stack(lambda r: VisionBlock(config, attention, r), used, rngs)
+        self.blocks = stack(lambda r: VisionBlock(config, attention, r), config.blocks, rngs)
         output_norm = Norm(width, "layer", config.output_norm_eps)
         self.output_norm = output_norm if config.output_norm else None
 

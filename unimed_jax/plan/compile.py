@@ -177,7 +177,10 @@ def compile_one(job: Job, cache: Path, limits: Limits) -> Outcome:
 
 def _run(job: Job, work: Path, limits: Limits) -> str:
     """Runs the compiling process; returns one sentence if it did not get to its result."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    # Flags of this machine's own compiler would change the result, which the key does not name.
+    environ = {
+        k: v for k, v in os.environ.items() if not k.startswith("JAX_") and k != "LIBTPU_INIT_ARGS"
+    }
     root = str(Path(unimed_jax.__file__).parents[1])
     paths = os.pathsep.join(filter(None, (root, environ.get("PYTHONPATH"))))
     environ |= {**environment(job.topology), "PYTHONPATH": paths}

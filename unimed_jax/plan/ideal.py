@@ -337,7 +337,7 @@ class _Count:
         norms = adds + 2 * decoder.post_norms
         stream = self.stream()
         self.add("residual", stream * (adds + self.below["decoder"] * (adds + norms)))
-        stream = self.patches() * vision.width * vision.depth * self.compute
+        stream = self.patches() * vision.width * vision.blocks * self.compute
         self.add("residual", stream * 2 * (3 if self.below["vision"] else 1))
 
     def patches(self) -> float:
@@ -364,7 +364,7 @@ class _Count:
         patches = self.patches()
         width = 4 * vision.width / math.gcd(self.sizes["tensor"], vision.heads)
         times = 3 if self.below["vision"] else 1
-        self.add("attention", patches * width * vision.depth * self.compute * times)
+        self.add("attention", patches * width * vision.blocks * self.compute * times)
         if self.program == "train":
             return
         places = self.config.text.max_prompt + self.config.evaluate.max_new_tokens

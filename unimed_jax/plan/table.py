@@ -13,6 +13,7 @@ from unimed_jax.config import Config, config_hash
 from unimed_jax.model.grouped import SHOWN
 from unimed_jax.plan.compile import Outcome, versions
 from unimed_jax.plan.roofline import costs, outlook, times
+from unimed_jax.plan.topology import Topology
 from unimed_jax.provenance import code_version
 
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ def row_of(outcome: Outcome, prices: Mapping[str, float] = FrozenDict()) -> Row:
     row["cost"] = cost = costs(job.config, row["mesh"], job.program, program, sizes)
     amounts = (cost[name]["compiled"] for name in ("flops", "bytes", "collective_bytes"))
     row["roofline"] = line = times(job.topology, *amounts)
+    row["notes"] += _uncounted(job.topology, cost["unknown"])
     if line:
         price = prices.get(chip := job.topology.text.partition(":")[0])
         if prices and price is None and job.program == "train":
@@ -60,6 +62,23 @@ def _notes(outcome: Outcome) -> list[str]:
         notes.append(
             f"{job.topology.text}: its compiler keeps no text of the program, so FLOPs, bytes and times "
             "are not known."
+        )
+    return notes
+
+
+def _uncounted(topology: Topology, unknown: Sequence[str]) -> list[str]:
+    """Says in sentences what a program's times leave out."""
+    notes = []
+    if unknown:
+        names = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
+        notes.append(
+            f"{topology.text}: kernels or loops that could not be counted ({names}) are left out, so "
+            "its times are too low."
+        )
+    if topology.chip and topology.machines > 1 and not topology.chip.beyond:
+        notes.append(
+            f"{topology.text}: how fast its machines are joined is not known, so what they send counts "
+            "as within one machine, and its times may be too low."
         )
     return notes
 

@@ -72,10 +72,15 @@ def write_config(folder: Path, config: Config) -> None:
                 way_out += ", or set config.train.longer to 'restart' or 'stretch'"
             difference = _difference(to_dict(old), to_dict(config))
             raise UserError(f"{folder} holds a run with other settings ({difference}); {way_out}.")
-        for name in reversed(RESULTS):
-            (folder / name).unlink(missing_ok=True)
+        remove_results(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(file, to_dict(config))
+
+
+def remove_results(folder: Path) -> None:
+    """Removes the scores of a run that trains on, or they would be taken for those of its last step."""
+    for name in reversed(RESULTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def with_changed(config: Config, data: Changed, text: Changed) -> Config:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from unimed_jax.config import VISUAL_TASKS, Config, ModelConfig
+from unimed_jax.config import VISUAL_TASKS, Config, DecoderConfig, ModelConfig
 from unimed_jax.model.parameters import abstract, parameters
 from unimed_jax.rules import leaf_rules
 
@@ -42,13 +42,18 @@ def useful_flops(config: Config, examples: int = 1) -> dict[str, float]:
 
     # Scores and weighted values: 2 * width each for every pair that is seen; backward twice as many.
     flops["vision"] += (
-        4 * vision.width * patches * patches * encoded * vision.depth * (3 if below["vision"] else 1)
+        4 * vision.width * patches * patches * encoded * vision.blocks * (3 if below["vision"] else 1)
     )
-    pairs = data.rows * examples * (data.row_tokens / examples) ** 2 / 2
-    flops["attention"] = (
-        4 * decoder.heads * decoder.head_dim * pairs * decoder.depth * (3 if below["decoder"] else 1)
-    )
+    pairs = data.rows * examples * _visible_pairs(decoder, data.row_tokens / examples)
+    flops["attention"] = 4 * decoder.heads * decoder.head_dim * pairs * (3 if below["decoder"] else 1)
     return flops
+
+
+def _visible_pairs(decoder: DecoderConfig, tokens: float) -> float:
+    """Counts the pairs of tokens that see each other in an example of so many, over all layers."""
+    windows = decoder.windows or (0,)
+    seen = (min(windows[i % len(windows)] or tokens, tokens) for i in range(decoder.depth))
+    return sum(window * (tokens - window / 2) for window in seen)
 
 
 @functools.cache

@@ -25,28 +25,24 @@ class HeldOut:
         self.numbers = list(self._sizes)  # of the examples that fit
         self.rows = self.plan(self.numbers)  # numbers of the examples in each row
 
-    def batches(self, share: int = 0, shares: int = 1) -> Iterator[layout.Batch]:
-        """Yields this process's rows of each batch; rows of the last one may be empty."""
+    def batches(self, own: Sequence[int] | None = None) -> Iterator[layout.Batch]:
+        """Yields the rows of each batch with these numbers (all by default); some may be empty."""
         rows = self._config.data.rows
         for first in range(0, len(self.rows), rows):
-            yield self.batch(self.rows[first : first + rows], share, shares)
+            yield self.batch(self.rows[first : first + rows], own)
 
     def batch(
         self,
         rows: Sequence[Sequence[int]],
-        share: int = 0,
-        shares: int = 1,
-        size: int | None = None,
+        own: Sequence[int] | None = None,
     ) -> layout.Batch:
-        """Makes a batch of some planned rows, filled up with empty ones, and cuts out one share.
+        """Makes a batch of some planned rows, after which empty ones follow.
 
-        size: rows of the batch; by default config.data.rows.
+        own: the numbers of the rows that are made; by default config.data.rows, from 0 on.
         """
         data, model = self._config.data, self._config.model
-        size = size or data.rows
-        own = size // shares
-        filled = [*rows, *[[]] * (size - len(rows))][share * own : (share + 1) * own]
-        groups = [[self._loaded(self.unit.examples[i]) for i in row] for row in filled]
+        wanted = [rows[i] if i < len(rows) else [] for i in (range(data.rows) if own is None else own)]
+        groups = [[self._loaded(self.unit.examples[i]) for i in row] for row in wanted]
         sizes = (data.row_tokens, data.row_images, data.row_answers)
         shape = layout.RowShape(*sizes, model.tokens_per_image, model.vision.image_size)
         return layout.training_batch(groups, shape, self._pad, str(self._config.loss.reduction))

@@ -22,6 +22,7 @@ from unimed_jax.model.parameters import parameters
 from unimed_jax.rules import leaf_rules
 from unimed_jax.runs import environment
 from unimed_jax.runs.checkpoint import Checkpoints
+from unimed_jax.runs.folder import remove_results
 from unimed_jax.runs.open import Run
 from unimed_jax.train.log import Log, Silence, peak_memory, step_values
 from unimed_jax.train.optimizer import AdamState, per_leaf
@@ -41,6 +42,8 @@ def train(config: Config, folder: Path) -> Run:
     describe(start)
     if not start.finished:
         environment.keep(folder)
+        if start.done < config.train.steps and processes.leads():
+            remove_results(folder)  # of fewer steps
     if start.done == 0 and processes.leads():
         contact_sheet(start.datasets, folder / "contact_sheet.png")
     with sharding.inside(start.program.mesh):
@@ -56,18 +59,18 @@ def run_steps(start: Start) -> None:
     """
     config, program, pipeline, mesh = start.config, start.program, start.pipeline, start.program.mesh
     first = start.done
-    share, shares = sharding.rows_of_process(mesh, config.data.rows)
+    share = sharding.share_of_process(mesh, config.data.rows)
     log = Log(start.folder, config, first) if processes.leads() else Silence()
-    report = Reporter(log, start, Meter(shares))
+    report = Reporter(log, start, Meter(share.of / len(share.rows)))
     # The innermost context: closing the checkpoints would wait for a save that a lost process never
     # finishes.
     lost = processes.explain_lost_process()
     with Interruption() as interruption, closing(start.checkpoints), closing(log), lost:
         left = range(first, first if start.finished else config.train.steps)
-        for i, batch in zip(left, pipeline.batches(first, share, shares), strict=False):
+        for i, batch in zip(left, pipeline.batches(first, share.rows), strict=False):
             # ---- step ------------------------------------------------------------------------------
             lr = start.progress.learning_rate(i, config)
-            arrays = sharding.on_devices(batch, mesh, shares)
+            arrays = sharding.on_devices(batch, mesh, share)
             start.state, metrics = program.step(start.state, start.frozen, arrays, np.float32(lr))
             report.later(i, lr, metrics, pipeline.stats(batch))
 
@@ -132,16 +135,16 @@ def saved_state(run: Run) -> tuple[dict[str, Any], AdamState]:
 class Meter:
     """Counts examples, tokens and time since the last logged step.
 
-    Each of `shares` processes sees its part of a batch.
+    A process sees its rows of a batch, which has `times` as many.
     """
 
-    def __init__(self, shares: int = 1) -> None:
-        self.shares = shares
+    def __init__(self, times: float = 1) -> None:
+        self.times = times
         self.reset()
 
     def reset(self) -> None:
-        self.start, self.steps, self.examples, self.tokens = time.perf_counter(), 0, 0, 0
-        self.padding = self.vision = 0.0
+        self.start, self.steps = time.perf_counter(), 0
+        self.examples = self.tokens = self.padding = self.vision = 0.0
 
     def leave_out(self, seconds: float) -> None:
         """Leaves out time in which no step was taken."""
@@ -149,8 +152,8 @@ class Meter:
 
     def add(self, stats: dict[str, float]) -> None:
         self.steps += 1
-        self.examples += int(stats["examples"]) * self.shares
-        self.tokens += int(stats["tokens"]) * self.shares
+        self.examples += int(stats["examples"]) * self.times
+        self.tokens += int(stats["tokens"]) * self.times
         self.padding += stats["padding_waste"]
         self.vision += stats["vision_waste"]
 

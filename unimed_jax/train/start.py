@@ -132,8 +132,9 @@ def prepare(config: Config, folder: Path) -> Start:
     """
     # ---- files, data, text -------------------------------------------------------------------------
     claim(folder)
-    files.remove_leftovers(folder)
     with processes.leader_first("inputs"):
+        if processes.leads():  # whose unfinished files others would take for a killed run's
+            files.remove_leftovers(folder)
         write_config(folder, config)
         datasets = open_sources(config.data)
         tokenizer = load_text(folder, config, datasets)

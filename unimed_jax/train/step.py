@@ -88,8 +88,7 @@ def make_step(
         micro = config.train.accumulation
         if micro == 1:
             return gradients(leaves, frozen, batch, key)
-        # [micro, rows, ...]
-        split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
+        split = jax.tree.map(lambda x: _dealt(x, micro), batch)
         first = jax.eval_shape(gradients, leaves, frozen, jax.tree.map(lambda x: x[0], split), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
@@ -155,3 +154,12 @@ def first_state(
         return first(trainable)
     places = sharding.state_shardings(jax.eval_shape(first, trainable), mesh)
     return jax.jit(first, out_shardings=places)(trainable)
+
+
+def _dealt(x: Array, count: int) -> Array:
+    """Deals rows [B, ...] in turn to micro-batches [count, B / count, ...].
+
+    So each device works on its own rows, which are neighbours, in every micro-batch.
+    """
+    dealt = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)  # [count, B / count, ...]
+    return sharding.constrain(dealt, None, "batch", *(None,) * (x.ndim - 1))

@@ -67,7 +67,7 @@ class Validation:
         self._held_out = {unit.name: HeldOut(unit, config, tokenizer) for unit in self.units}
         self._check_best()
         mesh = program.mesh
-        self._share, self._shares = sharding.rows_of_process(mesh, config.data.rows)
+        self._share = sharding.share_of_process(mesh, config.data.rows)
 
         def sums(leaves, frozen, batch):
             model = with_parameters(program.model, {**frozen, **leaves})
@@ -97,8 +97,8 @@ class Validation:
 
     def _loss(self, unit: Unit, state: TrainState, frozen: Leaves) -> float:
         # All batches are started before any is waited for.
-        own = self._held_out[unit.name].batches(self._share, self._shares)
-        batches = (sharding.on_devices(b, self._program.mesh, self._shares) for b in own)
+        own = self._held_out[unit.name].batches(self._share.rows)
+        batches = (sharding.on_devices(b, self._program.mesh, self._share) for b in own)
         sums = jax.device_get([self._sums(state.leaves, frozen, batch) for batch in batches])
         total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
         return float(total / weight)

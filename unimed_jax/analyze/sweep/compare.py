@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from unimed_jax.analyze.compare import Side, UnitKey, check_comparable, read_folder
-from unimed_jax.analyze.sweep.plan import Plan
+from unimed_jax.analyze.compare import DECODING, Side, UnitKey, check_comparable, read_folder
+from unimed_jax.analyze.sweep.plan import Plan, SweepRun
 from unimed_jax.config import Task
 from unimed_jax.errors import UserError
-from unimed_jax.evaluate.metrics import Metric, NotComputed, Record, of_task
+from unimed_jax.evaluate.metrics import NotComputed, Record, of_task
 from unimed_jax.evaluate.statistics import LEVEL, Difference, Measure, Ranked, paired, verdicts
+from unimed_jax.runs.checkpoint import Checkpoints
 
 RESAMPLES = 2000  # of the clusters, for every difference
 # The five pairs of columns of the published ablation: one task of two sets, by name or reader.
@@ -57,12 +58,34 @@ def read_scores(plan: Plan, finished: Mapping[str, Sequence[int]]) -> Scores:
 
     Raises UserError for runs that share no item, or whose scores are not comparable.
     """
-    sides = {
-        (run.name, run.seed): read_folder(run.folder, run.title)
-        for run in plan.runs
-        if run.seed in finished.get(run.name, ())
-    }
+    runs = [run for run in plan.runs if run.seed in finished.get(run.name, ())]
+    sides = {(run.name, run.seed): read_folder(run.folder, run.title) for run in runs}
+    _refuse_unlike(runs, list(sides.values()))
     return score_sides(sides, plan.sweep.baseline, plan.sweep.scores)
+
+
+def _refuse_unlike(runs: Sequence[SweepRun], sides: Sequence[Side]) -> None:
+    """Raises UserError if one run was scored in another way than the rest, as happens by hand.
+
+    That is at another checkpoint than the last one (all may be scored at their best ones), or with
+    other settings of decoding than its own (all may have the same other ones).
+    """
+    common: set[str] | None = None  # ways in which all runs so far may have been scored
+    for run, side in zip(runs, sides, strict=True):
+        checkpoints = Checkpoints(run.folder / "checkpoints", read_only=True)
+        steps = {"its last step": checkpoints.latest(), "its best step": checkpoints.best()}
+        checkpoints.close()
+        step = side.about["step"]
+        ways = {name for name, kept in steps.items() if kept == step} or {f"step {step}"}
+        own = {key: getattr(run.config.evaluate, key) for key in DECODING}
+        if changed := {key: value for key, value in side.decoding.items() if value != own[key]}:
+            ways = {f"{way} with config.evaluate {changed}" for way in ways}
+        common = ways if common is None else common & ways
+        if not common:
+            raise UserError(
+                f"{run.folder} was scored at {' or '.join(sorted(ways))}, unlike {runs[0].folder}; "
+                f"score it again (evaluate --run={run.folder})."
+            )
 
 
 def score_sides(
@@ -84,20 +107,17 @@ def score_sides(
         for metric in of_task(unit[2], named) if named else (first.metrics[unit],):
             column = Column(unit, metric.name)
             try:
-                measured = {
-                    key: _by_cluster(metric, records, rows, len(clusters))
-                    for key, records in answers.items()
-                }
+                of_items = {key: metric(records) for key, records in answers.items()}
             except NotComputed as missing:
                 notes.append(f"{column.label} is left out, because it is {missing}")
                 continue
-            if not all(np.isfinite(measure.value) for measure in measured.values()):
+            if not all(np.isfinite(measure.value) for measure in of_items.values()):
                 notes.append(f"{column.label} is left out, because no item counts for it")
                 continue
             columns.append(column)
-            items[column] = len(names)
-            for key, measure in measured.items():
-                found[key].append(measure)
+            items[column] = int(np.any([measure.counts for measure in of_items.values()], axis=0).sum())
+            for key, measure in of_items.items():
+                found[key].append(_by_cluster(measure, rows, len(clusters)))
     if not columns:
         raise UserError(f"{first.place}: {notes[-1]}, and there is no other score to compare.")
     of_variant: dict[str, dict[int, tuple[Measure, ...]]] = {}
@@ -148,9 +168,8 @@ def _cluster(unit: UnitKey, record: Record) -> str:
     return f"{unit[0]}/{record['cluster'] or record['id']}"
 
 
-def _by_cluster(metric: Metric, records: Sequence[Record], rows: np.ndarray, count: int) -> Measure:
-    """Scores records with one row for each cluster; `rows` are the records' clusters."""
-    measure = metric(records)
+def _by_cluster(measure: Measure, rows: np.ndarray, count: int) -> Measure:
+    """Makes the measure of items one of `count` clusters; `rows` are the items' clusters."""
     if isinstance(measure, Ranked):
         there = np.bincount(rows[measure.counts], minlength=count) > 0  # [count]
         return Ranked(

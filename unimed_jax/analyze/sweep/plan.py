@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from unimed_jax.analyze.chain import Stage, finished, moved_init, refuse_missing
+from unimed_jax.analyze.chain import Stage, finished, moved_init, refuse_missing, trained
 from unimed_jax.config import Config
 from unimed_jax.config_file import load_config_file
 from unimed_jax.config_sweep import SweepConfig
@@ -54,6 +54,11 @@ class Plan:
     def of(self, variant: str) -> list[SweepRun]:
         """Returns the runs of a variant or stage, one a seed."""
         return [run for run in self.runs if run.name == variant]
+
+    def stages_of(self, run: SweepRun) -> list[SweepRun]:
+        """Returns the stages from whose folders a run starts."""
+        paths = [Path(path) for _, path in run.config.init if path]
+        return [s for s in self.runs if s.is_stage and any(p.is_relative_to(s.folder) for p in paths)]
 
 
 def planned(
@@ -212,18 +217,29 @@ def check_folders(plan: Plan, trains: bool = True) -> None:
         if trains and not finished(run):
             refuse_missing(run.config, made)
         check_run_folder(run.folder, "--workdir")
-        if (run.folder / "config.json").exists() and not _moved_here(run, plan.folder):
+        if not (run.folder / "config.json").exists():
+            continue
+        if not _moved_here(run, plan.folder):
             write_config(run.folder, run.config)  # refuses other settings
+        if trains and (lost := [stage for stage in plan.stages_of(run) if not trained(stage)]):
+            raise UserError(
+                f"{run.folder} started from another {lost[0].folder} than will be trained now; remove "
+                "it."
+            )
 
 
 def _moved_here(run: SweepRun, folder: Path) -> bool:
-    """Says whether a finished run differs only in where the sweep's folder was when it was trained."""
-    there = read_config(run.folder)
+    """Says whether a finished run differs only in where folders were when it was trained.
+
+    That is the sweep's own, and those of the data, whose checksums its scores hold.
+    """
+    there, data = read_config(run.folder), run.config.data
     init = tuple(
         (kind, ours if _ends_alike(ours, theirs, folder) else theirs)
         for (kind, ours), (_, theirs) in zip(run.config.init, there.init, strict=False)
     )
-    same = dataclasses.replace(there, init=init, mesh=run.config.mesh) == run.config
+    places = dataclasses.replace(there.data, root=data.root, cache=data.cache)
+    same = dataclasses.replace(there, init=init, mesh=run.config.mesh, data=places) == run.config
     return same and len(there.init) == len(init) and finished(run)
 
 

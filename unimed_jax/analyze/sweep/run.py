@@ -7,7 +7,13 @@ from collections.abc import Sequence
 
 from unimed_jax import files, processes
 from unimed_jax.analyze import cost
-from unimed_jax.analyze.chain import FAILED, finished, train_and_evaluate, write_expert_load
+from unimed_jax.analyze.chain import (
+    FAILED,
+    finished,
+    train_and_evaluate,
+    trained,
+    write_expert_load,
+)
 from unimed_jax.analyze.sweep.plan import Plan, SweepRun
 from unimed_jax.errors import UserError
 from unimed_jax.interruption import claims_end, owner
@@ -19,14 +25,16 @@ def run_all(plan: Plan, runs: Sequence[SweepRun]) -> None:
     """Trains and scores those runs that are not finished, and tries again what failed after that.
 
     What fails is kept with its sentence (failed.json), and the others go on. A run that another
-    process trains is left to that.
+    process trains is left to that, and one whose stage is not trained yet to the next call.
     """
     left = [run for run in runs if not finished(run) or failure(run)]
     for i, run in enumerate(left):
         busy = owner(run.folder)
+        lacks = next((stage.title for stage in plan.stages_of(run) if not trained(stage)), "")
+        waits = f"{busy} trains it" if busy else f"left out, as {lacks} is not trained" if lacks else ""
         head = f"{run.title}, {i + 1} of {len(left)} that are left{_time_left(plan, left[i:])}"
-        processes.say(f"{head}: {f'{busy} trains it' if busy else run.command}")
-        if not busy:
+        processes.say(f"{head}: {waits or run.command}")
+        if not waits:
             _run_one(plan, run)
 
 

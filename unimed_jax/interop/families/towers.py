@@ -221,7 +221,7 @@ def load_eva(path: str | Path, config: ModelConfig, to: Destination) -> dict[str
 
 def _blocks(v: VisionConfig) -> int:
     """Counts the blocks that our encoder builds: those up to the feature layer."""
-    return v.depth + 1 + v.feature_layer
+    return v.blocks
 
 
 def with_resized_positions(tensors: Tensors, name: str, v: VisionConfig) -> Tensors:
