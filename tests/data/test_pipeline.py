@@ -331,6 +331,33 @@ def test_packing_wastes_little():
     assert np.abs(draws - np.arange(len(draws))).max() < 2 * 512
 
 
+def test_a_plan_that_goes_on_at_a_mark_asks_for_no_draw_before_it():
+    sizes, asked = synthetic_sizes(0.6), []
+
+    def size(draw):
+        asked.append(draw)
+        return tuple(sizes[draw])
+
+    plan = packing.PackingPlan(size, (256, 2, 128), 512, 7)
+    rows = [plan[r] for r in range(1600)]
+    again = packing.PackingPlan(size, (256, 2, 128), 512, 7)
+    mark = json.loads(json.dumps(plan.mark(1000)))
+    assert 700 < mark[0] <= 1000
+    again.go_on(packing.Mark(*mark))
+    asked.clear()
+    assert [again[r] for r in range(1000, 1600)] == rows[1000:]
+    assert min(asked) >= min([*mark[3], mark[2]]) > 1000
+    assert again.mark(1500).rows > 1000 and again[3] == rows[3]  # from the beginning after all
+
+
+def test_batches_go_on_from_a_mark():
+    expected, first, second = take(pipeline(), 8), pipeline(), pipeline()
+    take(first, 5)
+    second.go_on(json.loads(json.dumps(first.mark(4))))
+    same(take(second, 4, start_step=4), expected[4:])
+    assert pipeline(packing=False).mark(4) is None
+
+
 def test_packing_of_rows_that_never_fill_goes_on():
     plan = packing.PackingPlan(lambda d: (60, 1, 1), (100, 1, 10), 16, 0)
     draws = [d for r in range(200) for d in plan[r]]

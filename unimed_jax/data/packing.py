@@ -5,9 +5,11 @@ three quotas at once (tokens, image slots, answer tokens). It reads sizes alone,
 rows are a function of the order of draws, whoever asks for which row.
 """
 
+import collections
 import threading
 from array import array
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,12 +41,22 @@ def first_fit(sizes: np.ndarray, capacity: np.ndarray, order: Sequence[int] | np
     return row_of
 
 
+class Mark(NamedTuple):
+    """Holds all that the plan from one window on depends on."""
+
+    rows: int  # planned before
+    windows: int  # planned before
+    next: int  # draw
+    carried: list[int]  # draws that the last window handed on
+
+
 class PackingPlan:
     """Plans rows of draws 0, 1, 2, ..., each draw in exactly one row.
 
     `plan[row]` lists the draws of a row.
 
-    The plan grows as far as it is asked, under a lock, and keeps 8 bytes a draw.
+    The plan grows as far as it is asked, under a lock, and keeps 8 bytes a draw. A row depends on all
+    draws before it, so a plan of millions of rows takes minutes; one that goes on at a mark does not.
     """
 
     def __init__(
@@ -57,20 +69,38 @@ class PackingPlan:
         """Takes `size(draw)`: its tokens, image slots and answer tokens, each within `capacity`."""
         self._size, self._capacity, self._window, self._seed = size, np.array(capacity), window, seed
         self._lock = threading.Lock()
-        self._windows = 0
-        self._next = 0  # draw
-        self._carried: list[int] = []
-        self._draws = array("q")  # of all planned rows, one after the other
-        self._ends = array("q", [0])  # row r holds draws[ends[r]:ends[r + 1]]
+        self._begin(Mark(0, 0, 0, []))
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, row: int) -> list[int]:
         with self._lock:
-            while len(self._ends) <= row + 1:
+            if row < self._first:  # before the mark at which this plan went on
+                self._begin(Mark(0, 0, 0, []))
+            place = row - self._first
+            while len(self._ends) <= place + 1:
                 self._extend()
-            return list(self._draws[self._ends[row] : self._ends[row + 1]])
+            return list(self._draws[self._ends[place] : self._ends[place + 1]])
+
+    def mark(self, row: int) -> Mark:
+        """Returns the last mark before a row, and forgets those before it."""
+        with self._lock:
+            while len(self._marks) > 1 and self._marks[1].rows <= row:
+                self._marks.popleft()
+            return self._marks[0]
+
+    def go_on(self, mark: Mark) -> None:
+        """Plans from a mark on; rows before it are planned only if they are asked for."""
+        with self._lock:
+            self._begin(mark)
+
+    def _begin(self, mark: Mark) -> None:
+        self._first, self._windows, self._next = mark.rows, mark.windows, mark.next
+        self._carried = mark.carried
+        self._marks = collections.deque([mark])
+        self._draws = array("q")  # of all planned rows, one after the other
+        self._ends = array("q", [0])  # row first + r holds draws[ends[r]:ends[r + 1]]
 
     def _extend(self) -> None:
         """Plans one more window: what the last one carried over, and new draws."""
@@ -98,3 +128,5 @@ class PackingPlan:
         self._carried = [draws[item] for r in sorted(waiting) for item in rows[r]]
         self._next += new
         self._windows += 1
+        rows_so_far = self._first + len(self._ends) - 1
+        self._marks.append(Mark(rows_so_far, self._windows, self._next, self._carried))

@@ -96,12 +96,13 @@ class Pipeline:
         self._order = global_order(self._sources, config)
         # Row -> its draws, endless.
         self._rows: grain.MapDataset[list[int]]
+        self._packing: packing.PackingPlan | None = None
         if data.packing:
             capacity = (data.row_tokens, data.row_images, data.row_answers)
-            plan = packing.PackingPlan(
+            self._packing = packing.PackingPlan(
                 lambda draw: self.draw(draw).size, capacity, data.window, self._seed
             )
-            self._rows = grain.MapDataset.source(plan)
+            self._rows = grain.MapDataset.source(self._packing)
         else:
             self._rows = grain.MapDataset.range(packing.ENDLESS).map(lambda row: [row])
 
@@ -109,6 +110,15 @@ class Pipeline:
         """Makes batches of an encoder's features from now on, in place of pixels."""
         self._features = features
         self.shape = dataclasses.replace(self.shape, features=features.shape)
+
+    def mark(self, step: int) -> list | None:
+        """Returns what the plan of the rows from `step` on goes on from; None if rows are not packed."""
+        return None if self._packing is None else list(self._packing.mark(step * self._config.data.rows))
+
+    def go_on(self, mark: list | None) -> None:
+        """Lets the plan of rows go on from what `mark` returned, so that it is there at once."""
+        if self._packing is not None and mark is not None:
+            self._packing.go_on(packing.Mark(*mark))
 
     def pictures(self) -> Iterator[tuple[Dataset, str]]:
         """Yields every image that training may draw, as a data set and a key."""

@@ -117,6 +117,7 @@ class Start:
         note = {
             "config_hash": config_hash(self.config),
             "rows_read": done * self.config.data.rows,
+            "packing": self.pipeline.mark(done),
             "base": self.base,
             "progress": dataclasses.asdict(self.progress),
             "inputs": self.inputs.plain(),
@@ -223,6 +224,7 @@ def _continue(start: Start) -> None:
     check_base(start.folder, note["base"], start.base)
     start.frozen |= {path: leaf for path, leaf in weights.items() if path not in state.leaves}
     step, *others = rest
+    start.pipeline.go_on(note.get("packing"))
     start.state = TrainState(step, {path: weights[path] for path in state.leaves}, *others)
     progress = Progress(**note["progress"])
     if progress.steps != config.train.steps:  # raised: `write_config` allowed it
