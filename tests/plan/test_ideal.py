@@ -29,6 +29,24 @@ def layer_kernels(sizes):
     return {p: n for p, n in sizes.items() if p.startswith("decoder/layers/") and p.endswith("kernel")}
 
 
+def test_useful_attention_is_that_of_pairs_and_blocks_that_are_needed(config):
+    whole = useful_flops(config)
+    rows, depth = config.data.row_tokens, config.model.decoder.depth
+    decoder = dataclasses.replace(config.model.decoder, windows=(4, 0))
+    model = dataclasses.replace(config.model, decoder=decoder)
+    seen = useful_flops(dataclasses.replace(config, model=model))["attention"] / whole["attention"]
+    near = (4 * rows - 4**2 / 2) / (rows**2 / 2)
+    assert seen == pytest.approx(((depth + 1) // 2 * near + depth // 2) / depth)
+    # an encoder whose last block is not used is one that lacks it
+    encoders = [
+        dataclasses.replace(config.model.vision, depth=depth, feature_layer=layer)
+        for depth, layer in ((2, -2), (1, -1))
+    ]
+    models = [dataclasses.replace(config.model, vision=vision) for vision in encoders]
+    one, other = (useful_flops(dataclasses.replace(config, model=model)) for model in models)
+    assert one["vision"] == other["vision"] > 0
+
+
 def test_one_device(config, sizes):
     found = ideal(config, ONE, "train")
     assert found.flops == sum(useful_flops(config).values())

@@ -342,6 +342,74 @@ def test_a_compiler_that_is_absent_or_refuses_says_so(monkeypatch):
     assert "libtpu is held by another process" in topology.refusal(slice_, "lockfile exists")
 
 
+def test_what_times_leave_out_is_said():
+    (unknown,) = table._uncounted(topology.parse("v5e:4x4"), [f"kernel {i}" for i in range(5)])
+    assert "(kernel 0, kernel 1, kernel 2 ...) are left out, so its times are too low" in unknown
+    (slow,) = table._uncounted(topology.parse("l4:16"), [])
+    assert slow.startswith("l4:16: how fast its machines are joined is not known")
+    assert not any(table._uncounted(topology.parse(text), []) for text in ("l4:8", "h100:16", "cpu:8"))
+
+
+def test_flags_of_this_machines_compiler_do_not_reach_a_plan(cache, tmp_path, monkeypatch):
+    """The name of what is kept does not hold them."""
+    given = {}
+
+    def starts(command, env, **words):
+        given.update(env)
+        raise OSError("no process")
+
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_something=true")
+    monkeypatch.setattr(compiling.subprocess, "Popen", starts)
+    job = Job(read_config(str(cache / "toy.py")), topology.parse("v5e:2x2"), "train")
+    with pytest.raises(OSError, match="no process"):
+        compiling._run(job, tmp_path, Limits(1, 1e9))
+    assert "PATH" in given and "LIBTPU_INIT_ARGS" not in given
+
+
+HOSTS = """
+import numpy as np
+from types import SimpleNamespace
+from unimed_jax.config import MeshConfig
+from unimed_jax.model import sharding
+from unimed_jax.plan import topology
+place = sharding.row_sharding
+for text, rows, sizes in {cases}:
+    chips = topology.devices(topology.parse(text))
+    mesh = sharding.make_mesh(MeshConfig(**sizes), rows, 0, chips, 1e12)
+    where = place((rows,), mesh).devices_indices_map((rows,))
+    for host in {{chip.process_index for chip in chips}}:
+        own = {{chip: piece for chip, piece in where.items() if chip.process_index == host}}
+        here = SimpleNamespace(addressable_devices_indices_map=lambda shape: own)
+        sharding.row_sharding = lambda shape, mesh: here
+        share = sharding.share_of_process(mesh, rows)
+        held = {{row for piece in own.values() for row in range(*piece[0].indices(rows))}}
+        assert set(share.rows) == held and len(held) < rows, (text, host, share)
+        print(text, host, *share.rows)
+"""
+
+
+@pytest.mark.slow
+def test_each_host_of_a_slice_reads_the_rows_of_its_chips():
+    """Meshes of slices on which jax.make_mesh orders chips along rings, or refuses a part of a row."""
+    slice_ = topology.parse("v5e:4x4")
+    try:
+        topology.check_compiler([slice_])
+    except UserError as error:
+        pytest.skip(str(error))
+    cases = [
+        ("v5e:4x4", 16, {}),
+        ("v5e:4x4", 16, {"auto": False, "data": 8, "tensor": 2}),
+        ("v6e:8x8", 16, {}),
+        ("v5p:4x4x4", 64, {"auto": False, "data": 8, "fsdp": 8}),
+    ]
+    environ = os.environ | topology.environment(slice_)
+    command = [sys.executable, "-c", HOSTS.format(cases=cases)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("v5e:4x4 0 ")][0]
+    assert len(first) == 4 and first != ["0", "1", "2", "3"]  # no neighbours
+
+
 def test_a_mesh_that_no_topology_takes_is_a_row_and_a_sentence(cache, capsys):
     axes = ["--config.mesh.auto=False", "--config.mesh.data=4"]
     assert run(cache, "--topology=cpu:2", *axes) == 1

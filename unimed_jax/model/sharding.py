@@ -108,7 +108,17 @@ def make_mesh(
         if limit and frozen_bytes / sizes["tensor"] > limit / 2:
             sizes["data"], sizes["fsdp"] = 1, wide
     else:
-        sizes = named_sizes(config, rows, count)
+        sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+        if math.prod(sizes.values()) != count:
+            named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+            product = math.prod(sizes.values())
+            raise UserError(f"config.mesh: {named} makes {product} devices, but there are {count}.")
+    shares = math.prod(sizes[axis] for axis in AXES["batch"])
+    if rows % shares:
+        raise UserError(
+            f"config.data.rows={rows} cannot be shared by {shares} devices; choose a multiple of "
+            f"{shares}."
+        )
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
@@ -123,22 +133,6 @@ def make_mesh(
             "sizes."
         ) from error
     return Mesh(grid, MESH_AXES, axis_types=types)
-
-
-def named_sizes(config: MeshConfig, rows: int, count: int) -> dict[str, int]:
-    """Gives the sizes that a config names; raises UserError if they do not suit devices and rows."""
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    if math.prod(sizes.values()) != count:
-        named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        product = math.prod(sizes.values())
-        raise UserError(f"config.mesh: {named} makes {product} devices, but there are {count}.")
-    shares = math.prod(sizes[axis] for axis in AXES["batch"])
-    if rows % shares:
-        raise UserError(
-            f"config.data.rows={rows} cannot be shared by {shares} devices; choose a multiple of "
-            f"{shares}."
-        )
-    return sizes
 
 
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:

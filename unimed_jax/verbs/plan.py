@@ -8,18 +8,12 @@ import argparse
 import contextlib
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from unimed_jax.config import Config
 from unimed_jax.errors import UserError
 from unimed_jax.paths import check_output_folder
 from unimed_jax.processes import start
 from unimed_jax.verbs.options import CONFIG_HELP, parser, read_config
-
-if TYPE_CHECKING:
-    from unimed_jax.plan.topology import Topology
 
 PROGRAMS = ("train", "prefill", "decode")
 
@@ -59,8 +53,6 @@ def run(arguments: list[str]) -> int:
     from unimed_jax.plan.roofline import read_prices
 
     prices = read_prices(known.prices)
-    if not config.mesh.auto and not known.suggest:
-        _check_sizes(config, wanted)
     jobs = [Job(config, topology, program) for topology in wanted for program in programs]
     refused: list[UserError] = []  # topologies for which nothing can be suggested
     if known.suggest:
@@ -128,20 +120,6 @@ def _options() -> argparse.ArgumentParser:
         "--memory", type=float, help="GiB that a compilation may take (default: 90 %% of what is free)"
     )
     return options
-
-
-def _check_sizes(config: Config, wanted: Sequence["Topology"]) -> None:
-    """Raises UserError if the sizes of the mesh suit none of the topologies."""
-    from unimed_jax.model.sharding import named_sizes
-
-    wrong = []
-    for topology in wanted:
-        try:
-            named_sizes(config.mesh, config.data.rows, topology.count)
-        except UserError as error:
-            wrong.append(UserError(f"{topology.text}: {error}"))
-    if len(wrong) == len(wanted):
-        raise wrong[0]
 
 
 def _programs(given: str) -> list[str]:
