@@ -10,8 +10,8 @@ with one visual token and narrow experts. real: configs/real_small.py at 1,500 s
 On two CPU cores, of 4 min 44 s and 71 MB for a run of brain_tiny: brain 35 runs, 2 h 46 min and 2.5 GB;
 frozen 5 + 35 runs, of which those of the variants took 4.4 min of processor time and 11 to 42 MB each:
 2 h 34 min of processor time beside 24 min for the starts, and 1.4 GB; narrow likewise, 3.7 min and 8 to
-28 MB a run: 2 h 10 min beside the starts, and 1 GB. real 15 runs,
-by 17 min and 82 MB for all steps of real_small: at most 4 h 15 min and 1.2 GB.
+28 MB a run: 2 h 10 min beside the starts, and 1 GB. real 15 runs, of 22 to 25 min on one core beside
+other work and 79 to 85 MB each: 6 h of one core and 1.2 GB.
 
 `mlp2x` is as wide as one expert, as published. `mlp2x_b` has as many parameters as all experts,
 `mlp2x_c` as many as experts, router and task tokens: their hidden widths are the nearest whole ones.
