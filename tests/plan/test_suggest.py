@@ -179,7 +179,7 @@ def test_the_longest_of_three_times_bounds_a_step(config):
 
 
 def test_a_chip_without_a_price_is_said(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "costs", lambda *_: {n: {"compiled": 1} for n in COSTS})
+    monkeypatch.setattr(table, "costs", lambda *_: {"unknown": []} | {n: {"compiled": 1} for n in COSTS})
     monkeypatch.setattr(compiling.Outcome, "text", "a program")
     memory = dict.fromkeys(("argument", "output", "alias", "temp", "generated_code"), 1)
     result = {

@@ -97,11 +97,11 @@ def hf_tower_table(v: VisionConfig, prefix: str = "vision_model.") -> Table:
         entries += _norm_entries(f"{prefix}pre_layrnorm", "vision/pre_norm")  # the misspelling is theirs
     if v.output_norm:
         entries += _norm_entries(f"{prefix}post_layernorm", "vision/output_norm")
-    for i in range(_blocks(v)):
+    for i in range(v.blocks):
         entries += _hf_block_entries(v, f"{prefix}encoder.layers.{i}", i)
     not_needed = [
         # Blocks after the feature layer are not built; the text half and the pooling heads are not used.
-        *(f"{prefix}encoder.layers.{i}.*" for i in range(_blocks(v), v.depth)),
+        *(f"{prefix}encoder.layers.{i}.*" for i in range(v.blocks, v.depth)),
         f"{embeddings}.position_ids",
         f"{prefix}post_layernorm.*",
         f"{prefix}head.*",
@@ -196,12 +196,12 @@ def eva_table(v: VisionConfig, prefix: str = "") -> Table:
         Entry(f"{prefix}patch_embed.proj.weight", "vision/patch/kernel", layout="patch"),
         Entry(f"{prefix}patch_embed.proj.bias", "vision/patch/bias"),
     ]
-    for i in range(_blocks(v)):
+    for i in range(v.blocks):
         for theirs, ours in EVA_BLOCK.items():
             layout = "transpose" if ours.endswith("kernel") else "same"
             entries.append(Entry(f"{prefix}blocks.{i}.{theirs}", f"vision/blocks/{ours}", (i,), layout))
     # Files of the whole encoder hold a block more than is used, and a head.
-    not_needed = ("norm.*", "fc_norm.*", "head.*", f"blocks.{_blocks(v)}.*")
+    not_needed = ("norm.*", "fc_norm.*", "head.*", f"blocks.{v.blocks}.*")
     return Table(tuple(entries), tuple(prefix + pattern for pattern in not_needed))
 
 
@@ -217,11 +217,6 @@ def load_eva(path: str | Path, config: ModelConfig, to: Destination) -> dict[str
 # --------------------------------------------------------------------------------------------------
 # Both
 # --------------------------------------------------------------------------------------------------
-
-
-def _blocks(v: VisionConfig) -> int:
-    """Counts the blocks that our encoder builds: those up to the feature layer."""
-    return v.blocks
 
 
 def with_resized_positions(tensors: Tensors, name: str, v: VisionConfig) -> Tensors:
