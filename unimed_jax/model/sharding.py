@@ -8,6 +8,7 @@ runs on one device.
 
 import contextlib
 import fnmatch
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -293,16 +294,18 @@ def on_devices(
     """
     if mesh is None:
         return dict(batch)
+    count = len(next(iter(batch.values())))
+    rows, of = share or Share(tuple(range(count)), count)
+    place = {row: i for i, row in enumerate(rows)}
+
+    def cut(value: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        """Cuts out the rows of one device, which are neighbours in the batch and so here."""
+        first, stop, _ = index[0].indices(of)
+        return value[place[first] : place[stop - 1] + 1]
+
     out = {}
     for name, value in batch.items():
-        rows, count = (range(len(value)), len(value)) if share is None else share
-        shape = (count, *value.shape[1:])
-        place = {row: i for i, row in enumerate(rows)}
-
-        def piece(index, value=value, place=place, count=count) -> np.ndarray:
-            """Cuts out the rows of one device, which are neighbours here too."""
-            first, last, _ = index[0].indices(count)
-            return value[place[first] : place[last - 1] + 1]
-
+        shape = (of, *value.shape[1:])
+        piece = functools.partial(cut, value)
         out[name] = jax.make_array_from_callback(shape, row_sharding(shape, mesh), piece)
     return out
