@@ -49,13 +49,13 @@ def indices(file: Path) -> tuple[str, dict[str, dict[str, float]]]:
                 )
             found[folder.parent.name] = {k: np.nan if v is None else v for k, v in values.items()}
             cosines[folder.parent.name] = {
-                (one, other): part["cos_without_noise"][i][j]
+                (min(one, other), max(one, other)): part["cos_without_noise"][i][j]
                 for i, one in enumerate(part["names"])
                 for j, other in enumerate(part["names"][:i])
             }
             seeds.add(folder.name)
             batches.add(run["batches"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{file} holds no indices of a connector (lacks {error}); give what analyze tug-of-war "
             "wrote."

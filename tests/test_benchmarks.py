@@ -173,6 +173,8 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
     assert "give those of two or more" in capsys.readouterr().err
     other = json.loads(files[0].read_text())
     another = json.loads(files[0].read_text().replace("seed0", "seed7"))
+    short = json.loads(files[0].read_text())
+    short["runs"][0]["units"]["connector"]["cos_without_noise"].pop()
     for content, words in (
         ({"runs": another["runs"][:1]}, "holds cmoe, and"),
         (other, "holds seed0, as another file does; give each seed once"),
@@ -181,6 +183,7 @@ def test_conflict_is_paired_by_seed(tmp_path, capsys, monkeypatch):
         ({"runs": [{"run": "w/a/seed0", "units": {}}]}, "no indices of a connector (lacks 'connector')"),
         ([], "other.json holds no indices of a connector"),
         ({"runs": []}, "other.json holds runs of no seed"),
+        (short, "other.json holds no indices of a connector (lacks list index out of range)"),
         (
             {"runs": [other["runs"][0], other["runs"][1] | {"batches": "c"}]},
             "other.json holds runs that were measured on other examples; analyse them alike",
