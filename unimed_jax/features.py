@@ -285,11 +285,7 @@ def _compute(
         [missing[first + row] for row in share.rows if first + row < len(missing)]
         for first in range(0, len(missing), together)
     ]
-    # Processes whose devices split the model have the same images: the first of them writes.
-    writer: dict[int, int] = {}
-    for process, rows in enumerate(processes.gathered(share.rows)):
-        writer = dict.fromkeys(rows, process) | writer
-    writes = [writer[row] == jax.process_index() for row in share.rows]
+    writes = _written_here(share)
 
     out = None if mesh is None else sharding.row_sharding((together, *features.shape), mesh)
     # Of the model's other leaves there are only shapes, which nothing reads.
@@ -330,6 +326,17 @@ def _compute(
         _write(list(pictures), itertools.compress(every, own), features)
         for _ in every:  # the steps of the others
             pass
+
+
+def _written_here(share: sharding.Share) -> list[bool]:
+    """Says of each of this process's rows whether it writes that row's features.
+
+    Processes whose devices split the model have rows in common: the first of them writes.
+    """
+    writer: dict[int, int] = {}
+    for process, rows in enumerate(processes.gathered(share.rows)):
+        writer = dict.fromkeys(rows, process) | writer
+    return [writer[row] == jax.process_index() for row in share.rows]
 
 
 def _ahead(

@@ -398,6 +398,18 @@ def test_a_disk_that_becomes_full_leaves_no_half_file(opened, tmp_path, monkeypa
     assert [path.name for path in tmp_path.glob("features/*/*")] == ["lock"]
 
 
+def test_a_row_that_several_processes_hold_is_written_once(monkeypatch):
+    """As on a slice of TPUs, where the two chips of a row may belong to two hosts."""
+    rows = [(0, 3), (0, 1), (1, 2, 3)]
+    monkeypatch.setattr(processes, "gathered", lambda own: [*map(list, rows)])
+    written = []
+    for process, own in enumerate(rows):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        flags = features._written_here(sharding.Share(own, 4))
+        written += [row for row, flag in zip(own, flags, strict=True) if flag]
+    assert sorted(written) == [0, 1, 2, 3]
+
+
 def test_processes_that_share_no_folder_are_refused(opened, cache, tmp_path, monkeypatch):
     sentence = r"do not find the same files in .*; set config\.data\.cache to a folder that all"
     with monkeypatch.context() as patch:  # what the others have found differs
