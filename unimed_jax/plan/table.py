@@ -72,8 +72,8 @@ def _uncounted(topology: Topology, unknown: Sequence[str]) -> list[str]:
     if unknown:
         names = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
         notes.append(
-            f"{topology.text}: kernels or loops that could not be counted ({names}) are left out, so "
-            "its times are too low."
+            f"{topology.text}: kernels that could not be counted are left out, and such loops count "
+            f"as one turn ({names}), so its times are too low."
         )
     if topology.chip and topology.machines > 1 and not topology.chip.beyond:
         notes.append(
