@@ -413,3 +413,19 @@ def test_base_weights_that_are_not_finite_are_refused_before_training(tmp_path, 
     monkeypatch.setattr(start, "initial_leaves", damaged)
     with pytest.raises(UserError, match="the weights of config.init: parameter .* is not finite"):
         start.prepare(tiny(), tmp_path)
+
+
+def test_only_the_leading_process_removes_unfinished_files(tmp_path, monkeypatch):
+    """Where locks hold on one machine alone, a file that the leader writes looks abandoned to others."""
+    removed = []
+
+    def ends(folder, config):
+        raise UserError("no further")
+
+    monkeypatch.setattr(start.files, "remove_leftovers", removed.append)
+    monkeypatch.setattr(start, "write_config", ends)
+    for leads in (False, True):
+        monkeypatch.setattr(start.processes, "leads", lambda leads=leads: leads)
+        with pytest.raises(UserError, match="no further"):
+            start.prepare(tiny(), tmp_path)
+        assert removed == [tmp_path] * leads

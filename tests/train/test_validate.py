@@ -14,6 +14,7 @@ from support.fake_brain import Squares, tiny_config
 from unimed_jax.analyze.chain import Stage, trained
 from unimed_jax.config import LossConfig, MeshConfig
 from unimed_jax.data import fitting, layout
+from unimed_jax.data.pipeline import Pipeline
 from unimed_jax.errors import UserError
 from unimed_jax.evaluate.run import quick_scores
 from unimed_jax.evaluate.tasks import open_sets, select, units_of
@@ -275,12 +276,16 @@ def test_more_steps_restart_or_stretch_the_schedule(longer, tmp_path, monkeypatc
 
 
 def test_a_run_that_goes_on_loses_the_scores_of_fewer_steps(tmp_path, monkeypatch):
-    """They would be taken for those of its last step if the last evaluation were killed."""
-    config = tiny_config(steps=4)
+    """They would be taken for those of its last step if the last evaluation were killed.
+
+    Its rows are planned from where the checkpoint says.
+    """
+    config, marks, go_on = tiny_config(steps=4, save_every=1), [], Pipeline.go_on
     killed_at(2, config, tmp_path, monkeypatch)
     (tmp_path / "metrics.json").write_text("{}")
+    monkeypatch.setattr(Pipeline, "go_on", lambda self, mark: (marks.append(mark), go_on(self, mark)))
     run(config, tmp_path)
-    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "metrics.json").exists() and marks == [[0, 0, 0, []]]
     (tmp_path / "metrics.json").write_text("{}")
     run(config, tmp_path)  # no step is left
     assert (tmp_path / "metrics.json").exists()
