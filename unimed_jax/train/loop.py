@@ -42,7 +42,7 @@ def train(config: Config, folder: Path) -> Run:
     describe(start)
     if not start.finished:
         environment.keep(folder)
-        if start.done < config.train.steps and processes.leads():
+        if processes.leads():
             remove_results(folder)  # of fewer steps
     if start.done == 0 and processes.leads():
         contact_sheet(start.datasets, folder / "contact_sheet.png")
