@@ -42,7 +42,7 @@ def first_fit(sizes: np.ndarray, capacity: np.ndarray, order: Sequence[int] | np
 
 
 class Mark(NamedTuple):
-    """Holds all that the plan from one window on depends on."""
+    """Holds the state of a plan between two windows, from which it can go on."""
 
     rows: int  # planned before
     windows: int  # planned before

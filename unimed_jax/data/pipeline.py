@@ -112,11 +112,11 @@ class Pipeline:
         self.shape = dataclasses.replace(self.shape, features=features.shape)
 
     def mark(self, step: int) -> list | None:
-        """Returns what the plan of the rows from `step` on goes on from; None if rows are not packed."""
+        """Returns the state from which rows from `step` on can be planned; None if rows are not packed."""
         return None if self._packing is None else list(self._packing.mark(step * self._config.data.rows))
 
     def go_on(self, mark: list | None) -> None:
-        """Lets the plan of rows go on from what `mark` returned, so that it is there at once."""
+        """Plans rows from a state that `mark` returned, instead of all rows since step 0."""
         if self._packing is not None and mark is not None:
             self._packing.go_on(packing.Mark(*mark))
 

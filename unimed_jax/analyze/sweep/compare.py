@@ -169,7 +169,7 @@ def _cluster(unit: UnitKey, record: Record) -> str:
 
 
 def _by_cluster(measure: Measure, rows: np.ndarray, count: int) -> Measure:
-    """Makes the measure of items one of `count` clusters; `rows` are the items' clusters."""
+    """Turns a measure of items into one of `count` clusters; `rows` are the items' clusters."""
     if isinstance(measure, Ranked):
         there = np.bincount(rows[measure.counts], minlength=count) > 0  # [count]
         return Ranked(
