@@ -112,7 +112,7 @@ class Pipeline:
         self.shape = dataclasses.replace(self.shape, features=features.shape)
 
     def mark(self, step: int) -> list | None:
-        """Returns the state from which rows from `step` on can be planned; None if rows are not packed."""
+        """Returns the state from which rows from `step` on are planned; None if rows are not packed."""
         return None if self._packing is None else list(self._packing.mark(step * self._config.data.rows))
 
     def go_on(self, mark: list | None) -> None:
